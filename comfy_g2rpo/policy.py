@@ -1,0 +1,33 @@
+"""What a model must be able to do to be aligned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class Policy(Protocol):
+    """A flow model with an adapter. Conditioning is opaque: one object per row, made and understood by the policy alone."""
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Any]) -> Tensor:
+        """Return v = ε − x₀, guidance included, float32 like x [B, …] in model space; sigma: float32 [B]; cond: B objects."""
+        ...
+
+    def parameters(self) -> list[nn.Parameter]:
+        """List the trainable parameters (the adapter's)."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Switch the adapter off inside the context."""
+        ...
+
+    def inference(self) -> AbstractContextManager[None]:
+        """Make velocity fast and without gradients inside the context, for instance with the adapter merged into the weights."""
+        ...
+
+
+Decoder = Callable[[Tensor], Tensor]
+"""Latents [B, …] in model space → images [B, H, W, 3], float32 in [0, 1]."""

@@ -1,0 +1,143 @@
+"""What a reward is, and the one place where rewards are called and their answers are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-3  # by which images may leave [0, 1] through rounding
+
+
+class RewardError(ValueError):
+    """Say that a reward, or what it was given, cannot be used."""
+
+
+class Reward(Protocol):
+    """Judge images [B, H, W, 3] float32 in [0, 1] by their prompts: scores float32 [B], higher is better, NaN = cannot judge."""
+
+    @property
+    def name(self) -> str:
+        """Name the reward in metrics, recipes and errors."""
+
+    @property
+    def licence(self) -> str:
+        """Name the licence of the judge's code and weights."""
+
+    @property
+    def compares_across_prompts(self) -> bool:
+        """Say whether a score means the same for every prompt."""
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images [B, H, W, 3] by prompts [B]: [B]."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Judge by a plain function of images and prompts."""
+
+    name: str
+    function: Callable[[Tensor, Sequence[str]], Tensor]
+    compares_across_prompts: bool
+    licence: str = "Apache-2.0"
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images [B, H, W, 3] by prompts [B]: [B]."""
+        return self.function(images, prompts)
+
+
+@dataclass(frozen=True)
+class MixedReward:
+    """Judge by the weighted sum of several rewards, in their own units; NaN where one of them cannot judge.
+
+    For reading and ranking. Training weighs the z-scores of each reward instead (`advantages.integrate`), which no unit can dominate.
+    """
+
+    rewards: tuple[Reward, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        mix(torch.zeros(len(self.rewards), 0), self.weights)
+
+    @property
+    def name(self) -> str:
+        """Name the parts and their weights."""
+        return " + ".join(f"{weight:g} {reward.name}" for weight, reward in zip(self.weights, self.rewards, strict=True))
+
+    @property
+    def licence(self) -> str:
+        """Name the licences of the parts."""
+        return ", ".join(sorted({reward.licence for reward in self.rewards}))
+
+    @property
+    def compares_across_prompts(self) -> bool:
+        """Say whether every part's score means the same for every prompt."""
+        return all(reward.compares_across_prompts for reward in self.rewards)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images [B, H, W, 3] by prompts [B]: [B]."""
+        return mix(score_all(self.rewards, images, prompts), self.weights)
+
+
+def mix(scores: Tensor, weights: Sequence[float]) -> Tensor:
+    """Sum scores [R, …] by weights [R]: […]."""
+    weight = torch.tensor(weights, dtype=torch.float32)
+    if len(weight) != len(scores):
+        raise RewardError(f"weights has {len(weight)} entries for {len(scores)} rewards; give one per reward")
+    if not weight.isfinite().all() or not weight.any():
+        raise RewardError(f"weights {list(weights)} must be finite and not all zero; give one number per reward")
+    return torch.einsum("r,r...->...", weight, scores)
+
+
+def score_all(rewards: Sequence[Reward], images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Score images [B, H, W, 3] by every reward: [R, B] float32 on the CPU."""
+    if not rewards:
+        raise RewardError("rewards is empty; name at least one")
+    return torch.stack([checked(reward, images, prompts) for reward in rewards])
+
+
+def checked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Score images [B, H, W, 3] by one reward and check what goes in and what comes out: [B] float32 on the CPU, NaN for a broken image."""
+    finite = _finite_images(reward.name, images, prompts)
+    # A judge never sees NaN: some raise on it, others answer with a number.
+    judged = images.detach().float()
+    judged = judged if finite.all() else torch.where(finite[:, None, None, None], judged, 0.0)
+    try:
+        scores = reward.score(judged, prompts)
+    except RewardError:
+        raise
+    except Exception as cause:
+        raise RewardError(f"reward '{reward.name}' failed with {type(cause).__name__}: {cause}") from cause
+    return torch.where(finite.cpu(), _valid_scores(reward.name, scores, len(images)), torch.nan)
+
+
+def _finite_images(name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Check the images [B, H, W, 3] and say which are free of NaN and infinity: [B]."""
+    if images.ndim != 4 or images.shape[-1] != 3 or not images.is_floating_point():
+        raise RewardError(f"reward '{name}' got images {images.dtype} {list(images.shape)}; give floating-point [B, H, W, 3]")
+    if isinstance(prompts, str) or len(prompts) != len(images):
+        given = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
+        raise RewardError(f"reward '{name}' got {given} for {len(images)} images; give a list with one prompt per image")
+    if 0 in images.shape:
+        return torch.ones(len(images), dtype=torch.bool, device=images.device)
+    low, high = images.flatten(1).aminmax(dim=1)
+    finite = (high - low).isfinite()
+    outside = finite & ((low < -TOLERANCE) | (high > 1 + TOLERANCE))
+    if outside.any():
+        span = f"[{low[outside].min():.3g}, {high[outside].max():.3g}]"
+        raise RewardError(f"reward '{name}' got images in {span}; rescale them to [0, 1] (from [-1, 1]: x/2 + 1/2)")
+    return finite
+
+
+def _valid_scores(name: str, scores: Tensor, count: int) -> Tensor:
+    """Check what a reward returned for `count` images: [B] float32 on the CPU."""
+    if not isinstance(scores, Tensor):
+        raise RewardError(f"reward '{name}' returned {type(scores).__name__}; return a torch.Tensor of shape [{count}]")
+    if scores.shape != (count,) or not scores.is_floating_point():
+        raise RewardError(f"reward '{name}' returned {scores.dtype} {list(scores.shape)}; return one float per image, [{count}]")
+    if scores.isinf().any():
+        raise RewardError(f"reward '{name}' returned an infinite score; return NaN for an image that it cannot judge")
+    return scores.detach().float().cpu()

@@ -1,0 +1,354 @@
+"""The run folder: one layout for the command line, the graph blocks, the page and the tests.
+
+    config.json                     what was asked for
+    metrics.jsonl                   line 1 names the schema, then one row of METRICS per step
+    images/<step>/                  index.json (prompt, seed, scores of each) and 000.png …: the same prompts and seeds at every step
+    checkpoints/<step>/             lora.safetensors, state.safetensors, state.json
+    summary.json                    what came out
+
+Everything but the metrics is written beside its place and moved there whole, so an interruption at any moment leaves a readable folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+SCHEMA = "g2rpo-metrics/1"
+HEADER_BYTES = 8 * 2**20
+HEADER_TENSORS = 20_000
+CHECKPOINT_FILES = ("lora.safetensors", "state.safetensors", "state.json")
+
+METRICS = {
+    "step": "Updates made when the row was written; 0 is the untrained model.",
+    "reward/<name>/mean": "Mean training reward over the images of the step.",
+    "reward/<name>/std": "Their standard deviation.",
+    "heldout/<name>/mean": "Mean reward on held-out prompts with fixed noises, without exploration.",
+    "heldout/<name>/ci95": "Half width of its 95 % confidence interval.",
+    "advantage/abs_mean": "Mean absolute advantage.",
+    "zero_std_share": "Share of groups whose rewards are all equal and that therefore teach nothing.",
+    "kl/velocity": "Mean squared difference of the velocities with and without the adapter.",
+    "ratio/mean": "Mean probability ratio (clipped objective); 1 at the first update by construction.",
+    "ratio/max_deviation": "Largest distance of a ratio from 1.",
+    "clip_share": "Share of samples whose ratio was clipped.",
+    "grad_norm": "Norm of the gradient before clipping.",
+    "lr": "Learning rate.",
+    "nfe": "Model evaluations of the step.",
+    "time/rollout": "Seconds in the model during the rollout.",
+    "time/decode": "Seconds in the decoder.",
+    "time/reward": "Seconds in the rewards.",
+    "time/update": "Seconds in the update.",
+    "memory/peak": "Peak memory in bytes.",
+}
+
+
+class FileError(ValueError):
+    """A file that cannot be read or written, in one line that names it and the remedy."""
+
+
+class RunError(FileError):
+    """A run folder that cannot be used as asked."""
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise RunError(f"cannot write {path}: {reason}; make room or choose another folder (--out)") from error
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing, readable by everybody."""
+    path = Path(path)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """Replace what JSON cannot say (NaN, ±∞) by None, at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all; NaN becomes null."""
+    write_bytes(path, (json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {(error.strerror or str(error)).lower()}; is this a run folder?") from error
+    except ValueError as error:
+        raise RunError(f"{path} is damaged (not JSON); restore it or start a new run") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all."""
+    ready = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    write_bytes(path, save_tensors(ready, {"format": "pt", **(metadata or {})}))
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Read a safetensors header after capping its size, before anything else of the file is trusted."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= HEADER_BYTES:
+                raise FileError(f"{path} is not a safetensors file (its header claims {length} bytes); choose another file")
+            header = json.loads(file.read(length).decode("utf-8"))
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {(error.strerror or str(error)).lower()}; check the path") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path} is damaged: its header is not JSON; download or save it again") from error
+    if not isinstance(header, dict) or len(header) > HEADER_TENSORS:
+        raise FileError(f"{path} is refused: its header must be a table of at most {HEADER_TENSORS} tensors")
+    return header
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file and its metadata."""
+    header = read_header(path)
+    try:
+        tensors = load_tensors(Path(path).read_bytes())
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise FileError(f"{path} is damaged: {error}; download or save it again") from error
+    return tensors, dict(header.get("__metadata__", {}))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Flatten an optimizer's state to `optimizer/<parameter>/<name>`."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer/{i}/{name}": torch.as_tensor(value) for i, values in state.items() for name, value in values.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Give an optimizer the state that `optimizer_tensors` flattened, bit for bit."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer/"):
+            _, index, name = key.split("/")
+            state.setdefault(int(index), {})[name] = tensor
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in state.items():
+        if index >= len(parameters) or any(t.ndim and t.shape != parameters[index].shape for t in values.values()):
+            raise RunError(f"the checkpoint's optimizer state {index} does not fit this adapter; resume with the run's own configuration")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def write_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write a checkpoint's state: tensors as safetensors, the rest as JSON."""
+    write_tensors(folder / "state.safetensors", tensors)
+    write_json(folder / "state.json", meta)
+
+
+def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_state` wrote."""
+    return read_tensors(folder / "state.safetensors")[0], read_json(folder / "state.json")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture of the fixed prompts and seeds; image: [H, W, 3] in [0, 1] (None once it lies on disk), scores by reward."""
+
+    prompt: str
+    seed: int
+    scores: dict[str, float]
+    image: Tensor | None = None
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, config: Mapping[str, Any], replace: bool = False) -> RunFolder:
+        """Start a run in a new or empty folder; `replace` removes a former run there, and nothing else."""
+        run = cls(Path(path))
+        if run.path.is_dir() and not any(run.path.iterdir()):
+            pass
+        elif is_run(run.path):
+            if not replace:
+                remedies = "continue it (--resume), start over (--replace) or choose another folder (--out)"
+                raise RunError(f"{run.path} already holds a run; {remedies}")
+            with _writing(run.path):
+                shutil.rmtree(run.path)
+        elif run.path.exists():
+            raise RunError(f"{run.path} exists and is not a run of this program; choose another folder (--out)")
+        write_json(run.config_file, config)
+        write_bytes(run.metrics_file, (json.dumps({"schema": SCHEMA}) + "\n").encode())
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open an existing run; a last line that an interruption tore off is dropped."""
+        run = cls(Path(path))
+        if not is_run(run.path):
+            raise RunError(f"{run.path} holds no run; check the path (a run has config.json and metrics.jsonl)")
+        content = run.metrics_file.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            write_bytes(run.metrics_file, whole)
+        for leftover in run.checkpoints.glob(".*"):
+            with _writing(leftover):
+                shutil.rmtree(leftover)
+        return run
+
+    @property
+    def config_file(self) -> Path:
+        """Return where the configuration lies."""
+        return self.path / "config.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """Return where the metrics lie."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        """Return where the summary lies."""
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+    def config(self) -> dict[str, Any]:
+        """Read what was asked for."""
+        return read_json(self.config_file)
+
+    def summary(self) -> dict[str, Any]:
+        """Read what came out; empty while the run is unfinished."""
+        return read_json(self.summary_file) if self.summary_file.exists() else {}
+
+    def save_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write what came out."""
+        write_json(self.summary_file, summary)
+
+    def append(self, metrics: Mapping[str, Any]) -> None:
+        """Add one row of metrics."""
+        line = json.dumps(finite(metrics), ensure_ascii=False, allow_nan=False) + "\n"
+        with _writing(self.metrics_file), open(self.metrics_file, "a", encoding="utf-8") as file:
+            file.write(line)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Read the rows of metrics."""
+        rows = []
+        for number, line in enumerate(self.metrics_file.read_bytes().split(b"\n")[1:-1], start=2):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise RunError(f"{self.metrics_file} is damaged in line {number}; remove that line") from error
+        return rows
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the rows after a step, which a resumed run will write again."""
+        kept = [json.dumps(row, ensure_ascii=False) for row in self.metrics() if row.get("step", 0) <= step]
+        write_bytes(self.metrics_file, ("\n".join([json.dumps({"schema": SCHEMA}), *kept]) + "\n").encode())
+
+    def save_checkpoint(self, step: int, write: Callable[[Path], None], keep_last: int = 0) -> Path:
+        """Have `write` fill a folder and move it into place whole; of older ones only the last `keep_last` stay (0 keeps all)."""
+        place = self.checkpoints / f"{step:06d}"
+        with _writing(place):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            filling = Path(tempfile.mkdtemp(dir=self.checkpoints, prefix=".filling-"))
+            try:
+                os.chmod(filling, 0o755)
+                write(filling)
+                if place.exists():
+                    os.replace(place, filling.with_name(f".replaced-{step}"))
+                os.replace(filling, place)
+            finally:
+                shutil.rmtree(filling, ignore_errors=True)
+                shutil.rmtree(filling.with_name(f".replaced-{step}"), ignore_errors=True)
+            for old in self.saved()[:-keep_last] if keep_last else []:
+                shutil.rmtree(old)
+        return place
+
+    def saved(self) -> list[Path]:
+        """List the complete checkpoints, oldest first."""
+        found = [path for path in self.checkpoints.glob("[0-9]*") if all((path / name).is_file() for name in CHECKPOINT_FILES)]
+        return sorted(found, key=lambda path: int(path.name))
+
+    def latest(self) -> Path | None:
+        """Return the newest complete checkpoint."""
+        return self.saved()[-1] if self.saved() else None
+
+    def save_samples(self, step: int, samples: Iterable[Sample]) -> None:
+        """Write the pictures of a step and their index."""
+        folder, index = self.path / "images" / f"{step:06d}", []
+        for i, sample in enumerate(samples):
+            save_png(folder / f"{i:03d}.png", sample.image)
+            index.append({"file": f"{i:03d}.png", "prompt": sample.prompt, "seed": sample.seed, "scores": sample.scores})
+        write_json(folder / "index.json", index)
+
+    def samples(self, step: int) -> list[Sample]:
+        """Read the index of a step's pictures."""
+        folder = self.path / "images" / f"{step:06d}"
+        return [Sample(row["prompt"], row["seed"], row["scores"], path=folder / row["file"]) for row in read_json(folder / "index.json")]
+
+    def sampled_steps(self) -> list[int]:
+        """List the steps that have pictures."""
+        return sorted(int(path.parent.name) for path in (self.path / "images").glob("[0-9]*/index.json"))
+
+
+def is_run(path: Path) -> bool:
+    """Say whether a folder is a run of this program, by its schema line."""
+    try:
+        with open(path / "metrics.jsonl", "rb") as file:
+            first = json.loads(file.readline(4096))
+        return (path / "config.json").is_file() and isinstance(first, dict) and first.get("schema") == SCHEMA
+    except (OSError, ValueError):
+        return False
+
+
+def save_png(path: Path, image: Tensor) -> None:
+    """Write a picture [H, W, 3] in [0, 1]."""
+    pixels = np.asarray(image.detach().cpu().clamp(0, 1).mul(255).round().to(torch.uint8))
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        Image.fromarray(pixels).save(partial, format="png")
+        os.replace(partial, path)

@@ -1,0 +1,240 @@
+"""From advantages to gradients: the exact on-policy cotangent, and the clipped ratio for more than one update per rollout.
+
+A stochastic step is x′ = mean(x, v) + sε with ∂mean/∂v = c. With a density that is averaged over the D elements, ∇_v log p = cε/(sD), so
+the policy gradient of a whole group is one vector–Jacobian product with −(c/(G·s·D))·Σ A_i ε_i. Against an older velocity the log-ratio is
+−(⟨ε, δ⟩ + ½⟨δ, δ⟩)/D with δ = c(v_old − v)/s: exactly 0 at v = v_old, and no next latent has to be stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .kernels import Sigma, over, step
+from .policy import Policy
+from .recipes import Recipe
+from .rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Records:
+    """What travels from sampler to learner, one row per fork state; `owner` gives the row of each of the S samples."""
+
+    x: Tensor  # [N, …]
+    direction: Tensor  # [N, …], Σ A ε over the fork's samples
+    sigma: Tensor  # [N]
+    v_coef: Tensor  # [N], c
+    std: Tensor  # [N], s
+    weight: Tensor  # [N], step weight / (group size · groups · prompts)
+    step: Tensor  # [N], schedule index
+    prompt: Tensor  # [N], position in the rollout's prompts
+    noise: Tensor | None = None  # [S, …], kept for the clipped objective alone
+    advantage: Tensor | None = None  # [S]
+    owner: Tensor | None = None  # [S]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def rows(self, rows: Tensor) -> Records:
+        """Return some rows [n] (long) with their samples."""
+        part = {name: getattr(self, name)[rows] for name in ("x", "direction", "sigma", "v_coef", "std", "weight", "step", "prompt")}
+        if self.owner is not None:
+            place = torch.full((len(self),), -1, device=rows.device).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
+            kept = place[self.owner] >= 0
+            part |= {"noise": self.noise[kept], "advantage": self.advantage[kept], "owner": place[self.owner[kept]]}
+        return Records(**part)
+
+
+def step_weights(v_coef: Tensor, std: Tensor, mode: str) -> Tensor:
+    """Weight the steps [N] by nothing, by their noise (TempFlow-GRPO), or by s/|c|, which gives every step's gradient one scale; mean 1."""
+    usable = std > 0
+    raw = {"uniform": torch.ones_like(std), "std": std, "balanced": torch.where(usable, std / v_coef.abs().clamp(min=1e-12), 0.0)}[mode]
+    return raw / raw.mean().clamp(min=1e-12)
+
+
+def records(rollout: Rollout, advantages: Sequence[Tensor], *, step_weight: str = "uniform", samples: bool = False) -> Records:
+    """Collect the rows of a rollout; advantages: one [K, G] per prompt; `samples` keeps every sample for the clipped form."""
+    plan, c = rollout.plan, rollout.coefficients
+    groups, members, _ = plan.shape
+    row = {fork: i for i, fork in enumerate(plan.forks)}
+    first = {plan.states[child].parent: child for child in plan.transitions}
+    child = torch.tensor([first[fork] for fork in plan.forks])
+    per_prompt = step_weights(c.v_coef[child], c.std[child], step_weight) / (members * groups * len(advantages))
+    direction = torch.zeros_like(rollout.x)
+    noise, advantage, owner = [], [], []
+    for p, table in enumerate(advantages):
+        for state in plan.transitions:
+            edge = plan.states[state]
+            value, fork = table[edge.group, edge.member].item(), row[edge.parent]
+            if value == 0:
+                continue
+            draw = rollout.noise(p, state)
+            direction[p, fork] += value * draw
+            if samples:
+                noise.append(draw)
+                advantage.append(value)
+                owner.append(p * len(row) + fork)
+    device, prompts = rollout.x.device, len(advantages)
+    made = Records(
+        x=rollout.x.flatten(0, 1),
+        direction=direction.flatten(0, 1),
+        sigma=c.sigma[list(plan.forks)].repeat(prompts).to(device),
+        v_coef=c.v_coef[child].repeat(prompts).to(device),
+        std=c.std[child].repeat(prompts).to(device),
+        weight=per_prompt.repeat(prompts).to(device),
+        step=torch.tensor([plan.states[f].index for f in plan.forks]).repeat(prompts).to(device),
+        prompt=torch.arange(prompts).repeat_interleave(len(row)).to(device),
+    )
+    if not samples:
+        return made
+    noise = torch.stack(noise) if noise else rollout.x.new_zeros(0, *rollout.x.shape[2:])
+    return dataclasses.replace(
+        made, noise=noise, advantage=torch.tensor(advantage, device=device), owner=torch.tensor(owner, dtype=torch.long, device=device)
+    )
+
+
+def cotangent(
+    directions: Tensor,
+    sigma: Sigma,
+    sigma_next: Sigma,
+    eta: float,
+    group_size: int,
+    kernel: str = "flow_sde",
+    sigma_max: Sigma = 1 - 1e-6,
+) -> Tensor:
+    """Return −(c/(G·s·D))·d on the velocity, for directions d = Σ A_i ε_i [N, …]: the on-policy gradient of the group's mean loss.
+
+    Equal to autograd of the clipped loss at ratio 1 (method of arXiv 2510.01982, algebra in this module's docstring); 0 where s = 0.
+    """
+    sigma = torch.as_tensor(sigma, dtype=directions.dtype, device=directions.device)
+    _, v_coef, std = step(kernel, sigma, sigma_next, eta, sigma_max)
+    return _cotangent(directions, v_coef, std, torch.full_like(std, 1 / group_size))
+
+
+def _cotangent(direction: Tensor, v_coef: Tensor, std: Tensor, weight: Tensor) -> Tensor:
+    elements = direction[0].numel() if len(direction) else 1
+    scale = torch.where(std > 0, -weight * v_coef / (std.clamp(min=1e-30) * elements), 0.0)
+    return over(scale, direction) * direction
+
+
+def log_ratio(velocity: Tensor, velocity_old: Tensor, made: Records) -> Tensor:
+    """Return log p_new/p_old of each sample [S] from the velocities [N, …] of the rows."""
+    delta = over(torch.where(made.std > 0, made.v_coef / made.std.clamp(min=1e-30), 0.0), velocity) * (velocity_old - velocity)
+    square = delta.square().flatten(1).mean(1)
+    return -((made.noise * delta[made.owner]).flatten(1).mean(1) + 0.5 * square[made.owner])
+
+
+def clipped_loss(velocity: Tensor, velocity_old: Tensor, made: Records, clip: float) -> tuple[Tensor, Tensor]:
+    """Return PPO's clipped loss Σ w·max(−Aρ, −A·clip(ρ, 1±c)) and the ratios ρ [S]."""
+    ratio = log_ratio(velocity, velocity_old, made).exp()
+    worse = torch.maximum(-made.advantage * ratio, -made.advantage * ratio.clamp(1 - clip, 1 + clip))
+    return (made.weight[made.owner] * worse).sum(), ratio
+
+
+def micro_batches(made: Records, size: int) -> Iterator[Records]:
+    """Split into parts of at most `size` rows."""
+    for rows in torch.arange(len(made), device=made.x.device).split(size):
+        yield made.rows(rows)
+
+
+def backward(
+    policy: Policy, made: Records, conds: Sequence[Any], recipe: Recipe, *, micro_batch: int = 32, old: Sequence[Tensor] | None = None
+) -> dict[str, float]:
+    """Accumulate the gradient of one objective over all rows; `old` are the velocities of `snapshot`, needed by the clipped form.
+
+    The velocity KL adds β·mean‖v − v_ref‖²/D over the rows. Returns sums and extremes that explain the update.
+    """
+    stats = {"kl": 0.0, "clipped": 0.0, "ratio": 0.0, "ratio_deviation": 0.0}
+    for i, part in enumerate(micro_batches(made, micro_batch)):
+        cond = [conds[p] for p in part.prompt.tolist()]
+        velocity = policy.velocity(part.x, part.sigma, cond)
+        if recipe.objective == "clip":
+            loss, ratio = clipped_loss(velocity, old[i], part, recipe.clip)
+            deviation = (ratio.detach() - 1).abs()
+            stats["clipped"] += (deviation > recipe.clip).sum().item()
+            stats["ratio"] += ratio.detach().sum().item()
+            stats["ratio_deviation"] = max(stats["ratio_deviation"], deviation.max().item() if len(deviation) else 0.0)
+        else:
+            loss = (velocity * _cotangent(part.direction, part.v_coef, part.std, part.weight)).sum()
+        if recipe.kl:
+            with torch.no_grad(), policy.reference():
+                reference = policy.velocity(part.x, part.sigma, cond)
+            distance = (velocity - reference).square().flatten(1).mean(1).sum() / len(made)
+            loss = loss + recipe.kl * distance
+            stats["kl"] += distance.item()
+        loss.backward()
+    return stats
+
+
+def snapshot(policy: Policy, made: Records, conds: Sequence[Any], *, micro_batch: int = 32) -> list[Tensor]:
+    """Compute the old velocities in the very batches, and with the kernels, that training will use: the first ratio is then exactly 1."""
+    return [
+        policy.velocity(part.x, part.sigma, [conds[p] for p in part.prompt.tolist()]).detach() for part in micro_batches(made, micro_batch)
+    ]
+
+
+def update(
+    policy: Policy,
+    made: Records,
+    conds: Sequence[Any],
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    *,
+    micro_batch: int = 32,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, float]:
+    """Take one optimizer step per rollout ("accumulate") or per branch step ("per_step"), `epochs` times over; return the metrics.
+
+    `reduce` averages a gradient over processes. A step whose gradient is not finite is skipped and counted.
+    """
+    per_step = recipe.update == "per_step"
+    parts = [made.rows((made.step == k).nonzero().flatten()) for k in made.step.unique().tolist()] if per_step else [made]
+    parts = [dataclasses.replace(part, weight=part.weight * len(parts)) for part in parts]
+    old = [snapshot(policy, part, conds, micro_batch=micro_batch) if recipe.objective == "clip" else None for part in parts]
+    totals: dict[str, float] = {}
+    samples, norms, skipped = 0, [], 0
+    for _ in range(recipe.epochs):
+        for part, before in zip(parts, old, strict=True):
+            optimizer.zero_grad(set_to_none=True)
+            stats = backward(policy, part, conds, recipe, micro_batch=micro_batch, old=before)
+            samples += len(part.advantage) if part.advantage is not None else 0
+            totals = {key: max(totals.get(key, 0), v) if key == "ratio_deviation" else totals.get(key, 0) + v for key, v in stats.items()}
+            norm = clip_gradients(policy.parameters(), recipe.max_grad_norm, reduce)
+            norms.append(norm)
+            if norm == norm and norm != float("inf"):
+                optimizer.step()
+            else:
+                skipped += 1
+    metrics = {"grad_norm": sum(norms) / len(norms), "lr": optimizer.param_groups[0]["lr"], "skipped": float(skipped)}
+    if recipe.kl:
+        metrics["kl/velocity"] = totals["kl"] / len(norms)
+    if recipe.objective == "clip":
+        count = max(samples, 1)
+        metrics |= {
+            "ratio/mean": totals["ratio"] / count,
+            "ratio/max_deviation": totals["ratio_deviation"],
+            "clip_share": totals["clipped"] / count,
+        }
+    return metrics
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, reduce: Callable[[Tensor], Tensor] | None = None) -> float:
+    """Average gradients over processes, scale them down to `max_norm`, and return the norm they had."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if reduce:
+            parameter.grad = reduce(parameter.grad)
+    return nn.utils.clip_grad_norm_(parameters, max_norm).item()
+
+
+@torch.no_grad()
+def update_average(average: Sequence[Tensor], parameters: Sequence[Tensor], decay: float) -> None:
+    """Move an exponential moving average of the adapter towards its parameters, in place."""
+    for mean, parameter in zip(average, parameters, strict=True):
+        mean.lerp_(parameter.detach(), 1 - decay)

@@ -1,0 +1,24 @@
+"""Settings that every test shares: one thread per process, no network, reproducible hypothesis, and gpu tests where a GPU is."""
+
+import os
+
+# Before the first import of torch; child processes inherit them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("project", deadline=None, derandomize=True, database=None)
+settings.load_profile("project")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip gpu tests by name where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device: run `pytest -m gpu` on a machine that has one"))
