@@ -28,8 +28,8 @@ def integrate(
 ) -> Tensor:
     """Return advantages [K, G] from rewards [R, K, G, L]: A = Σ_r w_r Σ_λ (r − mean)/(std + floor), clamped, re-centred over the group.
 
-    G²RPO's multi-granularity integration (arXiv 2510.01982, eq. 13). NaN rewards are left out; a member with none left gets 0. A group whose
-    std lies below the floor gives no gradient. `std` [R, 1, 1, 1] replaces the group's own as the scale.
+    G²RPO's multi-granularity integration (arXiv 2510.01982, eq. 13). NaN rewards are left out; a member with none left gets 0. A group
+    whose std lies below the floor gives no gradient. `std` [R, 1, 1, 1] replaces the group's own as the scale.
     """
     rewards = rewards.float()
     if weights is None:

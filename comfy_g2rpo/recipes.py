@@ -62,6 +62,7 @@ class Recipe:
     std: str = option(
         "group", "Standard deviation that scales the advantage: the group's, or that of all prompts.", choices=("group", "global")
     )
+    std_floor: float = option(1e-8, "Added to that deviation, in units of the reward; a group that spreads less teaches nothing.", 0, 1e6)
     clamp: float = option(5.0, "Bound on the absolute advantage.", 0.01, 1000)
     step_weight: str = option(
         "uniform",

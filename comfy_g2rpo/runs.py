@@ -205,17 +205,11 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any], replace: bool = False) -> RunFolder:
         """Start a run in a new or empty folder; `replace` removes a former run there, and nothing else."""
+        check_place(path, replace)
         run = cls(Path(path))
-        if run.path.is_dir() and not any(run.path.iterdir()):
-            pass
-        elif is_run(run.path):
-            if not replace:
-                remedies = "continue it (--resume), start over (--replace) or choose another folder (--out)"
-                raise RunError(f"{run.path} already holds a run; {remedies}")
+        if is_run(run.path):
             with _writing(run.path):
                 shutil.rmtree(run.path)
-        elif run.path.exists():
-            raise RunError(f"{run.path} exists and is not a run of this program; choose another folder (--out)")
         write_json(run.config_file, config)
         write_bytes(run.metrics_file, (json.dumps({"schema": SCHEMA}) + "\n").encode())
         return run
@@ -332,6 +326,16 @@ class RunFolder:
     def sampled_steps(self) -> list[int]:
         """List the steps that have pictures."""
         return sorted(int(path.parent.name) for path in (self.path / "images").glob("[0-9]*/index.json"))
+
+
+def check_place(path: Path, replace: bool = False) -> None:
+    """Refuse a place where no run may start: another run, unless it is to be replaced, and anything that is not a run."""
+    path = Path(path)
+    if is_run(path):
+        if not replace:
+            raise RunError(f"{path} already holds a run; continue it (--resume), start over (--replace) or choose another folder (--out)")
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(f"{path} exists and is not a run of this program; choose another folder (--out)")
 
 
 def is_run(path: Path) -> bool:

@@ -213,13 +213,9 @@ def update(
     metrics = {"grad_norm": sum(norms) / len(norms), "lr": optimizer.param_groups[0]["lr"], "skipped": float(skipped)}
     if recipe.kl:
         metrics["kl/velocity"] = totals["kl"] / len(norms)
-    if recipe.objective == "clip":
-        count = max(samples, 1)
-        metrics |= {
-            "ratio/mean": totals["ratio"] / count,
-            "ratio/max_deviation": totals["ratio_deviation"],
-            "clip_share": totals["clipped"] / count,
-        }
+    if recipe.objective == "clip" and samples:
+        metrics |= {"ratio/mean": totals["ratio"] / samples, "ratio/max_deviation": totals["ratio_deviation"]}
+        metrics["clip_share"] = totals["clipped"] / samples
     return metrics
 
 

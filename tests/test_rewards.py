@@ -102,6 +102,12 @@ def test_soft_edges_and_small_colour_errors_are_forgiven(rendered):
     assert score_all([STRICT], decoded.clamp(0, 1), prompts).mean() >= 0.98
 
 
+def test_objects_joined_by_a_faint_bridge_stay_two():
+    pair = draw(("blue", "square", 20, 32, 18), ("blue", "square", 41, 32, 18))
+    pair[0, 38:40, 28:33] = 0.4 * pair[0, 32, 20] + 0.6 * blank()[0, 0, 0]
+    assert passes(pair, "two blue squares")
+
+
 def test_another_scene_s_picture_does_not_pass(rendered):
     images, prompts = rendered
     foreign = images.roll(1, 0)
@@ -185,7 +191,7 @@ def test_smudges_earn_less_than_crisp_shapes():
     crisp = circles(2)
     smudged = torch.from_numpy(gaussian_filter(crisp.numpy(), (0, 2.5, 2.5, 0)))
     pale = 0.4 * crisp + 0.6 * blank()
-    assert max(graded(smudged, "two red circles"), graded(pale, "two red circles")) < 0.6
+    assert max(graded(smudged, "two red circles"), graded(pale, "two red circles")) < 0.7
 
 
 def test_a_shape_between_two_shapes_earns_less_than_either():

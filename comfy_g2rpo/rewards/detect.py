@@ -50,7 +50,7 @@ def detect(images: np.ndarray) -> Objects:
     image, y, x = np.nonzero(drawn)
     colour, coverage = unmix(images[drawn] * np.float32(255) - _BACKGROUND)
     plane = np.where(coverage > 0, image * len(COLOURS) + colour, -1)
-    number = components(plane, x, y, height, width)
+    number = components(plane, x, y, coverage, height, width)
     size = np.bincount(number, minlength=1)
     size[0] = 0
     inside = size[number] >= SPECK
@@ -96,17 +96,25 @@ def unmix(offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return colour, coverage * (1 - best / np.float32(COLOUR_TOLERANCE**2))
 
 
-def components(plane: np.ndarray, x: np.ndarray, y: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Number the 4-connected components of the pixels [P] of each plane, all in one call: [P], 0 = none (plane -1 or nearly empty)."""
+def components(plane: np.ndarray, x: np.ndarray, y: np.ndarray, coverage: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Number the 4-connected components of each plane's pixels [P], all in one call: [P], 0 = none.
+
+    Pixels of at least half coverage connect; a softer one joins a neighbour, so that two objects may come as close as blurred edges touch.
+    """
     used = np.bincount(plane + 1) >= SPECK
     used[:1] = False
-    # An empty row below each plane keeps it apart from the next one, so that all planes form one tall picture.
+    # An empty row below each plane and an empty column keep neighbours apart, so that all planes form one tall picture.
     top = (np.cumsum(used) - 1) * (height + 1)
     inside = used[plane + 1]
     row = np.where(inside, top[plane + 1] + y, height)
-    tall = np.zeros((max(int(used.sum()), 1) * (height + 1), width), bool)
-    tall[row[inside], x[inside]] = True
-    return label(tall)[0][row, x]
+    tall = np.zeros((max(int(used.sum()), 1) * (height + 1), width + 1), bool)
+    tall[row, x] = inside & (coverage >= 0.5)
+    number = label(tall)[0]
+    beside = np.maximum(
+        np.maximum(number[row, x - 1], number[row, x + 1]), np.maximum(number[row - 1, x], number[(row + 1) % len(tall), x])
+    )
+    own = number[row, x]
+    return np.where(inside, np.where(own > 0, own, beside), 0)
 
 
 def boxes(component: np.ndarray, x: np.ndarray, y: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

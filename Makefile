@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all bench lint clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: python3 is too old: make PYTHON=/path/to/python3.11 (or newer)")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trainer,test]'
+	@touch $(READY)
+
+demo: $(READY)  ## Align the bundled tiny flow model on any machine, in a few minutes: runs/demo
+	$(RUN)/g2rpo train recipes/demo.yaml --out runs/demo --replace
+
+test: $(READY)  ## Run the tests, with ComfyUI's where one is found, and the coverage gate
+	$(RUN)/python -m pytest -n 2 --dist loadgroup --cov=comfy_g2rpo --cov-fail-under=95
+
+test-all: $(READY)  ## The same and the tests that drive a browser
+	$(RUN)/python -m pytest -n 2 --dist loadgroup -m "" --cov=comfy_g2rpo --cov-fail-under=95
+
+bench: $(READY)  ## Measure rollout speed and credit assignment, short forms
+	$(RUN)/python benchmarks/rollout.py --quick
+	$(RUN)/python benchmarks/credit.py --quick
+
+lint: $(READY)  ## Check style with ruff
+	$(RUN)/ruff check .
+
+clean:  ## Remove the virtual environment, build products and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .coverage htmlcov .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

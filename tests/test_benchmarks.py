@@ -1,0 +1,66 @@
+"""The benchmarks measure what they say: the plain loops' cost and results, and the estimators."""
+
+import pytest
+import torch
+from credit import explained, nested
+from plain import PlainLoop
+from toys import SHAPE, ToyPolicy
+
+from comfy_g2rpo.plan import singular
+from comfy_g2rpo.rewards import Rule
+from comfy_g2rpo.rollout import roll_out
+from comfy_g2rpo.schedule import shifted_sigmas
+from comfy_g2rpo.scoring import Scorer
+
+BRIGHTNESS = Rule("brightness", lambda images, prompts: images.mean((1, 2, 3)), compares_across_prompts=False)
+
+
+def decode(latents):
+    """Turn latents [B, 2, 3, 3] into pictures [B, 3, 3, 3]."""
+    return latents[:, :1].sigmoid().permute(0, 2, 3, 1).expand(-1, 3, 3, 3)
+
+
+def loop(plan):
+    return PlainLoop(ToyPolicy(), decode, [BRIGHTNESS], plan, shifted_sigmas(plan.num_steps), "a prompt", 0.3, 11, SHAPE)
+
+
+@pytest.mark.parametrize("granularities, forwards", [((1,), 1216), ((1, 2), 1792), ((1, 3), 1612), ((1, 2, 3), 2188)])
+def test_the_published_loop_spends_what_the_published_code_spends(granularities, forwards):
+    plain = loop(singular(16, range(8), 12, granularities, terminal="published"))
+    plain.as_published()
+    assert plain.forwards == forwards
+
+
+def test_the_batched_loop_shares_the_anchor_and_nothing_else():
+    plain = loop(singular(16, range(8), 12, (1, 2), terminal="published"))
+    plain.batched()
+    assert plain.forwards == 8 + 1104 + 576
+    assert set(plain.policy.calls) == {1, 12}
+
+
+@pytest.mark.parametrize("terminal", ["published", "exact"])
+def test_all_ways_score_alike(terminal):
+    plan = singular(8, range(4), 5, (1, 2, 3), terminal=terminal)
+    scorer = Scorer(decode, [BRIGHTNESS], ["a prompt"], len(plan.images))
+    roll_out(ToyPolicy(), plan, shifted_sigmas(8), [0.3], [11], SHAPE, sink=scorer)
+    for scores in (loop(plan).as_published(), loop(plan).batched()):
+        assert torch.allclose(scores, scorer.scores[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_explained_share_of_made_up_rewards_is_found(share):
+    generator = torch.Generator().manual_seed(0)
+    own, other = torch.randn(500, 8, 1, generator=generator), torch.randn(500, 8, 4, generator=generator)
+    assert explained(share**0.5 * own + (1 - share) ** 0.5 * other).item() == pytest.approx(share, abs=0.03)
+
+
+def test_repeats_share_the_noise_of_one_step_alone():
+    plan = nested(4, 1, values=3, repeats=2)
+    noise = [[plan.states[parent].noise for parent in path(plan, image)] for image in plan.images]
+    for first, second in zip(noise[::2], noise[1::2], strict=True):
+        assert [a == b for a, b in zip(first, second, strict=True)] == [True, False, True, False, True]
+
+
+def path(plan, state):
+    """List the states from the root to a state."""
+    return (path(plan, plan.states[state].parent) if plan.states[state].parent >= 0 else []) + [state]

@@ -1,0 +1,196 @@
+"""The headless loop on the bundled model: whole runs of a few small steps."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from comfy_g2rpo import lora
+from comfy_g2rpo.rewards import RewardError
+from comfy_g2rpo.runs import RunError, RunFolder, read_state
+from g2rpo_trainer import run as training
+from g2rpo_trainer.config import from_dict
+from g2rpo_trainer.evaluation import Evaluation, compare
+from g2rpo_trainer.progress import Silent
+
+VARYING = ("time/", "memory/")
+
+
+def config(tmp_path, **sections):
+    """Configure a run of three quick steps."""
+    (tmp_path / "train.txt").write_text("a red circle\ntwo blue squares\na green triangle\n")
+    (tmp_path / "heldout.txt").write_text("a yellow circle\na red square above a blue circle\n")
+    tree = {
+        "model": {"path": __import__("os").environ.get("TINY", "models/tiny"), "width": 64, "height": 64, "max_sequence_length": 0},
+        "lora": {"rank": 4, "alpha": 8},
+        "method": {"name": "g2rpo", "num_steps": 4, "group_size": 3, "learning_rate": 1e-3},
+        "rewards": [{"name": "agreement"}],
+        "prompts": {"train": str(tmp_path / "train.txt"), "heldout": str(tmp_path / "heldout.txt")},
+        "train": {"steps": 3, "prompts_per_step": 2, "eval_noises": 2, "checkpoint_every": 1, "eval_every": 2},
+    }
+    for section, values in sections.items():
+        tree[section] = {**tree.get(section, {}), **values} if isinstance(values, dict) else values
+    return from_dict(tree)
+
+
+class StopAt(Silent):
+    """Press Ctrl-C when a step is shown."""
+
+    def __init__(self, step):
+        self.at = step
+
+    def step(self, metrics):
+        if metrics["step"] == self.at and "nfe" in metrics:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def prepare(made):
+    return training.prepare(made, Accelerator(cpu=True))
+
+
+def outcome(path):
+    """Return all that must be equal: LoRA, state and the metrics that are not clocks."""
+    folder = RunFolder.open(path)
+    rows = [{k: v for k, v in row.items() if not k.startswith(VARYING)} for row in folder.metrics()]
+    return lora.read(folder.latest() / "lora.safetensors").pairs, read_state(folder.latest())[0], rows
+
+
+def assert_equal(one, two):
+    for a, b in ((one[0], two[0]),):
+        assert all(torch.equal(a[name][i], b[name][i]) for name in a for i in (0, 1))
+    assert one[1].keys() == two[1].keys() and all(torch.equal(one[1][k], two[1][k]) for k in one[1])
+    assert one[2] == two[2]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Run once without interruption."""
+    path = tmp_path_factory.mktemp("whole")
+    summary = training.train(config(path), path / "run", progress=Silent())
+    return path / "run", summary
+
+
+def test_a_run_leaves_what_the_readme_promises(whole):
+    path, summary = whole
+    for name in ("config.json", "metrics.jsonl", "summary.json", "before_after.png", "curves.png"):
+        assert (path / name).stat().st_size > 0
+    saved = json.loads((path / "summary.json").read_text())
+    expected = {
+        "heldout_before",
+        "heldout_after",
+        "reward_before",
+        "reward_after",
+        "seconds",
+        "forwards",
+        "seed",
+        "lora",
+        "steps",
+        "recipe",
+        "heldout_gain",
+    }
+    assert expected <= set(saved) and saved["steps"] == 3
+    assert (path / saved["lora"]).is_file() and summary["lora"] == saved["lora"]
+
+
+def test_metrics_have_the_fields_names(whole):
+    rows = RunFolder.open(whole[0]).metrics()
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3]
+    assert {"reward/agreement/mean", "reward/agreement/std", "advantage/abs_mean", "zero_std_share", "grad_norm", "lr", "nfe"} <= set(
+        rows[1]
+    )
+    assert {"time/rollout", "time/decode", "time/reward", "time/update", "memory/peak"} <= set(rows[1])
+    assert "heldout/agreement/mean" in rows[0] and "heldout/agreement/mean" in rows[2] and "heldout/agreement/mean" in rows[-1]
+
+
+def test_the_adapter_has_learned_something_and_says_what_it_is(whole):
+    file = lora.read(whole[0] / whole[1]["lora"])
+    assert all(up.abs().max() > 0 for _, up in file.pairs.values())
+    assert (
+        file.metadata["g2rpo.base_model"] == "tiny"
+        and file.metadata["g2rpo.rewards"] == "1 agreement"
+        and file.metadata["g2rpo.step"] == "3"
+    )
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_an_interrupted_run_resumes_bit_for_bit(whole, tmp_path, step):
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config(tmp_path), tmp_path / "run", progress=StopAt(step))
+    assert int(RunFolder.open(tmp_path / "run").latest().name) == step
+    training.train(config(tmp_path), tmp_path / "run", resume=True, progress=Silent())
+    assert_equal(outcome(whole[0]), outcome(tmp_path / "run"))
+
+
+def test_a_killed_run_resumes_bit_for_bit_from_its_last_checkpoint(whole, tmp_path, monkeypatch):
+    """A kill leaves rows and torn lines behind the last checkpoint; they are written again."""
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config(tmp_path), tmp_path / "run", progress=StopAt(1))
+    folder = RunFolder.open(tmp_path / "run")
+    folder.append({"step": 2, "nfe": 5})
+    with folder.metrics_file.open("a") as file:
+        file.write('{"step": 3, "nf')
+    training.train(config(tmp_path), tmp_path / "run", resume=True, progress=Silent())
+    assert_equal(outcome(whole[0]), outcome(tmp_path / "run"))
+
+
+def test_a_moving_average_and_the_clipped_objective_resume_too(tmp_path):
+    method = {"method": {"name": "flow_grpo_fast", "num_steps": 4, "group_size": 3, "pick_size": 1, "ema": 0.9, "epochs": 2, "kl": 0.1}}
+    training.train(config(tmp_path, **method), tmp_path / "a", progress=Silent())
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config(tmp_path, **method), tmp_path / "b", progress=StopAt(2))
+    training.train(config(tmp_path, **method), tmp_path / "b", resume=True, progress=Silent())
+    assert_equal(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
+    rows = [row for row in RunFolder.open(tmp_path / "a").metrics() if "nfe" in row]
+    assert rows[0]["kl/velocity"] >= 0 and "clip_share" in rows[0] and rows[0]["ratio/mean"] == pytest.approx(1, abs=1e-2)
+
+
+def test_a_resumed_run_must_be_the_same_run(whole, tmp_path):
+    other = config(tmp_path, lora={"rank": 8})
+    with pytest.raises(RunError, match=r"lora\.rank = 4, not 8"):
+        training.open_run(other, whole[0], resume=True, replace=False)
+
+
+def test_a_longer_budget_continues_a_finished_run(tmp_path):
+    short = config(tmp_path, train={"steps": 1})
+    training.train(short, tmp_path / "run", progress=Silent())
+    summary = training.train(config(tmp_path, train={"steps": 2}), tmp_path / "run", resume=True, progress=Silent())
+    assert summary["steps"] == 2
+
+
+def test_an_existing_run_is_not_overwritten(whole, tmp_path):
+    before = (whole[0] / "summary.json").read_bytes()
+    with pytest.raises(RunError, match="--resume"):
+        training.train(config(tmp_path), whole[0], progress=Silent())
+    assert (whole[0] / "summary.json").read_bytes() == before
+
+
+def test_training_goes_on_from_a_lora_file(whole, tmp_path):
+    path = whole[0] / whole[1]["lora"]
+    setup = prepare(config(tmp_path, lora={"rank": 4, "alpha": 4, "init": str(path)}))
+    file = lora.read(path)
+    for name, (down, up) in setup.policy.pairs().items():
+        assert torch.equal(down, file.pairs[name][0]) and torch.allclose(up, 2 * file.pairs[name][1])
+    with pytest.raises(ValueError, match=r"lora\.init"):
+        prepare(config(tmp_path, lora={"rank": 2, "init": str(path)}))
+
+
+def test_a_reward_that_judges_nothing_stops_the_run_with_one_line(tmp_path):
+    (tmp_path / "odd.txt").write_text("something else entirely\nand another thing\n")
+    odd = config(tmp_path, prompts={"train": str(tmp_path / "odd.txt")})
+    with pytest.raises(RewardError, match="judged none"):
+        training.train(odd, tmp_path / "run", progress=Silent())
+
+
+def test_time_budgets_end_a_run(tmp_path):
+    summary = training.train(config(tmp_path, train={"minutes": 1e-4}), tmp_path / "run", progress=Silent())
+    assert summary["steps"] == 1
+
+
+def test_gains_are_paired_by_prompt():
+    before = Evaluation(("r",), ("a", "b", "c"), torch.tensor([[[0.1, 0.3], [0.4, 0.4], [0.5, torch.nan]]]))
+    after = Evaluation(("r",), ("a", "b", "c"), torch.tensor([[[0.3, 0.5], [0.5, 0.7], [0.8, 0.8]]]))
+    gain = compare(before, after)["r"]
+    assert gain["mean"] == pytest.approx((0.2 + 0.2 + 0.3) / 3) and gain["p"] < 0.05 and gain["ci95"] > 0

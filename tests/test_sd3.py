@@ -1,0 +1,247 @@
+"""The sd3 family on the bundled model, and the engine on a real transformer against plain loops."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from plain import PlainLoop
+from torch import Tensor
+
+from comfy_g2rpo.advantages import integrate
+from comfy_g2rpo.kernels import log_prob
+from comfy_g2rpo.plan import deterministic
+from comfy_g2rpo.recipes import RECIPES, Recipe, build_plan
+from comfy_g2rpo.rewards import REWARDS
+from comfy_g2rpo.rollout import Rollout, roll_out, seeded_noise
+from comfy_g2rpo.schedule import shifted_sigmas
+from comfy_g2rpo.scoring import Scorer
+from comfy_g2rpo.update import backward, records, snapshot, step_weights, update
+from g2rpo_trainer.families.sd3 import SD3, load_pipeline
+
+TINY = Path(__file__).parent.parent / "models" / "tiny"
+PROMPTS = ("two red circles", "a green square left of a blue triangle")
+SHAPE, SEED = (16, 8, 8), 5
+SMALL = {name: dataclasses.replace(RECIPES[name], num_steps=4, group_size=3) for name in RECIPES}
+AGREEMENT = REWARDS["agreement"]
+
+pytestmark = pytest.mark.skipif(not (TINY / "model_index.json").is_file(), reason="models/tiny is missing: run tools/train_tiny.py")
+
+
+def load(guidance: float = 1.0, lora_seed: int | None = None) -> SD3:
+    """Load the bundled model; a LoRA that is asked for has moved away from zero."""
+    policy = SD3(load_pipeline(TINY, torch.float32), guidance=guidance)
+    if lora_seed is not None:
+        policy.add_lora(4, 8, lora_seed, feed_forward=True)
+        with torch.no_grad():
+            for name, (_, up) in policy.pairs().items():
+                up.copy_(0.02 * seeded_noise(up.shape, "up", name))
+    return policy
+
+
+@pytest.fixture(scope="session")
+def base() -> SD3:
+    """A model without adapter; tests leave it as it is."""
+    return load()
+
+
+@pytest.fixture(scope="session")
+def policy() -> SD3:
+    """A model with an adapter; tests leave it as it is."""
+    return load(lora_seed=0)
+
+
+@pytest.fixture
+def batch(base: SD3) -> tuple[Tensor, Tensor, list]:
+    """Two latents at two noise levels, with their prompts."""
+    return seeded_noise((2, *SHAPE), "latents"), torch.tensor([0.9, 0.3]), base.encode(PROMPTS)
+
+
+def test_a_deterministic_rollout_is_the_pipelines_own_sampling(base):
+    rollout = roll_out(base, deterministic(4), shifted_sigmas(4), base.encode(PROMPTS[:1]), [SEED], SHAPE)
+    picture = base.pipeline(
+        PROMPTS[0],
+        sigmas=[1.0, 0.75, 0.5, 0.25],
+        guidance_scale=1.0,
+        latents=rollout.noise(0, 0)[None],
+        max_sequence_length=0,
+        output_type="pt",
+    ).images
+    assert torch.allclose(base.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), atol=1e-4)
+
+
+def test_guidance_moves_from_the_empty_prompt_through_the_given_one(base, batch):
+    x, sigma, cond = batch
+    with torch.no_grad():
+        given, empty = base.velocity(x, sigma, cond), base.velocity(x, sigma, base.encode(["", ""]))
+        guided = load(guidance=2.0).velocity(x, sigma, cond)
+    assert torch.allclose(guided, empty + 2.0 * (given - empty), atol=1e-5)
+
+
+def test_the_reference_is_the_model_without_adapter(base, policy, batch):
+    with torch.no_grad():
+        with policy.reference():
+            reference = policy.velocity(*batch)
+        assert torch.allclose(reference, base.velocity(*batch), atol=1e-6)
+        assert not torch.allclose(reference, policy.velocity(*batch), atol=1e-3)
+
+
+def test_the_merged_model_is_the_model_with_its_adapter(policy, batch):
+    with policy.inference():
+        merged = policy.velocity(*batch)
+    with torch.no_grad():
+        assert torch.allclose(merged, policy.velocity(*batch), atol=1e-5)
+
+
+def test_merging_leaves_every_weight_as_it_was_bit_for_bit(policy):
+    before = {name: value.clone() for name, value in policy.transformer.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), policy.inference():
+        raise KeyboardInterrupt
+    after = policy.transformer.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_adapter_learns_again_after_a_rollout(policy, batch):
+    with policy.inference():
+        assert not policy.velocity(*batch).requires_grad
+    assert policy.velocity(*batch).requires_grad
+
+
+def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed_alone(base, batch):
+    adapters = [load() for _ in range(3)]
+    for adapter, seed in zip(adapters, (1, 1, 2), strict=True):
+        adapter.add_lora(4, 4, seed)
+    one, same, other = (torch.cat([down.flatten() for down, _ in adapter.pairs().values()]) for adapter in adapters)
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    with torch.no_grad():
+        assert torch.allclose(adapters[0].velocity(*batch), base.velocity(*batch), atol=1e-6)
+
+
+def test_only_the_adapter_is_trained(policy):
+    trained = {id(p) for p in policy.transformer.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in policy.parameters()} and not any(p.requires_grad for p in policy.vae.parameters())
+
+
+def test_decoded_pictures_are_float32_rows_of_pixels_in_range(base):
+    pictures = base.decode(3 * seeded_noise((2, *SHAPE), "latents"))
+    assert pictures.shape == (2, 64, 64, 3) and pictures.dtype == torch.float32 and pictures.is_contiguous()
+    assert pictures.min() >= 0 and pictures.max() <= 1
+
+
+def test_a_latent_has_a_cell_per_8_pixels_and_sizes_between_patches_are_refused(base):
+    assert base.latent_shape(64, 96) == (16, 12, 8)
+    with pytest.raises(ValueError, match="70×64; both must be multiples of 16"):
+        base.latent_shape(70, 64)
+
+
+def test_known_prompts_need_no_text_encoder():
+    policy = load()
+    first = policy.encode(PROMPTS)
+    policy.drop_text_encoders()
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, policy.encode(PROMPTS), strict=True))
+
+
+def test_a_missing_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no model_index\.json there"):
+        load_pipeline(tmp_path / "nowhere", torch.float32)
+
+
+def truncate(path: Path) -> None:
+    """Cut a file short, as an interrupted download does."""
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda model: (model / "model_index.json").write_text("{"),
+        lambda model: (model / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"})),
+        lambda model: truncate(model / "transformer" / "diffusion_pytorch_model.safetensors"),
+        lambda model: truncate(model / "vae" / "diffusion_pytorch_model.safetensors"),
+        lambda model: (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink(),
+        lambda model: (model / "transformer" / "config.json").unlink(),
+        lambda model: shutil.rmtree(model / "tokenizer"),
+    ],
+    ids=["index no JSON", "index empty", "transformer cut", "vae cut", "weights gone", "config gone", "tokenizer gone"],
+)
+def test_a_damaged_model_is_one_clear_line(tmp_path, damage):
+    model = shutil.copytree(TINY, tmp_path / "model")
+    damage(model)
+    with pytest.raises(ValueError, match=str(model)) as error:
+        load_pipeline(model, torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def run_engine(policy: SD3, recipe: Recipe, slots: int = 64) -> tuple[Rollout, Tensor, Tensor]:
+    """Roll out and score one group: rollout, rewards [1, K, G, L], advantages [K, G]."""
+    plan = build_plan(recipe, iteration=30, seed=3)
+    scorer = Scorer(policy.decode, [AGREEMENT], PROMPTS[:1], len(plan.images))
+    rollout = roll_out(policy, plan, shifted_sigmas(4), policy.encode(PROMPTS[:1]), [SEED], SHAPE, slots=slots, sink=scorer)
+    rewards = plan.values(scorer.scores[:, 0])
+    return rollout, rewards, integrate(rewards)
+
+
+def gradient(policy: SD3) -> Tensor:
+    """Take the adapter's gradient as one vector."""
+    flat = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    for parameter in policy.parameters():
+        parameter.grad = None
+    return flat
+
+
+def plain_gradient(loop: PlainLoop, advantages: Tensor, recipe: Recipe) -> Tensor:
+    """Differentiate the clipped loss at ratio 1 and the velocity KL, one sample at a time."""
+    plan, c, policy = loop.plan, loop.coefficients, loop.policy
+    child = [next(s for s in plan.transitions if plan.states[s].parent == fork) for fork in plan.forks]
+    weight = dict(zip(plan.forks, step_weights(c.v_coef[child], c.std[child], recipe.step_weight), strict=True))
+    for state in plan.transitions:
+        edge = plan.states[state]
+        x = loop.known[edge.parent]
+        velocity = policy.velocity(x, c.sigma[[edge.parent]], [loop.cond])
+        mean = c.x_coef[state] * x + c.v_coef[state] * velocity
+        x_next = loop.step(x, velocity.detach(), [state])
+        now = log_prob(x_next, mean, c.std[state])
+        ratio, advantage = (now - now.detach()).exp(), advantages[edge.group, edge.member]
+        loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - recipe.clip, 1 + recipe.clip))
+        (weight[edge.parent] * loss.sum() / advantages.numel()).backward()
+    for fork in plan.forks if recipe.kl else ():
+        velocity = policy.velocity(loop.known[fork], c.sigma[[fork]], [loop.cond])
+        with torch.no_grad(), policy.reference():
+            reference = policy.velocity(loop.known[fork], c.sigma[[fork]], [loop.cond])
+        (recipe.kl * (velocity - reference).square().mean() / len(plan.forks)).backward()
+    return gradient(policy)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_equals_the_plain_loop_in_rewards_advantages_and_gradient(policy, name):
+    recipe = SMALL[name]
+    rollout, rewards, advantages = run_engine(policy, recipe, slots=7)
+    cond = policy.encode(PROMPTS[:1])
+    loop = PlainLoop(policy, policy.decode, [AGREEMENT], rollout.plan, shifted_sigmas(4), PROMPTS[0], cond[0], SEED, SHAPE)
+    plain_rewards = rollout.plan.values(loop.as_published())
+    assert torch.allclose(rewards, plain_rewards, atol=1e-5)
+    assert torch.allclose(advantages, integrate(plain_rewards), atol=1e-3)
+    assert advantages.any()
+    made = records(rollout, [advantages], step_weight=recipe.step_weight, samples=recipe.objective == "clip")
+    backward(policy, made, cond, recipe, old=snapshot(policy, made, cond) if recipe.objective == "clip" else None)
+    ours, plain = gradient(policy), plain_gradient(loop, advantages, recipe)
+    assert (ours - plain).norm() <= 1e-5 * plain.norm()
+
+
+def test_rewards_do_not_depend_on_the_slots(policy):
+    few, many = (run_engine(policy, SMALL["g2rpo"], slots)[1] for slots in (3, 64))
+    assert torch.allclose(few, many, atol=1e-5)
+
+
+def test_the_first_ratio_is_exactly_1(policy):
+    recipe = dataclasses.replace(SMALL["flow_grpo"], learning_rate=0.0)
+    rollout, _, advantages = run_engine(policy, recipe)
+    made = records(rollout, [advantages], samples=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
+    metrics = update(policy, made, policy.encode(PROMPTS[:1]), optimizer, recipe, micro_batch=5)
+    gradient(policy)
+    assert metrics["ratio/max_deviation"] == 0.0 and metrics["clip_share"] == 0.0

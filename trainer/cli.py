@@ -1,0 +1,228 @@
+"""The command line: `g2rpo train | plan | sample | score | report | options | version`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from .config import Config
+
+# PyTorch and diffusers are imported inside the commands, so that --help answers at once.
+app = typer.Typer(
+    help="Align flow models with rewards by G²RPO.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a bundled recipe: demo, demo_multi, sd35_medium.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe, such as method.eta=0.5.")
+]
+
+
+class CommandError(ValueError):
+    """Arguments that do not go together."""
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    out: Annotated[Path | None, typer.Option(help="Run folder [default: the recipe's, or runs/<recipe>].")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Remove a former run in that folder first.")] = False,
+    settings: Settings = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
+) -> None:
+    """Train a LoRA by a recipe; Ctrl-C stops it and --resume goes on."""
+    if resume and replace:
+        raise CommandError("--resume and --replace exclude each other; give one of them")
+    from .config import load
+    from .progress import for_terminal
+
+    config = load(recipe, settings or [])
+    folder = out or Path(config.out or Path("runs") / Path(recipe).stem)
+    progress = for_terminal(quiet)
+    quieten_libraries()
+    from .run import train as run
+
+    try:
+        summary = run(config, folder, resume=resume, replace=replace, progress=progress)
+        if summary and not quiet:
+            typer.echo(f"LoRA: {folder / summary['lora']}\nsee {folder / 'before_after.png'} and {folder / 'curves.png'}")
+    except KeyboardInterrupt:
+        progress.close()
+        typer.echo(f"interrupted; continue with: {resume_command(recipe, folder, settings or [])}", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        progress.close()
+
+
+@app.command()
+def plan(recipe: Recipe, settings: Settings = None) -> None:
+    """Say what a recipe will cost before anything runs: forwards, pictures, time, memory."""
+    from .config import load
+    from .estimate import count, measure, table
+
+    config = load(recipe, settings or [])
+    counts = count(config)
+    quieten_libraries()
+    try:
+        cost = measure(config)
+    except (OSError, ValueError) as error:
+        typer.echo(table(counts, None))
+        typer.echo(f"time and memory are unknown, because the model cannot be loaded here: {error}")
+        return
+    typer.echo(table(counts, cost))
+
+
+@app.command()
+def sample(
+    prompt: Annotated[list[str], typer.Option(help="What to draw; repeat for several pictures.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="Recipe, or run folder, whose model and schedule are used.")] = "demo",
+    model: Annotated[str | None, typer.Option(help="Folder of another model.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA file [default for a run: its newest].")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the start noise.")] = 0,
+    out: Annotated[Path, typer.Option(help="PNG to write; several pictures are numbered.")] = Path("sample.png"),
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite existing pictures.")] = False,
+    settings: Settings = None,
+) -> None:
+    """Draw pictures with a model, with or without a LoRA."""
+    places = [out] if len(prompt) == 1 else [out.with_name(f"{out.stem}-{i:03d}{out.suffix}") for i in range(len(prompt))]
+    for place in places:
+        if place.exists() and not replace:
+            raise CommandError(f"{place} exists; choose another --out, or give --replace")
+    config, own_lora = configuration(recipe, [*(settings or []), *([f"model.path={json.dumps(model)}"] if model else [])])
+    quieten_libraries()
+    from comfy_g2rpo.runs import save_png
+
+    from .sampling import draw
+
+    for place, picture in zip(places, draw(config, prompt, seed, lora or own_lora), strict=True):
+        save_png(place, picture)
+        typer.echo(place)
+
+
+@app.command()
+def score(
+    reward: Annotated[str, typer.Argument(metavar="REWARD", help="Name of a reward; several joined by commas.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Pictures to judge.")],
+    prompt: Annotated[list[str], typer.Option(help="What they should show: once for all, or once for each in order.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Judge pictures, best first."""
+    if len(prompt) not in (1, len(images)):
+        raise CommandError(f"{len(prompt)} prompts for {len(images)} pictures; give one --prompt, or one per picture")
+    from .sampling import judge
+
+    prompts = prompt * len(images) if len(prompt) == 1 else prompt
+    rows = judge(reward.split(","), images, prompts)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    for row in rows:
+        values = "  ".join(f"{name} {'cannot judge' if value is None else format(value, '.4f')}" for name, value in row["scores"].items())
+        typer.echo(f"{values}  {row['image']}  {row['prompt']}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
+    """Draw a run's curves and its before/after picture again, from the run folder."""
+    from comfy_g2rpo.runs import RunFolder
+
+    from .report import write_report
+
+    for path in write_report(RunFolder.open(run)):
+        typer.echo(path)
+
+
+@app.command()
+def options() -> None:
+    """List every field of a recipe and what it means."""
+    from .config import fields
+
+    known = dict(fields())
+    width = max(map(len, known))
+    for name, sentence in known.items():
+        typer.echo(f"{name:<{width}}  {sentence}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from comfy_g2rpo import __version__
+
+    typer.echo(__version__)
+
+
+def configuration(source: str, settings: list[str]) -> tuple[Config, Path | None]:
+    """Load a recipe, or what a run was made with together with its newest LoRA."""
+    from comfy_g2rpo.runs import RunFolder, is_run
+
+    from .config import apply_overrides, from_dict, load
+
+    if not is_run(Path(source)):
+        return load(source, settings), None
+    run = RunFolder(Path(source))
+    newest = run.latest()
+    return from_dict(apply_overrides(run.config()["config"], settings)), newest and newest / "lora.safetensors"
+
+
+def quieten_libraries() -> None:
+    """Keep the model libraries' bars and notices out of the display, and the libraries themselves off the network."""
+    for name, value in {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def resume_command(recipe: str, folder: Path, settings: list[str]) -> str:
+    """Write the command that continues an interrupted run."""
+    words = ["g2rpo", "train", recipe, "--out", str(folder), "--resume"]
+    return shlex.join([*words, *(word for setting in settings for word in ("--set", setting))])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; what a user can mend becomes one line and exit code 2, anything else keeps its traceback."""
+    try:
+        app(arguments)
+    except (ValueError, OSError) as error:
+        if not ours(error.__traceback__):
+            raise
+        explain(error)
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        explain("out of memory; lower train.slots, train.decode_batch and train.micro_batch (they change speed, not results)")
+
+
+def ours(traceback: TracebackType | None) -> bool:
+    """Say whether an error was raised by this project's own code, which words its errors for the user."""
+    while traceback and traceback.tb_next:
+        traceback = traceback.tb_next
+    module = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
+    return module.partition(".")[0] in ("comfy_g2rpo", (__package__ or "").partition(".")[0])
+
+
+def explain(error: Any) -> None:
+    """Print one line and leave with exit code 2."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""A run's configuration: every field has a type, bounds and a sentence; what is unknown is refused with the nearest known name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
+from pydantic_core import PydanticCustomError
+
+from comfy_g2rpo import recipes, rewards
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run, in one line per mistake."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: closed and unchangeable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where they would pass for 1 and 0."""
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise PydanticCustomError("other", "true or false")
+        return value
+
+
+class ModelSection(Section):
+    """The model that is aligned."""
+
+    family: Literal["sd3"] = Field("sd3", description="Kind of model.")
+    path: str = Field(description="Folder of the model, or the name of one that the Hugging Face cache holds; nothing is downloaded.")
+    guidance: float = Field(1.0, ge=0, le=50, description="Classifier-free guidance; 1 is none, more doubles the cost of a forward.")
+    width: int = Field(512, ge=16, le=4096, description="Width of the pictures in pixels.")
+    height: int = Field(512, ge=16, le=4096, description="Height of the pictures in pixels.")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="Precision of the model; the method's own arithmetic is always fp32.")
+    max_sequence_length: int = Field(256, ge=0, le=512, description="Tokens for the T5 encoder; 0 where the model has none.")
+
+
+class LoraSection(Section):
+    """The adapter that is trained."""
+
+    rank: int = Field(16, ge=1, le=512, description="Rank of the adapter.")
+    alpha: float = Field(16.0, gt=0, le=4096, description="Its scale is alpha / rank.")
+    targets: Literal["attention", "attention+feed_forward"] = Field("attention", description="Layers that get an adapter.")
+    init: str | None = Field(None, description="LoRA file to continue from.")
+
+
+class RewardSection(Section):
+    """One of the rewards that are trained on."""
+
+    name: str = Field(description="Name of the reward.")
+    weight: float = Field(1.0, ge=-1000, le=1000, description="Weight of its advantage; negative trains against it.")
+
+
+class PromptSection(Section):
+    """Where prompts come from."""
+
+    train: str = Field(description="File of prompts to train on: .txt, one per line, or .jsonl.")
+    heldout: str | None = Field(None, description="File of prompts that only measure.")
+    heldout_share: float = Field(0.0, ge=0, lt=1, description="Without a held-out file: share of the prompts that is set aside.")
+
+
+class TrainSection(Section):
+    """How long, how much at once, how often to look."""
+
+    steps: int = Field(100, ge=1, le=1_000_000, description="Iterations; each is a rollout, its scores and an update.")
+    minutes: float | None = Field(None, gt=0, le=100_000, description="Stop after so many minutes, even if steps are left.")
+    prompts_per_step: int = Field(4, ge=1, le=4096, description="Prompts per iteration.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of every random draw.")
+    slots: int = Field(64, ge=1, le=65536, description="Latents in one forward of the rollout; bounds its memory.")
+    decode_batch: int = Field(64, ge=1, le=65536, description="Pictures that are decoded at once.")
+    micro_batch: int = Field(16, ge=1, le=65536, description="Latents in one forward and backward of the update; bounds its memory.")
+    eval_every: int = Field(0, ge=0, le=1_000_000, description="Iterations between evaluations; 0 evaluates at the start and the end only.")
+    eval_prompts: int = Field(0, ge=0, le=1_000_000, description="Held-out prompts per evaluation; 0 takes all.")
+    eval_noises: int = Field(1, ge=1, le=1000, description="Fixed start noises per held-out prompt.")
+    checkpoint_every: int = Field(50, ge=1, le=1_000_000, description="Iterations between checkpoints; the end has one anyway.")
+    keep_checkpoints: int = Field(2, ge=0, le=1_000_000, description="Newest checkpoints that are kept; 0 keeps all.")
+
+
+def _method_field(name: str, annotation: Any) -> tuple[Any, Any]:
+    """Make a recipe's field optional, with its own bounds and sentence."""
+    rule = recipes.FIELDS[name].metadata
+    bounds = {"ge": rule["low"], "le": rule["high"]} if rule["low"] is not None else {}
+    if rule["choices"]:
+        annotation = Literal[rule["choices"]]
+    elif get_origin(annotation) is tuple:
+        annotation = tuple[Annotated[get_args(annotation)[0], Field(**bounds)], ...]
+        bounds = {"min_length": 1}
+    return annotation | None, Field(None, description=rule["help"], **({} if rule["choices"] else bounds))
+
+
+MethodSection = create_model(
+    "MethodSection",
+    __base__=Section,
+    __doc__="A named method and what differs from it.",
+    name=(Literal[tuple(recipes.RECIPES)], Field("g2rpo", description="Method to start from.")),
+    **{name: _method_field(name, annotation) for name, annotation in get_type_hints(recipes.Recipe).items()},
+)
+
+
+class Config(Section):
+    """All of a run."""
+
+    model: ModelSection
+    lora: LoraSection = LoraSection()
+    method: MethodSection = MethodSection()
+    rewards: tuple[RewardSection, ...] = Field(min_length=1, description="Rewards to train on.")
+    heldout_rewards: tuple[str, ...] = Field((), description="Rewards that only measure; those trained on are measured anyway.")
+    prompts: PromptSection
+    train: TrainSection = TrainSection()
+    out: str | None = Field(None, description="Run folder; runs/<recipe> where it is not given.")
+
+
+def make_recipe(config: Config) -> recipes.Recipe:
+    """Make the engine's recipe: the named one with the fields that the configuration sets."""
+    changes = {name: value for name, value in config.method if name != "name" and value is not None}
+    try:
+        return recipes.recipe(config.method.name, **changes)
+    except ValueError as error:
+        raise ConfigError(f"method.{error}") from error
+
+
+def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Load a recipe by path or by the name of a bundled one, with `section.key=value` overrides."""
+    path = find_recipe(source)
+    return from_dict(apply_overrides(read_yaml(path), overrides), near=path.parent)
+
+
+def from_dict(tree: Mapping[str, Any], near: Path | None = None) -> Config:
+    """Check a nested mapping; relative paths are looked up near the recipe, in the current folder and among the bundled files."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(item) for item in _causes(error.errors()))) from error
+    check_rewards(config)
+    make_recipe(config)
+    return resolve_paths(config, near or Path())
+
+
+def find_recipe(source: str | Path) -> Path:
+    """Return a recipe's file."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    known = {item.stem: item for item in bundled_folder("recipes").glob("*.yaml")}
+    if str(source) in known:
+        return known[str(source)]
+    nearest = recipes.nearest(str(source), known)
+    raise ConfigError(f"recipe {str(source)!r} is neither a file nor bundled{nearest}; bundled are: {', '.join(sorted(known))}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a recipe file."""
+    try:
+        tree = yaml.safe_load(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {(error.strerror or str(error)).lower()}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path} is not YAML: {_yaml_problem(error)}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} is not a recipe; it must have sections such as model, rewards and prompts")
+    return tree
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the tree with every `a.b=value` set; values are YAML."""
+    changed = dict(tree)
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key.strip():
+            raise ConfigError(f"--set {override!r} has no value; write it as section.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override!r}: the value is not YAML: {_yaml_problem(error)}") from error
+        changed = _replaced(changed, key.strip().split("."), value)
+    return changed
+
+
+def _replaced(tree: Any, names: Sequence[str], value: Any) -> Any:
+    """Copy a tree of mappings and lists with one value replaced."""
+    name, *rest = names
+    if isinstance(tree, list) and name.isdigit() and int(name) < len(tree):
+        at, branch = int(name), list(tree)
+        old = branch[at]
+    else:
+        at, branch = name, dict(tree) if isinstance(tree, Mapping) else {}
+        old = branch.get(name)
+    branch[at] = _replaced(old, rest, value) if rest else value
+    return branch
+
+
+def check_rewards(config: Config) -> None:
+    """Refuse rewards that do not exist, come twice or weigh nothing."""
+    names = [reward.name for reward in config.rewards]
+    for name in (*names, *config.heldout_rewards):
+        rewards.load(name)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"rewards names {max(names, key=names.count)!r} twice; add up its weights")
+    if any(reward.weight == 0 for reward in config.rewards):
+        raise ConfigError("rewards has a weight of 0; list that reward under heldout_rewards, where it only measures")
+
+
+def resolve_paths(config: Config, near: Path) -> Config:
+    """Replace relative paths by the files they mean."""
+    prompts, changes = config.prompts, {}
+    for name in ("train", "heldout"):
+        if (given := getattr(prompts, name)) is not None:
+            changes[name] = str(find(f"prompts.{name}", given, near))
+    model = {"path": str(find("model.path", config.model.path, near, hub=True))}
+    lora = {"init": str(find("lora.init", config.lora.init, near))} if config.lora.init else {}
+    return config.model_copy(
+        update={
+            "prompts": prompts.model_copy(update=changes),
+            "model": config.model.model_copy(update=model),
+            "lora": config.lora.model_copy(update=lora),
+        }
+    )
+
+
+def find(field: str, given: str, near: Path, hub: bool = False) -> Path | str:
+    """Find a path near the recipe, in the current folder or among the bundled files; `hub` lets an owner/name stand for itself."""
+    for place in places(given, near):
+        if place.exists():
+            return place.resolve()
+    if hub and re.fullmatch(r"(?!models/)[\w.-]+/[\w.-]+", given):
+        return given
+    raise ConfigError(f"{field} is {given!r}, which does not exist; looked beside the recipe, in {Path.cwd()} and among the bundled files")
+
+
+def model_folder(path: str) -> Path:
+    """Return the folder of a model that is given by folder or, if the Hugging Face cache holds it, by name."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(f"model.path is {path!r}, which this machine does not have; fetch it with: hf download {path}") from error
+
+
+def places(given: str, near: Path) -> Iterator[Path]:
+    """List where a relative path may lie."""
+    path = Path(given).expanduser()
+    yield near / path
+    yield path
+    kind, *rest = path.parts
+    if kind in ("models", "prompts") and ".." not in rest:
+        yield bundled_folder(kind).joinpath(*rest)
+
+
+def bundled_folder(kind: str) -> Path:
+    """Return where recipes, prompts or models lie: inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    return here / kind if (here / kind).is_dir() else here.parent / kind
+
+
+def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """List every field as dotted name (`0` for a place in a list) and sentence."""
+    for name, field in section.model_fields.items():
+        kind, item = field.annotation, get_args(field.annotation)[:1]
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from fields(kind, f"{prefix}{name}.")
+        elif item and isinstance(item[0], type) and issubclass(item[0], BaseModel):
+            yield from fields(item[0], f"{prefix}{name}.0.")
+        else:
+            yield f"{prefix}{name}", field.description or ""
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """Return what goes into a run's config.json: the configuration and, spelt out, the recipe that it made."""
+    return {"config": config.model_dump(mode="json"), "recipe": dataclasses.asdict(make_recipe(config))}
+
+
+EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "string": "text",
+    "bool": "true or false",
+    "tuple": "a list, such as [1, 2]",
+    "other": "something other than true or false",
+    "model": "a section with keys of its own",
+}
+
+
+def _causes(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Leave out a list that is called empty only because what it holds is wrong."""
+    parents = {error["loc"][:depth] for error in errors for depth in range(len(error["loc"]))}
+    return [error for error in errors if error["type"] != "too_short" or error["loc"] not in parents]
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    """Say in one line which field is wrong, how, and what would be right."""
+    where = ".".join(str(part) for part in error["loc"])
+    kind, context, given = error["type"], error.get("ctx", {}), repr(error["input"])[:80]
+    if kind == "extra_forbidden":
+        return f"{where} is unknown{_nearest_field(where)}; remove it or correct its name"
+    if kind == "missing":
+        return f"{where} is missing; add it to the recipe"
+    if kind == "literal_error":
+        choices = [part.strip(" '") for part in re.split(r", | or ", context["expected"])]
+        return f"{where} is {given}{recipes.nearest(str(error['input']), choices)}; choose one of: {', '.join(choices)}"
+    for bound, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
+        if bound in context:
+            return f"{where} is {given}; it must be {words} {context[bound]:.10g}"
+    if kind == "too_short":
+        return f"{where} is empty; list at least one"
+    return f"{where} is {given}; it must be {EXPECTED.get(kind.split('_')[0], error['msg'].lower())}"
+
+
+def _nearest_field(where: str) -> str:
+    """Name the field that a misspelt one most likely means: the same name elsewhere, a close one beside it, a close one elsewhere."""
+    known = [*(name for name, _ in fields()), *Config.model_fields]
+    section, _, own = where.rpartition(".")
+    by_name = {name.rpartition(".")[2]: name for name in reversed(known)}
+    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    for choices, likeness in ((by_name, 1.0), (beside, 0.6), (by_name, 0.75)):
+        if close := difflib.get_close_matches(own, list(choices), 1, likeness):
+            return f" (did you mean {choices[close[0]]}?)"
+    return ""
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Say in one line what YAML stumbled over, and where."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or "it cannot be read"
+    return f"{problem}, line {mark.line + 1}, column {mark.column + 1}" if mark else problem

@@ -1,0 +1,176 @@
+"""Stable Diffusion 3 and 3.5 (and the bundled tiny model of the same architecture) on diffusers and peft."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from comfy_g2rpo.rollout import seeded_noise
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+
+
+class Cond(NamedTuple):
+    """One prompt's text features."""
+
+    tokens: Tensor  # [L, joint_attention_dim]
+    pooled: Tensor  # [pooled_projection_dim]
+
+
+def load_pipeline(path: str | Path, dtype: torch.dtype) -> StableDiffusion3Pipeline:
+    """Load a diffusers folder from this machine alone; a third text encoder that it lacks stays away."""
+    index = Path(path) / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"model.path {path}: no model_index.json there; give the folder of a diffusers Stable Diffusion 3 model")
+    absent = {key: None for key, (_, cls) in _components(index).items() if key in ("text_encoder_3", "tokenizer_3") and cls is None}
+    try:
+        pipeline = StableDiffusion3Pipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **absent)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"model.path {path}: this folder cannot be loaded ({str(error).splitlines()[0]}); fetch it again or give another"
+        ) from error
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        # transformers makes an empty vocabulary where a tokenizer's files are missing.
+        if (tokenizer := getattr(pipeline, name)) is not None and len(tokenizer) < 256:
+            raise ValueError(f"model.path {path}: the files of its {name} are missing; fetch it again or give another")
+    return pipeline
+
+
+def _components(index: Path) -> dict[str, list[str | None]]:
+    try:
+        return {key: value for key, value in json.loads(index.read_text("utf-8")).items() if isinstance(value, list) and len(value) == 2}
+    except ValueError as error:
+        raise ValueError(f"{index}: not a JSON file ({error}); fetch the model again") from error
+
+
+class SD3:
+    """A policy and a decoder over a StableDiffusion3Pipeline, with a peft LoRA on its transformer."""
+
+    def __init__(
+        self,
+        pipeline: StableDiffusion3Pipeline,
+        *,
+        guidance: float = 1.0,
+        max_sequence_length: int = 0,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.pipeline, self.guidance, self.max_sequence_length, self.autocast = pipeline, guidance, max_sequence_length, autocast
+        self.transformer, self.vae = pipeline.transformer.requires_grad_(False).eval(), pipeline.vae.requires_grad_(False).eval()
+        self.vae.to(memory_format=torch.channels_last)
+        self.device = pipeline.device
+        self.layers: dict[str, nn.Module] = {}
+        self._prompts: dict[str, Cond] = {}
+
+    def add_lora(self, rank: int, alpha: float, seed: int, feed_forward: bool = False) -> None:
+        """Put a fresh adapter on the attention projections (and the feed-forward ones): A seeded as N(0, 1/3n), B zero."""
+        targets = ATTENTION + (FEED_FORWARD if feed_forward else ())
+        pattern = rf"transformer_blocks\.\d+\.(attn2?\.)?({'|'.join(t.replace('.', chr(92) + '.') for t in targets)})"
+        self.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=False))
+        self.layers = {name: module for name, module in self.transformer.named_modules() if hasattr(module, "get_delta_weight")}
+        with torch.no_grad():
+            for name, (down, up) in self.pairs().items():
+                down.copy_(seeded_noise(down.shape, "lora", seed, name) / math.sqrt(3 * down.shape[1]))
+                up.zero_()
+        for parameter in self.parameters():
+            # The adapter learns in float32 whatever the weights beneath are kept in.
+            parameter.data = parameter.data.float()
+
+    def pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """Return the adapter's (A, B) by module name."""
+        return {name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for name, layer in self.layers.items()}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """List the adapter's parameters: A, B of every module in order."""
+        return [parameter for pair in self.pairs().values() for parameter in pair]
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
+        """Return v [B, C, H, W] in float32, with classifier-free guidance where it is above 1."""
+        if self.guidance <= 1:
+            return self._forward(x, sigma, cond)
+        blank = self.encode([""])[0]
+        with_prompt, without = self._forward(x.repeat(2, 1, 1, 1), sigma.repeat(2), [*cond, *[blank] * len(cond)]).chunk(2)
+        return without + self.guidance * (with_prompt - without)
+
+    def _forward(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
+        tokens, pooled = torch.stack([c.tokens for c in cond]), torch.stack([c.pooled for c in cond])
+        cast = torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+        dtype = self.transformer.dtype
+        with cast:
+            velocity = self.transformer(
+                hidden_states=x.to(dtype),
+                timestep=sigma * 1000,
+                encoder_hidden_states=tokens.to(dtype),
+                pooled_projections=pooled.to(dtype),
+                return_dict=False,
+            )[0]
+        return velocity.float()
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Switch the adapter off."""
+        self.transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            self.transformer.enable_adapters()
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Merge the adapter into the weights; they come back as they were, bit for bit, because the originals are set aside."""
+        if not self.layers or self.transformer.dtype != torch.float32:
+            # In 16 bit a small adapter would drown in the weights' rounding.
+            with torch.no_grad():
+                yield
+            return
+        kept = {}
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                kept[name] = layer.get_base_layer().weight.data
+                layer.get_base_layer().weight.data = kept[name] + layer.get_delta_weight("default")
+        try:
+            with torch.no_grad(), self.reference():
+                yield
+        finally:
+            for name, weight in kept.items():
+                self.layers[name].get_base_layer().weight.data = weight
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> list[Cond]:
+        """Return text features, computed once per prompt."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._prompts:
+                tokens, _, pooled, _ = self.pipeline.encode_prompt(
+                    prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length, device=self.device
+                )
+                self._prompts[prompt] = Cond(tokens[0], pooled[0])
+        return [self._prompts[prompt] for prompt in prompts]
+
+    def drop_text_encoders(self) -> None:
+        """Free the text encoders' memory once every prompt has been encoded."""
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            setattr(self.pipeline, name, None)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents [B, C, h, w] to images [B, H, W, 3] in [0, 1], float32 and contiguous."""
+        config = self.vae.config
+        raw = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        images = self.vae.decode(raw.to(self.vae.dtype, memory_format=torch.channels_last), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """Return (C, h, w) of a picture of the given size in pixels."""
+        factor = self.pipeline.vae_scale_factor * self.pipeline.patch_size
+        if width % factor or height % factor:
+            raise ValueError(f"model.width and model.height are {width}×{height}; both must be multiples of {factor}")
+        return self.transformer.config.in_channels, height // self.pipeline.vae_scale_factor, width // self.pipeline.vae_scale_factor

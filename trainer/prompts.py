@@ -1,0 +1,106 @@
+"""Prompts: read from text or JSON lines, split into trained and held-out, drawn in seeded epochs."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_CHARACTERS = 2000
+
+
+class PromptError(ValueError):
+    """A prompt file that cannot be used, in one line."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is trained on, what only measures, and what was noticed while reading."""
+
+    train: tuple[str, ...]
+    heldout: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def load(train: Path, heldout: Path | None = None, share: float = 0.0, seed: int = 0) -> Prompts:
+    """Read both sets from two files, or split one by a seeded share."""
+    trained, notes = read(train)
+    if heldout is not None:
+        held, more = read(heldout)
+        common = sorted(set(trained) & set(held))
+        if common:
+            example = f"{len(common)} held-out prompts are trained on too, such as {common[0][:80]!r}"
+            raise PromptError(f"{heldout}: {example}; remove them from one of the files")
+        return Prompts(tuple(trained), tuple(held), (*notes, *more))
+    shuffled = random.Random(f"held-out {seed}").sample(trained, len(trained))
+    held = set(shuffled[: round(share * len(trained))])
+    if share and not 0 < len(held) < len(trained):
+        raise PromptError(f"{train}: prompts.heldout_share {share} of {len(trained)} prompts leaves one side empty; change it")
+    return Prompts(tuple(p for p in trained if p not in held), tuple(p for p in trained if p in held), tuple(notes))
+
+
+def read(path: Path) -> tuple[list[str], list[str]]:
+    """Read a .txt file (a prompt per line; blank and # lines skipped) or a .jsonl file ({"prompt": …}); return prompts and notes."""
+    path = Path(path)
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise PromptError(f"cannot read prompt file {path}: {(error.strerror or str(error)).lower()}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(f"prompt file {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    parse = _json_prompt if path.suffix == ".jsonl" else _text_prompt
+    found = []
+    for number, line in enumerate(lines, start=1):
+        prompt = parse(line.strip(), f"{path}, line {number}")
+        if len(prompt) > MAX_CHARACTERS:
+            raise PromptError(f"{path}, line {number}: the prompt has {len(prompt)} characters; at most {MAX_CHARACTERS} are allowed")
+        if prompt:
+            found.append(prompt)
+    if not found:
+        raise PromptError(f"prompt file {path} holds no prompt; write one per line")
+    unique = list(dict.fromkeys(found))
+    repeated = len(found) - len(unique)
+    return unique, [f"{path}: {repeated} repeated prompts were dropped"] if repeated else []
+
+
+def _text_prompt(line: str, place: str) -> str:
+    """Take a line as it is, unless it is a comment."""
+    return "" if line.startswith("#") else line
+
+
+def _json_prompt(line: str, place: str) -> str:
+    """Take a JSON line's prompt."""
+    if not line:
+        return ""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f'{place} is not JSON; write {{"prompt": "…"}}') from error
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise PromptError(f'{place} has no prompt; write {{"prompt": "…"}}')
+    return prompt.strip()
+
+
+@dataclass(frozen=True)
+class PromptCursor:
+    """Draw prompts in seeded epochs, each prompt once per epoch; a step's batch depends on nothing but (seed, step)."""
+
+    prompts: Sequence[str]
+    per_step: int
+    seed: int = 0
+
+    def batch(self, step: int) -> list[str]:
+        """Return the step's prompts."""
+        places = range(step * self.per_step, (step + 1) * self.per_step)
+        epochs = {place // len(self.prompts) for place in places}
+        orders = {epoch: self._order(epoch) for epoch in epochs}
+        return [self.prompts[orders[place // len(self.prompts)][place % len(self.prompts)]] for place in places]
+
+    def _order(self, epoch: int) -> list[int]:
+        """Shuffle the prompts of an epoch."""
+        order = list(range(len(self.prompts)))
+        random.Random(f"prompts {self.seed} {epoch}").shuffle(order)
+        return order
