@@ -7,21 +7,20 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
+import peft
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from comfy_g2rpo import lora
+from g2rpo_trainer.families.sd3 import ATTENTION, FEED_FORWARD
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("comfyui")]
 
-diffusers = pytest.importorskip("diffusers")
-peft = pytest.importorskip("peft")
-
 TRANSFORMER = Path(__file__).parent.parent / "models/tiny/transformer"
 CHILD = Path(__file__).with_name("comfy_child.py")
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj", "ff.net.2"]
 
 
 def comfyui_roots() -> list[Path]:
@@ -73,7 +72,7 @@ def expected(exchange: Path) -> Velocities:
 
     base = velocity()
     torch.manual_seed(0)
-    model.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False))
+    model.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=[*ATTENTION, *FEED_FORWARD], init_lora_weights=False))
     write_adapter(model, exchange / "lora.safetensors")
     return Velocities(base, velocity())
 

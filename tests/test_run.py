@@ -24,7 +24,7 @@ def config(tmp_path, **sections):
     (tmp_path / "train.txt").write_text("a red circle\ntwo blue squares\na green triangle\n")
     (tmp_path / "heldout.txt").write_text("a yellow circle\na red square above a blue circle\n")
     tree = {
-        "model": {"path": __import__("os").environ.get("TINY", "models/tiny"), "width": 64, "height": 64, "max_sequence_length": 0},
+        "model": {"path": "models/tiny", "width": 64, "height": 64, "max_sequence_length": 0},
         "lora": {"rank": 4, "alpha": 8},
         "method": {"name": "g2rpo", "num_steps": 4, "group_size": 3, "learning_rate": 1e-3},
         "rewards": [{"name": "agreement"}],
@@ -107,7 +107,8 @@ def test_metrics_have_the_fields_names(whole):
 
 def test_the_adapter_has_learned_something_and_says_what_it_is(whole):
     file = lora.read(whole[0] / whole[1]["lora"])
-    assert all(up.abs().max() > 0 for _, up in file.pairs.values())
+    unused = "transformer_blocks.2.attn.add_q_proj"  # the last block drops what its text queries bring
+    assert all(up.abs().max() > 0 for name, (_, up) in file.pairs.items() if name != unused)
     assert (
         file.metadata["g2rpo.base_model"] == "tiny"
         and file.metadata["g2rpo.rewards"] == "1 agreement"
