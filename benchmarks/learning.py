@@ -62,7 +62,7 @@ def run_arm(job: dict[str, Any]) -> dict[str, Any]:
             "prompts": {"train": str(ROOT / "prompts/shapes_train.txt"), "heldout": str(ROOT / f"prompts/shapes_{job['split']}.txt")},
             "train": {
                 "seed": job["seed"],
-                "prompts_per_step": job.get("prompts", 4),
+                "prompts_per_step": job.get("prompts", 2),
                 "eval_noises": NOISES,
                 "steps": 1000000,
                 "micro_batch": 64,
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("tune", "final", "report"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--cpu-seconds", type=float, default=60.0)
+    parser.add_argument("--cpu-seconds", type=float, default=40.0)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--workers", type=int, default=2)

@@ -55,9 +55,10 @@ def zero_std_share(rewards: Tensor, floor: float = 1e-8) -> float:
 def rank_agreement(rewards: Tensor) -> Tensor:
     """Return the mean Spearman correlation between every granularity's order of the members and the first one's: [R, K, G, L] → [L].
 
-    Low values warn that a coarse completion misleads. Groups that tie throughout are left out.
+    Low values warn that a coarse completion misleads. Equal rewards share their mean rank; groups that tie throughout are left out.
     """
-    ranks = rewards.float().argsort(2).argsort(2).float()
+    r = rewards.float()
+    ranks = (r.unsqueeze(3) > r.unsqueeze(2)).sum(3) + 0.5 * (r.unsqueeze(3) == r.unsqueeze(2)).sum(3)
     ranks = ranks - ranks.mean(2, keepdim=True)
     ranks = ranks / ranks.norm(dim=2, keepdim=True).clamp(min=1e-12)
     usable = (moments(rewards.float())[1] > 0).all(3).squeeze(2)

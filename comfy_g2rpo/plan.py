@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -55,19 +55,21 @@ class Coefficients:
 
     def __init__(self, plan: Plan, sigmas: Tensor) -> None:
         exact = sigmas.double()
-        rows = torch.zeros(4, len(plan.states), dtype=torch.float64)
+
+        @cache
+        def edge(kernel: str, eta: float, before: int, here: int, there: int) -> tuple[float, ...]:
+            if kernel == "dpm_2m":
+                return *map(float, dpm_2m_step(exact[before], exact[here], exact[there])), 0.0
+            x_coef, v_coef, std = map(float, step(kernel, exact[here], exact[there], eta, exact[1]))
+            return x_coef, v_coef, 0.0, std
+
+        rows = [(0.0, 0.0, 0.0, 1.0)] * len(plan.states)
         for i, state in enumerate(plan.states):
-            if state.parent == ROOT:
-                rows[3, i] = 1
-                continue
-            parent = plan.states[state.parent]
-            here, there = exact[parent.index], exact[state.index]
-            if state.kernel == "dpm_2m":
-                before = exact[plan.states[parent.parent].index] if parent.parent != ROOT else exact[0]
-                rows[0, i], rows[1, i], rows[2, i] = dpm_2m_step(before, here, there)
-            else:
-                rows[0, i], rows[1, i], rows[3, i] = step(state.kernel, here, there, state.eta, exact[1])
-        self.x_coef, self.v_coef, self.past_coef, self.std = rows.float()
+            if state.parent != ROOT:
+                parent = plan.states[state.parent]
+                before = plan.states[parent.parent].index if parent.parent != ROOT else 0
+                rows[i] = edge(state.kernel, state.eta, before, parent.index, state.index)
+        self.x_coef, self.v_coef, self.past_coef, self.std = torch.tensor(rows, dtype=torch.float64).T.float()
         self.sigma = sigmas[torch.tensor([s.index for s in plan.states])].float()
 
 

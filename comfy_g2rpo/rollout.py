@@ -162,12 +162,12 @@ class _Run:
 
     def file(self, edges: list[tuple[int, int]], x: Tensor, velocity: Tensor) -> None:
         """Keep evaluated states until their children have been computed, and open those."""
-        for i, (p, state) in enumerate(edges):
-            fork = self.fork.get(state)
-            value = _Value(x[i], velocity[i], self.denoised[i] if self.multistep else None)
+        denoised = self.denoised if self.multistep else [None] * len(edges)
+        for (p, state), *found in zip(edges, x, velocity, denoised, strict=True):
+            value, fork = _Value(*found), self.fork.get(state)
             if fork is not None:
                 # A fork waits long for all its branches: a copy of its own does not hold the whole batch.
-                self.fork_x[p, fork], self.fork_v[p, fork] = x[i], velocity[i]
+                self.fork_x[p, fork], self.fork_v[p, fork] = value.x, value.velocity
                 value = _Value(self.fork_x[p, fork], self.fork_v[p, fork], value.denoised_before)
             self.known[p, state] = value
             self.waiting[p, state] = len(self.plan.children[state])

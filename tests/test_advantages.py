@@ -87,5 +87,10 @@ def test_rank_agreement_is_one_with_itself_and_minus_one_with_the_reverse():
     assert torch.allclose(rank_agreement(torch.cat([x, x, -x], 3)), torch.tensor([1.0, 1.0, -1.0]))
 
 
+def test_equal_rewards_share_their_rank():
+    x = torch.tensor([[0.0, 0.0], [1.0, 2.0], [1.0, 1.0]])[None, None]
+    assert rank_agreement(x)[1] == pytest.approx(0.866, abs=1e-3)
+
+
 def test_rank_agreement_of_ties_is_unknown():
     assert rank_agreement(torch.zeros(1, 1, 4, 2)).isnan().all()

@@ -24,6 +24,7 @@ SMALL = [
     *("--set", f"model.path={MODEL}"),
     *("--set", "method.num_steps=4"),
     *("--set", "method.group_size=2"),
+    *("--set", "method.granularities=[1,2]"),
     *("--set", "train.prompts_per_step=1"),
     *("--set", "method.learning_rate=0.05"),
     *("--set", "rewards=[{name: jpeg}]"),

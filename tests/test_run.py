@@ -170,10 +170,10 @@ def test_an_existing_run_is_not_overwritten(whole, tmp_path):
 
 def test_training_goes_on_from_a_lora_file(whole, tmp_path):
     path = whole[0] / whole[1]["lora"]
-    setup = prepare(config(tmp_path, lora={"rank": 4, "alpha": 4, "init": str(path)}))
+    setup = prepare(config(tmp_path, lora={"rank": 4, "alpha": 16, "init": str(path)}))
     file = lora.read(path)
     for name, (down, up) in setup.policy.pairs().items():
-        assert torch.equal(down, file.pairs[name][0]) and torch.allclose(up, 2 * file.pairs[name][1])
+        assert torch.equal(down, file.pairs[name][0]) and torch.allclose(16 / 4 * up @ down, file.delta(name), atol=1e-7)
     with pytest.raises(ValueError, match=r"lora\.init"):
         prepare(config(tmp_path, lora={"rank": 2, "init": str(path)}))
 

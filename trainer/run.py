@@ -27,6 +27,7 @@ from comfy_g2rpo.schedule import shifted_sigmas
 from comfy_g2rpo.scoring import Scorer
 from comfy_g2rpo.update import records, update, update_average
 
+from .allocator import keep_freed_memory
 from .config import Config, dump, make_recipe, model_folder
 from .evaluation import Evaluation, compare, evaluate
 from .families.sd3 import SD3, load_pipeline
@@ -157,6 +158,7 @@ def reducer(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
 
 def prepare(config: Config, accelerator: Accelerator) -> Setup:
     """Load what a run needs; every mistake of the configuration shows here, before the first forward."""
+    keep_freed_memory()
     if config.train.prompts_per_step < accelerator.num_processes:
         raise ValueError(
             f"train.prompts_per_step is {config.train.prompts_per_step}; give each of {accelerator.num_processes} processes one"

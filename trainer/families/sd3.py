@@ -118,11 +118,13 @@ class SD3:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Switch the adapter off."""
-        self.transformer.disable_adapters()
+        for layer in self.layers.values():
+            layer.enable_adapters(False)
         try:
             yield
         finally:
-            self.transformer.enable_adapters()
+            for layer in self.layers.values():
+                layer.enable_adapters(True)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
