@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"num_steps": 8, "shift": 3.0, "group_size": 8}
-LEARNING_RATES = (3e-4, 1e-3, 2e-3)
+LEARNING_RATES = (3e-4, 1e-3, 2e-3, 4e-3)
 ARMS: dict[str, dict[str, Any]] = {
     "g2rpo {1}": {"name": "g2rpo_single"},
     "g2rpo {2}": {"name": "g2rpo", "granularities": [2]},
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.stage == "final":
         rates = best_rates([json.loads(line) for line in tuning.read_text().splitlines()])
         jobs = [
-            {"arm": arm, "method": ARMS[arm], "lr": rates[arm], "seed": seed, "split": "heldout", "fractions": [0.25, 0.5, 1.0], **common}
+            {"arm": arm, "method": ARMS[arm], "lr": rates[arm], "seed": seed, "split": "heldout", "fractions": [0.5, 1.0], **common}
             for seed in range(options.seeds)
             for arm in options.arms
         ]
