@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"num_steps": 8, "shift": 3.0, "group_size": 8}
-LEARNING_RATES = (3e-4, 1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (3e-4, 1e-3, 2e-3)
 ARMS: dict[str, dict[str, Any]] = {
     "g2rpo {1}": {"name": "g2rpo_single"},
     "g2rpo {2}": {"name": "g2rpo", "granularities": [2]},
