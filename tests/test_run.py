@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -188,6 +190,24 @@ def test_a_reward_that_judges_nothing_stops_the_run_with_one_line(tmp_path):
 def test_time_budgets_end_a_run(tmp_path):
     summary = training.train(config(tmp_path, train={"minutes": 1e-4}), tmp_path / "run", progress=Silent())
     assert summary["steps"] == 1
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    """Each takes half of the step's prompts; gradients are averaged, scores gathered."""
+    made = config(tmp_path, train={"steps": 2, "eval_every": 0})
+    training.train(made, tmp_path / "one", progress=Silent())
+    program = tmp_path / "two.py"
+    program.write_text(
+        "import json, sys\nfrom pathlib import Path\nfrom g2rpo_trainer import config, progress, run\n"
+        "run.train(config.from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]), progress=progress.Silent())\n"
+    )
+    (tmp_path / "config.json").write_text(made.model_dump_json())
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([sys.executable, *launch, program, tmp_path / "config.json", tmp_path / "two"], check=True, timeout=300)
+    one, two = (outcome(tmp_path / name) for name in ("one", "two"))
+    assert all(torch.allclose(one[0][name][i], two[0][name][i], atol=1e-5) for name in one[0] for i in (0, 1))
+    assert [row["nfe"] for row in two[2] if "nfe" in row] == [row["nfe"] / 2 for row in one[2] if "nfe" in row]
+    assert two[2][1]["reward/agreement/mean"] == pytest.approx(one[2][1]["reward/agreement/mean"], abs=1e-3)
 
 
 def test_gains_are_paired_by_prompt():

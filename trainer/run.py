@@ -31,7 +31,7 @@ from .allocator import keep_freed_memory
 from .config import Config, dump, make_recipe, model_folder
 from .evaluation import Evaluation, compare, evaluate
 from .families.sd3 import SD3, load_pipeline
-from .progress import Progress
+from .progress import Progress, Silent
 from .prompts import PromptCursor, Prompts
 from .prompts import load as load_prompts
 from .report import write_report
@@ -69,6 +69,8 @@ def train(config: Config, out: Path, *, resume: bool = False, replace: bool = Fa
     main = accelerator.is_main_process
     if main:
         check_place(out, replace or resume)
+    else:
+        progress = Silent()
     # Only a run that can start makes a folder, or replaces another.
     setup = prepare(config, accelerator)
     learner = make_learner(setup)
@@ -118,9 +120,10 @@ def iterate(setup: Setup, learner: Learner, check: Callable[[], None]) -> dict[s
     )
     rolled = time.perf_counter()
     rewards = [plan.values(scorer.scores[:, p]) for p in range(len(prompts))]
-    if scorer.scores.isnan().all():
-        raise RewardError(f"rewards judged none of the {scorer.scores[0].numel()} pictures of step {learner.step + 1}; check the prompts")
-    std = global_std(rewards) if recipe.std == "global" else None
+    everywhere = gathered(setup.accelerator, scorer.scores)
+    if everywhere.isnan().all():
+        raise RewardError(f"rewards judged none of the {everywhere[0].numel()} pictures of step {learner.step + 1}; check the prompts")
+    std = global_std([plan.values(scores) for scores in everywhere.unbind(1)]) if recipe.std == "global" else None
     weights = [reward.weight for reward in setup.config.rewards]
     advantages = [integrate(reward, weights, recipe.clamp, recipe.std_floor, std) for reward in rewards]
     made = records(rollout, advantages, step_weight=recipe.step_weight, samples=recipe.objective == "clip")
@@ -128,11 +131,11 @@ def iterate(setup: Setup, learner: Learner, check: Callable[[], None]) -> dict[s
     if recipe.ema:
         update_average(learner.average, policy.parameters(), min(recipe.ema, (learner.step + 1) / (learner.step + 10)))
     learner.step += 1
-    learner.forwards += rollout.nfe
+    learner.forwards += rollout.nfe * setup.accelerator.num_processes
     updated = time.perf_counter()
     learner.seconds += updated - begin
     row: dict[str, float] = {"step": learner.step}
-    for reward, scores in zip(setup.rewards, scorer.scores, strict=True):
+    for reward, scores in zip(setup.rewards, everywhere, strict=True):
         valid = scores[~scores.isnan()]
         row |= {f"reward/{reward.name}/mean": valid.mean().item(), f"reward/{reward.name}/std": valid.std().item()}
     row["advantage/abs_mean"] = torch.stack(advantages).abs().mean().item()
@@ -151,6 +154,13 @@ def draw(setup: Setup, step: int) -> tuple[list[str], list[int]]:
     return prompts[mine], seeds[mine]
 
 
+def gathered(accelerator: Accelerator, scores: Tensor) -> Tensor:
+    """Return the scores [R, P, images] of all processes as [R, P·processes, images]."""
+    if accelerator.num_processes == 1:
+        return scores
+    return accelerator.gather(scores.transpose(0, 1).contiguous().to(accelerator.device)).cpu().transpose(0, 1)
+
+
 def reducer(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
     """Return the gradient average over processes, if there are several."""
     return None if accelerator.num_processes == 1 else lambda grad: accelerator.reduce(grad, reduction="mean")
@@ -159,10 +169,9 @@ def reducer(accelerator: Accelerator) -> Callable[[Tensor], Tensor] | None:
 def prepare(config: Config, accelerator: Accelerator) -> Setup:
     """Load what a run needs; every mistake of the configuration shows here, before the first forward."""
     keep_freed_memory()
-    if config.train.prompts_per_step < accelerator.num_processes:
-        raise ValueError(
-            f"train.prompts_per_step is {config.train.prompts_per_step}; give each of {accelerator.num_processes} processes one"
-        )
+    if config.train.prompts_per_step % accelerator.num_processes:
+        count = accelerator.num_processes
+        raise ValueError(f"train.prompts_per_step is {config.train.prompts_per_step}; {count} processes need a multiple of {count}")
     recipe = make_recipe(config)
     heldout = Path(config.prompts.heldout) if config.prompts.heldout else None
     prompts = load_prompts(Path(config.prompts.train), heldout, config.prompts.heldout_share, config.train.seed)
