@@ -1,9 +1,9 @@
-"""How much do the methods learn? Recipes side by side on the bundled model, at equal CPU time and at equal forwards.
+"""How much do the methods learn? Recipes side by side on the bundled model, at equal CPU time and at equal model work.
 
-Every arm's learning rate is tuned with the same budget on the tuning prompts; the final figures are gains over the base model, paired by
-prompt and noise, on held-out prompts that nothing was tuned on, over seeds. One single-thread process per run.
+Every arm's learning rate and prompts per update are tuned with the same budget on the tuning prompts; the final figures are gains over the
+base model, paired by prompt and noise, on held-out prompts that nothing was tuned on, over seeds. One single-thread process per run.
 
-    python benchmarks/learning.py tune   --out results/      # learning rates per arm
+    python benchmarks/learning.py tune   --out results/      # learning rate and prompts per update of each arm
     python benchmarks/learning.py final  --out results/      # seeds × arms
     python benchmarks/learning.py report --out results/      # table and plot
 """
@@ -11,6 +11,7 @@ prompt and noise, on held-out prompts that nothing was tuned on, over seeds. One
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -24,68 +25,114 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"num_steps": 8, "shift": 3.0, "group_size": 8}
-LEARNING_RATES = (3e-4, 1e-3, 2e-3)
+START, PROMPTS = (1e-3, 2), (1, 2, 4)
+"""Tuning starts at this learning rate and number of prompts per update; these numbers of prompts are allowed."""
+TUNE_NOISES, FINAL_NOISES = 3, 6
+ONE_STEP = {"name": "g2rpo", "pick": "random", "pick_size": 1}
 ARMS: dict[str, dict[str, Any]] = {
-    "g2rpo {1}": {"name": "g2rpo_single"},
-    "g2rpo {2}": {"name": "g2rpo", "granularities": [2]},
-    "g2rpo {1,2}": {"name": "g2rpo", "granularities": [1, 2]},
-    "g2rpo {1,3}": {"name": "g2rpo", "granularities": [1, 3]},
-    "g2rpo {2,4}": {"name": "g2rpo", "granularities": [2, 4]},
+    "g2rpo {1}": {**ONE_STEP, "granularities": [1]},
+    "g2rpo {2}": {**ONE_STEP, "granularities": [2]},
+    "g2rpo {1,2}": {**ONE_STEP, "granularities": [1, 2]},
+    "g2rpo {1,3}": {**ONE_STEP, "granularities": [1, 3]},
+    "g2rpo {2,4}": {**ONE_STEP, "granularities": [2, 4]},
+    "g2rpo {2}, every step": {"name": "g2rpo", "granularities": [2]},
     "flow_grpo": {"name": "flow_grpo"},
     "flow_grpo_fast": {"name": "flow_grpo_fast"},
     "dance_grpo": {"name": "dance_grpo"},
     "mix_grpo": {"name": "mix_grpo"},
     "tempflow_grpo": {"name": "tempflow_grpo", "group_size": 4},
 }
-NOISES = 3
+WORK = 8000
+"""Model work at which the arms are compared: a forward of one latent is 1, its backward 2 more."""
 
 
-def run_arm(job: dict[str, Any]) -> dict[str, Any]:
-    """Train one arm for a CPU budget and evaluate at fractions of it; returns the curve of (CPU seconds, forwards, updates, gains)."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    import torch
+class Counted:
+    """A policy that counts its model work, whoever asks for it: rollout, old velocities or update."""
 
-    torch.set_num_threads(1)
-    from accelerate import Accelerator
+    def __init__(self, policy: Any) -> None:
+        self.policy, self.work = policy, 0
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)
+
+    def velocity(self, x: Any, sigma: Any, cond: Sequence[Any]) -> Any:
+        """Count a forward per row now, and a backward per row if a gradient comes back."""
+        self.work += len(x)
+        velocity = self.policy.velocity(x, sigma, cond)
+        if velocity.requires_grad:
+            velocity.register_hook(lambda gradient: self.count(2 * len(gradient)))
+        return velocity
+
+    def count(self, work: int) -> None:
+        """Add model work."""
+        self.work += work
+
+
+def configure(job: dict[str, Any]) -> Any:
+    """Make the configuration of one run."""
     from g2rpo_trainer.config import from_dict
-    from g2rpo_trainer.evaluation import compare, evaluate
-    from g2rpo_trainer.run import averaged, iterate, make_learner, prepare
 
-    config = from_dict(
+    return from_dict(
         {
             "model": {"path": str(ROOT / "models/tiny"), "width": 64, "height": 64, "max_sequence_length": 0},
-            "lora": {"rank": job.get("rank", 16), "alpha": job.get("alpha", 16), "targets": job.get("targets", "attention")},
             "method": {**SMALL, **job["method"], "learning_rate": job["lr"]},
             "rewards": [{"name": "agreement"}],
             "heldout_rewards": ["strict"],
             "prompts": {"train": str(ROOT / "prompts/shapes_train.txt"), "heldout": str(ROOT / f"prompts/shapes_{job['split']}.txt")},
             "train": {
                 "seed": job["seed"],
-                "prompts_per_step": job.get("prompts", 2),
-                "eval_noises": NOISES,
+                "prompts_per_step": job["prompts"],
+                "eval_noises": job["noises"],
                 "steps": 1000000,
                 "micro_batch": 64,
             },
         }
     )
-    setup = prepare(config, Accelerator(cpu=True))
+
+
+BASE: dict[tuple[int, str, int], Any] = {}
+"""Evaluations of the untrained model by seed, split and noises: all arms of a seed share one."""
+
+
+def run_arm(job: dict[str, Any]) -> dict[str, Any]:
+    """Train one arm until its CPU and its model work are spent, with an evaluation at half the CPU, at all of it and at the work.
+
+    The curve holds (CPU seconds, work, updates, gains) at those points; evaluations count for neither budget.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    from accelerate import Accelerator
+
+    from g2rpo_trainer.evaluation import compare, evaluate
+    from g2rpo_trainer.run import averaged, iterate, make_learner, prepare
+
+    setup = prepare(configure(job), Accelerator(cpu=True))
+    counted = Counted(setup.policy)
+    setup = dataclasses.replace(setup, policy=counted)
     learner = make_learner(setup)
 
     def look() -> Any:
+        work = counted.work
         with averaged(setup, learner):
-            return evaluate(setup.policy, setup.judges, setup.prompts.heldout, config.train, setup.sigmas, setup.shape)
+            found = evaluate(counted, setup.judges, setup.prompts.heldout, setup.config.train, setup.sigmas, setup.shape)
+        counted.work = work
+        return found
 
-    before, spent, curve = look(), 0.0, []
-    for fraction in job["fractions"]:
-        while spent < fraction * job["cpu_seconds"]:
-            begin = time.process_time()
-            iterate(setup, learner, lambda: None)
-            spent += time.process_time() - begin
-        gains = compare(before, look())
-        curve.append(
-            {"cpu": spent, "forwards": learner.forwards, "updates": learner.step, **{name: gain["mean"] for name, gain in gains.items()}}
-        )
+    key = (job["seed"], job["split"], job["noises"])
+    before = BASE[key] = BASE.get(key) or look()
+    spent, curve = 0.0, []
+    goals = [("cpu", share * job["cpu_seconds"]) for share in job["shares"]] + ([("work", job["work"])] if job["work"] else [])
+    while goals:
+        begin = time.process_time()
+        iterate(setup, learner, lambda: None)
+        spent += time.process_time() - begin
+        now = {"cpu": spent, "work": counted.work}
+        if reached := [goal for goal in goals if now[goal[0]] >= goal[1]]:
+            gains = {name: gain["mean"] for name, gain in compare(before, look()).items()}
+            curve.append({**now, "updates": learner.step, **gains})
+            goals = [goal for goal in goals if goal not in reached]
     return {**job, "before": before.means(), "curve": curve}
 
 
@@ -106,12 +153,50 @@ def run_all(jobs: Iterable[dict[str, Any]], path: Path, workers: int) -> list[di
     return done
 
 
-def best_rates(tuned: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Choose each arm's learning rate by its mean gain on the tuning prompts."""
-    means: dict[str, dict[float, list[float]]] = {}
-    for result in tuned:
-        means.setdefault(result["arm"], {}).setdefault(result["lr"], []).append(result["curve"][-1]["agreement"])
-    return {arm: max(rates, key=lambda lr: sum(rates[lr]) / len(rates[lr])) for arm, rates in means.items()}
+Setting = tuple[float, int]
+"""A learning rate and a number of prompts per update."""
+
+
+def tuning_job(arm: str, setting: Setting, cpu_seconds: float) -> dict[str, Any]:
+    """Describe one tuning run."""
+    rate, prompts = setting
+    common = {"seed": 1000, "split": "tune", "noises": TUNE_NOISES, "cpu_seconds": cpu_seconds, "shares": [1.0], "work": 0}
+    return {"arm": arm, "method": ARMS[arm], "lr": rate, "prompts": prompts, **common}
+
+
+def tried(results: Sequence[dict[str, Any]], arm: str) -> dict[Setting, float]:
+    """List an arm's tuning runs: the gain in agreement by setting."""
+    return {(r["lr"], r["prompts"]): r["curve"][-1]["agreement"] for r in results if r["arm"] == arm}
+
+
+def next_setting(gains: dict[Setting, float]) -> Setting:
+    """Climb: the first neighbour of the best setting so far that was not tried: twice or half the rate, half or twice the prompts."""
+    if not gains:
+        return START
+    for rate, prompts in sorted(gains, key=lambda setting: -gains[setting]):
+        near = [(rate * 2, prompts), (rate / 2, prompts), (rate, prompts // 2), (rate, prompts * 2)]
+        for setting in near:
+            if setting not in gains and setting[1] in PROMPTS:
+                return setting
+    raise RuntimeError("every setting was tried")
+
+
+def tune(arms: Sequence[str], path: Path, cpu_seconds: float, workers: int, tries: int) -> dict[str, Setting]:
+    """Give every arm the same number of tuning runs, one round after another; return its best setting."""
+    results: list[dict[str, Any]] = []
+    for count in range(1, tries + 1):
+        if path.exists():
+            results = [json.loads(line) for line in path.read_text().splitlines()]
+        short = [arm for arm in arms if len(tried(results, arm)) < count]
+        jobs = [tuning_job(arm, next_setting(tried(results, arm)), cpu_seconds) for arm in short]
+        results = run_all(jobs, path, workers)
+    return {arm: best_setting(results, arm) for arm in arms}
+
+
+def best_setting(results: Sequence[dict[str, Any]], arm: str) -> Setting:
+    """Choose an arm's setting by its gain on the tuning prompts."""
+    gains = tried(results, arm)
+    return max(gains, key=lambda setting: gains[setting])
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -125,59 +210,74 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(t.ppf(0.975, count - 1)) * spread / math.sqrt(count)
 
 
-def at_forwards(curve: Sequence[dict[str, float]], forwards: float, name: str) -> float:
-    """Interpolate a gain at a number of forwards; the gain at 0 is 0."""
-    before = {"forwards": 0.0, name: 0.0}
-    for point in curve:
-        if point["forwards"] >= forwards:
-            share = (forwards - before["forwards"]) / (point["forwards"] - before["forwards"])
-            return before[name] + share * (point[name] - before[name])
-        before = point
-    return before[name]
+def reached(run: dict[str, Any], budget: str) -> dict[str, float]:
+    """Return the point of a run's curve at which a budget ("cpu", "half" of it, or "work") was spent."""
+    key, goal = {"cpu": ("cpu", run["cpu_seconds"]), "half": ("cpu", run["cpu_seconds"] / 2), "work": ("work", run["work"])}[budget]
+    return next(point for point in run["curve"] if point[key] >= goal)
+
+
+COLUMNS = {
+    "agreement": ("cpu", "agreement"),
+    "strict": ("cpu", "strict"),
+    "half": ("half", "agreement"),
+    "work": ("work", "agreement"),
+}
 
 
 def report(final: Sequence[dict[str, Any]], out: Path) -> None:
-    """Print the table as Markdown and draw the plot."""
-    arms = list(dict.fromkeys(result["arm"] for result in final))
-    budget = min(max(p["forwards"] for p in result["curve"]) for result in final)
+    """Print the tables as Markdown and draw the plot."""
     rows = []
-    for arm in arms:
+    for arm in dict.fromkeys(result["arm"] for result in final):
         runs = [result for result in final if result["arm"] == arm]
-        cells = {name: interval([run["curve"][-1][name] for run in runs]) for name in ("agreement", "strict")}
-        cells["equal forwards"] = interval([at_forwards(run["curve"], budget, "agreement") for run in runs])
-        updates = sum(run["curve"][-1]["updates"] for run in runs) / len(runs)
-        forwards = sum(run["curve"][-1]["forwards"] for run in runs) / len(runs)
-        rows.append((arm, runs[0]["lr"], len(runs), updates, forwards, cells))
-    rows.sort(key=lambda row: -row[5]["agreement"][0])
+        cells = {name: interval([reached(run, budget)[reward] for run in runs]) for name, (budget, reward) in COLUMNS.items()}
+        means = [sum(reached(run, "cpu")[name] for run in runs) / len(runs) for name in ("updates", "work")]
+        rows.append((arm, runs[0]["lr"], runs[0]["prompts"], len(runs), *means, cells))
+    rows.sort(key=lambda row: -row[6]["agreement"][0])
+    seconds, work = final[0]["cpu_seconds"], final[0]["work"]
     lines = [
-        "| arm | lr | seeds | updates | forwards | agreement, equal CPU time | strict, equal CPU time "
-        f"| agreement at {budget:,.0f} forwards |",
-        "|---" * 8 + "|",
+        f"| arm | lr | prompts | seeds | updates | work | agreement, {seconds:g} CPU s | strict, {seconds:g} CPU s "
+        f"| agreement, {seconds / 2:g} CPU s | agreement, {work:,} work |",
+        "|---" * 10 + "|",
     ]
-    for arm, lr, seeds, updates, forwards, cells in rows:
-        gains = " | ".join(f"{mean:+.3f} ± {width:.3f}" for mean, width in (cells["agreement"], cells["strict"], cells["equal forwards"]))
-        lines.append(f"| {arm} | {lr:g} | {seeds} | {updates:.0f} | {forwards:,.0f} | {gains} |")
+    for arm, lr, prompts, seeds, updates, spent, cells in rows:
+        gains = " | ".join(f"{mean:+.3f} ± {width:.3f}" for mean, width in cells.values())
+        lines.append(f"| {arm} | {lr:g} | {prompts} | {seeds} | {updates:.0f} | {spent:,.0f} | {gains} |")
+    lines += ["", *differences(final, rows[0][0], [row[0] for row in rows[1:]])]
     print("\n".join(lines))
     (out / "learning.md").write_text("\n".join(lines) + "\n")
-    draw(rows, out / "learning.png", final[0]["cpu_seconds"])
+    draw(rows, out / "learning.png", seconds, work)
 
 
-def draw(rows: Sequence[tuple], path: Path, seconds: float) -> None:
+def differences(final: Sequence[dict[str, Any]], best: str, others: Sequence[str]) -> list[str]:
+    """Compare the best arm with every other on the seeds that both have: same prompts, same start noises."""
+    by_seed = {(run["arm"], run["seed"]): run for run in final}
+    lines = [f"| {best} minus | seeds | agreement, equal CPU time | agreement, equal work |", "|---" * 4 + "|"]
+    for other in others:
+        seeds = [seed for arm, seed in by_seed if arm == best and (other, seed) in by_seed]
+        cells = [
+            interval([reached(by_seed[best, s], budget)["agreement"] - reached(by_seed[other, s], budget)["agreement"] for s in seeds])
+            for budget in ("cpu", "work")
+        ]
+        lines.append(f"| {other} | {len(seeds)} | " + " | ".join(f"{mean:+.3f} ± {width:.3f}" for mean, width in cells) + " |")
+    return lines
+
+
+def draw(rows: Sequence[tuple], path: Path, seconds: float, work: int) -> None:
     """Draw the gains with their intervals, best at the top."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 4.2), sharey=True, constrained_layout=True)
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 4.4), sharey=True, constrained_layout=True)
     titles = {
         "agreement": f"agreement, {seconds:g} CPU seconds",
         "strict": f"strict, {seconds:g} CPU seconds",
-        "equal forwards": "agreement, equal forwards",
+        "work": f"agreement, model work of {work:,} forwards",
     }
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for place, row in enumerate(reversed(rows)):
-            mean, width = row[5][name]
+            mean, width = row[6][name]
             axis.errorbar(mean, place, xerr=width, fmt="o", capsize=3, color="#0072B2" if row[0].startswith("g2rpo") else "#D55E00")
         axis.set_title(title, fontsize=11)
         axis.axvline(0, color="0.7", linewidth=1)
@@ -192,27 +292,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("tune", "final", "report"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--cpu-seconds", type=float, default=40.0)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--cpu-seconds", type=float, default=20.0)
+    parser.add_argument("--tries", type=int, default=5, help="tuning runs per arm")
+    parser.add_argument("--seeds", type=int, nargs=2, default=(0, 5), help="first seed, and the one after the last")
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(arguments)
-    common = {"cpu_seconds": options.cpu_seconds}
     tuning, finals = options.out / "tune.jsonl", options.out / "final.jsonl"
     if options.stage == "tune":
-        jobs = [
-            {"arm": arm, "method": ARMS[arm], "lr": lr, "seed": 1000, "split": "tune", "fractions": [1.0], **common}
-            for arm in options.arms
-            for lr in LEARNING_RATES
-        ]
-        print(best_rates(run_all(jobs, tuning, options.workers)))
+        print(tune(options.arms, tuning, options.cpu_seconds, options.workers, options.tries))
     elif options.stage == "final":
-        rates = best_rates([json.loads(line) for line in tuning.read_text().splitlines()])
-        jobs = [
-            {"arm": arm, "method": ARMS[arm], "lr": rates[arm], "seed": seed, "split": "heldout", "fractions": [0.5, 1.0], **common}
-            for seed in range(options.seeds)
-            for arm in options.arms
-        ]
+        tuned = [json.loads(line) for line in tuning.read_text().splitlines()]
+        common = {"split": "heldout", "noises": FINAL_NOISES, "cpu_seconds": options.cpu_seconds, "shares": [0.5, 1.0], "work": WORK}
+        jobs = []
+        for seed in range(*options.seeds):
+            for arm in options.arms:
+                rate, prompts = best_setting(tuned, arm)
+                jobs.append({"arm": arm, "method": ARMS[arm], "lr": rate, "prompts": prompts, "seed": seed, **common})
         run_all(jobs, finals, options.workers)
     else:
         report([json.loads(line) for line in finals.read_text().splitlines()], options.out)
