@@ -48,9 +48,10 @@ def run_arm(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     from accelerate import Accelerator
 
+    from comfy_g2rpo.evaluation import compare, evaluate
+    from comfy_g2rpo.loop import averaged, iterate, make_learner
     from g2rpo_trainer.config import from_dict
-    from g2rpo_trainer.evaluation import compare, evaluate
-    from g2rpo_trainer.run import averaged, iterate, make_learner, prepare
+    from g2rpo_trainer.run import prepare
 
     config = from_dict(
         {
@@ -74,7 +75,7 @@ def run_arm(job: dict[str, Any]) -> dict[str, Any]:
 
     def look() -> Any:
         with averaged(setup, learner):
-            return evaluate(setup.policy, setup.judges, setup.prompts.heldout, config.train, setup.sigmas, setup.shape)
+            return evaluate(setup.policy, setup.judges, setup.prompts.heldout, setup.pace, setup.sigmas, setup.shape)
 
     before, spent, curve = look(), 0.0, []
     for fraction in job["fractions"]:

@@ -34,6 +34,7 @@ from torch import Tensor
 SCHEMA = "g2rpo-metrics/1"
 HEADER_BYTES = 8 * 2**20
 HEADER_TENSORS = 20_000
+MAY_CHANGE = {"train": ("steps", "minutes", "eval_every", "checkpoint_every", "keep_checkpoints")}
 CHECKPOINT_FILES = ("lora.safetensors", "state.safetensors", "state.json")
 
 METRICS = {
@@ -227,6 +228,20 @@ class RunFolder:
         for leftover in run.checkpoints.glob(".*"):
             with _writing(leftover):
                 shutil.rmtree(leftover)
+        return run
+
+    @classmethod
+    def reopen(cls, path: Path, config: Mapping[str, Any]) -> RunFolder:
+        """Open a run and see that the same configuration made it; only length and pace may differ."""
+        run = cls.open(path)
+        saved = run.config().get("config", {})
+        for section, values in finite(config["config"]).items():
+            new, old = (part if isinstance(part, dict) else {"": part} for part in (values, saved.get(section)))
+            for key, value in new.items():
+                if value != old.get(key) and section != "out" and key not in MAY_CHANGE.get(section, ()):
+                    name = f"{section}.{key}".strip(".")
+                    was = f"{path} was made with {name} = {old.get(key)!r}, not {value!r}"
+                    raise RunError(f"{was}; continue with that, or start another run")
         return run
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +55,8 @@ def _components(index: Path) -> dict[str, list[str | None]]:
 
 class SD3:
     """A policy and a decoder over a StableDiffusion3Pipeline, with a peft LoRA on its transformer."""
+
+    decodes_while_rolling = True
 
     def __init__(
         self,
@@ -145,6 +147,10 @@ class SD3:
         finally:
             for name, weight in kept.items():
                 self.layers[name].get_base_layer().weight.data = weight
+
+    def training(self) -> AbstractContextManager[None]:
+        """Do nothing: the velocity is differentiable as it is."""
+        return nullcontext()
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Cond]:
