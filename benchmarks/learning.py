@@ -81,7 +81,7 @@ def run_arm(job: dict[str, Any]) -> dict[str, Any]:
     for fraction in job["fractions"]:
         while spent < fraction * job["cpu_seconds"]:
             begin = time.process_time()
-            iterate(setup, learner, lambda: None)
+            iterate(setup, learner, lambda phase: None)
             spent += time.process_time() - begin
         gains = compare(before, look())
         curve.append(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -93,8 +94,10 @@ class Watcher(Protocol):
         """End, with the summary."""
 
 
-Check = Callable[[], None]
-"""Called before every forward; raises to stop."""
+Check = Callable[[str], None]
+"""Called before every forward and every batch of pictures with the phase, one of PHASES; raises to stop."""
+
+PHASES = ("rollout", "update", "evaluate")
 
 
 def make_learner(setup: Setup) -> Learner:
@@ -139,8 +142,9 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
     prompts, seeds = draw(setup, learner.step)
     conds = policy.encode(prompts)
     plan = build_plan(recipe, learner.step, pace.seed)
-    scorer = Scorer(policy.decode, setup.rewards, prompts, len(plan.images), pace.decode_batch, check=check)
-    rollout = roll_out_and_score(policy, plan, setup.sigmas, conds, seeds, setup.shape, scorer, pace.slots, check)
+    rolling = partial(check, "rollout")
+    scorer = Scorer(policy.decode, setup.rewards, prompts, len(plan.images), pace.decode_batch, check=rolling)
+    rollout = roll_out_and_score(policy, plan, setup.sigmas, conds, seeds, setup.shape, scorer, pace.slots, rolling)
     rolled = time.perf_counter()
     rewards = [plan.values(scorer.scores[:, p]) for p in range(len(prompts))]
     everywhere = setup.world.gather(scorer.scores)
@@ -150,9 +154,8 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
     advantages = [integrate(reward, setup.weights, recipe.clamp, recipe.std_floor, std) for reward in rewards]
     made = records(rollout, advantages, step_weight=recipe.step_weight, samples=recipe.objective == "clip")
     with undone_on_error(setup, learner), policy.training():
-        stats = update(
-            policy, made, conds, learner.optimizer, recipe, micro_batch=pace.micro_batch, reduce=setup.world.reduce, check=check
-        )
+        learning = {"micro_batch": pace.micro_batch, "reduce": setup.world.reduce, "check": partial(check, "update")}
+        stats = update(policy, made, conds, learner.optimizer, recipe, **learning)
     if recipe.ema:
         update_average(learner.average, policy.parameters(), min(recipe.ema, (learner.step + 1) / (learner.step + 10)))
     learner.step += 1
@@ -225,7 +228,8 @@ def look(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher | N
     if not setup.world.speaks or not setup.prompts.heldout:
         return {}
     with averaged(setup, learner):
-        evaluation = evaluate(setup.policy, setup.judges, setup.prompts.heldout, setup.pace, setup.sigmas, setup.shape, check)
+        looking = partial(check, "evaluate")
+        evaluation = evaluate(setup.policy, setup.judges, setup.prompts.heldout, setup.pace, setup.sigmas, setup.shape, looking)
     evaluation.save(folder, learner.step)
     row = evaluation.metrics()
     if watcher:

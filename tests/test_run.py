@@ -155,7 +155,7 @@ def test_a_host_that_decodes_after_rolling_learns_the_same(tmp_path):
     for streams in (True, False):
         setup = prepare(config(tmp_path, train={"slots": 4}))
         setup.policy.decodes_while_rolling = streams
-        rows.append(loop.iterate(setup, loop.make_learner(setup), lambda: None))
+        rows.append(loop.iterate(setup, loop.make_learner(setup), lambda phase: None))
     assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-3)
     assert rows[0]["reward/agreement/mean"] == pytest.approx(rows[1]["reward/agreement/mean"], abs=1e-4)
 
@@ -165,12 +165,12 @@ def test_an_update_that_is_broken_off_leaves_the_last_finished_step(tmp_path, up
     setup = prepare(config(tmp_path, method={"name": "g2rpo", "num_steps": 4, "group_size": 3, "objective": "clip", "update": update}))
     learner = loop.make_learner(setup)
     forwards = []
-    loop.iterate(setup, learner, lambda: forwards.append(1))
+    loop.iterate(setup, learner, forwards.append)
     before = [p.detach().clone() for p in setup.policy.parameters()]
     state = {k: v.clone() for k, v in optimizer_tensors(learner.optimizer).items()}
     left = len(forwards) - 1
 
-    def stop_at_the_last_forward():
+    def stop_at_the_last_forward(phase):
         nonlocal left
         left -= 1
         if left < 0:

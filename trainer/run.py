@@ -137,11 +137,11 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def stoppable() -> Iterator[Callable[[], None]]:
+def stoppable() -> Iterator[Callable[[str], None]]:
     """Turn the first Ctrl-C into a stop at the next forward, so that no update is torn; the second one stops at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield lambda phase: None
         return
 
     def ask(number: int, frame: Any) -> None:
@@ -149,7 +149,7 @@ def stoppable() -> Iterator[Callable[[], None]]:
             raise KeyboardInterrupt
         asked.set()
 
-    def check() -> None:
+    def check(phase: str) -> None:
         if asked.is_set():
             raise Stopped
 
