@@ -34,6 +34,7 @@ class Scorer:
         self.scores = torch.full((len(self.rewards), len(self.prompts), self.images), torch.nan)
         self.pictures: dict[tuple[int, int], Tensor] = {}
 
+    @torch.no_grad()
     def __call__(self, prompts: list[int], images: list[int], latents: Tensor) -> None:
         """Score latents [n, …] of the given prompts and image positions."""
         for start in range(0, len(prompts), self.batch):

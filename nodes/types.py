@@ -60,3 +60,15 @@ class AdvantagesData:
     table: Tensor
     rewards: Tensor
     names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PolicyData:
+    """A LoRA in training on a MODEL: weights, AdamW's state, how far it is, and the run that keeps it (blank: none)."""
+
+    model: Any
+    adapter: Any
+    optimizer: dict[str, Tensor]
+    learning_rate: float
+    step: int = 0
+    run: str = ""
