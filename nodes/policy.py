@@ -268,6 +268,8 @@ class _Session:
 class TextPolicy(GraphPolicy):
     """A policy whose rows are prompts, with a decoder: what a training loop needs."""
 
+    decodes_while_rolling = False  # the VAE may push the model off the device
+
     def __init__(self, guider: Any, clip: Any, vae: Any, negative: str, adapter: Adapter | None, *, checkpoint: bool = False) -> None:
         super().__init__(guider, adapter, checkpoint=checkpoint)
         self._clip, self._vae, self._negative = clip, vae, negative

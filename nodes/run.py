@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ from ..comfy_g2rpo.recipes import Recipe, build_plan
 from ..comfy_g2rpo.rewards import RewardError
 from ..comfy_g2rpo.runs import MAY_CHANGE, RunFolder, finite, is_run, write_bytes
 from ..comfy_g2rpo.schedule import shifted_sigmas
-from .adapter import TARGETS, Adapter, fresh_adapter, target_modules
+from .adapter import Adapter, fresh_adapter
 from .hosting import STOPS, Live, contained, fresh_lora, loras_root, run_place
 from .policy import text_policy
+from .sampling import check_sigmas
 from .types import RewardSet
 
 MAX_WORK = 10**14  # forwards × pixels of a run
 HELDOUT_SHARE = 0.2
+FINGERPRINTED = 64  # weights that are looked into
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,12 @@ class Request:
     sigmas: Tensor | None = None
 
 
-def train(wanted: Request, node: str | None) -> tuple[RunFolder, Adapter]:
-    """Run the loop; return the run's folder and the LoRA as it was saved."""
+def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tuple[RunFolder, Adapter]:
+    """Run the loop, after saying what it will cost; return the run's folder and the LoRA as it was saved."""
     # Nodes run in inference mode, where nothing could be learned.
     with torch.inference_mode(False), torch.enable_grad():
         setup, config = make_setup(wanted)
+        say(price(setup, wanted.width, wanted.height))
         name = wanted.run.strip() or name_of(config, wanted.recipe)
         place = run_place(name)
         learner = make_learner(setup)
@@ -95,7 +99,6 @@ def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
     prompts = make_prompts(wanted, pace.seed)
     if sigmas is None:
         sigmas = shifted_sigmas(made.num_steps, made.shift)
-    show_price(wanted, made, pace)
     adapter = fresh_adapter(wanted.model, wanted.rank, wanted.alpha, pace.seed, wanted.targets)
     policy = text_policy(wanted.model, wanted.clip, wanted.vae, wanted.guidance, wanted.negative, adapter)
     with torch.no_grad():
@@ -153,12 +156,11 @@ def model_shift(model: Any) -> float:
 
 def checked_schedule(sigmas: Tensor) -> Tensor:
     """Return noise levels [T+1] that fall from 1 to 0 as float32 on the CPU; refuse any others."""
-    levels = sigmas.detach().flatten().to("cpu", torch.float32, copy=True)
-    if not 2 <= len(levels) <= 1001 or not levels.isfinite().all() or not (levels[1:] < levels[:-1]).all():
-        raise ValueError("sigmas must be 2 to 1001 falling numbers; connect a scheduler, or leave it open")
-    if not (math.isclose(levels[0].item(), 1.0, abs_tol=1e-3) and levels[-1] == 0):
-        raise ValueError(f"sigmas go from {levels[0]:.4g} to {levels[-1]:.4g}; training starts from pure noise: use denoise 1, from 1 to 0")
-    levels[0] = 1.0
+    check_sigmas(sigmas)
+    levels = sigmas.detach().to("cpu", torch.float32, copy=True)
+    if not math.isclose(levels[0].item(), 1.0, abs_tol=1e-3) or levels[-1] != 0:
+        ends = f"{levels[0]:.4g} to {levels[-1]:.4g}"
+        raise ValueError(f"sigmas: they run from {ends}; training starts from pure noise: connect 1 to 0 (denoise 1)")
     return levels
 
 
@@ -175,17 +177,17 @@ def make_prompts(wanted: Request, seed: int) -> Prompts:
     return split(trained, HELDOUT_SHARE, seed, "prompts", notes)
 
 
-def show_price(wanted: Request, made: Recipe, pace: Pace) -> None:
-    """Log what the run will cost, and refuse what nobody can have meant."""
-    plan = build_plan(made, 0, pace.seed)
-    forwards = pace.steps * pace.prompts_per_step * (plan.forwards + 3 * len(plan.forks))
-    images = pace.steps * pace.prompts_per_step * len(plan.images)
-    work = forwards * wanted.width * wanted.height
+def price(setup: Setup, width: int, height: int) -> str:
+    """Say what the run will cost; refuse what nobody can have meant."""
+    pace, plan = setup.pace, build_plan(setup.recipe, 0, setup.pace.seed)
+    groups = pace.steps * pace.prompts_per_step
+    # A forward and backward is worth three forwards.
+    forwards = groups * (plan.forwards + 3 * len(plan.forks))
+    work = forwards * width * height
     if work > MAX_WORK:
-        raise ValueError(
-            f"steps, prompts_per_step, width and height make {work:.1e} forwards × pixels; at most {MAX_WORK:.0e} are allowed, lower one"
-        )
-    logging.info("G²RPO: %d steps cost %d forwards and %d pictures of %d×%d", pace.steps, forwards, images, wanted.width, wanted.height)
+        limit = f"{work:.1e} forwards × pixels are above the limit of {MAX_WORK:.0e}"
+        raise ValueError(f"steps: {limit}; lower steps, prompts_per_step or the size")
+    return f"{pace.steps} steps cost {forwards} forwards and {groups * len(plan.images)} pictures of {width}×{height}"
 
 
 def describe(wanted: Request, setup: Setup, rewards: dict[str, float], judges: list[str]) -> dict[str, Any]:
@@ -214,10 +216,14 @@ def name_of(config: dict[str, Any], recipe: str) -> str:
 
 def fingerprint(model: Any) -> str:
     """Tell models apart by their class, their shapes and some of their weights."""
-    digest = hashlib.blake2b(type(model.model).__name__.encode(), digest_size=8)
-    for name, module in list(target_modules(model, TARGETS[0]).items()):
-        digest.update(f"{name} {tuple(module.weight.shape)}".encode())
-        digest.update(module.weight.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    digest = hashlib.blake2b(digest_size=8)
+    left = FINGERPRINTED
+    for name, weight in model.model.diffusion_model.named_parameters():
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        if weight.ndim == 1 and left:
+            # Not the matrices: whatever LoRA was loaded last may still be merged into them.
+            digest.update(weight.detach()[:16].float().cpu().numpy().tobytes())
+            left -= 1
     return f"{type(model.model).__name__} {digest.hexdigest()}"
 
 

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ..comfy_g2rpo import recipes
 from ..comfy_g2rpo.pace import FIELDS as PACE
-from ..comfy_g2rpo.recipes import FIELDS
 from .adapter import TARGETS, lora_model, with_adapter
 from .curve import reward_curve
 from .hosting import NAME_TIP
 from .policy import check_flow
 from .run import Request, train
 from .types import TRAINING, RewardSet, RewardWire
+from .widgets import announce, node_id, recipe_input
 
 
 class TrainLoRA(io.ComfyNode):
@@ -75,7 +75,7 @@ class TrainLoRA(io.ComfyNode):
             alpha, targets, prompts_per_step, slots, eval_every, seed, run, changes, heldout_reward, sigmas,
         )  # fmt: skip
         check_flow(model)
-        folder, adapter = train(wanted, cls.hidden.unique_id)
+        folder, adapter = train(wanted, node_id(cls), lambda text: announce(cls, text))
         rows = folder.metrics()
         return io.NodeOutput(
             with_adapter(model, adapter),
@@ -89,7 +89,6 @@ class TrainLoRA(io.ComfyNode):
 
 def train_inputs() -> list[io.Input]:
     """List Train LoRA's inputs."""
-    rate = FIELDS["learning_rate"].metadata
     return [
         io.Model.Input("model", tooltip="The flow model that is aligned. It is not changed."),
         io.Clip.Input("clip", tooltip="Its text encoder: every prompt is encoded once."),
@@ -107,7 +106,7 @@ def train_inputs() -> list[io.Input]:
         ),
         io.Int.Input("width", default=512, min=16, max=4096, step=8, tooltip="Width of the pictures in pixels."),
         io.Int.Input("height", default=512, min=16, max=4096, step=8, tooltip="Height of the pictures in pixels."),
-        io.Float.Input("learning_rate", default=1e-4, min=rate["low"], max=rate["high"], step=1e-6, round=1e-9, tooltip=rate["help"]),
+        recipe_input("learning_rate", step=1e-6),
         io.Int.Input("rank", default=16, min=1, max=512, tooltip="Rank of the LoRA."),
         io.Float.Input("alpha", default=16.0, min=0.01, max=4096.0, step=1.0, tooltip="The LoRA's scale is alpha / rank."),
         io.Combo.Input("targets", options=list(TARGETS), default=TARGETS[0], tooltip="Layers that get a LoRA."),
