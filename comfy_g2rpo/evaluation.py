@@ -40,7 +40,7 @@ class Evaluation:
             by_prompt = scores.nanmean(1)
             by_prompt = by_prompt[~by_prompt.isnan()]
             row[f"heldout/{name}/mean"] = scores.nanmean().item()
-            row[f"heldout/{name}/ci95"] = 1.96 * by_prompt.std().item() / math.sqrt(max(len(by_prompt), 1))
+            row[f"heldout/{name}/ci95"] = 1.96 * by_prompt.std().item() / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else math.nan
         return row
 
     def save(self, folder: RunFolder, step: int) -> None:

@@ -47,7 +47,7 @@ class LoRAPolicy(io.ComfyNode):
             ],
             outputs=[
                 PolicyWire.Output("policy", tooltip="For Update LoRA."),
-                io.Model.Output("model", tooltip="The model with the LoRA as it stands: for the guider of Rollout."),
+                io.Model.Output("tuned", display_name="model", tooltip="The model with the LoRA as it stands: for the guider of Rollout."),
                 io.Int.Output("step", tooltip="Updates made so far: a seed that differs at every one."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -131,9 +131,9 @@ class UpdateLoRA(io.ComfyNode):
                 io.Int.Input("micro_batch", default=1, min=1, max=256, tooltip="Branch steps in one forward and backward; bounds memory."),
             ],
             outputs=[
-                PolicyWire.Output("policy", tooltip="The policy after the update."),
+                PolicyWire.Output("updated", display_name="policy", tooltip="The policy after the update."),
                 io.LoraModel.Output("lora", tooltip="Its LoRA alone, for Save LoRA and core's Load LoRA Model."),
-                io.Model.Output("model", tooltip="The model with the updated LoRA."),
+                io.Model.Output("tuned", display_name="model", tooltip="The model with the updated LoRA."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
