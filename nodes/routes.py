@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,15 +48,18 @@ def runs_root() -> Path:
 
 
 def register() -> None:
-    """Add the routes to ComfyUI's server, if there is one."""
+    """Add the routes to ComfyUI's server, if there is one and it has none of them yet."""
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)
-    if server is None:
+    if server is None or any(getattr(route, "path", "") == "/g2rpo/runs" for route in server.routes):
         return
     from aiohttp import web
 
-    async def answer(read: Callable[[], dict[str, Any]]) -> web.Response:
+    async def answer(request: web.Request, read: Callable[[], dict[str, Any]]) -> web.Response:
+        # aiohttp adds HEAD to every GET, and ComfyUI's copy of the routes under /api forgets the option that prevents it.
+        if request.method != "GET":
+            raise web.HTTPMethodNotAllowed(request.method, ["GET"])
         try:
             return web.json_response(await asyncio.to_thread(read))
         except NotFoundError as error:
@@ -65,13 +69,13 @@ def register() -> None:
         except OSError:
             return web.json_response({"error": "the run's files cannot be read at the moment; try again"}, status=503)
 
-    @server.routes.get("/g2rpo/runs", allow_head=False)
+    @server.routes.get("/g2rpo/runs")
     async def runs(request: web.Request) -> web.Response:
-        return await answer(lambda: {"runs": list_runs(runs_root())})
+        return await answer(request, lambda: {"runs": list_runs(runs_root())})
 
-    @server.routes.get("/g2rpo/runs/{id}/metrics", allow_head=False)
+    @server.routes.get("/g2rpo/runs/{id}/metrics")
     async def metrics(request: web.Request) -> web.Response:
-        return await answer(lambda: read_metrics(runs_root(), request.match_info["id"], request.query.get("after", "0")))
+        return await answer(request, lambda: read_metrics(runs_root(), request.match_info["id"], request.query.get("after", "0")))
 
 
 def list_runs(root: Path) -> list[dict[str, Any]]:
@@ -233,3 +237,8 @@ def _pictures(index: Any) -> list[dict[str, Any]]:
             numbers = {str(k)[:64]: v for k, v in scores.items() if isinstance(v, (int, float))} if isinstance(scores, dict) else {}
             pictures.append({"file": file, "prompt": str(prompt or "")[:MAX_PROMPT], "scores": finite(numbers)})
     return pictures
+
+
+# ComfyUI's server module is there only where ComfyUI runs.
+if "server" in sys.modules:
+    register()
