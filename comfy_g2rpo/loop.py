@@ -117,15 +117,16 @@ def learn(
     for note in setup.prompts.notes:
         watcher.note(note)
     try:
-        if learner.step == 0 and not folder.metrics():
+        if learner.step == 0 or (due(pace.eval_every, learner.step) and learner.step < pace.steps):
+            # A run that was stopped while it looked looks again.
             look(setup, learner, folder, watcher, check)
         while learner.step < pace.steps and not out_of_time(setup, learner):
             row = iterate(setup, learner, check)
-            if due(pace.eval_every, learner.step) and learner.step < pace.steps:
-                row |= look(setup, learner, folder, None, check)
             if setup.world.speaks:
                 folder.append(row)
             watcher.step(row)
+            if due(pace.eval_every, learner.step) and learner.step < pace.steps:
+                look(setup, learner, folder, watcher, check)
             if due(pace.checkpoint_every, learner.step):
                 save(setup, learner, folder)
     except stops:
@@ -223,37 +224,37 @@ def averaged(setup: Setup, learner: Learner) -> Iterator[None]:
                 parameter.copy_(value)
 
 
-def look(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher | None, check: Check) -> dict[str, float]:
-    """Evaluate on the held-out prompts, keep scores and pictures, and return the metrics; with a watcher they get a row of their own."""
-    if not setup.world.speaks or not setup.prompts.heldout:
-        return {}
+def look(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, check: Check) -> None:
+    """Evaluate on the held-out prompts, unless this step has been; keep scores, pictures and a row of metrics."""
+    if not setup.world.speaks or not setup.prompts.heldout or looked(folder, learner.step):
+        return
     with averaged(setup, learner):
         looking = partial(check, "evaluate")
         evaluation = evaluate(setup.policy, setup.judges, setup.prompts.heldout, setup.pace, setup.sigmas, setup.shape, looking)
     evaluation.save(folder, learner.step)
-    row = evaluation.metrics()
-    if watcher:
-        folder.append({"step": learner.step} | row)
-        watcher.step({"step": learner.step} | row)
-    return row
+    row = {"step": learner.step} | evaluation.metrics()
+    folder.append(row)
+    watcher.step(row)
+
+
+def looked(folder: RunFolder, step: int) -> bool:
+    """Say whether a step has its row of held-out metrics."""
+    return any(key.startswith("heldout/") for row in folder.metrics() if row.get("step") == step for key in row)
 
 
 def finish(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, check: Check, name: str) -> dict[str, Any]:
     """Evaluate the outcome and write the summary of a run by the recipe `name`."""
-    row = look(setup, learner, folder, None, check)
+    look(setup, learner, folder, watcher, check)
     setup.world.wait()
     if not setup.world.speaks:
         return {}
-    if row and not any("heldout" in key for old in folder.metrics() if old["step"] == learner.step for key in old):
-        folder.append({"step": learner.step} | row)
-        watcher.step({"step": learner.step} | row)
     steps = [old for old in folder.metrics() if "nfe" in old]
     names = [reward.name for reward in setup.rewards]
     ends = {"before": steps[: max(len(steps) // 10, 1)], "after": steps[-max(len(steps) // 10, 1) :]}
     summary: dict[str, Any] = {"recipe": name, "steps": learner.step, "seed": setup.pace.seed}
     for when, rows in ends.items():
         summary[f"reward_{when}"] = {n: sum(old[f"reward/{n}/mean"] for old in rows) / len(rows) for n in names}
-    if row:
+    if setup.prompts.heldout:
         before, after = Evaluation.read(folder, 0), Evaluation.read(folder, learner.step)
         summary |= {"heldout_before": before.means(), "heldout_after": after.means(), "heldout_gain": compare(before, after)}
     summary |= {

@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,7 @@ class Server:
     url: str
     base: Path
     log_path: Path
+    pid: int = 0
 
     @property
     def log(self) -> str:
@@ -160,6 +161,7 @@ def server(comfyui: Path, base: Path, flags: tuple[str, ...] = ()) -> Iterator[S
     command = [python_of(comfyui), "main.py", *FLAGS, "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base), *flags]
     with running.log_path.open("wb") as log:
         child = subprocess.Popen(command, cwd=comfyui, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+    running = replace(running, pid=child.pid)
     try:
         _wait_until_ready(running, child)
         yield running
