@@ -12,6 +12,7 @@ from ..comfy_g2rpo.advantages import integrate, moments, rank_agreement, zero_st
 from ..comfy_g2rpo.plan import Plan
 from ..comfy_g2rpo.recipes import FIELDS
 from ..comfy_g2rpo.rewards import mix
+from .guard import check_inputs
 from .judging import within
 from .scoring import show
 from .types import TRAINING, AdvantagesData, AdvantagesWire, RolloutData, RolloutWire, ScoresData, ScoresWire
@@ -138,6 +139,7 @@ class Advantages(io.ComfyNode):
     @classmethod
     def execute(cls, rollout: RolloutData, scores: ScoresData, clamp: float, std_floor: float, per_branch: bool) -> io.NodeOutput:
         """Integrate and draw."""
+        check_inputs(cls, locals())
         for name, value in (("clamp", clamp), ("std_floor", std_floor)):
             within(name, value, FIELDS[name].metadata["low"], FIELDS[name].metadata["high"])
         rewards = checked_rewards(rollout, scores)

@@ -18,6 +18,7 @@ from ..comfy_g2rpo.runs import RunFolder, is_run
 from ..comfy_g2rpo.schedule import shifted_sigmas
 from .adapter import Adapter, diffusers_pairs
 from .curve import reward_curve
+from .guard import check_inputs
 from .hosting import NAME_TIP, check_interrupted, fresh_lora, lora_listing, run_place
 from .policy import check_flow, text_policy
 from .routes import list_runs, runs_root
@@ -93,6 +94,7 @@ class CompareLoRA(io.ComfyNode):
         sigmas: Tensor | None = None,
     ) -> io.NodeOutput:
         """Evaluate both as training evaluates, and draw the pairs."""
+        check_inputs(cls, locals())
         for model in (base, tuned):
             check_flow(model)
         texts, _ = prompts_of(prompts.splitlines(), "prompts")
@@ -231,6 +233,7 @@ class SaveLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, lora: dict[str, Tensor], name: str, key_names: str, model: Any = None, run: str | None = None) -> io.NodeOutput:
         """Check, rename if asked for, write."""
+        check_inputs(cls, locals())
         file = save(lora, name, key_names, model, run)
         return io.NodeOutput(file, ui=ui.PreviewText(file))
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..comfy_g2rpo.plan import Leaf, Plan, PlanBuilder, State, singular
 from ..comfy_g2rpo.rollout import Rollout, roll_out
 from .conditioning import Conds, first_row, velocity
+from .guard import check_inputs
 from .policy import check_flow
 from .types import SAMPLING, RolloutData, RolloutWire
 from .widgets import Progress, announce, int_list, recipe_input
@@ -234,6 +235,7 @@ class SingularSDESampler(io.ComfyNode):
     @classmethod
     def execute(cls, branch_step: int, branch: int, kernel: str, eta: float) -> io.NodeOutput:
         """Make the sampler."""
+        check_inputs(cls, locals())
         return io.NodeOutput(SingularSDE(branch_step, branch, kernel, eta))
 
 
@@ -297,6 +299,7 @@ class RolloutBlock(io.ComfyNode):
         slots: int,
     ) -> io.NodeOutput:
         """Run the tree."""
+        check_inputs(cls, locals())
         check_flow(guider.model_patcher)
         check_sigmas(sigmas)
         if sigmas[-1] != 0:

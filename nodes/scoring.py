@@ -15,6 +15,7 @@ from ..comfy_g2rpo.prompts import MAX_CHARACTERS
 from ..comfy_g2rpo.rewards import REWARDS, Reward, load, mix
 from ..comfy_g2rpo.scoring import Scorer
 from .drawing import number
+from .guard import check_inputs
 from .judging import (
     MAX_IMAGES,
     MAX_REWARDS,
@@ -71,6 +72,7 @@ class LoadReward(io.ComfyNode):
     @classmethod
     def execute(cls, reward: str) -> io.NodeOutput:
         """Look the reward up."""
+        check_inputs(cls, locals())
         found = load(str(reward))
         text = describe(found)
         return io.NodeOutput(RewardSet((found,), (1.0,)), text, ui=show(cls, text))
@@ -120,6 +122,7 @@ class MixRewards(io.ComfyNode):
         weight_6: float = 1.0,
     ) -> io.NodeOutput:
         """Flatten the mix."""
+        check_inputs(cls, locals())
         sets = (reward_1, reward_2, reward_3, reward_4, reward_5, reward_6)
         weights = (weight_1, weight_2, weight_3, weight_4, weight_5, weight_6)
         total: dict[str, float] = {}
@@ -180,6 +183,7 @@ class ScoreImages(io.ComfyNode):
     @classmethod
     def execute(cls, images: list[Tensor], reward: list[RewardSet], prompt: list[str]) -> io.NodeOutput:
         """Judge and rank."""
+        check_inputs(cls, locals())
         rewards, pictures = one("reward", reward), checked_images(images)
         prompts, notes = prompts_for(prompt, len(pictures))
         channels = {picture.shape[-1] for picture in pictures}
@@ -238,6 +242,7 @@ class SelectBest(io.ComfyNode):
         cls, images: list[Tensor], scores: list[float], k: list[int], use_threshold: list[bool], threshold: list[float]
     ) -> io.NodeOutput:
         """Select and sort."""
+        check_inputs(cls, locals())
         pictures = checked_images(images)
         values = [bounded("scores", value) for value in scores]
         if len(values) != len(pictures):
@@ -291,6 +296,7 @@ class ScoreRollout(io.ComfyNode):
     @classmethod
     def execute(cls, rollout: RolloutData, vae: Any, reward: RewardSet, prompt: str) -> io.NodeOutput:
         """Decode and judge in batches."""
+        check_inputs(cls, locals())
         latents, text = checked_latents(rollout, vae), checked_prompt(prompt)
         scorer = Scorer(
             lambda part: decode(rollout, vae, part),
@@ -348,6 +354,7 @@ class ScoresFromValues(io.ComfyNode):
         cls, rollout: list[RolloutData], votes: list[str], values: list[float] | None = None, pictures: list[Tensor] | None = None
     ) -> io.NodeOutput:
         """Check the numbers."""
+        check_inputs(cls, locals())
         count, text = len(one("rollout", rollout).rollout.plan.images), one("votes", votes)
         if values is not None and text.strip():
             raise ValueError("votes and values are both given; empty votes or disconnect values")

@@ -18,6 +18,7 @@ from ..comfy_g2rpo.recipes import recipe
 from ..comfy_g2rpo.runs import RunFolder, is_run, load_optimizer_tensors, optimizer_tensors, read_state
 from ..comfy_g2rpo.update import records, update
 from .adapter import TARGETS, Adapter, fresh_adapter, lora_model, with_adapter
+from .guard import check_inputs
 from .hosting import NAME_TIP, check_interrupted, run_place
 from .policy import GraphPolicy, check_flow
 from .run import fingerprint, metadata
@@ -73,6 +74,7 @@ class LoRAPolicy(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, rank: int, alpha: float, targets: str, learning_rate: float, seed: int, run: str) -> io.NodeOutput:
         """Make the policy, or read it from its run."""
+        check_inputs(cls, locals())
         check_flow(model)
         made = fresh_adapter(model, rank, alpha, seed, targets)
         policy = PolicyData(model, made, {}, learning_rate)
@@ -151,6 +153,7 @@ class UpdateLoRA(io.ComfyNode):
         micro_batch: int,
     ) -> io.NodeOutput:
         """Take the step, and keep it in the policy's run."""
+        check_inputs(cls, locals())
         rate = policy.learning_rate
         made = recipe("g2rpo", kl=kl, step_weight=step_weight, max_grad_norm=max_grad_norm, weight_decay=weight_decay, learning_rate=rate)
         check_current(policy)

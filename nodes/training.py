@@ -11,6 +11,7 @@ from ..comfy_g2rpo import recipes
 from ..comfy_g2rpo.pace import FIELDS as PACE
 from .adapter import TARGETS, lora_model, with_adapter
 from .curve import reward_curve
+from .guard import check_inputs
 from .hosting import NAME_TIP
 from .policy import check_flow
 from .run import Request, train
@@ -70,6 +71,7 @@ class TrainLoRA(io.ComfyNode):
         sigmas: Tensor | None = None,
     ) -> io.NodeOutput:
         """Train, or go on with a run of the same settings."""
+        check_inputs(cls, locals())
         wanted = Request(
             model, clip, vae, reward, recipe, steps, prompts, heldout_prompts, negative, guidance, width, height, learning_rate, rank,
             alpha, targets, prompts_per_step, slots, eval_every, seed, run, changes, heldout_reward, sigmas,
