@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-CATCH = "G2RPO_TestCatch"
+CATCH = "CatchForTests"
 _exchange = Path()
 _server: Any = None
 _executor: Any = None
