@@ -107,6 +107,8 @@ test("numbers and times are short", () => {
 test("the status line says where the run is", () => {
   const progress = { step: 3, total: 20, phase: "rollout", done: 136, of: 544, seconds_left: 130 };
   assert.deepEqual(curve.status({ progress }), { text: "step 3 of 20 · rolling out 136 / 544 · 2 min left", share: 0.1625, running: true });
+  const uncounted = curve.status({ progress: { ...progress, of: null } });
+  assert.deepEqual(uncounted, { text: "step 3 of 20 · rolling out (136 forwards) · 2 min left", share: 0.15, running: true });
   assert.deepEqual(curve.status({ progress: { ...progress, phase: "stopped" } }), { text: "step 3 of 20 · stopped", share: 0.15, running: false });
   assert.deepEqual(curve.status({ step: 20, totalSteps: 20, finished: true }), { text: "step 20 of 20 · finished", share: 1, running: false });
   assert.equal(curve.status({}).text, "step 0");

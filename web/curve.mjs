@@ -199,9 +199,11 @@ export function status({ progress, step, totalSteps, finished }) {
   const at = progress?.step ?? step ?? 0;
   const running = progress && progress.phase !== "done" && progress.phase !== "stopped";
   const words = [total ? `step ${at} of ${total}` : `step ${at}`];
-  if (running && progress.of > 0) words.push(`${PHASES[progress.phase] ?? progress.phase} ${progress.done} / ${progress.of}`);
-  else if (progress) words.push(PHASES[progress.phase] ?? progress.phase);
-  else if (finished) words.push("finished");
+  if (progress) {
+    const amount = progress.of > 0 ? ` ${progress.done} / ${progress.of}` : progress.done > 0 ? ` (${progress.done} forwards)` : "";
+    words.push((PHASES[progress.phase] ?? String(progress.phase)) + (running ? amount : ""));
+  }
+  if (!progress && finished) words.push("finished");
   if (running && duration(progress.seconds_left)) words.push(`${duration(progress.seconds_left)} left`);
   const within = running && progress.phase !== "evaluate" && progress.of > 0 ? Math.min(1, progress.done / progress.of) : 0;
   const share = total ? Math.min(1, (at + within) / total) : finished ? 1 : 0;

@@ -2,7 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { Feed, RUN_ID } from "./feed.mjs";
+import { Feed, problemOf, RUN_ID } from "./feed.mjs";
 import { Monitor } from "./monitor.mjs";
 
 const TRAINER = "G2RPO_TrainLoRA";
@@ -10,6 +10,7 @@ const MONITOR = "G2RPO_RunMonitor";
 const LOOK_EVERY = 1000;
 const POLL_EVERY = 5000;
 const MAX_OFFERS = 6;
+const NEWEST = "newest";
 
 const feeds = new Map();
 const monitors = new Map();
@@ -48,12 +49,12 @@ const asked = (node) => String(runWidget(node)?.value ?? "").trim();
 // The run that a node shows: what its widget asks for, or the run that it started when it was last asked that.
 function wanted(node) {
   const { g2rpo_run: started, g2rpo_asked: then } = node.properties ?? {};
-  return started && (then ?? "") === asked(node) ? started : asked(node);
+  return node.comfyClass === TRAINER && started && (then ?? "") === asked(node) ? started : asked(node);
 }
 
 // Writes the run into the node, so that the saved workflow and a reloaded page find it.
 function remember(node, run) {
-  if (wanted(node) === run && node.properties?.g2rpo_run === run) return;
+  if (node.comfyClass !== TRAINER || (wanted(node) === run && node.properties?.g2rpo_run === run)) return;
   node.properties ??= {};
   Object.assign(node.properties, { g2rpo_run: run, g2rpo_asked: asked(node) });
   const tracker = app.extensionManager?.workflow?.activeWorkflow?.changeTracker;
@@ -73,28 +74,32 @@ function nodeOf(id) {
 
 function refreshEntry(node, entry) {
   const run = wanted(node);
-  if (run === entry.run) return;
-  entry.run = run;
-  if (RUN_ID.test(run)) {
-    entry.monitor.show(feedOf(run));
-  } else if (run) {
-    entry.monitor.show(null, "This is not the name of a run: use letters, digits, dots, dashes and underscores.");
-  } else if (node.comfyClass === MONITOR) {
-    entry.monitor.show(null, "Which run?");
-    offerRuns(node, entry);
-  } else {
-    entry.monitor.show(null, "The curve appears here when the training starts.");
+  const monitor = node.comfyClass === MONITOR;
+  if (monitor && (run === NEWEST || run === "")) {
+    entry.run = run;
+    lookForRuns(node, entry);
+  } else if (run !== entry.run) {
+    entry.run = run;
+    if (RUN_ID.test(run)) entry.monitor.show(feedOf(run));
+    else entry.monitor.show(null, run ? "This is not the name of a run: use letters, digits, dots, dashes and underscores." : "The curve appears here when the training starts.");
   }
 }
 
-async function offerRuns(node, entry) {
+// Which run is the newest changes, so the list is asked for now and then.
+async function lookForRuns(node, entry) {
+  if (Date.now() - (entry.listed ?? 0) < POLL_EVERY && entry.listedFor === entry.run) return;
+  Object.assign(entry, { listed: Date.now(), listedFor: entry.run });
   const { status, data } = await get("/g2rpo/runs");
-  if (entry.run !== "" || status !== 200) return;
-  const offers = data.runs.slice(0, MAX_OFFERS).map(({ id, step, steps, finished }) => ({
-    label: `${id} · step ${step ?? 0}${steps ? ` of ${steps}` : ""}${finished ? " · finished" : ""}`,
-    choose: () => choose(node, id),
-  }));
-  entry.monitor.show(null, offers.length ? "Which run?" : "No runs yet. Train LoRA makes them.", offers);
+  if (entry.run !== entry.listedFor || !["", NEWEST].includes(entry.run)) return;
+  if (status !== 200) entry.monitor.show(null, problemOf(status, data));
+  else if (!data.runs.length) entry.monitor.show(null, "No runs yet. Train LoRA makes them.");
+  else if (entry.run === NEWEST) entry.monitor.show(feedOf(data.runs[0].id));
+  else entry.monitor.show(null, "Which run?", data.runs.slice(0, MAX_OFFERS).map((run) => offer(node, run)));
+}
+
+function offer(node, { id, step, steps, finished }) {
+  const label = `${id} · step ${step ?? 0}${steps ? ` of ${steps}` : ""}${finished ? " · finished" : ""}`;
+  return { label, choose: () => choose(node, id) };
 }
 
 function choose(node, run) {
@@ -153,6 +158,7 @@ function onProgress({ detail }) {
   if (!RUN_ID.test(detail?.run ?? "")) return;
   feedOf(detail.run).take(detail);
   const node = nodeOf(detail.node);
+  for (const entry of monitors.values()) if (entry.run === NEWEST && entry.monitor.feed?.id !== detail.run) entry.listed = 0;
   const entry = monitors.get(node);
   if (!entry) return;
   remember(node, detail.run);
