@@ -124,14 +124,23 @@ class Advantages(io.ComfyNode):
                 io.Boolean.Input("per_branch", default=False, tooltip="Heat map with a row per branch instead of one row per granularity."),
             ],
             outputs=[
-                AdvantagesWire.Output("advantages", tooltip="For Update LoRA."),
+                AdvantagesWire.Output("advantages", display_name="advantages", tooltip="For Update LoRA."),
                 io.Image.Output(
                     "heatmap",
+                    display_name="heatmap",
                     tooltip="Z-score of each step's winner (the branch with the highest advantage) by granularity and branch step: "
                     "positive where the granularity likes the winner too, negative where it was outvoted, hatched where all rewards tie.",
                 ),
-                io.Image.Output("ranked", tooltip="Completions from best to worst with score and advantage; the frame says up or down."),
-                io.String.Output("summary", tooltip="How much there is to learn, and whether coarse completions agree with fine ones."),
+                io.Image.Output(
+                    "ranked",
+                    display_name="ranked",
+                    tooltip="Completions from best to worst with score and advantage; the frame says up or down.",
+                ),
+                io.String.Output(
+                    "summary",
+                    display_name="summary",
+                    tooltip="How much there is to learn, and whether coarse completions agree with fine ones.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )

@@ -64,7 +64,9 @@ class LoadReward(io.ComfyNode):
             inputs=[io.Combo.Input("reward", options=list(REWARDS), tooltip="The rule that scores images. 'about' says what it measures.")],
             outputs=[
                 RewardWire.Output("loaded", display_name="reward", tooltip="For Score Images, Score Rollout, Mix Rewards and Train LoRA."),
-                io.String.Output("about", tooltip="What it measures, its licence, whether scores compare across prompts."),
+                io.String.Output(
+                    "about", display_name="about", tooltip="What it measures, its licence, whether scores compare across prompts."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -100,7 +102,11 @@ class MixRewards(io.ComfyNode):
             inputs=inputs,
             outputs=[
                 RewardWire.Output("mixed", display_name="reward", tooltip="All of them, for Score Images, Score Rollout and Train LoRA."),
-                io.String.Output("about", tooltip="The parts with their weights, licences and whether scores compare across prompts."),
+                io.String.Output(
+                    "about",
+                    display_name="about",
+                    tooltip="The parts with their weights, licences and whether scores compare across prompts.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -170,12 +176,18 @@ class ScoreImages(io.ComfyNode):
             outputs=[
                 io.Float.Output(
                     "scores",
+                    display_name="scores",
                     is_output_list=True,
                     tooltip="One score per image, in the order of the images; nan where it could not be judged.",
                 ),
-                io.Int.Output("best_first", is_output_list=True, tooltip="Positions of the images (from 0), the best one first."),
-                io.Image.Output("ranked", tooltip="A sheet of the images from best to worst with their scores."),
-                io.String.Output("table", tooltip="The ranking as text, with each reward's own score."),
+                io.Int.Output(
+                    "best_first",
+                    display_name="best_first",
+                    is_output_list=True,
+                    tooltip="Positions of the images (from 0), the best one first.",
+                ),
+                io.Image.Output("ranked", display_name="ranked", tooltip="A sheet of the images from best to worst with their scores."),
+                io.String.Output("table", display_name="table", tooltip="The ranking as text, with each reward's own score."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -233,7 +245,9 @@ class SelectBest(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output("best", display_name="images", tooltip="What was kept, best first."),
-                io.Int.Output("kept", is_output_list=True, tooltip="Positions (from 0) of the kept images, best first."),
+                io.Int.Output(
+                    "kept", display_name="kept", is_output_list=True, tooltip="Positions (from 0) of the kept images, best first."
+                ),
             ],
         )
 
@@ -286,9 +300,9 @@ class ScoreRollout(io.ComfyNode):
                 ),
             ],
             outputs=[
-                ScoresWire.Output("scores", tooltip="For Advantages."),
-                io.Image.Output("pictures", tooltip="The decoded completions, in the order of the rollout."),
-                io.String.Output("table", tooltip="The ranking as text, with each reward's own score."),
+                ScoresWire.Output("scores", display_name="scores", tooltip="For Advantages."),
+                io.Image.Output("pictures", display_name="pictures", tooltip="The decoded completions, in the order of the rollout."),
+                io.String.Output("table", display_name="table", tooltip="The ranking as text, with each reward's own score."),
             ],
             hidden=[io.Hidden.unique_id],
         )
