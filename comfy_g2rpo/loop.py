@@ -22,7 +22,7 @@ from .prompts import PromptCursor, Prompts
 from .recipes import Recipe, build_plan
 from .rewards import Reward, RewardError
 from .rollout import stream
-from .runs import RunError, RunFolder, load_optimizer_tensors, optimizer_tensors, read_state, write_state
+from .runs import RunFolder, fitting, load_optimizer_tensors, optimizer_tensors, read_progress, write_state
 from .scoring import Scorer, roll_out_and_score
 from .update import records, update, update_average
 
@@ -290,14 +290,14 @@ def restore(setup: Setup, learner: Learner, folder: RunFolder) -> None:
         if setup.world.speaks:
             folder.truncate_metrics(0)
         return
-    tensors, progress = read_state(place)
-    with torch.no_grad():
-        for kind, targets in (("parameter", setup.policy.parameters()), ("average", learner.average)):
-            for i, target in enumerate(targets):
-                if (value := tensors.get(f"{kind}/{i}")) is None or value.shape != target.shape:
-                    raise RunError(f"{place} does not fit this adapter; resume with the run's own configuration")
-                target.copy_(value)
+    tensors, progress = read_progress(place, ("forwards", "seconds"))
+    targets = {"parameter": setup.policy.parameters(), "average": learner.average}
+    found = {kind: fitting(tensors, kind, like, place) for kind, like in targets.items()}
     load_optimizer_tensors(learner.optimizer, tensors)
+    with torch.no_grad():
+        for kind, like in targets.items():
+            for target, value in zip(like, found[kind], strict=True):
+                target.copy_(value)
     learner.step, learner.forwards, learner.seconds = progress["step"], progress["forwards"], progress["seconds"]
     if setup.world.speaks:
         folder.truncate_metrics(learner.step)

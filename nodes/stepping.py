@@ -15,7 +15,7 @@ from ..comfy_g2rpo.loop import Learner, Setup, save
 from ..comfy_g2rpo.pace import Pace
 from ..comfy_g2rpo.prompts import Prompts
 from ..comfy_g2rpo.recipes import recipe
-from ..comfy_g2rpo.runs import RunFolder, is_run, load_optimizer_tensors, optimizer_tensors, read_state
+from ..comfy_g2rpo.runs import RunFolder, fitting, is_run, load_optimizer_tensors, optimizer_tensors, read_progress
 from ..comfy_g2rpo.update import records, update
 from .adapter import TARGETS, Adapter, fresh_adapter, lora_model, with_adapter
 from .guard import check_inputs
@@ -99,14 +99,18 @@ def continued(fresh: PolicyData, run: str, seed: int) -> PolicyData:
     if newest is None:
         folder.truncate_metrics(0)
         return dataclasses.replace(fresh, run=run)
-    tensors, progress = read_state(newest)
-    folder.truncate_metrics(progress["step"])
-    numbers = [tensors[f"parameter/{i}"] for i in range(2 * len(adapter.pairs))]
+    tensors, progress = read_progress(newest, ())
+    numbers = fitting(tensors, "parameter", [part for pair in adapter.pairs.values() for part in pair], newest)
     pairs = {name: (numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(adapter.pairs)}
+    state = {key: tensor for key, tensor in tensors.items() if key.startswith("optimizer/")}
+    with torch.inference_mode(False):
+        # Whether the optimizer's state fits shows now, and not after a rollout.
+        load_optimizer_tensors(torch.optim.AdamW([part.clone() for part in numbers]), state)
+    folder.truncate_metrics(progress["step"])
     return dataclasses.replace(
         fresh,
         adapter=Adapter(pairs, adapter.rank, adapter.alpha, adapter.targets),
-        optimizer={key: tensor for key, tensor in tensors.items() if key.startswith("optimizer/")},
+        optimizer=state,
         step=progress["step"],
         run=run,
     )
