@@ -75,8 +75,12 @@ class Ours:
     errors: list[str] = field(default_factory=list)
 
     def open(self) -> None:
-        """Load the page and wait for it."""
+        """Load the page."""
         self.page.goto(self.host.url)
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Wait until the page can be worked with."""
         self.page.wait_for_function("Boolean(window.app?.extensionManager && window.app.canvas?.ds)", timeout=90_000)
         self.page.wait_for_function("'G2RPO_TrainLoRA' in LiteGraph.registered_node_types", timeout=60_000)
         self.page.wait_for_timeout(1500)
@@ -124,7 +128,7 @@ def opened(request: pytest.FixtureRequest, host: Server, chromium: Any, pictures
     """Open the page with a renderer."""
     settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": request.param == "nodes2", "Comfy.ColorPalette": "dark"}
     host.request("POST", "/settings", settings)
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    context = chromium.new_context(viewport={"width": 1280, "height": 1250})
     made = Ours(context.new_page(), host, pictures, request.param)
     made.page.set_default_timeout(60_000)
     made.page.on("pageerror", lambda error: made.errors.append(str(error)))
@@ -203,7 +207,8 @@ def test_the_curve_moves_while_a_run_goes_and_survives_a_reload(ours: Ours, stor
     ours.shoot("moving")
     ours.page.wait_for_timeout(1500)
     ours.page.reload()
-    ours.wait_for_step(33, timeout=60_000)
+    ours.wait_until_ready()
+    ours.wait_for_step(33)
     ours.shoot("reloaded")
     story.until(40, "done")
     ours.wait_for_step(40)
@@ -220,6 +225,18 @@ def test_the_widget_is_neither_in_the_prompt_nor_in_the_workflow(ours: Ours, sto
     assert len(saved["widgets_values"]) == widgets
     assert saved["properties"]["g2rpo_run"] == story.run.path.name
     assert not [name for name in prompt["output"]["1"]["inputs"] if "g2rpo" in name]
+
+
+def test_the_curve_survives_undo_which_makes_all_nodes_anew(ours: Ours, story: Story) -> None:
+    ours.add("G2RPO_TrainLoRA")
+    story.until(8)
+    ours.wait_for_step(8)
+    ours.page.evaluate("app.loadGraphData(app.graph.serialize())")
+    ours.page.wait_for_timeout(1500)
+    ours.page.wait_for_selector(CHART, state="visible")
+    story.until(9)
+    ours.wait_for_step(9)
+    assert ours.page.locator(".g2rpo").count() == 1
 
 
 def test_the_keyboard_reads_the_curve_and_hides_it(ours: Ours, story: Story) -> None:

@@ -14,6 +14,8 @@ const NEWEST = "newest";
 
 const feeds = new Map();
 const monitors = new Map();
+// What removed nodes have left in the page, by their id (see adopt).
+const left = new Map();
 
 async function get(path) {
   try {
@@ -129,11 +131,21 @@ function addMonitor(node) {
   const entry = { monitor, run: null };
   monitors.set(node, entry);
   const before = node.onRemoved;
+  setTimeout(() => adopt(node, monitor.root), 100);
   node.onRemoved = function onRemoved(...given) {
     monitors.delete(node);
     monitor.dispose();
+    left.set(String(node.id), monitor.root);
     return before?.apply(this, given);
   };
+}
+
+// Undo, and opening a workflow with the same ids, make all nodes anew in one go. Nodes 2.0 then keeps the frame of the node of the same id, with the
+// old node's element in it and no place for the new one's: it takes the old one's place.
+function adopt(node, root) {
+  const old = left.get(String(node.id));
+  if (!root.isConnected && old?.isConnected) old.replaceWith(root);
+  if (root.isConnected) left.delete(String(node.id));
 }
 
 // Over the widget the wheel zooms the classic canvas as everywhere else on it; Nodes 2.0 sees the event by itself.
@@ -145,6 +157,7 @@ function scrollCanvas(event) {
 function look() {
   const now = Date.now();
   for (const [node, entry] of monitors) {
+    adopt(node, entry.monitor.root);
     if (!entry.monitor.root.isConnected) continue;
     refreshEntry(node, entry);
     const feed = entry.monitor.feed;

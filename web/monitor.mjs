@@ -233,6 +233,5 @@ export class Monitor {
 
   dispose() {
     this.observer.disconnect();
-    this.root.remove();
   }
 }
