@@ -175,8 +175,9 @@ class _Tokenizers:
         )
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> dict[str, Any]:
-        # A prompt that is too long is cut, as in diffusers; core would encode it in pieces.
-        return {name: getattr(self, name).tokenize_with_weights(text, return_word_ids, **options)[:1] for name in "lg"}
+        # A prompt that is too long is cut, as in diffusers; core would encode it in pieces. Some nodes ask for a third encoder's tokens.
+        tokens = {name: getattr(self, name).tokenize_with_weights(text, return_word_ids, **options)[:1] for name in "lg"}
+        return {**tokens, "t5xxl": []}
 
     def untokenize(self, tokens: list[tuple[int, float]]) -> list[Any]:
         return self.l.untokenize(tokens)

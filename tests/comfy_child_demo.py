@@ -24,6 +24,8 @@ assert features.ok, features
 conds = [features.values[name][0] for name in texts]
 
 sampling = {"seed": given["seed"], "steps": 8, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+words = dict.fromkeys(("clip_l", "clip_g", "t5xxl"), given["drawn"])
+strengths = {"strength_model": 1.0, "strength_clip": 1.0}
 tiling = {"tile_size": 64, "overlap": 16, "temporal_size": 64, "temporal_overlap": 8}
 drawing = {
     **loader,
@@ -38,9 +40,13 @@ drawing = {
     "6": {"class_type": "VAEDecodeTiled", "inputs": {"samples": ["3", 0], "vae": ["1", 2], **tiling}},
     "7": {"class_type": "CLIPSetLastLayer", "inputs": {"clip": ["1", 1], "stop_at_clip_layer": -1}},
     "8": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["7", 0], "text": "(a red circle:1.2)"}},
+    "9": {"class_type": "CLIPTextEncodeSD3", "inputs": {"clip": ["1", 1], **words, "empty_padding": "none"}},
+    "10": {"class_type": "LoraLoader", "inputs": {"model": ["1", 0], "clip": ["1", 1], "lora_name": "a.safetensors", **strengths}},
+    "11": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["10", 1], "text": given["drawn"]}},
 }
 want = {"latent": ("3", 0), "image": ("4", 0), "encoded": ("5", 0), "tiled": ("6", 0), "weighted": ("8", 0)}
-drawn = comfy_side.run_prompt(drawing, {**want, "model": ("1", 0), "vae": ("1", 2)})
+more = {"sd3": ("9", 0), "lora": ("11", 0)}
+drawn = comfy_side.run_prompt(drawing, {**want, **more, "model": ("1", 0), "vae": ("1", 2)})
 assert drawn.ok, drawn
 
 model, vae, wire = drawn.values["model"], drawn.values["vae"], comfy.latent_formats.SD3()
@@ -52,6 +58,7 @@ comfy_side.answer(
         "types": [type(drawn.values["vae"]) is comfy.sd.VAE, type(model).__module__],
         "core_taesd_width": comfy.taesd.taesd.TAESD(latent_channels=16).taesd_decoder[1].weight.shape[0],
         "repeats": bool(torch.equal(again.values["image"], drawn.values["image"])),
+        "same_text": [bool(torch.equal(drawn.values[name][0][0], conds[0][0])) for name in more],
         "weighted_shape": list(drawn.values["weighted"][0][0].shape),
     },
     {

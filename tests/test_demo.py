@@ -10,6 +10,8 @@ import torch
 from comfy_host import COMFYUIS, Answer, make_base, run_script
 from diffusers import StableDiffusion3Pipeline
 
+from comfy_g2rpo import lora
+
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("comfyui")]
 
 FOLDER = Path(__file__).parent.parent / "models/tiny"
@@ -60,6 +62,8 @@ def expected() -> Expected:
 @pytest.fixture(scope="module", params=COMFYUIS)
 def core(request: pytest.FixtureRequest, expected: Expected, tmp_path_factory: pytest.TempPathFactory) -> Answer:
     base = make_base(tmp_path_factory.mktemp("demo"))
+    pairs = {"transformer_blocks.0.attn.to_q": (torch.ones(2, 192), torch.ones(192, 2))}
+    lora.write(base / "models/loras/a.safetensors", pairs, alpha=2.0, metadata={})
     given = {"prompts": PROMPTS, "drawn": DRAWN, "seed": SEED}
     return run_script(request.param, CHILD, base, given, {"latent": expected.latent})
 
@@ -93,6 +97,7 @@ def test_the_wires_are_cores_own_objects(core: Answer) -> None:
 
 def test_other_nodes_and_a_second_run_work(core: Answer) -> None:
     assert core.data["weighted_shape"] == [1, 12, 128]
+    assert core.data["same_text"] == [True, True]
     assert core.data["repeats"]
 
 
