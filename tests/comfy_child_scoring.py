@@ -267,6 +267,17 @@ assert ran.ok, ran
 pictures |= {"broken_scores": ran.values["scores"].values, "broken_pictures": ran.values["pictures"]}
 
 
+# Votes that are all the same: nothing to learn, whatever the rounding says.
+tie_graph = {
+    "rollout": thing("rollout", rollout),
+    "votes": block("ScoresFromValues", rollout=["rollout", 0], votes="0.9 " * len(rollout.rollout.plan.images)),
+    "tie": block("Advantages", rollout=["rollout", 0], scores=["votes", 0], clamp=5.0, std_floor=0.0, per_branch=False),
+}
+tie = comfy_side.run_prompt(tie_graph, {"heatmap": ("tie", 1), "summary": ("tie", 3)})
+assert tie.ok, tie
+answers["tie"], pictures["tie"] = tie.values["summary"], tie.values["heatmap"]
+
+
 # Hostile inputs: what each block says.
 def odd(**changes: Any) -> Any:
     """Change the rollout."""

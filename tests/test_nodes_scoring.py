@@ -193,6 +193,13 @@ def test_broken_latents_are_not_judged_and_not_shown(core: Answer) -> None:
     assert pictures.isfinite().all()
 
 
+def test_equal_votes_are_shown_as_a_tie(core: Answer) -> None:
+    assert "zero_std_share 100%" in core.data["tie"]
+    assert "every advantage is 0" in core.data["tie"]
+    hatching = (core.tensors["tie"] * 255).round() == 168
+    assert hatching.all(-1).sum() > 3 * ((core.tensors["heatmap"] * 255).round() == 168).all(-1).sum() > 0
+
+
 def test_views_are_images(core: Answer) -> None:
     for name in ("heatmap", "per_branch", "ranked", "image_ranked"):
         picture = core.tensors[name]
