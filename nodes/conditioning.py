@@ -20,7 +20,7 @@ Conds = dict[str, list[dict[str, Any]]]
 # What core looks up at the first row's noise level alone, or ties to one entry.
 ENTRY_LOCAL = {"area", "mask", "control", "gligen", "hooks", "timestep_start", "timestep_end", "default", "strength"}
 LEVEL_BOUND = {"control", "hooks", "timestep_start", "timestep_end"}
-PLAIN_OPTIONS = {"transformer_options", "to_load_options"}
+PLAIN_OPTIONS = {"transformer_options", "to_load_options", "disable_cfg1_optimization"}
 PLAIN_TRANSFORMER_OPTIONS = {"sample_sigmas", "optimized_attention_override", "wrappers", "callbacks"}
 
 
@@ -117,7 +117,7 @@ def grouped(rows: Sequence[Conds], sigma: Tensor, options: dict[str, Any]) -> li
     """Sort the rows of a batch into forwards."""
     groups: list[list[int]] = []
     levels = sigma.tolist()
-    bound = {id(row): level_bound(options, row) for row in rows}
+    bound = {key: level_bound(options, row) for key, row in {id(row): row for row in rows}.items()}
     for i, row in enumerate(rows):
         for group in groups:
             first = group[0]

@@ -172,7 +172,8 @@ def resident(model: Any) -> Any:
     if not getattr(model, "is_dynamic", bool)():
         return model.clone()
     try:
-        return model.clone(disable_dynamic=True)
+        # Core loads the file a second time for this, once per MODEL.
+        return model.get_non_dynamic_delegate()
     except RuntimeError as error:
         raise ValueError(
             "model: its loader cannot load it without dynamic VRAM; use one of core's loaders or start ComfyUI with --disable-dynamic-vram"

@@ -164,13 +164,16 @@ def velocities(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         together = plain.velocity(X, SIGMA, scheduled)
         apart = torch.cat([plain.velocity(X[i : i + 1], SIGMA[i : i + 1], scheduled[:1]) for i in range(len(X))])
     own = policy_module.GraphPolicy(guider_of(model))
+    pair = {"positive": [[GIVEN["tokens"][:2], {"pooled_output": GIVEN["pooled"][:2]}]]}
     with own.inference():
+        first = own.velocity(X, SIGMA, [pair] * len(X)) - own.velocity(X, SIGMA, ROWS[:1] * len(X))
         fallback = own.velocity(X, SIGMA, [None] * len(X)) - own.velocity(X, SIGMA, ROWS[:1] * len(X))
     numbers = {
         "forwards": [forwards, guided_forwards],
         "rows": (base - alone).abs().max().item(),
         "schedule": (together - apart).abs().max().item(),
         "own conditioning": fallback.abs().max().item(),
+        "two in one conditioning": first.abs().max().item(),
     }
     return numbers, {"base": base, "guided": with_guidance}
 
@@ -243,9 +246,42 @@ def saved(model: Any) -> dict[str, Any]:
     }
     for name, tuned in loaded.items():
         reader = policy_module.GraphPolicy(guider_of(tuned))
-        with reader.inference():
+        # The same attention kernel, so that nothing but the weights can differ.
+        with reader.training(), torch.no_grad():
             found[name] = (reader.velocity(X, SIGMA, ROWS) - seen).abs().max().item()
         found[f"{name} patched"] = sum(map(len, tuned.patches.values()))
+    return found
+
+
+def on_top(model: Any) -> float:
+    """Train on a MODEL that carries another LoRA already; return how far that is from core's two LoRAs in a row."""
+    lower, upper = trained_adapter(model), trained_adapter(model, "attention+feed_forward", 0.05)
+    below = policy_module.with_adapter(model, lower)
+    policy = policy_module.GraphPolicy(guider_of(below), upper)
+    both = policy_module.GraphPolicy(guider_of(policy_module.with_adapter(below, upper)))
+    with policy.inference():
+        ours = policy.velocity(X, SIGMA, ROWS)
+    with both.inference():
+        return (ours - both.velocity(X, SIGMA, ROWS)).abs().max().item()
+
+
+def precisions(path: str) -> dict[str, list[float]]:
+    """Train a model kept in fewer bits: gradient's cosine with the exact one, and how far core's merged LoRA is from what training saw."""
+    found = {}
+    exact = None
+    for name, dtype in {"float32": None, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}.items():
+        model = comfy.sd.load_diffusion_model(path, model_options={"dtype": dtype} if dtype else {})
+        adapter = trained_adapter(model, "attention+feed_forward", 0.1)
+        policy = policy_module.GraphPolicy(guider_of(model), adapter)
+        grads = torch.cat([part.flatten() for part in gradient(policy, X, SIGMA, ROWS, COTANGENT)])
+        exact = grads if exact is None else exact
+        reader = policy_module.GraphPolicy(guider_of(policy_module.with_adapter(model, adapter)))
+        with policy.training(), torch.no_grad():
+            seen = policy.velocity(X, SIGMA, ROWS)
+        with reader.training(), torch.no_grad():
+            merged = reader.velocity(X, SIGMA, ROWS)
+        cosine = torch.nn.functional.cosine_similarity(grads, exact, dim=0).item()
+        found[name] = [cosine, ((seen - merged).abs().max() / seen.abs().max()).item()]
     return found
 
 
@@ -367,6 +403,7 @@ def main() -> None:
             numbers[name], more = work()
             tensors |= more
         numbers["saved"], numbers["unchanged"], numbers["refusals"] = saved(model), unchanged(model), refusals(model)
+        numbers["on top"], numbers["precisions"] = on_top(model), precisions(DATA["transformer"])
     comfy_side.answer(numbers, tensors)
 
 
