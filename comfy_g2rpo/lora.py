@@ -24,6 +24,7 @@ STYLES = {
     "diffusers": ("transformer.", "lora_A.weight", "lora_B.weight"),
     "native": ("diffusion_model.", "lora_down.weight", "lora_up.weight"),
 }
+MAX_NAME = 300
 MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
@@ -129,13 +130,13 @@ def _split(path: Path | str, key: str, prefix: str, parts: tuple[str, ...]) -> t
         if key == f"{prefix}{module}.{part}" and MODULE.fullmatch(module):
             return module, part
     form = f"{prefix}<module>.{{{', '.join(parts)}}}"
-    raise LoraError(f"{path}: key {key[:200]!r} is not of the form {form}; other kinds of adapter are not supported")
+    raise LoraError(f"{path}: key {key[:200]!a} is not of the form {form}; other kinds of adapter are not supported")
 
 
 def _check_pair(path: Path | str, module: str, down: Tensor, up: Tensor, alpha: float) -> None:
     """Refuse a pair that no loader could apply."""
-    if not MODULE.fullmatch(module):
-        raise LoraError(f"{path}: module name {module[:200]!r} is refused; use letters, digits, underscores and dots")
+    if not MODULE.fullmatch(module) or len(module) > MAX_NAME:
+        raise LoraError(f"{path}: module name {module[:200]!r} is refused; use {MAX_NAME} letters, digits, underscores and dots at most")
     if down.ndim < 2 or up.ndim < 2 or not len(down) or up.shape[1] != len(down):
         raise LoraError(f"{path}: {module} has matrices {list(down.shape)} and {list(up.shape)}; they must be [rank, in] and [out, rank]")
     if not (down.is_floating_point() and up.is_floating_point() and down.isfinite().all() and up.isfinite().all() and math.isfinite(alpha)):

@@ -345,7 +345,7 @@ class RunFolder:
     def truncate_metrics(self, step: int) -> None:
         """Drop the rows after a step, which a resumed run will write again."""
         kept = [json.dumps(row, ensure_ascii=False) for row in self.metrics() if row.get("step", 0) <= step]
-        write_bytes(self.metrics_file, ("\n".join([json.dumps({"schema": SCHEMA}), *kept]) + "\n").encode())
+        write_bytes(self.metrics_file, ("\n".join([json.dumps({"schema": SCHEMA}), *kept]) + "\n").encode(errors="replace"))
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None], keep_last: int = 0) -> Path:
         """Have `write` fill a folder and move it into place whole; of older ones only the last `keep_last` stay (0 keeps all)."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_patcher
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from . import types
 
-MAX_TEXT = 100_000  # characters of any widget; many have a lower limit of their own
+MAX_TEXT = 1_000_000  # characters of any widget; many have a lower limit of their own
+
+FAILURES = (RuntimeError, AssertionError, LookupError, ArithmeticError, TypeError, AttributeError)
 
 OURS = {
     types.RolloutWire.io_type: (types.RolloutData, "Rollout"),
@@ -22,6 +25,18 @@ OURS = {
     types.AdvantagesWire.io_type: (types.AdvantagesData, "Advantages"),
     types.PolicyWire.io_type: (types.PolicyData, "LoRA Policy or Update LoRA"),
 }
+
+
+@contextmanager
+def blamed(culprit: str) -> Iterator[None]:
+    """Turn a failure in the depths of a model into one line that begins with `culprit`; what it was stays in the log as the cause."""
+    try:
+        yield
+    except FAILURES as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower():
+            raise
+        said = " ".join(str(error).split())[:160]
+        raise ValueError(f"{culprit} ({type(error).__name__}: {said})") from error
 
 
 def check_inputs(block: type[io.ComfyNode], given: Mapping[str, Any]) -> None:
@@ -34,9 +49,11 @@ def check_inputs(block: type[io.ComfyNode], given: Mapping[str, Any]) -> None:
         if not schema.is_input_list:
             check_value(one, value)
         elif one.get_io_type() in OURS:
-            # Lists of numbers, texts and images are looked at by their blocks, element by element.
+            # Lists of numbers and images are looked at by their blocks, element by element, and so is what texts say.
             for part in value:
                 check_value(one, part)
+        elif isinstance(one, io.String.Input) and not all(isinstance(part, str) for part in value):
+            raise ValueError(f"{one.id} holds something else than text; connect a text")
 
 
 def check_value(one: io.Input, value: Any) -> None:

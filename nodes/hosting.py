@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,14 +24,15 @@ SECONDS_BETWEEN_EVENTS = 0.25
 STOPS = (comfy.model_management.InterruptProcessingException, torch.cuda.OutOfMemoryError)
 
 NAME_TIP = "Letters, digits, dots, dashes and underscores, 64 at most."
+DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # no files on Windows
 check_interrupted: Callable[[], None] = comfy.model_management.throw_exception_if_processing_interrupted
 
 
 def checked_name(name: str, widget: str) -> str:
     """Return a run's or file's name if it is one: it becomes a folder or file under ours."""
-    name = name.strip()
-    if not RUN_ID.fullmatch(name) or name.endswith("."):
-        raise ValueError(f"{widget} is {name[:80]!r}; use 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first")
+    name = name.strip() if isinstance(name, str) else ""
+    if not RUN_ID.fullmatch(name) or name.endswith(".") or DEVICES.fullmatch(name):
+        raise ValueError(f"{widget} is {name[:80]!a}; use 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first")
     return name
 
 
@@ -39,13 +41,19 @@ def contained(root: Path, name: str, widget: str) -> Path:
     base = os.path.realpath(root)
     place = os.path.realpath(os.path.join(base, name))
     if os.path.commonpath((base, place)) != base or place == base:
-        raise ValueError(f"{widget} is {name[:80]!r}, which leads out of {base}; choose another name")
+        raise ValueError(f"{widget} is {name[:80]!a}, which leads out of {base}; choose another name")
     return Path(place)
 
 
 def run_place(name: str, widget: str = "run") -> Path:
-    """Return where a run of this name lies, or would."""
-    return contained(runs_root(), checked_name(name, widget), widget)
+    """Return where a run of this name lies, or would; a link in it may not lead out of it, for what is written would follow."""
+    place = contained(runs_root(), checked_name(name, widget), widget)
+    for folder, folders, files in os.walk(place):
+        for entry in (*folders, *files):
+            path = os.path.join(folder, entry)
+            if os.path.islink(path) and os.path.commonpath((place, os.path.realpath(path))) != str(place):
+                raise ValueError(f"{widget} is {name[:80]!a}, and its {entry[:80]!a} is a link that leads out of it; remove the link")
+    return place
 
 
 def loras_root() -> Path:

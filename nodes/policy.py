@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .adapter import Adapter, diffusers_pairs, fresh_adapter, lora_model, target_modules, with_adapter
 from .autograd import checkpointed, gradients, ordinary_weights, pytorch_attention
 from .conditioning import Conds, mapped, processed, velocity
+from .guard import blamed
 
 __all__ = [
     "Adapter",
@@ -31,20 +32,22 @@ __all__ = [
     "with_adapter",
 ]
 
+MISFIT = "model: it does not take these latents with this conditioning; choose another size, or the clip that belongs to it"
+
 # They remember the steps of one image in order; a rollout visits states of many.
 STEP_CACHES = {"easycache", "lazycache"}
 
 
-def check_flow(model: Any) -> None:
-    """Raise ValueError unless the MODEL is a flow model whose steps may be taken in any order."""
+def check_flow(model: Any, name: str = "model") -> None:
+    """Raise ValueError, with the input's name, unless the MODEL is a flow model whose steps may be taken in any order."""
     sampling, flow = model.get_model_object("model_sampling"), comfy.model_sampling.CONST
-    name = type(model.model).__name__
+    kind = type(model.model).__name__
     # A subclass may predict something else than a velocity, or start from something else than noise.
     whole = all(getattr(type(sampling), part, None) is getattr(flow, part) for part in ("calculate_denoised", "noise_scaling"))
     if not isinstance(sampling, flow) or not whole or getattr(sampling, "noise_scale", 1.0) != 1.0:
-        raise ValueError(f"model: {name} is not a flow model; connect one that is, such as Stable Diffusion 3.5, FLUX, Qwen-Image or Wan")
+        raise ValueError(f"{name}: {kind} is not a flow model; connect one that is, such as Stable Diffusion 3.5, FLUX, Qwen-Image or Wan")
     if STEP_CACHES & {key for group in model.wrappers.values() for key, found in group.items() if found}:
-        raise ValueError("model: EasyCache and LazyCache count on the steps of one image in order; connect the model without them")
+        raise ValueError(f"{name}: EasyCache and LazyCache count on the steps of one image in order; connect the model without them")
 
 
 class _Delta:
@@ -208,7 +211,8 @@ class _Session:
         if x.numel() > self.elements:
             self._load(x)
         self.options["transformer_options"]["sample_sigmas"] = torch.cat([sigma.unique().flip(0), sigma.new_zeros(1)])
-        made = velocity(self.guider, x, sigma, [self._row(one, x[:1]) for one in cond], self.options)
+        with blamed(MISFIT):
+            made = velocity(self.guider, x, sigma, [self._row(one, x[:1]) for one in cond], self.options)
         if self.policy._deltas and not any(delta.used for delta in self.policy._deltas.values()):
             raise ValueError(f"model: {type(self.model.model).__name__}'s layers do not take a LoRA while they run; connect another model")
         return made
@@ -287,7 +291,8 @@ class TextPolicy(GraphPolicy):
 
     def _encoded(self, text: str) -> Any:
         if text not in self._texts:
-            self._texts[text] = self._clip.encode_from_tokens_scheduled(self._clip.tokenize(text))
+            with blamed("clip: it cannot encode a prompt; connect the text encoder that belongs to the model"):
+                self._texts[text] = self._clip.encode_from_tokens_scheduled(self._clip.tokenize(text))
         return self._texts[text]
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -296,12 +301,17 @@ class TextPolicy(GraphPolicy):
             raise ValueError("policy: decode is asked for inside inference() or training(); leave that first, the VAE needs the memory")
         if latents.ndim == 5 and latents.shape[2] > 1:
             raise ValueError("vae: videos are not supported yet; train on single images")
-        images = self._vae.decode(self.model.model.process_latent_out(latents.float()))
+        with blamed("vae: it cannot decode the model's latents; connect the VAE that belongs to the model"):
+            images = self._vae.decode(self.model.model.process_latent_out(latents.float()))
         return images.reshape(-1, *images.shape[-3:]).float()
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         """Return the shape of one latent in model space for a picture of the given size in pixels."""
         form, factor = self.model.get_model_object("latent_format"), self._vae.spacial_compression_decode()
+        channels = getattr(self._vae, "latent_channels", form.latent_channels)
+        if channels != form.latent_channels:
+            had = f"it has {channels} latent channels and the model {form.latent_channels}"
+            raise ValueError(f"vae: {had}; connect the VAE that belongs to the model")
         if width % factor or height % factor:
             raise ValueError(f"width and height are {width}×{height}; both must be multiples of {factor}")
         frames = (1,) if form.latent_dimensions == 3 else ()

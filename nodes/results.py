@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,14 +13,15 @@ from ..comfy_g2rpo import lora
 from ..comfy_g2rpo.evaluation import Evaluation, compare, evaluate
 from ..comfy_g2rpo.pace import Pace
 from ..comfy_g2rpo.prompts import prompts_of
-from ..comfy_g2rpo.runs import RunFolder, is_run
+from ..comfy_g2rpo.runs import HEADER_TENSORS, RunFolder, is_run
 from ..comfy_g2rpo.schedule import shifted_sigmas
 from .adapter import Adapter, diffusers_pairs
 from .curve import reward_curve
 from .guard import check_inputs
 from .hosting import NAME_TIP, check_interrupted, fresh_lora, lora_listing, run_place
+from .judging import checked_prompt
 from .policy import check_flow, text_policy
-from .routes import list_runs, runs_root
+from .routes import list_runs, read_metrics, runs_root
 from .run import checked_schedule, model_shift
 from .scoring import show
 from .types import TRAINING, RewardSet, RewardWire
@@ -30,6 +30,7 @@ from .widgets import announce
 
 NEWEST = "newest"
 MAX_WORK = 2**36  # forwards × pixels of a comparison
+MAX_SUMMARY_BYTES, MAX_ROWS = 2**20, 200_000  # that Run Monitor reads
 
 
 class CompareLoRA(io.ComfyNode):
@@ -95,8 +96,9 @@ class CompareLoRA(io.ComfyNode):
     ) -> io.NodeOutput:
         """Evaluate both as training evaluates, and draw the pairs."""
         check_inputs(cls, locals())
-        for model in (base, tuned):
-            check_flow(model)
+        check_flow(base, "base")
+        check_flow(tuned, "tuned")
+        checked_prompt(negative, "negative")
         texts, _ = prompts_of(prompts.splitlines(), "prompts")
         levels = shifted_sigmas(num_steps, model_shift(base)) if sigmas is None else checked_schedule(sigmas)
         forwards = 2 * len(texts) * noises * (len(levels) - 1)
@@ -175,18 +177,29 @@ class RunMonitor(io.ComfyNode):
     def execute(cls, run: str) -> io.NodeOutput:
         """Draw what the folder holds."""
         folder = found(run)
-        rows = [row for row in folder.metrics() if isinstance(row, Mapping)]
-        total = folder.config().get("config", {}).get("train", {}).get("steps")
+        rows, total = all_rows(folder)
         text = "\n".join(f"{name}: {value}" for name, value in (rows[-1] if rows else {}).items())
-        if summary := folder.summary():
-            text += "\n" + json.dumps(summary, indent=1, ensure_ascii=False)
+        if folder.summary_file.is_file() and folder.summary_file.stat().st_size <= MAX_SUMMARY_BYTES:
+            text += "\n" + json.dumps(folder.summary(), indent=1, ensure_ascii=False)
         curve = reward_curve(rows, f"Run {folder.path.name}", total)
+        # Lone surrogates can be written in JSON, and nothing else can hold them.
+        text = text[:MAX_SUMMARY_BYTES].encode("utf-8", "replace").decode()
         return io.NodeOutput(curve, text, ui={"g2rpo_run": [folder.path.name]})
 
 
 def run_names() -> list[str]:
     """List the runs, newest first."""
     return [run["id"] for run in list_runs(runs_root())]
+
+
+def all_rows(folder: RunFolder) -> tuple[list[dict[str, Any]], int | None]:
+    """Read a run's rows as the page does, finite numbers by name, and how many steps it was asked for."""
+    rows: list[dict[str, Any]] = []
+    while True:
+        answer = read_metrics(folder.path.parent, folder.path.name, str(len(rows)))
+        rows += answer["rows"]
+        if not answer["rows"] or len(rows) >= min(answer["total"], MAX_ROWS):
+            return rows, answer["total_steps"]
 
 
 def found(run: str) -> RunFolder:
@@ -196,7 +209,7 @@ def found(run: str) -> RunFolder:
         raise ValueError("run: there is none yet; train one with Train LoRA")
     place = run_place(names[0] if run == NEWEST else run)
     if not is_run(place):
-        raise ValueError(f"run: there is no run named {run[:80]!r}; choose one of the list")
+        raise ValueError(f"run: there is no run named {run[:80]!a}; choose one of the list")
     return RunFolder(place)
 
 
@@ -242,11 +255,16 @@ def save(wire: dict[str, Tensor], name: str, style: str, model: Any, run: str | 
     """Write a LORA_MODEL as a file; return its name in the loaders' list."""
     with torch.inference_mode(False):
         tensors = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in wire.items()}
+    if len(tensors) > HEADER_TENSORS:
+        raise ValueError(f"lora: it has {len(tensors)} tensors, and files of more than {HEADER_TENSORS} are refused; connect a smaller one")
     read = lora.parse(tensors, {}, "lora")
     folded = lora.fold(read.pairs, read.alphas)
     notes: dict[str, str] = {}
     if run:
-        newest = RunFolder(run_place(run)).latest()
+        place = run_place(run)
+        if not is_run(place):
+            raise ValueError(f"run: there is no run named {run[:80]!a}; connect the output of Train LoRA")
+        newest = RunFolder(place).latest()
         notes = lora.read(newest / "lora.safetensors").metadata if newest else {}
     place = fresh_lora(name, "name")
     if style == "diffusers":

@@ -26,11 +26,14 @@ from ..comfy_g2rpo.runs import MAY_CHANGE, RunFolder, finite, is_run, write_byte
 from ..comfy_g2rpo.schedule import shifted_sigmas
 from .adapter import Adapter, fresh_adapter
 from .hosting import STOPS, Live, contained, fresh_lora, loras_root, run_place
+from .judging import checked_prompt
 from .policy import text_policy
 from .sampling import check_sigmas
 from .types import RewardSet
 
 MAX_WORK = 10**14  # forwards × pixels of a run
+MAX_STATES = 1_000_000  # of one prompt's tree
+MAX_PROMPTS = 4096  # their encodings are kept
 HELDOUT_SHARE = 0.2
 FINGERPRINTED = 64  # weights that are looked into
 
@@ -97,6 +100,9 @@ def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
     made = make_recipe(wanted, method, sigmas)
     pace = Pace(**{**graph_pace(wanted), **train})
     prompts = make_prompts(wanted, pace.seed)
+    if (count := len(prompts.train) + len(prompts.heldout)) > MAX_PROMPTS:
+        raise ValueError(f"prompts: there are {count}; at most {MAX_PROMPTS} are allowed, because their encodings are kept in memory")
+    checked_prompt(wanted.negative, "negative")
     if sigmas is None:
         sigmas = shifted_sigmas(made.num_steps, made.shift)
     adapter = fresh_adapter(wanted.model, wanted.rank, wanted.alpha, pace.seed, wanted.targets)
@@ -143,7 +149,14 @@ def make_recipe(wanted: Request, changes: dict[str, Any], sigmas: Tensor | None)
     fields: dict[str, Any] = {"shift": model_shift(wanted.model), "learning_rate": wanted.learning_rate, **changes}
     if sigmas is not None:
         fields["num_steps"] = len(sigmas) - 1
-    return recipes.recipe(wanted.recipe, **fields)
+    made = recipes.recipe(wanted.recipe, **fields)
+    # A bound before anything is built: what is typed into a line or two could fill the memory.
+    states = made.num_steps * made.group_size * len(recipes.candidate_steps(made)) * made.starts * len(made.granularities)
+    if states > MAX_STATES:
+        raise ValueError(
+            f"changes: a tree of up to {states} states is above the limit of {MAX_STATES}; lower group_size, num_steps or starts"
+        )
+    return made
 
 
 def model_shift(model: Any) -> float:
@@ -183,7 +196,9 @@ def price(setup: Setup, width: int, height: int) -> str:
     groups = pace.steps * pace.prompts_per_step
     # A forward and backward is worth three forwards.
     forwards = groups * (plan.forwards + 3 * len(plan.forks))
-    work = forwards * width * height
+    looks = 2 + (pace.steps // pace.eval_every if pace.eval_every else 0)
+    looked_at = min(pace.eval_prompts or MAX_PROMPTS, len(setup.prompts.heldout)) * pace.eval_noises
+    work = (forwards + looks * looked_at * setup.recipe.num_steps) * width * height
     if work > MAX_WORK:
         limit = f"{work:.1e} forwards × pixels are above the limit of {MAX_WORK:.0e}"
         raise ValueError(f"steps: {limit}; lower steps, prompts_per_step or the size")

@@ -19,12 +19,15 @@ from torch import Tensor
 from ..comfy_g2rpo.plan import Leaf, Plan, PlanBuilder, State, singular
 from ..comfy_g2rpo.rollout import Rollout, roll_out
 from .conditioning import Conds, first_row, velocity
-from .guard import check_inputs
+from .guard import blamed, check_inputs
 from .policy import check_flow
 from .types import SAMPLING, RolloutData, RolloutWire
 from .widgets import Progress, announce, int_list, recipe_input
 
+MISFIT = "guider: its model does not take this latent_image with this conditioning; choose another size, or the model's own text encoder"
 MAX_STATES = 200_000
+MAX_POSITIONS = 2**22  # of one latent
+MAX_LEVELS = 1001
 MAX_WORK = 2**28
 """Forwards × latent positions: 16 000 forwards at 1024 × 1024 pixels."""
 DOWNSCALES = ("downscale_ratio_spacial", "downscale_ratio_temporal")
@@ -43,7 +46,8 @@ class _Inside:
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Conds]) -> Tensor:
         """Return v [B, …]; cond: processed conditioning per row."""
-        made = velocity(self.guider, x, sigma, cond, self.options, self.seed)
+        with blamed(MISFIT):
+            made = velocity(self.guider, x, sigma, cond, self.options, self.seed)
         self.done(x, sigma, made)
         return made
 
@@ -85,6 +89,7 @@ class SingularSDE(comfy.samplers.Sampler):
         if denoise_mask is not None:
             raise ValueError("latent_image: it has a noise mask, and a masked step has no exact probability; remove the mask")
         num_steps, images = len(sigmas) - 1, len(noise)
+        check_fit(model_wrap.model_patcher, latent_image)
         if self.branch_step >= num_steps:
             raise ValueError(f"branch_step is {self.branch_step}; choose from 0 to {num_steps - 1} for {num_steps} steps")
         count = iter(range(num_steps))
@@ -149,6 +154,8 @@ def check_sigmas(sigmas: Tensor) -> None:
     """Raise ValueError unless sigmas fall from at most 1 to at least 0."""
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(f"sigmas: it holds {sigmas.numel()} levels and a trajectory needs 2; connect a scheduler with 1 step or more")
+    if len(sigmas) > MAX_LEVELS:
+        raise ValueError(f"sigmas: it holds {len(sigmas)} levels; at most {MAX_LEVELS} are allowed, connect a scheduler with fewer steps")
     if not sigmas.isfinite().all() or not (sigmas.diff() < 0).all() or sigmas[0] > 1 + 1e-4 or sigmas[-1] < 0:
         raise ValueError(f"sigmas: they run from {float(sigmas[0]):.4g} to {float(sigmas[-1]):.4g}; they must fall from 1 or less to 0")
 
@@ -160,12 +167,32 @@ def one_latent(model: Any, latent: dict[str, Any]) -> Tensor:
         raise ValueError("latent_image: several streams in one latent (video with sound) are not supported; connect an image latent")
     if latent.get("noise_mask") is not None:
         raise ValueError("latent_image: it has a noise mask, and a masked step has no exact probability; remove the mask")
-    if samples.ndim not in (4, 5) or samples.shape[0] != 1 or not samples.numel():
+    if samples.ndim not in (4, 5) or samples.shape[0] != 1 or not samples.numel() or math.prod(samples.shape[2:]) > MAX_POSITIONS:
         raise ValueError(f"latent_image: it has the shape {list(samples.shape)}; connect a latent of one image (batch size 1)")
-    if not samples.isfinite().all():
-        raise ValueError("latent_image: it holds NaN or infinite values; make the latent again")
     given = {key: latent[key] for key in DOWNSCALES if key in latent}
-    return comfy.sample.fix_empty_latent_channels(model, samples, **given)
+    samples = comfy.sample.fix_empty_latent_channels(model, samples, **given)
+    check_fit(model, samples)
+    return samples
+
+
+def check_fit(model: Any, latents: Tensor) -> None:
+    """Raise ValueError unless latents [B, …] have the model's channels and dimensions."""
+    form, name = model.get_model_object("latent_format"), type(model.model).__name__
+    if latents.ndim != 2 + form.latent_dimensions or latents.shape[1] != form.latent_channels:
+        wanted = f"{form.latent_channels} channels and {form.latent_dimensions} dimensions"
+        raise ValueError(
+            f"latent_image: it has the shape {list(latents.shape)}, and {name} takes {wanted}; connect a latent of its own kind"
+        )
+    if not latents.isfinite().all():
+        raise ValueError("latent_image: it holds NaN or infinite values; make the latent again")
+
+
+def start_noise(noise: Any, latent: dict[str, Any]) -> Tensor:
+    """Draw a NOISE for a LATENT; raise ValueError where it is not one for it."""
+    made, shape = noise.generate_noise(latent), latent["samples"].shape
+    if not isinstance(made, Tensor) or made.shape != shape or not made.is_floating_point() or not made.isfinite().all():
+        raise ValueError(f"noise: it made no noise of the shape {list(shape)}, or no finite one; connect RandomNoise")
+    return made
 
 
 def group_plan(
@@ -322,9 +349,10 @@ def _run(tree: Tree, guider: Any, noise: Any, sigmas: Tensor, latent: dict[str, 
     """Sample the tree with a copy of the guider; return its images [1 + images, …] as LATENT."""
     samples = latent["samples"]
     more = (rows, *[1] * (samples.ndim - 1))
-    images = copy.copy(guider).sample(
-        noise.generate_noise(latent).repeat(more), samples.repeat(more), tree, sigmas, disable_pbar=True, seed=noise.seed
-    )
+    with blamed(MISFIT):
+        images = copy.copy(guider).sample(
+            start_noise(noise, latent).repeat(more), samples.repeat(more), tree, sigmas, disable_pbar=True, seed=noise.seed
+        )
     return images.to(comfy.model_management.intermediate_device())
 
 

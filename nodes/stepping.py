@@ -191,8 +191,14 @@ def trainee(policy: PolicyData, advantages: AdvantagesData, weight_decay: float)
     rollout = advantages.rollout
     if rollout.guider.model_patcher.model is not policy.model.model:
         raise ValueError("advantages: their rollout was made with another model; connect LoRA Policy's model to the guider of Rollout")
+    if advantages.table.shape != rollout.rollout.plan.shape[:2]:
+        raise ValueError(
+            f"advantages: they are a table of {list(advantages.table.shape)}, not of their rollout's branches; make them again"
+        )
     if not (advantages.table.isfinite().all() and rollout.rollout.x.isfinite().all()):
         raise ValueError("advantages: they hold NaN or infinite values; look at the scores")
+    if not all(part.isfinite().all() for pair in policy.adapter.pairs.values() for part in pair):
+        raise ValueError("policy: its LoRA holds NaN or infinite values; training has diverged, start again at a lower learning rate")
     guider = copy.copy(rollout.guider)
     guider.model_patcher, guider.model_options = policy.model, policy.model.model_options
     trained = GraphPolicy(guider, policy.adapter)
