@@ -311,6 +311,18 @@ def test_run_monitor_shows_the_newest_run_and_then_the_chosen_one(ours: Ours, st
     shutil.rmtree(story.run.path.with_name("story-0-other"))
 
 
+def test_a_template_opens_from_the_template_browser(ours: Ours) -> None:
+    page = ours.page
+    page.evaluate("app.graph.clear(), app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.wait_for_selector("[data-testid=template-workflows-content]")
+    page.locator("input[placeholder*='earch']").last.fill("g2rpo_train")
+    page.locator("[data-testid=template-workflow-g2rpo_train_lora_tiny]").click()
+    page.wait_for_function("app.graph._nodes.some((node) => node.type === 'G2RPO_TrainLoRA')")
+    page.wait_for_selector(".g2rpo", state="attached")
+    assert page.evaluate("app.graph._nodes.filter((node) => node.has_errors || node.type === null).length") == 0
+    ours.shoot("template")
+
+
 def workflow(ours: Ours) -> dict[str, Any]:
     """Make a short training with the tiny model as a workflow file."""
     return ours.page.evaluate(

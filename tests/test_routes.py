@@ -1,15 +1,18 @@
 """The routes of the live page: what they answer about a run folder, and what they refuse."""
 
 import importlib
+import importlib.util
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from comfy_host import COMFYUIS, Server, make_base, server
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,7 +30,23 @@ def load_routes() -> ModuleType:
     return importlib.import_module("g2rpo_pack_for_routes.nodes.routes")
 
 
+def load_tool(name: str) -> ModuleType:
+    """Import a module of tools/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 routes = load_routes()
+make_texts = load_tool("make_texts")
+
+
+def comfyui(test: Any) -> Any:
+    """Mark a test that needs a ComfyUI."""
+    return pytest.mark.xdist_group("comfyui")(pytest.mark.comfyui(test))
+
 
 HOSTILE_IDS = [
     "",
@@ -253,3 +272,65 @@ def test_nothing_is_written(tmp_path: Path) -> None:
 def test_without_a_server_there_is_nothing_to_register(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace()))
     routes.register()
+
+
+@pytest.fixture(scope="module", params=COMFYUIS)
+def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Start a ComfyUI with the pack and a run of three rows."""
+    base = make_base(tmp_path_factory.mktemp("base"), "comfy-g2rpo")
+    make_run(base / "output/g2rpo")
+    make_run(base / "output", "secret")
+    with server(request.param, base) as running:
+        yield running
+
+
+@comfyui
+@pytest.mark.parametrize("prefix", ["", "/api"])
+def test_the_routes_answer_over_http(host: Server, prefix: str) -> None:
+    assert [run["id"] for run in host.get(f"{prefix}/g2rpo/runs")["runs"]] == ["run"]
+    assert [row["step"] for row in host.get(f"{prefix}/g2rpo/runs/run/metrics?after=2")["rows"]] == [3]
+
+
+@comfyui
+@pytest.mark.parametrize("path", ["/g2rpo/runs", "/g2rpo/runs/run/metrics", "/api/g2rpo/runs", "/api/g2rpo/runs/run/metrics"])
+def test_the_routes_take_get_and_nothing_else(host: Server, path: str) -> None:
+    statuses = {method: host.request(method, path, body={})[0] for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD")}
+    assert set(statuses.values()) <= {404, 405}, statuses
+
+
+@comfyui
+@pytest.mark.parametrize(
+    "asked", ["..%2Fsecret", "%2e%2e%2fsecret", "run%00", "run%0A", "%F0%9F%98%80", "r" * 5000, "%ED%A0%80", "%2Fetc", "-x"]
+)
+def test_hostile_ids_over_http_are_refused_without_a_trace(host: Server, asked: str) -> None:
+    status, body = host.request("GET", f"/g2rpo/runs/{asked}/metrics")
+    assert status in (400, 404)
+    assert b"Traceback" not in body and str(host.base).encode() not in body
+    assert "Traceback" not in host.log
+
+
+@comfyui
+@pytest.mark.parametrize("after", ["-1", "1e3", "%00", "9" * 5000, "%D9%A1", "", "1&after=-1"])
+def test_hostile_positions_over_http_are_refused_in_words(host: Server, after: str) -> None:
+    status, body = host.request("GET", f"/g2rpo/runs/run/metrics?after={after}")
+    if after == "1&after=-1":
+        assert status == 200
+    else:
+        assert (status, "whole number" in json.loads(body)["error"]) == (400, True)
+
+
+@comfyui
+def test_an_unknown_run_is_404_over_http(host: Server) -> None:
+    status, body = host.request("GET", "/g2rpo/runs/nobody/metrics")
+    assert (status, list(json.loads(body))) == (404, ["error"])
+
+
+@comfyui
+def test_texts_of_the_blocks_are_up_to_date(host: Server) -> None:
+    info = host.get("/object_info")
+    remedy = "run tools/make_texts.py with the address of a running ComfyUI"
+    assert make_texts.DEFINITIONS.read_text("utf-8") == make_texts.definitions(info), remedy
+    for name, block in make_texts.ours(info).items():
+        page = (make_texts.HELP / f"{name}.md").read_text("utf-8")
+        assert make_texts.help_page(page, block) == page, remedy
+    assert {path.stem for path in make_texts.HELP.glob("*.md")} == set(make_texts.ours(info))
