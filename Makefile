@@ -22,6 +22,7 @@ test: $(READY)  ## Run the tests, with ComfyUI's where one is found, and the cov
 	$(RUN)/python -m pytest -n 2 --dist loadgroup --cov=comfy_g2rpo --cov-fail-under=95
 
 test-all: $(READY)  ## The same and the tests that drive a browser
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright
 	$(RUN)/python -m pytest -n 2 --dist loadgroup -m "" --cov=comfy_g2rpo --cov-fail-under=95
 
 bench: $(READY)  ## Measure rollout speed and credit assignment, short forms

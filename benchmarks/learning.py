@@ -107,14 +107,15 @@ def run_arm(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     from accelerate import Accelerator
 
-    from g2rpo_trainer.evaluation import compare, evaluate
-    from g2rpo_trainer.run import averaged, iterate, make_learner, prepare
+    from comfy_g2rpo.evaluation import compare, evaluate
+    from comfy_g2rpo.loop import averaged, iterate, make_learner
+    from g2rpo_trainer.run import prepare
 
     setup = prepare(configure(job), Accelerator(cpu=True))
     counted = Counted(setup.policy)
     setup = dataclasses.replace(setup, policy=counted)
     learner = make_learner(setup)
-    measuring = setup.config.train.model_copy(update={"seed": EVALUATION_SEED})
+    measuring = dataclasses.replace(setup.pace, seed=EVALUATION_SEED)
 
     def look() -> Any:
         work = counted.work
@@ -129,7 +130,7 @@ def run_arm(job: dict[str, Any]) -> dict[str, Any]:
     goals = [(name, job[key]) for name, key in (("cpu", "cpu_seconds"), ("work", "work")) if job[key]]
     while goals:
         begin = time.process_time()
-        iterate(setup, learner, lambda: None)
+        iterate(setup, learner, lambda phase: None)
         spent += time.process_time() - begin
         now = {"cpu": spent, "work": counted.work}
         if reached := [goal for goal in goals if now[goal[0]] >= goal[1]]:

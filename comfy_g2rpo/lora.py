@@ -24,6 +24,7 @@ STYLES = {
     "diffusers": ("transformer.", "lora_A.weight", "lora_B.weight"),
     "native": ("diffusion_model.", "lora_down.weight", "lora_up.weight"),
 }
+MAX_NAME = 300
 MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
@@ -63,6 +64,12 @@ def fold(pairs: Pairs, alphas: Mapping[str, float]) -> dict[str, tuple[Tensor, T
 
 def write(path: Path, pairs: Pairs, alpha: float, *, style: str = "diffusers", metadata: Mapping[str, object] | None = None) -> None:
     """Write a LoRA file whose every loader applies alpha/rank · up · down; `metadata` is kept as text."""
+    tensors = named(pairs, alpha, path, style)
+    write_tensors(path, tensors, {key: str(value) for key, value in (metadata or {}).items()})
+
+
+def named(pairs: Pairs, alpha: float, path: Path | str, style: str = "diffusers") -> dict[str, Tensor]:
+    """Name a LoRA's tensors as its file does; `path` names it in errors."""
     if style not in STYLES:
         raise LoraError(f"LoRA style is {style!r}; choose one of: {', '.join(STYLES)}")
     if not pairs:
@@ -74,12 +81,16 @@ def write(path: Path, pairs: Pairs, alpha: float, *, style: str = "diffusers", m
         tensors[f"{prefix}{module}.{down_name}"] = down
         tensors[f"{prefix}{module}.{up_name}"] = up
         tensors[f"{prefix}{module}.alpha"] = torch.tensor(float(len(down)))
-    write_tensors(path, tensors, {key: str(value) for key, value in (metadata or {}).items()})
+    return tensors
 
 
 def read(path: Path) -> Lora:
     """Read a LoRA file that keeps to the grammar; a missing alpha means rank, as in every loader."""
-    tensors, metadata = read_tensors(path)
+    return parse(*read_tensors(path), path)
+
+
+def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path | str) -> Lora:
+    """Sort a LoRA's tensors by module; `path` names it in errors."""
     style = next((name for name, (prefix, *_) in STYLES.items() if any(key.startswith(prefix) for key in tensors)), None)
     if style is None:
         raise LoraError(f"{path} holds no LoRA key that starts with transformer. or diffusion_model.; convert it to one of these forms")
@@ -98,7 +109,7 @@ def read(path: Path) -> Lora:
             raise LoraError(f"{path}: {prefix}{module}.alpha has {alpha.numel()} values; it must be one number")
         alphas[module] = float(alpha)
         _check_pair(path, module, down, up, alphas[module])
-    return Lora(pairs, alphas, style, metadata)
+    return Lora(pairs, alphas, style, dict(metadata))
 
 
 def check(path: Path, model_keys: Iterable[str] | None = None) -> int:
@@ -112,20 +123,20 @@ def check(path: Path, model_keys: Iterable[str] | None = None) -> int:
     return len(modules)
 
 
-def _split(path: Path, key: str, prefix: str, parts: tuple[str, ...]) -> tuple[str, str]:
+def _split(path: Path | str, key: str, prefix: str, parts: tuple[str, ...]) -> tuple[str, str]:
     """Split a key into module and part, refusing what the grammar does not know."""
     for part in parts:
         module = key.removeprefix(prefix).removesuffix(f".{part}")
         if key == f"{prefix}{module}.{part}" and MODULE.fullmatch(module):
             return module, part
     form = f"{prefix}<module>.{{{', '.join(parts)}}}"
-    raise LoraError(f"{path}: key {key[:200]!r} is not of the form {form}; other kinds of adapter are not supported")
+    raise LoraError(f"{path}: key {key[:200]!a} is not of the form {form}; other kinds of adapter are not supported")
 
 
-def _check_pair(path: Path, module: str, down: Tensor, up: Tensor, alpha: float) -> None:
+def _check_pair(path: Path | str, module: str, down: Tensor, up: Tensor, alpha: float) -> None:
     """Refuse a pair that no loader could apply."""
-    if not MODULE.fullmatch(module):
-        raise LoraError(f"{path}: module name {module[:200]!r} is refused; use letters, digits, underscores and dots")
+    if not MODULE.fullmatch(module) or len(module) > MAX_NAME:
+        raise LoraError(f"{path}: module name {module[:200]!r} is refused; use {MAX_NAME} letters, digits, underscores and dots at most")
     if down.ndim < 2 or up.ndim < 2 or not len(down) or up.shape[1] != len(down):
         raise LoraError(f"{path}: {module} has matrices {list(down.shape)} and {list(up.shape)}; they must be [rank, in] and [out, rank]")
     if not (down.is_floating_point() and up.is_floating_point() and down.isfinite().all() and up.isfinite().all() and math.isfinite(alpha)):

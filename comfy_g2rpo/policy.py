@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -26,6 +27,30 @@ class Policy(Protocol):
 
     def inference(self) -> AbstractContextManager[None]:
         """Make velocity fast and without gradients inside the context, for instance with the adapter merged into the weights."""
+        ...
+
+
+class Trainee(Policy, Protocol):
+    """A policy with all that a whole run needs: text in, pictures out, weights to save."""
+
+    device: torch.device
+    decodes_while_rolling: bool
+    """Whether pictures may be decoded between two forwards of a rollout; not where a host moves models on and off the device."""
+
+    def encode(self, prompts: Sequence[str]) -> list[Any]:
+        """Return one conditioning object per prompt, computed once per text."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents [B, …] in model space to images [B, H, W, 3], float32 in [0, 1]."""
+        ...
+
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the adapter's (down, up) by module name."""
+        ...
+
+    def training(self) -> AbstractContextManager[None]:
+        """Make velocity differentiable by the adapter inside the context."""
         ...
 
 

@@ -73,13 +73,15 @@ def roll_out(
     sink: Sink | None = None,
     check: Callable[[], None] | None = None,
     device: torch.device | str = "cpu",
+    start: Tensor | None = None,
 ) -> Rollout:
     """Run the plan once per prompt (conds[p], seeds[p]); latents have `shape` [C, H, W].
 
+    `start` [P, …] are states to begin with, in place of noise drawn from the seeds.
     At most `slots` states are evaluated at a time and the deepest go first, so that memory does not grow with the group. Each distinct
     state is evaluated once. `check` is called before every forward and may raise to stop. Results do not depend on `slots`.
     """
-    run = _Run(plan, plan.coefficients(sigmas), tuple(seeds), tuple(shape), torch.device(device))
+    run = _Run(plan, plan.coefficients(sigmas), tuple(seeds), tuple(shape), torch.device(device), start)
     latents = None if sink else torch.empty(len(seeds), len(plan.images), *shape, device=device)
 
     def keep(prompts: list[int], images: list[int], finished: Tensor) -> None:
@@ -106,8 +108,15 @@ class _Run:
     """The frontier of a rollout: edges whose parents are known, waiting for a slot."""
 
     def __init__(
-        self, plan: Plan, coefficients: Coefficients, seeds: tuple[int, ...], shape: tuple[int, ...], device: torch.device
+        self,
+        plan: Plan,
+        coefficients: Coefficients,
+        seeds: tuple[int, ...],
+        shape: tuple[int, ...],
+        device: torch.device,
+        start: Tensor | None,
     ) -> None:
+        self.start = start
         self.plan, self.coefficients, self.seeds, self.shape, self.device = plan, coefficients, seeds, shape, device
         self.image = {state: i for i, state in enumerate(plan.images)}
         self.fork = {state: i for i, state in enumerate(plan.forks)}
@@ -150,7 +159,9 @@ class _Run:
         a, b, past, std = (over(row[states].to(self.device), x) for row in (c.x_coef, c.v_coef, c.past_coef, c.std))
         out = a * x + b * velocity
         for i, (p, state) in enumerate(edges):
-            if self.plan.states[state].noise:
+            if self.start is not None and self.plan.states[state].parent == ROOT:
+                out[i] = self.start[p]
+            elif self.plan.states[state].noise:
                 out[i] += std[i] * state_noise(self.plan, state, self.seeds[p], self.shape).to(self.device)
             if self.plan.states[state].kernel == "dpm_2m" and past[i] != 0:
                 out[i] += past[i] * before[i].denoised_before

@@ -14,10 +14,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from torch import Tensor
 SCHEMA = "g2rpo-metrics/1"
 HEADER_BYTES = 8 * 2**20
 HEADER_TENSORS = 20_000
+MAY_CHANGE = {"train": ("steps", "minutes", "eval_every", "checkpoint_every", "keep_checkpoints")}
+OPTIMIZER_KEY = re.compile(r"optimizer/([0-9]{1,6})/(step|exp_avg|exp_avg_sq)")
 CHECKPOINT_FILES = ("lora.safetensors", "state.safetensors", "state.json")
 
 METRICS = {
@@ -114,8 +117,16 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"cannot read {path}: {(error.strerror or str(error)).lower()}; is this a run folder?") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged (not JSON); restore it or start a new run") from error
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a run that holds a table."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is damaged (no table); restore it or start a new run")
+    return content
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -161,17 +172,33 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give an optimizer the state that `optimizer_tensors` flattened, bit for bit."""
+    """Give an optimizer the state that `optimizer_tensors` flattened, bit for bit; refuse what no AdamW has left."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        if key.startswith("optimizer/"):
-            _, index, name = key.split("/")
-            state.setdefault(int(index), {})[name] = tensor
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, values in state.items():
-        if index >= len(parameters) or any(t.ndim and t.shape != parameters[index].shape for t in values.values()):
-            raise RunError(f"the checkpoint's optimizer state {index} does not fit this adapter; resume with the run's own configuration")
+        if not key.startswith("optimizer/"):
+            continue
+        found = OPTIMIZER_KEY.fullmatch(key)
+        index = int(found[1]) if found else -1
+        shape = parameters[index].shape if found and index < len(parameters) and found[2] != "step" else torch.Size()
+        if (
+            not found
+            or index >= len(parameters)
+            or tensor.shape != shape
+            or not sound(tensor, least=-math.inf if found[2] == "exp_avg" else 0)
+        ):
+            raise RunError(
+                f"the checkpoint's optimizer state {key[:80]!a} does not fit this adapter; resume with the run's own configuration"
+            )
+        state.setdefault(index, {})[found[2]] = tensor
+    if missing := next((index for index, values in state.items() if len(values) < 3), None):
+        raise RunError(f"the checkpoint's optimizer state {missing} is incomplete; take an earlier checkpoint or start another run")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def sound(tensor: Tensor, least: float = -math.inf) -> bool:
+    """Say whether a tensor holds finite floating-point numbers, none below `least`."""
+    return tensor.is_floating_point() and bool((tensor.isfinite() & (tensor >= least)).all())
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -182,7 +209,26 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, 
 
 def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_state` wrote."""
-    return read_tensors(folder / "state.safetensors")[0], read_json(folder / "state.json")
+    return read_tensors(folder / "state.safetensors")[0], read_table(folder / "state.json")
+
+
+def read_progress(folder: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint's state and see that it is of the step that the folder's name says, with the named counts."""
+    tensors, meta = read_state(folder)
+    counts = [meta.get(name) for name in ("step", *names)]
+    if counts[0] != int(folder.name) or not all(type(count) in (int, float) and 0 <= count < math.inf for count in counts):
+        raise RunError(f"{folder / 'state.json'} is damaged: it is no progress of step {int(folder.name)}; remove this checkpoint")
+    return tensors, meta
+
+
+def fitting(tensors: Mapping[str, Tensor], kind: str, like: Sequence[Tensor], place: Path) -> list[Tensor]:
+    """Take the tensors <kind>/0, <kind>/1 … of a checkpoint; RunError unless they are finite and have the shapes of `like`."""
+    found = [tensors.get(f"{kind}/{i}") for i in range(len(like))]
+    if not all(value is not None and value.shape == target.shape and sound(value) for value, target in zip(found, like, strict=True)):
+        raise RunError(
+            f"{place} does not fit this adapter, or is damaged; resume with the run's own configuration, or remove this checkpoint"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -224,9 +270,25 @@ class RunFolder:
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
             write_bytes(run.metrics_file, whole)
-        for leftover in run.checkpoints.glob(".*"):
+        for leftover in (*run.checkpoints.glob(".filling-*"), *run.checkpoints.glob(".replaced-*")):
             with _writing(leftover):
                 shutil.rmtree(leftover)
+        return run
+
+    @classmethod
+    def reopen(cls, path: Path, config: Mapping[str, Any]) -> RunFolder:
+        """Open a run and see that the same configuration made it; only length and pace may differ."""
+        run = cls.open(path)
+        saved = run.config().get("config")
+        if not isinstance(saved, dict):
+            raise RunError(f"{run.config_file} is damaged (no configuration); restore it or start another run")
+        for section, values in finite(config["config"]).items():
+            new, old = (part if isinstance(part, dict) else {"": part} for part in (values, saved.get(section)))
+            for key, value in new.items():
+                if value != old.get(key) and section != "out" and key not in MAY_CHANGE.get(section, ()):
+                    name = f"{section}.{key}".strip(".")
+                    was = f"{path} was made with {name} = {old.get(key)!a:.80}, not {value!a:.80}"
+                    raise RunError(f"{was}; continue with that, or start another run")
         return run
 
     @property
@@ -251,11 +313,11 @@ class RunFolder:
 
     def config(self) -> dict[str, Any]:
         """Read what was asked for."""
-        return read_json(self.config_file)
+        return read_table(self.config_file)
 
     def summary(self) -> dict[str, Any]:
         """Read what came out; empty while the run is unfinished."""
-        return read_json(self.summary_file) if self.summary_file.exists() else {}
+        return read_table(self.summary_file) if self.summary_file.exists() else {}
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:
         """Write what came out."""
@@ -272,15 +334,18 @@ class RunFolder:
         rows = []
         for number, line in enumerate(self.metrics_file.read_bytes().split(b"\n")[1:-1], start=2):
             try:
-                rows.append(json.loads(line))
-            except ValueError as error:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
                 raise RunError(f"{self.metrics_file} is damaged in line {number}; remove that line") from error
+            if not isinstance(row, dict) or not isinstance(row.get("step", 0), int):
+                raise RunError(f"{self.metrics_file} holds no row of metrics in line {number}; remove that line")
+            rows.append(row)
         return rows
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the rows after a step, which a resumed run will write again."""
         kept = [json.dumps(row, ensure_ascii=False) for row in self.metrics() if row.get("step", 0) <= step]
-        write_bytes(self.metrics_file, ("\n".join([json.dumps({"schema": SCHEMA}), *kept]) + "\n").encode())
+        write_bytes(self.metrics_file, ("\n".join([json.dumps({"schema": SCHEMA}), *kept]) + "\n").encode(errors="replace"))
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None], keep_last: int = 0) -> Path:
         """Have `write` fill a folder and move it into place whole; of older ones only the last `keep_last` stay (0 keeps all)."""
@@ -303,7 +368,8 @@ class RunFolder:
 
     def saved(self) -> list[Path]:
         """List the complete checkpoints, oldest first."""
-        found = [path for path in self.checkpoints.glob("[0-9]*") if all((path / name).is_file() for name in CHECKPOINT_FILES)]
+        numbered = [path for path in self.checkpoints.glob("[0-9]*") if re.fullmatch("[0-9]{6,12}", path.name)]
+        found = [path for path in numbered if all((path / name).is_file() for name in CHECKPOINT_FILES)]
         return sorted(found, key=lambda path: int(path.name))
 
     def latest(self) -> Path | None:
@@ -344,7 +410,7 @@ def is_run(path: Path) -> bool:
         with open(path / "metrics.jsonl", "rb") as file:
             first = json.loads(file.readline(4096))
         return (path / "config.json").is_file() and isinstance(first, dict) and first.get("schema") == SCHEMA
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .policy import Decoder
+from .plan import Plan
+from .policy import Decoder, Trainee
 from .rewards import Reward, score_all
+from .rollout import Rollout, roll_out
 
 
 @dataclass
@@ -30,6 +34,7 @@ class Scorer:
         self.scores = torch.full((len(self.rewards), len(self.prompts), self.images), torch.nan)
         self.pictures: dict[tuple[int, int], Tensor] = {}
 
+    @torch.no_grad()
     def __call__(self, prompts: list[int], images: list[int], latents: Tensor) -> None:
         """Score latents [n, …] of the given prompts and image positions."""
         for start in range(0, len(prompts), self.batch):
@@ -51,3 +56,24 @@ class Scorer:
 def to_8_bit(images: Tensor) -> Tensor:
     """Round images in [0, 1] to what a saved file holds: that is what is judged."""
     return (images.float().clamp(0, 1) * 255).round() / 255
+
+
+def roll_out_and_score(
+    policy: Trainee,
+    plan: Plan,
+    sigmas: Tensor,
+    conds: Sequence[Any],
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    scorer: Scorer,
+    slots: int,
+    check: Callable[[], None] | None = None,
+) -> Rollout:
+    """Run a plan per prompt and hand every finished latent to the scorer: while rolling, or afterwards where the host wants that."""
+    sink = scorer if policy.decodes_while_rolling else None
+    rollout = roll_out(policy, plan, sigmas, conds, seeds, shape, slots=slots, sink=sink, check=check, device=policy.device)
+    if sink:
+        return rollout
+    images = list(range(len(plan.images)))
+    scorer([p for p in range(len(seeds)) for _ in images], images * len(seeds), rollout.latents.flatten(0, 1))
+    return dataclasses.replace(rollout, latents=None)

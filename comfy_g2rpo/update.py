@@ -143,7 +143,14 @@ def micro_batches(made: Records, size: int) -> Iterator[Records]:
 
 
 def backward(
-    policy: Policy, made: Records, conds: Sequence[Any], recipe: Recipe, *, micro_batch: int = 32, old: Sequence[Tensor] | None = None
+    policy: Policy,
+    made: Records,
+    conds: Sequence[Any],
+    recipe: Recipe,
+    *,
+    micro_batch: int = 32,
+    old: Sequence[Tensor] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Accumulate the gradient of one objective over all rows; `old` are the velocities of `snapshot`, needed by the clipped form.
 
@@ -152,6 +159,8 @@ def backward(
     stats = {"kl": 0.0, "clipped": 0.0, "ratio": 0.0, "ratio_deviation": 0.0}
     for i, part in enumerate(micro_batches(made, micro_batch)):
         cond = [conds[p] for p in part.prompt.tolist()]
+        if check:
+            check()
         velocity = policy.velocity(part.x, part.sigma, cond)
         if recipe.objective == "clip":
             loss, ratio = clipped_loss(velocity, old[i], part, recipe.clip)
@@ -187,10 +196,12 @@ def update(
     *,
     micro_batch: int = 32,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Take one optimizer step per rollout ("accumulate") or per branch step ("per_step"), `epochs` times over; return the metrics.
 
-    `reduce` averages a gradient over processes. A step whose gradient is not finite is skipped and counted.
+    `reduce` averages a gradient over processes; `check` is called before every forward and may raise. A step whose gradient is not
+    finite is skipped and counted.
     """
     per_step = recipe.update == "per_step"
     parts = [made.rows((made.step == k).nonzero().flatten()) for k in made.step.unique().tolist()] if per_step else [made]
@@ -201,7 +212,7 @@ def update(
     for _ in range(recipe.epochs):
         for part, before in zip(parts, old, strict=True):
             optimizer.zero_grad(set_to_none=True)
-            stats = backward(policy, part, conds, recipe, micro_batch=micro_batch, old=before)
+            stats = backward(policy, part, conds, recipe, micro_batch=micro_batch, old=before, check=check)
             samples += len(part.advantage) if part.advantage is not None else 0
             totals = {key: max(totals.get(key, 0), v) if key == "ratio_deviation" else totals.get(key, 0) + v for key, v in stats.items()}
             norm = clip_gradients(policy.parameters(), recipe.max_grad_norm, reduce)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from credit import explained, nested
 from plain import PlainLoop
+from rollout import ROOT, differences, load_policy
 from toys import SHAPE, ToyPolicy
 
 from comfy_g2rpo.plan import singular
@@ -45,6 +46,11 @@ def test_all_ways_score_alike(terminal):
     roll_out(ToyPolicy(), plan, shifted_sigmas(8), [0.3], [11], SHAPE, sink=scorer)
     for scores in (loop(plan).as_published(), loop(plan).batched()):
         assert torch.allclose(scores, scorer.scores[:, 0], atol=1e-5)
+
+
+def test_in_float64_all_ways_of_the_rollout_benchmark_give_the_same_rewards():
+    policy = load_policy(ROOT / "models/tiny", torch.float64)
+    assert set(differences(policy, singular(4, range(2), 3, (1, 2))).values()) == {0.0}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

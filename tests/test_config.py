@@ -8,11 +8,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comfy_g2rpo import prompts
+from comfy_g2rpo.prompts import PromptCursor, PromptError
 from comfy_g2rpo.recipes import FIELDS, RECIPES
 from comfy_g2rpo.rewards import RewardError
-from g2rpo_trainer import config, prompts
+from g2rpo_trainer import config
 from g2rpo_trainer.config import ConfigError
-from g2rpo_trainer.prompts import PromptCursor, PromptError
 
 BUNDLED = sorted(path.stem for path in config.bundled_folder("recipes").glob("*.yaml"))
 

@@ -118,6 +118,14 @@ def test_the_check_runs_before_every_forward_and_may_stop():
     assert len(policy.calls) == 2
 
 
+def test_a_rollout_can_start_from_given_states_and_draws_the_rest_as_ever():
+    plan, sigmas = singular(6, [2], 3), shifted_sigmas(6)
+    drawn = roll_out(ToyPolicy(), plan, sigmas, CONDS, SEEDS, SHAPE)
+    start = torch.stack([drawn.noise(p, 0) for p in range(2)])
+    assert torch.equal(roll_out(ToyPolicy(), plan, sigmas, CONDS, SEEDS, SHAPE, start=start).latents, drawn.latents)
+    assert not torch.equal(roll_out(ToyPolicy(), plan, sigmas, CONDS, SEEDS, SHAPE, start=start.flip(0)).x, drawn.x)
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
 @pytest.mark.parametrize("kernel", ["flow_sde", "dance_sde", "cps"])
 def test_short_schedules_have_no_nan(num_steps, kernel):

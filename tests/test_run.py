@@ -10,12 +10,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from comfy_g2rpo import lora
+from comfy_g2rpo import loop, lora
+from comfy_g2rpo.evaluation import Evaluation, compare
 from comfy_g2rpo.rewards import RewardError
-from comfy_g2rpo.runs import RunError, RunFolder, read_state
+from comfy_g2rpo.runs import RunError, RunFolder, optimizer_tensors, read_state
 from g2rpo_trainer import run as training
 from g2rpo_trainer.config import from_dict
-from g2rpo_trainer.evaluation import Evaluation, compare
 from g2rpo_trainer.progress import Silent
 
 VARYING = ("time/", "memory/")
@@ -99,12 +99,12 @@ def test_a_run_leaves_what_the_readme_promises(whole):
 
 def test_metrics_have_the_fields_names(whole):
     rows = RunFolder.open(whole[0]).metrics()
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3]
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 3]
     assert {"reward/agreement/mean", "reward/agreement/std", "advantage/abs_mean", "zero_std_share", "grad_norm", "lr", "nfe"} <= set(
         rows[1]
     )
     assert {"time/rollout", "time/decode", "time/reward", "time/update", "memory/peak"} <= set(rows[1])
-    assert "heldout/agreement/mean" in rows[0] and "heldout/agreement/mean" in rows[2] and "heldout/agreement/mean" in rows[-1]
+    assert all("heldout/agreement/mean" in rows[i] for i in (0, 3, 5))
 
 
 def test_the_adapter_has_learned_something_and_says_what_it_is(whole):
@@ -148,6 +148,53 @@ def test_a_moving_average_and_the_clipped_objective_resume_too(tmp_path):
     assert_equal(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
     rows = [row for row in RunFolder.open(tmp_path / "a").metrics() if "nfe" in row]
     assert rows[0]["kl/velocity"] >= 0 and "clip_share" in rows[0] and rows[0]["ratio/mean"] == pytest.approx(1, abs=1e-2)
+
+
+def test_a_host_that_decodes_after_rolling_learns_the_same(tmp_path):
+    rows = []
+    for streams in (True, False):
+        setup = prepare(config(tmp_path, train={"slots": 4}))
+        setup.policy.decodes_while_rolling = streams
+        rows.append(loop.iterate(setup, loop.make_learner(setup), lambda phase: None))
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-3)
+    assert rows[0]["reward/agreement/mean"] == pytest.approx(rows[1]["reward/agreement/mean"], abs=1e-4)
+
+
+def test_a_run_that_was_stopped_while_it_looked_looks_again(whole, tmp_path):
+    class StopInTheSecondLook(Silent):
+        def step(self, metrics):
+            if metrics["step"] == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config(tmp_path), tmp_path / "run", progress=StopInTheSecondLook())
+    assert [row["step"] for row in RunFolder.open(tmp_path / "run").metrics()] == [0, 1, 2]
+    training.train(config(tmp_path), tmp_path / "run", resume=True, progress=Silent())
+    assert_equal(outcome(whole[0]), outcome(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("update", ["accumulate", "per_step"])
+def test_an_update_that_is_broken_off_leaves_the_last_finished_step(tmp_path, update):
+    setup = prepare(config(tmp_path, method={"name": "g2rpo", "num_steps": 4, "group_size": 3, "objective": "clip", "update": update}))
+    learner = loop.make_learner(setup)
+    forwards = []
+    loop.iterate(setup, learner, forwards.append)
+    before = [p.detach().clone() for p in setup.policy.parameters()]
+    state = {k: v.clone() for k, v in optimizer_tensors(learner.optimizer).items()}
+    left = len(forwards) - 1
+
+    def stop_at_the_last_forward(phase):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.iterate(setup, learner, stop_at_the_last_forward)
+    assert learner.step == 1 and left == -1
+    assert all(torch.equal(a, b) for a, b in zip(before, setup.policy.parameters(), strict=True))
+    after = optimizer_tensors(learner.optimizer)
+    assert after.keys() == state.keys() and all(torch.equal(after[k], state[k]) for k in state)
 
 
 def test_a_resumed_run_must_be_the_same_run(whole, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny, SD3Transformer2DModel
 from plain import PlainLoop
 from torch import Tensor
 
@@ -21,7 +22,9 @@ from comfy_g2rpo.rollout import Rollout, roll_out, seeded_noise
 from comfy_g2rpo.schedule import shifted_sigmas
 from comfy_g2rpo.scoring import Scorer
 from comfy_g2rpo.update import backward, records, snapshot, step_weights, update
-from g2rpo_trainer.families.sd3 import SD3, load_pipeline
+from g2rpo_trainer.families.sd3 import SD3, Cond, load_pipeline
+from g2rpo_trainer.families.sd3_merged import Merged
+from g2rpo_trainer.families.tiny_decoder import TinyDecoder, foldable
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
 PROMPTS = ("two red circles", "a green square left of a blue triangle")
@@ -98,6 +101,32 @@ def test_the_merged_model_is_the_model_with_its_adapter(policy, batch):
         merged = policy.velocity(*batch)
     with torch.no_grad():
         assert torch.allclose(merged, policy.velocity(*batch), atol=1e-5)
+
+
+@pytest.mark.parametrize("qk_norm", [None, "rms_norm"])
+@pytest.mark.parametrize("width", [8, 64], ids=["many tokens", "few tokens"])
+def test_the_forward_of_rollouts_is_diffusers_own(qk_norm, width):
+    size = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": width, "caption_projection_dim": 2 * width, "sample_size": 8}
+    text = {"joint_attention_dim": 12, "pooled_projection_dim": 10, "dual_attention_layers": (0, 1), "pos_embed_max_size": 8}
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(**size, **text, qk_norm=qk_norm).double().eval()
+    prompts = [Cond(seeded_noise((7, 12), p).double(), seeded_noise((10,), p).double()) for p in range(2)]
+    cond, sigma = [prompts[p] for p in (0, 1, 0, 0)], torch.tensor([0.9, 0.9, 0.3, 0.9])
+    x = seeded_noise((4, 16, 8, 12), "x").double()
+    tokens, pooled = torch.stack([c.tokens for c in cond]), torch.stack([c.pooled for c in cond])
+    with torch.no_grad():
+        expected = model(x, tokens, pooled, sigma * 1000, return_dict=False)[0]
+        assert torch.allclose(Merged(model)(x, sigma, cond), expected, rtol=0, atol=1e-6 * expected.abs().max())
+
+
+@pytest.mark.parametrize("blocks", [(1, 1, 1, 0), (1, 1, 1, 1)], ids=["last stage without blocks", "with"])
+def test_the_folded_decoder_is_diffusers_own(blocks):
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(latent_channels=16, decoder_block_out_channels=(8,) * 4, num_decoder_blocks=blocks).double().eval()
+    latents = seeded_noise((2, 16, 3, 5), "latents").double()
+    assert foldable(vae)
+    with torch.no_grad():
+        assert torch.allclose(TinyDecoder(vae.decoder)(latents), vae.decode(latents).sample, rtol=0, atol=1e-12)
 
 
 def test_merging_leaves_every_weight_as_it_was_bit_for_bit(policy):

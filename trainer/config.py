@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
 from pydantic_core import PydanticCustomError
 
-from comfy_g2rpo import recipes, rewards
+from comfy_g2rpo import pace, recipes, rewards
 
 
 class ConfigError(ValueError):
@@ -71,33 +71,18 @@ class PromptSection(Section):
     heldout_share: float = Field(0.0, ge=0, lt=1, description="Without a held-out file: share of the prompts that is set aside.")
 
 
-class TrainSection(Section):
-    """How long, how much at once, how often to look."""
-
-    steps: int = Field(100, ge=1, le=1_000_000, description="Iterations; each is a rollout, its scores and an update.")
-    minutes: float | None = Field(None, gt=0, le=100_000, description="Stop after so many minutes, even if steps are left.")
-    prompts_per_step: int = Field(4, ge=1, le=4096, description="Prompts per iteration.")
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of every random draw.")
-    slots: int = Field(64, ge=1, le=65536, description="Latents in one forward of the rollout; bounds its memory.")
-    decode_batch: int = Field(64, ge=1, le=65536, description="Pictures that are decoded at once.")
-    micro_batch: int = Field(16, ge=1, le=65536, description="Latents in one forward and backward of the update; bounds its memory.")
-    eval_every: int = Field(0, ge=0, le=1_000_000, description="Iterations between evaluations; 0 evaluates at the start and the end only.")
-    eval_prompts: int = Field(0, ge=0, le=1_000_000, description="Held-out prompts per evaluation; 0 takes all.")
-    eval_noises: int = Field(1, ge=1, le=1000, description="Fixed start noises per held-out prompt.")
-    checkpoint_every: int = Field(50, ge=1, le=1_000_000, description="Iterations between checkpoints; the end has one anyway.")
-    keep_checkpoints: int = Field(2, ge=0, le=1_000_000, description="Newest checkpoints that are kept; 0 keeps all.")
-
-
-def _method_field(name: str, annotation: Any) -> tuple[Any, Any]:
-    """Make a recipe's field optional, with its own bounds and sentence."""
-    rule = recipes.FIELDS[name].metadata
+def _field(field: dataclasses.Field[Any], annotation: Any, default: Any) -> tuple[Any, Any]:
+    """Make a field of the configuration from one that documents itself: its type, bounds and sentence."""
+    rule = field.metadata
     bounds = {"ge": rule["low"], "le": rule["high"]} if rule["low"] is not None else {}
     if rule["choices"]:
         annotation = Literal[rule["choices"]]
     elif get_origin(annotation) is tuple:
         annotation = tuple[Annotated[get_args(annotation)[0], Field(**bounds)], ...]
         bounds = {"min_length": 1}
-    return annotation | None, Field(None, description=rule["help"], **({} if rule["choices"] else bounds))
+    if default is None:
+        annotation = annotation | None
+    return annotation, Field(default, description=rule["help"], **({} if rule["choices"] else bounds))
 
 
 MethodSection = create_model(
@@ -105,7 +90,14 @@ MethodSection = create_model(
     __base__=Section,
     __doc__="A named method and what differs from it.",
     name=(Literal[tuple(recipes.RECIPES)], Field("g2rpo", description="Method to start from.")),
-    **{name: _method_field(name, annotation) for name, annotation in get_type_hints(recipes.Recipe).items()},
+    **{name: _field(recipes.FIELDS[name], kind, None) for name, kind in get_type_hints(recipes.Recipe).items()},
+)
+
+TrainSection = create_model(
+    "TrainSection",
+    __base__=Section,
+    __doc__=pace.Pace.__doc__,
+    **{name: _field(pace.FIELDS[name], kind, pace.FIELDS[name].default) for name, kind in get_type_hints(pace.Pace).items()},
 )
 
 
@@ -129,6 +121,11 @@ def make_recipe(config: Config) -> recipes.Recipe:
         return recipes.recipe(config.method.name, **changes)
     except ValueError as error:
         raise ConfigError(f"method.{error}") from error
+
+
+def make_pace(config: Config) -> pace.Pace:
+    """Make the engine's pace."""
+    return pace.Pace(**dict(config.train))
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:

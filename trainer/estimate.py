@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from comfy_g2rpo.prompts import load as load_prompts
 from comfy_g2rpo.recipes import build_plan
 from comfy_g2rpo.rollout import seeded_noise
 
 from .config import Config, make_recipe
 from .progress import clock
-from .prompts import load as load_prompts
 
 COUNTED_PLANS = 20
 

@@ -13,25 +13,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from comfy_g2rpo.loop import Watcher
+
 SPARKS = "▁▂▃▄▅▆▇█"
 PHASES = {"rollout": "cyan", "decode": "green", "reward": "yellow", "update": "magenta"}
 BAR = 24
 
 
-class Progress(Protocol):
+class Progress(Watcher, Protocol):
     """The loop tells; a display shows."""
-
-    def start(self, total_steps: int, first_step: int, plan_line: str) -> None:
-        """Begin at `first_step`."""
-
-    def step(self, metrics: Mapping[str, Any]) -> None:
-        """Take the row of a step, as it goes into the run folder."""
-
-    def note(self, text: str) -> None:
-        """Take a remark."""
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """End, with the summary."""
 
     def close(self) -> None:
         """Give the terminal back, however the run ended."""

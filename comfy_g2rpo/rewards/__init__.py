@@ -22,7 +22,7 @@ def load(name: str) -> Reward:
     """Look a reward up by name."""
     if name not in REWARDS:
         nearest = "".join(f", did you mean '{near}'?" for near in get_close_matches(name, REWARDS, 1))
-        raise RewardError(f"reward '{name[:80]}' is unknown{nearest or ';'} known: {', '.join(REWARDS)}")
+        raise RewardError(f"reward {name[:80]!a} is unknown{nearest or ';'} known: {', '.join(REWARDS)}")
     return REWARDS[name]
 
 

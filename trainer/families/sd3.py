@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from comfy_g2rpo.rollout import seeded_noise
+
+from .sd3_merged import Merged
+from .tiny_decoder import TinyDecoder, foldable
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -56,6 +59,8 @@ def _components(index: Path) -> dict[str, list[str | None]]:
 class SD3:
     """A policy and a decoder over a StableDiffusion3Pipeline, with a peft LoRA on its transformer."""
 
+    decodes_while_rolling = True
+
     def __init__(
         self,
         pipeline: StableDiffusion3Pipeline,
@@ -67,8 +72,11 @@ class SD3:
         self.pipeline, self.guidance, self.max_sequence_length, self.autocast = pipeline, guidance, max_sequence_length, autocast
         self.transformer, self.vae = pipeline.transformer.requires_grad_(False).eval(), pipeline.vae.requires_grad_(False).eval()
         self.vae.to(memory_format=torch.channels_last)
-        self.device = pipeline.device
+        self._folded = TinyDecoder(self.vae.decoder) if foldable(self.vae) else None
+        # Looked up once: diffusers walks through every module for them.
+        self.device, self.dtype, self.vae_dtype = pipeline.device, pipeline.transformer.dtype, pipeline.vae.dtype
         self.layers: dict[str, nn.Module] = {}
+        self._merged: Merged | None = None
         self._prompts: dict[str, Cond] = {}
 
     def add_lora(self, rank: int, alpha: float, seed: int, feed_forward: bool = False) -> None:
@@ -102,15 +110,16 @@ class SD3:
         return without + self.guidance * (with_prompt - without)
 
     def _forward(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
+        if self._merged:
+            return self._merged(x.to(self.dtype), sigma, cond).float()
         tokens, pooled = torch.stack([c.tokens for c in cond]), torch.stack([c.pooled for c in cond])
         cast = torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
-        dtype = self.transformer.dtype
         with cast:
             velocity = self.transformer(
-                hidden_states=x.to(dtype),
+                hidden_states=x.to(self.dtype),
                 timestep=sigma * 1000,
-                encoder_hidden_states=tokens.to(dtype),
-                pooled_projections=pooled.to(dtype),
+                encoder_hidden_states=tokens.to(self.dtype),
+                pooled_projections=pooled.to(self.dtype),
                 return_dict=False,
             )[0]
         return velocity.float()
@@ -128,23 +137,19 @@ class SD3:
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Merge the adapter into the weights; they come back as they were, bit for bit, because the originals are set aside."""
-        if not self.layers or self.transformer.dtype != torch.float32:
-            # In 16 bit a small adapter would drown in the weights' rounding.
-            with torch.no_grad():
-                yield
-            return
-        kept = {}
+        """Evaluate without gradients and, at full precision, with the adapter merged into copies of the weights."""
+        # In 16 bit a small adapter would drown in the weights' rounding.
+        exact = self.autocast is None and self.dtype in (torch.float32, torch.float64)
         with torch.no_grad():
-            for name, layer in self.layers.items():
-                kept[name] = layer.get_base_layer().weight.data
-                layer.get_base_layer().weight.data = kept[name] + layer.get_delta_weight("default")
-        try:
-            with torch.no_grad(), self.reference():
+            self._merged = Merged(self.transformer) if exact and self.transformer.config.qk_norm in (None, "rms_norm") else None
+            try:
                 yield
-        finally:
-            for name, weight in kept.items():
-                self.layers[name].get_base_layer().weight.data = weight
+            finally:
+                self._merged = None
+
+    def training(self) -> AbstractContextManager[None]:
+        """Do nothing: the velocity is differentiable as it is."""
+        return nullcontext()
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Cond]:
@@ -167,7 +172,8 @@ class SD3:
         """Decode latents [B, C, h, w] to images [B, H, W, 3] in [0, 1], float32 and contiguous."""
         config = self.vae.config
         raw = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        images = self.vae.decode(raw.to(self.vae.dtype, memory_format=torch.channels_last), return_dict=False)[0]
+        raw = raw.to(self.vae_dtype, memory_format=torch.channels_last)
+        images = self._folded(raw) if self._folded else self.vae.decode(raw, return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:

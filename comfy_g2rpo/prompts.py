@@ -29,16 +29,26 @@ def load(train: Path, heldout: Path | None = None, share: float = 0.0, seed: int
     trained, notes = read(train)
     if heldout is not None:
         held, more = read(heldout)
-        common = sorted(set(trained) & set(held))
-        if common:
-            example = f"{len(common)} held-out prompts are trained on too, such as {common[0][:80]!r}"
-            raise PromptError(f"{heldout}: {example}; remove them from one of the files")
+        refuse_common(trained, held, str(heldout))
         return Prompts(tuple(trained), tuple(held), (*notes, *more))
-    shuffled = random.Random(f"held-out {seed}").sample(trained, len(trained))
-    held = set(shuffled[: round(share * len(trained))])
-    if share and not 0 < len(held) < len(trained):
-        raise PromptError(f"{train}: prompts.heldout_share {share} of {len(trained)} prompts leaves one side empty; change it")
-    return Prompts(tuple(p for p in trained if p not in held), tuple(p for p in trained if p in held), tuple(notes))
+    return split(trained, share, seed, str(train), tuple(notes))
+
+
+def refuse_common(trained: Sequence[str], held: Sequence[str], name: str) -> None:
+    """Refuse held-out prompts that are trained on."""
+    common = sorted(set(trained) & set(held))
+    if common:
+        example = f"{len(common)} held-out prompts are trained on too, such as {common[0][:80]!r}"
+        raise PromptError(f"{name}: {example}; remove them from one side")
+
+
+def split(prompts: Sequence[str], share: float, seed: int, name: str, notes: tuple[str, ...] = ()) -> Prompts:
+    """Set a seeded share of the prompts aside."""
+    shuffled = random.Random(f"held-out {seed}").sample(prompts, len(prompts))
+    held = set(shuffled[: round(share * len(prompts))])
+    if share and not 0 < len(held) < len(prompts):
+        raise PromptError(f"{name}: prompts.heldout_share {share} of {len(prompts)} prompts leaves one side empty; change it")
+    return Prompts(tuple(p for p in prompts if p not in held), tuple(p for p in prompts if p in held), notes)
 
 
 def read(path: Path) -> tuple[list[str], list[str]]:
@@ -50,19 +60,24 @@ def read(path: Path) -> tuple[list[str], list[str]]:
         raise PromptError(f"cannot read prompt file {path}: {(error.strerror or str(error)).lower()}; check the path") from error
     except UnicodeDecodeError as error:
         raise PromptError(f"prompt file {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    parse = _json_prompt if path.suffix == ".jsonl" else _text_prompt
+    unique, repeated = prompts_of(lines, str(path), jsonl=path.suffix == ".jsonl")
+    return unique, [f"{path}: {repeated} repeated prompts were dropped"] if repeated else []
+
+
+def prompts_of(lines: Sequence[str], name: str, jsonl: bool = False) -> tuple[list[str], int]:
+    """Take the distinct prompts of some lines; return them and how many were repeated."""
+    parse = _json_prompt if jsonl else _text_prompt
     found = []
     for number, line in enumerate(lines, start=1):
-        prompt = parse(line.strip(), f"{path}, line {number}")
+        prompt = parse(line.strip(), f"{name}, line {number}")
         if len(prompt) > MAX_CHARACTERS:
-            raise PromptError(f"{path}, line {number}: the prompt has {len(prompt)} characters; at most {MAX_CHARACTERS} are allowed")
+            raise PromptError(f"{name}, line {number}: the prompt has {len(prompt)} characters; at most {MAX_CHARACTERS} are allowed")
         if prompt:
             found.append(prompt)
     if not found:
-        raise PromptError(f"prompt file {path} holds no prompt; write one per line")
+        raise PromptError(f"{name} holds no prompt; write one per line")
     unique = list(dict.fromkeys(found))
-    repeated = len(found) - len(unique)
-    return unique, [f"{path}: {repeated} repeated prompts were dropped"] if repeated else []
+    return unique, len(found) - len(unique)
 
 
 def _text_prompt(line: str, place: str) -> str:

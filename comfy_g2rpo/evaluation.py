@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from comfy_g2rpo.plan import deterministic
-from comfy_g2rpo.rewards import Reward
-from comfy_g2rpo.rollout import roll_out, stream
-from comfy_g2rpo.runs import RunFolder, Sample, read_json, write_json
-from comfy_g2rpo.scoring import Scorer
-
-from .config import TrainSection
-from .families.sd3 import SD3
+from .pace import Pace
+from .plan import deterministic
+from .policy import Trainee
+from .rewards import Reward
+from .rollout import stream
+from .runs import RunFolder, Sample, read_json, write_json
+from .scoring import Scorer, roll_out_and_score
 
 SHOWN_PROMPTS, SHOWN_NOISES = 8, 3
 
@@ -41,7 +40,7 @@ class Evaluation:
             by_prompt = scores.nanmean(1)
             by_prompt = by_prompt[~by_prompt.isnan()]
             row[f"heldout/{name}/mean"] = scores.nanmean().item()
-            row[f"heldout/{name}/ci95"] = 1.96 * by_prompt.std().item() / math.sqrt(max(len(by_prompt), 1))
+            row[f"heldout/{name}/ci95"] = 1.96 * by_prompt.std().item() / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else math.nan
         return row
 
     def save(self, folder: RunFolder, step: int) -> None:
@@ -59,41 +58,32 @@ class Evaluation:
 
 
 def evaluate(
-    policy: SD3,
+    policy: Trainee,
     judges: Sequence[Reward],
     heldout: Sequence[str],
-    config: TrainSection,
+    pace: Pace,
     sigmas: Tensor,
     shape: Sequence[int],
     check: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Score the deterministic samples of the held-out prompts from noises that every evaluation of a run shares."""
-    prompts = tuple(heldout[: config.eval_prompts or None])
-    rows = [(prompt, noise) for prompt in prompts for noise in range(config.eval_noises)]
-    seeds = [stream("evaluation", config.seed, prompt, noise) for prompt, noise in rows]
+    prompts = tuple(heldout[: pace.eval_prompts or None])
+    rows = [(prompt, noise) for prompt in prompts for noise in range(pace.eval_noises)]
+    seeds = [stream("evaluation", pace.seed, prompt, noise) for prompt, noise in rows]
     # Evenly spaced over the list, so that nobody chose them for their outcome.
     chosen = {round(i * len(prompts) / SHOWN_PROMPTS) for i in range(SHOWN_PROMPTS)}
-    shown = {i for i in range(len(rows)) if i // config.eval_noises in chosen and i % config.eval_noises < SHOWN_NOISES}
-    scorer = Scorer(policy.decode, judges, [prompt for prompt, _ in rows], 1, config.decode_batch, keep=shown, check=check)
-    roll_out(
-        policy,
-        deterministic(len(sigmas) - 1),
-        sigmas,
-        policy.encode([prompt for prompt, _ in rows]),
-        seeds,
-        shape,
-        slots=config.slots,
-        sink=scorer,
-        check=check,
-        device=policy.device,
-    )
+    shown = {i for i in range(len(rows)) if i // pace.eval_noises in chosen and i % pace.eval_noises < SHOWN_NOISES}
+    texts = [prompt for prompt, _ in rows]
+    scorer = Scorer(policy.decode, judges, texts, 1, pace.decode_batch, keep=shown, check=check)
+    plan = deterministic(len(sigmas) - 1)
+    roll_out_and_score(policy, plan, sigmas, policy.encode(texts), seeds, shape, scorer, pace.slots, check)
     names = tuple(judge.name for judge in judges)
     scores = scorer.scores[:, :, 0]
     samples = [
         Sample(rows[i][0], rows[i][1], {name: scores[r, i].item() for r, name in enumerate(names)}, scorer.pictures[i, 0])
         for i in sorted(shown)
     ]
-    return Evaluation(names, prompts, scores.reshape(len(judges), len(prompts), config.eval_noises), tuple(samples))
+    return Evaluation(names, prompts, scores.reshape(len(judges), len(prompts), pace.eval_noises), tuple(samples))
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:

@@ -1,0 +1,281 @@
+"""Blocks that look at what training made: base against tuned, a run's curves, a file of its own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..comfy_g2rpo import lora
+from ..comfy_g2rpo.evaluation import Evaluation, compare, evaluate
+from ..comfy_g2rpo.pace import Pace
+from ..comfy_g2rpo.prompts import prompts_of
+from ..comfy_g2rpo.runs import HEADER_TENSORS, RunFolder, is_run
+from ..comfy_g2rpo.schedule import shifted_sigmas
+from .adapter import Adapter, diffusers_pairs
+from .curve import reward_curve
+from .guard import check_inputs
+from .hosting import NAME_TIP, check_interrupted, fresh_lora, lora_listing, run_place
+from .judging import checked_prompt
+from .policy import check_flow, text_policy
+from .routes import list_runs, read_metrics, runs_root
+from .run import checked_schedule, model_shift
+from .scoring import show
+from .types import TRAINING, RewardSet, RewardWire
+from .views import Pair, before_after
+from .widgets import announce
+
+NEWEST = "newest"
+MAX_WORK = 2**36  # forwards × pixels of a comparison
+MAX_SUMMARY_BYTES, MAX_ROWS = 2**20, 200_000  # that Run Monitor reads
+
+
+class CompareLoRA(io.ComfyNode):
+    """Base and tuned model side by side."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the block."""
+        return io.Schema(
+            node_id="G2RPO_CompareLoRA",
+            display_name="Compare LoRA",
+            category=TRAINING,
+            description="Draw the same prompts from the same noises with two models, score both, and tell the change from chance.",
+            inputs=[
+                io.Model.Input("base", tooltip="The model before training."),
+                io.Model.Input("tuned", tooltip="The model with the LoRA: from Train LoRA, or any LoRA loader."),
+                io.Clip.Input("clip", tooltip="Text encoder of both."),
+                io.Vae.Input("vae", tooltip="VAE of both."),
+                RewardWire.Input("reward", tooltip="Rewards that score the pictures."),
+                io.String.Input(
+                    "prompts", multiline=True, default="", tooltip="One prompt per line; best ones that nothing was trained on."
+                ),
+                io.String.Input(
+                    "negative", multiline=True, default="", tooltip="Negative prompt; it plays a part where guidance is above 1."
+                ),
+                io.Float.Input("guidance", default=1.0, min=1.0, max=30.0, step=0.1, tooltip="Classifier-free guidance; 1 is none."),
+                io.Int.Input("width", default=512, min=16, max=4096, step=8, tooltip="Width of the pictures in pixels."),
+                io.Int.Input("height", default=512, min=16, max=4096, step=8, tooltip="Height of the pictures in pixels."),
+                io.Int.Input("num_steps", default=16, min=1, max=1000, tooltip="Steps of Euler's solver."),
+                io.Int.Input("noises", default=2, min=1, max=64, tooltip="Start noises per prompt."),
+                io.Int.Input("slots", default=8, min=1, max=4096, tooltip="Latents in one forward; bounds the memory."),
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="Seed of the start noises."),
+                io.Sigmas.Input(
+                    "sigmas", optional=True, tooltip="Noise levels from 1 to 0 instead of num_steps with the model's own shift."
+                ),
+            ],
+            outputs=[
+                io.Image.Output("sheet", tooltip="Base above, tuned below, with scores and their change."),
+                io.String.Output("summary", tooltip="Gain of every reward with its 95 % interval and p-value, paired by prompt."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        base: Any,
+        tuned: Any,
+        clip: Any,
+        vae: Any,
+        reward: RewardSet,
+        prompts: str,
+        negative: str,
+        guidance: float,
+        width: int,
+        height: int,
+        num_steps: int,
+        noises: int,
+        slots: int,
+        seed: int,
+        sigmas: Tensor | None = None,
+    ) -> io.NodeOutput:
+        """Evaluate both as training evaluates, and draw the pairs."""
+        check_inputs(cls, locals())
+        check_flow(base, "base")
+        check_flow(tuned, "tuned")
+        checked_prompt(negative, "negative")
+        texts, _ = prompts_of(prompts.splitlines(), "prompts")
+        levels = shifted_sigmas(num_steps, model_shift(base)) if sigmas is None else checked_schedule(sigmas)
+        forwards = 2 * len(texts) * noises * (len(levels) - 1)
+        if forwards * width * height > MAX_WORK:
+            raise ValueError(
+                f"prompts: {forwards} forwards of {width}×{height} are above the limit; lower prompts, noises, num_steps or the size"
+            )
+        announce(cls, f"{forwards} forwards for {2 * len(texts) * noises} pictures of {width}×{height}")
+        pace = Pace(seed=seed, eval_noises=noises, slots=slots, decode_batch=min(slots, 8))
+        looks = []
+        for model in (base, tuned):
+            policy = text_policy(model, clip, vae, guidance, negative, None)
+            shape = policy.latent_shape(width, height)
+            looks.append(evaluate(policy, reward.rewards, texts, pace, levels, shape, check_interrupted))
+        text = gains(*looks)
+        return io.NodeOutput(before_after(pairs(*looks)), text, ui=show(cls, text))
+
+
+def pairs(before: Evaluation, after: Evaluation) -> list[Pair]:
+    """Pair the pictures that both looks kept."""
+    made = []
+    for old, new in zip(before.samples, after.samples, strict=True):
+        scores = {name: (old.scores[name], new.scores[name]) for name in old.scores}
+        made.append(Pair(old.prompt, old.seed, old.image, new.image, scores))
+    return made
+
+
+def gains(before: Evaluation, after: Evaluation) -> str:
+    """Say how much every reward changed and how sure that is."""
+    lines = []
+    old, new = before.means(), after.means()
+    for name, gain in compare(before, after).items():
+        sure = "" if gain["p"] != gain["p"] else f" ± {gain['ci95']:.3f} (95 %, {len(before.prompts)} prompts), p = {gain['p']:.2g}"
+        lines.append(f"{name}: {old[name]:.3f} → {new[name]:.3f}, {gain['mean']:+.3f}{sure}")
+    return "\n".join(lines)
+
+
+class RunMonitor(io.ComfyNode):
+    """A run's curves, while it goes and afterwards."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the block."""
+        return io.Schema(
+            node_id="G2RPO_RunMonitor",
+            display_name="Run Monitor",
+            category=TRAINING,
+            description="Curves and samples of a run, read from its folder: of one that goes on, or of one long ago.",
+            inputs=[
+                io.Combo.Input("run", options=[NEWEST, *run_names()], default=NEWEST, tooltip="A run under the output folder's g2rpo.")
+            ],
+            outputs=[
+                io.Image.Output("curve", tooltip="Training and held-out rewards over the steps."),
+                io.String.Output("summary", tooltip="The last row of its metrics, and what came out if it has ended."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, run: str = NEWEST) -> bool | str:
+        """Take a run that is younger than the page's list, and say what is wrong with any other name."""
+        try:
+            found(run)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, run: str = NEWEST) -> str:
+        """Change when the run's metrics do."""
+        metrics = found(run).metrics_file
+        return f"{metrics} {metrics.stat().st_mtime_ns} {metrics.stat().st_size}"
+
+    @classmethod
+    def execute(cls, run: str) -> io.NodeOutput:
+        """Draw what the folder holds."""
+        folder = found(run)
+        rows, total = all_rows(folder)
+        text = "\n".join(f"{name}: {value}" for name, value in (rows[-1] if rows else {}).items())
+        if folder.summary_file.is_file() and folder.summary_file.stat().st_size <= MAX_SUMMARY_BYTES:
+            text += "\n" + json.dumps(folder.summary(), indent=1, ensure_ascii=False)
+        curve = reward_curve(rows, f"Run {folder.path.name}", total)
+        # Lone surrogates can be written in JSON, and nothing else can hold them.
+        text = text[:MAX_SUMMARY_BYTES].encode("utf-8", "replace").decode()
+        return io.NodeOutput(curve, text, ui={"g2rpo_run": [folder.path.name]})
+
+
+def run_names() -> list[str]:
+    """List the runs, newest first."""
+    return [run["id"] for run in list_runs(runs_root())]
+
+
+def all_rows(folder: RunFolder) -> tuple[list[dict[str, Any]], int | None]:
+    """Read a run's rows as the page does, finite numbers by name, and how many steps it was asked for."""
+    rows: list[dict[str, Any]] = []
+    while True:
+        answer = read_metrics(folder.path.parent, folder.path.name, str(len(rows)))
+        rows += answer["rows"]
+        if not answer["rows"] or len(rows) >= min(answer["total"], MAX_ROWS):
+            return rows, answer["total_steps"]
+
+
+def found(run: str) -> RunFolder:
+    """Return a run by its name, or the newest; ValueError where there is none. It is only read: another process may be writing it."""
+    names = run_names()
+    if run == NEWEST and not names:
+        raise ValueError("run: there is none yet; train one with Train LoRA")
+    place = run_place(names[0] if run == NEWEST else run)
+    if not is_run(place):
+        raise ValueError(f"run: there is no run named {run[:80]!a}; choose one of the list")
+    return RunFolder(place)
+
+
+class SaveLoRA(io.ComfyNode):
+    """A LoRA file that everybody's ComfyUI loads."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the block."""
+        return io.Schema(
+            node_id="G2RPO_SaveLoRA",
+            display_name="Save LoRA (G²RPO)",
+            category=TRAINING,
+            description="Write a LoRA under models/loras/g2rpo, with scale and notes. Nothing is overwritten.",
+            inputs=[
+                io.LoraModel.Input("lora", tooltip="From Train LoRA or Update LoRA."),
+                io.String.Input("name", default="my-lora", tooltip="Name of the file; a number is added where it exists. " + NAME_TIP),
+                io.Combo.Input(
+                    "key_names",
+                    options=list(lora.STYLES)[::-1],
+                    default="native",
+                    tooltip="native: ComfyUI, every model. diffusers: ComfyUI and diffusers, where the model has exact names there.",
+                ),
+                io.Model.Input("model", optional=True, tooltip="The model it was trained on; needed for diffusers' names."),
+                io.String.Input(
+                    "run", optional=True, force_input=True, tooltip="The run it comes from: recipe, step and rewards are noted in the file."
+                ),
+            ],
+            outputs=[io.String.Output("file", tooltip="Its name in the list of LoRA loaders.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, lora: dict[str, Tensor], name: str, key_names: str, model: Any = None, run: str | None = None) -> io.NodeOutput:
+        """Check, rename if asked for, write."""
+        check_inputs(cls, locals())
+        file = save(lora, name, key_names, model, run)
+        return io.NodeOutput(file, ui=ui.PreviewText(file))
+
+
+def save(wire: dict[str, Tensor], name: str, style: str, model: Any, run: str | None) -> str:
+    """Write a LORA_MODEL as a file; return its name in the loaders' list."""
+    with torch.inference_mode(False):
+        tensors = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in wire.items()}
+    if len(tensors) > HEADER_TENSORS:
+        raise ValueError(f"lora: it has {len(tensors)} tensors, and files of more than {HEADER_TENSORS} are refused; connect a smaller one")
+    read = lora.parse(tensors, {}, "lora")
+    folded = lora.fold(read.pairs, read.alphas)
+    notes: dict[str, str] = {}
+    if run:
+        place = run_place(run)
+        if not is_run(place):
+            raise ValueError(f"run: there is no run named {run[:80]!a}; connect the output of Train LoRA")
+        newest = RunFolder(place).latest()
+        notes = lora.read(newest / "lora.safetensors").metadata if newest else {}
+    place = fresh_lora(name, "name")
+    if style == "diffusers":
+        if model is None:
+            raise ValueError("model: diffusers' names depend on it; connect the model that the LoRA was trained on")
+        folded = diffusers_pairs(Adapter(folded, 0, 0.0, ""), model)
+    ranks = {len(down) for down, _ in folded.values()}
+    if len(ranks) > 1:
+        raise ValueError(f"lora: its modules have different ranks {sorted(ranks)}; save one that this pack has trained")
+    lora.write(place, folded, float(ranks.pop()), style=style, metadata={k: v for k, v in notes.items() if k.startswith("g2rpo.")})
+    return lora_listing(place)
+
+
+NODES: list[type[io.ComfyNode]] = [CompareLoRA, RunMonitor, SaveLoRA]

@@ -1,0 +1,388 @@
+"""Blocks that judge pictures: rewards, scores of any images, scores of a rollout. A score belongs to one image, never to a batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from comfy.model_management import throw_exception_if_processing_interrupted
+from comfy_api.latest import io, ui
+from server import PromptServer
+from torch import Tensor
+
+from ..comfy_g2rpo.prompts import MAX_CHARACTERS
+from ..comfy_g2rpo.rewards import REWARDS, Reward, load, mix
+from ..comfy_g2rpo.scoring import Scorer
+from .drawing import number
+from .guard import check_inputs
+from .judging import (
+    MAX_IMAGES,
+    MAX_REWARDS,
+    MAX_SCORE,
+    MAX_WEIGHT,
+    best_first,
+    bounded,
+    checked_images,
+    checked_latents,
+    checked_prompt,
+    decode,
+    describe,
+    judge,
+    one,
+    parse_votes,
+    prompts_for,
+    score_table,
+    within,
+)
+from .types import SCORING, RewardSet, RewardWire, RolloutData, RolloutWire, ScoresData, ScoresWire
+from .views import Tile, ranked_grid
+from .widgets import node_id
+
+DECODE_BATCH = 8  # completions between two looks at the stop button
+
+
+def show(cls: type[io.ComfyNode], text: str) -> ui.PreviewText:
+    """Show a text in the node while it runs, and keep it among the run's outputs."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id(cls) is not None:
+        server.send_progress_text(text, node_id(cls))
+    return ui.PreviewText(text)
+
+
+class LoadReward(io.ComfyNode):
+    """One built-in reward."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the block."""
+        return io.Schema(
+            node_id="G2RPO_LoadReward",
+            display_name="Load Reward",
+            category=SCORING,
+            description="Choose what makes an image good: a built-in rule, computed on this machine.",
+            inputs=[io.Combo.Input("reward", options=list(REWARDS), tooltip="The rule that scores images. 'about' says what it measures.")],
+            outputs=[
+                RewardWire.Output("loaded", display_name="reward", tooltip="For Score Images, Score Rollout, Mix Rewards and Train LoRA."),
+                io.String.Output(
+                    "about", display_name="about", tooltip="What it measures, its licence, whether scores compare across prompts."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, reward: str) -> io.NodeOutput:
+        """Look the reward up."""
+        check_inputs(cls, locals())
+        found = load(str(reward))
+        text = describe(found)
+        return io.NodeOutput(RewardSet((found,), (1.0,)), text, ui=show(cls, text))
+
+
+class MixRewards(io.ComfyNode):
+    """Several rewards with weights."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the block."""
+        inputs: list[io.Input] = []
+        for i in range(1, MAX_REWARDS + 1):
+            said = f"Reward number {i}; a mix may be mixed again." if i > 2 else f"Reward number {i}."
+            inputs.append(RewardWire.Input(f"reward_{i}", optional=i > 2, tooltip=said))
+        for i in range(1, MAX_REWARDS + 1):
+            said = f"Weight of reward {i}; a negative one punishes. Ranking adds scores in their own units, training adds z-scores."
+            bounds = {"min": -MAX_WEIGHT, "max": MAX_WEIGHT, "step": 0.05}
+            inputs.append(io.Float.Input(f"weight_{i}", default=1.0, optional=i > 2, tooltip=said, **bounds))
+        return io.Schema(
+            node_id="G2RPO_MixRewards",
+            display_name="Mix Rewards",
+            category=SCORING,
+            description="Judge by several rewards at once. A reward that comes twice counts once, with the sum of its weights.",
+            inputs=inputs,
+            outputs=[
+                RewardWire.Output("mixed", display_name="reward", tooltip="All of them, for Score Images, Score Rollout and Train LoRA."),
+                io.String.Output(
+                    "about",
+                    display_name="about",
+                    tooltip="The parts with their weights, licences and whether scores compare across prompts.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        reward_1: RewardSet,
+        reward_2: RewardSet,
+        weight_1: float,
+        weight_2: float,
+        reward_3: RewardSet | None = None,
+        reward_4: RewardSet | None = None,
+        reward_5: RewardSet | None = None,
+        reward_6: RewardSet | None = None,
+        weight_3: float = 1.0,
+        weight_4: float = 1.0,
+        weight_5: float = 1.0,
+        weight_6: float = 1.0,
+    ) -> io.NodeOutput:
+        """Flatten the mix."""
+        check_inputs(cls, locals())
+        sets = (reward_1, reward_2, reward_3, reward_4, reward_5, reward_6)
+        weights = (weight_1, weight_2, weight_3, weight_4, weight_5, weight_6)
+        total: dict[str, float] = {}
+        rewards: dict[str, Reward] = {}
+        for i, (part, weight) in enumerate(zip(sets, weights, strict=True), 1):
+            if part is None:
+                continue
+            within(f"weight_{i}", weight, -MAX_WEIGHT, MAX_WEIGHT)
+            for reward, own in zip(part.rewards, part.weights, strict=True):
+                rewards[reward.name] = reward
+                total[reward.name] = total.get(reward.name, 0.0) + weight * own
+        if not any(total.values()):
+            raise ValueError("the weights leave nothing: every reward's weight is 0; set one of them to another number")
+        mixed = RewardSet(tuple(rewards.values()), tuple(total.values()))
+        text = "\n\n".join(f"{total[name]:g} × {describe(reward)}" for name, reward in rewards.items())
+        return io.NodeOutput(mixed, text, ui=show(cls, text))
+
+
+class ScoreImages(io.ComfyNode):
+    """Scores of any images."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the block."""
+        return io.Schema(
+            node_id="G2RPO_ScoreImages",
+            display_name="Score Images",
+            category=SCORING,
+            description="Score every image by a reward and rank them: any images, no training needed. Images in a list may differ in size.",
+            is_input_list=True,
+            is_output_node=True,
+            inputs=[
+                io.Image.Input(
+                    "images", tooltip=f"Images to judge, up to {MAX_IMAGES}. Alpha is ignored; a broken image (NaN) gets the score nan."
+                ),
+                RewardWire.Input("reward", tooltip="From Load Reward, or several from Mix Rewards."),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    tooltip="What the images should show: one prompt for all, or one per line if there are as many lines as images. "
+                    f"At most {MAX_CHARACTERS} characters each.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output(
+                    "scores",
+                    display_name="scores",
+                    is_output_list=True,
+                    tooltip="One score per image, in the order of the images; nan where it could not be judged.",
+                ),
+                io.Int.Output(
+                    "best_first",
+                    display_name="best_first",
+                    is_output_list=True,
+                    tooltip="Positions of the images (from 0), the best one first.",
+                ),
+                io.Image.Output("ranked", display_name="ranked", tooltip="A sheet of the images from best to worst with their scores."),
+                io.String.Output("table", display_name="table", tooltip="The ranking as text, with each reward's own score."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, images: list[Tensor], reward: list[RewardSet], prompt: list[str]) -> io.NodeOutput:
+        """Judge and rank."""
+        check_inputs(cls, locals())
+        rewards, pictures = one("reward", reward), checked_images(images)
+        prompts, notes = prompts_for(prompt, len(pictures))
+        channels = {picture.shape[-1] for picture in pictures}
+        notes += ["alpha was ignored"] if 4 in channels else []
+        notes += ["grey images were judged as grey RGB"] if 1 in channels else []
+        if len(set(prompts)) > 1:
+            relative = [each.name for each in rewards.rewards if not each.compares_across_prompts]
+            notes += [f"the prompts differ, and {', '.join(relative)} compares only images of one prompt"] if relative else []
+        scores = judge(rewards, pictures, prompts)
+        mixed = mix(scores, rewards.weights).tolist()
+        tiles = [Tile(picture, score, lines=(f"image {i}",)) for i, (picture, score) in enumerate(zip(pictures, mixed, strict=True))]
+        text = score_table(rewards, scores, notes, "images")
+        return io.NodeOutput(mixed, best_first(mixed), ranked_grid(tiles, "Images from best to worst"), text, ui=show(cls, text))
+
+
+class SelectBest(io.ComfyNode):
+    """The best of some images."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the block."""
+        return io.Schema(
+            node_id="G2RPO_SelectBest",
+            display_name="Select Best",
+            category=SCORING,
+            description="Keep the images with the best scores, best first. Images without a score (nan) are dropped.",
+            is_input_list=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The images that were scored."),
+                io.Float.Input(
+                    "scores",
+                    force_input=True,
+                    min=-MAX_SCORE,
+                    max=MAX_SCORE,
+                    tooltip="One score per image in the same order, from Score Images.",
+                ),
+                io.Int.Input("k", default=1, min=1, max=MAX_IMAGES, tooltip="Keep at most so many images."),
+                io.Boolean.Input("use_threshold", default=False, tooltip="Also drop images whose score lies below the threshold."),
+                io.Float.Input(
+                    "threshold",
+                    default=0.5,
+                    min=-MAX_SCORE,
+                    max=MAX_SCORE,
+                    step=0.01,
+                    tooltip="Lowest score to keep, in the reward's own units; counts only with use_threshold.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("best", display_name="images", tooltip="What was kept, best first."),
+                io.Int.Output(
+                    "kept", display_name="kept", is_output_list=True, tooltip="Positions (from 0) of the kept images, best first."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, images: list[Tensor], scores: list[float], k: list[int], use_threshold: list[bool], threshold: list[float]
+    ) -> io.NodeOutput:
+        """Select and sort."""
+        check_inputs(cls, locals())
+        pictures = checked_images(images)
+        values = [bounded("scores", value) for value in scores]
+        if len(values) != len(pictures):
+            raise ValueError(f"scores has {len(values)} entries for {len(pictures)} images; connect the scores of these very images")
+        count = int(within("k", one("k", k), 1, MAX_IMAGES))
+        order = [i for i in best_first(values) if not math.isnan(values[i])]
+        if not order:
+            raise ValueError("scores are all nan: nothing could be judged; check the prompt and the images of Score Images")
+        if one("use_threshold", use_threshold):
+            lowest = within("threshold", one("threshold", threshold), -MAX_SCORE, MAX_SCORE)
+            if values[order[0]] < lowest:
+                raise ValueError(f"threshold {lowest:g} is above the best score {number(values[order[0]])}; lower it")
+            order = [i for i in order if values[i] >= lowest]
+        kept = order[:count]
+        sizes = sorted({tuple(pictures[i].shape) for i in kept})
+        if len(sizes) > 1:
+            raise ValueError(f"images to keep differ in size ({sizes[0]}, {sizes[1]}); resize them to one size, or set k to 1")
+        return io.NodeOutput(torch.stack([pictures[i] for i in kept]), kept)
+
+
+class ScoreRollout(io.ComfyNode):
+    """Scores of a rollout's pictures."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the block."""
+        return io.Schema(
+            node_id="G2RPO_ScoreRollout",
+            display_name="Score Rollout",
+            category=SCORING,
+            description="Decode a rollout's completions and score each of them.",
+            inputs=[
+                RolloutWire.Input("rollout", tooltip="From Rollout."),
+                io.Vae.Input("vae", tooltip="The VAE of the model that made the rollout."),
+                RewardWire.Input("reward", tooltip="From Load Reward, or several from Mix Rewards."),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    tooltip=f"The prompt that the rollout was made with, at most {MAX_CHARACTERS} characters; rewards read it.",
+                ),
+            ],
+            outputs=[
+                ScoresWire.Output("scores", display_name="scores", tooltip="For Advantages."),
+                io.Image.Output("pictures", display_name="pictures", tooltip="The decoded completions, in the order of the rollout."),
+                io.String.Output("table", display_name="table", tooltip="The ranking as text, with each reward's own score."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, rollout: RolloutData, vae: Any, reward: RewardSet, prompt: str) -> io.NodeOutput:
+        """Decode and judge in batches."""
+        check_inputs(cls, locals())
+        latents, text = checked_latents(rollout, vae), checked_prompt(prompt)
+        scorer = Scorer(
+            lambda part: decode(rollout, vae, part),
+            reward.rewards,
+            [text],
+            len(latents),
+            DECODE_BATCH,
+            keep=(0,),
+            check=throw_exception_if_processing_interrupted,
+        )
+        scorer([0] * len(latents), list(range(len(latents))), latents)
+        pictures = torch.stack([scorer.pictures[0, i] for i in range(len(latents))])
+        names = tuple(each.name for each in reward.rewards)
+        scores = ScoresData(names, reward.weights, scorer.scores[:, 0], text, pictures.nan_to_num(0.0))
+        table = score_table(reward, scores.values, [], "completions")
+        return io.NodeOutput(scores, scores.pictures, table, ui=show(cls, table))
+
+
+class ScoresFromValues(io.ComfyNode):
+    """Anybody's judgement of a rollout."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the block."""
+        return io.Schema(
+            node_id="G2RPO_ScoresFromValues",
+            display_name="Scores From Values",
+            category=SCORING,
+            description="Let any graph, or your own votes, judge a rollout: one number per completion, higher is better.",
+            is_input_list=True,
+            inputs=[
+                RolloutWire.Input("rollout", tooltip="The rollout that is judged."),
+                io.String.Input(
+                    "votes",
+                    default="",
+                    multiline=True,
+                    tooltip="One number per completion in the order of the rollout, separated by commas, spaces or new lines; "
+                    "nan where you have no opinion. Leave empty if values are connected.",
+                ),
+                io.Float.Input(
+                    "values",
+                    optional=True,
+                    force_input=True,
+                    min=-MAX_SCORE,
+                    max=MAX_SCORE,
+                    tooltip="The same numbers as a list from any other block, such as Score Images.",
+                ),
+                io.Image.Input("pictures", optional=True, tooltip="The decoded completions, if the ranked grid is to show them."),
+            ],
+            outputs=[ScoresWire.Output("made", display_name="scores", tooltip="For Advantages.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, rollout: list[RolloutData], votes: list[str], values: list[float] | None = None, pictures: list[Tensor] | None = None
+    ) -> io.NodeOutput:
+        """Check the numbers."""
+        check_inputs(cls, locals())
+        count, text = len(one("rollout", rollout).rollout.plan.images), one("votes", votes)
+        if values is not None and text.strip():
+            raise ValueError("votes and values are both given; empty votes or disconnect values")
+        name = "votes" if values is None else "values"
+        found = parse_votes(text) if values is None else [bounded("values", value) for value in values]
+        if len(found) != count:
+            raise ValueError(f"{name} holds {len(found)} numbers and the rollout {count} completions; give one number for each")
+        images = None if pictures is None else checked_images(pictures, "pictures")
+        if images is not None and (len(images) != count or len({image.shape for image in images}) > 1):
+            raise ValueError(
+                f"pictures holds {len(images)} images, the rollout {count} completions; connect the decoded completions, or nothing"
+            )
+        shown = None if images is None else torch.stack(images)[..., :3].float().expand(-1, -1, -1, 3)
+        return io.NodeOutput(ScoresData((name,), (1.0,), torch.tensor([found], dtype=torch.float32), "", shown))
+
+
+NODES: list[type[io.ComfyNode]] = [LoadReward, MixRewards, ScoreImages, SelectBest, ScoreRollout, ScoresFromValues]

@@ -1,0 +1,74 @@
+"""The wires between our blocks: frozen data, never changed by a block that receives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..comfy_g2rpo.rewards import Reward
+from ..comfy_g2rpo.rollout import Rollout
+
+RolloutWire = io.Custom("G2RPO_ROLLOUT")
+RewardWire = io.Custom("G2RPO_REWARD")
+ScoresWire = io.Custom("G2RPO_SCORES")
+AdvantagesWire = io.Custom("G2RPO_ADVANTAGES")
+PolicyWire = io.Custom("G2RPO_POLICY")
+
+TRAINING = "model/training/G²RPO"
+SAMPLING = "sampling/G²RPO"
+SCORING = "image/scoring"
+
+
+@dataclass(frozen=True)
+class RewardSet:
+    """Rewards with their weights: one from Load Reward, several from Mix Rewards."""
+
+    rewards: tuple[Reward, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RolloutData:
+    """A group's rollout in model space, and the guider (model, conditioning, guidance) that made it."""
+
+    rollout: Rollout  # latents: [1, images, …]
+    guider: Any
+    sigmas: Tensor  # [T+1]
+    granularities: tuple[int, ...]
+    branch_steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ScoresData:
+    """Scores [R, images] in the order of the plan's images; pictures [images, H, W, 3] where they were decoded."""
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    values: Tensor
+    prompt: str = ""
+    pictures: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AdvantagesData:
+    """Advantages [K, G] and the rewards [R, K, G, L] that they come from."""
+
+    rollout: RolloutData
+    table: Tensor
+    rewards: Tensor
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PolicyData:
+    """A LoRA in training on a MODEL: weights, AdamW's state, how far it is, and the run that keeps it (blank: none)."""
+
+    model: Any
+    adapter: Any
+    optimizer: dict[str, Tensor]
+    learning_rate: float
+    step: int = 0
+    run: str = ""

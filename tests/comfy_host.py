@@ -1,0 +1,185 @@
+"""Run tests inside real ComfyUIs: scripts in a booted one, or a server over HTTP. The pack is linked under a base directory of its own.
+
+ComfyUI's root has a module `nodes` and so has ours, therefore nothing here imports ComfyUI: its own Python does, in a child process that
+starts in its root. `run_script` boots it once and runs a script file there (comfy_side.py is the script's half); `server` starts main.py
+on a free port.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+SIDE = Path(__file__).with_name("comfy_side.py")
+FLAGS = ("--cpu", "--disable-api-nodes", "--database-url", "sqlite:///:memory:")
+MISSING = "no ComfyUI found: set COMFYUI_PATH to its folder, or put it at ~/comfy/ComfyUI, with its venv/ inside"
+BOOT_SECONDS = 180
+
+
+def comfyui_roots() -> list[Path]:
+    """List the ComfyUI folders to test against: COMFYUI_PATH alone where it is set, else the one around this pack and ~/comfy/ComfyUI*."""
+    named = os.environ.get("COMFYUI_PATH")
+    around = [ROOT.parent.parent] if ROOT.parent.name == "custom_nodes" else []
+    candidates = [Path(named).expanduser().resolve()] if named else [*around, *sorted(Path.home().glob("comfy/ComfyUI*"))]
+    return [path for path in candidates if (path / "comfy/sd.py").is_file()]
+
+
+COMFYUIS = [pytest.param(root, id=root.name) for root in comfyui_roots()] or [
+    pytest.param(None, id="none", marks=pytest.mark.skip(reason=MISSING))
+]
+
+
+def python_of(comfyui: Path) -> str:
+    """Return the interpreter that a ComfyUI folder brings, or ours."""
+    candidates = [comfyui / folder / name for folder in ("venv", ".venv") for name in ("bin/python", "Scripts/python.exe")]
+    return str(next((path for path in candidates if path.is_file()), sys.executable))
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a child: offline, one thread, and without a path that leads to this repository."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "COVERAGE_PROCESS_START")}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def make_base(folder: Path, name: str | None = "an odd.name-of 2026", others: Mapping[str, Path] | None = None) -> Path:
+    """Make a base directory with this pack linked as custom_nodes/<name> (None: without it), and other packs beside it."""
+    for part in ("custom_nodes", "models/loras", "input", "output", "temp", "user/default"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    packs = {**({name: ROOT} if name else {}), **(others or {})}
+    for link, target in packs.items():
+        (folder / "custom_nodes" / link).symlink_to(target, target_is_directory=True)
+    return folder
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a script in ComfyUI gave back, and everything that it printed."""
+
+    data: Any
+    tensors: dict[str, Tensor]
+    log: str = field(repr=False)
+
+
+def run_script(
+    comfyui: Path,
+    script: Path,
+    base: Path,
+    data: object = None,
+    tensors: Mapping[str, Tensor] | None = None,
+    timeout: float = 600,
+) -> Answer:
+    """Run a script file in a booted ComfyUI; it reads `data` and `tensors` with comfy_side.given() and replies with comfy_side.answer()."""
+    exchange = base / "exchange" / f"{time.monotonic_ns()}"
+    exchange.mkdir(parents=True)
+    (exchange / "given.json").write_text(json.dumps(data), "utf-8")
+    save_file({name: tensor.contiguous() for name, tensor in (tensors or {}).items()}, exchange / "given.safetensors")
+    command = [python_of(comfyui), str(SIDE), str(exchange), str(script), *FLAGS, "--base-directory", str(base)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    child = subprocess.run(command, cwd=comfyui, env=environment(), text=True, errors="replace", timeout=timeout, **pipes)
+    assert child.returncode == 0, f"{script.name} failed in {comfyui}:\n{child.stdout[-8000:]}"
+    reply = exchange / "answer.json"
+    replied = exchange / "answer.safetensors"
+    return Answer(
+        json.loads(reply.read_text("utf-8")) if reply.is_file() else None, load_file(replied) if replied.is_file() else {}, child.stdout
+    )
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running ComfyUI."""
+
+    url: str
+    base: Path
+    log_path: Path
+    pid: int = 0
+
+    @property
+    def log(self) -> str:
+        """Return what the server has printed so far."""
+        return self.log_path.read_text("utf-8", errors="replace")
+
+    def get(self, path: str) -> Any:
+        """GET a JSON document."""
+        return json.loads(self.request("GET", path)[1])
+
+    def request(self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
+        """Send any request; return its status and its body."""
+        content = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json", **(headers or {})}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.status, response.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def post_prompt(self, graph: Mapping[str, Any]) -> str:
+        """Queue an API graph; return its prompt id. A refused graph raises with the server's words."""
+        status, body = self.request("POST", "/prompt", {"prompt": graph})
+        if status != 200:
+            raise ValueError(body.decode())
+        return str(json.loads(body)["prompt_id"])
+
+    def wait(self, prompt_id: str, timeout: float = 300) -> dict[str, Any]:
+        """Wait until a prompt has ended; return its history entry (`status` and `outputs`)."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            history = self.get(f"/history/{prompt_id}")
+            if prompt_id in history:
+                return dict(history[prompt_id])
+            time.sleep(0.1)
+        raise TimeoutError(f"prompt {prompt_id} did not end in {timeout} s:\n{self.log[-4000:]}")
+
+
+def free_port() -> int:
+    """Find a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def server(comfyui: Path, base: Path, flags: tuple[str, ...] = ()) -> Iterator[Server]:
+    """Start main.py on a free port; leave when it is gone."""
+    port = free_port()
+    running = Server(f"http://127.0.0.1:{port}", base, base / f"server-{port}.log")
+    command = [python_of(comfyui), "main.py", *FLAGS, "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base), *flags]
+    with running.log_path.open("wb") as log:
+        child = subprocess.Popen(command, cwd=comfyui, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+    running = replace(running, pid=child.pid)
+    try:
+        _wait_until_ready(running, child)
+        yield running
+    finally:
+        child.terminate()
+        try:
+            child.wait(20)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _wait_until_ready(running: Server, child: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + BOOT_SECONDS
+    while time.monotonic() < end and child.poll() is None:
+        try:
+            if running.request("GET", "/system_stats")[0] == 200:
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise RuntimeError(f"ComfyUI did not start:\n{running.log[-8000:]}")

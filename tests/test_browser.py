@@ -1,0 +1,378 @@
+"""The live curve in the real page: both renderers, events, reload, keyboard, theme, and a real training that is run and interrupted.
+
+Screenshots stay in pytest's temporary folder (see the path that -rP prints).
+"""
+
+import itertools
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfy_host import COMFYUIS, Server, make_base, server
+
+from comfy_g2rpo.runs import RunFolder, Sample
+
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright, and a Chromium, to test the page")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.comfyui,
+    pytest.mark.xdist_group("comfyui"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium, to test the page"),
+]
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS += ["--no-first-run", "--disable-dev-shm-usage"]
+RENDERERS = ["classic", "nodes2"]
+TOTAL = 40
+NUMBERS = itertools.count()
+CHART = ".g2rpo-chart[role=slider]"
+NOW = "([chart, step]) => Number(document.querySelector(chart).getAttribute('aria-valuenow')) === step"
+HOSTILE = "<img src=x onerror='window.hit=1'>&lt;b&gt;"
+SHORT = {"recipe": "g2rpo", "steps": 3, "width": 64, "height": 64, "rank": 4, "slots": 16, "eval_every": 1, "learning_rate": 1e-3}
+SHORT["changes"] = "num_steps = 4\ngroup_size = 4\ngranularities = 1\neval_prompts = 2\ncheckpoint_every = 1"
+PROMPTS = "a red circle\na blue square\na green triangle\na yellow circle\ntwo red squares\nthree blue circles"
+
+
+@pytest.fixture(scope="module", params=COMFYUIS)
+def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Start a ComfyUI with the pack, and with a way to send events."""
+    events = Path(__file__).with_name("browser_pack.py")
+    base = make_base(tmp_path_factory.mktemp("base"), "comfy-g2rpo", {"g2rpo_test_events.py": events})
+    with server(request.param, base) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """Start a Chromium."""
+    with playwright.sync_playwright() as started:
+        yield started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make the folder of the screenshots."""
+    return tmp_path_factory.mktemp("screenshots")
+
+
+@dataclass
+class Ours:
+    """A page with ComfyUI in it."""
+
+    page: Any
+    host: Server
+    shots: Path
+    name: str
+    errors: list[str] = field(default_factory=list)
+
+    def open(self) -> None:
+        """Load the page."""
+        self.page.goto(self.host.url)
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Wait until the page can be worked with."""
+        self.page.wait_for_function("Boolean(window.app?.extensionManager && window.app.canvas?.ds)", timeout=90_000)
+        self.page.wait_for_function("'G2RPO_TrainLoRA' in LiteGraph.registered_node_types", timeout=60_000)
+        self.page.wait_for_timeout(1500)
+
+    def add(self, *nodes: str) -> None:
+        """Put nodes side by side on an empty canvas."""
+        self.page.evaluate(
+            """(types) => { app.graph.clear(); app.canvas.ds.reset();
+            types.forEach((type, i) => { const node = LiteGraph.createNode(type); node.pos = [80 + 560 * i, 130]; app.graph.add(node); });
+            app.canvas.setDirty(true, true); }""",
+            list(nodes),
+        )
+        self.page.wait_for_selector(".g2rpo", state="visible")
+
+    def tell(self, name: str, data: dict[str, Any]) -> None:
+        """Send an event to the page, as a node would."""
+        assert self.host.request("POST", "/g2rpo_test/event", {"name": name, "data": data})[0] == 200
+
+    def value(self, attribute: str = "aria-valuemax") -> float:
+        """Read a number of the chart."""
+        return float(self.page.locator(CHART).first.get_attribute(attribute) or "nan")
+
+    def wait_for_step(self, step: int, attribute: str = "aria-valuemax", timeout: float = 60_000) -> None:
+        """Wait until the chart reaches a step."""
+        self.page.wait_for_function(
+            "([chart, name, step]) => Number(document.querySelector(chart)?.getAttribute(name)) >= step",
+            arg=[CHART, attribute, step],
+            timeout=timeout,
+        )
+
+    def shoot(self, what: str) -> None:
+        """Keep a picture of the page."""
+        self.page.wait_for_timeout(400)
+        path = self.shots / f"{self.name}-{what}.png"
+        self.page.screenshot(path=path)
+        print(path)
+
+    def set(self, setting: str, value: object) -> None:
+        """Change a setting in the open page."""
+        self.page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [setting, value])
+
+
+@pytest.fixture(scope="module", params=RENDERERS)
+def opened(request: pytest.FixtureRequest, host: Server, chromium: Any, pictures: Path) -> Iterator[Ours]:
+    """Open the page with a renderer."""
+    settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": request.param == "nodes2", "Comfy.ColorPalette": "dark"}
+    host.request("POST", "/settings", settings)
+    context = chromium.new_context(viewport={"width": 1280, "height": 1250})
+    made = Ours(context.new_page(), host, pictures, request.param)
+    made.page.set_default_timeout(60_000)
+    made.page.on("pageerror", lambda error: made.errors.append(str(error)))
+    made.open()
+    yield made
+    context.close()
+
+
+@pytest.fixture
+def ours(opened: Ours, request: pytest.FixtureRequest) -> Iterator[Ours]:
+    """Give a test the page; afterwards nothing in it may have failed."""
+    opened.name = re.sub(r"\W+", "-", request.node.name)
+    yield opened
+    opened.page.unroute_all()
+    toasts = opened.page.locator(".p-toast-message").all_inner_texts()
+    assert [error for error in opened.errors if "g2rpo" in error.lower() or "Invalid workflow" in error] == []
+    assert [text for text in toasts if "zod" in text or "g2rpo" in text.lower()] == []
+
+
+@dataclass
+class Story:
+    """A run that is written step by step while the page watches."""
+
+    ours: Ours
+    run: RunFolder
+    rows: int = 0
+
+    def row(self, step: int) -> dict[str, float]:
+        """Make a row of two rewards, with held-out values every tenth step."""
+        made: dict[str, float] = {"step": step}
+        for name, scale in {"agreement": 1.0, "brightness": 0.2}.items():
+            value = scale * (0.3 + 0.4 * (1 - math.exp(-step / 15)))
+            if step:
+                made |= {f"reward/{name}/mean": value + 0.02 * scale * math.sin(7 * step), f"reward/{name}/std": 0.08 * scale}
+            if step % 10 == 0:
+                made |= {f"heldout/{name}/mean": 0.97 * value, f"heldout/{name}/ci95": 0.02 * scale}
+        return made
+
+    def until(self, last: int, phase: str = "rollout", node: str = "1") -> None:
+        """Write the rows up to a step, samples every tenth, and tell the page."""
+        for step in range(self.rows, last + 1):
+            self.run.append(self.row(step))
+            self.rows += 1
+            if step % 10 == 0:
+                self.run.save_samples(step, [self.sample(step, i) for i in range(6)])
+        event = {"node": node, "run": self.run.path.name, "step": last, "total": TOTAL, "phase": phase, "done": 310, "of": 544}
+        self.ours.tell("g2rpo.progress", {**event, "seconds_left": 7.2 * (TOTAL - last), "row": self.rows})
+
+    def sample(self, step: int, i: int) -> Sample:
+        """Make a picture that changes with the step."""
+        ramp = torch.linspace(0, 1, 32)
+        red, green = ramp[None].expand(32, 32) * (0.3 + 0.1 * i), ramp[:, None].expand(32, 32) * (step + 10) / 60
+        return Sample(HOSTILE if i == 0 else f"picture {i}", i, {"agreement": 0.3 + 0.01 * step}, torch.stack([red, green, 1 - green], -1))
+
+
+@pytest.fixture
+def story(ours: Ours) -> Iterator[Story]:
+    """Begin a run under the output folder."""
+    place = ours.host.base / f"output/g2rpo/story-{next(NUMBERS)}"
+    yield Story(ours, RunFolder.create(place, {"config": {"train": {"steps": TOTAL}}, "recipe": {}}))
+    shutil.rmtree(place)
+
+
+def test_the_curve_moves_while_a_run_goes_and_survives_a_reload(ours: Ours, story: Story) -> None:
+    ours.add("G2RPO_TrainLoRA", "G2RPO_RunMonitor")
+    assert "when the training starts" in ours.page.locator(".g2rpo-note").first.inner_text()
+    story.until(12)
+    ours.wait_for_step(12)
+    before = ours.page.locator("path[data-series='reward/agreement']").first.get_attribute("d")
+    story.until(33)
+    ours.wait_for_step(33)
+    assert ours.page.locator("path[data-series='reward/agreement']").first.get_attribute("d") != before
+    assert "step 33 of 40 · rolling out 310 / 544 · 51 s left" in ours.page.locator(".g2rpo-status").first.inner_text()
+    ours.page.wait_for_function("document.querySelectorAll('.g2rpo').length === 2 && document.querySelectorAll('.g2rpo-pair').length >= 12")
+    ours.page.wait_for_function("[...document.querySelectorAll('.g2rpo-pair img')].slice(0, 4).every((i) => i.naturalWidth > 0)")
+    ours.shoot("moving")
+    ours.page.wait_for_timeout(1500)
+    ours.page.reload()
+    ours.wait_until_ready()
+    ours.wait_for_step(33)
+    ours.shoot("reloaded")
+    story.until(40, "done")
+    ours.wait_for_step(40)
+    assert "finished" in ours.page.locator(".g2rpo-status").first.inner_text()
+
+
+def test_the_widget_is_neither_in_the_prompt_nor_in_the_workflow(ours: Ours, story: Story) -> None:
+    ours.add("G2RPO_TrainLoRA")
+    story.until(2)
+    ours.wait_for_step(2)
+    saved = ours.page.evaluate("app.graph.serialize().nodes[0]")
+    prompt = ours.page.evaluate("app.graphToPrompt()")
+    widgets = ours.page.evaluate("app.graph._nodes[0].widgets.filter((w) => w.name !== 'g2rpo_curve').length")
+    assert len(saved["widgets_values"]) == widgets
+    assert saved["properties"]["g2rpo_run"] == story.run.path.name
+    assert not [name for name in prompt["output"]["1"]["inputs"] if "g2rpo" in name]
+
+
+def test_the_curve_survives_undo_which_makes_all_nodes_anew(ours: Ours, story: Story) -> None:
+    ours.add("G2RPO_TrainLoRA")
+    story.until(8)
+    ours.wait_for_step(8)
+    ours.page.evaluate("app.loadGraphData(app.graph.serialize())")
+    ours.page.wait_for_timeout(1500)
+    ours.page.wait_for_selector(CHART, state="visible")
+    story.until(9)
+    ours.wait_for_step(9)
+    assert ours.page.locator(".g2rpo").count() == 1
+
+
+def test_the_keyboard_reads_the_curve_and_hides_it(ours: Ours, story: Story) -> None:
+    ours.add("G2RPO_TrainLoRA")
+    story.until(30)
+    ours.wait_for_step(30)
+    ours.page.locator(CHART).focus()
+    for key, step in {"ArrowLeft": 30, "Home": 0, "ArrowRight": 1, "PageDown": 11, "End": 30}.items():
+        ours.page.keyboard.press(key)
+        ours.page.wait_for_function(
+            "([c, s]) => document.querySelector(c).getAttribute('aria-valuenow') == s", arg=[CHART, step], timeout=5000
+        )
+    ours.page.keyboard.press("PageUp")
+    ours.page.wait_for_function(NOW, arg=[CHART, 20])
+    assert (ours.page.locator(CHART).get_attribute("aria-valuetext") or "").startswith("step 20, agreement 0.")
+    ours.shoot("cursor")
+    button = ours.page.locator("button[data-series='heldout/agreement']")
+    button.focus()
+    ours.page.keyboard.press("Enter")
+    ours.page.wait_for_function("!document.querySelector(\"path[data-series='heldout/agreement']\")")
+    assert button.get_attribute("aria-pressed") == "false"
+    ours.page.keyboard.press("Space")
+    ours.page.wait_for_selector("path[data-series='heldout/agreement']", state="attached")
+    assert ours.page.evaluate("app.graph._nodes.length") == 1
+
+
+def test_the_theme_is_followed(ours: Ours, story: Story) -> None:
+    ours.add("G2RPO_TrainLoRA")
+    story.until(25)
+    ours.wait_for_step(25)
+    luminance: Callable[[], list[float]] = lambda: ours.page.evaluate(  # noqa: E731
+        """() => { const brush = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+        const style = getComputedStyle(document.querySelector(".g2rpo"));
+        return [style.backgroundColor, style.color].map((colour) => { brush.fillStyle = colour; brush.fillRect(0, 0, 1, 1);
+          const [r, g, b] = brush.getImageData(0, 0, 1, 1).data; return (0.21 * r + 0.72 * g + 0.07 * b) / 255; }); }"""
+    )
+    ground, text = luminance()
+    assert ground < 0.3 and text - ground > 0.5
+    ours.set("Comfy.ColorPalette", "light")
+    ours.page.wait_for_timeout(1000)
+    ground, text = luminance()
+    assert ground > 0.7 and ground - text > 0.5
+    ours.shoot("light")
+    ours.set("Comfy.ColorPalette", "dark")
+
+
+def test_markup_in_a_prompt_stays_text(ours: Ours, story: Story) -> None:
+    ours.add("G2RPO_TrainLoRA")
+    story.until(10)
+    ours.page.wait_for_selector(".g2rpo-pair img", state="attached")
+    assert HOSTILE in (ours.page.locator(".g2rpo-pair img").first.get_attribute("alt") or "")
+    assert ours.page.evaluate("window.hit") is None
+
+
+def test_a_server_without_our_routes_does_no_harm(ours: Ours, story: Story) -> None:
+    ours.page.route(re.compile(r"/g2rpo/"), lambda route: route.fulfill(status=404, body="nothing"))
+    ours.add("G2RPO_TrainLoRA")
+    story.until(3)
+    ours.page.wait_for_function("document.querySelector('.g2rpo-note').textContent.includes('does not answer')")
+    assert "step 3 of 40" in ours.page.locator(".g2rpo-status").inner_text()
+    assert ours.page.evaluate("app.graphToPrompt().then(() => true)")
+
+
+def test_run_monitor_shows_the_newest_run_and_then_the_chosen_one(ours: Ours, story: Story) -> None:
+    story.until(5)
+    RunFolder.create(story.run.path.with_name("story-0-other"), {"config": {"train": {"steps": 9}}}).append(story.row(7))
+    ours.add("G2RPO_RunMonitor")
+    ours.wait_for_step(7)
+    ours.page.evaluate("(run) => { app.graph._nodes[0].widgets.find((w) => w.name === 'run').value = run; }", story.run.path.name)
+    ours.page.wait_for_function("(run) => document.querySelector('.g2rpo-run').textContent === run", arg=story.run.path.name)
+    ours.page.wait_for_function("(c) => document.querySelector(c)?.getAttribute('aria-valuemax') === '5'", arg=CHART)
+    shutil.rmtree(story.run.path.with_name("story-0-other"))
+
+
+def test_a_template_opens_from_the_template_browser(ours: Ours) -> None:
+    page = ours.page
+    page.evaluate("app.graph.clear(), app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.wait_for_selector("[data-testid=template-workflows-content]")
+    page.locator("input[placeholder*='earch']").last.fill("g2rpo_train")
+    page.locator("[data-testid=template-workflow-g2rpo_train_lora_tiny]").click()
+    page.wait_for_function("app.graph._nodes.some((node) => node.type === 'G2RPO_TrainLoRA')")
+    page.wait_for_selector(".g2rpo", state="attached")
+    assert page.evaluate("app.graph._nodes.filter((node) => node.has_errors || node.type === null).length") == 0
+    ours.shoot("template")
+
+
+def workflow(ours: Ours) -> dict[str, Any]:
+    """Make a short training with the tiny model as a workflow file."""
+    return ours.page.evaluate(
+        """([values, prompts]) => { app.graph.clear();
+        const make = (type, x) => { const node = LiteGraph.createNode(type); node.pos = [x, 130]; app.graph.add(node); return node; };
+        const demo = make("G2RPO_TinyDemoLoader", 60), reward = make("G2RPO_LoadReward", 60), train = make("G2RPO_TrainLoRA", 500);
+        reward.pos = [60, 360];
+        demo.connect(0, train, "model"); demo.connect(1, train, "clip"); demo.connect(2, train, "vae"); reward.connect(0, train, "reward");
+        for (const [name, value] of Object.entries(values)) train.widgets.find((w) => w.name === name).value = value;
+        train.widgets.find((w) => w.name === "prompts").value = prompts;
+        for (const widget of train.widgets) if (widget.name === "control_after_generate") widget.value = "fixed";
+        return JSON.parse(JSON.stringify(app.graph.serialize())); }""",
+        [SHORT, PROMPTS],
+    )
+
+
+def drop(ours: Ours, file: dict[str, Any]) -> None:
+    """Drop a workflow file on the canvas."""
+    ours.page.evaluate("app.graph.clear()")
+    transfer = ours.page.evaluate_handle(
+        """(text) => { const transfer = new DataTransfer();
+        transfer.items.add(new File([text], "train.json", { type: "application/json" })); return transfer; }""",
+        json.dumps(file),
+    )
+    ours.page.dispatch_event("#graph-canvas", "drop", {"dataTransfer": transfer, "bubbles": True})
+    ours.page.wait_for_function("app.graph._nodes.length === 3")
+
+
+def test_a_dropped_workflow_trains_with_a_live_curve_and_can_be_interrupted(ours: Ours) -> None:
+    run = "real-classic" if "classic" in ours.name else "real-nodes2"
+    file = workflow(ours)
+    drop(ours, file)
+    train = "app.graph._nodes.find((node) => node.type === 'G2RPO_TrainLoRA')"
+    ours.page.evaluate(f"(run) => {{ {train}.widgets.find((w) => w.name === 'run').value = run; }}", run)
+    ours.page.evaluate("window.ended = []; for (const e of ['execution_success', 'execution_error', 'execution_interrupted']) "
+                       "app.api.addEventListener(e, ({ detail }) => ended.push([e, detail?.exception_message]))")  # fmt: skip
+    ours.page.locator("[data-testid=queue-button]").first.click()
+    ours.wait_for_step(1, timeout=120_000)
+    ours.page.wait_for_function("ended.length > 0", timeout=180_000)
+    assert ours.page.evaluate("ended") == [["execution_success", None]]
+    ours.wait_for_step(3)
+    assert "step 3 of 3 · finished" in ours.page.locator(".g2rpo-status").inner_text()
+    ours.shoot("trained")
+    ours.page.evaluate(f"() => {{ {train}.widgets.find((w) => w.name === 'steps').value = 1000; ended.length = 0; }}")
+    ours.page.locator("[data-testid=queue-button]").first.click()
+    ours.wait_for_step(4, timeout=120_000)
+    ours.page.evaluate("app.extensionManager.command.execute('Comfy.Interrupt')")
+    ours.page.wait_for_function("ended.length > 0", timeout=60_000)
+    assert ours.page.evaluate("ended[0][0]") == "execution_interrupted"
+    ours.page.wait_for_function("document.querySelector('.g2rpo-status').textContent.includes('stopped')")
+    ours.shoot("stopped")
+    folder = RunFolder.open(ours.host.base / "output/g2rpo" / run)
+    assert folder.metrics()[-1]["step"] >= 4

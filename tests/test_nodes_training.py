@@ -1,0 +1,169 @@
+"""Training in a real ComfyUI: one block, or the graph as the loop; stopped, killed, continued; and what it leaves for core's loaders."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from comfy_host import COMFYUIS, Answer, make_base, run_script, server
+from safetensors.torch import load_file
+
+from comfy_g2rpo import lora
+from comfy_g2rpo.runs import RunFolder
+from g2rpo_trainer import run as headless
+from g2rpo_trainer.config import from_dict
+from g2rpo_trainer.progress import Silent
+
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("comfyui")]
+
+PROMPTS = ["a red circle", "two blue squares", "a green triangle above a red square", "three yellow circles"]
+HELDOUT = ["a yellow circle and a blue square", "two red triangles"]
+CHANGES = "num_steps = 4\ngroup_size = 4\ngranularities = 1, 2\nshift = 3\ncheckpoint_every = 1\neval_noises = 2"
+TRAIN = {
+    "recipe": "g2rpo",
+    "steps": 4,
+    "prompts": "\n".join(PROMPTS),
+    "heldout_prompts": "\n".join(HELDOUT),
+    "negative": "",
+    "guidance": 1.0,
+    "width": 64,
+    "height": 64,
+    "learning_rate": 1e-3,
+    "rank": 4,
+    "alpha": 8.0,
+    "targets": "attention",
+    "prompts_per_step": 2,
+    "slots": 16,
+    "eval_every": 2,
+    "seed": 0,
+    "run": "",
+    "changes": CHANGES,
+}
+STOPS = [1, 3, 9, 17, 24, 31, 40]
+LOADERS = {
+    "1": {"class_type": "G2RPO_TinyDemoLoader", "inputs": {}},
+    "2": {"class_type": "G2RPO_LoadReward", "inputs": {"reward": "agreement"}},
+}
+
+
+@pytest.fixture(scope="module", params=COMFYUIS)
+def comfyui(request: pytest.FixtureRequest) -> Path:
+    """Name a ComfyUI."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def base(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make its base directory."""
+    return make_base(tmp_path_factory.mktemp(comfyui.name))
+
+
+@pytest.fixture(scope="module")
+def done(comfyui: Path, base: Path) -> Answer:
+    """Run the child script once."""
+    # Only newer cores know the widget.
+    bypass = {} if "0.3." in (comfyui / "comfyui_version.py").read_text() else {"bypass": False}
+    data = {"train": TRAIN, "stops": STOPS, "bypass": bypass}
+    return run_script(comfyui, Path(__file__).with_name("comfy_child_training.py"), base, data)
+
+
+def test_a_run_ends_with_model_lora_loss_and_curve(done: Answer) -> None:
+    assert done.data["whole"] == [True, "", {}]
+    assert done.data["run"] == "whole" and done.tensors["curve"].shape[-1] == 3
+    assert len(done.data["losses"]) == 4 and all(-1 <= loss <= 0 for loss in done.data["losses"])
+    assert [row["step"] for row in done.data["rows"]] == [0, 1, 2, 2, 3, 4, 4]
+
+
+def test_the_wires_and_every_saved_file_draw_the_trained_picture(done: Answer) -> None:
+    assert set(done.data["loras"]) == {"g2rpo/whole_000004.safetensors", "g2rpo/saved.safetensors", "g2rpo/split.safetensors"}
+    assert done.data["patched"][0] == done.data["patched"][1] > 0
+    for name in done.data["loras"]:
+        assert (done.tensors[f"image {name}"] - done.tensors["tuned"]).abs().max() <= 1e-5, name
+
+
+def test_files_say_where_they_come_from(done: Answer, base: Path) -> None:
+    for name in ("whole_000004", "saved"):
+        file = lora.read(base / f"models/loras/g2rpo/{name}.safetensors")
+        assert file.style == "native" and file.metadata["g2rpo.recipe"] == "g2rpo" and file.metadata["g2rpo.step"] == "4"
+        assert file.metadata["g2rpo.rewards"] == "1 agreement"
+    assert lora.read(base / "models/loras/g2rpo/split.safetensors").style == "diffusers"
+
+
+def test_events_are_few_and_tell_the_end(done: Answer) -> None:
+    events = done.data["events"]
+    assert events[-1]["phase"] == "done" and events[-1]["step"] == events[-1]["total"] == 4 and events[-1]["run"] == "whole"
+    assert {event["phase"] for event in events} <= {"rollout", "update", "evaluate", "done", "stopped"}
+    assert all(event["node"] == "3" for event in events)
+
+
+@pytest.mark.parametrize("call", STOPS)
+def test_stopped_anywhere_and_run_again_is_as_if_never_stopped(done: Answer, call: int) -> None:
+    stop = done.data["stops"][str(call)]
+    assert "nterrupt" in stop["stopped"]
+    assert stop == {"stopped": stop["stopped"], "picture": True, "again": [True, ""], "same": True}
+
+
+def test_more_steps_continue_a_run_and_other_settings_are_refused(done: Answer) -> None:
+    assert done.data["longer"] == [True, "", 5]
+    assert "lora.rank = 4, not 2" in done.data["other"]
+    first, again, other = done.data["names"]
+    assert first == again != other
+
+
+def test_every_run_of_the_loop_graph_is_one_update_and_no_wire_changes(done: Answer) -> None:
+    steps = [(old, new) for _, _, old, new, _, _ in done.data["loop"]]
+    assert steps == [(0, 1), (1, 2), (2, 3)] and all(ok for ok, *_ in done.data["loop"])
+    for (_, _, _, _, _, new), (_, _, _, _, old, _) in zip(done.data["loop"], done.data["loop"][1:], strict=False):
+        assert new == old
+    assert len({row[4] for row in done.data["loop"]}) == 3
+    assert done.data["loop rows"] == [1, 2, 3]
+    assert done.data["monitor"][0] and "reward/agreement/mean" in done.data["monitor"][2]
+
+
+def test_graph_and_command_line_make_the_same_steps(done: Answer, tmp_path: Path) -> None:
+    """Same prompts, seeds and model: the same pictures, scores and gradients, step by step, to the rounding of batches."""
+    (tmp_path / "train.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "heldout.txt").write_text("\n".join(HELDOUT))
+    tree = {
+        "model": {"path": "models/tiny", "width": 64, "height": 64, "max_sequence_length": 0},
+        "lora": {"rank": 4, "alpha": 8},
+        "method": {"name": "g2rpo", "num_steps": 4, "group_size": 4, "granularities": [1, 2], "learning_rate": 1e-3},
+        "rewards": [{"name": "agreement"}],
+        "prompts": {"train": str(tmp_path / "train.txt"), "heldout": str(tmp_path / "heldout.txt")},
+        "train": {"steps": 1, "prompts_per_step": 2, "eval_noises": 2},
+    }
+    headless.train(from_dict(tree), tmp_path / "run", progress=Silent())
+    rows = RunFolder.open(tmp_path / "run").metrics()
+    for name in ("heldout/agreement/mean",):
+        assert done.data["rows"][0][name] == pytest.approx(rows[0][name], abs=1e-3)
+    for name in ("reward/agreement/mean", "reward/agreement/std", "advantage/abs_mean"):
+        assert done.data["rows"][1][name] == pytest.approx(rows[1][name], abs=2e-3)
+
+
+def test_a_killed_server_goes_on_from_the_last_finished_step(
+    comfyui: Path, done: Answer, base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = make_base(tmp_path_factory.mktemp("killed"))
+    inputs = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "reward": ["2", 0], **TRAIN, "run": "killed"}
+    graph = {**LOADERS, "3": {"class_type": "G2RPO_TrainLoRA", "inputs": inputs}}
+    run = other / "output/g2rpo/killed"
+    with server(comfyui, other) as first:
+        first.post_prompt(graph)
+        end = time.monotonic() + 120
+        while not (run / "checkpoints/000002/state.json").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        os.kill(first.pid, signal.SIGKILL)
+    assert (run / "checkpoints").is_dir() and not (run / "summary.json").exists()
+    with server(comfyui, other) as second:
+        entry = second.wait(second.post_prompt(graph))
+        assert entry["status"]["status_str"] == "success", entry["status"]
+    one = load_file(run / "checkpoints/000004/lora.safetensors")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[1:]]
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4]
+    kept = {k: v for k, v in rows[-2].items() if not k.startswith(("time/", "memory/"))}
+    assert kept == done.data["rows"][-2]
+    uninterrupted = load_file(base / "output/g2rpo/stop1/checkpoints/000004/lora.safetensors")
+    assert one.keys() == uninterrupted.keys() and all(torch.equal(one[key], uninterrupted[key]) for key in one)

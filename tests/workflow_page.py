@@ -1,0 +1,58 @@
+"""ComfyUI's page in headless Chromium, to load workflows into it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from comfy_host import Server
+
+CHROMIUM = "/usr/bin/chromium"
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--disable-dev-shm-usage",
+]
+SIZE = {"width": 2400, "height": 1300}
+QUIET = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
+
+
+@contextmanager
+def opened(server: Server, newer_renderer: bool) -> Iterator[Any]:
+    """Open the page of a running ComfyUI and wait until it holds still."""
+    from playwright.sync_api import sync_playwright
+
+    server.request("POST", "/api/settings", {**QUIET, "Comfy.VueNodes.Enabled": newer_renderer})
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        page = browser.new_page(viewport=SIZE)
+        page.goto(server.url)
+        page.wait_for_function("window.app?.extensionManager && app.graph?.nodes", timeout=90_000)
+        # The page opens a graph of its own; a graph that is loaded before would be replaced by it.
+        page.wait_for_timeout(5000)
+        yield page
+        browser.close()
+
+
+def load(page: Any, file: Path) -> dict[str, Any]:
+    """Load a workflow file as a user does; return what it holds."""
+    workflow = json.loads(file.read_text("utf-8"))
+    page.evaluate("app.graph.clear()")
+    page.set_input_files("#comfy-file-input", str(file))
+    ids = [node["id"] for node in workflow["nodes"]]
+    page.wait_for_function("ids => app.graph.nodes.length === ids.length && ids.every(id => app.graph.getNodeById(id))", arg=ids)
+    page.wait_for_timeout(500)
+    return workflow
+
+
+def queued(page: Any) -> dict[str, Any]:
+    """Return the API graph that the page would queue."""
+    graph = json.loads(page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)"))
+    return {key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in graph.items()}

@@ -1,0 +1,482 @@
+"""Make workflows/*.json: `python tools/make_workflows.py` asks the newest ComfyUI that it finds for its nodes and writes the graphs.
+
+With `--pictures` it also makes the .jpg files: the tiny graphs are run and one result is kept, of the others the page is photographed
+(needs Chromium and playwright). Every graph exists for three models: the tiny one that comes with the pack, SD3.5 medium and FLUX.1-dev.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from workflow_graph import BYPASSED, MUTED, Graph, Node, Socket
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS = ROOT / "workflows"
+
+
+def lines_of(file: str, first: int, count: int) -> str:
+    """Take some prompts of a file."""
+    prompts = (line for line in (ROOT / "prompts" / file).read_text("utf-8").splitlines() if line and not line.startswith("#"))
+    return "\n".join(islice(prompts, first, first + count))
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model and the settings that suit it: real ones a card of 24 GB, the tiny one any processor."""
+
+    name: str
+    label: str
+    files: str  # what the note says about model files
+    size: int
+    num_steps: int
+    cfg: float
+    branch_steps: str
+    group_size: int
+    slots: int
+    micro_batch: int
+    rank: int
+    learning_rate: float
+    steps: int
+    prompts_per_step: int
+    eval_every: int
+    changes: str
+    prompt: str
+    train: str
+    heldout: str
+    rewards: tuple[tuple[str, float], tuple[str, float]]  # the judge of pictures that are only looked at
+    target: str  # what is trained
+    watch: tuple[str, str]  # what only measures
+    price: str  # what the note says about time
+
+
+TINY = Family(
+    name="tiny",
+    label="Tiny Demo",
+    files="The model comes with the pack: no download, no GPU.",
+    size=64,
+    num_steps=8,
+    cfg=1.0,
+    branch_steps="0-3",
+    group_size=8,
+    slots=64,
+    micro_batch=4,
+    rank=16,
+    learning_rate=1e-3,
+    steps=20,
+    prompts_per_step=2,
+    eval_every=5,
+    changes="num_steps = 8\ngroup_size = 8\ngranularities = 2",
+    prompt="a red circle above a blue square",
+    train=lines_of("shapes_train.txt", 0, 24),
+    heldout=lines_of("shapes_heldout.txt", 0, 12),
+    rewards=(("agreement", 1.0), ("strict", 0.5)),
+    target="agreement",
+    watch=("strict", "colourfulness"),
+    price="a minute on a processor",
+)
+SD35 = Family(
+    name="sd35",
+    label="SD3.5 medium",
+    files="Files: checkpoints/sd3.5_medium · text_encoders/clip_l, clip_g, t5xxl_fp8_e4m3fn_scaled. Settings for a card of 24 GB.",
+    size=512,
+    num_steps=12,
+    cfg=4.5,
+    branch_steps="0,2,4",
+    group_size=8,
+    slots=8,
+    micro_batch=1,
+    rank=32,
+    learning_rate=1e-4,
+    steps=200,
+    prompts_per_step=2,
+    eval_every=10,
+    changes="num_steps = 12\ngroup_size = 8\ngranularities = 2",
+    prompt="a lighthouse on a cliff at sunset",
+    train=lines_of("pictures.txt", 0, 32),
+    heldout=lines_of("pictures.txt", 32, 8),
+    rewards=(("colourfulness", 1.0), ("sharpness", 0.05)),
+    target="colourfulness",
+    watch=("sharpness", "jpeg"),
+    price="about 1000 forwards of one picture each (guidance counts double; guidance 1 halves it)",
+)
+FLUX = Family(
+    name="flux",
+    label="FLUX.1-dev",
+    files="Files: diffusion_models/flux1-dev (loaded as fp8) · text_encoders/clip_l, t5xxl_fp8_e4m3fn_scaled · vae/ae. "
+    "Settings for a card of 24 GB.",
+    size=512,
+    num_steps=12,
+    cfg=1.0,
+    branch_steps="0,2,4",
+    group_size=6,
+    slots=4,
+    micro_batch=1,
+    rank=16,
+    learning_rate=1e-4,
+    steps=200,
+    prompts_per_step=2,
+    eval_every=20,
+    changes="num_steps = 12\ngroup_size = 6\ngranularities = 2\npick = random\npick_size = 3",
+    prompt="a lighthouse on a cliff at sunset",
+    train=lines_of("pictures.txt", 0, 32),
+    heldout=lines_of("pictures.txt", 32, 8),
+    rewards=(("colourfulness", 1.0), ("sharpness", 0.05)),
+    target="colourfulness",
+    watch=("sharpness", "jpeg"),
+    price="about 190 forwards of one picture each",
+)
+FAMILIES = (TINY, SD35, FLUX)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the loaders give."""
+
+    model: Socket
+    clip: Socket
+    vae: Socket
+
+
+def load(graph: Graph, family: Family) -> Model:
+    """Add the family's usual loaders."""
+    if family is TINY:
+        tiny = graph.add("G2RPO_TinyDemoLoader")
+        return Model(tiny["MODEL"], tiny["CLIP"], tiny["VAE"])
+    if family is SD35:
+        checkpoint = graph.add("CheckpointLoaderSimple", {"ckpt_name": "sd3.5_medium.safetensors"})
+        names = ("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors")
+        clip = graph.add("TripleCLIPLoader", {f"clip_name{i}": name for i, name in enumerate(names, 1)})
+        return Model(checkpoint["MODEL"], clip["CLIP"], checkpoint["VAE"])
+    unet = graph.add("UNETLoader", {"unet_name": "flux1-dev.safetensors", "weight_dtype": "fp8_e4m3fn"})
+    names = {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp8_e4m3fn_scaled.safetensors", "type": "flux", "device": "default"}
+    clip = graph.add("DualCLIPLoader", names)
+    return Model(unet["MODEL"], clip["CLIP"], graph.add("VAELoader", {"vae_name": "ae.safetensors"})["VAE"])
+
+
+def write_prompt(graph: Graph, family: Family) -> Socket:
+    """Add the field in which the prompt is written once."""
+    return graph.add("PrimitiveStringMultiline", {"value": family.prompt}, "Prompt", lines=3)["STRING"]
+
+
+def encode(graph: Graph, family: Family, clip: Socket, prompt: Socket) -> tuple[Socket, Socket]:
+    """Encode the prompt; return positive and negative conditioning."""
+    positive = graph.add("CLIPTextEncode", {"clip": clip, "text": prompt}, lines=2)["CONDITIONING"]
+    if family is FLUX:
+        positive = graph.add("FluxGuidance", {"conditioning": positive, "guidance": 3.5})["CONDITIONING"]
+    if family.cfg > 1:
+        return positive, graph.add("CLIPTextEncode", {"clip": clip, "text": ""}, "Negative prompt", lines=2)["CONDITIONING"]
+    return positive, graph.add("ConditioningZeroOut", {"conditioning": positive})["CONDITIONING"]
+
+
+def guide(graph: Graph, family: Family, model: Socket, conditioning: tuple[Socket, Socket], title: str = "") -> Socket:
+    """Add a guider: with classifier-free guidance where the family uses it."""
+    positive, negative = conditioning
+    if family.cfg > 1:
+        values = {"model": model, "positive": positive, "negative": negative, "cfg": family.cfg}
+        return graph.add("CFGGuider", values, title)["GUIDER"]
+    return graph.add("BasicGuider", {"model": model, "conditioning": positive}, title)["GUIDER"]
+
+
+def conditions(graph: Graph, family: Family, clip: Socket, prompt: Socket) -> tuple[Socket, Socket]:
+    """Encode the prompt for guide(): without classifier-free guidance nothing negative is needed."""
+    if family.cfg > 1:
+        return encode(graph, family, clip, prompt)
+    positive = graph.add("CLIPTextEncode", {"clip": clip, "text": prompt}, lines=2)["CONDITIONING"]
+    if family is FLUX:
+        positive = graph.add("FluxGuidance", {"conditioning": positive, "guidance": 3.5})["CONDITIONING"]
+    return positive, positive
+
+
+def empty(graph: Graph, family: Family, count: int = 1) -> Socket:
+    """Add an empty latent."""
+    return graph.add("EmptySD3LatentImage", {"width": family.size, "height": family.size, "batch_size": count})["LATENT"]
+
+
+def schedule(graph: Graph, family: Family, model: Socket) -> Socket:
+    """Add the noise levels."""
+    return graph.add("BasicScheduler", {"model": model, "scheduler": "simple", "steps": family.num_steps, "denoise": 1.0})["SIGMAS"]
+
+
+def draw(
+    graph: Graph, family: Family, model: Model, tuned: Socket, conditioning: tuple[Socket, Socket], seed: int, latent: Socket
+) -> Socket:
+    """Add core's usual sampler and the decoder; return the pictures."""
+    wires = {"model": tuned, "positive": conditioning[0], "negative": conditioning[1], "latent_image": latent}
+    settings = {"seed": seed, "steps": family.num_steps, "cfg": family.cfg, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    latents = graph.add("KSampler", wires | settings)["LATENT"]
+    return graph.add("VAEDecode", {"samples": latents, "vae": model.vae})["IMAGE"]
+
+
+def preview(graph: Graph, images: Socket, title: str, size: tuple[int, int] = (400, 340)) -> None:
+    """Add a preview of pictures."""
+    graph.add("PreviewImage", {"images": images}, title, size=size)
+
+
+def reward(graph: Graph, name: str, title: str = "") -> Socket:
+    """Add a reward."""
+    return graph.add("G2RPO_LoadReward", {"reward": name}, title, size=(300, 150))["reward"]
+
+
+def mixed(graph: Graph, parts: tuple[tuple[str, float], tuple[str, float]], title: str = "") -> Socket:
+    """Add two rewards and their mix."""
+    sockets = [reward(graph, name) for name, _ in parts]
+    values = {f"reward_{i}": socket for i, socket in enumerate(sockets, 1)} | {f"weight_{i}": part[1] for i, part in enumerate(parts, 1)}
+    return graph.add("G2RPO_MixRewards", values, title, size=(300, 400))["reward"]
+
+
+def rollout(graph: Graph, family: Family, guider: Socket, noise: Socket, sigmas: Socket, latent: Socket, strides: str) -> Node:
+    """Add the rollout."""
+    wires = {"guider": guider, "noise": noise, "sigmas": sigmas, "latent_image": latent}
+    settings = {"branch_steps": family.branch_steps, "group_size": family.group_size, "granularities": strides, "slots": family.slots}
+    return graph.add("G2RPO_Rollout", wires | settings, size=(320, 340))
+
+
+def train(graph: Graph, family: Family, model: Model, steps: int, judge: Socket, heldout: Socket | None) -> Node:
+    """Add Train LoRA; the same settings but for `steps` go on with the same run."""
+    wires = {"model": model.model, "clip": model.clip, "vae": model.vae, "reward": judge}
+    settings = {
+        "recipe": "g2rpo",
+        "steps": steps,
+        "prompts": family.train,
+        "heldout_prompts": family.heldout,
+        "negative": "",
+        "guidance": family.cfg,
+        "width": family.size,
+        "height": family.size,
+        "learning_rate": family.learning_rate,
+        "rank": family.rank,
+        "alpha": float(family.rank),
+        "prompts_per_step": family.prompts_per_step,
+        "slots": family.slots,
+        "eval_every": family.eval_every,
+        "run": f"{family.name}-train",
+        "changes": family.changes,
+    }
+    wires |= {"heldout_reward": heldout} if heldout else {}
+    return graph.add("G2RPO_TrainLoRA", wires | settings, size=(460, 1400))
+
+
+def score(graph: Graph, family: Family) -> None:
+    """Score pictures and keep the best; nothing is trained."""
+    graph.column(f"Model · {family.label}")
+    graph.note(
+        f"**Score pictures and keep the best — {family.label}**\n\n{family.files}\n\n"
+        "Press **Run**: a batch of pictures is drawn, *Score Images* judges each of them and *Select Best* keeps two.\n\n"
+        "**Look at** the ranked sheet and at the table in *Score Images*: every reward's own score, best first.\n\n"
+        "**Your own pictures:** add *Load Image* (several: *Batch Images*) and connect it to *images* of both *Score Images* and "
+        "*Select Best* instead of *VAE Decode*. Rewards that read the prompt want one that fits."
+    )
+    model = load(graph, family)
+    graph.column("Pictures")
+    prompt = write_prompt(graph, family)
+    conditioning = encode(graph, family, model.clip, prompt)
+    images = draw(graph, family, model, model.model, conditioning, 7, empty(graph, family, 8))
+    graph.column("Judge")
+    judge = mixed(graph, family.rewards)
+    graph.column("Scores")
+    scored = graph.add("G2RPO_ScoreImages", {"images": images, "reward": judge, "prompt": prompt}, size=(400, 420))
+    best = graph.add("G2RPO_SelectBest", {"images": images, "scores": scored["scores"], "k": 2})
+    graph.column("Results")
+    preview(graph, scored["ranked"], "Ranked, best first", (480, 420))
+    graph.add("SaveImage", {"images": best["images"], "filename_prefix": f"g2rpo_best_{family.name}"}, "The best two", size=(480, 360))
+
+
+def look(graph: Graph, family: Family) -> None:
+    """Look at one rollout."""
+    graph.column(f"Model · {family.label}")
+    graph.note(
+        f"**Look at one rollout — {family.label}**\n\n{family.files}\n\n"
+        "Press **Run**. *Rollout* draws the deterministic picture, the anchor. At each branch step a group of branches leaves it "
+        "by one stochastic step and is completed without noise, once per granularity.\n\n"
+        "**Look at** the heat map (blue: this granularity likes the step's winner too, orange: it was outvoted, hatched: all the same) "
+        "and at the ranked sheet: score and advantage of every branch, framed by whether training would push it up or down.\n\n"
+        "*Singular SDE Sampler* draws one of these very branches in an ordinary graph. In the lower half *Score Images* and "
+        "*Scores From Values* are the judge: any graph can be, and so can you: disconnect *values* and type your own votes."
+    )
+    model = load(graph, family)
+    graph.column("Prompt and noise")
+    prompt = write_prompt(graph, family)
+    conditioning = conditions(graph, family, model.clip, prompt)
+    noise = graph.add("RandomNoise", {"noise_seed": 5})["NOISE"]
+    sigmas, latent = schedule(graph, family, model.model), empty(graph, family)
+    graph.column("Rollout")
+    guider = guide(graph, family, model.model, conditioning)
+    tree = rollout(graph, family, guider, noise, sigmas, latent, "1,2")
+    branch = graph.add("G2RPO_SingularSDESampler", {"branch_step": int(family.branch_steps[0]), "branch": 3}, "Branch 3 by itself")
+    wires = {"noise": noise, "guider": guider, "sampler": branch["SAMPLER"], "sigmas": sigmas, "latent_image": latent}
+    single = graph.add("SamplerCustomAdvanced", wires)["output"]
+    graph.column("Anchor and a branch")
+    for latents, title in ((tree["anchor"], "Anchor"), (single, "Branch 3")):
+        images = graph.add("VAEDecode", {"samples": latents, "vae": model.vae})["IMAGE"]
+        preview(graph, images, title, (300, 300))
+    graph.column("Judge")
+    judge = reward(graph, family.rewards[0][0])
+    scored = graph.add("G2RPO_ScoreRollout", {"rollout": tree["rollout"], "vae": model.vae, "reward": judge, "prompt": prompt}, lines=10)
+    other = reward(graph, family.rewards[1][0], "Another judge")
+    pictures = scored["pictures"]
+    judged = graph.add("G2RPO_ScoreImages", {"images": pictures, "reward": other, "prompt": prompt}, "Any graph can judge", lines=10)
+    graph.column("Why branches are pushed")
+    shown = graph.add("G2RPO_Advantages", {"rollout": tree["rollout"], "scores": scored["scores"]}, size=(400, 290))
+    wires = {"rollout": tree["rollout"], "values": judged["scores"], "pictures": pictures, "votes": ""}
+    values = graph.add("G2RPO_ScoresFromValues", wires, lines=3)["scores"]
+    settings = {"rollout": tree["rollout"], "scores": values, "per_branch": True}
+    others = graph.add("G2RPO_Advantages", settings, "Advantages (the other judge)", size=(400, 290))
+    graph.column("Results")
+    preview(graph, shown["heatmap"], "Heat map: step × granularity", (480, 340))
+    preview(graph, shown["ranked"], "Ranked, best first", (480, 480))
+    preview(graph, others["heatmap"], "Heat map of the other judge, a row per branch", (480, 380))
+
+
+def train_lora(graph: Graph, family: Family) -> None:
+    """Train a LoRA in one block."""
+    graph.column(f"Model · {family.label}")
+    graph.note(
+        f"**Train a LoRA in one block — {family.label}**\n\n{family.files}\n\n"
+        f"Press **Run**: {family.steps} steps, {family.price}. The log says the price before anything runs.\n\n"
+        "**Look at** the curve in *Train LoRA* while it runs. Solid: the reward on training prompts; dashed: on prompts it is never "
+        "trained on. Where only the solid line rises, or the rewards that only measure fall, the model games its judge.\n\n"
+        "**Stop** whenever you like: what is finished is kept. **Run** again goes on; more *steps* continue a finished run.\n\n"
+        f"The LoRA lies in models/loras/g2rpo, the run in output/g2rpo/{family.name}-train."
+        + ("" if family is TINY else "\n\nOut of memory? Lower *slots*. The rewards are examples: put in what you want more of.")
+    )
+    model = load(graph, family)
+    graph.column("Judges")
+    judge = reward(graph, family.target, "Reward: what is trained")
+    watch = mixed(graph, tuple((name, 1.0) for name in family.watch), "Held-out rewards: only measure")
+    graph.column("Train")
+    trained = train(graph, family, model, family.steps, judge, watch)
+    graph.column("Results")
+    preview(graph, trained["curve"], "Curve", (480, 400))
+    graph.add("LossGraphNode", {"loss": trained["loss"], "filename_prefix": "loss_graph"}, "Minus the reward", size=(480, 420))
+
+
+def loop(graph: Graph, family: Family) -> None:
+    """Make the graph the loop."""
+    run = f"{family.name}-loop"
+    graph.column(f"Model · {family.label}")
+    graph.note(
+        f"**The graph is the loop — {family.label}**\n\n{family.files}\n\n"
+        "Every press of **Run** is one update: rollout, scores, advantages, one step of the optimizer. "
+        "Set the batch count beside the Run button to 20 for 20 updates.\n\n"
+        f"*LoRA Policy* keeps the LoRA in the run {run} and goes on from there, after a restart too; with a blank *run* "
+        "every press starts anew. Its *step* output feeds the noise seed: another start noise at every update.\n\n"
+        "**Look at** the heat map, at the ranked sheet and at the fixed noise drawn with the updated LoRA. "
+        "Change judge, prompt or branch steps between two presses as you like.\n\n"
+        "For a file: right-click *Save LoRA*, Mode, Always."
+    )
+    model = load(graph, family)
+    settings = {"rank": family.rank, "alpha": float(family.rank), "learning_rate": family.learning_rate, "run": run}
+    policy = graph.add("G2RPO_LoRAPolicy", {"model": model.model} | settings)
+    graph.column("Prompt and noise")
+    prompt = write_prompt(graph, family)
+    conditioning = encode(graph, family, model.clip, prompt)
+    noise = graph.add("RandomNoise", {"noise_seed": policy["step"]}, "Noise: another at every step")["NOISE"]
+    sigmas, latent = schedule(graph, family, model.model), empty(graph, family)
+    graph.column("Rollout and scores")
+    guider = guide(graph, family, policy["model"], conditioning)
+    tree = rollout(graph, family, guider, noise, sigmas, latent, "2")
+    judge = reward(graph, family.target)
+    scored = graph.add("G2RPO_ScoreRollout", {"rollout": tree["rollout"], "vae": model.vae, "reward": judge, "prompt": prompt}, lines=8)
+    graph.column("Update")
+    advantages = graph.add("G2RPO_Advantages", {"rollout": tree["rollout"], "scores": scored["scores"]}, size=(400, 290))
+    wires = {"policy": policy["policy"], "advantages": advantages["advantages"]}
+    updated = graph.add("G2RPO_UpdateLoRA", wires | {"micro_batch": family.micro_batch}, size=(400, 240))
+    wires = {"lora": updated["lora"], "model": updated["model"], "name": f"{family.name}-loop"}
+    graph.add("G2RPO_SaveLoRA", wires, mode=MUTED, size=(400, 200))
+    graph.column("The same noise after the update")
+    images = draw(graph, family, model, updated["model"], conditioning, 1, latent)
+    preview(graph, images, "Fixed noise, updated LoRA", (300, 300))
+    graph.column("Results")
+    preview(graph, advantages["heatmap"], "Heat map: step × granularity", (480, 340))
+    preview(graph, advantages["ranked"], "Ranked, best first", (480, 560))
+
+
+def resume(graph: Graph, family: Family) -> None:
+    """Go on with a run and compare."""
+    steps, name = family.steps * 3 // 2, f"{family.name}-lora"
+    graph.column(f"Model · {family.label}")
+    graph.note(
+        f"**Resume and compare — {family.label}**\n\n{family.files}\n\n"
+        f"The same run as in g2rpo_train_lora_{family.name}, with {steps} steps instead of {family.steps}: press **Run** and it goes on "
+        "where that one ended: LoRA, optimizer, random draws and curve. Run that one first. Only *steps* and *eval_every* may differ.\n\n"
+        "**Look at** *Compare LoRA*: the same prompts and noises without and with the LoRA, every score's change, "
+        "and whether it is more than chance. *Run Monitor* shows the curve of any run of the list.\n\n"
+        f"*Save LoRA* writes g2rpo/{name}. Then press **R**, choose it in *LoraLoaderModelOnly* and switch that on with Ctrl+B: "
+        "the file works in every graph."
+    )
+    model = load(graph, family)
+    graph.column("Judges")
+    judge = reward(graph, family.target, "Reward: what is trained")
+    watch = mixed(graph, tuple((each, 1.0) for each in family.watch), "Held-out rewards: only measure")
+    monitor = graph.add("G2RPO_RunMonitor", {"run": "newest"}, size=(400, 420))
+    graph.column("Go on training")
+    trained = train(graph, family, model, steps, judge, watch)
+    graph.column("Use and keep the LoRA")
+    wires = {"model": model.model, "lora": trained["lora"], "strength_model": 1.0}
+    tuned = graph.add("LoraModelLoader", wires, "LoRA by wire, in the same run", size=(400, 110))
+    wires = {"lora": trained["lora"], "model": model.model, "run": trained["run"]}
+    graph.add("G2RPO_SaveLoRA", wires | {"name": name, "key_names": "native"}, size=(400, 200))
+    wires = {"base": model.model, "tuned": tuned["model"], "clip": model.clip, "vae": model.vae, "reward": judge}
+    settings = {"prompts": family.heldout, "negative": "", "guidance": family.cfg, "width": family.size, "height": family.size}
+    settings |= {"num_steps": family.num_steps, "noises": 2 if family is TINY else 1, "slots": family.slots}
+    compared = graph.add("G2RPO_CompareLoRA", wires | settings, size=(400, 700))
+    graph.column("The file in any graph")
+    loader = {"model": model.model, "lora_name": f"g2rpo/{name}.safetensors", "strength_model": 1.0}
+    filed = graph.add("LoraLoaderModelOnly", loader, mode=BYPASSED)["MODEL"]
+    conditioning = encode(graph, family, model.clip, write_prompt(graph, family))
+    images = draw(graph, family, model, filed, conditioning, 1, empty(graph, family))
+    graph.column("Results")
+    preview(graph, compared["sheet"], "Before and after", (480, 640))
+    preview(graph, monitor["curve"], "Run Monitor's curve", (480, 360))
+    preview(graph, images, "One picture", (480, 320))
+
+
+GRAPHS: dict[str, Callable[[Graph, Family], None]] = {
+    "score_images": score,
+    "look_at_rollout": look,
+    "train_lora": train_lora,
+    "graph_loop": loop,
+    "resume_compare": resume,
+}
+
+
+def make_all(schemas: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield every workflow's name and its JSON."""
+    for title, describe in GRAPHS.items():
+        for family in FAMILIES:
+            graph = Graph(f"g2rpo_{title}_{family.name}", schemas)
+            describe(graph, family)
+            yield graph.name, graph.write()
+
+
+def main() -> None:
+    """Write the files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", action="store_true", help="make the .jpg files too")
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "tests"))
+    import comfy_host
+
+    found = comfy_host.comfyui_roots()
+    if not found:
+        parser.error(comfy_host.MISSING)
+    comfyui = found[-1]
+    with tempfile.TemporaryDirectory() as folder, comfy_host.server(comfyui, comfy_host.make_base(Path(folder))) as server:
+        schemas = server.get("/object_info")
+    for name, text in make_all(schemas):
+        (WORKFLOWS / f"{name}.json").write_text(text, "utf-8")
+    if args.pictures:
+        import workflow_pictures
+
+        workflow_pictures.make(comfyui, WORKFLOWS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+// Puts the live curve on Train LoRA and Run Monitor. The page side of nodes/routes.py and of the event "g2rpo.progress".
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { Feed, problemOf, RUN_ID } from "./feed.mjs";
+import { Monitor } from "./monitor.mjs";
+
+const TRAINER = "G2RPO_TrainLoRA";
+const MONITOR = "G2RPO_RunMonitor";
+const LOOK_EVERY = 1000;
+const POLL_EVERY = 5000;
+const MAX_OFFERS = 6;
+const NEWEST = "newest";
+
+const feeds = new Map();
+const monitors = new Map();
+// What removed nodes have left in the page, by their id (see adopt).
+const left = new Map();
+
+async function get(path) {
+  try {
+    const response = await api.fetchApi(path, { cache: "no-store" });
+    const data = await response.json().catch(() => null);
+    return { status: response.status, data };
+  } catch {
+    return { status: 0, data: null };
+  }
+}
+
+function picture(run, folder, file, version) {
+  const question = new URLSearchParams({ type: "output", subfolder: `g2rpo/${run}/images/${folder}`, filename: file, v: version });
+  return api.apiURL(`/view?${question}`);
+}
+
+function feedOf(run) {
+  if (!feeds.has(run)) {
+    const feed = new Feed(run, get, () => showAll(feed));
+    feeds.set(run, feed);
+    feed.refresh();
+  }
+  return feeds.get(run);
+}
+
+function showAll(feed) {
+  for (const entry of monitors.values()) if (entry.monitor.feed === feed) entry.monitor.invalidate();
+}
+
+const runWidget = (node) => node.widgets?.find((widget) => widget.name === "run");
+const asked = (node) => String(runWidget(node)?.value ?? "").trim();
+
+// The run that a node shows: what its widget asks for, or the run that it started when it was last asked that.
+function wanted(node) {
+  const { g2rpo_run: started, g2rpo_asked: then } = node.properties ?? {};
+  return node.comfyClass === TRAINER && started && (then ?? "") === asked(node) ? started : asked(node);
+}
+
+// Writes the run into the node, so that the saved workflow and a reloaded page find it.
+function remember(node, run) {
+  if (node.comfyClass !== TRAINER || (wanted(node) === run && node.properties?.g2rpo_run === run)) return;
+  node.properties ??= {};
+  Object.assign(node.properties, { g2rpo_run: run, g2rpo_asked: asked(node) });
+  const tracker = app.extensionManager?.workflow?.activeWorkflow?.changeTracker;
+  (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker);
+}
+
+// Follows an execution id ("5", or "12:5" within a subgraph) to its node.
+function nodeOf(id) {
+  let graph = app.rootGraph ?? app.graph;
+  let node = null;
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById?.(Number(part)) ?? graph?.getNodeById?.(part) ?? null;
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+function refreshEntry(node, entry) {
+  const run = wanted(node);
+  const monitor = node.comfyClass === MONITOR;
+  if (monitor && (run === NEWEST || run === "")) {
+    entry.run = run;
+    lookForRuns(node, entry);
+  } else if (run !== entry.run) {
+    entry.run = run;
+    if (RUN_ID.test(run)) entry.monitor.show(feedOf(run));
+    else entry.monitor.show(null, run ? "This is not the name of a run: use letters, digits, dots, dashes and underscores." : "The curve appears here when the training starts.");
+  }
+}
+
+// Which run is the newest changes, so the list is asked for now and then.
+async function lookForRuns(node, entry) {
+  if (Date.now() - (entry.listed ?? 0) < POLL_EVERY && entry.listedFor === entry.run) return;
+  Object.assign(entry, { listed: Date.now(), listedFor: entry.run });
+  const { status, data } = await get("/g2rpo/runs");
+  if (entry.run !== entry.listedFor || !["", NEWEST].includes(entry.run)) return;
+  if (status !== 200) entry.monitor.show(null, problemOf(status, data));
+  else if (!data.runs.length) entry.monitor.show(null, "No runs yet. Train LoRA makes them.");
+  else if (entry.run === NEWEST) entry.monitor.show(feedOf(data.runs[0].id));
+  else entry.monitor.show(null, "Which run?", data.runs.slice(0, MAX_OFFERS).map((run) => offer(node, run)));
+}
+
+function offer(node, { id, step, steps, finished }) {
+  const label = `${id} · step ${step ?? 0}${steps ? ` of ${steps}` : ""}${finished ? " · finished" : ""}`;
+  return { label, choose: () => choose(node, id) };
+}
+
+function choose(node, run) {
+  const widget = runWidget(node);
+  if (!widget) return;
+  widget.value = run;
+  widget.callback?.(run, app.canvas, node);
+  refreshEntry(node, monitors.get(node));
+}
+
+function addMonitor(node) {
+  const resized = () => {
+    const least = node.computeSize();
+    if (node.size[1] < least[1]) node.setSize([node.size[0], least[1]]);
+    node.setDirtyCanvas?.(true, true);
+  };
+  const monitor = new Monitor({ picture, resized });
+  const widget = node.addDOMWidget("g2rpo_curve", "g2rpo_curve", monitor.root, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: () => monitor.minHeight,
+  });
+  // `options.serialize` keeps it out of the prompt, this out of the workflow.
+  widget.serialize = false;
+  monitor.root.addEventListener("wheel", scrollCanvas, { passive: false });
+  node.setSize([Math.max(node.size[0], 440), Math.max(node.size[1], node.computeSize()[1])]);
+  const entry = { monitor, run: null };
+  monitors.set(node, entry);
+  const before = node.onRemoved;
+  setTimeout(() => adopt(node, monitor.root), 100);
+  node.onRemoved = function onRemoved(...given) {
+    monitors.delete(node);
+    monitor.dispose();
+    left.set(String(node.id), monitor.root);
+    return before?.apply(this, given);
+  };
+}
+
+// Undo, and opening a workflow with the same ids, make all nodes anew in one go. Nodes 2.0 then keeps the frame of the node of the same id, with the
+// old node's element in it and no place for the new one's: it takes the old one's place.
+function adopt(node, root) {
+  const old = left.get(String(node.id));
+  if (!root.isConnected && old?.isConnected) old.replaceWith(root);
+  if (root.isConnected) left.delete(String(node.id));
+}
+
+// Over the widget the wheel zooms the classic canvas as everywhere else on it; Nodes 2.0 sees the event by itself.
+function scrollCanvas(event) {
+  if (window.LiteGraph?.vueNodesMode || event.target.closest?.(".g2rpo-strip")) return;
+  app.canvas?.processMouseWheel?.(event);
+}
+
+function look() {
+  const now = Date.now();
+  for (const [node, entry] of monitors) {
+    adopt(node, entry.monitor.root);
+    if (!entry.monitor.root.isConnected) continue;
+    refreshEntry(node, entry);
+    const feed = entry.monitor.feed;
+    if (!feed || document.hidden || (feed.finished && !feed.problem) || now - (feed.polled ?? 0) < POLL_EVERY) continue;
+    feed.polled = now;
+    feed.refresh();
+  }
+}
+
+function onProgress({ detail }) {
+  if (!RUN_ID.test(detail?.run ?? "")) return;
+  feedOf(detail.run).take(detail);
+  const node = nodeOf(detail.node);
+  for (const entry of monitors.values()) if (entry.run === NEWEST && entry.monitor.feed?.id !== detail.run) entry.listed = 0;
+  const entry = monitors.get(node);
+  if (!entry) return;
+  remember(node, detail.run);
+  refreshEntry(node, entry);
+}
+
+function onExecuted({ detail }) {
+  const run = detail?.output?.g2rpo_run?.[0];
+  const node = nodeOf(detail?.display_node ?? detail?.node);
+  if (!RUN_ID.test(run ?? "") || !monitors.has(node)) return;
+  remember(node, run);
+  refreshEntry(node, monitors.get(node));
+  feedOf(run).refresh();
+}
+
+function onEnd() {
+  for (const feed of feeds.values()) feed.stop();
+}
+
+app.registerExtension({
+  name: "g2rpo.curve",
+  setup() {
+    document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href: new URL("./g2rpo.css", import.meta.url).href }));
+    api.addEventListener("g2rpo.progress", onProgress);
+    api.addEventListener("executed", onExecuted);
+    for (const end of ["execution_error", "execution_interrupted", "execution_success"]) api.addEventListener(end, onEnd);
+    setInterval(look, LOOK_EVERY);
+  },
+  nodeCreated(node) {
+    if (node.comfyClass === TRAINER || node.comfyClass === MONITOR) addMonitor(node);
+  },
+  loadedGraphNode(node) {
+    const entry = monitors.get(node);
+    if (entry) refreshEntry(node, entry);
+  },
+});
