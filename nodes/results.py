@@ -68,8 +68,10 @@ class CompareLoRA(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("sheet", tooltip="Base above, tuned below, with scores and their change."),
-                io.String.Output("summary", tooltip="Gain of every reward with its 95 % interval and p-value, paired by prompt."),
+                io.Image.Output("sheet", display_name="sheet", tooltip="Base above, tuned below, with scores and their change."),
+                io.String.Output(
+                    "summary", display_name="summary", tooltip="Gain of every reward with its 95 % interval and p-value, paired by prompt."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -151,8 +153,10 @@ class RunMonitor(io.ComfyNode):
                 io.Combo.Input("run", options=[NEWEST, *run_names()], default=NEWEST, tooltip="A run under the output folder's g2rpo.")
             ],
             outputs=[
-                io.Image.Output("curve", tooltip="Training and held-out rewards over the steps."),
-                io.String.Output("summary", tooltip="The last row of its metrics, and what came out if it has ended."),
+                io.Image.Output("curve", display_name="curve", tooltip="Training and held-out rewards over the steps."),
+                io.String.Output(
+                    "summary", display_name="summary", tooltip="The last row of its metrics, and what came out if it has ended."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -238,7 +242,7 @@ class SaveLoRA(io.ComfyNode):
                     "run", optional=True, force_input=True, tooltip="The run it comes from: recipe, step and rewards are noted in the file."
                 ),
             ],
-            outputs=[io.String.Output("file", tooltip="Its name in the list of LoRA loaders.")],
+            outputs=[io.String.Output("file", display_name="file", tooltip="Its name in the list of LoRA loaders.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )

@@ -47,9 +47,9 @@ class LoRAPolicy(io.ComfyNode):
                 io.String.Input("run", default="", tooltip="Run that keeps the LoRA; blank keeps nothing. " + NAME_TIP),
             ],
             outputs=[
-                PolicyWire.Output("policy", tooltip="For Update LoRA."),
+                PolicyWire.Output("policy", display_name="policy", tooltip="For Update LoRA."),
                 io.Model.Output("tuned", display_name="model", tooltip="The model with the LoRA as it stands: for the guider of Rollout."),
-                io.Int.Output("step", tooltip="Updates made so far: a seed that differs at every one."),
+                io.Int.Output("step", display_name="step", tooltip="Updates made so far: a seed that differs at every one."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -138,7 +138,7 @@ class UpdateLoRA(io.ComfyNode):
             ],
             outputs=[
                 PolicyWire.Output("updated", display_name="policy", tooltip="The policy after the update."),
-                io.LoraModel.Output("lora", tooltip="Its LoRA alone, for Save LoRA and core's Load LoRA Model."),
+                io.LoraModel.Output("lora", display_name="lora", tooltip="Its LoRA alone, for Save LoRA and core's Load LoRA Model."),
                 io.Model.Output("tuned", display_name="model", tooltip="The model with the updated LoRA."),
             ],
             hidden=[io.Hidden.unique_id],

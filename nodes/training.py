@@ -33,9 +33,11 @@ class TrainLoRA(io.ComfyNode):
             inputs=train_inputs(),
             outputs=[
                 io.Model.Output("tuned", display_name="model", tooltip="The model with the trained LoRA."),
-                io.LoraModel.Output("lora", tooltip="The LoRA alone, for Save LoRA and core's Load LoRA Model."),
-                io.LossMap.Output("loss", tooltip="Minus the weighted training reward of every step, for core's Plot Loss Graph."),
-                io.Image.Output("curve", tooltip="Training and held-out rewards over the steps."),
+                io.LoraModel.Output("lora", display_name="lora", tooltip="The LoRA alone, for Save LoRA and core's Load LoRA Model."),
+                io.LossMap.Output(
+                    "loss", display_name="loss", tooltip="Minus the weighted training reward of every step, for core's Plot Loss Graph."
+                ),
+                io.Image.Output("curve", display_name="curve", tooltip="Training and held-out rewards over the steps."),
                 io.String.Output("run_name", display_name="run", tooltip="The run's name, for Run Monitor and Save LoRA."),
             ],
             hidden=[io.Hidden.unique_id],
