@@ -17,7 +17,7 @@ from g2rpo_trainer import run as headless
 from g2rpo_trainer.config import from_dict
 from g2rpo_trainer.progress import Silent
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("nodes_training in comfyui")]
 
 PROMPTS = ["a red circle", "two blue squares", "a green triangle above a red square", "three yellow circles"]
 HELDOUT = ["a yellow circle and a blue square", "two red triangles"]

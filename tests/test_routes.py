@@ -45,7 +45,7 @@ make_texts = load_tool("make_texts")
 
 def comfyui(test: Any) -> Any:
     """Mark a test that needs a ComfyUI."""
-    return pytest.mark.xdist_group("comfyui")(pytest.mark.comfyui(test))
+    return pytest.mark.xdist_group("routes in comfyui")(pytest.mark.comfyui(test))
 
 
 HOSTILE_IDS = [
