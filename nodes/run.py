@@ -24,7 +24,7 @@ from ..comfy_g2rpo.recipes import Recipe, build_plan
 from ..comfy_g2rpo.rewards import RewardError
 from ..comfy_g2rpo.runs import MAY_CHANGE, RunFolder, finite, is_run, write_bytes
 from ..comfy_g2rpo.schedule import shifted_sigmas
-from .adapter import Adapter, fresh_adapter
+from .adapter import Adapter, fresh_adapter, is_large
 from .hosting import STOPS, Live, contained, fresh_lora, loras_root, run_place
 from .judging import checked_prompt
 from .policy import text_policy
@@ -106,7 +106,8 @@ def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
     if sigmas is None:
         sigmas = shifted_sigmas(made.num_steps, made.shift)
     adapter = fresh_adapter(wanted.model, wanted.rank, wanted.alpha, pace.seed, wanted.targets)
-    policy = text_policy(wanted.model, wanted.clip, wanted.vae, wanted.guidance, wanted.negative, adapter)
+    saving = is_large(wanted.model)
+    policy = text_policy(wanted.model, wanted.clip, wanted.vae, wanted.guidance, wanted.negative, adapter, checkpoint=saving)
     with torch.no_grad():
         policy.encode([*prompts.train, *prompts.heldout])
     held = wanted.heldout_reward.rewards if wanted.heldout_reward else ()

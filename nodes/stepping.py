@@ -17,7 +17,7 @@ from ..comfy_g2rpo.prompts import Prompts
 from ..comfy_g2rpo.recipes import recipe
 from ..comfy_g2rpo.runs import RunFolder, fitting, is_run, load_optimizer_tensors, optimizer_tensors, read_progress
 from ..comfy_g2rpo.update import records, update
-from .adapter import TARGETS, Adapter, fresh_adapter, lora_model, with_adapter
+from .adapter import TARGETS, Adapter, fresh_adapter, is_large, lora_model, with_adapter
 from .guard import check_inputs
 from .hosting import NAME_TIP, check_interrupted, run_place
 from .policy import GraphPolicy, check_flow
@@ -201,7 +201,7 @@ def trainee(policy: PolicyData, advantages: AdvantagesData, weight_decay: float)
         raise ValueError("policy: its LoRA holds NaN or infinite values; training has diverged, start again at a lower learning rate")
     guider = copy.copy(rollout.guider)
     guider.model_patcher, guider.model_options = policy.model, policy.model.model_options
-    trained = GraphPolicy(guider, policy.adapter)
+    trained = GraphPolicy(guider, policy.adapter, checkpoint=is_large(policy.model))
     optimizer = torch.optim.AdamW(trained.parameters(), lr=policy.learning_rate, weight_decay=weight_decay)
     load_optimizer_tensors(optimizer, {name: tensor.clone() for name, tensor in policy.optimizer.items()})
     return trained, optimizer
