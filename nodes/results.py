@@ -62,7 +62,7 @@ class CompareLoRA(io.ComfyNode):
                 io.Int.Input("num_steps", default=16, min=1, max=1000, tooltip="Steps of Euler's solver."),
                 io.Int.Input("noises", default=2, min=1, max=64, tooltip="Start noises per prompt."),
                 io.Int.Input("slots", default=8, min=1, max=4096, tooltip="Latents in one forward; bounds the memory."),
-                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="Seed of the start noises."),
+                io.Int.Input("seed", control_after_generate=False, default=0, min=0, max=2**31 - 1, tooltip="Seed of the start noises."),
                 io.Sigmas.Input(
                     "sigmas", optional=True, tooltip="Noise levels from 1 to 0 instead of num_steps with the model's own shift."
                 ),

@@ -43,7 +43,9 @@ class LoRAPolicy(io.ComfyNode):
                 io.Float.Input("alpha", default=16.0, min=0.01, max=4096.0, step=1.0, tooltip="The LoRA's scale is alpha / rank."),
                 io.Combo.Input("targets", options=list(TARGETS), default=TARGETS[0], tooltip="Layers that get a LoRA."),
                 recipe_input("learning_rate", step=1e-6),
-                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="Seed of a fresh LoRA's weights."),
+                io.Int.Input(
+                    "seed", control_after_generate=False, default=0, min=0, max=2**31 - 1, tooltip="Seed of a fresh LoRA's weights."
+                ),
                 io.String.Input("run", default="", tooltip="Run that keeps the LoRA; blank keeps nothing. " + NAME_TIP),
             ],
             outputs=[

@@ -117,7 +117,7 @@ def train_inputs() -> list[io.Input]:
         io.Int.Input("prompts_per_step", default=1, min=1, max=1024, tooltip=PACE["prompts_per_step"].metadata["help"]),
         io.Int.Input("slots", default=8, min=1, max=4096, tooltip=PACE["slots"].metadata["help"] + " Lower it where memory runs out."),
         io.Int.Input("eval_every", default=10, min=0, max=100_000, tooltip=PACE["eval_every"].metadata["help"]),
-        io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip=PACE["seed"].metadata["help"]),
+        io.Int.Input("seed", control_after_generate=False, default=0, min=0, max=2**31 - 1, tooltip=PACE["seed"].metadata["help"]),
         io.String.Input("run", default="", tooltip="Name of the run: the same name goes on, blank makes one of the settings. " + NAME_TIP),
         io.String.Input(
             "changes",
