@@ -174,13 +174,18 @@ class RunMonitor(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, run: str = NEWEST) -> str:
         """Change when the run's metrics do."""
-        metrics = found(run).metrics_file
+        folder = found(run)
+        if folder is None:
+            return ""
+        metrics = folder.metrics_file
         return f"{metrics} {metrics.stat().st_mtime_ns} {metrics.stat().st_size}"
 
     @classmethod
     def execute(cls, run: str) -> io.NodeOutput:
         """Draw what the folder holds."""
         folder = found(run)
+        if folder is None:
+            return io.NodeOutput(reward_curve([], "No run yet"), "There is no run yet; train one with Train LoRA.")
         rows, total = all_rows(folder)
         text = "\n".join(f"{name}: {value}" for name, value in (rows[-1] if rows else {}).items())
         if folder.summary_file.is_file() and folder.summary_file.stat().st_size <= MAX_SUMMARY_BYTES:
@@ -206,11 +211,11 @@ def all_rows(folder: RunFolder) -> tuple[list[dict[str, Any]], int | None]:
             return rows, answer["total_steps"]
 
 
-def found(run: str) -> RunFolder:
-    """Return a run by its name, or the newest; ValueError where there is none. It is only read: another process may be writing it."""
+def found(run: str) -> RunFolder | None:
+    """Return a run by its name, or the newest if there is one yet. It is only read: another process may be writing it."""
     names = run_names()
     if run == NEWEST and not names:
-        raise ValueError("run: there is none yet; train one with Train LoRA")
+        return None
     place = run_place(names[0] if run == NEWEST else run)
     if not is_run(place):
         raise ValueError(f"run: there is no run named {run[:80]!a}; choose one of the list")

@@ -77,6 +77,10 @@ def test_a_run_ends_with_model_lora_loss_and_curve(done: Answer) -> None:
     assert [row["step"] for row in done.data["rows"]] == [0, 1, 2, 2, 3, 4, 4]
 
 
+def test_the_monitor_waits_for_the_first_run(done: Answer) -> None:
+    assert done.data["unborn"] == [True, "There is no run yet; train one with Train LoRA."]
+
+
 def test_the_wires_and_every_saved_file_draw_the_trained_picture(done: Answer) -> None:
     assert set(done.data["loras"]) == {"g2rpo/whole_000004.safetensors", "g2rpo/saved.safetensors", "g2rpo/split.safetensors"}
     assert done.data["patched"][0] == done.data["patched"][1] > 0
