@@ -367,7 +367,7 @@ def loop(graph: Graph, family: Family) -> None:
         "Set the batch count beside the Run button to 20 for 20 updates.\n\n"
         f"*LoRA Policy* keeps the LoRA in the run {run} and goes on from there, after a restart too; with a blank *run* "
         "every press starts anew. Its *step* output feeds the noise seed: another start noise at every update.\n\n"
-        "**Look at** the heat map, at the ranked sheet and at the fixed noise drawn with the updated LoRA. "
+        "**Look at** the heat map, the ranked sheet, the fixed noise drawn with the updated LoRA, and the curve in *Run Monitor*. "
         "Change judge, prompt or branch steps between two presses as you like.\n\n"
         "For a file: right-click *Save LoRA*, Mode, Always."
     )
@@ -393,6 +393,8 @@ def loop(graph: Graph, family: Family) -> None:
     graph.column("The same noise after the update")
     images = draw(graph, family, model, updated["model"], conditioning, 1, latent)
     preview(graph, images, "Fixed noise, updated LoRA", (300, 300))
+    graph.column("The run so far")
+    graph.add("G2RPO_RunMonitor", {"run": "newest"}, size=(400, 560))
     graph.column("Results")
     preview(graph, advantages["heatmap"], "Heat map: step × granularity", (480, 340))
     preview(graph, advantages["ranked"], "Ranked, best first", (480, 560))
