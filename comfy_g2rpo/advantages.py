@@ -12,9 +12,12 @@ def moments(rewards: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and unbiased std over the members of [R, K, G, L] as [R, K, 1, L]; NaN does not count, fewer than two have std 0."""
     valid = ~torch.isnan(rewards)
     count = valid.sum(2, keepdim=True)
-    mean = rewards.nan_to_num(0.0, posinf=torch.inf, neginf=-torch.inf).sum(2, keepdim=True) / count.clamp(min=1)
-    spread = torch.where(valid, rewards - mean, 0.0).square().sum(2, keepdim=True)
-    return mean, (spread / (count - 1).clamp(min=1)).sqrt()
+    # Seen from one of them, equal rewards have a spread of exactly 0, which rounding would blow up to a z-score otherwise.
+    base = torch.where(valid.any(2, keepdim=True), torch.where(valid, rewards, torch.inf).amin(2, keepdim=True), 0.0)
+    above = torch.where(valid, rewards - base, 0.0)
+    mean = above.sum(2, keepdim=True) / count.clamp(min=1)
+    spread = torch.where(valid, above - mean, 0.0).square().sum(2, keepdim=True)
+    return base + mean, (spread / (count - 1).clamp(min=1)).sqrt()
 
 
 def global_std(rewards: Sequence[Tensor]) -> Tensor:
@@ -29,7 +32,7 @@ def integrate(
     """Return advantages [K, G] from rewards [R, K, G, L]: A = Σ_r w_r Σ_λ (r − mean)/(std + floor), clamped, re-centred over the group.
 
     G²RPO's multi-granularity integration (arXiv 2510.01982, eq. 13). NaN rewards are left out; a member with none left gets 0. A group
-    whose std lies below the floor gives no gradient. `std` [R, 1, 1, 1] replaces the group's own as the scale.
+    whose std does not exceed the floor gives no gradient. `std` [R, 1, 1, 1] replaces the group's own as the scale.
     """
     rewards = rewards.float()
     if weights is None:
@@ -38,7 +41,7 @@ def integrate(
         raise ValueError(f"weights has {len(weights)} entries for {rewards.shape[0]} rewards; give one per reward")
     mean, own = moments(rewards)
     z = (rewards - mean) / ((own if std is None else std) + floor)
-    z = torch.where((own < floor) | torch.isnan(rewards), 0.0, z)
+    z = torch.where((own <= floor) | torch.isnan(rewards), 0.0, z)
     weight = torch.tensor(weights, dtype=z.dtype, device=z.device)
     advantage = torch.einsum("r,rkgl->kg", weight, z).clamp(-clamp, clamp)
     kept = (~torch.isnan(rewards)).any(3).any(0)
@@ -49,7 +52,7 @@ def integrate(
 def zero_std_share(rewards: Tensor, floor: float = 1e-8) -> float:
     """Return the share of the groups [R, K, ·, L] that cannot teach anything, because all their rewards are equal."""
     std = moments(rewards.float())[1]
-    return (std < floor).float().mean().item() if std.numel() else 0.0
+    return (std <= floor).float().mean().item() if std.numel() else 0.0
 
 
 def rank_agreement(rewards: Tensor) -> Tensor:

@@ -191,8 +191,9 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
                 f"the checkpoint's optimizer state {key[:80]!a} does not fit this adapter; resume with the run's own configuration"
             )
         state.setdefault(index, {})[found[2]] = tensor
-    if missing := next((index for index, values in state.items() if len(values) < 3), None):
-        raise RunError(f"the checkpoint's optimizer state {missing} is incomplete; take an earlier checkpoint or start another run")
+    missing = [index for index, values in state.items() if len(values) < 3]
+    if missing:
+        raise RunError(f"the checkpoint's optimizer state {missing[0]} is incomplete; take an earlier checkpoint or start another run")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

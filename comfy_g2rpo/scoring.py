@@ -54,8 +54,9 @@ class Scorer:
 
 
 def to_8_bit(images: Tensor) -> Tensor:
-    """Round images in [0, 1] to what a saved file holds: that is what is judged."""
-    return (images.float().clamp(0, 1) * 255).round() / 255
+    """Round images in [0, 1] to what a saved file holds: that is what is judged. Infinite numbers become NaN, not white."""
+    images = images.float()
+    return (torch.where(images.isinf(), torch.nan, images).clamp(0, 1) * 255).round() / 255
 
 
 def roll_out_and_score(

@@ -18,6 +18,7 @@ from ..comfy_g2rpo.rollout import seeded_noise
 
 PREFIX = "diffusion_model."
 TARGETS = ("attention", "attention+feed_forward")
+LARGE = 2 * 2**30  # bytes of weights from which on activations are computed again rather than kept
 
 
 class Kind(NamedTuple):
@@ -74,6 +75,11 @@ def target_modules(model: Any, targets: str) -> dict[str, nn.Module]:
 def _is_linear(module: nn.Module) -> bool:
     """Recognise core's linear layers, also quantised ones: they apply `weight_function` to a two-dimensional weight."""
     return hasattr(module, "weight_function") and hasattr(module, "in_features") and getattr(module.weight, "ndim", 0) == 2
+
+
+def is_large(model: Any) -> bool:
+    """Say whether training should save memory at the price of a second forward."""
+    return model.model_size() > LARGE
 
 
 def fresh_adapter(model: Any, rank: int, alpha: float, seed: int, targets: str = "attention") -> Adapter:

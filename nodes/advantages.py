@@ -20,7 +20,6 @@ from .views import Table, Tile, heatmap, ranked_grid
 from .widgets import recipe_input
 
 WITHOUT_CLAMP = 1e9
-TINY = 1e-30  # stands in for a floor of 0, which would leave 0/0 where all rewards are equal
 NOTHING = 1e-6  # advantages below this are rounding
 MISLEADING = 0.5  # rank agreement below which a coarse completion is worth a warning
 
@@ -40,22 +39,17 @@ def checked_rewards(rollout: RolloutData, scores: ScoresData) -> Tensor:
     return plan.values(values.detach().float().cpu())
 
 
-def shifted(rewards: Tensor) -> Tensor:
-    """Move every group [R, K, ·, L] so that its best reward is 0: where all are equal, rounding then leaves no spread."""
-    return rewards - rewards.nan_to_num(-math.inf).amax(2, keepdim=True)
-
-
 def make_table(rollout: RolloutData, scores: ScoresData, rewards: Tensor, advantages: Tensor, std_floor: float) -> Table:
     """Collect what the heat map shows."""
     levels = rewards.unbind(3)
     z = torch.stack([integrate(level[..., None], scores.weights, WITHOUT_CLAMP, std_floor) for level in levels], 2)
     missing = rewards.isnan().all(0)
-    std = moments(shifted(rewards))[1][:, :, 0]
+    std = moments(rewards)[1][:, :, 0]
     places = branch_places(rollout.rollout.plan)
     return Table(
         advantage=advantages.numpy(),
         z=torch.where(missing, torch.nan, z).numpy(),
-        tied=((std < std_floor).all(0) & ~missing.all(1)).numpy(),
+        tied=((std <= std_floor).all(0) & ~missing.all(1)).numpy(),
         spread=std[0].numpy() if len(std) == 1 else None,
         steps=tuple(step for step, _ in places),
         sigmas=tuple(float(rollout.rollout.coefficients.sigma[state]) for _, state in places),
@@ -94,7 +88,7 @@ def make_tiles(rollout: RolloutData, scores: ScoresData, advantages: Tensor) -> 
 
 def summary(rollout: RolloutData, rewards: Tensor, advantages: Tensor, names: tuple[str, ...], std_floor: float) -> str:
     """Say how much there is to learn, and whether coarse completions mislead."""
-    share = zero_std_share(shifted(rewards), std_floor)
+    share = zero_std_share(rewards, std_floor)
     lines = [
         f"{advantages.shape[0]} branch steps × {advantages.shape[1]} branches, mean |advantage| {advantages.abs().mean():.2f}",
         f"zero_std_share {share:.0%}: groups whose rewards are all equal, which teach nothing",
@@ -157,7 +151,6 @@ class Advantages(io.ComfyNode):
         check_inputs(cls, locals())
         for name, value in (("clamp", clamp), ("std_floor", std_floor)):
             within(name, value, FIELDS[name].metadata["low"], FIELDS[name].metadata["high"])
-        std_floor = max(std_floor, TINY)
         rewards = checked_rewards(rollout, scores)
         advantages = integrate(rewards, scores.weights, clamp, std_floor)
         table = make_table(rollout, scores, rewards, advantages, std_floor)

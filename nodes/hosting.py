@@ -82,6 +82,7 @@ class Live:
     def __init__(self, node: str | None, run: str, rows: int = 0) -> None:
         self.node, self.run, self.rows = node, run, rows
         self.total = self.first = self.at = self.done = 0
+        self.phase, self.expected = "", {}
         self.began = self.sent = 0.0
         self.bar: Any = None
 
@@ -96,7 +97,7 @@ class Live:
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Take a row that the run folder holds."""
         self.rows += 1
-        self.done = 0
+        self.phase = ""
         if metrics["step"] == self.first:
             # The untrained model was measured: only what follows tells how long a step takes.
             self.began = time.monotonic()
@@ -120,7 +121,8 @@ class Live:
     def check(self, phase: str) -> None:
         """Raise where the user has pressed the stop button; called before every forward."""
         check_interrupted()
-        self.done += 1
+        self.done = self.done + 1 if phase == self.phase else 1
+        self.phase = phase
         self.send(phase)
 
     def send(self, phase: str, now: bool = False) -> None:
@@ -132,4 +134,5 @@ class Live:
         made = self.at - self.first
         left = (clock - self.began) / made * (self.total - self.at) if made > 0 else None
         event = {"node": self.node, "run": self.run, "step": self.at, "total": self.total, "phase": phase, "done": self.done}
-        PromptServer.instance.send_sync(EVENT, {**event, "of": None, "seconds_left": left, "row": self.rows})
+        of = max(self.expected[phase], self.done) if phase in self.expected else None
+        PromptServer.instance.send_sync(EVENT, {**event, "of": of, "seconds_left": left, "row": self.rows})

@@ -62,14 +62,16 @@ class CompareLoRA(io.ComfyNode):
                 io.Int.Input("num_steps", default=16, min=1, max=1000, tooltip="Steps of Euler's solver."),
                 io.Int.Input("noises", default=2, min=1, max=64, tooltip="Start noises per prompt."),
                 io.Int.Input("slots", default=8, min=1, max=4096, tooltip="Latents in one forward; bounds the memory."),
-                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="Seed of the start noises."),
+                io.Int.Input("seed", control_after_generate=False, default=0, min=0, max=2**31 - 1, tooltip="Seed of the start noises."),
                 io.Sigmas.Input(
                     "sigmas", optional=True, tooltip="Noise levels from 1 to 0 instead of num_steps with the model's own shift."
                 ),
             ],
             outputs=[
-                io.Image.Output("sheet", tooltip="Base above, tuned below, with scores and their change."),
-                io.String.Output("summary", tooltip="Gain of every reward with its 95 % interval and p-value, paired by prompt."),
+                io.Image.Output("sheet", display_name="sheet", tooltip="Base above, tuned below, with scores and their change."),
+                io.String.Output(
+                    "summary", display_name="summary", tooltip="Gain of every reward with its 95 % interval and p-value, paired by prompt."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -151,8 +153,10 @@ class RunMonitor(io.ComfyNode):
                 io.Combo.Input("run", options=[NEWEST, *run_names()], default=NEWEST, tooltip="A run under the output folder's g2rpo.")
             ],
             outputs=[
-                io.Image.Output("curve", tooltip="Training and held-out rewards over the steps."),
-                io.String.Output("summary", tooltip="The last row of its metrics, and what came out if it has ended."),
+                io.Image.Output("curve", display_name="curve", tooltip="Training and held-out rewards over the steps."),
+                io.String.Output(
+                    "summary", display_name="summary", tooltip="The last row of its metrics, and what came out if it has ended."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -170,13 +174,18 @@ class RunMonitor(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, run: str = NEWEST) -> str:
         """Change when the run's metrics do."""
-        metrics = found(run).metrics_file
+        folder = found(run)
+        if folder is None:
+            return ""
+        metrics = folder.metrics_file
         return f"{metrics} {metrics.stat().st_mtime_ns} {metrics.stat().st_size}"
 
     @classmethod
     def execute(cls, run: str) -> io.NodeOutput:
         """Draw what the folder holds."""
         folder = found(run)
+        if folder is None:
+            return io.NodeOutput(reward_curve([], "No run yet"), "There is no run yet; train one with Train LoRA.")
         rows, total = all_rows(folder)
         text = "\n".join(f"{name}: {value}" for name, value in (rows[-1] if rows else {}).items())
         if folder.summary_file.is_file() and folder.summary_file.stat().st_size <= MAX_SUMMARY_BYTES:
@@ -202,11 +211,11 @@ def all_rows(folder: RunFolder) -> tuple[list[dict[str, Any]], int | None]:
             return rows, answer["total_steps"]
 
 
-def found(run: str) -> RunFolder:
-    """Return a run by its name, or the newest; ValueError where there is none. It is only read: another process may be writing it."""
+def found(run: str) -> RunFolder | None:
+    """Return a run by its name, or the newest if there is one yet. It is only read: another process may be writing it."""
     names = run_names()
     if run == NEWEST and not names:
-        raise ValueError("run: there is none yet; train one with Train LoRA")
+        return None
     place = run_place(names[0] if run == NEWEST else run)
     if not is_run(place):
         raise ValueError(f"run: there is no run named {run[:80]!a}; choose one of the list")
@@ -238,7 +247,7 @@ class SaveLoRA(io.ComfyNode):
                     "run", optional=True, force_input=True, tooltip="The run it comes from: recipe, step and rewards are noted in the file."
                 ),
             ],
-            outputs=[io.String.Output("file", tooltip="Its name in the list of LoRA loaders.")],
+            outputs=[io.String.Output("file", display_name="file", tooltip="Its name in the list of LoRA loaders.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )

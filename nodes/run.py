@@ -24,7 +24,7 @@ from ..comfy_g2rpo.recipes import Recipe, build_plan
 from ..comfy_g2rpo.rewards import RewardError
 from ..comfy_g2rpo.runs import MAY_CHANGE, RunFolder, finite, is_run, write_bytes
 from ..comfy_g2rpo.schedule import shifted_sigmas
-from .adapter import Adapter, fresh_adapter
+from .adapter import Adapter, fresh_adapter, is_large
 from .hosting import STOPS, Live, contained, fresh_lora, loras_root, run_place
 from .judging import checked_prompt
 from .policy import text_policy
@@ -81,6 +81,7 @@ def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tupl
         if folder.metrics() or folder.latest():
             restore(setup, learner, folder)
         live = Live(node, name, len(folder.metrics()))
+        live.expected = expected(setup)
         try:
             learn(setup, learner, folder, live, live.check, (*STOPS, RewardError))
             live.finish(finish(setup, learner, folder, live, live.check, wanted.recipe))
@@ -106,7 +107,8 @@ def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
     if sigmas is None:
         sigmas = shifted_sigmas(made.num_steps, made.shift)
     adapter = fresh_adapter(wanted.model, wanted.rank, wanted.alpha, pace.seed, wanted.targets)
-    policy = text_policy(wanted.model, wanted.clip, wanted.vae, wanted.guidance, wanted.negative, adapter)
+    saving = is_large(wanted.model)
+    policy = text_policy(wanted.model, wanted.clip, wanted.vae, wanted.guidance, wanted.negative, adapter, checkpoint=saving)
     with torch.no_grad():
         policy.encode([*prompts.train, *prompts.heldout])
     held = wanted.heldout_reward.rewards if wanted.heldout_reward else ()
@@ -197,12 +199,33 @@ def price(setup: Setup, width: int, height: int) -> str:
     # A forward and backward is worth three forwards.
     forwards = groups * (plan.forwards + 3 * len(plan.forks))
     looks = 2 + (pace.steps // pace.eval_every if pace.eval_every else 0)
-    looked_at = min(pace.eval_prompts or MAX_PROMPTS, len(setup.prompts.heldout)) * pace.eval_noises
+    looked_at = pictures_per_look(setup)
     work = (forwards + looks * looked_at * setup.recipe.num_steps) * width * height
     if work > MAX_WORK:
         limit = f"{work:.1e} forwards × pixels are above the limit of {MAX_WORK:.0e}"
         raise ValueError(f"steps: {limit}; lower steps, prompts_per_step or the size")
     return f"{pace.steps} steps cost {forwards} forwards and {groups * len(plan.images)} pictures of {width}×{height}"
+
+
+def pictures_per_look(setup: Setup) -> int:
+    """Count the pictures of one evaluation."""
+    return min(setup.pace.eval_prompts or MAX_PROMPTS, len(setup.prompts.heldout)) * setup.pace.eval_noises
+
+
+def expected(setup: Setup) -> dict[str, int]:
+    """Count about how often a step asks whether to stop, by phase: once per forward and per batch of pictures."""
+    pace, plan = setup.pace, build_plan(setup.recipe, 0, setup.pace.seed)
+    looked_at = pictures_per_look(setup)
+
+    def batches(*parts: tuple[int, int]) -> int:
+        return sum(math.ceil(count / size) for count, size in parts)
+
+    groups = pace.prompts_per_step
+    return {
+        "rollout": batches((groups * plan.forwards, pace.slots), (groups * len(plan.images), pace.decode_batch)),
+        "update": batches((groups * len(plan.forks), pace.micro_batch)),
+        "evaluate": batches((looked_at * setup.recipe.num_steps, pace.slots), (looked_at, pace.decode_batch)),
+    }
 
 
 def describe(wanted: Request, setup: Setup, rewards: dict[str, float], judges: list[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..comfy_g2rpo.prompts import Prompts
 from ..comfy_g2rpo.recipes import recipe
 from ..comfy_g2rpo.runs import RunFolder, fitting, is_run, load_optimizer_tensors, optimizer_tensors, read_progress
 from ..comfy_g2rpo.update import records, update
-from .adapter import TARGETS, Adapter, fresh_adapter, lora_model, with_adapter
+from .adapter import TARGETS, Adapter, fresh_adapter, is_large, lora_model, with_adapter
 from .guard import check_inputs
 from .hosting import NAME_TIP, check_interrupted, run_place
 from .policy import GraphPolicy, check_flow
@@ -43,13 +43,15 @@ class LoRAPolicy(io.ComfyNode):
                 io.Float.Input("alpha", default=16.0, min=0.01, max=4096.0, step=1.0, tooltip="The LoRA's scale is alpha / rank."),
                 io.Combo.Input("targets", options=list(TARGETS), default=TARGETS[0], tooltip="Layers that get a LoRA."),
                 recipe_input("learning_rate", step=1e-6),
-                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="Seed of a fresh LoRA's weights."),
+                io.Int.Input(
+                    "seed", control_after_generate=False, default=0, min=0, max=2**31 - 1, tooltip="Seed of a fresh LoRA's weights."
+                ),
                 io.String.Input("run", default="", tooltip="Run that keeps the LoRA; blank keeps nothing. " + NAME_TIP),
             ],
             outputs=[
-                PolicyWire.Output("policy", tooltip="For Update LoRA."),
+                PolicyWire.Output("policy", display_name="policy", tooltip="For Update LoRA."),
                 io.Model.Output("tuned", display_name="model", tooltip="The model with the LoRA as it stands: for the guider of Rollout."),
-                io.Int.Output("step", tooltip="Updates made so far: a seed that differs at every one."),
+                io.Int.Output("step", display_name="step", tooltip="Updates made so far: a seed that differs at every one."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -138,7 +140,7 @@ class UpdateLoRA(io.ComfyNode):
             ],
             outputs=[
                 PolicyWire.Output("updated", display_name="policy", tooltip="The policy after the update."),
-                io.LoraModel.Output("lora", tooltip="Its LoRA alone, for Save LoRA and core's Load LoRA Model."),
+                io.LoraModel.Output("lora", display_name="lora", tooltip="Its LoRA alone, for Save LoRA and core's Load LoRA Model."),
                 io.Model.Output("tuned", display_name="model", tooltip="The model with the updated LoRA."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -201,7 +203,7 @@ def trainee(policy: PolicyData, advantages: AdvantagesData, weight_decay: float)
         raise ValueError("policy: its LoRA holds NaN or infinite values; training has diverged, start again at a lower learning rate")
     guider = copy.copy(rollout.guider)
     guider.model_patcher, guider.model_options = policy.model, policy.model.model_options
-    trained = GraphPolicy(guider, policy.adapter)
+    trained = GraphPolicy(guider, policy.adapter, checkpoint=is_large(policy.model))
     optimizer = torch.optim.AdamW(trained.parameters(), lr=policy.learning_rate, weight_decay=weight_decay)
     load_optimizer_tensors(optimizer, {name: tensor.clone() for name, tensor in policy.optimizer.items()})
     return trained, optimizer

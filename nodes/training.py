@@ -33,9 +33,11 @@ class TrainLoRA(io.ComfyNode):
             inputs=train_inputs(),
             outputs=[
                 io.Model.Output("tuned", display_name="model", tooltip="The model with the trained LoRA."),
-                io.LoraModel.Output("lora", tooltip="The LoRA alone, for Save LoRA and core's Load LoRA Model."),
-                io.LossMap.Output("loss", tooltip="Minus the weighted training reward of every step, for core's Plot Loss Graph."),
-                io.Image.Output("curve", tooltip="Training and held-out rewards over the steps."),
+                io.LoraModel.Output("lora", display_name="lora", tooltip="The LoRA alone, for Save LoRA and core's Load LoRA Model."),
+                io.LossMap.Output(
+                    "loss", display_name="loss", tooltip="Minus the weighted training reward of every step, for core's Plot Loss Graph."
+                ),
+                io.Image.Output("curve", display_name="curve", tooltip="Training and held-out rewards over the steps."),
                 io.String.Output("run_name", display_name="run", tooltip="The run's name, for Run Monitor and Save LoRA."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -115,7 +117,7 @@ def train_inputs() -> list[io.Input]:
         io.Int.Input("prompts_per_step", default=1, min=1, max=1024, tooltip=PACE["prompts_per_step"].metadata["help"]),
         io.Int.Input("slots", default=8, min=1, max=4096, tooltip=PACE["slots"].metadata["help"] + " Lower it where memory runs out."),
         io.Int.Input("eval_every", default=10, min=0, max=100_000, tooltip=PACE["eval_every"].metadata["help"]),
-        io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip=PACE["seed"].metadata["help"]),
+        io.Int.Input("seed", control_after_generate=False, default=0, min=0, max=2**31 - 1, tooltip=PACE["seed"].metadata["help"]),
         io.String.Input("run", default="", tooltip="Name of the run: the same name goes on, blank makes one of the settings. " + NAME_TIP),
         io.String.Input(
             "changes",

@@ -72,6 +72,9 @@ def interrupt_at(call):
 answer, tensors = {}, {}
 before = comfy_side.run_prompt({**LOADER, **picture(["1", 0])}, want={"image": ("p4", 0)}).values["image"]
 
+unborn = comfy_side.run_prompt({"1": {"class_type": "G2RPO_RunMonitor", "inputs": {"run": "newest"}}}, want={"text": ("1", 1)})
+answer["unborn"] = [unborn.ok, unborn.values.get("text", "")]
+
 # A whole run, its outputs, and the file that it leaves for core's loader.
 events = []
 hosting.PromptServer.instance.send_sync = lambda event, data, sid=None: events.append((event, data)) if event == hosting.EVENT else None

@@ -37,6 +37,12 @@ def test_equal_rewards_teach_nothing():
     assert zero_std_share(torch.full((1, 2, 5, 1), 0.3)) == 1
 
 
+@given(st.floats(-1e6, 1e6, width=32), st.integers(2, 24), st.sampled_from([0.0, 1e-8, 1e-3]))
+def test_equal_rewards_teach_nothing_whatever_rounding_leaves(value, group, floor):
+    x = torch.full((1, 1, group, 1), value)
+    assert integrate(x, floor=floor).abs().max() == 0 and zero_std_share(x, floor) == 1
+
+
 def test_two_members_are_enough():
     assert torch.allclose(integrate(torch.tensor([0.0, 1.0]).reshape(1, 1, 2, 1)), torch.tensor([[-(2**-0.5), 2**-0.5]]))
 

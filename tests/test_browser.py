@@ -32,6 +32,7 @@ pytestmark = [
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 FLAGS += ["--no-first-run", "--disable-dev-shm-usage"]
 RENDERERS = ["classic", "nodes2"]
+NODES2_SINCE = (1, 33)
 TOTAL = 40
 NUMBERS = itertools.count()
 CHART = ".g2rpo-chart[role=slider]"
@@ -133,6 +134,10 @@ def opened(request: pytest.FixtureRequest, host: Server, chromium: Any, pictures
     made.page.set_default_timeout(60_000)
     made.page.on("pageerror", lambda error: made.errors.append(str(error)))
     made.open()
+    version = str(made.page.evaluate("window.__COMFYUI_FRONTEND_VERSION__"))
+    if request.param == "nodes2" and tuple(map(int, version.split(".")[:2])) < NODES2_SINCE:
+        context.close()
+        pytest.skip(f"frontend {version} has Nodes 2.0 only as a hidden experiment, without DOM widgets")
     yield made
     context.close()
 
@@ -194,7 +199,7 @@ def story(ours: Ours) -> Iterator[Story]:
 
 def test_the_curve_moves_while_a_run_goes_and_survives_a_reload(ours: Ours, story: Story) -> None:
     ours.add("G2RPO_TrainLoRA", "G2RPO_RunMonitor")
-    assert "when the training starts" in ours.page.locator(".g2rpo-note").first.inner_text()
+    ours.page.locator(".g2rpo-note", has_text="when the training starts").wait_for()
     story.until(12)
     ours.wait_for_step(12)
     before = ours.page.locator("path[data-series='reward/agreement']").first.get_attribute("d")

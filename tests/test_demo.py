@@ -12,7 +12,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from comfy_g2rpo import lora
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("demo in comfyui")]
 
 FOLDER = Path(__file__).parent.parent / "models/tiny"
 CHILD = Path(__file__).with_name("comfy_child_demo.py")

@@ -12,7 +12,7 @@ from comfy_g2rpo.plan import singular
 from comfy_g2rpo.rewards import load, mix, score_all
 from comfy_g2rpo.scoring import to_8_bit
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("nodes_scoring in comfyui")]
 
 CHILD = Path(__file__).with_name("comfy_child_scoring.py")
 PROMPT, SCENE = "two red circles", "a red square"

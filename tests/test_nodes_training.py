@@ -17,7 +17,7 @@ from g2rpo_trainer import run as headless
 from g2rpo_trainer.config import from_dict
 from g2rpo_trainer.progress import Silent
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("nodes_training in comfyui")]
 
 PROMPTS = ["a red circle", "two blue squares", "a green triangle above a red square", "three yellow circles"]
 HELDOUT = ["a yellow circle and a blue square", "two red triangles"]
@@ -75,6 +75,10 @@ def test_a_run_ends_with_model_lora_loss_and_curve(done: Answer) -> None:
     assert done.data["run"] == "whole" and done.tensors["curve"].shape[-1] == 3
     assert len(done.data["losses"]) == 4 and all(-1 <= loss <= 0 for loss in done.data["losses"])
     assert [row["step"] for row in done.data["rows"]] == [0, 1, 2, 2, 3, 4, 4]
+
+
+def test_the_monitor_waits_for_the_first_run(done: Answer) -> None:
+    assert done.data["unborn"] == [True, "There is no run yet; train one with Train LoRA."]
 
 
 def test_the_wires_and_every_saved_file_draw_the_trained_picture(done: Answer) -> None:

@@ -7,7 +7,7 @@ import pytest
 from comfy_host import COMFYUIS, ROOT, Server, make_base, server
 from PIL import Image
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("pack_server in comfyui")]
 
 # ComfyUI itself does not serve the web files of a pack whose folder name has a space.
 FOLDER = "another-odd_name"

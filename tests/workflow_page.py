@@ -20,8 +20,8 @@ ARGUMENTS = [
     "--no-first-run",
     "--disable-dev-shm-usage",
 ]
-SIZE = {"width": 2400, "height": 1300}
-QUIET = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
+SIZE = {"width": 1600, "height": 1000}
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Validation.Workflows": True}
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def opened(server: Server, newer_renderer: bool) -> Iterator[Any]:
     """Open the page of a running ComfyUI and wait until it holds still."""
     from playwright.sync_api import sync_playwright
 
-    server.request("POST", "/api/settings", {**QUIET, "Comfy.VueNodes.Enabled": newer_renderer})
+    server.request("POST", "/api/settings", {**SETTINGS, "Comfy.VueNodes.Enabled": newer_renderer})
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         page = browser.new_page(viewport=SIZE)
@@ -56,3 +56,8 @@ def queued(page: Any) -> dict[str, Any]:
     """Return the API graph that the page would queue."""
     graph = json.loads(page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)"))
     return {key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in graph.items()}
+
+
+def refused(page: Any) -> bool:
+    """Tell whether the page complains that the workflow breaks its schema."""
+    return "zod" in page.inner_text("body").lower()

@@ -54,7 +54,7 @@ def rule(options: Mapping[str, Any]) -> str:
     parts = [f"default {default}"] if default not in (None, "") and not isinstance(default, bool) else []
     parts += [f"default {'on' if default else 'off'}"] if isinstance(default, bool) else []
     if "min" in options and not options.get("forceInput"):
-        parts.append(f"{options['min']:g} to {options['max']:g}")
+        parts.append(" to ".join(str(int(n)) if float(n).is_integer() else f"{n:g}" for n in (options["min"], options["max"])))
     return f" ({', '.join(parts)})" if parts else ""
 
 

@@ -1,4 +1,4 @@
-"""Make workflows/*.json: `python tools/make_workflows.py` asks the newest ComfyUI that it finds for its nodes and writes the graphs.
+"""Make workflows/*.json: `python tools/make_workflows.py` asks the first ComfyUI that it finds for its nodes and writes the graphs.
 
 With `--pictures` it also makes the .jpg files: the tiny graphs are run and one result is kept, of the others the page is photographed
 (needs Chromium and playwright). Every graph exists for three models: the tiny one that comes with the pack, SD3.5 medium and FLUX.1-dev.
@@ -79,7 +79,7 @@ TINY = Family(
     rewards=(("agreement", 1.0), ("strict", 0.5)),
     target="agreement",
     watch=("strict", "colourfulness"),
-    price="a minute on a processor",
+    price="a minute or two on a processor",
 )
 SD35 = Family(
     name="sd35",
@@ -221,14 +221,14 @@ def preview(graph: Graph, images: Socket, title: str, size: tuple[int, int] = (4
 
 def reward(graph: Graph, name: str, title: str = "") -> Socket:
     """Add a reward."""
-    return graph.add("G2RPO_LoadReward", {"reward": name}, title, size=(300, 150))["reward"]
+    return graph.add("G2RPO_LoadReward", {"reward": name}, title, size=(300, 180))["reward"]
 
 
 def mixed(graph: Graph, parts: tuple[tuple[str, float], tuple[str, float]], title: str = "") -> Socket:
     """Add two rewards and their mix."""
     sockets = [reward(graph, name) for name, _ in parts]
     values = {f"reward_{i}": socket for i, socket in enumerate(sockets, 1)} | {f"weight_{i}": part[1] for i, part in enumerate(parts, 1)}
-    return graph.add("G2RPO_MixRewards", values, title, size=(300, 400))["reward"]
+    return graph.add("G2RPO_MixRewards", values, title, size=(300, 480))["reward"]
 
 
 def rollout(graph: Graph, family: Family, guider: Socket, noise: Socket, sigmas: Socket, latent: Socket, strides: str) -> Node:
@@ -367,7 +367,7 @@ def loop(graph: Graph, family: Family) -> None:
         "Set the batch count beside the Run button to 20 for 20 updates.\n\n"
         f"*LoRA Policy* keeps the LoRA in the run {run} and goes on from there, after a restart too; with a blank *run* "
         "every press starts anew. Its *step* output feeds the noise seed: another start noise at every update.\n\n"
-        "**Look at** the heat map, at the ranked sheet and at the fixed noise drawn with the updated LoRA. "
+        "**Look at** the heat map, the ranked sheet, the fixed noise drawn with the updated LoRA, and the curve in *Run Monitor*. "
         "Change judge, prompt or branch steps between two presses as you like.\n\n"
         "For a file: right-click *Save LoRA*, Mode, Always."
     )
@@ -393,6 +393,8 @@ def loop(graph: Graph, family: Family) -> None:
     graph.column("The same noise after the update")
     images = draw(graph, family, model, updated["model"], conditioning, 1, latent)
     preview(graph, images, "Fixed noise, updated LoRA", (300, 300))
+    graph.column("The run so far")
+    graph.add("G2RPO_RunMonitor", {"run": "newest"}, size=(400, 560))
     graph.column("Results")
     preview(graph, advantages["heatmap"], "Heat map: step × granularity", (480, 340))
     preview(graph, advantages["ranked"], "Ranked, best first", (480, 560))
@@ -415,7 +417,7 @@ def resume(graph: Graph, family: Family) -> None:
     graph.column("Judges")
     judge = reward(graph, family.target, "Reward: what is trained")
     watch = mixed(graph, tuple((each, 1.0) for each in family.watch), "Held-out rewards: only measure")
-    monitor = graph.add("G2RPO_RunMonitor", {"run": "newest"}, size=(400, 420))
+    monitor = graph.add("G2RPO_RunMonitor", {"run": "newest"}, size=(400, 620))
     graph.column("Go on training")
     trained = train(graph, family, model, steps, judge, watch)
     graph.column("Use and keep the LoRA")
@@ -467,15 +469,14 @@ def main() -> None:
     found = comfy_host.comfyui_roots()
     if not found:
         parser.error(comfy_host.MISSING)
-    comfyui = found[-1]
-    with tempfile.TemporaryDirectory() as folder, comfy_host.server(comfyui, comfy_host.make_base(Path(folder))) as server:
+    with tempfile.TemporaryDirectory() as folder, comfy_host.server(found[0], comfy_host.make_base(Path(folder))) as server:
         schemas = server.get("/object_info")
     for name, text in make_all(schemas):
         (WORKFLOWS / f"{name}.json").write_text(text, "utf-8")
     if args.pictures:
         import workflow_pictures
 
-        workflow_pictures.make(comfyui, WORKFLOWS)
+        workflow_pictures.make(found[-1], WORKFLOWS)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 NEWER_WIDGETS = {("LoraModelLoader", "bypass")}
 NEWER_OUTPUTS = {("PreviewImage", "images"), ("SaveImage", "images")}
 """What the oldest supported ComfyUI does not have; newer ones take their defaults."""
+RENAMED = {("LoraModelLoader", "MODEL"): "model"}
+"""Outputs that newer ones call otherwise."""
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 SEEDS = ("seed", "noise_seed")
 NORMAL, MUTED, BYPASSED = 0, 2, 4
@@ -85,7 +87,7 @@ class Graph:
         shown = {name: spec for name, spec in declared.items() if (kind, name) not in NEWER_WIDGETS}
         entries = self._inputs(number, kind, shown, given)
         outputs = {
-            name: Socket(number, slot, type_)
+            RENAMED.get((kind, name), name): Socket(number, slot, type_)
             for slot, (name, type_) in enumerate(zip(schema["output_name"], schema["output"], strict=True))
             if (kind, name) not in NEWER_OUTPUTS
         }
@@ -132,8 +134,8 @@ class Graph:
 
     def note(self, text: str, width: int = WIDE) -> None:
         """Add a note of Markdown."""
-        # Proportional letters: about six pixels each.
-        lines = sum(1 + len(line) * 6 // (width - 30) for line in text.splitlines())
+        # Proportional letters: about five pixels each.
+        lines = sum(1 + len(line) * 5 // (width - 30) for line in text.splitlines())
         number = 1 + sum(len(column.nodes) for column in self.columns)
         data = {
             "id": number,

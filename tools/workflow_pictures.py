@@ -25,12 +25,15 @@ RESULTS = {
 }
 """Workflow and the title of the preview that is kept; resuming comes after training, so that it has something to go on with."""
 RUN = Path(comfy_host.__file__).with_name("comfy_child_workflows.py")
+SIZE = {"width": 3000, "height": 1900}
+"""Large enough for the page to draw a node's text however wide the graph is."""
+PANELS = {"left": 100, "top": 300, "right": 60, "bottom": 130}
 FIT = """([width, height, left, top]) => {
-    const boxes = app.graph.groups.map(group => group._bounding), view = app.canvas.ds
+    const boxes = app.graph.groups.map(group => group._bounding), view = app.canvas.ds, page = app.canvas.canvas.getBoundingClientRect()
     const x = Math.min(...boxes.map(b => b[0])), y = Math.min(...boxes.map(b => b[1]))
     const wide = Math.max(...boxes.map(b => b[0] + b[2])) - x, high = Math.max(...boxes.map(b => b[1] + b[3])) - y
     view.scale = Math.min(width / wide, height / high)
-    view.offset = [left / view.scale - x, top / view.scale - y]
+    view.offset = [(left - page.x) / view.scale - x, (top - page.y) / view.scale - y]
     app.canvas.setDirty(true, true)
     return [wide * view.scale, high * view.scale]
 }"""
@@ -38,10 +41,9 @@ FIT = """([width, height, left, top]) => {
 
 def make(comfyui: Path, folder: Path) -> None:
     """Make all pictures."""
-    with tempfile.TemporaryDirectory() as place:
-        base = comfy_host.make_base(Path(place), "comfy_g2rpo")
-        results(comfyui, base, folder)
-        photographs(comfyui, base, folder)
+    for part in (results, photographs):
+        with tempfile.TemporaryDirectory() as place:
+            part(comfyui, comfy_host.make_base(Path(place), "comfy_g2rpo"), folder)
 
 
 def results(comfyui: Path, base: Path, folder: Path) -> None:
@@ -63,6 +65,7 @@ def results(comfyui: Path, base: Path, folder: Path) -> None:
 def photographs(comfyui: Path, base: Path, folder: Path) -> None:
     """Load the other graphs into the page and photograph them."""
     with comfy_host.server(comfyui, base) as server, workflow_page.opened(server, newer_renderer=False) as page:
+        page.set_viewport_size(SIZE)
         for file in sorted(folder.glob("*.json")):
             if file.stem not in RESULTS:
                 keep(photograph(page, file), folder / f"{file.stem}.jpg")
@@ -71,12 +74,13 @@ def photographs(comfyui: Path, base: Path, folder: Path) -> None:
 def photograph(page: Any, file: Path) -> Image.Image:
     """Return the picture of a loaded graph."""
     workflow_page.load(page, file)
+    left, top = PANELS["left"], PANELS["top"]
+    room = [SIZE["width"] - left - PANELS["right"], SIZE["height"] - top - PANELS["bottom"]]
+    width, height = page.evaluate(FIT, [*room, left, top])
+    page.wait_for_timeout(2000)
     # The model files are not on this machine, which says nothing about the graph.
-    page.evaluate("() => app.graph.nodes.forEach(node => { node.has_errors = false })")
-    page.add_style_tag(content="[role=alert], .p-toast { visibility: hidden !important }")
-    left, top, right, bottom = 90, 120, 60, 60
-    width, height = page.evaluate(FIT, [workflow_page.SIZE["width"] - left - right, workflow_page.SIZE["height"] - top - bottom, left, top])
-    page.wait_for_timeout(1500)
+    page.evaluate("() => { app.graph.nodes.forEach(node => { node.has_errors = false }); app.canvas.setDirty(true, true) }")
+    page.wait_for_timeout(300)
     clip = {"x": left - 20, "y": top - 20, "width": width + 40, "height": height + 40}
     return Image.open(BytesIO(page.screenshot(clip=clip))).convert("RGB")
 

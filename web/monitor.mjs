@@ -14,7 +14,7 @@ let made = 0;
 export class Monitor {
   // `picture(run, folder, file, version)` answers an address; `resized()` is called when the least height has changed.
   constructor({ picture, resized = () => {} }) {
-    Object.assign(this, { picture, resized, feed: null, cursor: null, hidden: new Set(), drawn: null, waiting: false, offers: null });
+    Object.assign(this, { picture, resized, feed: null, cursor: null, hidden: new Set(), drawn: null, waiting: false, words: "", offers: null });
     this.clip = `g2rpo-clip-${(made += 1)}`;
     this.build();
     this.observer = new ResizeObserver(() => this.invalidate());
@@ -118,7 +118,7 @@ export class Monitor {
 
   renderHead() {
     const feed = this.feed;
-    const { text, share, running } = feed && (feed.loaded || feed.progress) ? status(feed) : { text: "", share: 0, running: false };
+    const { text, share, running } = feed?.progress || (feed?.loaded && !feed.problem) ? status(feed) : { text: "", share: 0, running: false };
     write(this.status, text);
     write(this.run, feed?.id ?? "");
     this.run.title = feed ? `output/g2rpo/${feed.id}` : "";

@@ -1,0 +1,262 @@
+"""Poisoned run folders, for comfy_child_hostile.py: damaged, foreign and lying files, and links that lead outside."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy_hostile_tools import Court
+from safetensors.torch import load_file, save_file
+
+Poison = Callable[[Path], None]
+Case = tuple[str, Poison, str]
+"""What it is, what is done to a run folder, and who must refuse it: (T)rain LoRA, LoRA (P)olicy, Run (M)onitor, (S)ave LoRA."""
+
+DEEP = "[" * 100_000
+STATE, LORA = "checkpoints/000001/state.safetensors", "checkpoints/000001/lora.safetensors"
+HEADERS: dict[str, bytes] = {
+    "an oversized header": struct.pack("<Q", 2**40) + b"{}",
+    "a header of 9 MiB": struct.pack("<Q", 9 * 2**20) + b" " * (9 * 2**20),
+    "a header that is no JSON": struct.pack("<Q", 8) + b"{nothing",
+    "a deep header": struct.pack("<Q", len(DEEP)) + DEEP.encode(),
+    "a header that is a list": struct.pack("<Q", 2) + b"[]",
+    "nothing in it": b"",
+    "a pickle in it": b"\x80\x04\x95" + b"x" * 100,
+}
+
+
+def written(name: str, content: str | bytes) -> Poison:
+    """Replace a file's content."""
+    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    return lambda run: (run / name).write_bytes(data) and None
+
+
+def tensors(name: str, change: Mapping[str, Any], drop: str = "") -> Poison:
+    """Change some tensors of a file; a value may be a function of the old tensor."""
+
+    def poison(run: Path) -> None:
+        old = load_file(run / name)
+        new = {key: value(old[key]) if callable(value) else value for key, value in change.items()}
+        save_file({key: t for key, t in {**old, **new}.items() if not (drop and drop in key)}, run / name)
+
+    return poison
+
+
+def every_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Poison:
+    """Change all tensors of a file."""
+    return lambda run: save_file({key: change(tensor) for key, tensor in load_file(run / name).items()}, run / name)
+
+
+def linked(name: str, target: str) -> Poison:
+    """Move a file or folder of the run outside (or only point there) and leave a link."""
+
+    def poison(run: Path) -> None:
+        outside = run.parents[2] / "outside" / target
+        if not (run / name).exists():
+            (run / name).mkdir()
+        if not outside.exists() and target != "nowhere":
+            shutil.move(run / name, outside)
+        elif (run / name).is_dir():
+            shutil.rmtree(run / name)
+        else:
+            (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(outside)
+
+    return poison
+
+
+def replaced(run: Path) -> None:
+    """Put a file in the run's place."""
+    shutil.rmtree(run)
+    run.write_text("a file")
+
+
+def emptied(run: Path) -> None:
+    """Leave nothing in the run."""
+    shutil.rmtree(run)
+    run.mkdir()
+
+
+def foreign(run: Path) -> None:
+    """Leave somebody else's file in the run."""
+    emptied(run)
+    (run / "x").write_text("x")
+
+
+def folder_for(name: str) -> Poison:
+    """Put a folder in a file's place."""
+
+    def poison(run: Path) -> None:
+        (run / name).unlink()
+        (run / name).mkdir()
+
+    return poison
+
+
+def edited(name: str, change: Callable[[Any], Any]) -> Poison:
+    """Change a JSON file."""
+    return lambda run: (run / name).write_text(json.dumps(change(json.loads((run / name).read_text("utf-8"))))) and None
+
+
+def row(text: str) -> Poison:
+    """Add a line to the metrics."""
+
+    def poison(run: Path) -> None:
+        with open(run / "metrics.jsonl", "ab") as file:
+            file.write(text.encode("utf-8", "surrogatepass"))
+
+    return poison
+
+
+def checkpoint_named(name: str) -> Poison:
+    """Copy the checkpoint under another name."""
+    return lambda run: shutil.copytree(run / "checkpoints/000001", run / "checkpoints" / name) and None
+
+
+def checkpoints() -> list[Case]:
+    """List poisoned checkpoints."""
+    nan, one = (lambda t: t * torch.nan), "optimizer/0/exp_avg"
+    cases: list[Case] = [(f"state.safetensors: {what}", written(STATE, content), "TP") for what, content in HEADERS.items()]
+    cases += [(f"lora.safetensors: {what}", written(LORA, content), "S") for what, content in HEADERS.items()]
+    many = {f"x{i}": torch.zeros(1) for i in range(20_001)}
+    for file, who in ((STATE, "TP"), (LORA, "S")):
+        cases.append((f"{file}: 20 001 tensors", tensors(file, many), who))
+        cases.append((f"{file}: cut", lambda run, f=file: (run / f).write_bytes((run / f).read_bytes()[:-100]) and None, who))
+        cases.append((f"{file}: gone", lambda run, f=file: (run / f).unlink(), ""))
+    cases += [
+        ("state.safetensors: NaN weights", tensors(STATE, {"parameter/1": nan}), "TP"),
+        ("state.safetensors: whole numbers", tensors(STATE, {"parameter/1": lambda t: t.long()}), "TP"),
+        ("state.safetensors: another shape", tensors(STATE, {"parameter/1": torch.zeros(2, 2)}), "TP"),
+        ("state.safetensors: no parameters", tensors(STATE, {}, "parameter/1"), "TP"),
+        ("state.safetensors: NaN in the optimizer", tensors(STATE, {one: nan}), "TP"),
+        ("state.safetensors: half an optimizer", tensors(STATE, {}, "exp_avg_sq"), "TP"),
+        ("state.safetensors: a negative square", tensors(STATE, {"optimizer/0/exp_avg_sq": lambda t: t - 1}), "TP"),
+        ("state.safetensors: an optimizer of another shape", tensors(STATE, {one: torch.zeros(2)}), "TP"),
+        ("state.safetensors: a lone number for a moment", tensors(STATE, {one: torch.tensor(0.0)}), "TP"),
+        ("state.safetensors: a step that is none", tensors(STATE, {"optimizer/0/step": torch.tensor(-5.0)}), "TP"),
+    ]
+    for key in (
+        "optimizer/x/exp_avg",
+        "optimizer/0/exp_avg/y",
+        "optimizer/999/exp_avg",
+        "optimizer/0/foreign",
+        "optimizer/-1/exp_avg",
+        "foreign",
+    ):
+        cases.append((f"state.safetensors: the key {key}", tensors(STATE, {key: torch.zeros(1)}), "" if key == "foreign" else "TP"))
+    cases += [("lora.safetensors: NaN weights", every_tensor(LORA, nan), "S")]
+    cases += [("lora.safetensors: foreign keys", tensors(LORA, {"../../x": torch.zeros(1)}), "S")]
+    broken = [
+        "{",
+        "[]",
+        "null",
+        "7",
+        "{}",
+        '{"step": "1"}',
+        '{"step": -1}',
+        '{"step": 1e999}',
+        '{"step": true}',
+        '{"step": 2}',
+        DEEP,
+        "\ud800",
+    ]
+    cases += [(f"state.json: {text!a:.20}", written("checkpoints/000001/state.json", text), "TP") for text in broken]
+    names = ["12abc", "1²", "9" * 200, "000001.bak", ".DS_Store"]
+    return [*cases, *((f"checkpoints: one named {name:.12}", checkpoint_named(name), "") for name in names)]
+
+
+def documents() -> list[Case]:
+    """List poisoned configurations, metrics and summaries."""
+    broken = ["{", "[]", "null", "7", '"x"', '{"config": []}', '{"config": {"lora": 7}}', '{"config": null}', DEEP, "\ud800", ""]
+    cases: list[Case] = [(f"config.json: {text!a:.30}", written("config.json", text), "TP") for text in broken]
+    cases += [
+        ("config.json: another model's", edited("config.json", lambda c: c["config"]["model"].update(fingerprint="x" * 10**5) or c), "TP")
+    ]
+    for steps in ("a", -1, 1e308, [1], {}, True, 10**30):
+        change = lambda c, s=steps: {**c, "config": {**c["config"], "train": {**c["config"].get("train", {}), "steps": s}}}  # noqa: E731
+        cases.append((f"config.json: {steps!r:.20} steps", edited("config.json", change), ""))
+    cases += [
+        (f"summary.json: {text!a:.20}", written("summary.json", text), "") for text in ("{", "[]", DEEP, '{"a": "\\ud800"}', "x" * 2**21)
+    ]
+    lines = ["[]\n", "7\n", "null\n", "{\n", DEEP + "\n", '{"step": "x"}\n', '{"step": 1e400, "reward/a/mean": NaN}\n', '{"step": null}\n']
+    lines += [
+        '{"step": 1, "reward/<script>alert(1)</script>/mean": 1e308}\n',
+        '{"step": 1, "reward/\\ud800/mean": 1, "a\\u0000": -1e308}\n',
+    ]
+    lines += [json.dumps({"step": 1, f"reward/{'x' * 10**5}/mean": 0.5}) + "\n", '{"step": 99999999999999999999999, "heldout/a/mean": 1}\n']
+    lines += ['{"step": -1, "reward/a/mean": 1}\n{"step": 1e300, "reward/a/mean": -1}\n', '{"step": 1, "reward/torn']
+    cases += [(f"metrics.jsonl: {text!a:.30}", row(text), "") for text in lines]
+    first = ["", "{}\n", DEEP[:4000] + "\n", '{"schema": "other/1"}\n', "[]\n", "\ud800\n"]
+    return [*cases, *((f"metrics.jsonl begins {text!a:.20}", written("metrics.jsonl", text), "TPMS") for text in first)]
+
+
+def places() -> list[Case]:
+    """List runs that lie elsewhere."""
+    cases: list[Case] = [
+        ("a link for the run", linked("", "moved"), "TPMS"),
+        ("a file for the run", replaced, "TPMS"),
+        ("a link to nowhere for the run", linked("", "nowhere"), "TPMS"),
+        ("an empty folder", emptied, "MS"),
+        ("a foreign folder", foreign, "TPMS"),
+    ]
+    for name in ("metrics.jsonl", "config.json", "checkpoints", "checkpoints/000001", "images", LORA, STATE):
+        cases.append((f"a link for {name}", linked(name, f"moved-{name.replace('/', '-')}"), "TP"))
+    cases.append(("a link to a secret for config.json", linked("config.json", "secret.txt"), "TP"))
+    cases.append(("a link to a secret for summary.json", linked("summary.json", "secret.txt"), "TP"))
+    for name in ("metrics.jsonl", "config.json"):
+        cases.append((f"a folder for {name}", folder_for(name), "TPMS"))
+    return cases
+
+
+def attack_files(court: Court, real: Mapping[str, Mapping[str, Any]], execute: Callable[[str, Mapping[str, Any]], Any], runs: Path) -> None:
+    """Make a run of each kind, and poison copies of it for every block that opens one."""
+    outside = runs.parents[1] / "outside"
+    trained = runs / "trained"
+    execute("TrainLoRA", {**real["TrainLoRA"], "run": trained.name})
+    begun = execute("LoRAPolicy", {**real["LoRAPolicy"], "run": "graph"}).args[0]
+    execute("UpdateLoRA", {**real["UpdateLoRA"], "policy": begun})
+    for number, (what, poison, who) in enumerate([*checkpoints(), *documents(), *places()]):
+        for letter, block, source in (
+            ("T", "TrainLoRA", trained),
+            ("P", "LoRAPolicy", runs / "graph"),
+            ("M", "RunMonitor", trained),
+            ("S", "SaveLoRA", trained),
+        ):
+            run = runs / f"poison-{number}-{letter}"
+            shutil.copytree(source, run)
+            kept = {path.name for path in outside.iterdir()}
+            poison(run)
+            before = contents(outside)
+            changed = {"steps": 2, "run": run.name} if letter == "T" else {"run": run.name}
+            names = [
+                "run",
+                "checkpoint",
+                *(name for name in ("config.json", "metrics.jsonl", "state.json", "lora.safetensors") if name in what),
+            ]
+            court.attack(
+                block, f"run: {what}", names, lambda b=block, c=changed: execute(b, {**real[b], **c}), True if letter in who else None
+            )
+            if contents(outside) != before:
+                court.faults.append(f"{block}, run: {what}: files outside were changed")
+            remove(run)
+            for path in outside.iterdir():
+                if path.name not in kept:
+                    remove(path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Read all files of a folder."""
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
