@@ -332,7 +332,7 @@ def unchanged(model: Any) -> dict[str, list[str]]:
         "forward fails": failing_forward,
         "conditioning fails": bad_row,
     }.items():
-        with suppress(Stop, KeyError):
+        with suppress(Stop, ValueError):
             work()
         left[name] = changes(before, portrait(model))
     return left

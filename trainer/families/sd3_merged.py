@@ -32,8 +32,7 @@ class Affine:
 
     def __init__(self, *layers: nn.Module) -> None:
         bases = [layer.get_base_layer() if hasattr(layer, "get_delta_weight") else layer for layer in layers]
-        pairs = zip(bases, layers, strict=True)
-        weights = [base.weight if base is layer else base.weight + layer.get_delta_weight("default") for base, layer in pairs]
+        weights = [adapted(base, layer) for base, layer in zip(bases, layers, strict=True)]
         biases = [base.bias for base in bases]
         self.weight, self.bias = (values[0] if len(layers) == 1 else torch.cat(values) for values in (weights, biases))
 
@@ -46,6 +45,12 @@ class Affine:
         if FUSES and x.device.type == "cpu" and x.dtype == torch.float32:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "tanh")
         return F.gelu(self(x), approximate="tanh")
+
+
+def adapted(base: nn.Module, layer: nn.Module) -> Tensor:
+    """Return a layer's weight with what its active adapters add to it."""
+    names = [] if base is layer or layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+    return sum((layer.get_delta_weight(name) for name in names), base.weight)
 
 
 class Modulation:
