@@ -69,6 +69,17 @@ def interrupt_at(call):
     hosting.check_interrupted = check
 
 
+phases = []
+look = hosting.Live.check
+
+
+def noted(self, phase):
+    """Note the phase, then look at the stop button."""
+    phases.append(phase)
+    look(self, phase)
+
+
+hosting.Live.check = noted
 answer, tensors = {}, {}
 before = comfy_side.run_prompt({**LOADER, **picture(["1", 0])}, want={"image": ("p4", 0)}).values["image"]
 
@@ -116,11 +127,13 @@ answer["stops"] = {}
 for call in given["stops"]:
     interrupt_at(call)
     ran = comfy_side.run_prompt(train(run=f"stop{call}"))
+    phase = phases[-1]
     hosting.check_interrupted = comfy.model_management.throw_exception_if_processing_interrupted
     between = comfy_side.run_prompt({**LOADER, **picture(["1", 0])}, want={"image": ("p4", 0)}).values["image"]
     again = comfy_side.run_prompt(train(run=f"stop{call}"))
     answer["stops"][call] = {
         "stopped": ran.error,
+        "phase": phase,
         "picture": torch.equal(before, between),
         "again": [again.ok, again.error],
         "same": same(reference, state(f"stop{call}")),

@@ -42,7 +42,7 @@ TRAIN = {
     "run": "",
     "changes": CHANGES,
 }
-STOPS = [1, 3, 9, 17, 24, 31, 40]
+STOPS = [1, 3, 13, 17, 24, 34, 40]  # looks at the stop button; the 13th and 34th are in updates
 LOADERS = {
     "1": {"class_type": "G2RPO_TinyDemoLoader", "inputs": {}},
     "2": {"class_type": "G2RPO_LoadReward", "inputs": {"reward": "agreement"}},
@@ -107,7 +107,11 @@ def test_events_are_few_and_tell_the_end(done: Answer) -> None:
 def test_stopped_anywhere_and_run_again_is_as_if_never_stopped(done: Answer, call: int) -> None:
     stop = done.data["stops"][str(call)]
     assert "nterrupt" in stop["stopped"]
-    assert stop == {"stopped": stop["stopped"], "picture": True, "again": [True, ""], "same": True}
+    assert stop == {"stopped": stop["stopped"], "phase": stop["phase"], "picture": True, "again": [True, ""], "same": True}
+
+
+def test_the_stops_were_in_every_phase(done: Answer) -> None:
+    assert {stop["phase"] for stop in done.data["stops"].values()} == {"evaluate", "rollout", "update"}
 
 
 def test_more_steps_continue_a_run_and_other_settings_are_refused(done: Answer) -> None:
