@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 MAX_CHARACTERS = 2000
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class PromptError(ValueError):
     """A prompt file that cannot be used, in one line."""
+
+
+class Prompt(str):
+    """A prompt with the other columns of its row, for rewards that read them; it equals, hashes and is written as its text."""
+
+    columns: Mapping[str, Any]
+
+    def __new__(cls, text: str, columns: Mapping[str, Any]) -> Prompt:
+        """Attach columns to a text."""
+        made = super().__new__(cls, text)
+        made.columns = MappingProxyType(dict(columns))
+        return made
+
+    def __getnewargs__(self) -> tuple[str, dict[str, Any]]:
+        """Say how a copy is made."""
+        return str(self), dict(self.columns)
+
+
+def columns_of(prompt: str) -> Mapping[str, Any]:
+    """Return what a prompt's row says beside its text; empty for a plain text."""
+    return getattr(prompt, "columns", NONE)
 
 
 @dataclass(frozen=True)

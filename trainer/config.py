@@ -13,7 +13,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
 from pydantic_core import PydanticCustomError
 
-from comfy_g2rpo import pace, recipes, rewards
+from comfy_g2rpo import pace, recipes
+
+from .rewards import check_reward
 
 
 class ConfigError(ValueError):
@@ -57,10 +59,30 @@ class LoraSection(Section):
 
 
 class RewardSection(Section):
+    """A reward: built in, installed, your own (`path`), or a judge over HTTP (`url`)."""
+
+    name: str = Field(description="Name of the reward; with path or url, what metrics call it.")
+    path: str | None = Field(None, description="Your own reward, as rewards.py:function or package.module:object.")
+    url: str | None = Field(None, description="Address of a judge over HTTP.")
+    protocol: Literal["g2rpo", "yes_no", "rating", "pairwise"] = Field(
+        "g2rpo", description="What the judge speaks: this project's protocol, or OpenAI's with a kind of question."
+    )
+    model: str | None = Field(None, description="Model that the judge is asked to use.")
+    question: str | None = Field(None, description="Question to the judge; {prompt} stands for the prompt.")
+    reference: str | None = Field(None, description="Picture to compare with; a prompt's own column of that name goes first.")
+    timeout: float = Field(60.0, ge=0.1, le=3600, description="Seconds to wait for an answer of the judge.")
+    retries: int = Field(3, ge=0, le=20, description="Further attempts after a failed question.")
+    concurrency: int = Field(8, ge=1, le=64, description="Questions that are asked at once.")
+    batch: int = Field(32, ge=1, le=1024, description="Pictures that a reward model scores at once.")
+    device: str = Field("auto", description="Where a reward model runs: auto, cpu, cuda, mps.")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="Precision of a reward model's trunk; its head is always fp32.")
+
+
+class TrainedReward(RewardSection):
     """One of the rewards that are trained on."""
 
-    name: str = Field(description="Name of the reward.")
     weight: float = Field(1.0, ge=-1000, le=1000, description="Weight of its advantage; negative trains against it.")
+    gate: float | None = Field(None, description="Score below which a picture counts as the worst of its group, whatever the others say.")
 
 
 class PromptSection(Section):
@@ -107,11 +129,19 @@ class Config(Section):
     model: ModelSection
     lora: LoraSection = LoraSection()
     method: MethodSection = MethodSection()
-    rewards: tuple[RewardSection, ...] = Field(min_length=1, description="Rewards to train on.")
-    heldout_rewards: tuple[str, ...] = Field((), description="Rewards that only measure; those trained on are measured anyway.")
+    rewards: tuple[TrainedReward, ...] = Field(min_length=1, description="Rewards to train on.")
+    heldout_rewards: tuple[RewardSection, ...] = Field(
+        (), description="Rewards that only measure, by name or as a section; those trained on are measured anyway."
+    )
     prompts: PromptSection
     train: TrainSection = TrainSection()
     out: str | None = Field(None, description="Run folder; runs/<recipe> where it is not given.")
+
+    @field_validator("heldout_rewards", mode="before")
+    @classmethod
+    def take_names(cls, value: Any) -> Any:
+        """Take a name for a reward of that name."""
+        return [{"name": item} if isinstance(item, str) else item for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def make_recipe(config: Config) -> recipes.Recipe:
@@ -140,9 +170,10 @@ def from_dict(tree: Mapping[str, Any], near: Path | None = None) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(item) for item in _causes(error.errors()))) from error
-    check_rewards(config)
     make_recipe(config)
-    return resolve_paths(config, near or Path())
+    resolved = resolve_paths(config, near or Path())
+    check_rewards(resolved)
+    return resolved
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -201,12 +232,18 @@ def _replaced(tree: Any, names: Sequence[str], value: Any) -> Any:
 
 
 def check_rewards(config: Config) -> None:
-    """Refuse rewards that do not exist, come twice or weigh nothing."""
-    names = [reward.name for reward in config.rewards]
-    for name in (*names, *config.heldout_rewards):
-        rewards.load(name)
-    if len(set(names)) < len(names):
-        raise ConfigError(f"rewards names {max(names, key=names.count)!r} twice; add up its weights")
+    """Refuse rewards that cannot be there, come twice or weigh nothing."""
+    for part in ("rewards", "heldout_rewards"):
+        names = [reward.name for reward in getattr(config, part)]
+        if len(set(names)) < len(names):
+            remedy = "add up its weights" if part == "rewards" else "remove one, or name it differently"
+            raise ConfigError(f"{part} names {max(names, key=names.count)!r} twice; {remedy}")
+    trained = {reward.name for reward in config.rewards}
+    for reward in config.heldout_rewards:
+        if reward.name in trained and reward != RewardSection(name=reward.name):
+            raise ConfigError(f"heldout_rewards describes {reward.name!r}, which is trained on and measured anyway; name it differently")
+    for reward in (*config.rewards, *config.heldout_rewards):
+        check_reward(reward)
     if any(reward.weight == 0 for reward in config.rewards):
         raise ConfigError("rewards has a weight of 0; list that reward under heldout_rewards, where it only measures")
 
@@ -224,8 +261,20 @@ def resolve_paths(config: Config, near: Path) -> Config:
             "prompts": prompts.model_copy(update=changes),
             "model": config.model.model_copy(update=model),
             "lora": config.lora.model_copy(update=lora),
+            "rewards": tuple(_resolved(reward, near) for reward in config.rewards),
+            "heldout_rewards": tuple(_resolved(reward, near) for reward in config.heldout_rewards),
         }
     )
+
+
+def _resolved(reward: RewardSection, near: Path) -> RewardSection:
+    """Replace the relative paths of a reward by the files they mean; a module's dotted name stands for itself."""
+    changes, (place, sign, attribute) = {}, (reward.path or "").rpartition(":")
+    if place.endswith(".py"):
+        changes["path"] = f"{find(f'path of reward {reward.name!r}', place, near)}{sign}{attribute}"
+    if reward.reference:
+        changes["reference"] = str(find(f"reference of reward {reward.name!r}", reward.reference, near))
+    return reward.model_copy(update=changes)
 
 
 def find(field: str, given: str, near: Path, hub: bool = False) -> Path | str:

@@ -16,7 +16,6 @@ from comfy_g2rpo import __version__, lora
 from comfy_g2rpo.loop import Setup, World, finish, learn, make_learner, restore
 from comfy_g2rpo.prompts import load as load_prompts
 from comfy_g2rpo.rewards import RewardError
-from comfy_g2rpo.rewards import load as load_reward
 from comfy_g2rpo.runs import RunFolder, check_place
 from comfy_g2rpo.schedule import shifted_sigmas
 
@@ -25,6 +24,7 @@ from .config import Config, dump, make_pace, make_recipe, model_folder
 from .families.sd3 import SD3, load_pipeline
 from .progress import Progress, Silent
 from .report import write_report
+from .rewards import build_all
 
 
 def train(config: Config, out: Path, *, resume: bool = False, replace: bool = False, progress: Progress) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def train(config: Config, out: Path, *, resume: bool = False, replace: bool = Fa
     else:
         progress = Silent()
     # Only a run that can start makes a folder, or replaces another.
-    setup = prepare(config, accelerator)
+    setup = prepare(config, accelerator, Path(out))
     learner = make_learner(setup)
     if main:
         open_run(config, out, resume, replace)
@@ -53,7 +53,7 @@ def train(config: Config, out: Path, *, resume: bool = False, replace: bool = Fa
     return summary
 
 
-def prepare(config: Config, accelerator: Accelerator) -> Setup:
+def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -> Setup:
     """Load what a run needs; every mistake of the configuration shows here, before the first forward."""
     keep_freed_memory()
     if config.train.prompts_per_step % accelerator.num_processes:
@@ -62,8 +62,7 @@ def prepare(config: Config, accelerator: Accelerator) -> Setup:
     recipe = make_recipe(config)
     heldout = Path(config.prompts.heldout) if config.prompts.heldout else None
     prompts = load_prompts(Path(config.prompts.train), heldout, config.prompts.heldout_share, config.train.seed)
-    rewards = tuple(load_reward(reward.name) for reward in config.rewards)
-    judges = dict.fromkeys([*(reward.name for reward in config.rewards), *config.heldout_rewards])
+    rewards, judges = build_all(config, accelerator.device, run)
     policy = load_policy(config, accelerator.device)
     policy.add_lora(config.lora.rank, config.lora.alpha, config.train.seed, config.lora.targets != "attention")
     if config.lora.init:
@@ -76,7 +75,7 @@ def prepare(config: Config, accelerator: Accelerator) -> Setup:
         policy=policy,
         rewards=rewards,
         weights=tuple(reward.weight for reward in config.rewards),
-        judges=tuple(map(load_reward, judges)),
+        judges=judges,
         prompts=prompts,
         sigmas=shifted_sigmas(recipe.num_steps, recipe.shift),
         shape=policy.latent_shape(config.model.width, config.model.height),

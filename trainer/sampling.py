@@ -17,7 +17,8 @@ from comfy_g2rpo.rollout import roll_out
 from comfy_g2rpo.runs import finite
 from comfy_g2rpo.schedule import shifted_sigmas
 
-from .config import Config, make_recipe
+from .config import Config, RewardSection, make_recipe
+from .rewards import build, check_reward
 
 
 class ImageError(ValueError):
@@ -56,7 +57,7 @@ def draw(config: Config, prompts: Sequence[str], seed: int, lora_file: Path | No
 
 def judge(names: Sequence[str], files: Sequence[Path], prompts: Sequence[str]) -> list[dict[str, Any]]:
     """Score pictures by rewards; the first reward orders them, best first, those it cannot judge last."""
-    judges = [rewards.load(name.strip()) for name in names]
+    judges = [named(name.strip()) for name in names]
     rows = []
     for file, prompt in zip(files, prompts, strict=True):
         scores = rewards.score_all(judges, read_image(file)[None], [prompt])[:, 0].tolist()
@@ -64,6 +65,13 @@ def judge(names: Sequence[str], files: Sequence[Path], prompts: Sequence[str]) -
         rows.append({"image": str(file), "prompt": prompt, "scores": named})
     first = judges[0].name
     return sorted(rows, key=lambda row: -np.inf if row["scores"][first] is None else row["scores"][first], reverse=True)
+
+
+def named(name: str) -> rewards.Reward:
+    """Load a built-in or installed reward by name."""
+    section = RewardSection(name=name)
+    check_reward(section)
+    return build(section, device())
 
 
 def read_image(path: Path) -> Tensor:

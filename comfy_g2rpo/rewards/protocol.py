@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TOLERANCE = 1e-3  # by which images may leave [0, 1] through rounding
 
@@ -17,7 +17,10 @@ class RewardError(ValueError):
 
 
 class Reward(Protocol):
-    """Judge images [B, H, W, 3] float32 in [0, 1] by their prompts: scores float32 [B], higher is better, NaN = cannot judge."""
+    """Judge images [B, H, W, 3] float32 in [0, 1] by their prompts: scores float32 [B], higher is better, NaN = cannot judge.
+
+    It may also have `needs_group`, `runs_elsewhere`, `module`, `note` and `embed`; the functions below say what each means.
+    """
 
     @property
     def name(self) -> str:
@@ -47,6 +50,31 @@ class Rule:
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images [B, H, W, 3] by prompts [B]: [B]."""
         return self.function(images, prompts)
+
+
+def needs_group(reward: Reward) -> bool:
+    """Say whether a reward must see all pictures of a prompt's group in one call, as a pairwise judge and votes must."""
+    return bool(getattr(reward, "needs_group", False))
+
+
+def runs_elsewhere(reward: Reward) -> bool:
+    """Say whether a reward waits for a device or a network, so that decoding may go on beside it."""
+    return bool(getattr(reward, "runs_elsewhere", False))
+
+
+def module_of(reward: Reward) -> nn.Module | None:
+    """Return the weights that a host may move between devices; None for a reward without any."""
+    return getattr(reward, "module", None)
+
+
+def note_of(reward: Reward) -> str:
+    """Say how a reward fails as a target; empty where it does not say."""
+    return str(getattr(reward, "note", ""))
+
+
+def embedder(rewards: Sequence[Reward]) -> Callable[[Tensor], Tensor] | None:
+    """Return the first reward's function from images [B, H, W, 3] to unit-norm features [B, D]; None where no reward has one."""
+    return next((embed for reward in rewards if (embed := getattr(reward, "embed", None)) is not None), None)
 
 
 @dataclass(frozen=True)
