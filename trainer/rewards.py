@@ -1,0 +1,137 @@
+"""Make the rewards of a configuration: your own by path, a judge by address, a built-in or an installed one by name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import torch
+
+from comfy_g2rpo.rewards import REWARDS, Reward, RewardError, Rule
+
+if TYPE_CHECKING:
+    from .config import Config, RewardSection
+
+
+def rewards_root() -> Path:
+    """Return the folder of installed reward models: $G2RPO_REWARDS, or ~/.cache/g2rpo/rewards."""
+    return Path(os.environ.get("G2RPO_REWARDS") or Path.home() / ".cache" / "g2rpo" / "rewards").expanduser()
+
+
+def build_all(config: Config, device: torch.device | str = "cpu", run: Path | None = None) -> tuple[tuple[Reward, ...], tuple[Reward, ...]]:
+    """Load a configuration's rewards: those that are trained on; and all that judge, which are these and the held-out ones."""
+    trained = {section.name: build(section, device, run) for section in config.rewards}
+    heldout = {section.name: build(section, device, run) for section in config.heldout_rewards if section.name not in trained}
+    return tuple(trained.values()), (*trained.values(), *heldout.values())
+
+
+def build(section: RewardSection, device: torch.device | str = "cpu", run: Path | None = None) -> Reward:
+    """Load one reward; `device` is what `auto` means, `run` the run folder for rewards that keep something there."""
+    if section.path:
+        return custom(section.name, section.path)
+    if section.url:
+        from .judges import connect
+
+        return connect(section)
+    if section.name in REWARDS:
+        return REWARDS[section.name]
+    from comfy_g2rpo.rewards.library import load_installed
+
+    where = str(device) if section.device == "auto" else section.device
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[section.dtype]
+    return load_installed(rewards_root(), section.name, device=where, dtype=dtype, batch=section.batch)
+
+
+def check_reward(section: RewardSection) -> None:
+    """Refuse a reward that cannot be there, without loading anything."""
+    name = section.name
+    if not re.fullmatch(r"[\w.+-]{1,64}", name):
+        raise RewardError(f"reward {name[:80]!a}: its name must be 1 to 64 letters, digits and _ . + -; change it")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", section.device):
+        raise RewardError(f"reward {name!r}: device is {section.device[:20]!a}; choose auto, cpu, cuda, cuda:1 … or mps")
+    if section.path and section.url:
+        raise RewardError(f"reward {name!r} has a path and a url; give one of them")
+    if (section.path or section.url) and name in REWARDS:
+        raise RewardError(f"reward {name!r} is built in; give your own another name")
+    if section.path:
+        check_path(name, section.path)
+    elif section.url:
+        check_url(name, section.url)
+    elif name not in REWARDS:
+        check_installed(name)
+
+
+def check_path(name: str, path: str) -> None:
+    """Refuse a path that names no file or module, or no attribute."""
+    place, _, attribute = path.rpartition(":")
+    if not place or not attribute.isidentifier():
+        raise RewardError(f"reward {name!r}: path is {path[:200]!a}; write it as my_rewards.py:function or package.module:object")
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise RewardError(f"reward {name!r}: path names {place!r}, which does not exist; looked beside the recipe and in {Path.cwd()}")
+    elif not all(part.isidentifier() for part in place.split(".")) or importlib.util.find_spec(place.partition(".")[0]) is None:
+        raise RewardError(f"reward {name!r}: path names the module {place[:200]!a}, which is not installed; check its name")
+
+
+def check_url(name: str, url: str) -> None:
+    """Refuse an address that is not one, or that holds a secret, which config.json would keep."""
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        sound = False
+    if not sound:
+        raise RewardError(f"reward {name!r}: url is {url[:200]!a}; write it as http://host:port/…")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise RewardError(f"reward {name!r}: url holds a user, password, query or fragment; leave them out, config.json would keep them")
+
+
+def check_installed(name: str) -> None:
+    """Refuse a name that is neither built in nor installed."""
+    from comfy_g2rpo.rewards.library import KNOWN, installed
+
+    here = installed(rewards_root())
+    if name in here:
+        return
+    if name in KNOWN:
+        raise RewardError(f"reward {name!r} is not installed in {rewards_root()}; get it with: {KNOWN[name].how_to_get}")
+    known = [*REWARDS, *here, *(known for known in KNOWN if known not in here)]
+    nearest = "".join(f", did you mean '{near}'?" for near in get_close_matches(name, known, 1))
+    raise RewardError(f"reward {name[:80]!a} is unknown{nearest or ';'} known: {', '.join(known)}")
+
+
+def custom(name: str, path: str) -> Reward:
+    """Load your own reward: a function (images [B, H, W, 3], prompts [B]) → scores [B], or an object with a reward's members."""
+    place, _, attribute = path.rpartition(":")
+    module = module_at(place)
+    if not hasattr(module, attribute):
+        raise RewardError(f"reward {name!r}: {place} has no {attribute!r}; check the end of path")
+    found: Any = getattr(module, attribute)
+    missing = [member for member in ("name", "licence", "compares_across_prompts", "score") if not hasattr(found, member)]
+    if not missing:
+        if found.name != name:
+            raise RewardError(f"reward {name!r}: {path} calls itself {str(found.name)[:80]!a}; write that under name")
+        return found
+    if callable(found) and not isinstance(found, type):
+        return Rule(name, found, compares_across_prompts=False, licence="yours")
+    raise RewardError(f"reward {name!r}: {path} is no function and lacks {', '.join(missing)}; give a function or an object")
+
+
+def module_at(place: str) -> ModuleType:
+    """Import a module by file or dotted name."""
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except Exception as cause:
+        raise RewardError(f"cannot import {place}: {type(cause).__name__}: {cause}") from cause
