@@ -19,7 +19,7 @@ class RewardError(ValueError):
 class Reward(Protocol):
     """Judge images [B, H, W, 3] float32 in [0, 1] by their prompts: scores float32 [B], higher is better, NaN = cannot judge.
 
-    It may also have `needs_group`, `runs_elsewhere`, `module`, `note` and `embed`; the functions below say what each means.
+    It may also have `needs_group`, `runs_elsewhere`, `cancel`, `module`, `note` and `embed`; the functions below say what each means.
     """
 
     @property
@@ -60,6 +60,11 @@ def needs_group(reward: Reward) -> bool:
 def runs_elsewhere(reward: Reward) -> bool:
     """Say whether a reward waits for a device or a network, so that decoding may go on beside it."""
     return bool(getattr(reward, "runs_elsewhere", False))
+
+
+def canceller(reward: Reward) -> Callable[[], None] | None:
+    """Return what breaks off a reward's call that is under way, from any thread; None where nothing can."""
+    return getattr(reward, "cancel", None)
 
 
 def module_of(reward: Reward) -> nn.Module | None:
