@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import lora
-from .advantages import global_std, integrate, zero_std_share
+from .advantages import mixed, zero_std_share
 from .evaluation import Evaluation, compare, evaluate
 from .pace import Pace
 from .policy import Trainee
@@ -62,6 +62,7 @@ class Setup:
     sigmas: Tensor
     shape: tuple[int, ...]
     alpha: float
+    gates: tuple[float | None, ...] = ()
     style: str = "diffusers"
     metadata: Mapping[str, str] = field(default_factory=dict)
     world: World = field(default_factory=World)
@@ -151,8 +152,8 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
     everywhere = setup.world.gather(scorer.scores)
     if everywhere.isnan().all():
         raise RewardError(f"rewards judged none of the {everywhere[0].numel()} pictures of step {learner.step + 1}; check the prompts")
-    std = global_std([plan.values(scores) for scores in everywhere.unbind(1)]) if recipe.std == "global" else None
-    advantages = [integrate(reward, setup.weights, recipe.clamp, recipe.std_floor, std) for reward in rewards]
+    scale = [plan.values(scores) for scores in everywhere.unbind(1)] if recipe.std == "global" else None
+    advantages = mixed(rewards, setup.weights, recipe.mix, setup.gates, recipe.clamp, recipe.std_floor, scale)
     made = records(rollout, advantages, step_weight=recipe.step_weight, samples=recipe.objective == "clip")
     with undone_on_error(setup, learner), policy.training():
         learning = {"micro_batch": pace.micro_batch, "reduce": setup.world.reduce, "check": partial(check, "update")}

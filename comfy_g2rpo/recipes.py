@@ -12,6 +12,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from .advantages import MIXES
 from .plan import Plan, independent, singular
 
 KERNELS = ("flow_sde", "dance_sde", "cps")
@@ -59,6 +60,12 @@ class Recipe:
     )
     antithetic: bool = option(False, "Draw the branches' noise in mirrored pairs.")
 
+    mix: str = option(
+        "zscore",
+        "How several rewards become one: the sum of their z-scores, the sum of the scores themselves, the least z-score, "
+        "or the product of their ranks in the group.",
+        choices=MIXES,
+    )
     std: str = option(
         "group", "Standard deviation that scales the advantage: the group's, or that of all prompts.", choices=("group", "global")
     )

@@ -81,8 +81,10 @@ class RewardSection(Section):
 class TrainedReward(RewardSection):
     """One of the rewards that are trained on."""
 
-    weight: float = Field(1.0, ge=-1000, le=1000, description="Weight of its advantage; negative trains against it.")
-    gate: float | None = Field(None, description="Score below which a picture counts as the worst of its group, whatever the others say.")
+    weight: float = Field(1.0, ge=-1000, le=1000, description="Weight of its advantage; negative trains against it, 0 leaves its gate.")
+    gate: float | None = Field(
+        None, description="Score below which (above, for a negative weight) a picture is the worst of its group in every reward."
+    )
 
 
 class PromptSection(Section):
@@ -244,8 +246,10 @@ def check_rewards(config: Config) -> None:
             raise ConfigError(f"heldout_rewards describes {reward.name!r}, which is trained on and measured anyway; name it differently")
     for reward in (*config.rewards, *config.heldout_rewards):
         check_reward(reward)
-    if any(reward.weight == 0 for reward in config.rewards):
+    if any(reward.weight == 0 and reward.gate is None for reward in config.rewards):
         raise ConfigError("rewards has a weight of 0; list that reward under heldout_rewards, where it only measures")
+    if not any(reward.weight for reward in config.rewards):
+        raise ConfigError("rewards are gates alone; give at least one of them a weight")
 
 
 def resolve_paths(config: Config, near: Path) -> Config:

@@ -75,6 +75,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
         policy=policy,
         rewards=rewards,
         weights=tuple(reward.weight for reward in config.rewards),
+        gates=tuple(reward.gate for reward in config.rewards),
         judges=judges,
         prompts=prompts,
         sigmas=shifted_sigmas(recipe.num_steps, recipe.shift),
