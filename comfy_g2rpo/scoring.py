@@ -54,12 +54,15 @@ class Scorer:
     keep: Collection[int] = ()
     check: Callable[[], None] | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "reward": 0.0})
+    describe: Callable[[Tensor], dict[str, Tensor]] | None = None
+    """Pictures [B, H, W, 3] → features [B, D] by measure, gathered in `features` as [P, images, D]; NaN where no picture came."""
 
     def __post_init__(self) -> None:
         if not self.rewards:
             raise RewardError("rewards is empty; name at least one")
         self.scores = torch.full((len(self.rewards), len(self.prompts), self.images), torch.nan)
         self.pictures: dict[tuple[int, int], Tensor] = {}
+        self.features: dict[str, Tensor] = {}
         self._grouping = [r for r, reward in enumerate(self.rewards) if needs_group(reward)]
         self._elsewhere = [r for r, reward in enumerate(self.rewards) if runs_elsewhere(reward)]
         self._here = [r for r in range(len(self.rewards)) if r not in {*self._grouping, *self._elsewhere}]
@@ -79,6 +82,9 @@ class Scorer:
             decoded = time.perf_counter()
             self._score(pictures, prompts[part], images[part])
             self.seconds["decode"] += decoded - begin
+            for name, found in (self.describe(pictures) if self.describe else {}).items():
+                blank = found.new_full((len(self.prompts), self.images, found.shape[1]), torch.nan)
+                self.features.setdefault(name, blank)[prompts[part], images[part]] = found
             self.seconds["reward"] += time.perf_counter() - decoded
             for prompt, image, picture in zip(prompts[part], images[part], pictures, strict=True):
                 if prompt in self.keep:
