@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .commands.score import score
+
 if TYPE_CHECKING:
     from .config import Config
 
@@ -114,28 +116,6 @@ def sample(
 
 
 @app.command()
-def score(
-    reward: Annotated[str, typer.Argument(metavar="REWARD", help="Name of a reward; several joined by commas.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Pictures to judge.")],
-    prompt: Annotated[list[str], typer.Option(help="What they should show: once for all, or once for each in order.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Judge pictures, best first."""
-    if len(prompt) not in (1, len(images)):
-        raise CommandError(f"{len(prompt)} prompts for {len(images)} pictures; give one --prompt, or one per picture")
-    from .sampling import judge
-
-    prompts = prompt * len(images) if len(prompt) == 1 else prompt
-    rows = judge(reward.split(","), images, prompts)
-    if as_json:
-        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
-        return
-    for row in rows:
-        values = "  ".join(f"{name} {'cannot judge' if value is None else format(value, '.4f')}" for name, value in row["scores"].items())
-        typer.echo(f"{values}  {row['image']}  {row['prompt']}")
-
-
-@app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
     """Draw a run's curves and its before/after picture again, from the run folder."""
     from comfy_g2rpo.runs import RunFolder
@@ -144,6 +124,9 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder."
 
     for path in write_report(RunFolder.open(run)):
         typer.echo(path)
+
+
+app.command()(score)
 
 
 @app.command()

@@ -1,0 +1,122 @@
+"""Pictures on disk: read whatever their mode, turned as a camera says, and the texts that a PNG carries.
+
+read(path) -> [H, W, 3] float32 in [0, 1]
+listed(folder) -> its pictures in the order of their names, numbers by value
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_PIXELS = 2**26  # of one picture
+TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+ORIENTATION = 0x0112
+# What Pillow's readers raise on broken files, besides OSError.
+BROKEN = (
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class PictureError(ValueError):
+    """A picture that cannot be read, in one line that names it."""
+
+
+def listed(folder: Path, deep: bool = False) -> list[Path]:
+    """List the pictures of a folder, and of the folders in it where `deep`; hidden ones and links to elsewhere are left out."""
+    root = Path(folder).resolve()
+    found = (path for path in root.glob("**/*" if deep else "*") if path.suffix.lower() in SUFFIXES)
+    kept = [path for path in found if path.is_file() and path.resolve().is_relative_to(root)]
+    visible = [path.relative_to(root) for path in kept if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    return [Path(folder) / path for path in sorted(visible, key=lambda path: natural(str(path)))]
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Make a key that sorts "a2" before "a10"."""
+    parts = re.split(r"([0-9]{1,18})", name.lower())
+    return [(0, int(part), "") if i % 2 else (1, 0, part) for i, part in enumerate(parts)]
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Read a picture's width and height from its header, as `read` will give them (of a PNG without looking behind its pixels)."""
+    with opened(path) as image:
+        width, height = image.size
+        # Asked for its EXIF, a PNG without any is read to its end.
+        turned = (image.format != "PNG" or "exif" in image.info) and image.getexif().get(ORIENTATION) in TURNED
+        return (height, width) if turned else (width, height)
+
+
+def read(path: Path) -> Tensor:
+    """Read a picture as [H, W, 3] float32 in [0, 1]: its first frame, turned upright, alpha left out as ComfyUI does."""
+    with opened(path) as image:
+        return torch.from_numpy(levels(ImageOps.exif_transpose(image)))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """Open a picture of a sane size; whatever its file does becomes one line that names it."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise PictureError(
+                    f"{path} has {width} × {height} pixels; at most {MAX_PIXELS // 10**6} megapixels are read, make it smaller"
+                )
+            yield image
+    except PictureError:
+        raise
+    except (UnidentifiedImageError, *BROKEN) as error:
+        raise PictureError(f"{path} is not a picture that can be read; save it as PNG or JPEG") from error
+    except OSError as error:
+        # Without a number it is Pillow that speaks of the content, not the system of the file.
+        if error.errno is None:
+            raise PictureError(f"{path} is damaged: {error}; save or download it again") from error
+        raise PictureError(f"cannot read {path}: {(error.strerror or str(error)).lower()}; check the path") from error
+
+
+def levels(image: Image.Image) -> np.ndarray:
+    """Turn any mode into [H, W, 3] in [0, 1]: 16-bit grey by 65535, floating-point grey as it is or by 255."""
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0, neginf=0.0)
+        top = 65535.0 if image.mode != "F" else 255.0 if grey.size and grey.max() > 1 else 1.0
+        return np.repeat((grey / top).clip(0, 1).astype(np.float32)[..., None], 3, axis=2)
+    return np.asarray(image.convert("RGB"), np.float32) / 255
+
+
+def texts(path: Path) -> dict[str, str]:
+    """Read the text chunks that stand before a PNG's pixels; empty for other pictures and for those that cannot be read."""
+    try:
+        with opened(path) as image:
+            return {str(key): str(value) for key, value in image.info.items() if isinstance(value, str)}
+    except PictureError:
+        return {}
+
+
+def batches(sizes: Sequence[tuple[int, int]], count: int, pixels: int) -> list[list[int]]:
+    """Put pictures of one size together, at most `count` and about `pixels` in a batch: positions, sizes in order of appearance."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, size in enumerate(sizes):
+        groups.setdefault(size, []).append(i)
+    made = []
+    for (width, height), members in groups.items():
+        room = max(min(count, pixels // max(width * height, 1)), 1)
+        made += [members[start : start + room] for start in range(0, len(members), room)]
+    return made

@@ -1,0 +1,281 @@
+"""`g2rpo score`: judge pictures that are there already, and say which are the best."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..config import RewardSection
+    from ..ranking import Entry
+
+SHOWN = 20  # rows that are printed of a folder; the file has all
+HEADER = ("rank", "file", "prompt", "prompt_from", "width", "height", "score")
+TAIL = ("sha256", "problem")
+MIXES = ("zscore", "sum", "minimum", "rank_product")
+
+
+class CommandError(ValueError):
+    """Arguments that do not go together."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One reward as it was asked for."""
+
+    section: RewardSection
+    weight: float = 1.0
+    gate: float | None = None
+
+
+def score(
+    places: Annotated[list[str], typer.Argument(metavar="FOLDER|IMAGE…", help="Pictures to judge, or folders of them.")],
+    reward: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[=WEIGHT]", help="Reward: built in, installed, or rewards.py:function; repeat to mix.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(metavar="RECIPE", help="Take rewards, weights, gates and mix from this recipe.")] = None,
+    mix: Annotated[str | None, typer.Option(help=f"How several rewards become one score: {', '.join(MIXES)}.")] = None,
+    gate: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=LEAST", help="Score of a reward below which a picture comes last.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What they should show: once for all, or once for each in order.")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="JSONL", help='File of {"file": name, "prompt": …} lines.')] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Look into the folders in a folder, too.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="For scores.csv and its journal [default: scores, for folders].")
+    ] = None,
+    sort: Annotated[
+        str, typer.Option(metavar="score|NAME|file", help="What to sort by: the score, one reward, or the file name.")
+    ] = "score",
+    top: Annotated[int | None, typer.Option(min=1, help="Keep so many of the best.")] = None,
+    per_prompt: Annotated[bool, typer.Option("--per-prompt", help="Keep so many of every prompt.")] = False,
+    threshold: Annotated[float | None, typer.Option(help="Keep what has at least this much of what is sorted by.")] = None,
+    copy_best: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Copy what is kept there; nothing is overwritten.")] = None,
+    batch: Annotated[int, typer.Option(min=1, max=1024, help="Pictures that are judged at once.")] = 32,
+    device: Annotated[str, typer.Option(help="Where reward models run: auto, cpu, cuda, mps.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Judge pictures, best first; stopped, the same command goes on where it was."""
+    names = list(reward or [])
+    if not names and not recipe:
+        names, places = rewards_first(places)
+        sort = names[0] if sort == "score" else sort
+    if copy_best and top is None and threshold is None:
+        raise CommandError("--copy-best needs to know what is best; give --top or --threshold")
+    asked, mode = asked_for(names, recipe, gate or [], mix, device, batch)
+    columns = [each.section.name for each in asked]
+    if sort not in ("score", "file", *columns):
+        raise CommandError(f"--sort is {sort[:80]!a}; choose score, file, or one of the rewards: {', '.join(columns)}")
+    if any(Path(place).is_dir() for place in places):
+        out = out or Path("scores")
+    entries, table = judged(asked, [Path(place) for place in places], prompt or [], prompts, deep, out, batch, quiet)
+    from comfy_g2rpo.standing import standing
+
+    from ..ranking import copy_best as copy
+    from ..ranking import kept, order
+
+    groups = [entry.prompt for entry in entries] if per_prompt else None
+    values = standing(table, [each.weight for each in asked], mode, [each.gate for each in asked], groups).tolist()
+    key = values if sort in ("score", "file") else table[columns.index(sort)].tolist()
+    paths = [str(entry.path) for entry in entries]
+    ranked = order([math.nan] * len(paths) if sort == "file" else key, paths)
+    best = kept(ranked, key, groups or [""] * len(entries), top, threshold)
+    if out:
+        write_table(out / "scores.csv", entries, columns, table, values, ranked)
+    shown = best if top is not None or threshold is not None else ranked
+    report(entries, columns, table, values, shown, as_json, limit=len(shown) if as_json or top or not out else SHOWN)
+    if copy_best:
+        copy([entries[i].path for i in best], copy_best)
+    say_what_happened(entries, columns, out, copy_best and len(best), copy_best)
+
+
+def rewards_first(places: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Read the form without --reward: its first word names rewards, joined by commas."""
+    if len(places) < 2 or Path(places[0]).exists():
+        raise CommandError("no reward is named; give --reward NAME, such as: g2rpo score my_folder --reward pickscore")
+    return [name.strip() for name in places[0].split(",")], list(places[1:])
+
+
+def asked_for(
+    names: Sequence[str], recipe: str | None, gates: Sequence[str], mix: str | None, device: str, batch: int
+) -> tuple[list[Asked], str]:
+    """Read what rewards are wanted and how they are mixed; nothing is loaded."""
+    from ..config import RewardSection, load, make_recipe
+    from ..rewards import check_reward
+
+    least = dict(number_of(text, "--gate", 0.0) for text in gates)
+    asked, mode = [], mix
+    if recipe:
+        config = load(recipe, [])
+        asked = [
+            Asked(RewardSection(**each.model_dump(include=set(RewardSection.model_fields))), each.weight, each.gate)
+            for each in config.rewards
+        ]
+        mode = mix or make_recipe(config).mix
+    for text in names:
+        name, weight = number_of(text, "--reward", 1.0)
+        own = ":" in name
+        section = {"name": name.rpartition(":")[2], "path": name} if own else {"name": name}
+        asked.append(Asked(RewardSection(**section, device=device, batch=batch), weight))
+    columns = [each.section.name for each in asked]
+    if len(set(columns)) < len(columns):
+        raise CommandError(f"reward {max(columns, key=columns.count)!r} is named twice; name it once, with the sum of its weights")
+    if unknown := set(least) - set(columns):
+        raise CommandError(f"--gate names {min(unknown)[:80]!a}, which is none of the rewards: {', '.join(columns)}")
+    if mode is not None and mode not in MIXES:
+        raise CommandError(f"--mix is {mode[:80]!a}; choose one of: {', '.join(MIXES)}")
+    for each in asked:
+        check_reward(each.section)
+    return [Asked(each.section, each.weight, least.get(each.section.name, each.gate)) for each in asked], mode or "zscore"
+
+
+def number_of(text: str, option: str, otherwise: float) -> tuple[str, float]:
+    """Read NAME or NAME=NUMBER."""
+    name, sign, number = text.partition("=")
+    try:
+        value = float(number) if sign else otherwise
+    except ValueError:
+        value = math.nan
+    if not name or not math.isfinite(value) or (sign and not number):
+        raise CommandError(f"{option} is {text[:80]!a}; write NAME=NUMBER, such as pickscore=0.5")
+    return name, value
+
+
+def judged(
+    asked: Sequence[Asked],
+    places: Sequence[Path],
+    prompt: Sequence[str],
+    prompts: Path | None,
+    deep: bool,
+    out: Path | None,
+    batch: int,
+    quiet: bool,
+) -> tuple[list[Entry], Tensor]:
+    """Find the pictures and judge what the journal lacks; Ctrl-C says how to go on."""
+    from ..ranking import Journal, Judge, Meter, RankingError, examine, fill, find_pictures, read_prompts
+    from ..rewards import build
+    from ..sampling import device
+
+    paths = find_pictures(places, deep)
+    entries = examine(paths, prompt, read_prompts(prompts) if prompts else {})
+    if all(entry.problem for entry in entries):
+        raise RankingError(entries[0].problem)
+    if out:
+        check_place(out / "scores.csv")
+    journal = Journal(out / "scores.jsonl" if out else None)
+    judges = [Judge(build(each.section, device()), identity(each.section)) for each in asked]
+    meter = Meter(
+        len(entries), quiet or len(entries) < SHOWN, lambda text: print(text, end="", file=sys.stderr, flush=True), sys.stderr.isatty()
+    )
+    try:
+        entries = fill(journal, entries, judges, batch, meter)
+    except KeyboardInterrupt:
+        hint = f"; the scores so far lie in {out}, the same command goes on from there" if out else ""
+        typer.echo(f"\ninterrupted after {meter.count} of {len(entries)} pictures{hint}", err=True)
+        raise typer.Exit(130) from None
+    return entries, journal.table(entries, judges)
+
+
+def identity(section: RewardSection) -> str:
+    """Tell a reward from another one, or another version, of the same name."""
+    from comfy_g2rpo import __version__
+    from comfy_g2rpo.rewards import REWARDS
+
+    if section.path:
+        file = Path(section.path.rpartition(":")[0])
+        return f"{section.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else section.path}"
+    if section.url:
+        question = hashlib.sha256((section.question or "").encode()).hexdigest()[:16]
+        return f"{section.name} {section.url} {section.protocol} {section.model or ''} {question}"
+    if section.name in REWARDS:
+        reference = section.reference and Path(section.reference)
+        seen = f" {hashlib.sha256(reference.read_bytes()).hexdigest()[:16]}" if reference and reference.is_file() else ""
+        return f"{section.name} {__version__}{seen}"
+    from ..rewards import rewards_root
+
+    about = rewards_root() / section.name / "reward.json"
+    return f"{section.name} {hashlib.sha256(about.read_bytes()).hexdigest()[:16] if about.is_file() else ''} {section.dtype}"
+
+
+def check_place(path: Path) -> None:
+    """Refuse to write over a table that is not ours."""
+    from comfy_g2rpo.runs import FileError
+
+    try:
+        with open(path, "rb") as file:
+            first = file.read(len(",".join(HEADER)))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {(error.strerror or str(error)).lower()}; choose another folder (--out)") from error
+    if first != ",".join(HEADER).encode():
+        raise FileError(f"{path} exists and is no table of this program; choose another folder (--out)")
+
+
+def write_table(
+    path: Path, entries: Sequence[Entry], columns: Sequence[str], table: Tensor, values: Sequence[float], ranked: Sequence[int]
+) -> None:
+    """Write all pictures, in order, with every score."""
+    from comfy_g2rpo.runs import write_bytes
+    from comfy_g2rpo.sheets import csv_bytes
+
+    rows = []
+    for rank, i in enumerate(ranked, 1):
+        entry = entries[i]
+        about = (rank, str(entry.path), entry.prompt, entry.source, *entry.size, values[i])
+        rows.append((*about, *table[:, i].tolist(), entry.sha256, entry.problem))
+    write_bytes(path, csv_bytes((*HEADER, *columns, *TAIL), rows))
+
+
+def report(
+    entries: Sequence[Entry],
+    columns: Sequence[str],
+    table: Tensor,
+    values: Sequence[float],
+    shown: Sequence[int],
+    as_json: bool,
+    limit: int,
+) -> None:
+    """Print pictures with their scores."""
+    from comfy_g2rpo.runs import finite
+
+    rows = [
+        {"image": str(entries[i].path), "prompt": entries[i].prompt, "score": finite(values[i])}
+        | {"scores": {name: finite(value) for name, value in zip(columns, table[:, i].tolist(), strict=True)}}
+        for i in shown
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    for row in rows[:limit]:
+        parts = dict(row["scores"]) if len(columns) == 1 else {"score": row["score"], **row["scores"]}
+        said = "  ".join(f"{name} {'cannot judge' if value is None else format(value, '.4f')}" for name, value in parts.items())
+        typer.echo(f"{said}  {row['image']}  {' '.join(row['prompt'].split())}")
+    if len(rows) > limit:
+        typer.echo(f"… and {len(rows) - limit} more")
+
+
+def say_what_happened(entries: Sequence[Entry], columns: Sequence[str], out: Path | None, copied: int | None, folder: Path | None) -> None:
+    """Say on the error stream what could not be read, what had no prompt, and where things are."""
+    broken = [entry for entry in entries if entry.problem]
+    for entry in broken[:10]:
+        typer.echo(f"skipped: {entry.problem}", err=True)
+    if len(broken) > 10:
+        typer.echo(f"skipped: {len(broken) - 10} more, see the column problem", err=True)
+    if blank := sum(not entry.prompt and not entry.problem for entry in entries):
+        typer.echo(f"{blank} pictures have no prompt: rewards that read one judged them by an empty one (--prompt, --prompts)", err=True)
+    if folder is not None:
+        typer.echo(f"{copied} pictures copied to {folder}", err=True)
+    if out:
+        typer.echo(f"all scores: {out / 'scores.csv'}", err=True)
