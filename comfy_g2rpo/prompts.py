@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 MAX_CHARACTERS = 2000
+MAX_COLUMNS, MAX_NAME, MAX_ITEMS, MAX_NUMBER = 32, 64, 64, 1e15
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -76,7 +77,10 @@ def split(prompts: Sequence[str], share: float, seed: int, name: str, notes: tup
 
 
 def read(path: Path) -> tuple[list[str], list[str]]:
-    """Read a .txt file (a prompt per line; blank and # lines skipped) or a .jsonl file ({"prompt": …}); return prompts and notes."""
+    """Read a .txt file (a prompt per line; blank and # lines skipped) or a .jsonl file ({"prompt": …}); return prompts and notes.
+
+    The other keys of a .jsonl row become the prompt's columns.
+    """
     path = Path(path)
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
@@ -84,24 +88,36 @@ def read(path: Path) -> tuple[list[str], list[str]]:
         raise PromptError(f"cannot read prompt file {path}: {(error.strerror or str(error)).lower()}; check the path") from error
     except UnicodeDecodeError as error:
         raise PromptError(f"prompt file {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    unique, repeated = prompts_of(lines, str(path), jsonl=path.suffix == ".jsonl")
+    found, repeated = prompts_of(lines, str(path), jsonl=path.suffix == ".jsonl")
+    unique = [_beside(prompt, path.parent) for prompt in found]
     return unique, [f"{path}: {repeated} repeated prompts were dropped"] if repeated else []
 
 
 def prompts_of(lines: Sequence[str], name: str, jsonl: bool = False) -> tuple[list[str], int]:
     """Take the distinct prompts of some lines; return them and how many were repeated."""
     parse = _json_prompt if jsonl else _text_prompt
-    found = []
+    found: dict[str, tuple[str, int]] = {}
+    count = 0
     for number, line in enumerate(lines, start=1):
         prompt = parse(line.strip(), f"{name}, line {number}")
         if len(prompt) > MAX_CHARACTERS:
             raise PromptError(f"{name}, line {number}: the prompt has {len(prompt)} characters; at most {MAX_CHARACTERS} are allowed")
-        if prompt:
-            found.append(prompt)
+        if not prompt:
+            continue
+        count += 1
+        first, line_of_first = found.setdefault(prompt, (prompt, number))
+        if columns_of(first) != columns_of(prompt):
+            both = f"{name}, lines {line_of_first} and {number}"
+            raise PromptError(f"{both} have the same prompt but different columns; remove one of them or reword it")
     if not found:
         raise PromptError(f"{name} holds no prompt; write one per line")
-    unique = list(dict.fromkeys(found))
-    return unique, len(found) - len(unique)
+    return [prompt for prompt, _ in found.values()], count - len(found)
+
+
+def _beside(prompt: str, folder: Path) -> str:
+    """Read a prompt's `reference` as a path beside the prompt file."""
+    given = columns_of(prompt).get("reference")
+    return Prompt(prompt, {**columns_of(prompt), "reference": str(folder / given)}) if isinstance(given, str) else prompt
 
 
 def _text_prompt(line: str, place: str) -> str:
@@ -120,7 +136,22 @@ def _json_prompt(line: str, place: str) -> str:
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise PromptError(f'{place} has no prompt; write {{"prompt": "…"}}')
-    return prompt.strip()
+    columns = {name: _column(value, f"{place}, column {name[:MAX_NAME]!a}") for name, value in row.items() if name != "prompt"}
+    if len(columns) > MAX_COLUMNS or any(len(name) > MAX_NAME for name in columns):
+        raise PromptError(f"{place}: at most {MAX_COLUMNS} columns with names of {MAX_NAME} characters are allowed")
+    return Prompt(prompt.strip(), columns) if columns else prompt.strip()
+
+
+def _column(value: Any, place: str, within: bool = False) -> Any:
+    """Check what a column holds: a text, a finite number, true, false, or a list of these."""
+    if isinstance(value, list) and not within and len(value) <= MAX_ITEMS:
+        return [_column(item, place, within=True) for item in value]
+    if isinstance(value, str) and len(value) <= MAX_CHARACTERS:
+        return value
+    if isinstance(value, (bool, int, float)) and abs(value) <= MAX_NUMBER:
+        return value
+    allowed = f"a text of at most {MAX_CHARACTERS} characters, a number, true, false, or a list of at most {MAX_ITEMS} of them"
+    raise PromptError(f"{place} is {json.dumps(value)[:40]}; write {allowed}")
 
 
 @dataclass(frozen=True)

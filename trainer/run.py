@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from comfy_g2rpo import __version__, lora
 from comfy_g2rpo.loop import Setup, World, finish, learn, make_learner, restore
 from comfy_g2rpo.prompts import load as load_prompts
-from comfy_g2rpo.rewards import RewardError
+from comfy_g2rpo.rewards import RewardError, check_prompts
 from comfy_g2rpo.runs import RunFolder, check_place
 from comfy_g2rpo.schedule import shifted_sigmas
 
@@ -63,6 +63,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
     heldout = Path(config.prompts.heldout) if config.prompts.heldout else None
     prompts = load_prompts(Path(config.prompts.train), heldout, config.prompts.heldout_share, config.train.seed)
     rewards, judges = build_all(config, accelerator.device, run)
+    check_prompts(judges, [*prompts.train, *prompts.heldout])
     policy = load_policy(config, accelerator.device)
     policy.add_lora(config.lora.rank, config.lora.alpha, config.train.seed, config.lora.targets != "attention")
     if config.lora.init:

@@ -3,17 +3,21 @@
 from difflib import get_close_matches
 
 from .judge import agreement, strict
-from .pixels import colourfulness, jpeg, sharpness
-from .protocol import MixedReward, Reward, RewardError, Rule, checked, mix, score_all
+from .pixels import colourfulness, exposure, jpeg, sharpness, symmetry, webp
+from .protocol import MixedReward, Reward, RewardError, Rule, check_prompts, checked, mix, score_all
+from .shapes import check_columns
 
 REWARDS: dict[str, Reward] = {
     reward.name: reward
     for reward in (
-        Rule("agreement", agreement, compares_across_prompts=True),
-        Rule("strict", strict, compares_across_prompts=True),
-        Rule("jpeg", jpeg, compares_across_prompts=False),
-        Rule("sharpness", sharpness, compares_across_prompts=False),
-        Rule("colourfulness", colourfulness, compares_across_prompts=False),
+        Rule("agreement", agreement, compares_across_prompts=True, check=check_columns),
+        Rule("strict", strict, compares_across_prompts=True, check=check_columns),
+        Rule("jpeg", jpeg, compares_across_prompts=False, note="ends in blank pictures"),
+        Rule("webp", webp, compares_across_prompts=False, note="ends in blank pictures"),
+        Rule("sharpness", sharpness, compares_across_prompts=False, note="ends in grain and checkerboards"),
+        Rule("colourfulness", colourfulness, compares_across_prompts=False, note="ends in saturated blotches"),
+        Rule("exposure", exposure, compares_across_prompts=False, note="ends in flat mid grey"),
+        Rule("symmetry", symmetry, compares_across_prompts=False, note="ends in kaleidoscopes and horizontal stripes"),
     )
 }
 
@@ -26,4 +30,4 @@ def load(name: str) -> Reward:
     return REWARDS[name]
 
 
-__all__ = ["REWARDS", "MixedReward", "Reward", "RewardError", "Rule", "checked", "load", "mix", "score_all"]
+__all__ = ["REWARDS", "MixedReward", "Reward", "RewardError", "Rule", "check_prompts", "checked", "load", "mix", "score_all"]

@@ -1,6 +1,6 @@
-"""Judge whether a picture of coloured shapes shows what its prompt asks for.
+"""Judge whether a picture of coloured shapes shows what its prompt, or the prompt's columns, ask for.
 
-    graded = (colour · shape · count [· relation])^(1/checks) · tidiness^(1/2),  every check in [.05, 1]
+    graded = (colour · shape · count [· relation])^(1/checks) · tidiness^(1/2),  every check in [.05, 1]; what is not asked for is no check
 
 The mean is geometric because an arithmetic one pays for a half-fixed picture. A missing object lowers colour, shape and count at once; a
 surplus one lowers count and tidiness, by about as much. What no asked-for object explains (surplus objects, specks, smears) is untidy.
@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, from_numpy
 
 from .detect import Objects, detect
-from .shapes import COLOURS, RELATIONS, SHAPES, Scene, parse
+from .shapes import COLOURS, RELATIONS, SHAPES, Scene, scene_of
 
 MAX_THINGS = 4
 FLOOR = 0.05  # of a check, so that one failure does not hide progress in the others
@@ -25,8 +25,12 @@ PASS_SHAPE, PASS_RELATION, PASS_TIDINESS = 0.5, 0.84, 0.9  # for the strict scor
 
 @dataclass(frozen=True)
 class Request:
-    """Hold scenes as arrays: colour, shape: [B, T] palette and shape index, -1 = no thing; axis: [B, 2], zero = no relation."""
+    """Hold scenes as arrays.
 
+    asked: [B, T], whether there is a thing at all; colour, shape: [B, T] palette and shape index, -1 = any; axis: [B, 2], 0 = no relation.
+    """
+
+    asked: np.ndarray
     colour: np.ndarray
     shape: np.ndarray
     axis: np.ndarray
@@ -45,43 +49,49 @@ class Checks:
 
 
 def agreement(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Grade colour, shape, count and relation of images [B, H, W, 3] in [0, 1]: [B] in [0, 1], NaN for a prompt outside the grammar."""
-    scenes = [parse(prompt) for prompt in prompts]
+    """Grade colour, shape, count and relation of images [B, H, W, 3] in [0, 1]: [B] in [0, 1], NaN for a prompt that asks for none."""
+    scenes = [scene_of(prompt) for prompt in prompts]
     request = request_of(scenes)
     checks = check(request, detect(images.cpu().numpy()))
-    related = request.axis.any(1)
+    related, coloured, shaped = request.axis.any(1), (request.colour >= 0).any(1), (request.shape >= 0).any(1)
     colour, shape, count, relation = (np.log(FLOOR + (1 - FLOOR) * c) for c in (checks.colour, checks.shape, checks.count, checks.relation))
-    mean_log = (colour + shape + count + related * relation) / (3 + related)
+    mean_log = (coloured * colour + shaped * shape + count + related * relation) / (1 + coloured + shaped + related)
     return _readable(np.exp(mean_log) * np.sqrt(checks.tidiness), scenes)
 
 
 def strict(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Give 1 where everything is as asked and nothing else is there, else 0: [B], NaN for a prompt outside the grammar."""
-    scenes = [parse(prompt) for prompt in prompts]
+    """Give 1 where everything is as asked and nothing else is there, else 0: [B], NaN as in `agreement`."""
+    scenes = [scene_of(prompt) for prompt in prompts]
     return _readable(check(request_of(scenes), detect(images.cpu().numpy())).exact, scenes)
 
 
 def request_of(scenes: list[Scene | None]) -> Request:
     """Lay scenes out as arrays."""
     colours, axis = list(COLOURS), np.zeros((len(scenes), 2))
-    colour, shape = np.full((2, len(scenes), MAX_THINGS), -1)
+    width = max([MAX_THINGS, *(len(scene.things) for scene in scenes if scene)])
+    colour, shape = np.full((2, len(scenes), width), -1)
+    asked = np.zeros((len(scenes), width), bool)
     for row, scene in enumerate(scenes):
         if scene is None:
             continue
         for column, thing in enumerate(scene.things):
-            colour[row, column], shape[row, column] = colours.index(thing.colour), SHAPES.index(thing.shape)
+            asked[row, column] = True
+            colour[row, column] = colours.index(thing.colour) if thing.colour else -1
+            shape[row, column] = SHAPES.index(thing.shape) if thing.shape else -1
         if scene.relation:
             axis[row] = RELATIONS[scene.relation]
-    return Request(colour, shape, axis)
+    return Request(asked, colour, shape, axis)
 
 
 def check(request: Request, found: Objects) -> Checks:
     """Compare what was asked for with what was found, thing by thing."""
-    asked = request.colour >= 0
+    asked = request.asked
     number, related = asked.sum(1), request.axis.any(1)
-    same_colour = (request.colour[:, :, None] == found.colour[:, None, :]) & asked[:, :, None]
+    there, any_colour = (found.colour >= 0)[:, None, :], (request.colour < 0)[:, :, None]
+    same_colour = (any_colour | (request.colour[:, :, None] == found.colour[:, None, :])) & there & asked[:, :, None]
     colour = same_colour * (found.vividness * found.presence)[:, None, :]
     asked_shape = np.take_along_axis(found.shape, np.maximum(request.shape, 0)[:, None, :], axis=2).swapaxes(1, 2)
+    asked_shape = np.where((request.shape < 0)[:, :, None], there, asked_shape)
     shape = asked_shape * found.presence[:, None, :] * asked[:, :, None]
     likeness = 0.6 * colour + 0.4 * shape
     chosen = match(likeness)

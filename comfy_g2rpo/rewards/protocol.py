@@ -46,6 +46,13 @@ class Rule:
     function: Callable[[Tensor, Sequence[str]], Tensor]
     compares_across_prompts: bool
     licence: str = "Apache-2.0"
+    note: str = ""
+    check: Callable[[Sequence[str]], None] | None = None
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts whose columns the rule cannot use."""
+        if self.check:
+            self.check(prompts)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images [B, H, W, 3] by prompts [B]: [B]."""
@@ -82,23 +89,33 @@ def embedder(rewards: Sequence[Reward]) -> Callable[[Tensor], Tensor] | None:
     return next((embed for reward in rewards if (embed := getattr(reward, "embed", None)) is not None), None)
 
 
+def check_prompts(rewards: Sequence[Reward], prompts: Sequence[str]) -> None:
+    """Let each reward that looks at prompts or their columns refuse them, by RewardError, before anything runs."""
+    for reward in rewards:
+        if check := getattr(reward, "check_prompts", None):
+            check(prompts)
+
+
 @dataclass(frozen=True)
 class MixedReward:
-    """Judge by the weighted sum of several rewards, in their own units; NaN where one of them cannot judge.
+    """Judge by the weighted sum, or the minimum, of several rewards in their own units; NaN where one cannot judge, or a gate fails.
 
-    For reading and ranking. Training weighs the z-scores of each reward instead (`advantages.integrate`), which no unit can dominate.
+    For one picture at a time. Z-scores, ranks and what a gate does in training need a group to compare with: `advantages.blend`.
     """
 
     rewards: tuple[Reward, ...]
     weights: tuple[float, ...]
+    mode: str = "sum"
+    gates: tuple[float | None, ...] = ()
 
     def __post_init__(self) -> None:
-        mix(torch.zeros(len(self.rewards), 0), self.weights)
+        mix(torch.zeros(len(self.rewards), 0), self.weights, self.mode, self.gates)
 
     @property
     def name(self) -> str:
         """Name the parts and their weights."""
-        return " + ".join(f"{weight:g} {reward.name}" for weight, reward in zip(self.weights, self.rewards, strict=True))
+        parts = [f"{weight:g} {reward.name}" for weight, reward in zip(self.weights, self.rewards, strict=True)]
+        return f"min({', '.join(parts)})" if self.mode == "minimum" else " + ".join(parts)
 
     @property
     def licence(self) -> str:
@@ -112,17 +129,32 @@ class MixedReward:
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images [B, H, W, 3] by prompts [B]: [B]."""
-        return mix(score_all(self.rewards, images, prompts), self.weights)
+        return mix(score_all(self.rewards, images, prompts), self.weights, self.mode, self.gates)
 
 
-def mix(scores: Tensor, weights: Sequence[float]) -> Tensor:
-    """Sum scores [R, …] by weights [R]: […]."""
+def mix(scores: Tensor, weights: Sequence[float], mode: str = "sum", gates: Sequence[float | None] = ()) -> Tensor:
+    """Mix scores [R, …] by weights [R] into their sum, or the minimum of those with a weight: […].
+
+    NaN where a score is missing or lies on the wrong side of its gate: below it or, for a negative weight, above.
+    """
+    if mode not in ("sum", "minimum"):
+        raise RewardError(f"mix is {mode[:40]!a}; single pictures can be judged by sum or minimum, the others need a group to compare with")
     weight = torch.tensor(weights, dtype=torch.float32)
     if len(weight) != len(scores):
         raise RewardError(f"weights has {len(weight)} entries for {len(scores)} rewards; give one per reward")
     if not weight.isfinite().all() or not weight.any():
         raise RewardError(f"weights {list(weights)} must be finite and not all zero; give one number per reward")
-    return torch.einsum("r,r...->...", weight, scores)
+    if len(gates) not in (0, len(scores)):
+        raise RewardError(f"gates has {len(gates)} entries for {len(scores)} rewards; give one per reward, or none")
+    if mode == "minimum":
+        used = weight != 0
+        mixed = (weight.view(-1, *[1] * (scores.ndim - 1)) * scores)[used].amin(0)
+    else:
+        mixed = torch.einsum("r,r...->...", weight, scores)
+    for row, each, gate in zip(scores, weights, gates or [None] * len(scores), strict=True):
+        if gate is not None:
+            mixed = torch.where((row > gate if each < 0 else row < gate) | row.isnan(), torch.nan, mixed)
+    return mixed
 
 
 def score_all(rewards: Sequence[Reward], images: Tensor, prompts: Sequence[str]) -> Tensor:
