@@ -80,11 +80,11 @@ def shaping(features: Tensor, rewards: Tensor, weight: float, clamp: float = 5.0
     return integrate(found[None], [weight], clamp, 1e-6)
 
 
-def describer(embed: Describe | None, wanted: str) -> Describe:
-    """Return the features that diversity is measured by: "embed", "pixels", or "auto" for embed where a reward has one."""
+def measure(embed: Describe | None, wanted: str) -> str:
+    """Return what shaping goes by, "embed" or "pixels"; "auto" is embed where a reward has one."""
     if wanted == "embed" and embed is None:
-        raise ValueError("method.diversity_by is embed, but no reward that is trained on has an embedding; choose pixels or auto")
-    return embed if embed is not None and wanted != "pixels" else pixel_features
+        raise ValueError("diversity_by is embed, but no reward that is trained on has an embedding; choose pixels or auto")
+    return "embed" if embed is not None and wanted != "pixels" else "pixels"
 
 
 def describe(images: Tensor, embed: Describe | None) -> dict[str, Tensor]:

@@ -3,58 +3,114 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .diversity import describe, spread
 from .pace import Pace
 from .plan import deterministic
 from .policy import Trainee
+from .probe import probe
+from .recipes import Recipe
 from .rewards import Reward
+from .rewards.protocol import embedder
 from .rollout import stream
-from .runs import RunFolder, Sample, read_json, write_json
+from .runs import PREVIEW, RunFolder, Sample, read_json, write_json
 from .scoring import Scorer, roll_out_and_score
 
 SHOWN_PROMPTS, SHOWN_NOISES = 8, 3
+PROBED_PROMPTS = 16
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores [R, prompts, noises] of the held-out prompts, and some of the pictures."""
+    """Scores [R, prompts, noises] of the held-out prompts, some of the pictures, and what the watch needs beside them.
+
+    `spread` holds diversity by prompt [prompts] under "<measure>/group" and "<measure>/set"; `noisy` is by how much the pictures of some
+    prompts score higher with the rollouts' exploration noise than without [R, some prompts]; `kl` is the velocity KL to the model without
+    adapter; `preview` is the same at another size.
+    """
 
     names: tuple[str, ...]
     prompts: tuple[str, ...]
     scores: Tensor
     samples: tuple[Sample, ...] = field(default=(), repr=False)
+    spread: Mapping[str, Tensor] = field(default_factory=dict)
+    noisy: Tensor | None = None
+    kl: float | None = None
+    preview: Evaluation | None = None
 
     def means(self) -> dict[str, float]:
         """Return each reward's mean."""
         return {name: scores.nanmean().item() for name, scores in zip(self.names, self.scores, strict=True)}
 
     def metrics(self) -> dict[str, float]:
-        """Return mean and half width of the 95 % interval over prompts, as a row of metrics."""
+        """Return mean and half width of the 95 % interval over prompts, as a row of metrics, and what the watch found."""
         row = {}
         for name, scores in zip(self.names, self.scores, strict=True):
             by_prompt = scores.nanmean(1)
             by_prompt = by_prompt[~by_prompt.isnan()]
             row[f"heldout/{name}/mean"] = scores.nanmean().item()
             row[f"heldout/{name}/ci95"] = 1.96 * by_prompt.std().item() / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else math.nan
-        return row
+        row |= {f"diversity/{name}": values.nanmean().item() for name, values in self.spread.items()}
+        if self.noisy is not None:
+            row |= {f"noise_gap/{name}": values.nanmean().item() for name, values in zip(self.names, self.noisy, strict=True)}
+        if self.preview is not None:
+            row |= {f"preview/{name}/mean": mean for name, mean in self.preview.means().items()}
+        return row | ({} if self.kl is None else {"kl/heldout": self.kl})
 
     def save(self, folder: RunFolder, step: int) -> None:
         """Write the scores, and the pictures, into the run folder."""
         folder.save_samples(step, self.samples)
-        scores = {name: table.tolist() for name, table in zip(self.names, self.scores, strict=True)}
-        write_json(folder.path / "images" / f"{step:06d}" / "scores.json", {"prompts": self.prompts, "scores": scores})
+        if self.preview is not None:
+            folder.save_samples(step, self.preview.samples, PREVIEW)
+        write_json(folder.path / "images" / f"{step:06d}" / "scores.json", self.content())
+
+    def content(self) -> dict[str, Any]:
+        """Return all but the pictures, as JSON holds it."""
+        made: dict[str, Any] = {"prompts": self.prompts, "scores": _by_name(self.names, self.scores)}
+        made["diversity"] = {name: values.tolist() for name, values in self.spread.items()}
+        made |= {} if self.noisy is None else {"noise_gap": _by_name(self.names, self.noisy)}
+        return made | {"kl": self.kl, "preview": None if self.preview is None else self.preview.content()}
 
     @classmethod
     def read(cls, folder: RunFolder, step: int) -> Evaluation:
         """Read the scores of a step."""
-        content = read_json(folder.path / "images" / f"{step:06d}" / "scores.json")
-        tables = [[[math.nan if value is None else value for value in row] for row in table] for table in content["scores"].values()]
-        return cls(tuple(content["scores"]), tuple(content["prompts"]), torch.tensor(tables))
+        return cls.of(read_json(folder.path / "images" / f"{step:06d}" / "scores.json"))
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Evaluation:
+        """Take what `content` returned; runs of before have scores alone."""
+        spread = {name: _numbers(values) for name, values in content.get("diversity", {}).items()}
+        noisy, preview = content.get("noise_gap"), content.get("preview")
+        return cls(
+            names=tuple(content["scores"]),
+            prompts=tuple(content["prompts"]),
+            scores=_numbers(list(content["scores"].values())),
+            spread=spread,
+            noisy=_numbers(list(noisy.values())) if noisy else None,
+            kl=content.get("kl"),
+            preview=cls.of(preview) if preview else None,
+        )
+
+
+def _by_name(names: Sequence[str], tables: Tensor) -> dict[str, Any]:
+    """Write a table per reward."""
+    return {name: table.tolist() for name, table in zip(names, tables, strict=True)}
+
+
+def _numbers(table: Any) -> Tensor:
+    """Read numbers at any depth, null as NaN."""
+
+    def known(value: Any) -> Any:
+        return [known(item) for item in value] if isinstance(value, list) else math.nan if value is None else value
+
+    return torch.tensor(known(table))
 
 
 def evaluate(
@@ -65,38 +121,90 @@ def evaluate(
     sigmas: Tensor,
     shape: Sequence[int],
     check: Callable[[], None] | None = None,
+    *,
+    recipe: Recipe | None = None,
+    preview: Sequence[int] | None = None,
 ) -> Evaluation:
-    """Score the deterministic samples of the held-out prompts from noises that every evaluation of a run shares."""
+    """Score the deterministic samples of the held-out prompts from noises that every evaluation of a run shares.
+
+    With the recipe of the run it measures what the watch needs, too; `preview` is a latent's shape for pictures of a second size.
+    """
     prompts = tuple(heldout[: pace.eval_prompts or None])
     rows = [(prompt, noise) for prompt in prompts for noise in range(pace.eval_noises)]
     seeds = [stream("evaluation", pace.seed, prompt, noise) for prompt, noise in rows]
     # Evenly spaced over the list, so that nobody chose them for their outcome.
     chosen = {round(i * len(prompts) / SHOWN_PROMPTS) for i in range(SHOWN_PROMPTS)}
     shown = {i for i in range(len(rows)) if i // pace.eval_noises in chosen and i % pace.eval_noises < SHOWN_NOISES}
+    look = partial(describe, embed=embedder(judges)) if recipe else None
+    scorer = draw(policy, judges, rows, seeds, sigmas, shape, pace, shown, check, look)
+    names = tuple(judge.name for judge in judges)
+    scores = scorer.scores[:, :, 0].reshape(len(judges), len(prompts), pace.eval_noises)
+    found: dict[str, Any] = {"spread": {}}
+    for measure, features in scorer.features.items():
+        by_prompt = features[:, 0].reshape(len(prompts), pace.eval_noises, -1)
+        found["spread"] |= {f"{measure}/{name}": values for name, values in spread(by_prompt).items()}
+    if recipe:
+        some = sorted({round(i * len(prompts) / PROBED_PROMPTS) for i in range(PROBED_PROMPTS)} & set(range(len(prompts))))
+        first = [p * pace.eval_noises for p in some]
+        texts, at = [prompts[p] for p in some], [seeds[i] for i in first]
+        noisy, found["kl"] = probe(policy, judges, texts, at, recipe, sigmas, shape, pace.slots, pace.decode_batch, check)
+        found["noisy"] = noisy - scorer.scores[:, first, 0]
+    if preview is not None:
+        some = sorted(chosen & set(range(len(prompts))))
+        at = [p * pace.eval_noises for p in some]
+        seen = [rows[i] for i in at]
+        larger = draw(policy, judges, seen, [seeds[i] for i in at], sigmas, preview, pace, range(len(at)), check)
+        previews = samples(names, seen, larger)
+        found["preview"] = Evaluation(names, tuple(prompts[p] for p in some), larger.scores, previews)
+    return Evaluation(names, prompts, scores, samples(names, rows, scorer), **found)
+
+
+def draw(
+    policy: Trainee,
+    judges: Sequence[Reward],
+    rows: Sequence[tuple[str, int]],
+    seeds: Sequence[int],
+    sigmas: Tensor,
+    shape: Sequence[int],
+    pace: Pace,
+    shown: Collection[int],
+    check: Callable[[], None] | None,
+    look: Callable[[Tensor], dict[str, Tensor]] | None = None,
+) -> Scorer:
+    """Draw and score one deterministic picture per row (prompt, noise)."""
     texts = [prompt for prompt, _ in rows]
-    scorer = Scorer(policy.decode, judges, texts, 1, pace.decode_batch, keep=shown, check=check)
+    scorer = Scorer(policy.decode, judges, texts, 1, pace.decode_batch, keep=shown, check=check, describe=look)
     plan = deterministic(len(sigmas) - 1)
     roll_out_and_score(policy, plan, sigmas, policy.encode(texts), seeds, shape, scorer, pace.slots, check)
-    names = tuple(judge.name for judge in judges)
+    return scorer
+
+
+def samples(names: Sequence[str], rows: Sequence[tuple[str, int]], scorer: Scorer) -> tuple[Sample, ...]:
+    """Return the pictures that were kept, with their scores."""
     scores = scorer.scores[:, :, 0]
-    samples = [
-        Sample(rows[i][0], rows[i][1], {name: scores[r, i].item() for r, name in enumerate(names)}, scorer.pictures[i, 0])
-        for i in sorted(shown)
-    ]
-    return Evaluation(names, prompts, scores.reshape(len(judges), len(prompts), pace.eval_noises), tuple(samples))
+    return tuple(
+        Sample(rows[i][0], rows[i][1], {name: scores[r, i].item() for r, name in enumerate(names)}, picture)
+        for (i, _), picture in sorted(scorer.pictures.items(), key=lambda item: item[0])
+    )
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
     """Return the paired gain of each reward: its mean, half width of the 95 % interval, and two-sided p of a t-test over prompts."""
-    from scipy.stats import t, ttest_rel
+    from scipy.stats import ttest_rel
 
     found = {}
     for name, old, new in zip(before.names, before.scores.nanmean(2), after.scores.nanmean(2), strict=True):
         valid = ~(old.isnan() | new.isnan())
-        gain, count = (new - old)[valid], int(valid.sum())
-        if count < 2:
-            found[name] = {"mean": gain.mean().item(), "ci95": math.nan, "p": math.nan}
-            continue
-        width = t.ppf(0.975, count - 1) * gain.std().item() / math.sqrt(count)
-        found[name] = {"mean": gain.mean().item(), "ci95": float(width), "p": float(ttest_rel(new[valid], old[valid]).pvalue)}
+        mean, width = interval(new - old)
+        found[name] = {"mean": mean, "ci95": width, "p": math.nan if width != width else float(ttest_rel(new[valid], old[valid]).pvalue)}
     return found
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """Return the mean of values [n] and the half width of its 95 % interval by Student's t; NaN does not count."""
+    from scipy.stats import t
+
+    known = values[~values.isnan()]
+    count = len(known)
+    width = t.ppf(0.975, count - 1) * known.std().item() / math.sqrt(count) if count > 1 else math.nan
+    return known.mean().item(), float(width)

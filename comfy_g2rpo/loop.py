@@ -15,16 +15,19 @@ from torch import Tensor
 
 from . import lora
 from .advantages import mixed, zero_std_share
+from .diversity import describe, mean_distance, measure, shaping
 from .evaluation import Evaluation, compare, evaluate
 from .pace import Pace
 from .policy import Trainee
 from .prompts import PromptCursor, Prompts
 from .recipes import Recipe, build_plan
 from .rewards import Reward, RewardError
+from .rewards.protocol import embedder
 from .rollout import stream
 from .runs import RunFolder, fitting, load_optimizer_tensors, optimizer_tensors, read_progress, write_state
 from .scoring import Scorer, roll_out_and_score
 from .update import records, update, update_average
+from .watch import Seen, best_step, evaluated, signs, standing
 
 try:
     import resource
@@ -66,6 +69,13 @@ class Setup:
     style: str = "diffusers"
     metadata: Mapping[str, str] = field(default_factory=dict)
     world: World = field(default_factory=World)
+    preview: tuple[int, ...] | None = None
+    """Shape of a latent at the preview size, where evaluations draw there, too."""
+
+    @property
+    def trained(self) -> dict[str, float]:
+        """Return the weights of the rewards that are trained on, by name."""
+        return {reward.name: weight for reward, weight in zip(self.rewards, self.weights, strict=True)}
 
 
 @dataclass
@@ -101,8 +111,22 @@ Check = Callable[[str], None]
 PHASES = ("rollout", "update", "evaluate")
 
 
+def preview_shape(pace: Pace, shape_of: Callable[[int, int], tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Return the shape of a latent at the preview size, by the host's own function of (width, height); None without previews."""
+    if not pace.preview_width and not pace.preview_height:
+        return None
+    size = f"preview_width and preview_height are {pace.preview_width}×{pace.preview_height}"
+    if not pace.preview_width or not pace.preview_height:
+        raise ValueError(f"{size}; give both, or 0 for none")
+    try:
+        return shape_of(pace.preview_width, pace.preview_height)
+    except ValueError as error:
+        raise ValueError(f"{size}, which the model cannot draw: {error}") from error
+
+
 def make_learner(setup: Setup) -> Learner:
     """Set up AdamW over the adapter."""
+    measure(embedder(setup.rewards), setup.recipe.diversity_by)
     parameters = setup.policy.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=setup.recipe.learning_rate, weight_decay=setup.recipe.weight_decay)
     return Learner(optimizer, [p.detach().clone() for p in parameters] if setup.recipe.ema else [])
@@ -121,13 +145,15 @@ def learn(
         if learner.step == 0 or (due(pace.eval_every, learner.step) and learner.step < pace.steps):
             # A run that was stopped while it looked looks again.
             look(setup, learner, folder, watcher, check)
-        while learner.step < pace.steps and not out_of_time(setup, learner):
+        halted = halt(setup, learner, folder, watcher)
+        while learner.step < pace.steps and not halted and not out_of_time(setup, learner):
             row = iterate(setup, learner, check)
             if setup.world.speaks:
                 folder.append(row)
             watcher.step(row)
             if due(pace.eval_every, learner.step) and learner.step < pace.steps:
                 look(setup, learner, folder, watcher, check)
+                halted = halt(setup, learner, folder, watcher)
             if due(pace.checkpoint_every, learner.step):
                 save(setup, learner, folder)
     except stops:
@@ -145,15 +171,21 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
     conds = policy.encode(prompts)
     plan = build_plan(recipe, learner.step, pace.seed)
     rolling = partial(check, "rollout")
-    scorer = Scorer(policy.decode, setup.rewards, prompts, len(plan.images), pace.decode_batch, check=rolling)
+    scorer = Scorer(policy.decode, setup.rewards, prompts, len(plan.images), pace.decode_batch, check=rolling, describe=described(setup))
     rollout = roll_out_and_score(policy, plan, setup.sigmas, conds, seeds, setup.shape, scorer, pace.slots, rolling)
     rolled = time.perf_counter()
     rewards = [plan.values(scorer.scores[:, p]) for p in range(len(prompts))]
     everywhere = setup.world.gather(scorer.scores)
     if everywhere.isnan().all():
         raise RewardError(f"rewards judged none of the {everywhere[0].numel()} pictures of step {learner.step + 1}; check the prompts")
+    dropped = dropped_share(setup, everywhere, learner.step + 1)
     scale = [plan.values(scores) for scores in everywhere.unbind(1)] if recipe.std == "global" else None
     advantages = mixed(rewards, setup.weights, recipe.mix, setup.gates, recipe.clamp, recipe.std_floor, scale)
+    features = {name: [plan.values(table.T).movedim(0, -1) for table in tables] for name, tables in scorer.features.items()}
+    if recipe.diversity_weight:
+        unlike = features[measure(embedder(setup.rewards), recipe.diversity_by)]
+        extra = [shaping(f, reward, recipe.diversity_weight, recipe.clamp) for f, reward in zip(unlike, rewards, strict=True)]
+        advantages = [advantage + more for advantage, more in zip(advantages, extra, strict=True)]
     made = records(rollout, advantages, step_weight=recipe.step_weight, samples=recipe.objective == "clip")
     with undone_on_error(setup, learner), policy.training():
         learning = {"micro_batch": pace.micro_batch, "reduce": setup.world.reduce, "check": partial(check, "update")}
@@ -167,9 +199,32 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
     row: dict[str, float] = {"step": learner.step} | reward_metrics(setup.rewards, everywhere)
     row["advantage/abs_mean"] = torch.stack(advantages).abs().mean().item()
     row["zero_std_share"] = sum(zero_std_share(reward, recipe.std_floor) for reward in rewards) / len(rewards)
+    row["dropped_share"] = dropped
+    if "pixels" in features:
+        row["diversity/group"] = torch.stack([mean_distance(f.movedim(2, 1)).nanmean() for f in features["pixels"]]).nanmean().item()
     judged = scorer.seconds["decode"] + scorer.seconds["reward"]
     times = {"rollout": rolled - begin - judged, **scorer.seconds, "update": updated - rolled}
     return row | stats | {"nfe": rollout.nfe} | {f"time/{k}": v for k, v in times.items()} | {"memory/peak": peak_memory(policy.device)}
+
+
+def described(setup: Setup) -> Callable[[Tensor], dict[str, Tensor]] | None:
+    """Return what measures the pictures of a rollout: a reward's embedding only where advantages need it, for it costs another forward."""
+    if not setup.recipe.diversity_weight:
+        return None if setup.pace.watch == "off" else partial(describe, embed=None)
+    embed = embedder(setup.rewards)
+    return partial(describe, embed=embed if measure(embed, setup.recipe.diversity_by) == "embed" else None)
+
+
+def dropped_share(setup: Setup, scores: Tensor, step: int) -> float:
+    """Return the share of pictures that the least able reward could not judge, scores [R, P, images]; RewardError above `max_dropped`."""
+    shares = scores.isnan().flatten(1).float().mean(1)
+    worst = int(shares.argmax())
+    if shares[worst] > setup.pace.max_dropped:
+        much = f"could not judge {shares[worst]:.0%} of the {scores[0].numel()} pictures of step {step}"
+        allowed = f"max_dropped allows {setup.pace.max_dropped:.0%}"
+        remedy = "mend the reward or its prompts, or raise max_dropped, and resume the run"
+        raise RewardError(f"reward '{setup.rewards[worst].name}' {much}, and {allowed}; {remedy}")
+    return shares[worst].item()
 
 
 def reward_metrics(rewards: Sequence[Reward], scores: Tensor) -> dict[str, float]:
@@ -226,21 +281,65 @@ def averaged(setup: Setup, learner: Learner) -> Iterator[None]:
 
 
 def look(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, check: Check) -> None:
-    """Evaluate on the held-out prompts, unless this step has been; keep scores, pictures and a row of metrics."""
+    """Evaluate on the held-out prompts, unless this step has been; keep scores, pictures and a row of metrics, and the best checkpoint."""
     if not setup.world.speaks or not setup.prompts.heldout or looked(folder, learner.step):
         return
+    recipe = None if setup.pace.watch == "off" else setup.recipe
     with averaged(setup, learner):
-        looking = partial(check, "evaluate")
-        evaluation = evaluate(setup.policy, setup.judges, setup.prompts.heldout, setup.pace, setup.sigmas, setup.shape, looking)
+        evaluation = evaluate(
+            setup.policy,
+            setup.judges,
+            setup.prompts.heldout,
+            setup.pace,
+            setup.sigmas,
+            setup.shape,
+            partial(check, "evaluate"),
+            recipe=recipe,
+            preview=setup.preview,
+        )
     evaluation.save(folder, learner.step)
     row = {"step": learner.step} | evaluation.metrics()
+    if recipe:
+        row |= notice(setup, folder, evaluation)
     folder.append(row)
+    if recipe and best_step(folder.metrics(), setup.trained) == learner.step:
+        save(setup, learner, folder)
     watcher.step(row)
+    if text := row.get("alarm") or row.get("sign"):
+        watcher.note(f"{'ALARM' if 'alarm' in row else 'watch'}, step {learner.step}: {text}")
+
+
+def notice(setup: Setup, folder: RunFolder, now: Evaluation) -> dict[str, Any]:
+    """Compare an evaluation with those before it, which the run folder holds; return what the watch adds to its row."""
+    rows = folder.metrics()
+    looks = evaluated(rows)
+    if not looks:
+        return {}
+    first, best = int(looks[0]["step"]), best_step(rows, setup.trained)
+    base = Evaluation.read(folder, first)
+    if (base.names, base.prompts) != (now.names, now.prompts):
+        return {}
+    seen = Seen(base, base if best == first else Evaluation.read(folder, best), now, best, setup.trained, setup.pace, rows)
+    return standing(signs(seen), looks[-1], setup.pace.patience)
+
+
+def halt(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher) -> bool:
+    """Say, in every process alike, whether the evaluation of this step raised an alarm that stops the run."""
+    alarm = setup.world.speaks and setup.pace.watch == "stop" and alarm_at(folder.metrics(), learner.step)
+    if not setup.world.gather(torch.tensor([[[float(bool(alarm))]]])).any():
+        return False
+    watcher.note(f"stopped by the watch at step {learner.step}; watch = warn goes on")
+    return True
+
+
+def alarm_at(rows: Sequence[Mapping[str, Any]], step: int) -> str:
+    """Return the alarm of a step's evaluation, or nothing."""
+    return next((str(row["alarm"]) for row in rows if row.get("step") == step and row.get("alarm")), "")
 
 
 def looked(folder: RunFolder, step: int) -> bool:
     """Say whether a step has its row of held-out metrics."""
-    return any(key.startswith("heldout/") for row in folder.metrics() if row.get("step") == step for key in row)
+    return any(row.get("step") == step for row in evaluated(folder.metrics()))
 
 
 def finish(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, check: Check, name: str) -> dict[str, Any]:
@@ -249,26 +348,42 @@ def finish(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, 
     setup.world.wait()
     if not setup.world.speaks:
         return {}
-    steps = [old for old in folder.metrics() if "nfe" in old]
+    rows = folder.metrics()
+    steps = [old for old in rows if "nfe" in old]
     names = [reward.name for reward in setup.rewards]
     ends = {"before": steps[: max(len(steps) // 10, 1)], "after": steps[-max(len(steps) // 10, 1) :]}
     summary: dict[str, Any] = {"recipe": name, "steps": learner.step, "seed": setup.pace.seed}
-    for when, rows in ends.items():
-        summary[f"reward_{when}"] = {n: sum(old[f"reward/{n}/mean"] for old in rows) / len(rows) for n in names}
+    for when, part in ends.items():
+        summary[f"reward_{when}"] = {n: sum(old[f"reward/{n}/mean"] for old in part) / len(part) for n in names}
+    summary |= verdict(setup, learner, folder)
     if setup.prompts.heldout:
-        before, after = Evaluation.read(folder, 0), Evaluation.read(folder, learner.step)
+        before, after = Evaluation.read(folder, 0), Evaluation.read(folder, summary["lora_step"])
         summary |= {"heldout_before": before.means(), "heldout_after": after.means(), "heldout_gain": compare(before, after)}
-    summary |= {
-        "seconds": learner.seconds,
-        "forwards": learner.forwards,
-        "lora": f"{folder.latest().relative_to(folder.path)}/lora.safetensors",
-    }
+    summary |= {"seconds": learner.seconds, "forwards": learner.forwards}
     folder.save_summary(summary)
     return summary
 
 
+def verdict(setup: Setup, learner: Learner, folder: RunFolder) -> dict[str, Any]:
+    """Return what ended the run, what the watch saw, and the LoRA to use: the best where the watch ended the run, else the last."""
+    rows = folder.metrics()
+    best = best_step(rows, setup.trained)
+    stopped = setup.pace.watch == "stop" and bool(alarm_at(rows, learner.step))
+    saved = {int(place.name): place for place in folder.saved()}
+    chosen = saved[best] if stopped and best in saved else folder.latest()
+    looks = evaluated(rows)
+    return {
+        "stopped_by": "watch" if stopped else "steps" if learner.step >= setup.pace.steps else "minutes",
+        "best_step": best,
+        "alarms": [{"step": row["step"], "text": row["alarm"]} for row in looks if row.get("alarm")],
+        "sign": looks[-1].get("sign", "") if looks else "",
+        "lora_step": int(chosen.name),
+        "lora": f"{chosen.relative_to(folder.path)}/lora.safetensors",
+    }
+
+
 def save(setup: Setup, learner: Learner, folder: RunFolder) -> None:
-    """Write a checkpoint: the adapter as a LoRA file, and all that a bit-equal continuation needs."""
+    """Write a checkpoint: the adapter as a LoRA file, and all that a bit-equal continuation needs. The best one stays beside the newest."""
     if not setup.world.speaks or (folder.latest() and int(folder.latest().name) == learner.step):
         return
     tensors = {f"parameter/{i}": p.detach() for i, p in enumerate(setup.policy.parameters())} | optimizer_tensors(learner.optimizer)
@@ -281,7 +396,8 @@ def save(setup: Setup, learner: Learner, folder: RunFolder) -> None:
             lora.write(path / "lora.safetensors", setup.policy.pairs(), setup.alpha, style=setup.style, metadata=metadata)
         write_state(path, tensors, progress)
 
-    folder.save_checkpoint(learner.step, write, keep_last=setup.pace.keep_checkpoints)
+    best = None if setup.pace.watch == "off" else best_step(folder.metrics(), setup.trained)
+    folder.save_checkpoint(learner.step, write, keep_last=setup.pace.keep_checkpoints, keep=best)
 
 
 def restore(setup: Setup, learner: Learner, folder: RunFolder) -> None:

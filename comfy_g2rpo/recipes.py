@@ -71,6 +71,14 @@ class Recipe:
     )
     std_floor: float = option(1e-8, "Added to that deviation, in units of the reward; a group that spreads less teaches nothing.", 0, 1e6)
     clamp: float = option(5.0, "Bound on the absolute advantage.", 0.01, 1000)
+    diversity_weight: float = option(
+        0.0, "Weight of being unlike the rest of the group, against 1 for a reward (SetPO); 0 turns it off.", 0, 1000
+    )
+    diversity_by: str = option(
+        "auto",
+        "What pictures are compared by: pixels, the embedding of a reward model, or that one where a reward has it.",
+        choices=("auto", "pixels", "embed"),
+    )
     step_weight: str = option(
         "uniform",
         "Weight of a step: uniform, by its noise level, or such that every step's gradient has one scale.",

@@ -35,8 +35,11 @@ from torch import Tensor
 SCHEMA = "g2rpo-metrics/1"
 HEADER_BYTES = 8 * 2**20
 HEADER_TENSORS = 20_000
-MAY_CHANGE = {"train": ("steps", "minutes", "eval_every", "checkpoint_every", "keep_checkpoints")}
+LENGTH = ("steps", "minutes", "eval_every", "checkpoint_every", "keep_checkpoints")
+WATCHING = ("watch", "patience", "min_fall", "min_diversity", "max_dropped", "preview_width", "preview_height")
+MAY_CHANGE = {"train": LENGTH + WATCHING}
 OPTIMIZER_KEY = re.compile(r"optimizer/([0-9]{1,6})/(step|exp_avg|exp_avg_sq)")
+PREVIEW = "preview"
 CHECKPOINT_FILES = ("lora.safetensors", "state.safetensors", "state.json")
 
 METRICS = {
@@ -47,7 +50,17 @@ METRICS = {
     "heldout/<name>/ci95": "Half width of its 95 % confidence interval.",
     "advantage/abs_mean": "Mean absolute advantage.",
     "zero_std_share": "Share of groups whose rewards are all equal and that therefore teach nothing.",
-    "kl/velocity": "Mean squared difference of the velocities with and without the adapter.",
+    "kl/velocity": "Mean squared difference of the velocities with and without the adapter, over the states that were trained on.",
+    "kl/heldout": "The same over states of held-out prompts: how far the model has moved. Growth without held-out gain is drift.",
+    "diversity/group": "Mean distance of the pictures of a group from one another (RMS of reduced pixels, 0 to 1).",
+    "diversity/<measure>/group": "The same over a held-out prompt's noises; measure: pixels, or the reward tower's embed (0 to 2).",
+    "diversity/<measure>/set": "Mean distance of a held-out prompt's pictures from other prompts' pictures.",
+    "noise_gap/<name>": "How much higher held-out pictures score with the rollouts' exploration noise than without.",
+    "preview/<name>/mean": "Mean reward of some held-out prompts at the preview size.",
+    "dropped_share": "Share of the step's pictures that a reward could not judge.",
+    "alarm/<kind>": "Evaluations in a row that have shown this sign of hacking.",
+    "sign": "What the watch has noticed at this evaluation, in words.",
+    "alarm": "The same, once it has lasted for `patience` evaluations.",
     "ratio/mean": "Mean probability ratio (clipped objective); 1 at the first update by construction.",
     "ratio/max_deviation": "Largest distance of a ratio from 1.",
     "clip_share": "Share of samples whose ratio was clipped.",
@@ -348,8 +361,8 @@ class RunFolder:
         kept = [json.dumps(row, ensure_ascii=False) for row in self.metrics() if row.get("step", 0) <= step]
         write_bytes(self.metrics_file, ("\n".join([json.dumps({"schema": SCHEMA}), *kept]) + "\n").encode(errors="replace"))
 
-    def save_checkpoint(self, step: int, write: Callable[[Path], None], keep_last: int = 0) -> Path:
-        """Have `write` fill a folder and move it into place whole; of older ones only the last `keep_last` stay (0 keeps all)."""
+    def save_checkpoint(self, step: int, write: Callable[[Path], None], keep_last: int = 0, keep: int | None = None) -> Path:
+        """Have `write` fill a folder and move it into place whole; of older ones the last `keep_last` (0 is all) and step `keep` stay."""
         place = self.checkpoints / f"{step:06d}"
         with _writing(place):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -364,7 +377,8 @@ class RunFolder:
                 shutil.rmtree(filling, ignore_errors=True)
                 shutil.rmtree(filling.with_name(f".replaced-{step}"), ignore_errors=True)
             for old in self.saved()[:-keep_last] if keep_last else []:
-                shutil.rmtree(old)
+                if int(old.name) != keep:
+                    shutil.rmtree(old)
         return place
 
     def saved(self) -> list[Path]:
@@ -377,22 +391,30 @@ class RunFolder:
         """Return the newest complete checkpoint."""
         return self.saved()[-1] if self.saved() else None
 
-    def save_samples(self, step: int, samples: Iterable[Sample]) -> None:
-        """Write the pictures of a step and their index."""
-        folder, index = self.path / "images" / f"{step:06d}", []
+    def outcome(self) -> Path | None:
+        """Return the checkpoint that a finished run recommends (the best one where the watch ended it), else the newest."""
+        newest, summary = self.latest(), self.summary()
+        if newest is None or summary.get("steps") != int(newest.name):
+            return newest
+        return next((place for place in self.saved() if int(place.name) == summary.get("lora_step")), newest)
+
+    def save_samples(self, step: int, samples: Iterable[Sample], kind: str = "") -> None:
+        """Write the pictures of a step and their index; a kind, such as PREVIEW, has a folder of its own beneath."""
+        folder, index = self.path / "images" / f"{step:06d}" / kind, []
         for i, sample in enumerate(samples):
             save_png(folder / f"{i:03d}.png", sample.image)
             index.append({"file": f"{i:03d}.png", "prompt": sample.prompt, "seed": sample.seed, "scores": sample.scores})
         write_json(folder / "index.json", index)
 
-    def samples(self, step: int) -> list[Sample]:
+    def samples(self, step: int, kind: str = "") -> list[Sample]:
         """Read the index of a step's pictures."""
-        folder = self.path / "images" / f"{step:06d}"
+        folder = self.path / "images" / f"{step:06d}" / kind
         return [Sample(row["prompt"], row["seed"], row["scores"], path=folder / row["file"]) for row in read_json(folder / "index.json")]
 
-    def sampled_steps(self) -> list[int]:
+    def sampled_steps(self, kind: str = "") -> list[int]:
         """List the steps that have pictures."""
-        return sorted(int(path.parent.name) for path in (self.path / "images").glob("[0-9]*/index.json"))
+        indices = [path / kind / "index.json" for path in (self.path / "images").glob("[0-9]*")]
+        return sorted(int(index.relative_to(self.path / "images").parts[0]) for index in indices if index.is_file())
 
 
 def check_place(path: Path, replace: bool = False) -> None:

@@ -273,8 +273,8 @@ def save(wire: dict[str, Tensor], name: str, style: str, model: Any, run: str | 
         place = run_place(run)
         if not is_run(place):
             raise ValueError(f"run: there is no run named {run[:80]!a}; connect the output of Train LoRA")
-        newest = RunFolder(place).latest()
-        notes = lora.read(newest / "lora.safetensors").metadata if newest else {}
+        chosen = RunFolder(place).outcome()
+        notes = lora.read(chosen / "lora.safetensors").metadata if chosen else {}
     place = fresh_lora(name, "name")
     if style == "diffusers":
         if model is None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..comfy_g2rpo import __version__, lora, recipes, settings
-from ..comfy_g2rpo.loop import Setup, finish, learn, make_learner, restore
+from ..comfy_g2rpo.loop import Setup, finish, learn, make_learner, preview_shape, restore
 from ..comfy_g2rpo.pace import Pace
 from ..comfy_g2rpo.prompts import Prompts, prompts_of, refuse_common, split
 from ..comfy_g2rpo.recipes import Recipe, build_plan
@@ -84,11 +84,14 @@ def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tupl
         live.expected = expected(setup)
         try:
             learn(setup, learner, folder, live, live.check, (*STOPS, RewardError))
-            live.finish(finish(setup, learner, folder, live, live.check, wanted.recipe))
+            summary = finish(setup, learner, folder, live, live.check, wanted.recipe)
+            live.finish(summary)
         except STOPS:
             live.stopped()
             raise
-    file = lora.read(folder.latest() / "lora.safetensors")
+    if summary["stopped_by"] == "watch":
+        say(f"stopped by the watch, LoRA of step {summary['lora_step']}: {summary['alarms'][-1]['text']}")
+    file = lora.read(folder.outcome() / "lora.safetensors")
     publish(folder, name)
     rank = wanted.rank
     return folder, Adapter({n: file.pairs[n] for n in setup.policy.pairs()}, rank, float(rank), wanted.targets)
@@ -127,6 +130,7 @@ def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
         alpha=wanted.alpha,
         style="native",
         metadata=metadata(wanted.model, wanted.recipe, rewards),
+        preview=preview_shape(pace, policy.latent_shape),
     )
     return setup, describe(wanted, setup, rewards, list(judges))
 
@@ -276,10 +280,10 @@ def metadata(model: Any, recipe: str, rewards: dict[str, float]) -> dict[str, st
 
 
 def publish(folder: RunFolder, name: str) -> Path:
-    """Put the newest LoRA where LoraLoader lists it, unless it is there already."""
-    newest = folder.latest()
-    content = (newest / "lora.safetensors").read_bytes()
-    stem = f"{name[:48]}_{int(newest.name):06d}"
+    """Put the run's LoRA where LoraLoader lists it, unless it is there already."""
+    chosen = folder.outcome()
+    content = (chosen / "lora.safetensors").read_bytes()
+    stem = f"{name[:48]}_{int(chosen.name):06d}"
     place = contained(loras_root(), f"{stem}.safetensors", "run")
     if place.is_file() and place.read_bytes() == content:
         return place

@@ -93,7 +93,7 @@ def sample(
     prompt: Annotated[list[str], typer.Option(help="What to draw; repeat for several pictures.")],
     recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="Recipe, or run folder, whose model and schedule are used.")] = "demo",
     model: Annotated[str | None, typer.Option(help="Folder of another model.")] = None,
-    lora: Annotated[Path | None, typer.Option(help="LoRA file [default for a run: its newest].")] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA file [default for a run: its result].")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the start noise.")] = 0,
     out: Annotated[Path, typer.Option(help="PNG to write; several pictures are numbered.")] = Path("sample.png"),
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite existing pictures.")] = False,
@@ -149,7 +149,7 @@ def version() -> None:
 
 
 def configuration(source: str, settings: list[str]) -> tuple[Config, Path | None]:
-    """Load a recipe, or what a run was made with together with its newest LoRA."""
+    """Load a recipe, or what a run was made with together with its LoRA: the best where the watch ended it, else the newest."""
     from comfy_g2rpo.runs import RunFolder, is_run
 
     from .config import apply_overrides, from_dict, load
@@ -157,8 +157,8 @@ def configuration(source: str, settings: list[str]) -> tuple[Config, Path | None
     if not is_run(Path(source)):
         return load(source, settings), None
     run = RunFolder(Path(source))
-    newest = run.latest()
-    return from_dict(apply_overrides(run.config()["config"], settings)), newest and newest / "lora.safetensors"
+    place = run.outcome()
+    return from_dict(apply_overrides(run.config()["config"], settings)), place and place / "lora.safetensors"
 
 
 def quieten_libraries() -> None:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from comfy_g2rpo import __version__, lora
-from comfy_g2rpo.loop import Setup, World, finish, learn, make_learner, restore
+from comfy_g2rpo.loop import Setup, World, finish, learn, make_learner, preview_shape, restore
 from comfy_g2rpo.prompts import load as load_prompts
 from comfy_g2rpo.rewards import RewardError, check_prompts
 from comfy_g2rpo.runs import RunFolder, check_place
@@ -70,9 +70,10 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
         continue_from(policy, Path(config.lora.init), config.lora.alpha / config.lora.rank)
     policy.encode([*prompts.train, *prompts.heldout])
     policy.drop_text_encoders()
+    pace = make_pace(config)
     return Setup(
         recipe=recipe,
-        pace=make_pace(config),
+        pace=pace,
         policy=policy,
         rewards=rewards,
         weights=tuple(reward.weight for reward in config.rewards),
@@ -89,6 +90,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
             "g2rpo.rewards": ", ".join(f"{reward.weight:g} {reward.name}" for reward in config.rewards),
         },
         world=world(accelerator),
+        preview=preview_shape(pace, policy.latent_shape),
     )
 
 

@@ -1,0 +1,219 @@
+"""Is the model getting better, or gaming its reward? Signs at an evaluation, alarms where they last, and the best step so far.
+
+Pure functions of evaluations and of rows of metrics, so that what the watch knows is what the run folder holds. A change counts where its
+95 % interval over prompts (paired, Student's t) leaves out 0, and a fall must be `min_fall` standard deviations besides: one is that of the
+untrained model's scores over prompts. Rewards that are trained on are judged together, by their weights, and a weight below 0 turns its
+reward round. Rewards that only measure are judged each by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .evaluation import Evaluation, interval
+from .pace import Pace
+
+TREND = 5  # training steps, at least, that are averaged to see a trend
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the watch goes by: evaluations of the untrained model, the best step so far and now, the trained rewards' weights, the rows."""
+
+    base: Evaluation
+    best: Evaluation
+    now: Evaluation
+    best_step: int
+    weights: Mapping[str, float]
+    pace: Pace
+    rows: Sequence[Row] = ()
+
+    @property
+    def trained(self) -> str:
+        """Name the trained rewards."""
+        return " and ".join(name for name in self.now.names if name in self.weights)
+
+    def since(self, step: int) -> str:
+        """Say since when."""
+        return f"since step {step}" if step else "against the untrained model"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A mean change over prompts and the half width of its 95 % interval."""
+
+    mean: float
+    width: float
+
+    @property
+    def rose(self) -> bool:
+        """Say whether it is above 0 beyond chance."""
+        return self.mean > self.width
+
+    def fell(self, least: float = 0.0) -> bool:
+        """Say whether it is below 0 beyond chance, and by `least`."""
+        return self.mean < -self.width and self.mean <= -least
+
+    def __str__(self) -> str:
+        return f"{abs(self.mean):.3g} ± {self.width:.2g}"
+
+
+def changes(values: Tensor) -> Change:
+    """Summarise the changes [P] of single prompts."""
+    return Change(*interval(values)) if (~values.isnan()).any() else Change(math.nan, math.nan)
+
+
+def unit(base: Evaluation, name: str) -> float:
+    """Return the standard deviation over prompts of a reward of the untrained model; 1 where there is none to go by."""
+    by_prompt = base.scores[base.names.index(name)].nanmean(1)
+    known = by_prompt[~by_prompt.isnan()]
+    return (known.std().item() if len(known) > 1 else 0.0) or 1.0
+
+
+def together(base: Evaluation, weights: Mapping[str, float], change: Tensor) -> Tensor:
+    """Weigh the trained rewards' changes [R, P] into one [P], in standard deviations: Σ w·change/unit over Σ|w|."""
+    used = [(r, weights[name]) for r, name in enumerate(base.names) if weights.get(name)]
+    weighed = [w / unit(base, base.names[r]) * change[r] for r, w in used]
+    return sum(weighed, torch.zeros(change.shape[1])) / (sum(abs(w) for _, w in used) or 1.0)
+
+
+def gained(seen: Seen, before: Evaluation, after: Evaluation) -> Change:
+    """Return how the trained rewards changed on held-out prompts, in standard deviations."""
+    return changes(together(seen.base, seen.weights, after.scores.nanmean(2) - before.scores.nanmean(2)))
+
+
+def hacking(seen: Seen) -> str | None:
+    """Notice that the trained rewards rose on held-out prompts while one that only measures fell."""
+    for step, before in ((seen.best_step, seen.best), (0, seen.base)):
+        rise = gained(seen, before, seen.now)
+        for r, name in enumerate(seen.now.names) if rise.rose else ():
+            fall = changes(seen.now.scores[r].nanmean(1) - before.scores[r].nanmean(1))
+            if name not in seen.weights and fall.fell(seen.pace.min_fall * unit(seen.base, name)):
+                rises = f"while {seen.trained}, which is trained on, rose"
+                return f"held-out {name} fell by {fall} {seen.since(step)} {rises}: the model games its reward"
+    return None
+
+
+def memorising(seen: Seen) -> str | None:
+    """Notice that the trained rewards rose in training and fell on held-out prompts."""
+    fall = gained(seen, seen.base, seen.now)
+    if fall.fell(seen.pace.min_fall) and rising(seen.rows, seen.weights):
+        rise = f"{seen.trained} rose in training"
+        return f"{rise} and fell on held-out prompts by {fall} standard deviations: the model memorises its prompts"
+    return None
+
+
+def unlearning(seen: Seen) -> str | None:
+    """Notice that the trained rewards fell below the untrained model, in training as on held-out prompts."""
+    fall = gained(seen, seen.base, seen.now)
+    if fall.fell(seen.pace.min_fall) and not rising(seen.rows, seen.weights):
+        worse = f"held-out {seen.trained} lies {fall} standard deviations below the untrained model"
+        return f"{worse}: training has gone wrong; a lower learning_rate may help"
+    return None
+
+
+def noise(seen: Seen) -> str | None:
+    """Notice that the trained rewards rose for pictures with exploration noise, and not for those that a user draws."""
+    if seen.base.noisy is None or seen.now.noisy is None:
+        return None
+    gap = changes(together(seen.base, seen.weights, seen.now.noisy - seen.base.noisy))
+    if gap.rose and gap.mean >= seen.pace.min_fall and not gained(seen, seen.base, seen.now).rose:
+        return f"{seen.trained} rose for pictures with exploration noise alone, by {gap} standard deviations: what you draw does not gain"
+    return None
+
+
+def collapse(seen: Seen) -> str | None:
+    """Notice that pictures have become alike: of a prompt's noises, or of different prompts."""
+    for key in seen.now.spread.keys() & seen.base.spread.keys() if seen.pace.min_diversity else ():
+        before, after = seen.base.spread[key], seen.now.spread[key]
+        if changes(after - seen.pace.min_diversity * before).fell():
+            measure, _, of = key.partition("/")
+            what = "different prompts" if of == "set" else "one prompt"
+            share = (after.nanmean() / before.nanmean()).item()
+            return f"pictures of {what} have become alike: {share:.0%} of the untrained model's diversity is left ({measure})"
+    return None
+
+
+def size(seen: Seen) -> str | None:
+    """Notice that the trained rewards rose at the training size and fell at the preview size."""
+    if seen.base.preview is None or seen.now.preview is None or not gained(seen, seen.base, seen.now).rose:
+        return None
+    fall = gained(seen, seen.base.preview, seen.now.preview)
+    if fall.fell(seen.pace.min_fall):
+        return f"{seen.trained} rose at the training size and fell at the preview size by {fall} standard deviations: look for grids there"
+    return None
+
+
+SIGNS: dict[str, Callable[[Seen], str | None]] = {
+    "hacking": hacking,
+    "memorising": memorising,
+    "unlearning": unlearning,
+    "noise": noise,
+    "collapse": collapse,
+    "size": size,
+}
+
+
+def signs(seen: Seen) -> dict[str, str]:
+    """Return what an evaluation shows, by kind, in words."""
+    return {kind: text for kind, look in SIGNS.items() if (text := look(seen)) is not None}
+
+
+def rising(rows: Sequence[Row], weights: Mapping[str, float]) -> bool:
+    """Say whether the trained rewards rose over the training steps: the last tenth of them against the first, at least TREND each."""
+    steps = [row for row in rows if "nfe" in row]
+    count = max(len(steps) // 10, TREND)
+    if len(steps) < 2 * count:
+        return False
+    total = 0.0
+    for name, weight in weights.items():
+        series = [value for row in steps if (value := row.get(f"reward/{name}/mean")) is not None]
+        if len(series) >= 2 * count:
+            first, last = torch.tensor(series[:count]), torch.tensor(series[-count:])
+            error = math.sqrt((first.var().item() + last.var().item()) / count) or 1.0
+            total += weight * (last.mean() - first.mean()).item() / error
+    return total > 1.96 * math.sqrt(sum(weight**2 for weight in weights.values()))
+
+
+def standing(found: Mapping[str, str], before: Row, patience: int) -> dict[str, Any]:
+    """Return what goes into an evaluation's row, after the row of the one before: how often in a row each sign was seen, and alarms."""
+    counts = {kind: int(before.get(f"alarm/{kind}") or 0) + 1 for kind in found}
+    row: dict[str, Any] = {f"alarm/{kind}": count for kind, count in counts.items()}
+    row |= {"sign": "; ".join(found.values())} if found else {}
+    lasting = [found[kind] for kind, count in counts.items() if count >= patience]
+    return row | ({"alarm": "; ".join(lasting)} if lasting else {})
+
+
+def evaluated(rows: Sequence[Row]) -> list[Row]:
+    """List the rows of evaluations, oldest first."""
+    return [row for row in rows if any(key.startswith("heldout/") for key in row)]
+
+
+def best_step(rows: Sequence[Row], weights: Mapping[str, float]) -> int | None:
+    """Return the step whose evaluation is best by the rewards that only measure, or, where there are none, by the trained ones.
+
+    Rewards are added up in units of the first evaluation's interval, so that none dominates by its scale. None before the first one.
+    """
+    looks = evaluated(rows)
+    if not looks:
+        return None
+    names = [key.split("/", 1)[1].removesuffix("/mean") for key in looks[0] if key.startswith("heldout/") and key.endswith("/mean")]
+    used = {name: 1.0 for name in names if name not in weights} or {name: weights[name] for name in names}
+
+    def gain(row: Row) -> float:
+        total = 0.0
+        for name, weight in used.items():
+            first, now = looks[0][f"heldout/{name}/mean"], row.get(f"heldout/{name}/mean")
+            if first is not None and now is not None:
+                total += weight * (now - first) / (looks[0].get(f"heldout/{name}/ci95") or 1.0)
+        return total
+
+    return int(max(looks, key=gain)["step"])
