@@ -12,7 +12,7 @@ help:  ## Show this list
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: python3 is too old: make PYTHON=/path/to/python3.11 (or newer)")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trainer,test]'
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trainer,rewards,test]'
 	@touch $(READY)
 
 demo: $(READY)  ## Align the bundled tiny flow model on any machine, in a few minutes: runs/demo

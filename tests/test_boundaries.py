@@ -19,7 +19,7 @@ COMFYUI_BRINGS = {"torch", "numpy", "scipy", "PIL", "safetensors"}
 COMFYUI_MODULES = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "execution", "node_helpers", "server", "nodes"}
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "os.system", "os.popen"}
-HEAVY = {"transformers", "diffusers", "peft", "accelerate", "matplotlib", "pydantic", "scipy.stats", "torchvision", "aiohttp"}
+HEAVY = {"transformers", "skimage", "diffusers", "peft", "accelerate", "matplotlib", "pydantic", "scipy.stats", "torchvision", "aiohttp"}
 ROOMS = ["comfy_g2rpo", "trainer", "nodes", "tools", "benchmarks", "tests"]
 
 
@@ -58,7 +58,7 @@ def test_the_rules_below_see_the_source() -> None:
 
 @each("comfy_g2rpo")
 def test_method_imports_only_what_comfyui_brings(path: Path) -> None:
-    lazily_allowed = {"transformers"} if "rewards" in path.parts else set()
+    lazily_allowed = {"transformers", "skimage"} if "rewards" in path.parts else set()
     foreign = imported(nodes_of(path)) - set(sys.stdlib_module_names) - COMFYUI_BRINGS
     assert foreign <= lazily_allowed
     assert not imported_relatively(path)

@@ -70,6 +70,7 @@ class RewardSection(Section):
     model: str | None = Field(None, description="Model that the judge is asked to use.")
     question: str | None = Field(None, description="Question to the judge; {prompt} stands for the prompt.")
     reference: str | None = Field(None, description="Picture to compare with; a prompt's own column of that name goes first.")
+    palette: tuple[str, ...] | None = Field(None, description="Colours to compare with, such as ['#ff8800']; a prompt's own go first.")
     timeout: float = Field(60.0, ge=0.1, le=3600, description="Seconds to wait for an answer of the judge.")
     retries: int = Field(3, ge=0, le=20, description="Further attempts after a failed question.")
     concurrency: int = Field(8, ge=1, le=64, description="Questions that are asked at once.")

@@ -15,6 +15,9 @@ from urllib.parse import urlsplit
 import torch
 
 from comfy_g2rpo.rewards import REWARDS, Reward, RewardError, Rule
+from comfy_g2rpo.rewards.reference import KINDS, palette
+
+from .references import column_of, compared
 
 if TYPE_CHECKING:
     from .config import Config, RewardSection
@@ -42,6 +45,8 @@ def build(section: RewardSection, device: torch.device | str = "cpu", run: Path 
         return connect(section)
     if section.name in REWARDS:
         return REWARDS[section.name]
+    if section.name in KINDS:
+        return compared(section)
     from comfy_g2rpo.rewards.library import load_installed
 
     where = str(device) if section.device == "auto" else section.device
@@ -58,14 +63,27 @@ def check_reward(section: RewardSection) -> None:
         raise RewardError(f"reward {name!r}: device is {section.device[:20]!a}; choose auto, cpu, cuda, cuda:1 … or mps")
     if section.path and section.url:
         raise RewardError(f"reward {name!r} has a path and a url; give one of them")
-    if (section.path or section.url) and name in REWARDS:
+    if (section.path or section.url) and (name in REWARDS or name in KINDS):
         raise RewardError(f"reward {name!r} is built in; give your own another name")
     if section.path:
         check_path(name, section.path)
     elif section.url:
         check_url(name, section.url)
-    elif name not in REWARDS:
+    elif name not in REWARDS and name not in KINDS:
         check_installed(name)
+    check_reference(section)
+
+
+def check_reference(section: RewardSection) -> None:
+    """Refuse something to compare with where nothing is compared, colours that are none, and SSIM where scikit-image is missing."""
+    name, column = section.name, column_of(section.name)
+    for field, kinds in (("palette", ["palette"]), ("reference", [kind for kind in KINDS if kind != "palette"])):
+        if getattr(section, field) is not None and (name not in kinds or section.path or section.url):
+            raise RewardError(f"reward {name!r} takes no {field}; leave it out, it is for {', '.join(kinds)}")
+    if column == "palette" and section.palette is not None:
+        palette(section.palette)
+    if name == "ssim" and importlib.util.find_spec("skimage") is None:
+        raise RewardError("reward 'ssim' needs scikit-image; install it with: pip install scikit-image")
 
 
 def check_path(name: str, path: str) -> None:
@@ -102,7 +120,7 @@ def check_installed(name: str) -> None:
         return
     if name in KNOWN:
         raise RewardError(f"reward {name!r} is not installed in {rewards_root()}; get it with: {KNOWN[name].how_to_get}")
-    known = [*REWARDS, *here, *(known for known in KNOWN if known not in here)]
+    known = [*REWARDS, *KINDS, *here, *(known for known in KNOWN if known not in here)]
     nearest = "".join(f", did you mean '{near}'?" for near in get_close_matches(name, known, 1))
     raise RewardError(f"reward {name[:80]!a} is unknown{nearest or ';'} known: {', '.join(known)}")
 
