@@ -7,35 +7,48 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """One published file, pinned: `place` is "hub" (a Hugging Face repository) or "github"; sha256 None = nobody could be asked for it."""
+    """One published file, pinned to a revision; `place` is "hub" (a Hugging Face repository) or "github".
+
+    sha256 None: no public source for it was found, and fetching refuses the file unless it is told to accept it unpinned.
+    """
 
     repo: str
     revision: str
     path: str
     sha256: str | None
-    bytes: int
+    size: int | None = None
     place: str = "hub"
 
 
 @dataclass(frozen=True)
 class Known:
-    """Describe a reward model: what a user reads before he fetches it, and what `g2rpo rewards fetch` needs."""
+    """Describe a reward model: what a user reads before he fetches it, and what fetching needs."""
 
     name: str
     kind: str
     title: str
     licence: str
     compares_across_prompts: bool
-    note: str
     scale: str
+    note: str
     gigabytes: float
-    files: tuple[Published, ...] = ()
+    files: tuple[Published, ...]
 
     @property
     def how_to_get(self) -> str:
         """Return the command that installs it."""
         return f"g2rpo rewards fetch {self.name}"
 
+
+_VIT_L = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
+_SIGLIP = ("google/siglip-so400m-patch14-384", "9fdffc58afc957d1a03a25b10dba0329ab15c2a3")
+_VIT_L_WEIGHTS = Published(*_VIT_L, "model.safetensors", "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb", 1710540580)
+_VIT_L_CONFIG = Published(*_VIT_L, "config.json", "8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a", 4519)
+# All of OpenAI's and LAION's CLIPs number words alike.
+_CLIP_TOKENIZER = (
+    Published(*_VIT_L, "vocab.json", "3f0c4f7d2086b61b38487075278ea9ed04edb53a03cbb045b86c27190fa8fb69"),
+    Published(*_VIT_L, "merges.txt", "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a", 524619),
+)
 
 KNOWN: dict[str, Known] = {
     known.name: known
@@ -44,21 +57,30 @@ KNOWN: dict[str, Known] = {
             "pickscore",
             "pickscore",
             "PickScore v1",
-            "MIT",
-            True,
+            "MIT (code; the card of the weights names none)",
+            False,
+            "100 × cosine, about 18 to 24; flow_grpo divides it by 26",
             "Keeps realism longest of the learned ones; pushed hard it ends in one glossy, over-detailed style.",
-            "100 × cosine, about 18 to 24 (flow_grpo divides it by 26)",
             3.9,
+            (
+                Published("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800", "model.safetensors", None),
+                Published("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800", "config.json", None),
+                *_CLIP_TOKENIZER,
+            ),
         ),
         Known(
             "hpsv2.1",
             "hpsv2",
             "HPS v2.1",
             "Apache-2.0",
-            True,
-            "Over-saturates and over-contrasts; smooth, poster-like surfaces.",
+            False,
             "cosine, about 0.2 to 0.35",
+            "Over-saturates and over-contrasts: smooth, poster-like surfaces.",
             3.9,
+            (
+                Published("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a", "HPS_v2.1_compressed.pt", None),
+                *_CLIP_TOKENIZER,
+            ),
         ),
         Known(
             "clipscore",
@@ -66,9 +88,15 @@ KNOWN: dict[str, Known] = {
             "CLIPScore (OpenAI ViT-L/14)",
             "MIT",
             True,
-            "Reads the prompt, not the picture's quality: blurs, and writes the prompt into the picture.",
             "100 × cosine, about 15 to 35",
+            "Reads the prompt and not the quality: pictures blur, and the prompt appears as writing in them.",
             1.7,
+            (
+                _VIT_L_WEIGHTS,
+                _VIT_L_CONFIG,
+                Published(*_VIT_L, "preprocessor_config.json", "910e70b3956ac9879ebc90b22fb3bc8a75b6a0677814500101a4c072bd7857bd"),
+                *_CLIP_TOKENIZER,
+            ),
         ),
         Known(
             "imagereward",
@@ -76,39 +104,85 @@ KNOWN: dict[str, Known] = {
             "ImageReward 1.0",
             "Apache-2.0",
             False,
-            "Compares pictures of one prompt only; as a single target it soon corrupts them.",
             "standardised, about -2 to 2",
+            "Compares pictures of one prompt only; as a single target it soon corrupts them.",
             1.8,
+            (
+                Published("zai-org/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72", "ImageReward.pt", None),
+                Published(
+                    "google-bert/bert-base-uncased",
+                    "86b5e0934494bd15c9632b12f734a8a67f723594",
+                    "vocab.txt",
+                    "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+                    231508,
+                ),
+            ),
         ),
         Known(
             "aesthetic",
             "aesthetic",
-            "LAION aesthetic (improved, MLP head)",
-            "Apache-2.0",
+            "LAION aesthetic, improved (MLP head)",
+            "Apache-2.0 (head), MIT (CLIP)",
             True,
-            "Ignores the prompt: everything becomes the same moody portrait.",
             "1 to 10, about 4 to 7",
+            "Ignores the prompt: everything becomes the same moody picture.",
             1.2,
+            (
+                _VIT_L_WEIGHTS,
+                _VIT_L_CONFIG,
+                Published(
+                    "christophschuhmann/improved-aesthetic-predictor",
+                    "6934dd81792f086e613a121dbce43082cb8be85e",
+                    "sac+logos+ava1-l14-linearMSE.pth",
+                    "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+                    3714759,
+                    "github",
+                ),
+            ),
         ),
         Known(
             "aesthetic_linear",
             "aesthetic",
-            "LAION aesthetic (linear head)",
+            "LAION aesthetic, first (linear head)",
             "MIT",
             True,
-            "Ignores the prompt; paintings win over everything.",
             "1 to 10, about 4 to 7",
+            "Ignores the prompt: paintings win over everything.",
             1.2,
+            (
+                _VIT_L_WEIGHTS,
+                _VIT_L_CONFIG,
+                Published(
+                    "LAION-AI/aesthetic-predictor",
+                    "6d122adad522ab246644d9dc1c6d7a3810ee255f",
+                    "sa_0_4_vit_l_14_linear.pth",
+                    "2cd4e60f4f24ae3bcd57b847b13c1f3ba27edc28cc1a7f9ce74ee9f421243cba",
+                    4071,
+                    "github",
+                ),
+            ),
         ),
         Known(
             "aesthetic_v2.5",
             "aesthetic_v2.5",
             "Aesthetic Predictor v2.5 (SigLIP)",
-            "AGPL-3.0 (code and head), Apache-2.0 (SigLIP)",
+            "AGPL-3.0 (head), Apache-2.0 (SigLIP)",
             True,
-            "Ignores the prompt; likes illustration and soft light.",
             "1 to 10, good from 5.5",
+            "Ignores the prompt: likes illustrations and soft light.",
             1.7,
+            (
+                Published(*_SIGLIP, "model.safetensors", "ea2abad2b7f8a9c1aa5e49a244d5d57ffa71c56f720c94bc5d240ef4d6e1d94a", 3511950624),
+                Published(*_SIGLIP, "config.json", "adc04928d8fd19a61822584fe0cf2e813e5ebac17f3e49fb1ea096860ae6457b", 576),
+                Published(
+                    "discus0434/aesthetic-predictor-v2-5",
+                    "c0e15567fa61252cbff43d70c49a8bd27202ca9a",
+                    "models/aesthetic_predictor_v2_5.pth",
+                    "a6caf256b3dc434273c98dcb12f6bf17c5d4fc647d8df11f038386923dd06220",
+                    2644834,
+                    "github",
+                ),
+            ),
         ),
     )
 }

@@ -1,0 +1,232 @@
+"""Reward models of the published architectures, too small to cost anything, in folders as `g2rpo rewards fetch` leaves them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from g2rpo_trainer import rewards_convert
+
+IMAGE, PATCH, WIDTH, LAYERS, HEADS, EMBED = 28, 7, 32, 2, 4, 24
+VISION = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 4 * WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "image_size": IMAGE,
+    "patch_size": PATCH,
+}
+TEXT_WIDTH = 16
+HEAD = (12, 8, 1)
+
+
+def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
+    """Return CLIP's byte alphabet, two merges and the two marks of start and end, as numbers and as merges."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(byte) for byte in printable] + [chr(256 + place) for place in range(len(rest))]
+    merges = ["r e", "re d</w>"]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
+    return {word: number for number, word in enumerate(words)}, merges
+
+
+VOCABULARY = len(clip_vocabulary()[0])
+CLIP_TEXT = {
+    "hidden_size": TEXT_WIDTH,
+    "intermediate_size": 4 * TEXT_WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 77,
+}
+BERT_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cube", "on", "the", "table", ",", "##s", "b", "##l", "##u", "##e"]
+
+
+def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter a random value of a useful size, norms and biases too, so that no tensor may be forgotten unseen."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        usual = 4.6 if name == "logit_scale" else float("norm" in name and name.endswith("weight"))
+        parameter.data = noise * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else usual + 0.3 * noise
+    return module.eval()
+
+
+def clip_model(act: str = "gelu", seed: int = 0) -> nn.Module:
+    """Make transformers' own CLIP with random weights."""
+    from transformers import CLIPConfig, CLIPModel
+
+    text = {**CLIP_TEXT, "hidden_act": act, "bos_token_id": VOCABULARY - 2, "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}
+    return shaken(CLIPModel(CLIPConfig(text_config=text, vision_config={**VISION, "hidden_act": act}, projection_dim=EMBED)), seed)
+
+
+def write_folder(root: Path, name: str, kind: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    """Write a reward's folder."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / "reward.json").write_text(json.dumps({"kind": kind, "source": "test", "revision": "0"}))
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def write_clip_tokenizer(folder: Path) -> None:
+    """Write CLIP's two tokenizer files."""
+    words, merges = clip_vocabulary()
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def clip_config(act: str = "gelu") -> dict[str, Any]:
+    """Return what a tiny CLIP's config.json says."""
+    return {"projection_dim": EMBED, "vision_config": {**VISION, "hidden_act": act}, "text_config": {**CLIP_TEXT, "hidden_act": act}}
+
+
+def clip_folder(root: Path, name: str, kind: str, model: nn.Module, preprocessor: dict[str, Any] | None = None) -> Path:
+    """Write a CLIP reward."""
+    folder = write_folder(root, name, kind, clip_config(model.config.vision_config.hidden_act), model.state_dict())
+    write_clip_tokenizer(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor or {"size": {"shortest_edge": IMAGE}}))
+    return folder
+
+
+def open_clip_weights(seed: int = 0) -> dict[str, Tensor]:
+    """Make random weights in open_clip's layout (HPS v2.1, DFN5B)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.3)
+
+    def blocks(prefix: str, width: int) -> dict[str, Tensor]:
+        shapes = {
+            "ln_1.weight": (width,),
+            "ln_1.bias": (width,),
+            "attn.in_proj_weight": (3 * width, width),
+            "attn.in_proj_bias": (3 * width,),
+            "attn.out_proj.weight": (width, width),
+            "attn.out_proj.bias": (width,),
+            "ln_2.weight": (width,),
+            "ln_2.bias": (width,),
+            "mlp.c_fc.weight": (4 * width, width),
+            "mlp.c_fc.bias": (4 * width,),
+            "mlp.c_proj.weight": (width, 4 * width),
+            "mlp.c_proj.bias": (width,),
+        }
+        return {f"{prefix}.resblocks.{i}.{key}": draw(*shape) for i in range(LAYERS) for key, shape in shapes.items()}
+
+    patches = (IMAGE // PATCH) ** 2
+    return {
+        "visual.class_embedding": draw(WIDTH),
+        "visual.positional_embedding": draw(patches + 1, WIDTH),
+        "visual.proj": draw(WIDTH, EMBED),
+        "visual.conv1.weight": draw(WIDTH, 3, PATCH, PATCH),
+        **{f"visual.{norm}.{part}": draw(WIDTH) + (part == "weight") for norm in ("ln_pre", "ln_post") for part in ("weight", "bias")},
+        **blocks("visual.transformer", WIDTH),
+        "token_embedding.weight": draw(VOCABULARY, TEXT_WIDTH),
+        "positional_embedding": draw(77, TEXT_WIDTH),
+        **blocks("transformer", TEXT_WIDTH),
+        **{f"ln_final.{part}": draw(TEXT_WIDTH) + (part == "weight") for part in ("weight", "bias")},
+        "text_projection": draw(TEXT_WIDTH, EMBED),
+        "logit_scale": torch.tensor(4.6),
+    }
+
+
+def hps_folder(root: Path, name: str, weights: dict[str, Tensor]) -> Path:
+    """Write HPS from weights in open_clip's layout, as fetching does."""
+    folder = write_folder(root, name, "hpsv2", clip_config(), rewards_convert.ready(rewards_convert.open_clip(weights)))
+    write_clip_tokenizer(folder)
+    return folder
+
+
+BLIP_TEXT = {
+    "hidden_size": TEXT_WIDTH,
+    "encoder_hidden_size": WIDTH,
+    "intermediate_size": 4 * TEXT_WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "vocab_size": 32,
+    "max_position_embeddings": 64,
+    "layer_norm_eps": 1e-12,
+}
+
+
+def imagereward_weights(seed: int = 0) -> dict[str, Tensor]:
+    """Make random weights in ImageReward.pt's layout: timm's ViT, BLIP's BERT and the head."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def linear(name: str, out: int, of: int) -> dict[str, Tensor]:
+        return {
+            f"{name}.weight": torch.randn(out, of, generator=generator) * of**-0.5,
+            f"{name}.bias": 0.3 * torch.randn(out, generator=generator),
+        }
+
+    def norm(name: str, width: int) -> dict[str, Tensor]:
+        return {key: value + key.endswith("weight") for key, value in linear(name, width, 1).items() if value.ndim == 1} | {
+            f"{name}.weight": 1 + 0.3 * torch.randn(width, generator=generator)
+        }
+
+    vit, bert, wide = "blip.visual_encoder", "blip.text_encoder", TEXT_WIDTH
+    found = linear(f"{vit}.patch_embed.proj", WIDTH, 3 * PATCH**2) | norm(f"{vit}.norm", WIDTH) | norm(f"{bert}.embeddings.LayerNorm", wide)
+    found[f"{vit}.patch_embed.proj.weight"] = found[f"{vit}.patch_embed.proj.weight"].view(WIDTH, 3, PATCH, PATCH)
+    found[f"{vit}.cls_token"] = torch.randn(1, 1, WIDTH, generator=generator)
+    found[f"{vit}.pos_embed"] = torch.randn(1, (IMAGE // PATCH) ** 2 + 1, WIDTH, generator=generator)
+    found[f"{bert}.embeddings.word_embeddings.weight"] = torch.randn(BLIP_TEXT["vocab_size"], wide, generator=generator)
+    found[f"{bert}.embeddings.position_embeddings.weight"] = torch.randn(BLIP_TEXT["max_position_embeddings"], wide, generator=generator)
+    found[f"{bert}.embeddings.position_ids"] = torch.arange(BLIP_TEXT["max_position_embeddings"])[None]
+    for i in range(LAYERS):
+        block, layer = f"{vit}.blocks.{i}", f"{bert}.encoder.layer.{i}"
+        found |= norm(f"{block}.norm1", WIDTH) | norm(f"{block}.norm2", WIDTH)
+        found |= linear(f"{block}.attn.qkv", 3 * WIDTH, WIDTH) | linear(f"{block}.attn.proj", WIDTH, WIDTH)
+        found |= linear(f"{block}.mlp.fc1", 4 * WIDTH, WIDTH) | linear(f"{block}.mlp.fc2", WIDTH, 4 * WIDTH)
+        for attention, source in (("attention", wide), ("crossattention", WIDTH)):
+            found |= linear(f"{layer}.{attention}.self.query", wide, wide) | norm(f"{layer}.{attention}.output.LayerNorm", wide)
+            found |= linear(f"{layer}.{attention}.self.key", wide, source) | linear(f"{layer}.{attention}.self.value", wide, source)
+            found |= linear(f"{layer}.{attention}.output.dense", wide, wide)
+        found |= linear(f"{layer}.intermediate.dense", 4 * wide, wide) | linear(f"{layer}.output.dense", wide, 4 * wide)
+        found |= norm(f"{layer}.output.LayerNorm", wide)
+    for place, (of, out) in zip((0, 2, 4, 6, 7), ((wide, 1024), (1024, 128), (128, 64), (64, 16), (16, 1)), strict=True):
+        found |= linear(f"mlp.layers.{place}", out, of)
+    return found | linear("blip.vision_proj", 8, WIDTH) | linear("blip.text_proj", 8, wide)
+
+
+def imagereward_folder(root: Path, name: str, weights: dict[str, Tensor]) -> Path:
+    """Write ImageReward from weights in their published layout, as fetching does."""
+    config = {"vision_config": {**VISION, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}, "text_config": BLIP_TEXT}
+    folder = write_folder(root, name, "imagereward", config, rewards_convert.ready(rewards_convert.imagereward(weights)))
+    (folder / "vocab.txt").write_text("\n".join(BERT_WORDS) + "\n")
+    return folder
+
+
+def head_weights(width: int, layout: str, widths: tuple[int, ...] = HEAD, seed: int = 3) -> dict[str, Tensor]:
+    """Make a head's weights as published: `layout` names its layers by their place, for instance "layers.{}" or "" for a single layer."""
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, Tensor] = {}
+    for place, (of, out) in enumerate(zip((width, *widths), widths, strict=False)):
+        prefix = f"{layout.format(2 * place)}." if layout else ""
+        found[f"{prefix}weight"] = torch.randn(out, of, generator=generator) * of**-0.5
+        found[f"{prefix}bias"] = torch.randn(out, generator=generator)
+    return found
+
+
+def aesthetic_folder(root: Path, name: str, model: nn.Module, head: dict[str, Tensor], widths: tuple[int, ...]) -> Path:
+    """Write a LAION predictor from CLIP and a head, as fetching does."""
+    tower = rewards_convert.tower(model.state_dict(), ("vision_model.", "visual_projection."))
+    config = {"projection_dim": EMBED, "vision_config": {**VISION, "hidden_act": "quick_gelu"}, "head": list(widths)}
+    return write_folder(root, name, "aesthetic", config, rewards_convert.ready(tower | rewards_convert.head(head)))
+
+
+def siglip_vision(seed: int = 0) -> nn.Module:
+    """Make transformers' own SigLIP picture tower with random weights."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    return shaken(SiglipVisionModel(SiglipVisionConfig(**VISION)), seed)
+
+
+def aesthetic_v25_folder(root: Path, name: str, model: nn.Module, head: dict[str, Tensor], widths: tuple[int, ...]) -> Path:
+    """Write Aesthetic Predictor v2.5 from SigLIP, named as in the published SiglipModel, and a head, as fetching does."""
+    published = {f"vision_model.{key.removeprefix('vision_model.')}": tensor for key, tensor in model.state_dict().items()}
+    config = {"vision_config": VISION, "head": list(widths)}
+    return write_folder(root, name, "aesthetic_v2.5", config, rewards_convert.ready(published | rewards_convert.head(head)))
