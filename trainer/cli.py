@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .commands.rewards import rewards_app
 from .commands.score import score
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder."
 
 
 app.command()(score)
+app.add_typer(rewards_app, name="rewards")
 
 
 @app.command()
