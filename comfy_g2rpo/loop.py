@@ -22,7 +22,7 @@ from .policy import Trainee
 from .prompts import PromptCursor, Prompts
 from .recipes import Recipe, build_plan
 from .rewards import Reward, RewardError
-from .rewards.protocol import embedder
+from .rewards.protocol import embedder, may_abstain, settle
 from .rollout import stream
 from .runs import RunFolder, fitting, load_optimizer_tensors, optimizer_tensors, read_progress, write_state
 from .scoring import Scorer, roll_out_and_score
@@ -173,6 +173,7 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
     rolling = partial(check, "rollout")
     scorer = Scorer(policy.decode, setup.rewards, prompts, len(plan.images), pace.decode_batch, check=rolling, describe=described(setup))
     rollout = roll_out_and_score(policy, plan, setup.sigmas, conds, seeds, setup.shape, scorer, pace.slots, rolling)
+    settle(setup.rewards)
     rolled = time.perf_counter()
     rewards = [plan.values(scorer.scores[:, p]) for p in range(len(prompts))]
     everywhere = setup.world.gather(scorer.scores)
@@ -218,6 +219,7 @@ def described(setup: Setup) -> Callable[[Tensor], dict[str, Tensor]] | None:
 def dropped_share(setup: Setup, scores: Tensor, step: int) -> float:
     """Return the share of pictures that the least able reward could not judge, scores [R, P, images]; RewardError above `max_dropped`."""
     shares = scores.isnan().flatten(1).float().mean(1)
+    shares[torch.tensor([may_abstain(reward) for reward in setup.rewards])] = 0
     worst = int(shares.argmax())
     if shares[worst] > setup.pace.max_dropped:
         much = f"could not judge {shares[worst]:.0%} of the {scores[0].numel()} pictures of step {step}"

@@ -19,7 +19,7 @@ class RewardError(ValueError):
 class Reward(Protocol):
     """Judge images [B, H, W, 3] float32 in [0, 1] by their prompts: scores float32 [B], higher is better, NaN = cannot judge.
 
-    It may also have `needs_group`, `runs_elsewhere`, `cancel`, `module`, `note` and `embed`; the functions below say what each means.
+    It may also have `needs_group`, `runs_elsewhere`, `may_abstain`, `settle`, `cancel`, `module`, `note` and `embed`; the functions below say what each means.
     """
 
     @property
@@ -67,6 +67,18 @@ def needs_group(reward: Reward) -> bool:
 def runs_elsewhere(reward: Reward) -> bool:
     """Say whether a reward waits for a device or a network, so that decoding may go on beside it."""
     return bool(getattr(reward, "runs_elsewhere", False))
+
+
+def may_abstain(reward: Reward) -> bool:
+    """Say whether a score that is missing is an opinion withheld, as with people, and no failure of the judge."""
+    return bool(getattr(reward, "may_abstain", False))
+
+
+def settle(rewards: Sequence[Reward]) -> None:
+    """Let rewards that wait for people say so, by raising, once all pictures of a step have been seen."""
+    for reward in rewards:
+        if (say := getattr(reward, "settle", None)) is not None:
+            say()
 
 
 def canceller(reward: Reward) -> Callable[[], None] | None:
