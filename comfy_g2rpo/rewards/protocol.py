@@ -19,7 +19,8 @@ class RewardError(ValueError):
 class Reward(Protocol):
     """Judge images [B, H, W, 3] float32 in [0, 1] by their prompts: scores float32 [B], higher is better, NaN = cannot judge.
 
-    It may also have `needs_group`, `runs_elsewhere`, `may_abstain`, `settle`, `cancel`, `module`, `note` and `embed`; the functions below say what each means.
+    It may also have `needs_group`, `runs_elsewhere`, `cancel`, `may_abstain`, `settle`, `module`, `note` and `embed`; the functions
+    below say what each means.
     """
 
     @property
