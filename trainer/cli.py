@@ -34,6 +34,9 @@ Settings = Annotated[
 ]
 
 
+WAITING = 3  # exit code of a run that waits for votes
+
+
 class CommandError(ValueError):
     """Arguments that do not go together."""
 
@@ -58,6 +61,7 @@ def train(
     progress = for_terminal(quiet)
     quieten_libraries()
     from .run import train as run
+    from .voting import UnvotedError
 
     try:
         summary = run(config, folder, resume=resume, replace=replace, progress=progress)
@@ -67,6 +71,10 @@ def train(
         progress.close()
         typer.echo(f"interrupted; continue with: {resume_command(recipe, folder, settings or [])}", err=True)
         raise typer.Exit(130) from None
+    except UnvotedError:
+        progress.close()
+        typer.echo(f"vote with: g2rpo vote {shlex.quote(str(folder))}, then: {resume_command(recipe, folder, settings or [])}", err=True)
+        raise typer.Exit(WAITING) from None
     finally:
         progress.close()
 

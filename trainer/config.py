@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from comfy_g2rpo import pace, recipes
 
-from .rewards import check_reward
+from .rewards import VOTES, check_reward
 
 
 class ConfigError(ValueError):
@@ -251,6 +251,16 @@ def check_rewards(config: Config) -> None:
         raise ConfigError("rewards has a weight of 0; list that reward under heldout_rewards, where it only measures")
     if not any(reward.weight for reward in config.rewards):
         raise ConfigError("rewards are gates alone; give at least one of them a weight")
+    check_votes(config)
+
+
+def check_votes(config: Config) -> None:
+    """Refuse what people cannot be asked: to judge the held-out prompts."""
+    heldout = {reward.name for reward in config.heldout_rewards}
+    if VOTES in heldout:
+        raise ConfigError("heldout_rewards names votes, but people vote on groups and not on held-out pictures; remove it there")
+    if {reward.name for reward in config.rewards} == {VOTES} and not heldout and (config.prompts.heldout or config.prompts.heldout_share):
+        raise ConfigError("heldout_rewards is empty, and votes cannot measure the held-out prompts; name a reward there")
 
 
 def resolve_paths(config: Config, near: Path) -> Config:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .config import Config, RewardSection
 
 
+VOTES = "votes"  # people, asked by the run itself (voting.py)
+
+
 def rewards_root() -> Path:
     """Return the folder of installed reward models: $G2RPO_REWARDS, or ~/.cache/g2rpo/rewards."""
     return Path(os.environ.get("G2RPO_REWARDS") or Path.home() / ".cache" / "g2rpo" / "rewards").expanduser()
@@ -32,7 +35,9 @@ def build_all(config: Config, device: torch.device | str = "cpu", run: Path | No
     """Load a configuration's rewards: those that are trained on; and all that judge, which are these and the held-out ones."""
     trained = {section.name: build(section, device, run) for section in config.rewards}
     heldout = {section.name: build(section, device, run) for section in config.heldout_rewards if section.name not in trained}
-    return tuple(trained.values()), (*trained.values(), *heldout.values())
+    # People are asked about groups only, not about every held-out picture.
+    measuring = [reward for name, reward in trained.items() if name != VOTES]
+    return tuple(trained.values()), (*measuring, *heldout.values())
 
 
 def build(section: RewardSection, device: torch.device | str = "cpu", run: Path | None = None) -> Reward:
@@ -47,6 +52,12 @@ def build(section: RewardSection, device: torch.device | str = "cpu", run: Path 
         return REWARDS[section.name]
     if section.name in KINDS:
         return compared(section)
+    if section.name == VOTES:
+        from .voting import VoteReward
+
+        if run is None:
+            raise RewardError("votes belong to a run, and there is none here; train with them")
+        return VoteReward(run)
     from comfy_g2rpo.rewards.library import load_installed
 
     where = str(device) if section.device == "auto" else section.device
@@ -63,13 +74,13 @@ def check_reward(section: RewardSection) -> None:
         raise RewardError(f"reward {name!r}: device is {section.device[:20]!a}; choose auto, cpu, cuda, cuda:1 … or mps")
     if section.path and section.url:
         raise RewardError(f"reward {name!r} has a path and a url; give one of them")
-    if (section.path or section.url) and (name in REWARDS or name in KINDS):
+    if (section.path or section.url) and (name in REWARDS or name in KINDS or name == VOTES):
         raise RewardError(f"reward {name!r} is built in; give your own another name")
     if section.path:
         check_path(name, section.path)
     elif section.url:
         check_url(name, section.url)
-    elif name not in REWARDS and name not in KINDS:
+    elif name not in REWARDS and name not in KINDS and name != VOTES:
         check_installed(name)
     check_reference(section)
 

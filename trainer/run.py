@@ -24,7 +24,7 @@ from .config import Config, dump, make_pace, make_recipe, model_folder
 from .families.sd3 import SD3, load_pipeline
 from .progress import Progress, Silent
 from .report import write_report
-from .rewards import build_all
+from .rewards import VOTES, build_all
 
 
 def train(config: Config, out: Path, *, resume: bool = False, replace: bool = False, progress: Progress) -> dict[str, Any]:
@@ -59,6 +59,8 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
     if config.train.prompts_per_step % accelerator.num_processes:
         count = accelerator.num_processes
         raise ValueError(f"train.prompts_per_step is {config.train.prompts_per_step}; {count} processes need a multiple of {count}")
+    if accelerator.num_processes > 1 and any(reward.name == VOTES for reward in config.rewards):
+        raise ValueError("rewards has votes, for which a run waits by stopping, and that needs a single process; start one")
     recipe = make_recipe(config)
     heldout = Path(config.prompts.heldout) if config.prompts.heldout else None
     prompts = load_prompts(Path(config.prompts.train), heldout, config.prompts.heldout_share, config.train.seed)
