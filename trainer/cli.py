@@ -104,6 +104,7 @@ def sample(
     model: Annotated[str | None, typer.Option(help="Folder of another model.")] = None,
     lora: Annotated[Path | None, typer.Option(help="LoRA file [default for a run: its result].")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the start noise.")] = 0,
+    tail: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps, the last ones, that runs without the LoRA.")] = 0.0,
     out: Annotated[Path, typer.Option(help="PNG to write; several pictures are numbered.")] = Path("sample.png"),
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite existing pictures.")] = False,
     settings: Settings = None,
@@ -119,7 +120,7 @@ def sample(
 
     from .sampling import draw
 
-    for place, picture in zip(places, draw(config, prompt, seed, lora or own_lora), strict=True):
+    for place, picture in zip(places, draw(config, prompt, seed, lora or own_lora, tail), strict=True):
         save_png(place, picture)
         typer.echo(place)
 

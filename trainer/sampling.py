@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from comfy_g2rpo import lora
-from comfy_g2rpo.plan import deterministic
-from comfy_g2rpo.rollout import roll_out
 from comfy_g2rpo.schedule import shifted_sigmas
+from comfy_g2rpo.tail import draw_with_tail
 
 from .config import Config, make_recipe
 
@@ -23,24 +22,20 @@ def device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def draw(config: Config, prompts: Sequence[str], seed: int, lora_file: Path | None) -> list[Tensor]:
-    """Draw a picture [H, W, 3] per prompt without exploration; every prompt starts from the noise of `seed`."""
+def draw(config: Config, prompts: Sequence[str], seed: int, lora_file: Path | None, tail: float = 0.0) -> list[Tensor]:
+    """Draw a picture [H, W, 3] per prompt without exploration; every prompt starts from the noise of `seed`.
+
+    The last `tail` share of the steps runs without the LoRA.
+    """
     from .run import load_policy
 
     policy, recipe = load_policy(config, device()), make_recipe(config)
     if lora_file:
         lora.check(lora_file, [name for name, _ in policy.transformer.named_modules()])
         policy.pipeline.load_lora_weights(lora.read(lora_file).state_dict())
+        policy.find_layers()
     shape = policy.latent_shape(config.model.width, config.model.height)
-    rollout = roll_out(
-        policy,
-        deterministic(recipe.num_steps),
-        shifted_sigmas(recipe.num_steps, recipe.shift),
-        policy.encode(prompts),
-        [seed] * len(prompts),
-        shape,
-        slots=config.train.slots,
-        device=policy.device,
-    )
-    finished = rollout.latents[:, 0].split(config.train.decode_batch)
-    return [picture for part in finished for picture in policy.decode(part).cpu()]
+    sigmas = shifted_sigmas(recipe.num_steps, recipe.shift)
+    conds, seeds = policy.encode(prompts), [seed] * len(prompts)
+    latents = draw_with_tail(policy, sigmas, conds, seeds, shape, tail, slots=config.train.slots, device=policy.device)
+    return [picture for part in latents.split(config.train.decode_batch) for picture in policy.decode(part).cpu()]

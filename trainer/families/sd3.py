@@ -84,7 +84,7 @@ class SD3:
         targets = ATTENTION + (FEED_FORWARD if feed_forward else ())
         pattern = rf"transformer_blocks\.\d+\.(attn2?\.)?({'|'.join(t.replace('.', chr(92) + '.') for t in targets)})"
         self.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=False))
-        self.layers = {name: module for name, module in self.transformer.named_modules() if hasattr(module, "get_delta_weight")}
+        self.find_layers()
         with torch.no_grad():
             for name, (down, up) in self.pairs().items():
                 down.copy_(seeded_noise(down.shape, "lora", seed, name) / math.sqrt(3 * down.shape[1]))
@@ -92,6 +92,10 @@ class SD3:
         for parameter in self.parameters():
             # The adapter learns in float32 whatever the weights beneath are kept in.
             parameter.data = parameter.data.float()
+
+    def find_layers(self) -> None:
+        """Take note of the layers that carry an adapter, whoever put it there: those that `reference` switches off."""
+        self.layers = {name: module for name, module in self.transformer.named_modules() if hasattr(module, "get_delta_weight")}
 
     def pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """Return the adapter's (A, B) by module name."""
