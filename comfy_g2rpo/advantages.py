@@ -13,6 +13,7 @@ from torch import Tensor
 
 MIXES = ("zscore", "sum", "minimum", "rank_product")
 FLOOR = 1e-8
+UNITLESS_FLOOR = 1e-5  # for the spread of mixed z-scores or ranks
 
 
 def mixed(
@@ -32,8 +33,8 @@ def mixed(
     blended = [blend(rewards, weights, mix, gates, floor, scale) for rewards in groups]
     if everywhere is not None:
         scale = global_std([blend(rewards, weights, mix, gates, floor, scale) for rewards in everywhere])
-    # Ranks and z-scores are not in the reward's units, as the floor is.
-    floor = floor if mix in ("zscore", "sum") else FLOOR
+    # Ranks and z-scores have no unit, as the floor has.
+    floor = floor if mix in ("zscore", "sum") else UNITLESS_FLOOR
     weights = [weight for weight in weights if weight] if mix == "zscore" else [1.0]
     return [integrate(rewards, weights, clamp, floor, scale) for rewards in blended]
 
@@ -70,7 +71,8 @@ def blend(
     weight = torch.tensor([weights[index] for index in used], dtype=rewards.dtype, device=rewards.device).view(-1, 1, 1, 1)
     judges = ~rewards.isnan().all(2, keepdim=True)
     complete = (~rewards.isnan() | ~judges).all(0) & judges.any(0)
-    rewards = torch.where(complete, rewards, torch.nan)
+    # In float64, so that what is equal in exact arithmetic stays equal: the z-score of rounding would be noise at full strength.
+    rewards, weight = torch.where(complete, rewards, torch.nan).double(), weight.double()
     mean, own = moments(rewards)
     if mix == "sum":
         score = torch.where(judges, weight * rewards, 0.0).sum(0)
@@ -82,7 +84,7 @@ def blend(
         share = weight.abs() * (own > floor)
         share = share / share.sum(0).clamp(min=torch.finfo(share.dtype).tiny)
         score = torch.where(share > 0, share * group_ranks(weight.sign() * rewards).log(), 0.0).sum(0).exp()
-    return torch.where(complete, score, torch.nan)[None]
+    return torch.where(complete, score, torch.nan).float()[None]
 
 
 def gated(
@@ -102,14 +104,14 @@ def gated(
     judged = rewards[closed]
     failed = (sign[closed] * judged < sign[closed] * limit).any(0)
     unknown = (judged.isnan() & ~judged.isnan().all(2, keepdim=True)).any(0) & ~failed
-    good = sign * rewards
-    passing = torch.where(failed | unknown, torch.nan, good)
+    passing = torch.where(failed | unknown, torch.nan, sign * rewards)
     spread = moments(passing)[1]
     # Where those that pass are equal, any distance will do: the z-score knows but one.
     step = torch.where(spread > floor, spread, torch.ones_like(spread) if std is None else torch.where(std > floor, std, 1.0))
-    none = passing.isnan().all(2, keepdim=True)
-    worst = torch.where(none, 0.0, torch.where(passing.isnan(), torch.inf, passing).amin(2, keepdim=True) - step)
-    worst = torch.where(rewards.isnan().all(2, keepdim=True), torch.nan, worst)
+    worst = torch.where(passing.isnan(), torch.inf, passing).amin(2, keepdim=True) - step
+    # A reward that judges none of those that pass has no say.
+    anyone = (~failed & ~unknown).any(1, keepdim=True)
+    worst = torch.where(worst.isinf(), torch.where(anyone | rewards.isnan().all(2, keepdim=True), torch.nan, 0.0), worst)
     return sign * torch.where(failed, worst, passing)
 
 
