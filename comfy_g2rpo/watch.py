@@ -79,10 +79,12 @@ def unit(base: Evaluation, name: str) -> float:
 
 
 def together(base: Evaluation, weights: Mapping[str, float], change: Tensor) -> Tensor:
-    """Weigh the trained rewards' changes [R, P] into one [P], in standard deviations: Σ w·change/unit over Σ|w|."""
+    """Weigh the trained rewards' changes [R, P] into one [P], in standard deviations: Σ w·change/unit over Σ|w| of those that judged."""
     used = [(r, weights[name]) for r, name in enumerate(base.names) if weights.get(name)]
-    weighed = [w / unit(base, base.names[r]) * change[r] for r, w in used]
-    return sum(weighed, torch.zeros(change.shape[1])) / (sum(abs(w) for _, w in used) or 1.0)
+    scaled = torch.stack([change[r] / unit(base, base.names[r]) for r, _ in used])
+    weight = torch.tensor([w for _, w in used])[:, None] * ~scaled.isnan()
+    # 0/0, and so NaN, where none could judge.
+    return (weight * scaled.nan_to_num()).sum(0) / weight.abs().sum(0)
 
 
 def gained(seen: Seen, before: Evaluation, after: Evaluation) -> Change:
