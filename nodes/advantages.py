@@ -8,10 +8,10 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..comfy_g2rpo.advantages import integrate, moments, rank_agreement, zero_std_share
+from ..comfy_g2rpo.advantages import mixed, moments, rank_agreement, zero_std_share
 from ..comfy_g2rpo.plan import Plan
 from ..comfy_g2rpo.recipes import FIELDS
-from ..comfy_g2rpo.rewards import mix
+from ..comfy_g2rpo.standing import standing
 from .guard import check_inputs
 from .judging import within
 from .scoring import show
@@ -42,7 +42,8 @@ def checked_rewards(rollout: RolloutData, scores: ScoresData) -> Tensor:
 def make_table(rollout: RolloutData, scores: ScoresData, rewards: Tensor, advantages: Tensor, std_floor: float) -> Table:
     """Collect what the heat map shows."""
     levels = rewards.unbind(3)
-    z = torch.stack([integrate(level[..., None], scores.weights, WITHOUT_CLAMP, std_floor) for level in levels], 2)
+    alone = [mixed([level[..., None]], scores.weights, scores.mix, scores.gates, WITHOUT_CLAMP, std_floor)[0] for level in levels]
+    z = torch.stack(alone, 2)
     missing = rewards.isnan().all(0)
     std = moments(rewards)[1][:, :, 0]
     places = branch_places(rollout.rollout.plan)
@@ -69,10 +70,11 @@ def make_tiles(rollout: RolloutData, scores: ScoresData, advantages: Tensor) -> 
     strides: dict[int, list[int]] = {}
     for leaf in plan.leaves:
         strides.setdefault(leaf.state, []).append(rollout.granularities[leaf.granularity])
-    places, mixed = branch_places(plan), mix(scores.values.cpu().float(), scores.weights).tolist()
+    places = branch_places(plan)
+    overall = standing(scores.values.cpu().float(), scores.weights, scores.mix, scores.gates).tolist()
     pictures = scores.pictures if scores.pictures is not None and len(scores.pictures) == len(plan.images) else [None] * len(plan.images)
     tiles = []
-    for image, (state, picture, score) in enumerate(zip(plan.images, pictures, mixed, strict=True)):
+    for image, (state, picture, score) in enumerate(zip(plan.images, pictures, overall, strict=True)):
         at = state
         while at >= 0 and not plan.states[at].trained:
             at = plan.states[at].parent
@@ -115,7 +117,7 @@ class Advantages(io.ComfyNode):
             node_id="G2RPO_Advantages",
             display_name="Advantages",
             category=TRAINING,
-            description="Compare every branch with its group: z-scores of the rewards, summed over granularities and rewards. Shows why.",
+            description="Compare every branch with its group: z-scores of the rewards, mixed and summed over granularities. Shows why.",
             inputs=[
                 RolloutWire.Input("rollout", tooltip="From Rollout."),
                 ScoresWire.Input("scores", tooltip="Scores of this very rollout, from Score Rollout or Scores From Values."),
@@ -152,7 +154,7 @@ class Advantages(io.ComfyNode):
         for name, value in (("clamp", clamp), ("std_floor", std_floor)):
             within(name, value, FIELDS[name].metadata["low"], FIELDS[name].metadata["high"])
         rewards = checked_rewards(rollout, scores)
-        advantages = integrate(rewards, scores.weights, clamp, std_floor)
+        advantages = mixed([rewards], scores.weights, scores.mix, scores.gates, clamp, std_floor)[0]
         table = make_table(rollout, scores, rewards, advantages, std_floor)
         text = summary(rollout, rewards, advantages, scores.names, std_floor)
         # Made outside the executor's inference mode, so that a learner can use them.

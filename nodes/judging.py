@@ -12,8 +12,11 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
 from ..comfy_g2rpo.prompts import MAX_CHARACTERS
-from ..comfy_g2rpo.rewards import Reward, mix, score_all
+from ..comfy_g2rpo.rewards import Reward, score_all
+from ..comfy_g2rpo.rewards.known import KNOWN
+from ..comfy_g2rpo.rewards.protocol import note_of
 from ..comfy_g2rpo.scoring import to_8_bit
+from ..comfy_g2rpo.standing import standing
 from .drawing import number
 from .types import RewardSet, RolloutData
 
@@ -23,6 +26,7 @@ MAX_WEIGHT, MAX_SCORE, MAX_REWARDS = 100.0, 1e9, 6
 CHUNK_PIXELS = 2**22  # between two looks at the stop button
 SLACK = 0.25  # by which resizing may overshoot [0, 1]; saving clips it as well
 MAX_LINES = 100  # of a table
+RELATIVE = "Compare scores only between images of one prompt."
 
 _VALUE = re.compile(r"nan|[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
@@ -101,7 +105,7 @@ def judge(rewards: RewardSet, images: Sequence[Tensor], prompts: Sequence[str]) 
     return scores
 
 
-def rounded(images: Tensor, first: int) -> Tensor:
+def rounded(images: Tensor, first: int, name: str = "images") -> Tensor:
     """Round images [B, H, W, C] to 8 bits and three channels; a broken one becomes NaN throughout, one in another range is refused."""
     pixels = images.detach().float()
     pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels.expand(*pixels.shape[:3], 3)
@@ -111,9 +115,14 @@ def rounded(images: Tensor, first: int) -> Tensor:
     if wrong.any():
         at = int(wrong.nonzero()[0])
         raise ValueError(
-            f"images, image {first + at} lies in [{low[at]:.3g}, {high[at]:.3g}]; rescale it to [0, 1] (from [-1, 1]: x/2 + 1/2)"
+            f"{name}, image {first + at} lies in [{low[at]:.3g}, {high[at]:.3g}]; rescale it to [0, 1] (from [-1, 1]: x/2 + 1/2)"
         )
     return torch.where(broken.view(-1, 1, 1, 1), torch.nan, to_8_bit(pixels))
+
+
+def harmless(name: str) -> str:
+    """Write a name that a stranger chose so that no page can take it for markup."""
+    return "".join(c if c.isalnum() or c in " ._-+()#" else "_" for c in name[:80])
 
 
 def best_first(scores: Sequence[float]) -> list[int]:
@@ -121,9 +130,14 @@ def best_first(scores: Sequence[float]) -> list[int]:
     return sorted(range(len(scores)), key=lambda i: math.inf if math.isnan(scores[i]) else -scores[i])
 
 
+def overall(rewards: RewardSet, scores: Tensor) -> list[float]:
+    """Make one score per image of scores [R, images], as the set's mix and gates say."""
+    return standing(scores, rewards.weights, rewards.mix, rewards.gates).tolist()
+
+
 def score_table(rewards: RewardSet, scores: Tensor, notes: Sequence[str], what: str) -> str:
     """List scores [R, images] best first, with the parts of a mix; no text of the user's is in it."""
-    mixed, names = mix(scores, rewards.weights).tolist(), [reward.name for reward in rewards.rewards]
+    mixed, names = overall(rewards, scores), [reward.name for reward in rewards.rewards]
     order = best_first(mixed)
     lines = [f"{len(order)} {what}, best first"]
     for rank, i in enumerate(order[:MAX_LINES], 1):
@@ -136,12 +150,12 @@ def score_table(rewards: RewardSet, scores: Tensor, notes: Sequence[str], what: 
 
 
 def describe(reward: Reward) -> str:
-    """Say in three lines what a reward measures, its licence and whether its scores compare across prompts."""
-    said = (getattr(getattr(reward, "function", reward), "__doc__", None) or "").strip().split("\n")[0]
-    across = (
-        "Scores mean the same for every prompt." if reward.compares_across_prompts else "Compare scores only between images of one prompt."
-    )
-    return "\n".join((f"{reward.name}: {said}", f"Licence: {reward.licence}", across))
+    """Say in a few lines what a reward measures, how it fails, its licence and whether its scores compare across prompts."""
+    known, function = KNOWN.get(reward.name), getattr(reward, "function", None)
+    said = f"{known.title}, {known.scale}" if known else (getattr(function, "__doc__", None) or "a reward model of your own").strip()
+    across = "Scores mean the same for every prompt." if reward.compares_across_prompts else RELATIVE
+    lines = [f"{reward.name}: {said.splitlines()[0]}", f"As a target: {note_of(reward)}" if note_of(reward) else ""]
+    return "\n".join(filter(None, [*lines, f"Licence: {reward.licence}", across]))
 
 
 def checked_latents(rollout: RolloutData, vae: Any) -> Tensor:

@@ -123,6 +123,7 @@ def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
         policy=policy,
         rewards=wanted.reward.rewards,
         weights=wanted.reward.weights,
+        gates=wanted.reward.gates,
         judges=tuple(judges.values()),
         prompts=prompts,
         sigmas=sigmas,
@@ -152,7 +153,8 @@ def graph_pace(wanted: Request) -> dict[str, Any]:
 
 def make_recipe(wanted: Request, changes: dict[str, Any], sigmas: Tensor | None) -> Recipe:
     """Make the recipe: the named one, the model's own shift, the widgets, then the changes."""
-    fields: dict[str, Any] = {"shift": model_shift(wanted.model), "learning_rate": wanted.learning_rate, **changes}
+    mix = {"mix": wanted.reward.mix} if len(wanted.reward.rewards) > 1 else {}
+    fields: dict[str, Any] = {"shift": model_shift(wanted.model), "learning_rate": wanted.learning_rate, **mix, **changes}
     if sigmas is not None:
         fields["num_steps"] = len(sigmas) - 1
     made = recipes.recipe(wanted.recipe, **fields)
@@ -240,7 +242,10 @@ def describe(wanted: Request, setup: Setup, rewards: dict[str, float], judges: l
             | {"guidance": wanted.guidance, "negative": wanted.negative},
             "lora": {"rank": wanted.rank, "alpha": wanted.alpha, "targets": wanted.targets},
             "method": {"name": wanted.recipe, **dataclasses.asdict(setup.recipe), "sigmas": setup.sigmas.tolist()},
-            "rewards": [{"name": name, "weight": weight} for name, weight in rewards.items()],
+            "rewards": [
+                {"name": name, "weight": weight, **({} if gate is None else {"gate": gate})}
+                for (name, weight), gate in zip(rewards.items(), wanted.reward.all_gates, strict=True)
+            ],
             "heldout_rewards": judges,
             "prompts": {"train": list(setup.prompts.train), "heldout": list(setup.prompts.heldout)},
             "train": dataclasses.asdict(setup.pace),

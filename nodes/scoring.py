@@ -1,35 +1,34 @@
-"""Blocks that judge pictures: rewards, scores of any images, scores of a rollout. A score belongs to one image, never to a batch."""
+"""Blocks that judge pictures: scores of any images, scores of a rollout. A score belongs to one image, never to a batch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 from server import PromptServer
 from torch import Tensor
 
 from ..comfy_g2rpo.prompts import MAX_CHARACTERS
-from ..comfy_g2rpo.rewards import REWARDS, Reward, load, mix
 from ..comfy_g2rpo.scoring import Scorer
 from .drawing import number
 from .guard import check_inputs
 from .judging import (
     MAX_IMAGES,
-    MAX_REWARDS,
     MAX_SCORE,
-    MAX_WEIGHT,
     best_first,
     bounded,
     checked_images,
     checked_latents,
     checked_prompt,
     decode,
-    describe,
     judge,
     one,
+    overall,
     parse_votes,
     prompts_for,
     score_table,
@@ -48,103 +47,6 @@ def show(cls: type[io.ComfyNode], text: str) -> ui.PreviewText:
     if server is not None and node_id(cls) is not None:
         server.send_progress_text(text, node_id(cls))
     return ui.PreviewText(text)
-
-
-class LoadReward(io.ComfyNode):
-    """One built-in reward."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        """Declare the block."""
-        return io.Schema(
-            node_id="G2RPO_LoadReward",
-            display_name="Load Reward",
-            category=SCORING,
-            description="Choose what makes an image good: a built-in rule, computed on this machine.",
-            inputs=[io.Combo.Input("reward", options=list(REWARDS), tooltip="The rule that scores images. 'about' says what it measures.")],
-            outputs=[
-                RewardWire.Output("loaded", display_name="reward", tooltip="For Score Images, Score Rollout, Mix Rewards and Train LoRA."),
-                io.String.Output(
-                    "about", display_name="about", tooltip="What it measures, its licence, whether scores compare across prompts."
-                ),
-            ],
-            hidden=[io.Hidden.unique_id],
-        )
-
-    @classmethod
-    def execute(cls, reward: str) -> io.NodeOutput:
-        """Look the reward up."""
-        check_inputs(cls, locals())
-        found = load(str(reward))
-        text = describe(found)
-        return io.NodeOutput(RewardSet((found,), (1.0,)), text, ui=show(cls, text))
-
-
-class MixRewards(io.ComfyNode):
-    """Several rewards with weights."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        """Declare the block."""
-        inputs: list[io.Input] = []
-        for i in range(1, MAX_REWARDS + 1):
-            said = f"Reward number {i}; a mix may be mixed again." if i > 2 else f"Reward number {i}."
-            inputs.append(RewardWire.Input(f"reward_{i}", optional=i > 2, tooltip=said))
-        for i in range(1, MAX_REWARDS + 1):
-            said = f"Weight of reward {i}; a negative one punishes. Ranking adds scores in their own units, training adds z-scores."
-            bounds = {"min": -MAX_WEIGHT, "max": MAX_WEIGHT, "step": 0.05}
-            inputs.append(io.Float.Input(f"weight_{i}", default=1.0, optional=i > 2, tooltip=said, **bounds))
-        return io.Schema(
-            node_id="G2RPO_MixRewards",
-            display_name="Mix Rewards",
-            category=SCORING,
-            description="Judge by several rewards at once. A reward that comes twice counts once, with the sum of its weights.",
-            inputs=inputs,
-            outputs=[
-                RewardWire.Output("mixed", display_name="reward", tooltip="All of them, for Score Images, Score Rollout and Train LoRA."),
-                io.String.Output(
-                    "about",
-                    display_name="about",
-                    tooltip="The parts with their weights, licences and whether scores compare across prompts.",
-                ),
-            ],
-            hidden=[io.Hidden.unique_id],
-        )
-
-    @classmethod
-    def execute(
-        cls,
-        reward_1: RewardSet,
-        reward_2: RewardSet,
-        weight_1: float,
-        weight_2: float,
-        reward_3: RewardSet | None = None,
-        reward_4: RewardSet | None = None,
-        reward_5: RewardSet | None = None,
-        reward_6: RewardSet | None = None,
-        weight_3: float = 1.0,
-        weight_4: float = 1.0,
-        weight_5: float = 1.0,
-        weight_6: float = 1.0,
-    ) -> io.NodeOutput:
-        """Flatten the mix."""
-        check_inputs(cls, locals())
-        sets = (reward_1, reward_2, reward_3, reward_4, reward_5, reward_6)
-        weights = (weight_1, weight_2, weight_3, weight_4, weight_5, weight_6)
-        total: dict[str, float] = {}
-        rewards: dict[str, Reward] = {}
-        for i, (part, weight) in enumerate(zip(sets, weights, strict=True), 1):
-            if part is None:
-                continue
-            within(f"weight_{i}", weight, -MAX_WEIGHT, MAX_WEIGHT)
-            for reward, own in zip(part.rewards, part.weights, strict=True):
-                rewards[reward.name] = reward
-                total[reward.name] = total.get(reward.name, 0.0) + weight * own
-        if not any(total.values()):
-            raise ValueError("the weights leave nothing: every reward's weight is 0; set one of them to another number")
-        mixed = RewardSet(tuple(rewards.values()), tuple(total.values()))
-        text = "\n\n".join(f"{total[name]:g} × {describe(reward)}" for name, reward in rewards.items())
-        return io.NodeOutput(mixed, text, ui=show(cls, text))
 
 
 class ScoreImages(io.ComfyNode):
@@ -169,8 +71,8 @@ class ScoreImages(io.ComfyNode):
                     "prompt",
                     default="",
                     multiline=True,
-                    tooltip="What the images should show: one prompt for all, or one per line if there are as many lines as images. "
-                    f"At most {MAX_CHARACTERS} characters each.",
+                    tooltip="What the images should show: one prompt for all, a list with one per image, or one per line if there are as "
+                    f"many lines as images. At most {MAX_CHARACTERS} characters each.",
                 ),
             ],
             outputs=[
@@ -188,6 +90,9 @@ class ScoreImages(io.ComfyNode):
                 ),
                 io.Image.Output("ranked", display_name="ranked", tooltip="A sheet of the images from best to worst with their scores."),
                 io.String.Output("table", display_name="table", tooltip="The ranking as text, with each reward's own score."),
+                ScoresWire.Output(
+                    "details", display_name="details", tooltip="Every reward's own scores and the prompts, for Save Scored Images."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -204,11 +109,16 @@ class ScoreImages(io.ComfyNode):
         if len(set(prompts)) > 1:
             relative = [each.name for each in rewards.rewards if not each.compares_across_prompts]
             notes += [f"the prompts differ, and {', '.join(relative)} compares only images of one prompt"] if relative else []
+        if len(rewards.rewards) > 1 and rewards.mix != "sum":
+            notes.append(f"a mix by {rewards.mix} says how an image stands among these ones, not how good it is by itself")
         scores = judge(rewards, pictures, prompts)
-        mixed = mix(scores, rewards.weights).tolist()
+        mixed = overall(rewards, scores)
         tiles = [Tile(picture, score, lines=(f"image {i}",)) for i, (picture, score) in enumerate(zip(pictures, mixed, strict=True))]
         text = score_table(rewards, scores, notes, "images")
-        return io.NodeOutput(mixed, best_first(mixed), ranked_grid(tiles, "Images from best to worst"), text, ui=show(cls, text))
+        grid = ranked_grid(tiles, "Images from best to worst")
+        names = tuple(each.name for each in rewards.rewards)
+        details = ScoresData(names, rewards.weights, scores, mix=rewards.mix, gates=rewards.gates, prompts=tuple(prompts))
+        return io.NodeOutput(mixed, best_first(mixed), grid, text, details, ui=show(cls, text))
 
 
 class SelectBest(io.ComfyNode):
@@ -221,7 +131,7 @@ class SelectBest(io.ComfyNode):
             node_id="G2RPO_SelectBest",
             display_name="Select Best",
             category=SCORING,
-            description="Keep the images with the best scores, best first. Images without a score (nan) are dropped.",
+            description="Keep the images with the best scores, best first, of all or of every prompt. Images without a score are dropped.",
             is_input_list=True,
             inputs=[
                 io.Image.Input("images", tooltip="The images that were scored."),
@@ -242,18 +152,34 @@ class SelectBest(io.ComfyNode):
                     step=0.01,
                     tooltip="Lowest score to keep, in the reward's own units; counts only with use_threshold.",
                 ),
+                io.String.Input(
+                    "prompts",
+                    optional=True,
+                    force_input=True,
+                    tooltip="One prompt per image, as Load Image Folder gives them: then k images of every prompt are kept.",
+                ),
             ],
             outputs=[
-                io.Image.Output("best", display_name="images", tooltip="What was kept, best first."),
+                io.Image.Output("best", display_name="images", tooltip="What was kept, best first, as one batch: all of one size."),
                 io.Int.Output(
                     "kept", display_name="kept", is_output_list=True, tooltip="Positions (from 0) of the kept images, best first."
                 ),
+                io.Image.Output(
+                    "image_list", display_name="image_list", is_output_list=True, tooltip="What was kept one by one: of any sizes."
+                ),
+                io.Float.Output("kept_scores", display_name="kept_scores", is_output_list=True, tooltip="The scores of what was kept."),
             ],
         )
 
     @classmethod
     def execute(
-        cls, images: list[Tensor], scores: list[float], k: list[int], use_threshold: list[bool], threshold: list[float]
+        cls,
+        images: list[Tensor],
+        scores: list[float],
+        k: list[int],
+        use_threshold: list[bool],
+        threshold: list[float],
+        prompts: list[str] | None = None,
     ) -> io.NodeOutput:
         """Select and sort."""
         check_inputs(cls, locals())
@@ -270,11 +196,31 @@ class SelectBest(io.ComfyNode):
             if values[order[0]] < lowest:
                 raise ValueError(f"threshold {lowest:g} is above the best score {number(values[order[0]])}; lower it")
             order = [i for i in order if values[i] >= lowest]
-        kept = order[:count]
-        sizes = sorted({tuple(pictures[i].shape) for i in kept})
-        if len(sizes) > 1:
-            raise ValueError(f"images to keep differ in size ({sizes[0]}, {sizes[1]}); resize them to one size, or set k to 1")
-        return io.NodeOutput(torch.stack([pictures[i] for i in kept]), kept)
+        groups = [""] * len(pictures) if prompts is None else prompts
+        if len(groups) != len(pictures):
+            raise ValueError(f"prompts has {len(groups)} texts for {len(pictures)} images; connect one per image, or nothing")
+        kept = best_of_each(order, groups, count)
+        chosen = [pictures[i] for i in kept]
+        return io.NodeOutput(one_batch(chosen), kept, [image[None] for image in chosen], [values[i] for i in kept])
+
+
+def best_of_each(order: Sequence[int], groups: Sequence[str], count: int) -> list[int]:
+    """Keep the first `count` of every group of an order."""
+    seen: dict[str, int] = {}
+    kept = []
+    for i in order:
+        seen[groups[i]] = seen.get(groups[i], 0) + 1
+        if seen[groups[i]] <= count:
+            kept.append(i)
+    return kept
+
+
+def one_batch(images: Sequence[Tensor]) -> Tensor | ExecutionBlocker:
+    """Put images of one size into a batch; of several sizes there is none, and whoever wants it is told so."""
+    sizes = sorted({tuple(image.shape) for image in images})
+    if len(sizes) > 1:
+        return ExecutionBlocker(f"images to keep differ in size ({sizes[0]}, {sizes[1]}); use image_list, or set k to 1")
+    return torch.stack(list(images))
 
 
 class ScoreRollout(io.ComfyNode):
@@ -324,7 +270,8 @@ class ScoreRollout(io.ComfyNode):
         scorer([0] * len(latents), list(range(len(latents))), latents)
         pictures = torch.stack([scorer.pictures[0, i] for i in range(len(latents))])
         names = tuple(each.name for each in reward.rewards)
-        scores = ScoresData(names, reward.weights, scorer.scores[:, 0], text, pictures.nan_to_num(0.0))
+        found = scorer.scores[:, 0]
+        scores = ScoresData(names, reward.weights, found, text, pictures.nan_to_num(0.0), reward.mix, reward.gates)
         table = score_table(reward, scores.values, [], "completions")
         return io.NodeOutput(scores, scores.pictures, table, ui=show(cls, table))
 
@@ -385,4 +332,4 @@ class ScoresFromValues(io.ComfyNode):
         return io.NodeOutput(ScoresData((name,), (1.0,), torch.tensor([found], dtype=torch.float32), "", shown))
 
 
-NODES: list[type[io.ComfyNode]] = [LoadReward, MixRewards, ScoreImages, SelectBest, ScoreRollout, ScoresFromValues]
+NODES: list[type[io.ComfyNode]] = [ScoreImages, SelectBest, ScoreRollout, ScoresFromValues]

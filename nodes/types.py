@@ -24,10 +24,17 @@ SCORING = "image/scoring"
 
 @dataclass(frozen=True)
 class RewardSet:
-    """Rewards with their weights: one from Load Reward, several from Mix Rewards."""
+    """Rewards with their weights and gates, and how they become one: one from Load Reward, several from Mix Rewards."""
 
     rewards: tuple[Reward, ...]
     weights: tuple[float, ...]
+    mix: str = "zscore"
+    gates: tuple[float | None, ...] = ()
+
+    @property
+    def all_gates(self) -> tuple[float | None, ...]:
+        """List a gate, or None, for every reward."""
+        return self.gates or (None,) * len(self.rewards)
 
 
 @dataclass(frozen=True)
@@ -43,13 +50,16 @@ class RolloutData:
 
 @dataclass(frozen=True)
 class ScoresData:
-    """Scores [R, images] in the order of the plan's images; pictures [images, H, W, 3] where they were decoded."""
+    """Scores [R, images] in the order of the plan's images, or of any images; pictures [images, H, W, 3] where they were decoded."""
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
     values: Tensor
     prompt: str = ""
     pictures: Tensor | None = None
+    mix: str = "zscore"
+    gates: tuple[float | None, ...] = ()
+    prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

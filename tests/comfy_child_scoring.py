@@ -319,7 +319,6 @@ hostile: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "scores of text": ("SelectBest", select, {"scores": ["high", "low"]}),
     "threshold above all": ("SelectBest", select, {"use_threshold": True, "threshold": 0.75}),
     "threshold of nan": ("SelectBest", select, {"use_threshold": True, "threshold": math.nan}),
-    "kept sizes differ": ("SelectBest", select, {"images": [torch.zeros(1, 8, 8, 3), torch.zeros(1, 9, 8, 3)], "k": 2}),
     "rollout without latents": ("ScoreRollout", score_rollout, {"rollout": odd(latents=None)}),
     "rollout of two prompts": ("ScoreRollout", score_rollout, {"rollout": odd(latents=rollout.rollout.latents.expand(2, -1, -1, -1, -1))}),
     "rollout of video": ("ScoreRollout", score_rollout, {"rollout": odd(latents=torch.zeros(1, count, 16, 5, 8, 8))}),

@@ -60,6 +60,11 @@ def boot(flags: Sequence[str]) -> None:
     main.nodes.NODE_CLASS_MAPPINGS[CATCH] = _Catch
 
 
+def server() -> Any:
+    """Return the server."""
+    return _server
+
+
 def node_class(node_id: str) -> Any:
     """Return a node's class."""
     import nodes

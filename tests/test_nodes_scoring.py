@@ -9,8 +9,9 @@ from comfy_host import COMFYUIS, Answer, make_base, run_script
 
 from comfy_g2rpo.advantages import integrate
 from comfy_g2rpo.plan import singular
-from comfy_g2rpo.rewards import load, mix, score_all
+from comfy_g2rpo.rewards import load, score_all
 from comfy_g2rpo.scoring import to_8_bit
+from comfy_g2rpo.standing import standing
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("nodes_scoring in comfyui")]
 
@@ -48,7 +49,6 @@ HOSTILE = {
     "scores of text": "scores",
     "threshold above all": "threshold",
     "threshold of nan": "threshold",
-    "kept sizes differ": "images",
     "rollout without latents": "rollout",
     "rollout of two prompts": "rollout",
     "rollout of video": "rollout",
@@ -175,7 +175,7 @@ def test_advantages_are_the_engines(core: Answer) -> None:
 
 
 def test_any_graph_can_be_the_judge(core: Answer) -> None:
-    assert torch.allclose(core.tensors["voted_scores"][0], mix(core.tensors["scores"], WEIGHTS), atol=0.02)
+    assert torch.allclose(core.tensors["voted_scores"][0], standing(core.tensors["scores"], WEIGHTS), atol=0.02)
     expected = integrate(singular(6, [0, 2], 5, (1, 2)).values(core.tensors["voted_scores"]), None, 5.0, 1e-8)
     assert torch.allclose(core.tensors["voted_table"], expected, atol=1e-6)
     assert torch.equal(core.tensors["voted_pictures"], core.tensors["decoded"])

@@ -31,6 +31,8 @@ WIDGETS_NOT_OFFERED = re.compile(
     r"module|package|token|key|password|env)(_|$)"
 )
 
+FROM_A_FOLDER = {"folder"}
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -67,7 +69,7 @@ def schema_of(info: dict[str, Any]) -> dict[str, Any]:
     """Reduce a node to what a saved workflow depends on. Choices that come from a folder are left out."""
     inputs = []
     for group, key, kind, options in inputs_of(info):
-        choices = kind if isinstance(kind, list) else options.get("options")
+        choices = None if key in FROM_A_FOLDER else kind if isinstance(kind, list) else options.get("options")
         kept = {name: options[name] for name in ("default", "min", "max", "multiline", "forceInput") if options.get(name) is not None}
         kept |= {"options": choices} if choices else {}
         inputs.append({"id": key, "type": "COMBO" if isinstance(kind, list) else kind, "group": group, **kept})
