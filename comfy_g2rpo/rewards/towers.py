@@ -108,7 +108,9 @@ class ModelReward:
             return self.module.embed(self._see(images)).float().cpu()
 
     def _see(self, images: Tensor) -> Tensor:
-        return self.module.see(self.pictures(images, self.name).to(self.module.device))
+        # The trunk's own dtype: not every version of transformers' towers casts what it is given.
+        trunk = next(self.module.vision_model.parameters())
+        return self.module.see(self.pictures(images, self.name).to(trunk.device, trunk.dtype))
 
 
 class Clip(Judge):
