@@ -1,4 +1,4 @@
-"""The command line: `g2rpo train | plan | sample | score | report | options | version`."""
+"""The command line: `g2rpo train | plan | sample | score | compare | report | options | version`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .commands.compare import compare
 from .commands.rewards import rewards_app
 from .commands.score import score
+from .commands.vote import vote
 
 if TYPE_CHECKING:
     from .config import Config
@@ -137,6 +139,8 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder."
 
 
 app.command()(score)
+app.command()(compare)
+app.command()(vote)
 app.add_typer(rewards_app, name="rewards")
 
 

@@ -1,0 +1,227 @@
+"""`g2rpo compare`: paired by prompt, with honest intervals, in one page that needs nothing from elsewhere and trusts no text."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from comfy_g2rpo.evaluation import Evaluation
+from comfy_g2rpo.runs import RunFolder, Sample
+from g2rpo_trainer import cli
+from g2rpo_trainer.comparison import Pair, change, interval, of_runs, same_names, to_show
+
+EVIL = '<script>alert("x")</script> & \u202e "quoted"'
+
+
+def leave(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run a command; return its exit code and what it printed."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return int(exit_.value.code or 0), printed.out, printed.err
+
+
+def make_run(place: Path, gains: dict[int, float], seed: int = 0, prompts: tuple[str, ...] = ("a cat", "a dog", EVIL)) -> Path:
+    """Make a run folder whose evaluation at each step lies by a gain above a fixed table."""
+    run = RunFolder.create(place, {"config": {"train": {"seed": seed}}})
+    table = torch.arange(2.0 * len(prompts) * 2).reshape(2, len(prompts), 2) / 10
+    for step, gain in gains.items():
+        scores = table + gain * torch.tensor([1.0, -1.0])[:, None, None]
+        scores[1, 0, 0] = torch.nan
+        image = torch.full((8, 8, 3), 0.2 + gain / 10)
+        samples = tuple(
+            Sample(prompt, noise, {"jpeg": float(scores[0, i, noise]), "strict": float(scores[1, i, noise])}, image)
+            for i, prompt in enumerate(prompts)
+            for noise in range(2)
+        )
+        Evaluation(("jpeg", "strict"), prompts, scores, samples).save(run, step)
+    return place
+
+
+class Page(HTMLParser):
+    """Collect what a page is made of."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        """Take a tag."""
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attributes if name in ("src", "href", "action", "style") or name.startswith("on")]
+
+    def handle_data(self, data: str) -> None:
+        """Take text."""
+        self.text += data
+
+
+# The statistics
+
+
+def test_a_prompt_counts_once_however_many_pictures_it_has() -> None:
+    pairs = [Pair(str(i), "a", {"r": (0.0, 1.0)}) for i in range(9)] + [Pair("x", "b", {"r": (1.0, 0.0)})]
+    made = change("r", pairs)
+    assert (made.count, made.gain, made.win_rate, made.before, made.after) == (2, 0.0, 0.5, 0.5, 0.5)
+
+
+def test_ties_are_half_wins_and_what_was_not_judged_is_left_out() -> None:
+    pairs = [Pair("0", "", {"r": (0.0, 1.0)}), Pair("1", "", {"r": (1.0, 1.0)}), Pair("2", "", {"r": (math.nan, 9.0)}), Pair("3", "", {})]
+    made = change("r", pairs)
+    assert (made.count, made.gain, made.win_rate) == (2, 0.5, 0.75)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    random = np.random.default_rng(1)
+    inside = 0
+    for _ in range(60):
+        low, high = interval(random.exponential(1.0, 40) - 1)
+        inside += low <= 0 <= high
+    assert 50 <= inside <= 60
+
+
+def test_the_interval_is_the_same_every_time_and_knows_its_limits() -> None:
+    values = np.random.default_rng(0).normal(1, 1, 30)
+    low, high = interval(values)
+    assert (low, high) == interval(values)
+    assert low < values.mean() < high
+    # Near the normal interval, for values that are normal.
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std(ddof=1) / math.sqrt(30), rel=0.1)
+    assert all(map(math.isnan, interval(np.array([1.0]))))
+    assert interval(np.full(5, 2.0)) == (2.0, 2.0)
+    assert interval(np.random.default_rng(0).normal(1, 1, 5000))[0] > 0.9
+
+
+def test_shown_pairs_go_from_the_best_to_the_worst() -> None:
+    pairs = [Pair(str(i), "", {"r": (0.0, float(i))}) for i in range(100)] + [Pair("nan", "", {"r": (0.0, math.nan)})]
+    assert [pair.label for pair in to_show(pairs, "r", 3)] == ["99", "49", "nan"]
+    assert len(to_show(pairs, "r", 1000)) == 101
+    assert to_show([], "r", 5) == [] == to_show(pairs, "r", 0)
+
+
+# Runs
+
+
+def test_two_runs_are_compared_at_their_newest_evaluations(tmp_path: Path) -> None:
+    one, other = make_run(tmp_path / "one", {0: 0.0, 5: 1.0}), make_run(tmp_path / "other", {0: 0.0, 7: 3.0})
+    found = of_runs(one, other)
+    assert (found.before, found.after) == ("one, step 5", "other, step 7")
+    gains = {each.reward: (each.count, pytest.approx(each.gain), each.win_rate) for each in found.changes}
+    assert gains == {"jpeg": (3, 2.0, 1.0), "strict": (3, -2.0, 0.0)}
+    assert found.notes == ()
+    assert len(found.pairs) == 6
+    assert found.pairs[0].before == one / "images/000005/000.png"
+
+
+def test_a_run_by_itself_is_its_first_with_its_last_evaluation(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {0: 0.0, 5: 1.0, 9: 2.0})
+    found = of_runs(run, run)
+    assert (found.before, found.after) == ("run, step 0", "run, step 9")
+    with pytest.raises(ValueError, match="has a single evaluation; let it train on"):
+        of_runs(*[make_run(tmp_path / "short", {0: 0.0})] * 2)
+
+
+def test_runs_of_other_seeds_or_prompts_say_so(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "one", {5: 1.0})
+    assert "different seeds" in of_runs(one, make_run(tmp_path / "two", {5: 1.0}, seed=1)).notes[0]
+    assert of_runs(one, make_run(tmp_path / "three", {5: 1.0}, prompts=("a dog", "x"))).changes[0].count == 1
+    with pytest.raises(ValueError, match="share no held-out prompt"):
+        of_runs(one, make_run(tmp_path / "four", {5: 1.0}, prompts=("x", "y")))
+
+
+def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
+    one, other = make_run(tmp_path / "one", {5: 1.0}), make_run(tmp_path / "two", {5: 1.0})
+    index = one / "images/000005/index.json"
+    index.write_text(index.read_text().replace('"000.png"', '"../../../secret.png"'))
+    assert of_runs(one, other).pairs[0].before == one / "images/000005/secret.png"
+
+
+# The page
+
+
+def test_the_page_needs_nothing_and_trusts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = make_run(tmp_path / "<b>one", {5: 1.0}), make_run(tmp_path / "other", {7: 3.0})
+    code, text, _ = leave(capsys, "compare", one, other, "--out", tmp_path / "a.html")
+    assert code == 0
+    assert re.search(r"^jpeg  .* gain \+2 \[\+2, \+2\]  wins 100% \[100%, 100%\]  3 prompts$", text, re.MULTILINE)
+    content = (tmp_path / "a.html").read_text("utf-8")
+    page = Page(content)
+    assert not {"script", "iframe", "object", "link", "form"} & set(page.tags)
+    assert page.tags.count("img") == 12
+    assert all(link.startswith("data:image/jpeg;base64,") for link in page.links)
+    assert "http" not in content.replace("http-equiv", "")
+    assert EVIL in page.text and "<b>one" in page.text
+    assert "default-src 'none'" in content
+
+
+def test_folders_are_paired_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, strength in (("before", 60), ("after", 240)):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            noise = np.random.default_rng(i).random((16, 16, 3)) * strength
+            Image.fromarray(noise.astype(np.uint8)).save(tmp_path / name / f"{i}{'.png' if name == 'before' else '.bmp'}")
+    (tmp_path / "after/alone.png").write_bytes((tmp_path / "before/0.png").read_bytes())
+    (tmp_path / "before/5.png").write_bytes(b"broken")
+    arguments = [
+        "compare",
+        tmp_path / "before",
+        tmp_path / "after",
+        "--reward",
+        "colourfulness",
+        "--reward",
+        "agreement",
+        "--out",
+        tmp_path / "x.html",
+    ]
+    code, text, errors = leave(capsys, *arguments, "--json")
+    found = {each["reward"]: each for each in json.loads(text)["changes"]}
+    assert code == 0
+    assert (found["colourfulness"]["count"], found["colourfulness"]["win_rate"]) == (5, 1.0)
+    assert found["colourfulness"]["gain_interval"][0] > 20
+    assert found["agreement"]["gain"] is None
+    page = Page((tmp_path / "x.html").read_text("utf-8"))
+    assert "1 pictures have no partner" in page.text and "is not a picture that can be read" in page.text
+    assert page.tags.count("img") == 11
+    # Tiny pictures are enlarged, so that one sees anything.
+    assert 'width="320"' in (tmp_path / "x.html").read_text("utf-8")
+    assert errors == ""
+    pairs, notes = same_names(tmp_path / "before", tmp_path / "after")
+    assert (pairs[0][0].name, pairs[0][1].name) == ("0.png", "0.bmp")
+    assert notes
+
+
+MISTAKES = {
+    "nowhere": (["compare", "nowhere", "b"], "nowhere is no folder"),
+    "no reward": (["compare", "a", "b"], "folders of pictures need a second folder B and --reward"),
+    "one folder": (["compare", "a", "--reward", "jpeg"], "folders of pictures need a second folder B"),
+    "two kinds": (["compare", "run", "a"], "run and a are a run and a folder of pictures"),
+    "reward of runs": (["compare", "run", "--reward", "jpeg"], "--reward and prompts are for folders"),
+    "no names": (["compare", "a", "b", "--reward", "jpeg"], "a and b hold no pictures of the same name"),
+    "there already": (["compare", "a", "b", "--out", "mine.html"], "mine.html exists; choose another --out"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_no_report(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "run", {0: 0.0})
+    for folder, file in (("a", "x.png"), ("b", "y.png")):
+        Path(folder).mkdir()
+        Image.new("RGB", (4, 4)).save(Path(folder, file))
+    Path("mine.html").write_text("mine")
+    arguments, words = MISTAKES[name]
+    code, _, error = leave(capsys, *arguments)
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.startswith(f"error: {words}")
+    assert not Path("compare.html").exists()
+    assert Path("mine.html").read_text() == "mine"
