@@ -37,7 +37,8 @@ HEADER_BYTES = 8 * 2**20
 HEADER_TENSORS = 20_000
 LENGTH = ("steps", "minutes", "eval_every", "checkpoint_every", "keep_checkpoints")
 WATCHING = ("watch", "patience", "min_fall", "min_diversity", "max_dropped", "preview_width", "preview_height")
-MAY_CHANGE = {"train": LENGTH + WATCHING}
+ASKING = ("timeout", "retries", "concurrency", "batch", "device")
+MAY_CHANGE = {"train": LENGTH + WATCHING, "rewards": ASKING, "heldout_rewards": ASKING}
 OPTIMIZER_KEY = re.compile(r"optimizer/([0-9]{1,6})/(step|exp_avg|exp_avg_sq)")
 PREVIEW = "preview"
 CHECKPOINT_FILES = ("lora.safetensors", "state.safetensors", "state.json")
@@ -117,6 +118,13 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return value
+
+
+def spelt_out(part: Any) -> dict[str, Any]:
+    """Name what a section of a configuration holds: its fields, or `place.field` in a list of sections."""
+    if isinstance(part, list) and all(isinstance(item, dict) for item in part):
+        return {f"{place}.{key}": value for place, item in enumerate(part) for key, value in item.items()}
+    return dict(part) if isinstance(part, dict) else {"": part}
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -297,9 +305,10 @@ class RunFolder:
         if not isinstance(saved, dict):
             raise RunError(f"{run.config_file} is damaged (no configuration); restore it or start another run")
         for section, values in finite(config["config"]).items():
-            new, old = (part if isinstance(part, dict) else {"": part} for part in (values, saved.get(section)))
-            for key, value in new.items():
-                if value != old.get(key) and section != "out" and key not in MAY_CHANGE.get(section, ()):
+            new, old = spelt_out(values), spelt_out(saved.get(section))
+            for key in new | old if isinstance(values, list) else new:
+                value = new.get(key)
+                if value != old.get(key) and section != "out" and key.rpartition(".")[2] not in MAY_CHANGE.get(section, ()):
                     name = f"{section}.{key}".strip(".")
                     was = f"{path} was made with {name} = {old.get(key)!a:.80}, not {value!a:.80}"
                     raise RunError(f"{was}; continue with that, or start another run")

@@ -245,7 +245,7 @@ def check_rewards(config: Config) -> None:
     for reward in config.heldout_rewards:
         if reward.name in trained and reward != RewardSection(name=reward.name):
             raise ConfigError(f"heldout_rewards describes {reward.name!r}, which is trained on and measured anyway; name it differently")
-    for reward in (*config.rewards, *config.heldout_rewards):
+    for reward in (*config.rewards, *(reward for reward in config.heldout_rewards if reward.name not in trained)):
         check_reward(reward)
     if any(reward.weight == 0 and reward.gate is None for reward in config.rewards):
         raise ConfigError("rewards has a weight of 0; list that reward under heldout_rewards, where it only measures")

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import re
+import sys
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import torch
+from torch import Tensor
 
 from comfy_g2rpo.rewards import REWARDS, Reward, RewardError, Rule
 from comfy_g2rpo.rewards.reference import KINDS, palette
@@ -105,8 +110,16 @@ def check_path(name: str, path: str) -> None:
     if place.endswith(".py"):
         if not Path(place).is_file():
             raise RewardError(f"reward {name!r}: path names {place!r}, which does not exist; looked beside the recipe and in {Path.cwd()}")
-    elif not all(part.isidentifier() for part in place.split(".")) or importlib.util.find_spec(place.partition(".")[0]) is None:
+    elif not all(part.isidentifier() for part in place.split(".")) or not is_installed(place.partition(".")[0]):
         raise RewardError(f"reward {name!r}: path names the module {place[:200]!a}, which is not installed; check its name")
+
+
+def is_installed(module: str) -> bool:
+    """Say whether a top-level module can be found, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:
+        return False
 
 
 def check_url(name: str, url: str) -> None:
@@ -144,13 +157,34 @@ def custom(name: str, path: str) -> Reward:
         raise RewardError(f"reward {name!r}: {place} has no {attribute!r}; check the end of path")
     found: Any = getattr(module, attribute)
     missing = [member for member in ("name", "licence", "compares_across_prompts", "score") if not hasattr(found, member)]
+    if isinstance(found, type):
+        raise RewardError(f"reward {name!r}: {path} is a class; make an object of it in that file, and name the object")
+    if not missing and found.name != name:
+        raise RewardError(f"reward {name!r}: {path} calls itself {str(found.name)[:80]!a}; write that under name")
     if not missing:
-        if found.name != name:
-            raise RewardError(f"reward {name!r}: {path} calls itself {str(found.name)[:80]!a}; write that under name")
         return found
-    if callable(found) and not isinstance(found, type):
-        return Rule(name, found, compares_across_prompts=False, licence="yours")
+    if callable(found):
+        return Rule(name, located(name, found, module), compares_across_prompts=False, licence="your own")
     raise RewardError(f"reward {name!r}: {path} is no function and lacks {', '.join(missing)}; give a function or an object")
+
+
+def located(name: str, function: Callable[[Tensor, Sequence[str]], Any], module: ModuleType) -> Callable[[Tensor, Sequence[str]], Tensor]:
+    """Let a function answer with a list as well (None = cannot judge), and name the line where it fails."""
+
+    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        try:
+            answer = function(images, prompts)
+            if isinstance(answer, (list, tuple)):
+                return torch.tensor([math.nan if value is None else float(value) for value in answer])
+            return answer.float() if isinstance(answer, Tensor) else torch.as_tensor(answer, dtype=torch.float32)
+        except RewardError:
+            raise
+        except Exception as cause:
+            lines = [frame.lineno for frame in extract_tb(cause.__traceback__) if frame.filename == module.__file__]
+            where = f" in {module.__file__}, line {lines[-1]}" if lines else ""
+            raise RewardError(f"reward {name!r} failed with {type(cause).__name__}{where}: {cause}") from cause
+
+    return score
 
 
 def module_at(place: str) -> ModuleType:
@@ -158,8 +192,9 @@ def module_at(place: str) -> ModuleType:
     try:
         if not place.endswith(".py"):
             return importlib.import_module(place)
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        module = importlib.util.module_from_spec(spec)
+        # A name of its own, so that a file called rewards.py or torch.py hides nothing.
+        spec = importlib.util.spec_from_file_location(f"g2rpo_custom_{Path(place).stem}", place)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
     except Exception as cause:
