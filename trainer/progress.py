@@ -18,6 +18,7 @@ from comfy_g2rpo.loop import Watcher
 SPARKS = "▁▂▃▄▅▆▇█"
 PHASES = {"rollout": "cyan", "decode": "green", "reward": "yellow", "update": "magenta"}
 BAR = 24
+GO_ON = "to go on: --resume --set train.watch=warn"
 
 
 class Progress(Watcher, Protocol):
@@ -68,6 +69,8 @@ class History:
         if self.step == self.first:
             # The untrained model was measured: steps begin now, and only they tell how long steps take.
             self.began = time.monotonic()
+        if any(name.startswith("heldout/") for name in metrics):
+            self.latest.pop("alarm", None)
         self.latest.update(metrics)
         for name, value in metrics.items():
             if isinstance(value, (int, float)) and value == value:
@@ -168,6 +171,8 @@ def panel(history: History) -> Group:
     for name in history.names("heldout"):
         values = history.series[f"heldout/{name}/mean"]
         table.add_row("held-out", name, f"{values[0]:.3f} → {values[-1]:.3f}", f"{values[-1] - values[0]:+.3f}", style="bold")
+    if alarm := history.latest.get("alarm"):
+        table.add_row("alarm", "", str(alarm), "", style="bold red")
     bar = Text("time  ")
     for phase, share in history.split().items():
         bar.append("█" * round(BAR * share), PHASES[phase])
@@ -203,6 +208,11 @@ def outcome(summary: Mapping[str, Any]) -> list[str]:
         for name in after:
             if _has(before, name) and _has(after, name):
                 lines.append(f"{label} {name}: {before[name]:.3f} → {after[name]:.3f} ({after[name] - before[name]:+.3f})")
+    lines += [f"alarm at step {alarm['step']}: {alarm['text']}" for alarm in (summary.get("alarms") or [])[-1:]]
+    if summary.get("stopped_by") == "watch":
+        lines.append(f"stopped by the watch: the LoRA is that of step {summary['lora_step']}, the best by held-out rewards; {GO_ON}")
+    elif summary.get("sign"):
+        lines.append(f"seen at the end: {summary['sign']}; step {summary['best_step']} was the best by held-out rewards")
     if "seconds" in summary:
         lines.append(f"{clock(summary['seconds'])} for {summary.get('steps', '?')} steps, {summary.get('forwards', '?')} forwards")
     return lines

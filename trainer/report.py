@@ -1,16 +1,17 @@
-"""Pictures of a run, drawn from its run folder alone: curves.png and before_after.png."""
+"""Pictures of a run, drawn from its run folder alone: curves.png, before_after.png and, where it drew previews, preview.png."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from comfy_g2rpo.runs import RunFolder, Sample, write_bytes
+from comfy_g2rpo.runs import PREVIEW, RunFolder, Sample, write_bytes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by colour-blind eyes
 PHASES = ("rollout", "decode", "reward", "update")
@@ -28,10 +29,11 @@ def write_report(run: RunFolder) -> list[Path]:
     if rows:
         curves(rows, run.path / "curves.png")
         written.append(run.path / "curves.png")
-    steps = run.sampled_steps()
-    if len(steps) > 1:
-        before_after(run.samples(steps[0]), run.samples(steps[-1]), run.path / "before_after.png", steps=(steps[0], steps[-1]))
-        written.append(run.path / "before_after.png")
+    for kind, name in (("", "before_after.png"), (PREVIEW, "preview.png")):
+        steps = run.sampled_steps(kind)
+        if len(steps) > 1:
+            before_after(run.samples(steps[0], kind), run.samples(steps[-1], kind), run.path / name, steps=(steps[0], steps[-1]))
+            written.append(run.path / name)
     return written
 
 
@@ -44,8 +46,9 @@ def curves(rows: Sequence[Row], path: Path) -> None:
     top, bottom = figure.subfigures(2, 1, height_ratios=(2, 1))
     if groups:
         draw_rewards(top, groups, rows)
-    left, right = bottom.subplots(1, 2)
+    left, middle, right = bottom.subplots(1, 3)
     draw_optimizer(left, rows)
+    draw_diversity(middle, rows)
     draw_time(right, rows)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -67,13 +70,19 @@ def reward_groups(rows: Sequence[Row]) -> list[list[str]]:
 
 def draw_rewards(figure: Any, groups: Sequence[Sequence[str]], rows: Sequence[Row]) -> None:
     """Draw the training and held-out rewards of every group in a panel."""
-    figure.suptitle("Training reward (line, ± standard deviation) and held-out reward (markers, 95 % interval)")
+    title = "Training reward (line, ± standard deviation) and held-out reward (markers, 95 % interval)"
+    alarms = [row for row in rows if row.get("alarm")]
+    if alarms:
+        title += "\n" + fill(f"Alarm (dotted) at step {alarms[0]['step']}: {alarms[0]['alarm']}", 110)
+    figure.suptitle(title, color=WORSE if alarms else INK)
     colours = iter(COLOURS * sum(map(len, groups)))
     for axes, names in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         for name in names:
             colour = next(colours)
             draw_training(axes, rows, name, colour)
             draw_heldout(axes, rows, name, colour)
+        for row in alarms[:1]:
+            axes.axvline(row["step"], color=WORSE, linestyle=":", linewidth=1.5)
         axes.set(xlabel="step", ylabel=", ".join(names))
         axes.legend(loc="best", framealpha=0.8, edgecolor="none")
 
@@ -116,7 +125,8 @@ def draw_heldout(axes: Any, rows: Sequence[Row], name: str, colour: str) -> None
 
 def draw_optimizer(axes: Any, rows: Sequence[Row]) -> None:
     """Draw gradient norm and distance from the model without adapter."""
-    for name, label, colour in (("grad_norm", "gradient norm", COLOURS[0]), ("kl/velocity", "velocity KL", COLOURS[1])):
+    lines = {"grad_norm": "gradient norm", "kl/velocity": "velocity KL", "kl/heldout": "velocity KL, held-out"}
+    for (name, label), colour in zip(lines.items(), COLOURS, strict=False):
         steps, values = column(rows, name)
         if len(steps) and (values > 0).any():
             axes.plot(steps, values, color=colour, linewidth=1.2, label=label)
@@ -124,6 +134,19 @@ def draw_optimizer(axes: Any, rows: Sequence[Row]) -> None:
     axes.set(xlabel="step", title="Optimizer")
     if axes.lines:
         axes.legend(frameon=False)
+
+
+def draw_diversity(axes: Any, rows: Sequence[Row]) -> None:
+    """Draw how unlike the pictures are, against the first value: within a rollout's group and on held-out prompts."""
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("diversity/"))
+    for name, colour in zip(names, COLOURS * len(names), strict=False):
+        steps, values = column(rows, name)
+        if len(steps) and values[0] > 0:
+            trend = smooth(values) if name == "diversity/group" else values
+            axes.plot(steps, trend / values[0], color=colour, linewidth=1.2, label=name.removeprefix("diversity/"))
+    axes.set(xlabel="step", title="Diversity, 1 at first", ylim=(0, None))
+    if axes.lines:
+        axes.legend(frameon=False, fontsize="small")
 
 
 def draw_time(axes: Any, rows: Sequence[Row]) -> None:
