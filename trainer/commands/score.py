@@ -191,6 +191,7 @@ def identity(section: RewardSection) -> str:
     """Tell a reward from another one, or another version, of the same name."""
     from comfy_g2rpo import __version__
     from comfy_g2rpo.rewards import REWARDS
+    from comfy_g2rpo.rewards.reference import KINDS
 
     if section.path:
         file = Path(section.path.rpartition(":")[0])
@@ -198,10 +199,10 @@ def identity(section: RewardSection) -> str:
     if section.url:
         question = hashlib.sha256((section.question or "").encode()).hexdigest()[:16]
         return f"{section.name} {section.url} {section.protocol} {section.model or ''} {question}"
-    if section.name in REWARDS:
+    if section.name in REWARDS or section.name in KINDS:
         reference = section.reference and Path(section.reference)
         seen = f" {hashlib.sha256(reference.read_bytes()).hexdigest()[:16]}" if reference and reference.is_file() else ""
-        return f"{section.name} {__version__}{seen}"
+        return f"{section.name} {__version__}{seen}{' '.join(['', *(section.palette or ())])}"
     from ..rewards import rewards_root
 
     about = rewards_root() / section.name / "reward.json"
