@@ -41,14 +41,14 @@ def original(name: str, settings: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("edge", [224, 28])
 def test_crop_is_transformers_clip_processor(size: tuple[int, int], edge: int) -> None:
     processor = original("CLIPImageProcessor", {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}})
-    expected = torch.as_tensor(np.array(processor(picture(*size))["pixel_values"]))
+    expected = torch.as_tensor(np.array(processor(np.asarray(picture(*size)), input_data_format="channels_last")["pixel_values"]))
     torch.testing.assert_close(Pictures(edge)(as_images(picture(*size))), expected.float(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_squash_is_transformers_siglip_processor(size: tuple[int, int]) -> None:
     processor = original("SiglipImageProcessor", {"size": {"height": 384, "width": 384}})
-    expected = torch.as_tensor(np.array(processor(picture(*size))["pixel_values"]))
+    expected = torch.as_tensor(np.array(processor(np.asarray(picture(*size)), input_data_format="channels_last")["pixel_values"]))
     torch.testing.assert_close(Pictures(384, "squash", HALF, HALF)(as_images(picture(*size))), expected.float(), atol=1e-5, rtol=0)
 
 

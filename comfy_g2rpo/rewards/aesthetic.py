@@ -51,7 +51,7 @@ def load(folder: Folder, name: str, dtype: torch.dtype, batch: int) -> ModelRewa
     width = table({"config": config}, "config", place).get("projection_dim", 768)
     module = fill(lambda: Aesthetic(vision, width, widths), folder.file(WEIGHTS))
     known = KNOWN["aesthetic_linear" if len(widths) == 1 else "aesthetic"]
-    return ModelReward.of(known, name, module, Pictures(vision.get("image_size", 224), rounds=True), dtype, batch)
+    return ModelReward.of(known, name, module, Pictures(module.vision_model.config.image_size, rounds=True), dtype, batch)
 
 
 def head_widths(config: dict[str, Any]) -> list[int]:

@@ -46,5 +46,5 @@ def load(folder: Folder, name: str, dtype: torch.dtype, batch: int) -> ModelRewa
     config, place = folder.json("config.json"), folder.path / "config.json"
     vision, widths = table(config, "vision_config", place), head_widths(config)
     module = fill(lambda: AestheticV25(vision, widths), folder.file(WEIGHTS))
-    pictures = Pictures(vision.get("image_size", 224), "squash", HALF, HALF)
+    pictures = Pictures(module.vision_model.config.image_size, "squash", HALF, HALF)
     return ModelReward.of(KNOWN["aesthetic_v2.5"], name, module, pictures, dtype, batch)

@@ -8,7 +8,6 @@ state is read at [CLS], as the authors do, not at BLIP's [ENC].
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from .heads import mlp
 from .known import KNOWN
 from .pictures import Pictures
 from .towers import Judge, ModelReward
-from .weights import WEIGHTS, Folder, fill, table
+from .weights import WEIGHTS, Folder, check_tokenizer, fill, read_tokenizer, table
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 TOKENS = 35
@@ -63,6 +62,7 @@ def load(folder: Folder, name: str, dtype: torch.dtype, batch: int) -> ModelRewa
 
     config, place = folder.json("config.json"), folder.path / "config.json"
     vision, text = table(config, "vision_config", place), table(config, "text_config", place)
-    tokenizer = BertTokenizerFast.from_pretrained(Path(folder.tokenizer("vocab.txt")), local_files_only=True)
+    tokenizer = read_tokenizer(folder, BertTokenizerFast, ["vocab.txt"])
     module = fill(lambda: ImageReward(vision, text, tokenizer), folder.file(WEIGHTS))
-    return ModelReward.of(KNOWN["imagereward"], name, module, Pictures(vision.get("image_size", 224), rounds=True), dtype, batch)
+    check_tokenizer(tokenizer, module.text_encoder.config, TOKENS, place)
+    return ModelReward.of(KNOWN["imagereward"], name, module, Pictures(module.vision_model.config.image_size, rounds=True), dtype, batch)

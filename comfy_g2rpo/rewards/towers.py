@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn.functional import normalize
 from .known import Known
 from .pictures import Pictures
 from .protocol import RewardError
-from .weights import WEIGHTS, Folder, fill, table
+from .weights import WEIGHTS, Folder, check_tokenizer, fill, read_tokenizer, table
 
 CONTEXT = 77
 
@@ -164,19 +163,14 @@ class ScaledClip(Clip):
 
 def clip_from(folder: Folder, kind: type[Clip]) -> tuple[Clip, int]:
     """Build CLIP from a folder in transformers' layout: the module and the side of its pictures."""
+    from transformers import CLIPTokenizerFast
+
     place = folder.path / "config.json"
     config = folder.json("config.json")
     vision, text = table(config, "vision_config", place), table(config, "text_config", place)
     width = table({"config": config}, "config", place).get("projection_dim", 512)
-    tokenizer = clip_tokenizer(folder)
+    tokenizer = read_tokenizer(folder, CLIPTokenizerFast, ("vocab.json", "merges.txt"))
     sections = {"vision_config": vision, "text_config": text, "projection_dim": width}
     module = fill(lambda: kind(sections, tokenizer), folder.file(WEIGHTS))
+    check_tokenizer(tokenizer, module.text_model.config, CONTEXT, place)
     return module, module.vision_model.config.image_size
-
-
-def clip_tokenizer(folder: Folder) -> Any:
-    """Read CLIP's tokenizer from its vocabulary and merges."""
-    from transformers import CLIPTokenizerFast
-
-    place = Path(folder.tokenizer("vocab.json", "merges.txt"))
-    return CLIPTokenizerFast.from_pretrained(place, local_files_only=True)

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,12 @@ def fill(make: Callable[[], nn.Module], path: Path) -> nn.Module:
 
     The module is made without memory, so that a configuration costs nothing before the file is seen to fit it.
     """
-    with torch.device("meta"):
-        module = make()
+    try:
+        with torch.device("meta"):
+            module = make()
+    # transformers' versions refuse a configuration by errors of their own kinds.
+    except Exception as error:
+        raise RewardError(f"{path.parent / 'config.json'} describes no model: {line(error)}; fetch the reward again") from error
     module.eval().requires_grad_(False)
     wanted = {TWICE.sub(r"\1.", key): key for key in module.state_dict()}
     shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
@@ -134,6 +138,24 @@ def fill(make: Callable[[], nn.Module], path: Path) -> nn.Module:
             if buffer.is_meta and name == "position_ids":
                 parent.register_buffer(name, torch.arange(buffer.shape[-1]).expand(buffer.shape), persistent=False)
     return module.requires_grad_(False)
+
+
+def read_tokenizer(folder: Folder, reader: Any, names: Sequence[str]) -> Any:
+    """Read a tokenizer by transformers' own class, from files of the folder alone."""
+    place = folder.tokenizer(*names)
+    try:
+        return reader.from_pretrained(place, local_files_only=True)
+    # The tokenizers library raises a bare Exception for what it cannot read.
+    except Exception as error:
+        raise RewardError(f"{place}: the tokenizer's files ({', '.join(names)}) are damaged: {line(error)}; fetch it again") from error
+
+
+def check_tokenizer(tokenizer: Any, config: Any, context: int, place: Path) -> None:
+    """Refuse a tokenizer that counts further than the model's tables go: on a GPU such a number would end the process."""
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= config.vocab_size or config.max_position_embeddings < context:
+        limits = f"{config.vocab_size} words at {config.max_position_embeddings} places"
+        raise RewardError(f"{place}: the tokenizer has words up to {highest} at {context} places, the model only {limits}; fetch it again")
 
 
 def _compare(path: Path, wanted: Mapping[str, str], shapes: Mapping[str, torch.Size], header: Mapping[str, Any]) -> None:
@@ -156,6 +178,11 @@ def _sound(path: Path, key: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point() or not tensor.isfinite().all():
         raise RewardError(f"{path}: {key} holds NaN, infinite or non-float values; the file is damaged, fetch the reward again")
     return tensor.to(torch.float32, copy=True)
+
+
+def line(error: Exception) -> str:
+    """Put an error's words into one line of bounded length."""
+    return " ".join(str(error).split())[:200]
 
 
 def some(names: list[str]) -> str:
