@@ -10,8 +10,8 @@ import torch
 import yaml
 from PIL import Image
 
+from comfy_g2rpo import lora, settings
 from comfy_g2rpo import rewards as built_in
-from comfy_g2rpo import settings
 from comfy_g2rpo.prompts import Prompt, PromptError, columns_of, read
 from comfy_g2rpo.rewards import RewardError, check_prompts, checked
 from comfy_g2rpo.rewards.library import load_installed
@@ -73,6 +73,7 @@ def test_ten_lines_of_your_own_train_from_the_recipe(recipe: Path, monkeypatch: 
     summary = training.train(config.load(recipe), out, progress=Silent())
     rows = RunFolder.open(out).metrics()
     assert summary["steps"] == 1
+    assert lora.read(out / summary["lora"]).metadata["g2rpo.rewards"] == "2 redness, 0 agreement (gate 0.01)"
     step = next(row for row in rows if "nfe" in row)
     assert step["reward/redness/mean"] is not None and step["reward/agreement/mean"] is not None
     # The held-out prompt's row tells the reward to skip it: its columns arrived.

@@ -20,7 +20,7 @@ from comfy_g2rpo.runs import RunFolder, check_place
 from comfy_g2rpo.schedule import shifted_sigmas
 
 from .allocator import keep_freed_memory
-from .config import Config, dump, make_pace, make_recipe, model_folder
+from .config import Config, TrainedReward, dump, make_pace, make_recipe, model_folder
 from .families.sd3 import SD3, load_pipeline
 from .progress import Progress, Silent
 from .report import write_report
@@ -89,11 +89,16 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
             "g2rpo.version": __version__,
             "g2rpo.base_model": Path(config.model.path).name,
             "g2rpo.recipe": config.method.name,
-            "g2rpo.rewards": ", ".join(f"{reward.weight:g} {reward.name}" for reward in config.rewards),
+            "g2rpo.rewards": ", ".join(map(described, config.rewards)),
         },
         world=world(accelerator),
         preview=preview_shape(pace, policy.latent_shape),
     )
+
+
+def described(reward: TrainedReward) -> str:
+    """Name a reward with its weight and gate."""
+    return f"{reward.weight:g} {reward.name}" + ("" if reward.gate is None else f" (gate {reward.gate:g})")
 
 
 def world(accelerator: Accelerator) -> World:
