@@ -26,12 +26,16 @@ def serve(
     """Offer a reward to `g2rpo train` over HTTP, until Ctrl-C."""
     import asyncio
 
+    from comfy_g2rpo.rewards import RewardError
+
     from ..config import RewardSection
     from ..judges.server import JudgeServer, listen, names_of, token_of
     from ..judges.server import serve as run
     from ..rewards import build, check_reward
     from ..sampling import device as best_device
 
+    if dtype not in ("fp32", "bf16"):
+        raise RewardError(f"--dtype is {dtype[:20]!a}; choose fp32 or bf16")
     section = RewardSection(name=name, path=path, device=device, dtype=dtype, batch=batch)
     check_reward(section)
     place = token_file.expanduser()

@@ -66,7 +66,7 @@ class JudgeServer:
 
     async def __call__(self, request: web.BaseRequest) -> web.Response:
         """Answer one request."""
-        headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+        headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "g2rpo"}
         try:
             self.admit(request)
             methods = self.routes.get(request.raw_path)
@@ -147,7 +147,7 @@ def judge(reward: Reward, content: bytes) -> list[float]:
         raise Refusal(400, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}"[:300]) from error
     except (ValueError, RecursionError) as error:
         raise Refusal(400, "the body is not JSON") from error
-    columns = asked.columns or [{}] * len(asked.images)
+    columns = [{}] * len(asked.images) if asked.columns is None else asked.columns
     if not len(asked.images) == len(asked.prompts) == len(columns):
         raise Refusal(400, f"{len(asked.images)} images, {len(asked.prompts)} prompts, {len(columns)} columns; give one of each per image")
     prompts = [Prompt(text, more) if more else text for text, more in zip(asked.prompts, columns, strict=True)]

@@ -1,0 +1,405 @@
+"""The judge's server: every address × method × mark of a stranger, sizes, forms; and each check weakened once, which must show."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import io
+import json
+import os
+import socket
+import stat
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from judge_host import section
+from PIL import Image
+
+from comfy_g2rpo.prompts import Prompt, columns_of
+from comfy_g2rpo.rewards import RewardError, Rule, checked
+from g2rpo_trainer.cli import main
+from g2rpo_trainer.judges import connect, server
+from g2rpo_trainer.judges.client import Limits
+from g2rpo_trainer.judges.server import JudgeServer, listen, names_of, token_of
+
+TOKEN = "t" * 43
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PROPFIND", "BREW")
+ADDRESSES = ("/about", "/score", "/", "/about/", "//about", "/about?x=1", "/ABOUT", "/%61bout", "/nothing", "/score/../about", "*")
+SERVED = {("GET", "/about"), ("POST", "/score")}
+
+
+class Bright:
+    """A reward that notes what it was asked."""
+
+    name, licence, compares_across_prompts, note = "bright", "MIT", True, "ends in white"
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.go = threading.Event()
+        self.go.set()
+
+    def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """Score by brightness; NaN for the prompt `unreadable`."""
+        self.go.wait(20)
+        self.asked.append((images, list(prompts)))
+        return torch.where(torch.tensor([p == "unreadable" for p in prompts]), torch.nan, images.mean((1, 2, 3)))
+
+
+@contextmanager
+def serving(reward: Any = None, module: ModuleType = server) -> Iterator[tuple[int, Any]]:
+    """Serve a reward in a thread; give its port and the reward."""
+    reward, ready = reward or Bright(), threading.Event()
+    with module.listen("127.0.0.1", 0) as at:
+        port, box = at.getsockname()[1], []
+        judge = module.JudgeServer(reward, TOKEN, module.names_of("127.0.0.1", port, []))
+
+        async def run() -> None:
+            box.extend([asyncio.get_running_loop(), asyncio.current_task()])
+            await module.serve(judge, at, ready.set)
+
+        def work() -> None:
+            with pytest.raises(asyncio.CancelledError):
+                asyncio.run(run())
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert ready.wait(20)
+        try:
+            yield port, reward
+        finally:
+            box[0].call_soon_threadsafe(box[1].cancel)
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def send(port: int, method: str, path: str, headers: dict[str, Any] | None = None, body: bytes = b"", patience: float = 10) -> int:
+    """Send one request by hand, the sound headers changed by `headers` (None leaves one out, a list repeats one); return the status."""
+    return send_for_answer(port, method, path, headers, body, patience)[0]
+
+
+def send_for_answer(
+    port: int, method: str, path: str, headers: dict[str, Any] | None = None, body: bytes = b"", patience: float = 10
+) -> tuple[int, str]:
+    """Send one request by hand; return the status and the whole answer."""
+    sound: dict[str, Any] = {"Host": f"127.0.0.1:{port}", "Authorization": f"Bearer {TOKEN}", "Connection": "close"}
+    if body or method in ("POST", "PUT", "PATCH"):
+        sound |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    lines = [f"{method} {path} HTTP/1.1"]
+    for name, value in (sound | (headers or {})).items():
+        lines += [f"{name}: {one}" for one in (value if isinstance(value, list) else [value]) if one is not None]
+    with socket.create_connection(("127.0.0.1", port), timeout=patience) as connection:
+        connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+        answer = b""
+        try:
+            while not whole(answer, method) and (part := connection.recv(65536)):
+                answer += part
+        except (TimeoutError, ConnectionError):
+            pass
+    return int(answer.split(b" ", 2)[1]) if answer else 0, answer.decode("utf-8", "replace")
+
+
+def whole(answer: bytes, method: str) -> bool:
+    """Say whether all of an answer has come."""
+    head, end, body = answer.partition(b"\r\n\r\n")
+    length = next((int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0)
+    return bool(end) and (method == "HEAD" or len(body) >= length)
+
+
+def png(size: tuple[int, int] = (4, 4), mode: str = "RGB", kind: str = "PNG", value: int = 128) -> str:
+    """Write a picture of one value in base64."""
+    buffer = io.BytesIO()
+    Image.new(mode, size, value if mode in "LP" else (value,) * len(mode)).save(buffer, kind)
+    return b64encode(buffer.getvalue()).decode()
+
+
+def ask(**changes: Any) -> bytes:
+    """Write a sound request with changes."""
+    return json.dumps({"images": [png()], "prompts": ["x"]} | changes).encode()
+
+
+STRANGERS: dict[str, tuple[dict[str, Any], int]] = {
+    "another host": ({"Host": "evil.example"}, 421),
+    "no host": ({"Host": None}, 421),
+    "another port": ({"Host": "127.0.0.1:1"}, 421),
+    "no port": ({"Host": "127.0.0.1"}, 421),
+    "a host that ends like ours": ({"Host": "evil.127.0.0.1"}, 421),
+    "a page": ({"Origin": "http://127.0.0.1"}, 403),
+    "a page without a name": ({"Origin": "null"}, 403),
+    "a link": ({"Referer": "http://127.0.0.1/"}, 403),
+    "a browser": ({"Sec-Fetch-Site": "same-origin"}, 403),
+    "a browser's mode": ({"Sec-Fetch-Mode": "no-cors"}, 403),
+    "cookies": ({"Cookie": "a=b"}, 403),
+    "no token": ({"Authorization": None}, 401),
+    "an empty token": ({"Authorization": "Bearer "}, 401),
+    "another token": ({"Authorization": "Bearer " + "u" * 43}, 401),
+    "a longer token": ({"Authorization": f"Bearer {TOKEN}t"}, 401),
+    "a shorter token": ({"Authorization": f"Bearer {TOKEN[:-1]}"}, 401),
+    "the token of another scheme": ({"Authorization": f"Basic {TOKEN}"}, 401),
+    "the token in other letters": ({"Authorization": f"Bearer {TOKEN.upper()}"}, 401),
+    "no token but an upgrade": ({"Authorization": None, "Connection": "Upgrade", "Upgrade": "websocket"}, 401),
+}
+ODD: dict[str, tuple[dict[str, Any], bytes, int]] = {
+    "an upgrade": ({"Connection": "Upgrade", "Upgrade": "websocket"}, ask(), 400),
+    "text": ({"Content-Type": "text/plain"}, ask(), 415),
+    "a form": ({"Content-Type": "application/x-www-form-urlencoded"}, ask(), 415),
+    "no type": ({"Content-Type": None}, ask(), 415),
+    "packed": ({"Content-Encoding": "gzip"}, ask(), 415),
+    "no length": ({"Content-Length": None, "Transfer-Encoding": "chunked"}, b"2\r\n{}\r\n0\r\n\r\n", 411),
+    "too long": ({"Content-Length": str(73 * 2**20)}, b"", 413),
+}
+
+
+def audit(module: ModuleType = server, methods: Sequence[str] = METHODS, addresses: Sequence[str] = ADDRESSES) -> Iterator[str]:
+    """Ask for everything in every way; say what is answered otherwise than it should be."""
+    with serving(module=module) as (port, reward):
+        for method, path in product(methods, addresses):
+            for name, (headers, status) in STRANGERS.items():
+                # Where HTTP itself breaks off, which the parser sees to, 400 comes first.
+                if (got := send(port, method, path, headers)) not in (status, 400):
+                    yield f"{method} {path} by {name}: {got}"
+            expected = (200,) if (method, path) in SERVED else (405, 400) if path in ("/about", "/score") else (404, 400)
+            if (got := send(port, method, path, body=ask() if method == "POST" else b"")) not in expected:
+                yield f"{method} {path}: {got}"
+        for name, (headers, body, status) in ODD.items():
+            if (got := send(port, "POST", "/score", headers, body, patience=1)) != status:
+                yield f"{name}: {got}"
+        for name, content in BAD_REQUESTS.items():
+            if (got := send(port, "POST", "/score", body=content)) != 400:
+                yield f"{name}: {got}"
+        if len(reward.asked) != 1:
+            yield f"the reward was asked {len(reward.asked)} times"
+
+
+BAD_REQUESTS = {
+    "nothing": b"",
+    "no JSON": b"{",
+    "no UTF-8": b'{"images": ["\xff"]}',
+    "a list": b"[]",
+    "depth": b"[" * 100_000,
+    "no images": ask(images=[]),
+    "no prompts": ask(prompts=[]),
+    "too few prompts": ask(images=[png()] * 2),
+    "too many prompts": ask(prompts=["x", "y"]),
+    "too many images": ask(images=[png()] * 65, prompts=["x"] * 65),
+    "another key": ask(run="rm"),
+    "a number for a prompt": ask(prompts=[3]),
+    "a prompt too long": ask(prompts=["x" * 2001]),
+    "null for an image": ask(images=[None]),
+    "a number for images": ask(images=3),
+    "columns of another count": ask(columns=[]),
+    "columns that are none": ask(columns=[3]),
+    "columns in columns": ask(columns=[{"a": {"b": 1}}]),
+    "no base64": ask(images=["%%%"]),
+    "a path": ask(images=["/etc/passwd"]),
+    "an address": ask(images=["http://127.0.0.1/"]),
+    "a JPEG": ask(images=[png(kind="JPEG")]),
+    "a GIF": ask(images=[png(mode="P", kind="GIF")]),
+    "half a PNG": ask(images=[png((64, 64))[:80]]),
+    "a PNG with alpha": ask(images=[png(mode="RGBA")]),
+    "a grey PNG": ask(images=[png(mode="L")]),
+    "a PNG too wide": ask(images=[png((4097, 1))]),
+    "too many pixels": ask(images=[png((3000, 3000))] * 2, prompts=["x"] * 2),
+    "sizes that differ": ask(images=[png(), png((8, 8))], prompts=["x"] * 2),
+}
+
+
+def test_nobody_but_the_holder_of_the_token_gets_anything_at_any_address() -> None:
+    assert len(STRANGERS) * len(METHODS) * len(ADDRESSES) > 2000
+    assert list(audit()) == []
+
+
+WEAKENED = {
+    "any host": ("len(hosts) != 1 or hosts[0].lower() not in self.hosts", "False"),
+    "any page": ("any(mark in request.headers for mark in BROWSER)", "False"),
+    "no marks of fetch": ('"Sec-Fetch-Site", "Sec-Fetch-Mode", "Sec-Fetch-Dest", "Sec-Fetch-User", ', ""),
+    "any token": ("len(given) != 1 or not hmac.compare_digest", "len(given) > 1 or None is hmac.compare_digest"),
+    "half a token": ('given[0].encode("utf-8", "surrogateescape"), self._token)', "given[0][:9].encode(), self._token[:9])"),
+    "addresses before the token": (
+        "            self.admit(request)\n            methods = self.routes.get(request.raw_path)\n",
+        "            methods = self.routes.get(request.raw_path)\n            methods is None or self.admit(request)\n",
+    ),
+    "addresses with more": ("self.routes.get(request.raw_path)", "self.routes.get(request.path)"),
+    "any method": ("if request.method not in methods:", "if request.method == 'BREW':"),
+    "upgrades": ('"Upgrade" in request.headers', "False"),
+    "any type": ('request.headers.get("Content-Type", "").lower() != "application/json"', "False"),
+    "packed bodies": ('"Content-Encoding" in request.headers', "False"),
+    "bodies of unknown length": ("request.content_length is None", "False"),
+    "bodies of any length": ("request.content_length > MAX_BODY", "False"),
+    "counts that differ": ("not len(asked.images) == len(asked.prompts) == len(columns)", "False"),
+    "any number of pixels": ("picture.shape[0] * picture.shape[1] * len(images) > MAX_PIXELS", "False"),
+    "any sizes": ("found and picture.shape != found[0].shape", "False"),
+}
+
+
+@pytest.mark.parametrize("name", WEAKENED)
+def test_a_weakened_check_shows(name: str, tmp_path: Path) -> None:
+    old, new = WEAKENED[name]
+    source = Path(server.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    (tmp_path / "weak.py").write_text(source.replace(old, new), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("g2rpo_trainer.judges.weak", tmp_path / "weak.py")
+    weak = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(weak)
+    holes = audit(weak, ("GET", "POST", "BREW"), ("/score", "/about?x=1", "/%61bout"))
+    assert next(holes, None)
+    holes.close()
+
+
+# What it answers to those who may ask
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Bright]]:
+    """Serve a reward and reach it as a recipe does."""
+    monkeypatch.setenv("G2RPO_JUDGE_KEY", TOKEN)
+    with serving() as (port, reward):
+        yield connect(section(url=f"http://127.0.0.1:{port}", protocol="g2rpo", name="far", batch=4)), reward
+
+
+def test_a_served_reward_scores_as_it_does_at_home(judge: tuple[Any, Bright]) -> None:
+    far, home = judge
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (50, 6, 5, 3))).float() / 255
+    prompts = [f"prompt {i}" for i in range(49)] + ["unreadable"]
+    scores, expected = checked(far, images, prompts), home.score(images, prompts)
+    assert torch.allclose(scores[:49], expected[:49], atol=1e-7) and scores[49].isnan()
+    assert (far.name, far.licence, far.compares_across_prompts, far.note) == ("far", "MIT", True, "ends in white")
+    assert max(len(asked) for _, asked in home.asked[:-1]) == 4
+    for pictures, asked in home.asked[:-1]:
+        assert all(torch.equal(picture, images[prompts.index(prompt)]) for picture, prompt in zip(pictures, asked, strict=True))
+
+
+def test_columns_travel_with_their_prompt_and_are_part_of_what_is_remembered(judge: tuple[Any, Bright]) -> None:
+    far, home = judge
+    image = torch.rand(1, 4, 4, 3)
+    for count in (2, 3, 3):
+        far.score(image, [Prompt("a cat", {"count": count, "of": ["a", 1]})])
+    assert [dict(columns_of(prompts[0])) for _, prompts in home.asked] == [{"count": 2, "of": ["a", 1]}, {"count": 3, "of": ["a", 1]}]
+
+
+def test_large_pictures_go_in_as_many_requests_as_the_server_allows(judge: tuple[Any, Bright]) -> None:
+    far, home = judge
+    far.client.limits = Limits(concurrency=1)
+    images = torch.zeros(2, 3000, 3000, 3)
+    images[1] = 1
+    assert far.score(images, ["x"] * 2).tolist() == [0, 1] and [len(asked) for _, asked in home.asked] == [1, 1]
+
+
+def test_a_reward_that_breaks_is_a_failure_in_words_not_a_score(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("G2RPO_JUDGE_KEY", TOKEN)
+    with serving(Rule("broken", lambda images, prompts: torch.zeros(3), True)) as (port, _):
+        far = connect(section(url=f"http://127.0.0.1:{port}", protocol="g2rpo", name="far", retries=0))
+        assert far.score(torch.zeros(2, 4, 4, 3), ["x"] * 2).isnan().all()
+    assert "HTTP 500" in caplog.text and "return one float per image" in caplog.text
+
+
+WRONG_ANSWERS: dict[str, Any] = {
+    "too few": {"scores": [0.5]},
+    "too many": {"scores": [0.5] * 3},
+    "a word": {"scores": [0.5, "0.5"]},
+    "true": {"scores": [0.5, True]},
+    "no list": {"scores": 0.5},
+    "another key": {"score": [0.5, 0.5]},
+    "beyond float32": {"scores": [0.5, 1e39]},
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ANSWERS)
+@pytest.mark.parametrize("reading", ["g2rpo"])
+def test_a_wrong_answer_drops_the_pictures_it_is_about(name: str, reading: str) -> None:
+    from judge_host import JudgeHost
+
+    about = {"protocol": "g2rpo-judge/1", "name": "a", "licence": "", "compares_across_prompts": True}
+    with JudgeHost(lambda host, request, body: WRONG_ANSWERS[name] if body else about) as host:
+        far = connect(section(url=host.address, protocol=reading, concurrency=1))
+        assert far.score(torch.rand(2, 4, 4, 3), ["x"] * 2).isnan().all() and len(far.client.faults) == 1
+
+
+def test_only_so_many_wait_and_the_rest_are_told_when_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_WAITING", 1)
+    with serving() as (port, reward):
+        reward.go.clear()
+        first = threading.Thread(target=send, args=(port, "POST", "/score", None, ask()))
+        first.start()
+        deadline = time.monotonic() + 10
+        while (got := send_for_answer(port, "POST", "/score", body=ask(prompts=["y"]), patience=1))[
+            0
+        ] != 503 and time.monotonic() < deadline:
+            pass
+        reward.go.set()
+        first.join(20)
+    assert got[0] == 503 and "Retry-After: 1" in got[1]
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.3)
+    with serving() as (port, _):
+        assert send(port, "POST", "/score", {"Content-Length": "100"}, b"{") == 408
+
+
+def test_a_reward_that_needs_a_group_is_not_served() -> None:
+    reward = Bright()
+    reward.needs_group = True
+    with pytest.raises(RewardError, match="compares the pictures of a group"):
+        JudgeServer(reward, TOKEN, [])
+
+
+# Its token and its address
+
+
+def test_the_token_is_made_once_and_is_its_users_alone(tmp_path: Path) -> None:
+    place = tmp_path / "deep" / "token"
+    token = token_of(place)
+    assert token_of(place) == token and len(token) >= 43 and token_of(tmp_path / "other") != token
+    assert os.name == "nt" or stat.S_IMODE(place.stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+@pytest.mark.parametrize("how", ["readable", "link", "short", "blank"])
+def test_a_token_file_that_gives_no_safety_is_refused(how: str, tmp_path: Path) -> None:
+    place = tmp_path / "token"
+    token_of(place)
+    if how == "readable":
+        place.chmod(0o644)
+    elif how == "link":
+        place.rename(tmp_path / "elsewhere")
+        place.symlink_to(tmp_path / "elsewhere")
+    else:
+        place.write_text("short" if how == "short" else "a b" * 20)
+    with pytest.raises((RewardError, OSError), match="token"):
+        token_of(place)
+
+
+def test_names_are_exact_and_every_address_needs_one() -> None:
+    assert names_of("127.0.0.1", 80, []) == ("127.0.0.1:80", "localhost:80")
+    assert names_of("::1", 8765, ["judge.lan:8765"]) == ("[::1]:8765", "localhost:8765", "judge.lan:8765")
+    assert names_of("0.0.0.0", 8765, ["judge:8765"]) == ("judge:8765",)
+    with pytest.raises(RewardError, match="--known-as"):
+        names_of("0.0.0.0", 8765, [])
+    with pytest.raises(RewardError, match="give an IP address"):
+        listen("localhost", 0)
+
+
+MISTAKES = {
+    "unknown reward": (["nothing"], "error: reward 'nothing' is unknown"),
+    "every address": (["jpeg", "--host", "0.0.0.0", "--port", "0"], "error: --host 0.0.0.0 is every address"),
+    "precision": (["jpeg", "--dtype", "fp8"], "error: --dtype is 'fp8'; choose fp32 or bf16"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, words = MISTAKES[name]
+    with pytest.raises(SystemExit) as left:
+        main(["rewards", "serve", *arguments, "--token-file", str(tmp_path / "token")])
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and error.startswith(words) and error.count("\n") == 1
