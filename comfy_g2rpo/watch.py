@@ -81,6 +81,9 @@ def unit(base: Evaluation, name: str) -> float:
 def together(base: Evaluation, weights: Mapping[str, float], change: Tensor) -> Tensor:
     """Weigh the trained rewards' changes [R, P] into one [P], in standard deviations: Σ w·change/unit over Σ|w| of those that judged."""
     used = [(r, weights[name]) for r, name in enumerate(base.names) if weights.get(name)]
+    if not used:
+        # People, for instance, do not measure held-out pictures.
+        return torch.full(change.shape[1:], torch.nan)
     scaled = torch.stack([change[r] / unit(base, base.names[r]) for r, _ in used])
     weight = torch.tensor([w for _, w in used])[:, None] * ~scaled.isnan()
     # 0/0, and so NaN, where none could judge.

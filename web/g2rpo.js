@@ -1,9 +1,10 @@
-// Puts the live curve on Train LoRA and Run Monitor. The page side of nodes/routes.py and of the event "g2rpo.progress".
+// Puts the live curve on Train LoRA and Run Monitor, and the ballot on Vote. The page side of nodes/routes.py and of the event "g2rpo.progress".
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { Feed, problemOf, RUN_ID } from "./feed.mjs";
 import { Monitor } from "./monitor.mjs";
+import { VOTER, Voting } from "./vote.mjs";
 
 const TRAINER = "G2RPO_TrainLoRA";
 const MONITOR = "G2RPO_RunMonitor";
@@ -16,6 +17,7 @@ const feeds = new Map();
 const monitors = new Map();
 // What removed nodes have left in the page, by their id (see adopt).
 const left = new Map();
+const voting = new Voting({ app, api, nodeOf, left, adopt, scroll: scrollCanvas });
 
 async function get(path) {
   try {
@@ -150,12 +152,13 @@ function adopt(node, root) {
 
 // Over the widget the wheel zooms the classic canvas as everywhere else on it; Nodes 2.0 sees the event by itself.
 function scrollCanvas(event) {
-  if (window.LiteGraph?.vueNodesMode || event.target.closest?.(".g2rpo-strip")) return;
+  if (window.LiteGraph?.vueNodesMode || event.target.closest?.(".g2rpo-strip, .g2rpo-choices")) return;
   app.canvas?.processMouseWheel?.(event);
 }
 
 function look() {
   const now = Date.now();
+  voting.look();
   for (const [node, entry] of monitors) {
     adopt(node, entry.monitor.root);
     if (!entry.monitor.root.isConnected) continue;
@@ -179,6 +182,7 @@ function onProgress({ detail }) {
 }
 
 function onExecuted({ detail }) {
+  voting.executed(detail);
   const run = detail?.output?.g2rpo_run?.[0];
   const node = nodeOf(detail?.display_node ?? detail?.node);
   if (!RUN_ID.test(run ?? "") || !monitors.has(node)) return;
@@ -202,6 +206,7 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (node.comfyClass === TRAINER || node.comfyClass === MONITOR) addMonitor(node);
+    if (node.comfyClass === VOTER) voting.add(node);
   },
   loadedGraphNode(node) {
     const entry = monitors.get(node);
