@@ -15,7 +15,7 @@ from .diversity import describe, spread
 from .pace import Pace
 from .plan import deterministic
 from .policy import Trainee
-from .probe import probe
+from .probe import FORKS, exploring, probe
 from .recipes import Recipe
 from .rewards import Reward
 from .rewards.protocol import embedder
@@ -157,6 +157,18 @@ def evaluate(
         previews = samples(names, seen, larger)
         found["preview"] = Evaluation(names, tuple(prompts[p] for p in some), larger.scores, previews)
     return Evaluation(names, prompts, scores, samples(names, rows, scorer), **found)
+
+
+def price(recipe: Recipe, pace: Pace, heldout: int, preview: bool = False) -> dict[str, tuple[int, int]]:
+    """Count forwards and pictures of one evaluation of so many held-out prompts, by part."""
+    prompts = min(pace.eval_prompts or heldout, heldout)
+    parts = {"scores": (prompts * pace.eval_noises * recipe.num_steps, prompts * pace.eval_noises)}
+    if pace.watch != "off":
+        plan, probed = exploring(recipe), min(prompts, PROBED_PROMPTS)
+        parts["watch"] = (probed * (plan.forwards + min(len(plan.forks), FORKS)), probed * len(plan.images))
+    if preview:
+        parts["preview"] = (min(prompts, SHOWN_PROMPTS) * recipe.num_steps, min(prompts, SHOWN_PROMPTS))
+    return parts
 
 
 def draw(

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .drawing import COLOURS, FAINT, INK, MARGIN, PALE, PAPER, SMALL, TITLE, WIDTH, fitted, font, length, number, to_tensor
+from .drawing import COLOURS, FAINT, INK, MARGIN, PALE, PAPER, SMALL, TITLE, WIDTH, fitted, font, length, number, to_tensor, wrapped
 
 FINER = 2  # drawn so many times larger and then reduced, because Pillow's lines have no soft edges
 SMOOTHING = 0.15  # weight of a new value in the moving average, as in the trainer's report
@@ -30,14 +30,18 @@ def reward_curve(rows: Sequence[Row], title: str = "Rewards", total_steps: int |
     """
     groups, dropped = panels(rows)
     caption = "Line: training reward, smoothed, with ± one standard deviation. Dashed: held-out, 95 % interval."
-    top = MARGIN + 52 + 28 * (1 + bool(dropped))
+    notes = [f"{dropped} more rewards are not shown."] if dropped else []
+    if alarm := alarm_of(rows):
+        notes += wrapped(alarm, SMALL, WIDTH - 2 * MARGIN, 2)
+    top = MARGIN + 52 + 28 * (1 + len(notes))
     heights = [PLOT + AXIS + LEGEND * sum(map(len, (kinds(rows, name) for name in names))) for names in groups]
     made = Image.new("RGB", (WIDTH * FINER, (top + sum(heights) + (0 if groups else 60)) * FINER), PAPER)
     pen = ImageDraw.Draw(made)
     write(pen, (MARGIN, MARGIN - 8), fitted(title, TITLE, WIDTH - 2 * MARGIN), INK, TITLE)
     write(pen, (MARGIN, MARGIN + 40), caption, PALE, SMALL)
-    if dropped:
-        write(pen, (MARGIN, MARGIN + 68), f"{dropped} more rewards are not shown.", PALE, SMALL)
+    for line_number, note in enumerate(notes):
+        alarming = alarm and line_number >= bool(dropped)
+        write(pen, (MARGIN, MARGIN + 68 + 28 * line_number), note, COLOURS[1] if alarming else PALE, SMALL)
     if not groups:
         write(pen, (MARGIN, top), "No step has been measured yet.", PALE, SMALL)
     colours = iter(COLOURS)
@@ -45,6 +49,13 @@ def reward_curve(rows: Sequence[Row], title: str = "Rewards", total_steps: int |
         draw_panel(made, pen, rows, {name: next(colours) for name in names}, top, total_steps)
         top += height
     return to_tensor(made.resize((WIDTH, made.height // FINER), Image.Resampling.BOX))
+
+
+def alarm_of(rows: Sequence[Row]) -> str:
+    """Say what the watch saw at the newest evaluation, if it is an alarm."""
+    looks = [row for row in rows if any(isinstance(key, str) and key.startswith("heldout/") for key in row)]
+    text = looks[-1].get("alarm") if looks else None
+    return f"Alarm at step {looks[-1].get('step')}: {text}" if isinstance(text, str) else ""
 
 
 def column(rows: Sequence[Row], name: str) -> Series:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..comfy_g2rpo import __version__, lora, recipes, settings
+from ..comfy_g2rpo.evaluation import price as look_price
 from ..comfy_g2rpo.loop import Setup, finish, learn, make_learner, preview_shape, restore
 from ..comfy_g2rpo.pace import Pace
 from ..comfy_g2rpo.prompts import Prompts, prompts_of, refuse_common, split
@@ -205,23 +206,24 @@ def price(setup: Setup, width: int, height: int) -> str:
     # A forward and backward is worth three forwards.
     forwards = groups * (plan.forwards + 3 * len(plan.forks))
     looks = 2 + (pace.steps // pace.eval_every if pace.eval_every else 0)
-    looked_at = pictures_per_look(setup)
-    work = (forwards + looks * looked_at * setup.recipe.num_steps) * width * height
+    parts = look_parts(setup)
+    seen = sum(count for name, (count, _) in parts.items() if name != "preview") * width * height
+    seen += parts.get("preview", (0, 0))[0] * pace.preview_width * pace.preview_height
+    work = forwards * width * height + looks * seen
     if work > MAX_WORK:
         limit = f"{work:.1e} forwards × pixels are above the limit of {MAX_WORK:.0e}"
         raise ValueError(f"steps: {limit}; lower steps, prompts_per_step or the size")
     return f"{pace.steps} steps cost {forwards} forwards and {groups * len(plan.images)} pictures of {width}×{height}"
 
 
-def pictures_per_look(setup: Setup) -> int:
-    """Count the pictures of one evaluation."""
-    return min(setup.pace.eval_prompts or MAX_PROMPTS, len(setup.prompts.heldout)) * setup.pace.eval_noises
+def look_parts(setup: Setup) -> dict[str, tuple[int, int]]:
+    """Count forwards and pictures of one evaluation, by part."""
+    return look_price(setup.recipe, setup.pace, len(setup.prompts.heldout), setup.preview is not None)
 
 
 def expected(setup: Setup) -> dict[str, int]:
     """Count about how often a step asks whether to stop, by phase: once per forward and per batch of pictures."""
     pace, plan = setup.pace, build_plan(setup.recipe, 0, setup.pace.seed)
-    looked_at = pictures_per_look(setup)
 
     def batches(*parts: tuple[int, int]) -> int:
         return sum(math.ceil(count / size) for count, size in parts)
@@ -230,7 +232,7 @@ def expected(setup: Setup) -> dict[str, int]:
     return {
         "rollout": batches((groups * plan.forwards, pace.slots), (groups * len(plan.images), pace.decode_batch)),
         "update": batches((groups * len(plan.forks), pace.micro_batch)),
-        "evaluate": batches((looked_at * setup.recipe.num_steps, pace.slots), (looked_at, pace.decode_batch)),
+        "evaluate": sum(batches((f, pace.slots), (p, pace.decode_batch)) for f, p in look_parts(setup).values()),
     }
 
 

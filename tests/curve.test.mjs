@@ -29,6 +29,15 @@ test("a second row of a step adds to it, an earlier step takes the run back", ()
   assert.deepEqual(series.get("heldout/brightness").steps, []);
 });
 
+test("the newest evaluation says whether there is an alarm, and going back to a checkpoint takes it away", () => {
+  const look = (step, alarm) => ({ step, "heldout/a/mean": 1, ...(alarm === undefined ? {} : { alarm }) });
+  const after = (...rows) => curve.alarmAfter(null, rows);
+  assert.deepEqual(after(look(0), row(1, 2), look(1, "it games"), row(2, 3)), { step: 1, text: "it games" });
+  assert.equal(after(look(1, "it games"), look(2)), null);
+  assert.equal(after(look(4, "it games"), row(3, 1)), null);
+  assert.equal(after(null, {}, look("1", "it games"), look(1, 7), { step: 1, alarm: "no evaluation" }), null);
+});
+
 test("training and held-out reward of one name share a panel and a colour, hidden lines leave it", () => {
   const series = curve.collect(curve.emptySeries(), [{ step: 0, "heldout/a/mean": 1, "heldout/b/mean": 1 }, { step: 1, "reward/a/mean": 1 }]);
   const keys = (hidden) => curve.panels(series, new Set(hidden)).map((panel) => panel.lines.map((line) => line.key));

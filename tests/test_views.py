@@ -311,6 +311,15 @@ def test_heldout_is_dashed_and_training_is_not() -> None:
     assert gaps("heldout") > 10
 
 
+def test_the_newest_evaluations_alarm_stands_over_the_curve() -> None:
+    look = {"step": 4, "heldout/a/mean": 0.5, "alarm": "held-out a fell: the model games its reward"}
+    assert curve.alarm_of([look]) == "Alarm at step 4: held-out a fell: the model games its reward"
+    assert curve.alarm_of([look, {"step": 5, "reward/a/mean": 0.1}]) and not curve.alarm_of([look, {"step": 8, "heldout/a/mean": 0.6}])
+    assert not curve.alarm_of([]) and not curve.alarm_of([{**look, "alarm": 7}])
+    plain, alarmed = (pixels(curve.reward_curve([row])) for row in ({k: v for k, v in look.items() if k != "alarm"}, look))
+    assert alarmed.shape[0] == plain.shape[0] + 28
+
+
 def test_smoothing_keeps_what_is_even_and_is_not_pulled_by_the_start() -> None:
     assert curve.smooth(np.full(9, 0.7)) == pytest.approx(0.7)
     assert curve.smooth(np.array([1.0, 0.0]))[0] == 1.0

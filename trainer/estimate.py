@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from comfy_g2rpo.evaluation import price
 from comfy_g2rpo.prompts import load as load_prompts
 from comfy_g2rpo.recipes import build_plan
 from comfy_g2rpo.rollout import seeded_noise
 
-from .config import Config, make_recipe
+from .config import Config, make_pace, make_recipe
 from .progress import clock
 
 COUNTED_PLANS = 20
@@ -78,7 +79,7 @@ def count(config: Config) -> Counts:
     plans = [build_plan(recipe, iteration, train.seed) for iteration in range(min(train.steps, COUNTED_PLANS))]
     heldout = Path(config.prompts.heldout) if config.prompts.heldout else None
     held = len(load_prompts(Path(config.prompts.train), heldout, config.prompts.heldout_share, train.seed).heldout)
-    shown = min(held, train.eval_prompts or held) * train.eval_noises
+    looks = price(recipe, make_pace(config), held, preview=bool(train.preview_width))
     between = (train.steps - 1) // train.eval_every if train.eval_every else 0
     # All branches of a fork share its forward and backward; the clipped form first takes a snapshot of the old velocities.
     passes = 1 if recipe.objective == "on_policy" else recipe.epochs + 1
@@ -91,8 +92,8 @@ def count(config: Config) -> Counts:
         group_images=sum(len(plan.images) for plan in plans) / len(plans),
         group_trained=sum(trained) / len(plans),
         evaluations=(2 + between) if held else 0,
-        evaluation_forwards=shown * recipe.num_steps,
-        evaluation_images=shown,
+        evaluation_forwards=sum(forwards for forwards, _ in looks.values()),
+        evaluation_images=sum(images for _, images in looks.values()),
     )
 
 

@@ -32,6 +32,18 @@ export function collect(series, rows) {
   return series;
 }
 
+// What the watch says at the newest evaluation: {step, text}, or null; rows without held-out rewards say nothing about it.
+export function alarmAfter(alarm, rows) {
+  let found = alarm;
+  for (const row of rows) {
+    if (!Number.isFinite(row?.step)) continue;
+    const evaluation = Object.keys(row).some((metric) => metric.startsWith("heldout/"));
+    if (evaluation) found = typeof row.alarm === "string" ? { step: row.step, text: row.alarm } : null;
+    else if (found && row.step < found.step) found = null;
+  }
+  return found;
+}
+
 function lineOf(series, kind, name) {
   const key = `${kind}/${name}`;
   if (!series.has(key)) {

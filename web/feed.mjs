@@ -1,6 +1,6 @@
 // What the page knows of one run: rows fetched bit by bit, samples, and the newest progress event. No page in here, so that Node can test it.
 
-import { collect, emptySeries } from "./curve.mjs";
+import { alarmAfter, collect, emptySeries } from "./curve.mjs";
 
 export const RUN_ID = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/;
 
@@ -18,6 +18,7 @@ export class Feed {
 
   clear() {
     this.series = emptySeries();
+    this.alarm = null;
     this.next = 0;
     this.step = null;
     this.totalSteps = null;
@@ -75,6 +76,7 @@ export class Feed {
       return true;
     }
     collect(this.series, data.rows);
+    this.alarm = alarmAfter(this.alarm, data.rows);
     this.step = data.rows.findLast((row) => Number.isFinite(row?.step))?.step ?? this.step;
     const forward = data.next > this.next;
     this.next = data.next;

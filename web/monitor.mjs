@@ -8,6 +8,7 @@ import { samplesStrip } from "./samples.mjs";
 const PANEL_HEIGHT = 100;
 const BASE_HEIGHT = 130;
 const STRIP_HEIGHT = 96;
+const ALARM_HEIGHT = 48;
 const MAX_PANELS = 5;
 let made = 0;
 
@@ -29,6 +30,7 @@ export class Monitor {
     this.bar = element("div");
     const share = { role: "progressbar", "aria-label": "Share of the run that is done", "aria-valuemin": "0", "aria-valuemax": "100" };
     this.progress = element("div", { class: "g2rpo-progress", ...share }, this.bar);
+    this.alarm = element("div", { class: "g2rpo-alarm", role: "alert", hidden: true });
     this.legend = element("div", { class: "g2rpo-legend", role: "group", "aria-label": "Curves shown" });
     this.drawing = svg("svg", { "aria-hidden": "true" });
     this.note = element("div", { class: "g2rpo-note", role: "status" });
@@ -39,6 +41,7 @@ export class Monitor {
       { class: "g2rpo", role: "group", "aria-label": "Training curve" },
       this.head,
       this.progress,
+      this.alarm,
       this.legend,
       this.chart,
       this.strip,
@@ -109,6 +112,7 @@ export class Monitor {
   render() {
     const series = this.feed?.series ?? new Map();
     this.renderHead();
+    this.renderAlarm();
     this.renderChart(series);
     this.renderLegend(series);
     this.renderNote(series);
@@ -127,6 +131,14 @@ export class Monitor {
     this.progress.setAttribute("aria-valuetext", text || "not started");
     this.root.dataset.running = String(running);
     this.head.hidden = this.progress.hidden = !text;
+  }
+
+  renderAlarm() {
+    const alarm = this.feed?.alarm;
+    const text = alarm ? `Alarm at step ${alarm.step}: ${alarm.text}` : "";
+    write(this.alarm, text);
+    this.alarm.title = text;
+    this.alarm.hidden = !text;
   }
 
   renderChart(series) {
@@ -220,7 +232,7 @@ export class Monitor {
   // Room for every panel: the least height grows with their number.
   fit(series) {
     const count = Math.min(MAX_PANELS, Math.max(1, panels(series).length));
-    const height = BASE_HEIGHT + PANEL_HEIGHT * count + (this.strip.hidden ? 0 : STRIP_HEIGHT);
+    const height = BASE_HEIGHT + PANEL_HEIGHT * count + (this.strip.hidden ? 0 : STRIP_HEIGHT) + (this.alarm.hidden ? 0 : ALARM_HEIGHT);
     if (height === this.height) return;
     this.height = height;
     this.root.style.minHeight = `${height}px`;
