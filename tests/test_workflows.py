@@ -14,14 +14,15 @@ import pytest
 from comfy_host import COMFYUIS, ROOT, Server, make_base, run_script, server
 from PIL import Image
 from workflow_api import BYPASSED, NOTES, declared, is_widget, to_api, widget_values
+from workflow_inputs import put_pictures
 
 FOLDER = ROOT / "workflows"
-SUBJECTS = ["score_images", "look_at_rollout", "train_lora", "graph_loop", "resume_compare"]
+SUBJECTS = ["score_images", "rank_folder", "look_at_rollout", "train_lora", "graph_loop", "vote_and_train", "resume_compare"]
 MODELS = ["tiny", "sd35", "flux"]
 NAMES = [f"g2rpo_{subject}_{model}" for subject in SUBJECTS for model in MODELS]
 TINY = [name for name in NAMES if name.endswith("_tiny")]
 REAL = [name for name in NAMES if name not in TINY]
-MODEL_FILES = {"ckpt_name", "unet_name", "vae_name", "clip_name1", "clip_name2", "clip_name3"}
+MODEL_FILES = {"ckpt_name", "unet_name", "vae_name", "clip_name1", "clip_name2", "clip_name3", "reward"}
 MAX_PICTURE = 150_000
 TITLE = 30  # a node's title stands above its position
 
@@ -128,7 +129,9 @@ class Host(NamedTuple):
 @pytest.fixture(scope="module", params=COMFYUIS)
 def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """Start a ComfyUI with the pack."""
-    with server(request.param, make_base(tmp_path_factory.mktemp("workflows"), "comfy_g2rpo")) as running:
+    base = make_base(tmp_path_factory.mktemp("workflows"), "comfy_g2rpo")
+    put_pictures(base)
+    with server(request.param, base) as running:
         yield Host(request.param, running, running.get("/object_info"))
 
 
@@ -189,13 +192,16 @@ def test_tiny_workflows_run_over_http(host: Host) -> None:
     ended = host.server.wait(host.server.post_prompt(graph))
     assert ended["status"]["status_str"] == "success", ended["status"]
     runs = {run["id"]: run["step"] for run in host.server.get("/g2rpo/runs")["runs"]}
-    assert runs == {"tiny-train": 3, "tiny-loop": 2}
+    # Nobody has voted.
+    assert runs == {"tiny-train": 3, "tiny-loop": 2, "tiny-vote": None}
 
 
 @marked(*comfyui)
 def test_tiny_workflows_run_in_process(host: Host, tmp_path: Path) -> None:
     jobs = [{"name": name, "graph": shortened(name, host.schemas), "want": {}} for name in TINY]
-    answer = run_script(host.root, Path(__file__).with_name("comfy_child_workflows.py"), make_base(tmp_path), jobs)
+    base = make_base(tmp_path)
+    put_pictures(base)
+    answer = run_script(host.root, Path(__file__).with_name("comfy_child_workflows.py"), base, jobs)
     assert answer.data == [{"name": name, "error": "", "node": "", "problems": ""} for name in TINY]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import comfy_host
 import torch
 import workflow_api
+import workflow_inputs
 import workflow_page
 from PIL import Image
 
@@ -18,6 +19,7 @@ MAX_BYTES = 150_000
 WIDTH = 800
 RESULTS = {
     "g2rpo_score_images_tiny": "Ranked, best first",
+    "g2rpo_rank_folder_tiny": "Ranked, best first",
     "g2rpo_look_at_rollout_tiny": "Heat map: step × granularity",
     "g2rpo_train_lora_tiny": "Curve",
     "g2rpo_graph_loop_tiny": "Ranked, best first",
@@ -43,7 +45,9 @@ def make(comfyui: Path, folder: Path) -> None:
     """Make all pictures."""
     for part in (results, photographs):
         with tempfile.TemporaryDirectory() as place:
-            part(comfyui, comfy_host.make_base(Path(place), "comfy_g2rpo"), folder)
+            base = comfy_host.make_base(Path(place), "comfy_g2rpo")
+            workflow_inputs.put_pictures(base)
+            part(comfyui, base, folder)
 
 
 def results(comfyui: Path, base: Path, folder: Path) -> None:

@@ -55,8 +55,9 @@ def table(changes: Sequence[Change]) -> str:
     """Write a row per reward, with a drawing of the interval of its gain."""
     rows = "".join(row(each) for each in changes)
     said = (
-        "Gain and win rate with 95 % intervals: paired bootstrap over prompts, 9999 draws. A win is a higher score after than before, a "
-        "tie half a win. An interval that holds 0 (or 50 %) may be chance. The bar shows the gain; the line is 0."
+        "Gain and win rate with 95 % intervals: paired bootstrap over prompts (over pictures that have none), 9999 draws. "
+        "A win is a higher score after than before, a tie half a win. An interval that holds 0 (or 50 %) may be chance. "
+        "The bar shows the gain; the line is 0."
     )
     heads = "".join(f"<th>{name}</th>" for name in ("reward", "before", "after", "gain", "", "win rate", "prompts"))
     return f"<table><tr>{heads}</tr>{rows}</table><p class='pale'>{said}</p>"
