@@ -21,6 +21,14 @@ VISION = {
 }
 TEXT_WIDTH = 16
 HEAD = (12, 8, 1)
+PROMPTS = ["a red cube", "a red cube on the table, and " + "blue " * 60, "", "Ünïcode & <b>", "a red cube"]
+
+
+def pictures(count: int = 5, height: int = 40, width: int = 50, seed: int = 0) -> Tensor:
+    """Draw pictures of smooth noise in 8-bit levels."""
+    noise = torch.rand(count, 3, 6, 7, generator=torch.Generator().manual_seed(seed))
+    smooth = nn.functional.interpolate(noise, (height, width), mode="bilinear")
+    return (smooth.permute(0, 2, 3, 1) * 255).round() / 255
 
 
 def clip_vocabulary() -> tuple[dict[str, int], list[str]]:

@@ -77,10 +77,16 @@ def test_graph_blocks_know_only_comfyui_and_the_method(path: Path) -> None:
     assert imported_relatively(path) <= {"comfy_g2rpo"}
 
 
+def reads_only_tensors(path: Path, call: ast.Call) -> bool:
+    """Say whether a call is the one place that converts a published pickle, by PyTorch's restricted reader."""
+    restricted = any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in call.keywords)
+    return path == ROOT / "trainer" / "rewards_prepare.py" and ast.unparse(call.func) == "torch.load" and restricted
+
+
 @each("comfy_g2rpo", "trainer", "nodes")
 def test_nothing_shipped_can_run_code_from_a_file(path: Path) -> None:
     nodes = nodes_of(path)
-    called = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+    called = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call) and not reads_only_tensors(path, node)}
     assert not called & UNSAFE_CALLS
     assert not imported(nodes) & UNSAFE_MODULES
 

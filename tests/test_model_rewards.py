@@ -10,6 +10,7 @@ from reward_folders import (
     HEAD,
     HEADS,
     IMAGE,
+    PROMPTS,
     VISION,
     VOCABULARY,
     WIDTH,
@@ -22,6 +23,7 @@ from reward_folders import (
     imagereward_folder,
     imagereward_weights,
     open_clip_weights,
+    pictures,
     siglip_vision,
 )
 from torch import Tensor, nn
@@ -34,14 +36,6 @@ from comfy_g2rpo.rewards.towers import ModelReward
 pytest.importorskip("transformers", reason="model-backed rewards need transformers: pip install '.[rewards]'")
 
 NAMES = ["pickscore", "hpsv2.1", "clipscore", "imagereward", "aesthetic", "aesthetic_linear", "aesthetic_v2.5"]
-PROMPTS = ["a red cube", "a red cube on the table, and " + "blue " * 60, "", "Ünïcode & <b>", "a red cube"]
-
-
-def pictures(count: int = 5, height: int = 40, width: int = 50, seed: int = 0) -> Tensor:
-    """Draw pictures of smooth noise in 8-bit levels."""
-    noise = torch.rand(count, 3, 6, 7, generator=torch.Generator().manual_seed(seed))
-    smooth = nn.functional.interpolate(noise, (height, width), mode="bilinear")
-    return (smooth.permute(0, 2, 3, 1) * 255).round() / 255
 
 
 @pytest.fixture(scope="module")

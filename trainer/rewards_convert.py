@@ -96,5 +96,5 @@ def tower(tensors: Tensors, prefixes: Iterable[str]) -> dict[str, Tensor]:
 
 
 def ready(tensors: Tensors) -> dict[str, Tensor]:
-    """Lay tensors out for a safetensors file: float32 and contiguous."""
-    return {key: tensor.detach().to(torch.float32).contiguous() for key, tensor in tensors.items()}
+    """Lay tensors out for a safetensors file: each in memory of its own, in the precision it was published in."""
+    return {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}

@@ -39,7 +39,7 @@ def load(folder: Folder, name: str, dtype: torch.dtype, batch: int) -> ModelRewa
 def preprocessor(config: dict[str, Any], size: int) -> Pictures:
     """Read transformers' preprocessor_config.json for a model of pictures of this size."""
     edge = config.get("size", size)
-    squash = isinstance(edge, dict) and "height" in edge and not config.get("do_center_crop")
+    squash = isinstance(edge, dict) and "height" in edge
     asked = {edge} if isinstance(edge, int) else set(edge.values()) if isinstance(edge, dict) else set()
     if asked != {size}:
         raise RewardError(f"preprocessor_config.json: size is {str(edge)[:80]!a}, but the model sees {size}; take the model's own file")

@@ -76,7 +76,7 @@ KNOWN: dict[str, Known] = {
             False,
             "cosine, about 0.2 to 0.35",
             "Over-saturates and over-contrasts: smooth, poster-like surfaces.",
-            3.9,
+            2.0,
             (
                 Published("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a", "HPS_v2.1_compressed.pt", None),
                 *_CLIP_TOKENIZER,

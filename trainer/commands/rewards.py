@@ -2,9 +2,90 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from .serve import serve
 
-rewards_app = typer.Typer(help="Rewards of this machine: offer one over HTTP.", no_args_is_help=True)
+rewards_app = typer.Typer(help="Rewards of this machine: list, fetch and check reward models, offer one over HTTP.", no_args_is_help=True)
 rewards_app.command()(serve)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a reward model; `g2rpo rewards list` shows them.")]
+Place = Annotated[Path | None, typer.Option("--to", help="Folder of reward models [default: $G2RPO_REWARDS, or ~/.cache/g2rpo/rewards].")]
+
+
+@rewards_app.command("list")
+def list_rewards(to: Place = None) -> None:
+    """List rewards that need no weights, and reward models with licence and size; * is installed."""
+    from comfy_g2rpo.rewards import REWARDS
+    from comfy_g2rpo.rewards.library import KNOWN, installed
+
+    root = _root(to)
+    present = installed(root)
+    typer.echo(f"without weights: {', '.join(REWARDS)}\n\nreward models in {root} (* installed):")
+    for known in KNOWN.values():
+        mark = "*" if known.name in present else " "
+        across = "" if known.compares_across_prompts else " Compare only within one prompt."
+        typer.echo(f"{mark} {known.name:<17} {known.title}, {known.gigabytes} GB, {known.licence}")
+        typer.echo(f"{'':<20}{known.scale}.{across}\n{'':<20}{known.note}")
+    for name in present:
+        if name not in KNOWN:
+            typer.echo(f"* {name:<17} yours")
+    typer.echo("\nget one with: g2rpo rewards fetch NAME")
+
+
+@rewards_app.command()
+def fetch(
+    name: Name,
+    to: Place = None,
+    accept_unpinned: Annotated[
+        bool, typer.Option("--accept-unpinned", help="Take a file whose hash this program does not know, as its revision has it.")
+    ] = False,
+) -> None:
+    """Download a reward model's pinned files, check their hashes, and install it; an interrupted download goes on."""
+    from comfy_g2rpo.rewards.library import KNOWN
+    from comfy_g2rpo.rewards.protocol import RewardError
+
+    from ..rewards_fetch import Sources
+    from ..rewards_fetch import fetch as run
+
+    if name not in KNOWN:
+        raise RewardError(f"reward model {name[:80]!a} is unknown; known: {', '.join(KNOWN)}. For another CLIP: g2rpo rewards add")
+    known = KNOWN[name]
+    typer.echo(f"{known.title}: {known.licence}")
+    place = run(known, _root(to), Sources.from_environment(), accept_unpinned=accept_unpinned, say=typer.echo)
+    typer.echo(f"installed in {place}")
+
+
+@rewards_app.command()
+def check(
+    name: Name, to: Place = None, device: Annotated[str, typer.Option(help="Where it runs: auto, cpu, cuda, mps.")] = "auto"
+) -> None:
+    """See that an installed reward model is unchanged, loads, and gives its authors' published scores where there are any."""
+    from ..rewards_check import check as run
+    from ..sampling import device as best_device
+
+    if not run(_root(to), name, best_device() if device == "auto" else device, typer.echo):
+        raise typer.Exit(1)
+    typer.echo("well")
+
+
+@rewards_app.command()
+def add(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the new reward is called, such as clipscore_dfn5b.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A CLIP that you have: transformers' layout, or open_clip's.")],
+    to: Place = None,
+) -> None:
+    """Make a CLIPScore from any CLIP on this machine; nothing is downloaded."""
+    from ..rewards_add import add as run
+
+    typer.echo(f"installed in {run(_root(to), name, folder)}")
+
+
+def _root(to: Path | None) -> Path:
+    """Return the folder of reward models."""
+    from ..rewards import rewards_root
+
+    return to.expanduser() if to else rewards_root()
