@@ -211,5 +211,6 @@ app.registerExtension({
   loadedGraphNode(node) {
     const entry = monitors.get(node);
     if (entry) refreshEntry(node, entry);
+    voting.restore(node);
   },
 });

@@ -8,7 +8,7 @@ const KEY = /^[0-9a-f]{16}$/;
 export class Voting {
   // `nodeOf(id)` finds a node, `left` takes what removed nodes leave in the page, `scroll` is what the wheel does.
   constructor({ app, api, nodeOf, left, adopt, scroll }) {
-    Object.assign(this, { app, api, nodeOf, left, adopt, scroll, ballots: new Map() });
+    Object.assign(this, { app, api, nodeOf, left, adopt, scroll, ballots: new Map(), groups: new Map() });
   }
 
   add(node) {
@@ -51,7 +51,19 @@ export class Voting {
     const votes = sameGroup(keys, own) ? own : group.votes;
     if (!sameGroup(keys, own)) this.write(node, sameGroup(keys, votes) ? votes : null);
     if (sameGroup(ballot.opinion.keys, { pictures: keys }) && sameGroup(keys, ballot.opinion.votes())) return;
-    ballot.show({ pictures, prompt: String(group.prompt ?? "") }, votes);
+    const shown = { pictures, prompt: String(group.prompt ?? "") };
+    this.groups.set(this.place(node), shown);
+    ballot.show(shown, votes);
+  }
+
+  // Undo, and opening the workflow once more, make all nodes anew: the group that was shown is shown again, with the widget's votes.
+  restore(node) {
+    const group = this.groups.get(this.place(node));
+    if (group) this.ballots.get(node)?.show(group, read(votesOf(node)?.value));
+  }
+
+  place(node) {
+    return `${this.app.graph?.id ?? ""}:${node.id}`;
   }
 
   address({ filename, subfolder, type }) {
