@@ -42,7 +42,7 @@ TRAIN = {
     "run": "",
     "changes": CHANGES,
 }
-STOPS = [1, 3, 13, 17, 24, 34, 40]  # looks at the stop button; the 13th and 34th are in updates
+STOPS = [1, 3, 14, 19, 24, 34, 46]  # looks at the stop button; the 19th and 46th are in updates
 LOADERS = {
     "1": {"class_type": "G2RPO_TinyDemoLoader", "inputs": {}},
     "2": {"class_type": "G2RPO_LoadReward", "inputs": {"reward": "agreement"}},
