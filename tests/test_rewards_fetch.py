@@ -142,7 +142,7 @@ def clip_files(hub: Hub, model: torch.nn.Module, act: str = "gelu") -> list[Publ
 def published(hub: Hub, name: str) -> list[Published]:
     """Publish a tiny model in the layout of a known reward."""
     if name == "pickscore":
-        return clip_files(hub, clip_model(seed=1)) + tokenizer_files(hub)
+        return [clip_files(hub, clip_model(seed=1))[0], *tokenizer_files(hub)]
     if name == "clipscore":
         form = json.dumps({"size": IMAGE, "crop_size": IMAGE}).encode()
         return [*clip_files(hub, clip_model()), hub.publish("clip", "preprocessor_config.json", form), *tokenizer_files(hub)]
@@ -170,7 +170,9 @@ def tiny(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Known]:
     monkeypatch.setitem(rewards_prepare.CONFIGS, "hpsv2", clip_config())
     vision = {**VISION, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}
     monkeypatch.setitem(rewards_prepare.CONFIGS, "imagereward", {"vision_config": vision, "text_config": BLIP_TEXT})
-    monkeypatch.setitem(EXAMPLES, "imagereward", ())
+    monkeypatch.setitem(rewards_prepare.CONFIGS, "pickscore", clip_config())
+    for name in list(EXAMPLES):
+        monkeypatch.setitem(EXAMPLES, name, ())
 
     def put(name: str) -> Known:
         known = replace(KNOWN[name], files=tuple(published(hub, name)), gigabytes=0.001)
@@ -333,12 +335,12 @@ def test_check_compares_with_the_authors_scores(
     picture = hub.publish("imagereward", "assets/1.webp", drawn.getvalue(), "github")
     for offset, verdict, expected in ((0.0, "well", 0), (0.1, "NOT the same", 1)):
         root = tmp_path / str(expected)
-        monkeypatch.setitem(EXAMPLES, "imagereward", (Example(picture, "a red cube", 0.0),))
+        monkeypatch.setitem(EXAMPLES, "imagereward", (Example(picture, "a red cube", 0.0, 0.02, "they have"),))
         fetch(known, root, Sources.from_environment(), say=lambda text: None)
         score = load_installed(root, "imagereward").score(read_picture(root / "imagereward/examples/1.webp"), ["a red cube"]).item()
-        monkeypatch.setitem(EXAMPLES, "imagereward", (Example(picture, "a red cube", score + offset),))
+        monkeypatch.setitem(EXAMPLES, "imagereward", (Example(picture, "a red cube", score + offset, 0.02, "they have"),))
         code, said = run("check", "imagereward", "--to", str(root), "--device", "cpu")
-        assert code == expected and f"published example 1.webp: {score:.4f}" in said and verdict in said
+        assert code == expected and f"published example 1.webp: {score:.4f}, they have {score + offset:.4f}: {verdict}" in said
 
 
 def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
@@ -374,9 +376,10 @@ def open_clip_folder(path: Path, weights_name: str, **preprocess: str) -> Path:
 @pytest.mark.parametrize("weights", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
 def test_a_clip_of_open_clips_layout_becomes_a_clipscore(tmp_path: Path, weights: str) -> None:
     source = open_clip_folder(tmp_path / "DFN5B", weights, interpolation="bicubic", resize_mode="squash")
-    code, said = run("add", "clipscore_dfn5b", str(source), "--to", str(tmp_path / "rewards"))
+    code, said = run("add", "clipscore_dfn5b", str(source), "--to", str(tmp_path / "rewards"), "--licence", "Apple's")
     assert code == 0, said
     reward = load_installed(tmp_path / "rewards", "clipscore_dfn5b")
+    assert reward.licence == "Apple's"
     assert (reward.pictures.fit, reward.pictures.size) == ("squash", IMAGE)
     assert reward.module.vision_model.config.hidden_act == "quick_gelu"
     assert reward.score(pictures(), PROMPTS).isfinite().all()
@@ -388,6 +391,7 @@ def test_a_clip_of_transformers_layout_becomes_a_clipscore(tiny: Callable[[str],
     code, said = run("add", "mine", str(tmp_path / "rewards" / "clipscore"), "--to", str(tmp_path / "rewards"))
     assert code == 0, said
     assert installed(tmp_path / "rewards") == ["clipscore", "mine"]
+    assert load_installed(tmp_path / "rewards", "mine").licence == "that of its weights"
 
 
 @pytest.mark.parametrize("lost", ["open_clip_config.json", "open_clip_model.safetensors", "vocab.json"])

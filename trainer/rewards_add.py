@@ -18,14 +18,13 @@ from comfy_g2rpo.runs import write_json
 
 from . import rewards_convert
 from .rewards_fetch import MANIFEST, sha256
-from .rewards_prepare import read_pickle
+from .rewards_prepare import TOKENIZER, read_pickle
 
-TOKENIZER = ("vocab.json", "merges.txt")
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 KERNELS = {"bilinear": 2, "bicubic": 3, "lanczos": 1}
 
 
-def add(root: Path, name: str, source: Path) -> Path:
+def add(root: Path, name: str, source: Path, licence: str | None = None) -> Path:
     """Install a CLIPScore from a folder; the folder is only read."""
     place = root / name
     if not NAME.fullmatch(name) or place.exists():
@@ -42,7 +41,8 @@ def add(root: Path, name: str, source: Path) -> Path:
             raise RewardError(f"{source} holds no model.safetensors and no open_clip_config.json; give a CLIP of either layout")
         _copy(_tokenizer(root, source), folder, TOKENIZER)
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-        write_json(folder / MANIFEST, {"kind": "clipscore", "source": source.name, "revision": None, "files": files})
+        about = {"kind": "clipscore", "source": source.name, "revision": None, "licence": licence}
+        write_json(folder / MANIFEST, {**about, "files": files})
         load_installed(Path(ready), name)
         os.chmod(folder, 0o755)
         os.replace(folder, place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,30 +20,33 @@ from comfy_g2rpo.runs import write_json
 from . import rewards_convert
 
 Files = Mapping[str, Path]
+TOKENIZER = ("vocab.json", "merges.txt")
 
-# open_clip's ViT-H-14.json, and BLIP's ViT-L with ImageReward's med_config.json, in transformers' words.
-CONFIGS: dict[str, dict[str, Any]] = {
-    "hpsv2": {
-        "projection_dim": 1024,
-        "vision_config": {
-            "hidden_size": 1280,
-            "intermediate_size": 5120,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 16,
-            "image_size": 224,
-            "patch_size": 14,
-            "hidden_act": "gelu",
-        },
-        "text_config": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "vocab_size": 49408,
-            "max_position_embeddings": 77,
-            "hidden_act": "gelu",
-        },
+_VIT_H_14: dict[str, Any] = {
+    "projection_dim": 1024,
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 14,
+        "hidden_act": "gelu",
     },
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "vocab_size": 49408,
+        "max_position_embeddings": 77,
+        "hidden_act": "gelu",
+    },
+}
+# LAION's ViT-H-14, and BLIP's ViT-L with ImageReward's med_config.json, in transformers' words.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "pickscore": _VIT_H_14,
+    "hpsv2": _VIT_H_14,
     "imagereward": {
         "vision_config": {
             "hidden_size": 1024,
@@ -71,27 +75,39 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Example:
-    """A picture, a prompt and the score that the authors publish for them."""
+    """A picture, a prompt and the score that somebody publishes for them; `near`: by how much another device may differ."""
 
     picture: Published
     prompt: str
     score: float
+    near: float
+    whose: str
 
 
 _OCEAN = "a painting of an ocean with clouds and birds, day time, low depth field effect"
 _IMAGEREWARD = ("THUDM/ImageReward", "c1392c6dd0fd6ecd6d416c96959ab744a6d0a8fb")
-
-# ImageReward's README, "Example Use". The others publish no numbers for pictures that one can get.
-EXAMPLES: dict[str, tuple[Example, ...]] = {
-    "imagereward": tuple(
-        Example(Published(*_IMAGEREWARD, f"assets/images/{number}.webp", digest, size, "github"), _OCEAN, score)
-        for number, digest, size, score in (
-            (1, "a5fcd126763da8b3fe2a9e620fc1ba03d215d20de36c77bf6770a540a9bc972d", 336918, 0.5811622738838196),
-            (2, "dc13919a49a37987d19c8be3ba0c1ef2941570f820f90fb66ac91a9a9db24082", 256026, 0.2745276093482971),
-            (3, "ee859bac167e6a04cbcde63454757b6fc7d9b8704429c15725ca8c4accf176e3", 282058, -1.4131819009780884),
-            (4, "84faf59d59d9ca7ab298c9acb957d727365ae104768ac1a1ec55ab96be68aaf9", 318528, -2.029569625854492),
-        )
+_PICTURES = tuple(
+    Published(*_IMAGEREWARD, f"assets/images/{number}.webp", digest, size, "github")
+    for number, digest, size in (
+        (1, "a5fcd126763da8b3fe2a9e620fc1ba03d215d20de36c77bf6770a540a9bc972d", 336918),
+        (2, "dc13919a49a37987d19c8be3ba0c1ef2941570f820f90fb66ac91a9a9db24082", 256026),
+        (3, "ee859bac167e6a04cbcde63454757b6fc7d9b8704429c15725ca8c4accf176e3", 282058),
+        (4, "84faf59d59d9ca7ab298c9acb957d727365ae104768ac1a1ec55ab96be68aaf9", 318528),
     )
+)
+
+
+def _examples(whose: str, near: float, *scores: float) -> tuple[Example, ...]:
+    """Pair ImageReward's four example pictures with scores."""
+    return tuple(Example(picture, _OCEAN, score, near, whose) for picture, score in zip(_PICTURES, scores, strict=True))
+
+
+# ImageReward's README, "Example Use"; and what DiffSynth-Studio's examples/image_quality_metric/README.md prints for the same pictures.
+EXAMPLES: dict[str, tuple[Example, ...]] = {
+    "imagereward": _examples("the authors have", 0.02, 0.58116, 0.27453, -1.41318, -2.02957),
+    "pickscore": _examples("DiffSynth-Studio has", 0.1, 20.73713, 20.44360, 20.66075, 19.42607),
+    "hpsv2.1": _examples("DiffSynth-Studio has", 0.004, 0.23211, 0.20234, 0.19783, 0.19230),
+    "aesthetic": _examples("DiffSynth-Studio has", 0.05, 5.90086, 5.77657, 5.79986, 5.05205),
 }
 
 
@@ -100,28 +116,43 @@ def prepare(known: Known, files: Files, folder: Path) -> None:
     PREPARE[known.kind](files, folder)
     for example in EXAMPLES.get(known.name, ()):
         (folder / "examples").mkdir(exist_ok=True)
-        shutil.copyfile(files[example.picture.path], folder / "examples" / Path(example.picture.path).name)
+        place(files[example.picture.path], folder / "examples" / Path(example.picture.path).name)
 
 
-def _transformers(files: Files, folder: Path) -> None:
+def place(source: Path, target: Path) -> None:
+    """Put a downloaded file where it belongs: without taking its space twice where the disk can do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _clipscore(files: Files, folder: Path) -> None:
     """Take a CLIP in transformers' layout as it is."""
-    for name in ("model.safetensors", "config.json", "preprocessor_config.json", "vocab.json", "merges.txt"):
-        if name in files:
-            shutil.copyfile(files[name], folder / name)
+    for name in ("model.safetensors", "config.json", "preprocessor_config.json", *TOKENIZER):
+        place(files[name], folder / name)
+
+
+def _pickscore(files: Files, folder: Path) -> None:
+    """Take PickScore's weights as they are."""
+    write_json(folder / "config.json", CONFIGS["pickscore"])
+    for name in ("model.safetensors", *TOKENIZER):
+        place(files[name], folder / name)
 
 
 def _hpsv2(files: Files, folder: Path) -> None:
     """Convert HPS_v2.1_compressed.pt, which is open_clip's layout under "state_dict"."""
     content = read_pickle(files["HPS_v2.1_compressed.pt"])
     _write(folder, CONFIGS["hpsv2"], rewards_convert.open_clip(_tensors(content.get("state_dict"), "HPS_v2.1_compressed.pt")))
-    _transformers({name: files[name] for name in ("vocab.json", "merges.txt")}, folder)
+    for name in TOKENIZER:
+        place(files[name], folder / name)
 
 
 def _imagereward(files: Files, folder: Path) -> None:
     """Convert ImageReward.pt."""
     tensors = _tensors(read_pickle(files["ImageReward.pt"]), "ImageReward.pt")
     _write(folder, CONFIGS["imagereward"], rewards_convert.imagereward(tensors))
-    shutil.copyfile(files["vocab.txt"], folder / "vocab.txt")
+    place(files["vocab.txt"], folder / "vocab.txt")
 
 
 def _aesthetic(files: Files, folder: Path) -> None:
@@ -175,8 +206,8 @@ def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 
 PREPARE: dict[str, Callable[[Files, Path], None]] = {
-    "pickscore": _transformers,
-    "clipscore": _transformers,
+    "pickscore": _pickscore,
+    "clipscore": _clipscore,
     "hpsv2": _hpsv2,
     "imagereward": _imagereward,
     "aesthetic": _aesthetic,

@@ -7,6 +7,7 @@ everywhere. Pictures: as the folder's preprocessor_config.json says (OpenAI's: s
 Prompts: 77 tokens.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,14 @@ class PercentClip(Clip):
 def load(folder: Folder, name: str, dtype: torch.dtype, batch: int) -> ModelReward:
     """Load a CLIP from its folder."""
     module, size = clip_from(folder, PercentClip)
-    return ModelReward.of(KNOWN["clipscore"], name, module, preprocessor(folder.json("preprocessor_config.json"), size), dtype, batch)
+    known = KNOWN["clipscore"] if name == "clipscore" else replace(KNOWN["clipscore"], licence=licence_of(folder))
+    return ModelReward.of(known, name, module, preprocessor(folder.json("preprocessor_config.json"), size), dtype, batch)
+
+
+def licence_of(folder: Folder) -> str:
+    """Return the licence that a CLIP of one's own was added with."""
+    licence = folder.json("reward.json").get("licence")
+    return " ".join(licence.split())[:80] if isinstance(licence, str) and licence.strip() else "that of its weights"
 
 
 def preprocessor(config: dict[str, Any], size: int) -> Pictures:

@@ -63,8 +63,12 @@ KNOWN: dict[str, Known] = {
             "Keeps realism longest of the learned ones; pushed hard it ends in one glossy, over-detailed style.",
             3.9,
             (
-                Published("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800", "model.safetensors", None),
-                Published("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800", "config.json", None),
+                Published(
+                    "yuvalkirstain/PickScore_v1",
+                    "a4e4367c6dfa7288a00c550414478f865b875800",
+                    "model.safetensors",
+                    "ef31ef6fc5ff4d9bb90dd232df4e145887ba62c5a03aa2841415f8c25f18d52e",
+                ),
                 *_CLIP_TOKENIZER,
             ),
         ),
@@ -78,7 +82,13 @@ KNOWN: dict[str, Known] = {
             "Over-saturates and over-contrasts: smooth, poster-like surfaces.",
             2.0,
             (
-                Published("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a", "HPS_v2.1_compressed.pt", None),
+                Published(
+                    "xswu/HPSv2",
+                    "697403c78157020a1ae59d23f111aa58ced35b0a",
+                    "HPS_v2.1_compressed.pt",
+                    "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837",
+                    1972490005,
+                ),
                 *_CLIP_TOKENIZER,
             ),
         ),
@@ -108,7 +118,13 @@ KNOWN: dict[str, Known] = {
             "Compares pictures of one prompt only; as a single target it soon corrupts them.",
             1.8,
             (
-                Published("zai-org/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72", "ImageReward.pt", None),
+                Published(
+                    "zai-org/ImageReward",
+                    "5736be03b2652728fb87788c9797b0570450ab72",
+                    "ImageReward.pt",
+                    "d71dc8d4912bc633c06ab8ef1ef6a81e8199d4369f14b47b29baf1d19de561f6",
+                    1786880927,
+                ),
                 Published(
                     "google-bert/bert-base-uncased",
                     "86b5e0934494bd15c9632b12f734a8a67f723594",

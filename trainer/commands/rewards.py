@@ -77,11 +77,12 @@ def add(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What the new reward is called, such as clipscore_dfn5b.")],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A CLIP that you have: transformers' layout, or open_clip's.")],
     to: Place = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of those weights, to be shown with its scores.")] = None,
 ) -> None:
     """Make a CLIPScore from any CLIP on this machine; nothing is downloaded."""
     from ..rewards_add import add as run
 
-    typer.echo(f"installed in {run(_root(to), name, folder)}")
+    typer.echo(f"installed in {run(_root(to), name, folder, licence)}")
 
 
 def _root(to: Path | None) -> Path:
