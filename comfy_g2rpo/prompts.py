@@ -89,7 +89,7 @@ def read(path: Path) -> tuple[list[str], list[str]]:
     except UnicodeDecodeError as error:
         raise PromptError(f"prompt file {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     found, repeated = prompts_of(lines, str(path), jsonl=path.suffix == ".jsonl")
-    unique = [_beside(prompt, path.parent) for prompt in found]
+    unique = [beside(prompt, path.parent) for prompt in found]
     return unique, [f"{path}: {repeated} repeated prompts were dropped"] if repeated else []
 
 
@@ -114,7 +114,7 @@ def prompts_of(lines: Sequence[str], name: str, jsonl: bool = False) -> tuple[li
     return [prompt for prompt, _ in found.values()], count - len(found)
 
 
-def _beside(prompt: str, folder: Path) -> str:
+def beside(prompt: str, folder: Path) -> str:
     """Read a prompt's `reference` as a path beside the prompt file."""
     given = columns_of(prompt).get("reference")
     return Prompt(prompt, {**columns_of(prompt), "reference": str(folder / given)}) if isinstance(given, str) else prompt
@@ -136,10 +136,15 @@ def _json_prompt(line: str, place: str) -> str:
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise PromptError(f'{place} has no prompt; write {{"prompt": "…"}}')
-    columns = {name: _column(value, f"{place}, column {name[:MAX_NAME]!a}") for name, value in row.items() if name != "prompt"}
+    return with_columns(prompt.strip(), {name: value for name, value in row.items() if name != "prompt"}, place)
+
+
+def with_columns(prompt: str, row: Mapping[str, Any], place: str) -> str:
+    """Attach the other columns of a row, if there are any, after checking them."""
+    columns = {name: _column(value, f"{place}, column {name[:MAX_NAME]!a}") for name, value in row.items()}
     if len(columns) > MAX_COLUMNS or any(len(name) > MAX_NAME for name in columns):
         raise PromptError(f"{place}: at most {MAX_COLUMNS} columns with names of {MAX_NAME} characters are allowed")
-    return Prompt(prompt.strip(), columns) if columns else prompt.strip()
+    return Prompt(prompt, columns) if columns else prompt
 
 
 def _column(value: Any, place: str, within: bool = False) -> Any:

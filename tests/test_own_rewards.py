@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
 from comfy_g2rpo import lora, settings
 from comfy_g2rpo import rewards as built_in
@@ -18,6 +19,7 @@ from comfy_g2rpo.rewards.library import load_installed
 from comfy_g2rpo.runs import RunError, RunFolder
 from g2rpo_trainer import config
 from g2rpo_trainer import run as training
+from g2rpo_trainer.cli import app
 from g2rpo_trainer.config import ConfigError, RewardSection
 from g2rpo_trainer.progress import Silent
 from g2rpo_trainer.rewards import build, build_all, check_reward
@@ -298,6 +300,24 @@ def test_a_palette_comes_from_the_prompt_s_row() -> None:
 def test_a_reference_that_is_not_there_is_named_before_anything_runs(name: str, columns: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         check_prompts([build(RewardSection(name=name))], [Prompt("sea", columns)])
+
+
+def test_pictures_on_disk_are_judged_by_the_columns_of_their_rows(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", (255, 0, 0))
+    picture(tmp_path / "b.png", (255, 0, 0))
+
+    def scores(*rows: dict[str, object]) -> list[float]:
+        (tmp_path / "list.jsonl").write_text("\n".join(json.dumps({"prompt": "the sea"} | row) for row in rows))
+        command = ["score", str(tmp_path), "--reward", "palette", "--prompts", str(tmp_path / "list.jsonl"), "--json", "--quiet"]
+        found = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out"), "--sort", "file"], catch_exceptions=False)
+        return [row["scores"]["palette"] for row in json.loads(found.stdout)]
+
+    red, both = {"palette": ["#ff0000"]}, {"palette": ["#ff0000", "#0000ff"]}
+    assert scores({"file": "a.png"} | red, {"file": "b.png"} | both) == pytest.approx([1, 0.5])
+    # The journal keeps what was asked for apart, so that no old score answers a new question.
+    assert scores({"file": "a.png"} | both, {"file": "b.png"} | red) == pytest.approx([0.5, 1])
+    with pytest.raises(RewardError, match="palette has the colour 'blue'"):
+        scores({"file": "a.png", "palette": ["blue"]}, {"file": "b.png"} | red)
 
 
 def test_a_recipe_s_reference_lies_beside_it(recipe: Path) -> None:

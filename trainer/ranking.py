@@ -17,8 +17,8 @@ from torch import Tensor
 
 from comfy_g2rpo.captions import caption_of
 from comfy_g2rpo.pictures import SUFFIXES, PictureError, batches, listed, natural, read, size_of
-from comfy_g2rpo.prompts import MAX_CHARACTERS
-from comfy_g2rpo.rewards import Reward, RewardError, score_all
+from comfy_g2rpo.prompts import MAX_CHARACTERS, beside, columns_of, with_columns
+from comfy_g2rpo.rewards import Reward, RewardError, check_prompts, score_all
 from comfy_g2rpo.rewards.protocol import needs_group, runs_elsewhere
 from comfy_g2rpo.runs import FileError, finite
 
@@ -29,7 +29,7 @@ BATCH_PIXELS = 2**24  # of one batch: 200 MB as float32
 AHEAD = 2  # batches that are read while another one is scored
 
 Scores = dict[tuple[str, str, str], float]
-"""Scores by (SHA-256 of the file, prompt, identity of the reward)."""
+"""Scores by (SHA-256 of the file, what was asked for, identity of the reward)."""
 
 
 class RankingError(ValueError):
@@ -46,6 +46,13 @@ class Entry:
     sha256: str = ""
     size: tuple[int, int] = (0, 0)
     problem: str = ""
+
+
+    @property
+    def asked(self) -> str:
+        """Return the prompt, and its columns where it has any: what a score depends on beside the picture."""
+        columns = columns_of(self.prompt)
+        return f"{self.prompt}\n{json.dumps(dict(columns), ensure_ascii=False, sort_keys=True)}" if columns else self.prompt
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ def find_pictures(places: Sequence[Path], deep: bool) -> list[Path]:
 
 
 def read_prompts(path: Path) -> dict[str, str]:
-    """Read a JSONL file of {"file": name, "prompt": …}: prompts by file name."""
+    """Read a JSONL file of {"file": name, "prompt": …}: prompts by file name, with the row's other columns."""
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except OSError as error:
@@ -89,7 +96,8 @@ def read_prompts(path: Path) -> dict[str, str]:
         values = (row.get("file"), row.get("prompt")) if isinstance(row, dict) else (None, None)
         if not all(isinstance(value, str) and value for value in values):
             raise RankingError(f'{path}, line {number} lacks file or prompt; write {{"file": "a.png", "prompt": "…"}}')
-        found[values[0]] = values[1]
+        columns = {name: value for name, value in row.items() if name not in ("file", "prompt")}
+        found[values[0]] = beside(with_columns(values[1], columns, f"{path}, line {number}"), path.parent)
     return found
 
 
@@ -148,9 +156,9 @@ class Journal:
         """Keep scores; of a judge elsewhere only those that it gave, so that the next run asks it again."""
         lines = []
         for entry, score in zip(entries, scores, strict=True):
-            self.scores[entry.sha256, entry.prompt, judge.identity] = score
+            self.scores[entry.sha256, entry.asked, judge.identity] = score
             if not (math.isnan(score) and runs_elsewhere(judge.reward)):
-                row = {"sha256": entry.sha256, "prompt": entry.prompt, "reward": judge.identity, "score": finite(score)}
+                row = {"sha256": entry.sha256, "prompt": entry.asked, "reward": judge.identity, "score": finite(score)}
                 lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         if self.path is None:
             return
@@ -165,11 +173,11 @@ class Journal:
 
     def missing(self, entry: Entry, judge: Judge) -> bool:
         """Say whether a picture still has to be judged."""
-        return (entry.sha256, entry.prompt, judge.identity) not in self.scores
+        return (entry.sha256, entry.asked, judge.identity) not in self.scores
 
     def table(self, entries: Sequence[Entry], judges: Sequence[Judge]) -> Tensor:
         """Collect scores [R, N]; NaN where there is none."""
-        rows = [[self.scores.get((entry.sha256, entry.prompt, judge.identity), math.nan) for entry in entries] for judge in judges]
+        rows = [[self.scores.get((entry.sha256, entry.asked, judge.identity), math.nan) for entry in entries] for judge in judges]
         return torch.tensor(rows, dtype=torch.float32).reshape(len(judges), len(entries))
 
 
@@ -180,6 +188,7 @@ def fill(journal: Journal, entries: list[Entry], judges: Sequence[Judge], batch:
             raise RewardError(
                 f"reward '{judge.reward.name}' compares the pictures of a group with one another; files are judged one by one"
             )
+    check_prompts([judge.reward for judge in judges], [entry.prompt for entry in entries if not entry.problem])
     wanted = [i for i, entry in enumerate(entries) if not entry.problem and any(journal.missing(entry, judge) for judge in judges)]
     done(len(entries) - len(wanted))
     parts = [[wanted[i] for i in part] for part in batches([entries[i].size for i in wanted], batch, BATCH_PIXELS)]
