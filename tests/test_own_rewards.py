@@ -143,7 +143,6 @@ MISTAKES = {
     "rewards.1.gate=null": "rewards has a weight of 0; list that reward under heldout_rewards",
     "heldout_rewards=[exposure, exposure]": "heldout_rewards names 'exposure' twice; remove one, or name it differently",
     "heldout_rewards=[{name: redness, path: 'other.py:redness'}]": "heldout_rewards describes 'redness', which is trained on and measured",
-    "heldout_rewards=[{name: exposure, weight: 2}]": "heldout_rewards.0.weight is unknown",
     "rewards.0.gate=high": "rewards.0.gate is 'high'; it must be a number",
     "method.mix=max": "method.mix is 'max'; choose one of: zscore, sum, minimum, rank_product",
 }
