@@ -26,6 +26,8 @@ def standing(
     A single reward without a gate keeps its own units, and so does `sum`; the other mixes are relative to the pictures given. NaN where a
     reward cannot judge a picture though it judges others of the group.
     """
+    if not all(map(math.isfinite, weights)):
+        raise RewardError(f"weights {list(weights)} must be finite; give one number per reward")
     if len(scores) == 1 and not any(gate is not None for gate in gates):
         return weights[0] * scores[0]
     names = [""] * scores.shape[1] if groups is None else list(groups)

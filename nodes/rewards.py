@@ -88,7 +88,7 @@ class LoadReward(io.ComfyNode):
     def execute(cls, reward: str, precision: str = "fp32", batch: int = 16) -> io.NodeOutput:
         """Find the reward, which the schema of this moment lists."""
         check_inputs(cls, locals())
-        found = find(str(reward), precision, int(batch))
+        found = find(reward, precision or "fp32", batch or 16)
         text = "\n\n".join(filter(None, (describe(found), how_to_get_more())))
         return io.NodeOutput(RewardSet((found,), (1.0,)), text, ui=show(cls, text))
 
@@ -148,10 +148,10 @@ class MixRewards(io.ComfyNode):
         check_inputs(cls, locals())
         sets = (reward_1, reward_2, reward_3, reward_4, reward_5, reward_6)
         weights = (weight_1, weight_2, weight_3, weight_4, weight_5, weight_6)
-        mixed = flattened(sets, weights, mix, parse_gates(gates))
+        mixed = flattened(sets, weights, mix or "zscore", parse_gates(gates or ""))
         lines = zip(mixed.rewards, mixed.weights, mixed.all_gates, strict=True)
         parts = [f"{weight:g} × {describe(reward)}{gate_text(weight, gate)}" for reward, weight, gate in lines]
-        text = "\n\n".join([f"Mix: {mix}", *parts])
+        text = "\n\n".join([f"Mix: {mixed.mix}", *parts])
         return io.NodeOutput(mixed, text, ui=show(cls, text))
 
 
@@ -269,10 +269,10 @@ class ReferenceReward(io.ComfyNode):
         """Keep what is compared with."""
         check_inputs(cls, locals())
         if kind == PALETTE:
-            wanted: object = re.findall(r"[^\s,;]+", colours[:1000])
+            wanted = re.findall(r"[^\s,;]+", (colours or "")[:1000])
             if not wanted:
                 raise ValueError("colours is empty; write colours such as #ff8800, #002244")
-            seen = " ".join(colours.lower().split()).encode()
+            seen = " ".join(wanted).lower().encode()
         else:
             wanted = reference_picture(reference)
             seen = wanted.mul(255).round().byte().numpy().tobytes()

@@ -21,9 +21,9 @@ from torch import Tensor
 from ..comfy_g2rpo.captions import CHUNK
 from ..comfy_g2rpo.runs import FileError, finite, write_bytes
 from ..comfy_g2rpo.sheets import csv_bytes
-from .guard import check_inputs
+from .guard import check_inputs, check_number
 from .hosting import checked_name, contained
-from .judging import MAX_IMAGES, MAX_SCORE, best_first, bounded, checked_images, one, rounded, within
+from .judging import MAX_IMAGES, MAX_SCORE, best_first, bounded, checked_images, one, rounded
 from .scoring import show
 from .types import SCORING, ScoresData, ScoresWire
 
@@ -96,7 +96,8 @@ class SaveScoredImages(io.ComfyNode):
             raise ValueError(f"names has {len(names)} entries for {len(pictures)} images; connect one per image, or nothing")
         about = None if details is None else checked_details(one("details", details), len(pictures))
         place = prefix_place(one("prefix", prefix))
-        count = int(within("most", one("most", most), 0, MAX_IMAGES)) or len(pictures)
+        check_number("most", one("most", most), 0, MAX_IMAGES, whole=True)
+        count = most[0] or len(pictures)
         order = best_first(values)[:count]
         core = {} if args.disable_metadata else core_notes(cls)
         files, rows = [], []
@@ -131,7 +132,7 @@ def prefix_place(prefix: str) -> Path:
 
 def core_notes(block: type[io.ComfyNode]) -> dict[str, str]:
     """Return what core writes into its PNG files: the prompt, and what the page sends along."""
-    prompt, more = block.hidden.prompt, block.hidden.extra_pnginfo
+    prompt, more = (getattr(block.hidden, name, None) for name in ("prompt", "extra_pnginfo"))
     notes = {} if prompt is None else {"prompt": json.dumps(prompt)}
     return notes | {str(key): json.dumps(value) for key, value in (more or {}).items()}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..comfy_g2rpo.prompts import MAX_CHARACTERS
 from ..comfy_g2rpo.scoring import Scorer
 from .drawing import number
-from .guard import check_inputs
+from .guard import check_inputs, check_number
 from .judging import (
     MAX_IMAGES,
     MAX_SCORE,
@@ -187,7 +187,7 @@ class SelectBest(io.ComfyNode):
         values = [bounded("scores", value) for value in scores]
         if len(values) != len(pictures):
             raise ValueError(f"scores has {len(values)} entries for {len(pictures)} images; connect the scores of these very images")
-        count = int(within("k", one("k", k), 1, MAX_IMAGES))
+        check_number("k", one("k", k), 1, MAX_IMAGES, whole=True)
         order = [i for i in best_first(values) if not math.isnan(values[i])]
         if not order:
             raise ValueError("scores are all nan: nothing could be judged; check the prompt and the images of Score Images")
@@ -199,7 +199,7 @@ class SelectBest(io.ComfyNode):
         groups = [""] * len(pictures) if prompts is None else prompts
         if len(groups) != len(pictures):
             raise ValueError(f"prompts has {len(groups)} texts for {len(pictures)} images; connect one per image, or nothing")
-        kept = best_of_each(order, groups, count)
+        kept = best_of_each(order, groups, k[0])
         chosen = [pictures[i] for i in kept]
         return io.NodeOutput(one_batch(chosen), kept, [image[None] for image in chosen], [values[i] for i in kept])
 

@@ -17,6 +17,7 @@ from comfy_api.latest import io
 from comfy_hostile_files import attack_files
 from comfy_hostile_tools import Court, Watch, live_bytes
 from comfy_hostile_wires import attack_wires
+from PIL import Image
 from server import PromptServer
 
 import nodes
@@ -32,8 +33,11 @@ BLOCKS = {
 }
 
 OUTSIDE.mkdir()
+for i in range(4):
+    # As many as the rollout's pictures, whose names and prompts they lend.
+    Image.new("RGB", (8, 8), (60 * i, 9, 9)).save(BASE / f"input/{i}.png")
 (OUTSIDE / "secret.txt").write_text("not yours")
-watch = Watch([OUTPUT / "g2rpo", BASE / "models/loras/g2rpo", BASE / "temp"], OUTSIDE)
+watch = Watch([OUTPUT, BASE / "models/loras/g2rpo", BASE / "temp"], OUTSIDE)
 court = Court(watch, PACK)
 
 SMALL = {"negative": "", "guidance": 1.0, "width": 16, "height": 16, "seed": 0}
@@ -59,11 +63,18 @@ INPUTS: dict[str, dict[str, Any]] = {
     "Rollout": {"guider": ["guider", 0], "noise": ["noise", 0], "sigmas": ["sigmas", 0], "latent_image": ["empty", 0]}
     | {"branch_steps": "0,1", "group_size": 2, "granularities": "1", "kernel": "flow_sde", "eta": 0.7, "terminal": "exact"}
     | {"antithetic": False, "slots": 4},
-    "LoadReward": {"reward": "colourfulness"},
-    "MixRewards": {f"reward_{i}": ["LoadReward", 0] for i in range(1, 7)} | {f"weight_{i}": 1.0 for i in range(1, 7)},
+    "LoadReward": {"reward": "colourfulness", "precision": "fp32", "batch": 4},
+    "ReferenceReward": {"kind": "phash", "reference": ["picture", 0], "colours": ""},
+    "MixRewards": {f"reward_{i}": ["LoadReward", 0] for i in range(1, 7)} | {f"weight_{i}": 1.0 for i in range(1, 7)}
+    | {"mix": "zscore", "gates": ""},
+    "LoadImageFolder": {"folder": "(input)", "deep": False, "skip": 0, "most": 4, "max_side": 64},
     "ScoreRollout": {"rollout": ["Rollout", 0], "vae": VAE, "reward": ["LoadReward", 0], "prompt": "a red circle"},
     "ScoreImages": {"images": ["ScoreRollout", 1], "reward": ["LoadReward", 0], "prompt": "a red circle"},
-    "SelectBest": {"images": ["ScoreRollout", 1], "scores": ["ScoreImages", 0], "k": 2, "use_threshold": True, "threshold": 0.0},
+    "SelectBest": {"images": ["ScoreRollout", 1], "scores": ["ScoreImages", 0], "k": 2, "use_threshold": True, "threshold": 0.0}
+    | {"prompts": ["LoadImageFolder", 2]},
+    "SaveScoredImages": {"images": ["ScoreRollout", 1], "scores": ["ScoreImages", 0], "prefix": "scored/image", "most": 0}
+    | {"details": ["ScoreImages", 4], "names": ["LoadImageFolder", 1]},
+    "VoteRollout": {"rollout": ["Rollout", 0], "pictures": ["ScoreRollout", 1], "prompt": "a red circle", "votes": "", "run": ""},
     "ScoresFromValues": {"rollout": ["Rollout", 0], "votes": "", "values": ["ScoreImages", 0], "pictures": ["ScoreRollout", 1]},
     "Advantages": {"rollout": ["Rollout", 0], "scores": ["ScoresFromValues", 0], "clamp": 5.0, "std_floor": 1e-8, "per_branch": False},
     "UpdateLoRA": {"policy": ["LoRAPolicy", 0], "advantages": ["Advantages", 0], "kl": 0.01, "step_weight": "uniform"}
@@ -82,7 +93,7 @@ for name, inputs in INPUTS.items():
     declared = {one.id for one in BLOCKS[name].define_schema().inputs}
     assert inputs.keys() == declared, f"{name}: inputs that nobody attacks, or that are gone: {inputs.keys() ^ declared}"
     GRAPH[name] = {"class_type": f"G2RPO_{name}", "inputs": inputs}
-NAMED = {"ValueError", "FileError", "RunError", "LoraError", "PromptError", "RewardError"}
+NAMED = {"ValueError", "FileError", "RunError", "LoraError", "PromptError", "RewardError", "VoteError"}
 HEAVY = {"TrainLoRA", "CompareLoRA"}
 LIST_BLOCKS = {name for name, block in BLOCKS.items() if block.define_schema().is_input_list}
 
@@ -109,6 +120,7 @@ def real_inputs() -> dict[str, dict[str, Any]]:
         if name in LIST_BLOCKS:
             values = {key: [value] for key, value in values.items()}
             values |= {key: [0.1, 0.4, 0.2, 0.3] for key in values.keys() & {"scores", "values"}}
+            values |= {key: list("abca") for key in values.keys() & {"names", "prompts"}}
         made[name] = values
     return made
 
@@ -134,7 +146,7 @@ def hostile_values(one: Any) -> list[tuple[Any, bool | None]]:
     if isinstance(one, io.Boolean.Input):
         return [(value, True) for value in ("true", 2, 0.0, math.nan, *junk) if value is not True and not (value is None and one.optional)]
     if isinstance(one, io.Combo.Input):
-        return [(value, True) for value in (*given["strings"], *junk) if value not in ("newest",)]
+        return [(value, True) for value in (*given["strings"], *junk) if value != "newest" and not (value is None and one.optional)]
     if isinstance(one, io.String.Input):
         texts = [(text, True if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text) else None) for text in given["strings"]]
         return [*texts, *((value, True) for value in (*junk, 7, math.nan) if not (value is None and one.optional))]
@@ -154,7 +166,7 @@ def attack_widgets(real: Mapping[str, Mapping[str, Any]]) -> None:
                 values = [(value, None) for value, _ in values]
             for value, refuse in values:
                 changed = {**inputs, one.id: [value] if name in LIST_BLOCKS else value}
-                if one.id == "votes":
+                if one.id == "votes" and "values" in inputs:
                     changed["values"] = None
                 court.attack(name, f"{one.id} = {value!a:.60}", [one.id], lambda n=name, c=changed: execute(n, c), refuse)
 

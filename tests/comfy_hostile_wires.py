@@ -266,18 +266,18 @@ def attack_wires(
 
 def attack_lists(court: Court, real: Inputs, execute: Callable[[str, Mapping[str, Any]], Any]) -> None:
     """Send lists of the wrong length to the blocks that take lists."""
-    for name in ("ScoreImages", "SelectBest", "ScoresFromValues"):
+    for name in ("ScoreImages", "SelectBest", "ScoresFromValues", "SaveScoredImages"):
         for key, value in real[name].items():
             for sent in ([], [*value, *value]):
                 court.attack(
                     name,
                     f"{key}: {len(sent)} entries",
-                    [key, "images", "scores", "votes", "values"],
+                    [key, "images", "scores", "votes", "values", "names", "prompts", "details"],
                     lambda n=name, k=key, s=sent: execute(n, {**real[n], k: s}),
                 )
     for bad in (float("nan"), float("inf"), 1e300, None, "0.5", True):
         values = [bad, *real["SelectBest"]["scores"][1:]]
-        for name, key in (("SelectBest", "scores"), ("ScoresFromValues", "values")):
+        for name, key in (("SelectBest", "scores"), ("SaveScoredImages", "scores"), ("ScoresFromValues", "values")):
             court.attack(name, f"{key}: {bad}", [key], lambda n=name, k=key, v=values: execute(n, {**real[n], k: v}))
     picture = real["SelectBest"]["images"][0]
     for what, batch in (
@@ -287,7 +287,12 @@ def attack_lists(court: Court, real: Inputs, execute: Callable[[str, Mapping[str
         ("a large value", picture[:1] + 9),
     ):
         sent = [picture[:-1], batch]
-        for name, key in (("ScoreImages", "images"), ("SelectBest", "images"), ("ScoresFromValues", "pictures")):
+        for name, key in (
+            ("ScoreImages", "images"),
+            ("SelectBest", "images"),
+            ("SaveScoredImages", "images"),
+            ("ScoresFromValues", "pictures"),
+        ):
             k = {**real[name], key: sent} | ({"k": [100]} if name == "SelectBest" else {})
             court.attack(name, f"{key}: one of {what}", [key], lambda n=name, s=k: execute(n, s), allow_nan=True)
 
