@@ -71,6 +71,8 @@ class Setup:
     world: World = field(default_factory=World)
     preview: tuple[int, ...] | None = None
     """Shape of a latent at the preview size, where evaluations draw there, too."""
+    measures: Mapping[str, float] = field(default_factory=dict)
+    """Say of the rewards that only measure in the watch, by name: 1 where it is left out, 0 is none, below 0 less is better."""
 
     @property
     def trained(self) -> dict[str, float]:
@@ -178,7 +180,8 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
     rewards = [plan.values(scorer.scores[:, p]) for p in range(len(prompts))]
     everywhere = setup.world.gather(scorer.scores)
     if everywhere.isnan().all():
-        raise RewardError(f"rewards judged none of the {everywhere[0].numel()} pictures of step {learner.step + 1}; check the prompts")
+        none = f"rewards judged none of the {everywhere[0].numel()} pictures of step {learner.step + 1}"
+        raise RewardError(f"{none}; mend the prompts, or the judge that is asked, and resume the run")
     dropped = dropped_share(setup, everywhere, learner.step + 1)
     scale = [plan.values(scores) for scores in everywhere.unbind(1)] if recipe.std == "global" else None
     advantages = mixed(rewards, setup.weights, recipe.mix, setup.gates, recipe.clamp, recipe.std_floor, scale)
@@ -304,7 +307,7 @@ def look(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, ch
     if recipe:
         row |= notice(setup, folder, evaluation)
     folder.append(row)
-    if recipe and best_step(folder.metrics(), setup.trained) == learner.step:
+    if recipe and best_step(folder.metrics(), setup.trained, setup.measures) == learner.step:
         save(setup, learner, folder)
     watcher.step(row)
     if text := row.get("alarm") or row.get("sign"):
@@ -317,11 +320,12 @@ def notice(setup: Setup, folder: RunFolder, now: Evaluation) -> dict[str, Any]:
     looks = evaluated(rows)
     if not looks:
         return {}
-    first, best = int(looks[0]["step"]), best_step(rows, setup.trained)
+    first = int(looks[0]["step"])
+    best = best_step(rows, setup.trained, setup.measures) or first
     base = Evaluation.read(folder, first)
     if (base.names, base.prompts) != (now.names, now.prompts):
         return {}
-    seen = Seen(base, base if best == first else Evaluation.read(folder, best), now, best, setup.trained, setup.pace, rows)
+    seen = Seen(base, base if best == first else Evaluation.read(folder, best), now, best, setup.trained, setup.pace, rows, setup.measures)
     return standing(signs(seen), looks[-1], setup.pace.patience)
 
 
@@ -358,7 +362,7 @@ def finish(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, 
     for when, part in ends.items():
         summary[f"reward_{when}"] = {n: sum(old[f"reward/{n}/mean"] for old in part) / len(part) for n in names}
     summary |= verdict(setup, learner, folder)
-    if setup.prompts.heldout:
+    if setup.prompts.heldout and setup.judges:
         before, after = Evaluation.read(folder, 0), Evaluation.read(folder, summary["lora_step"])
         summary |= {"heldout_before": before.means(), "heldout_after": after.means(), "heldout_gain": compare(before, after)}
     summary |= {"seconds": learner.seconds, "forwards": learner.forwards}
@@ -369,7 +373,7 @@ def finish(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, 
 def verdict(setup: Setup, learner: Learner, folder: RunFolder) -> dict[str, Any]:
     """Return what ended the run, what the watch saw, and the LoRA to use: the best where the watch ended the run, else the last."""
     rows = folder.metrics()
-    best = best_step(rows, setup.trained)
+    best = best_step(rows, setup.trained, setup.measures)
     stopped = setup.pace.watch == "stop" and bool(alarm_at(rows, learner.step))
     saved = {int(place.name): place for place in folder.saved()}
     chosen = saved[best] if stopped and best in saved else folder.latest()
@@ -398,7 +402,7 @@ def save(setup: Setup, learner: Learner, folder: RunFolder) -> None:
             lora.write(path / "lora.safetensors", setup.policy.pairs(), setup.alpha, style=setup.style, metadata=metadata)
         write_state(path, tensors, progress)
 
-    best = None if setup.pace.watch == "off" else best_step(folder.metrics(), setup.trained)
+    best = None if setup.pace.watch == "off" else best_step(folder.metrics(), setup.trained, setup.measures)
     folder.save_checkpoint(learner.step, write, keep_last=setup.pace.keep_checkpoints, keep=best)
 
 

@@ -3,14 +3,14 @@
 Pure functions of evaluations and of rows of metrics, so that what the watch knows is what the run folder holds. A change counts where its
 95 % interval over prompts (paired, Student's t) leaves out 0, and a fall must be `min_fall` standard deviations besides: one is that of the
 untrained model's scores over prompts. Rewards that are trained on are judged together, by their weights, and a weight below 0 turns its
-reward round. Rewards that only measure are judged each by itself.
+reward round. Rewards that only measure are judged each by itself, and one of weight 0 not at all.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Seen:
     weights: Mapping[str, float]
     pace: Pace
     rows: Sequence[Row] = ()
+    measures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def trained(self) -> str:
@@ -100,10 +101,11 @@ def hacking(seen: Seen) -> str | None:
     for step, before in ((seen.best_step, seen.best), (0, seen.base)):
         rise = gained(seen, before, seen.now)
         for r, name in enumerate(seen.now.names) if rise.rose else ():
-            fall = changes(seen.now.scores[r].nanmean(1) - before.scores[r].nanmean(1))
-            if name not in seen.weights and fall.fell(seen.pace.min_fall * unit(seen.base, name)):
-                rises = f"while {seen.trained}, which is trained on, rose"
-                return f"held-out {name} fell by {fall} {seen.since(step)} {rises}: the model games its reward"
+            say = 0.0 if name in seen.weights else seen.measures.get(name, 1.0)
+            fall = changes(math.copysign(1, say) * (seen.now.scores[r].nanmean(1) - before.scores[r].nanmean(1)))
+            if say and fall.fell(seen.pace.min_fall * unit(seen.base, name)):
+                moved = f"held-out {name} {'fell' if say > 0 else 'rose'} by {fall} {seen.since(step)}"
+                return f"{moved} while {seen.trained}, which is trained on, rose: the model games its reward"
     return None
 
 
@@ -199,19 +201,23 @@ def standing(found: Mapping[str, str], before: Row, patience: int) -> dict[str, 
 
 def evaluated(rows: Sequence[Row]) -> list[Row]:
     """List the rows of evaluations, oldest first."""
-    return [row for row in rows if any(key.startswith("heldout/") for key in row)]
+    return [row for row in rows if any(key.startswith("heldout/") or key == "kl/heldout" for key in row)]
 
 
-def best_step(rows: Sequence[Row], weights: Mapping[str, float]) -> int | None:
+def best_step(rows: Sequence[Row], weights: Mapping[str, float], measures: Mapping[str, float] | None = None) -> int | None:
     """Return the step whose evaluation is best by the rewards that only measure, or, where there are none, by the trained ones.
 
-    Rewards are added up in units of the first evaluation's interval, so that none dominates by its scale. None before the first one.
+    Rewards are added up in units of the first evaluation's interval, so that none dominates by its scale. None before the first one, and
+    where no reward measures single pictures.
     """
     looks = evaluated(rows)
     if not looks:
         return None
     names = [key.split("/", 1)[1].removesuffix("/mean") for key in looks[0] if key.startswith("heldout/") and key.endswith("/mean")]
-    used = {name: 1.0 for name in names if name not in weights} or {name: weights[name] for name in names}
+    held = {name: (measures or {}).get(name, 1.0) for name in names if name not in weights}
+    used = held if any(held.values()) else {name: weights.get(name, 0.0) for name in names}
+    if not used:
+        return None
 
     def gain(row: Row) -> float:
         total = 0.0

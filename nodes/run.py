@@ -115,8 +115,8 @@ def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
     policy = text_policy(wanted.model, wanted.clip, wanted.vae, wanted.guidance, wanted.negative, adapter, checkpoint=saving)
     with torch.no_grad():
         policy.encode([*prompts.train, *prompts.heldout])
-    held = wanted.heldout_reward.rewards if wanted.heldout_reward else ()
-    judges = {reward.name: reward for reward in (*wanted.reward.rewards, *held)}
+    held = wanted.heldout_reward or RewardSet((), ())
+    judges = {reward.name: reward for reward in (*wanted.reward.rewards, *held.rewards)}
     rewards = {reward.name: weight for reward, weight in zip(wanted.reward.rewards, wanted.reward.weights, strict=True)}
     setup = Setup(
         recipe=made,
@@ -126,6 +126,7 @@ def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
         weights=wanted.reward.weights,
         gates=wanted.reward.gates,
         judges=tuple(judges.values()),
+        measures={reward.name: weight for reward, weight in zip(held.rewards, held.weights, strict=True)},
         prompts=prompts,
         sigmas=sigmas,
         shape=policy.latent_shape(wanted.width, wanted.height),

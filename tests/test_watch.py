@@ -102,6 +102,15 @@ def test_a_reward_that_is_trained_against_may_fall():
     assert signs(seen(evaluation(held=0.5), weights={"held": -1.0}, rows=steps(0, -1))).keys() == {"unlearning"}
 
 
+def test_a_reward_that_only_measures_may_have_no_say_or_be_better_when_it_falls():
+    fallen, risen = evaluation(proxy=0.5, held=-0.4), evaluation(proxy=0.5, held=0.4)
+    assert signs(dataclasses.replace(seen(fallen), measures={"held": 0.0})) == {}
+    assert signs(dataclasses.replace(seen(fallen), measures={"held": -2.0})) == {}
+    assert "held-out held rose by 0.4" in signs(dataclasses.replace(seen(risen), measures={"held": -2.0}))["hacking"]
+    rows = [look(0, proxy=0.0, held=0.5), look(1, proxy=0.2, held=0.4), look(2, proxy=0.1, held=0.6)]
+    assert [best_step(rows, {"proxy": 1.0}, {"held": say}) for say in (1.0, 0.0, -1.0)] == [2, 1, 1]
+
+
 def test_a_rise_in_training_with_a_fall_on_held_out_prompts_is_memorising():
     fallen = evaluation(proxy=-0.3)
     assert signs(seen(fallen, rows=steps(0, 1))).keys() == {"memorising"}

@@ -88,6 +88,14 @@ class TrainedReward(RewardSection):
     )
 
 
+class HeldoutReward(RewardSection):
+    """One of the rewards that only measure."""
+
+    weight: float = Field(
+        1.0, ge=-1000, le=1000, description="Its say in the watch and in the choice of the best step; 0 has none, below 0 less is better."
+    )
+
+
 class PromptSection(Section):
     """Where prompts come from."""
 
@@ -133,7 +141,7 @@ class Config(Section):
     lora: LoraSection = LoraSection()
     method: MethodSection = MethodSection()
     rewards: tuple[TrainedReward, ...] = Field(min_length=1, description="Rewards to train on.")
-    heldout_rewards: tuple[RewardSection, ...] = Field(
+    heldout_rewards: tuple[HeldoutReward, ...] = Field(
         (), description="Rewards that only measure, by name or as a section; those trained on are measured anyway."
     )
     prompts: PromptSection
@@ -243,7 +251,7 @@ def check_rewards(config: Config) -> None:
             raise ConfigError(f"{part} names {max(names, key=names.count)!r} twice; {remedy}")
     trained = {reward.name for reward in config.rewards}
     for reward in config.heldout_rewards:
-        if reward.name in trained and reward != RewardSection(name=reward.name):
+        if reward.name in trained and reward != HeldoutReward(name=reward.name):
             raise ConfigError(f"heldout_rewards describes {reward.name!r}, which is trained on and measured anyway; name it differently")
     for reward in (*config.rewards, *(reward for reward in config.heldout_rewards if reward.name not in trained)):
         check_reward(reward)

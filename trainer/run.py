@@ -81,6 +81,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
         weights=tuple(reward.weight for reward in config.rewards),
         gates=tuple(reward.gate for reward in config.rewards),
         judges=judges,
+        measures={reward.name: reward.weight for reward in config.heldout_rewards},
         prompts=prompts,
         sigmas=shifted_sigmas(recipe.num_steps, recipe.shift),
         shape=policy.latent_shape(config.model.width, config.model.height),
