@@ -43,34 +43,36 @@ class Pictures:
         height, width = images.shape[1:3]
         if not height or not width or max(height, width) > MAX_ASPECT * min(height, width):
             raise RewardError(f"reward '{name}' got pictures of {width} × {height}; no side may be over {MAX_ASPECT} times the other")
-        levels = (images.detach().float().nan_to_num(0.0) * 255).round().clamp(0, 255).byte().cpu()
-        fitted = self._padded(levels) if self.fit == "pad" else self._resized(levels.numpy())
+        fit = self._padded if self.fit == "pad" else self._resized
+        fitted = torch.stack([fit(levels(picture)) for picture in images]) if len(images) else torch.zeros(0, 3, self.size, self.size)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (fitted - mean) / std
 
-    def _resized(self, levels: np.ndarray) -> Tensor:
-        """Resize pictures [B, H, W, 3] of bytes by PIL and take the middle: [B, 3, size, size] in [0, 1]."""
-        height, width = levels.shape[1:3]
+    def _resized(self, picture: Tensor) -> Tensor:
+        """Resize a picture [H, W, 3] of bytes by PIL and take the middle: [3, size, size] in [0, 1]."""
+        height, width = picture.shape[:2]
         rows, columns = (self.size, self.size) if self.fit == "squash" else short_edge(height, width, self.size)
         top, left = middle(rows - self.size, self.rounds), middle(columns - self.size, self.rounds)
-        fitted = np.zeros((len(levels), self.size, self.size, 3), np.uint8)
-        for row, picture in enumerate(levels):
-            resized = Image.fromarray(picture).resize((columns, rows), self.kernel)
-            fitted[row] = np.asarray(resized)[top : top + self.size, left : left + self.size]
-        return torch.from_numpy(fitted).permute(0, 3, 1, 2).float() / 255
+        resized = np.asarray(Image.fromarray(picture.numpy()).resize((columns, rows), self.kernel))
+        return torch.from_numpy(resized[top : top + self.size, left : left + self.size].copy()).permute(2, 0, 1).float() / 255
 
-    def _padded(self, levels: Tensor) -> Tensor:
-        """Resize pictures [B, H, W, 3] of bytes by their long edge, bicubic with antialiasing: [B, 3, size, size], zeros around."""
-        height, width = levels.shape[1:3]
+    def _padded(self, picture: Tensor) -> Tensor:
+        """Resize a picture [H, W, 3] of bytes by its long edge, bicubic with antialiasing: [3, size, size], zeros around."""
+        height, width = picture.shape[:2]
         scale = self.size / float(max(height, width))
         rows, columns = (max(1, round(edge * scale)) for edge in (height, width))
-        unit = levels.permute(0, 3, 1, 2).float() / 255
+        unit = picture.permute(2, 0, 1)[None].float() / 255
         if (rows, columns) != (height, width):
             unit = torch.nn.functional.interpolate(unit, (rows, columns), mode="bicubic", antialias=True, align_corners=False)
-        fitted = torch.zeros(len(levels), 3, self.size, self.size)
+        fitted = torch.zeros(3, self.size, self.size)
         top, left = (self.size - rows) // 2, (self.size - columns) // 2
-        fitted[:, :, top : top + rows, left : left + columns] = unit
+        fitted[:, top : top + rows, left : left + columns] = unit[0]
         return fitted
+
+
+def levels(picture: Tensor) -> Tensor:
+    """Round a picture [H, W, 3] in [0, 1] to bytes on the CPU; NaN becomes black."""
+    return picture.detach().to(torch.float32, copy=True).nan_to_num_(0.0).mul_(255).round_().clamp_(0, 255).byte().cpu()
 
 
 def short_edge(height: int, width: int, size: int) -> tuple[int, int]:
