@@ -91,7 +91,7 @@ class Evaluation:
         return cls(
             names=tuple(content["scores"]),
             prompts=tuple(content["prompts"]),
-            scores=_numbers(list(content["scores"].values())),
+            scores=_numbers(list(content["scores"].values())) if content["scores"] else torch.empty(0, len(content["prompts"]), 0),
             spread=spread,
             noisy=_numbers(list(noisy.values())) if noisy else None,
             kl=content.get("kl"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .plan import Plan
 from .policy import Decoder, Trainee
-from .rewards import Reward, RewardError
+from .rewards import Reward
 from .rewards.protocol import canceller, checked, needs_group, runs_elsewhere
 from .rollout import Rollout, roll_out
 
@@ -58,8 +58,6 @@ class Scorer:
     """Pictures [B, H, W, 3] → features [B, D] by measure, gathered in `features` as [P, images, D]; NaN where no picture came."""
 
     def __post_init__(self) -> None:
-        if not self.rewards:
-            raise RewardError("rewards is empty; name at least one")
         self.scores = torch.full((len(self.rewards), len(self.prompts), self.images), torch.nan)
         self.pictures: dict[tuple[int, int], Tensor] = {}
         self.features: dict[str, Tensor] = {}

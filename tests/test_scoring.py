@@ -1,5 +1,6 @@
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pytest
@@ -178,3 +179,21 @@ def test_time_elsewhere_counts_only_where_it_is_waited_for():
         scorer([0], [0], latents_of(1))
         time.sleep(0.5)
     assert scorer.seconds["reward"] < 0.25
+
+
+def test_side_by_side_takes_little_longer_than_the_slower_of_the_two():
+    def slowly(images):
+        time.sleep(0.02 * len(images))
+        return images
+
+    far = Elsewhere()
+    far.score = lambda images, prompts: slowly(images).mean((1, 2, 3))
+    latents, seconds, scores = latents_of(16), [], []
+    for beside in (False, True):
+        scorer = Scorer(lambda part: decode(slowly(part)), [far], [""] * 16, 1, batch=2)
+        begin = time.perf_counter()
+        with scorer if beside else nullcontext():
+            scorer(list(range(16)), [0] * 16, latents)
+        seconds.append(time.perf_counter() - begin)
+        scores.append(scorer.scores)
+    assert torch.equal(*scores) and seconds[1] < 0.8 * seconds[0]

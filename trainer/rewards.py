@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from comfy_g2rpo.rewards import REWARDS, Reward, RewardError, Rule
+from comfy_g2rpo.rewards.protocol import needs_group
 from comfy_g2rpo.rewards.reference import KINDS, palette
 
 from .references import column_of, compared
@@ -40,8 +41,10 @@ def build_all(config: Config, device: torch.device | str = "cpu", run: Path | No
     """Load a configuration's rewards: those that are trained on; and all that judge, which are these and the held-out ones."""
     trained = {section.name: build(section, device, run) for section in config.rewards}
     heldout = {section.name: build(section, device, run) for section in config.heldout_rewards if section.name not in trained}
-    # People are asked about groups only, not about every held-out picture.
-    measuring = [reward for name, reward in trained.items() if name != VOTES]
+    if comparing := [name for name, reward in heldout.items() if needs_group(reward)]:
+        raise RewardError(f"heldout_rewards names {comparing[0]!r}, which only compares the pictures of one group; name another to measure")
+    # A place in its group says nothing about a single held-out picture.
+    measuring = [reward for reward in trained.values() if not needs_group(reward)]
     return tuple(trained.values()), (*measuring, *heldout.values())
 
 
