@@ -201,6 +201,9 @@ def _finite_images(name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
         raise RewardError(f"reward '{name}' got {given} for {len(images)} images; give a list with one prompt per image")
     if 0 in images.shape:
         return torch.ones(len(images), dtype=torch.bool, device=images.device)
+    low, high = images.aminmax()
+    if -TOLERANCE <= low and high <= 1 + TOLERANCE:  # by far the usual case, and NaN is neither
+        return torch.ones(len(images), dtype=torch.bool, device=images.device)
     low, high = images.flatten(1).aminmax(dim=1)
     finite = (high - low).isfinite()
     outside = finite & ((low < -TOLERANCE) | (high > 1 + TOLERANCE))
