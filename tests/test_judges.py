@@ -231,8 +231,10 @@ def test_a_hopeless_judge_drops_samples_and_soon_stops_being_asked() -> None:
     with JudgeHost(after(1, lambda *_: web.Response(status=500))) as host:
         judge = connect(section(url=host.url, retries=1, concurrency=4))
         scores = judge.score(images_of(300), ["x"] * 300)
-        # It is asked again at the next call, in case it has come back.
         assert scores.isnan().all() and host.asked < 40
+        # One attempt of the next call says whether it has come back.
+        asked = host.asked
+        assert judge.score(images_of(3), ["x"] * 3).isnan().all() and host.asked == asked + 1
         host.behave = None
         assert judge.score(images_of(3), ["x"] * 3).isfinite().all()
     assert judge.chat.client.faults["not asked, because the judge kept failing"] > 250

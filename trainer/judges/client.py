@@ -51,7 +51,7 @@ class Limits:
 
     @property
     def patience(self) -> int:
-        """Return after how many failures in a row the rest of a call is not asked."""
+        """Return after how many failures in a row the rest of a call is not asked, and the next call begins with one attempt."""
         return max(8, 2 * self.concurrency)
 
 
@@ -83,16 +83,17 @@ class Client:
         self.name, self.url, self.limits, self.cache = name, url.rstrip("/"), limits or Limits(), cache or Cache()
         self.faults: Counter[str] = Counter()
         self._key, self._random = key, random.Random(f"judge {seed}")
+        self._failed = 0  # questions in a row
         self._lock = threading.Lock()
         self._running: dict[asyncio.Task[Any], asyncio.AbstractEventLoop] = {}
 
     def get(self, path: str, read: Callable[[Any], Any]) -> Any:
         """Return what is read from the JSON at a path; a failure is an error in words."""
-        return self._insist(lambda session: self._again(session, "GET", path, None, read))
+        return self._insist(lambda session: self._again(session, "GET", path, None, read, self.limits.retries))
 
     def answer(self, path: str, body: dict[str, Any], read: Callable[[Any], Any]) -> Any:
         """Return what is read from the answer to one request; a failure is an error in words."""
-        return self._insist(lambda session: self._again(session, "POST", path, encoded(body), read))
+        return self._insist(lambda session: self._again(session, "POST", path, encoded(body), read, self.limits.retries))
 
     def ask(self, path: str, questions: Sequence[Question]) -> dict[str, float]:
         """Return the scores of all questions by key, without those that failed; every kind of failure is logged once."""
@@ -150,25 +151,18 @@ class Client:
             with self._lock:
                 del self._running[task]
 
-    async def _ask_all(
-        self, session: aiohttp.ClientSession, path: str, questions: Iterator[Question], found: dict[str, float]
-    ) -> dict[str, float]:
+    async def _ask_all(self, session: aiohttp.ClientSession, path: str, questions: Iterator[Question], found: dict[str, float]) -> None:
         """Answer questions by as many workers as may ask at once."""
-        failed = 0
+        if self._failed >= self.limits.patience and (first := next(questions, None)):
+            # It kept failing in the call before: one question, asked once, says whether it has come back.
+            await self._settle(session, path, first, 0, found)
 
         async def work() -> None:
-            nonlocal failed
             for question in questions:
-                if failed >= self.limits.patience:
+                if self._failed < self.limits.patience:
+                    await self._settle(session, path, question, self.limits.retries, found)
+                else:
                     self.count(Fault("not asked, because the judge kept failing"))
-                    continue
-                try:
-                    scores = await self._again(session, "POST", path, encoded(question.body()), question.read)
-                    found.update(zip(question.keys, scores, strict=True))
-                    failed = 0
-                except Fault as fault:
-                    failed = 0 if isinstance(fault, Nonsense) else failed + 1
-                    self.count(fault)
 
         workers = [asyncio.create_task(work()) for _ in range(self.limits.concurrency)]
         try:
@@ -178,13 +172,25 @@ class Client:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _again(self, session: aiohttp.ClientSession, method: str, path: str, body: bytes | None, read: Callable[[Any], Any]) -> Any:
+    async def _settle(self, session: aiohttp.ClientSession, path: str, question: Question, retries: int, found: dict[str, float]) -> None:
+        """Put a question's scores into `found`, or count why there are none."""
+        try:
+            scores = await self._again(session, "POST", path, encoded(question.body()), question.read, retries)
+            found.update(zip(question.keys, scores, strict=True))
+            self._failed = 0
+        except Fault as fault:
+            self._failed = 0 if isinstance(fault, Nonsense) else self._failed + 1
+            self.count(fault)
+
+    async def _again(
+        self, session: aiohttp.ClientSession, method: str, path: str, body: bytes | None, read: Callable[[Any], Any], retries: int
+    ) -> Any:
         """Exchange until there is an answer, it cannot be mended, or the attempts are used up."""
         for attempt in count():
             try:
                 return read(await self._exchange(session, method, path, body))
             except Fault as fault:
-                if not fault.again or attempt >= self.limits.retries:
+                if not fault.again or attempt >= retries:
                     raise
                 await asyncio.sleep(self._wait(attempt, fault.wait))
 
