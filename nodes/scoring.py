@@ -14,6 +14,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ..comfy_g2rpo.prompts import MAX_CHARACTERS
+from ..comfy_g2rpo.rewards.protocol import embedder
 from ..comfy_g2rpo.scoring import Scorer
 from .drawing import number
 from .guard import check_inputs, check_number
@@ -109,6 +110,8 @@ class ScoreImages(io.ComfyNode):
         if len(set(prompts)) > 1:
             relative = [each.name for each in rewards.rewards if not each.compares_across_prompts]
             notes += [f"the prompts differ, and {', '.join(relative)} compares only images of one prompt"] if relative else []
+        if (blank := sum(not text.strip() for text in prompts)) and any(embedder([each]) for each in rewards.rewards):
+            notes.append(f"{blank} images have no prompt: a judge that reads it judged them by an empty one")
         if len(rewards.rewards) > 1 and rewards.mix != "sum":
             notes.append(f"a mix by {rewards.mix} says how an image stands among these ones, not how good it is by itself")
         scores = judge(rewards, pictures, prompts)

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -223,6 +224,65 @@ ran = comfy_side.run_prompt(select, {"out": ("best", 0)})
 server.send_sync = send
 answers["best"]["batch"] = "out" in ran.values
 answers["best"]["said"] = [data["exception_message"] for event, data in sent if event == "execution_error"]
+
+# A rollout, and a training, judged by a mix of a model and a rule with a gate.
+GATED = {"reward_1": ["clip", 0], "reward_2": ["rule", 0], "weight_1": 1.0, "weight_2": 0.5, "gates": "jpeg = -2.6"}
+train_graph = {
+    "load": block("TinyDemoLoader"),
+    "clip": block("LoadReward", reward="clipscore", batch=8),
+    "rule": block("LoadReward", reward="jpeg"),
+    "mix": block("MixRewards", **GATED, mix="rank_product"),
+    "text": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["load", 1], "text": "a red circle"}},
+    "guider": {"class_type": "BasicGuider", "inputs": {"model": ["load", 0], "conditioning": ["text", 0]}},
+    "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": 3}},
+    "sigmas": {"class_type": "BasicScheduler", "inputs": {"model": ["load", 0], "scheduler": "simple", "steps": 4, "denoise": 1.0}},
+    "empty": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+    "rollout": block(
+        "Rollout",
+        **{name: [name, 0] for name in ("guider", "noise", "sigmas")},
+        latent_image=["empty", 0],
+        branch_steps="0,1",
+        group_size=6,
+        granularities="1",
+        kernel="flow_sde",
+        eta=0.9,
+        terminal="exact",
+        antithetic=False,
+        slots=12,
+    ),
+    "scores": block("ScoreRollout", rollout=["rollout", 0], vae=["load", 2], reward=["mix", 0], prompt="a red circle"),
+    "advantages": block("Advantages", rollout=["rollout", 0], scores=["scores", 0], clamp=5.0, std_floor=1e-8, per_branch=True),
+    "train": block(
+        "TrainLoRA",
+        model=["load", 0],
+        clip=["load", 1],
+        vae=["load", 2],
+        reward=["mix", 0],
+        recipe="g2rpo",
+        steps=1,
+        prompts="a red circle",
+        heldout_prompts="a blue square",
+        negative="",
+        guidance=1.0,
+        width=64,
+        height=64,
+        learning_rate=1e-3,
+        rank=2,
+        alpha=2.0,
+        targets="attention",
+        prompts_per_step=1,
+        slots=8,
+        eval_every=0,
+        seed=0,
+        run="mixed",
+        changes="num_steps = 4\ngroup_size = 4\ngranularities = 1",
+    ),
+}
+ran = comfy_side.run_prompt(train_graph, {"scores": ("scores", 0), "advantages": ("advantages", 0), "lora": ("train", 1)})
+assert ran.ok, ran
+pictures |= {"rollout scores": ran.values["scores"].values, "rollout advantages": ran.values["advantages"].table}
+answers["trained"] = json.loads((OUTPUT / "g2rpo/mixed/config.json").read_text("utf-8"))["config"]
+answers["moved"] = max(float(tensor.abs().max()) for name, tensor in ran.values["lora"].items() if "up" in name)
 
 # What nobody should send.
 good = images[:2]

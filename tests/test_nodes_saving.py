@@ -11,8 +11,10 @@ from comfy_host import COMFYUIS, Answer, make_base, run_script
 from PIL import Image, PngImagePlugin
 from reward_folders import clip_folder, clip_model
 
+from comfy_g2rpo.advantages import mixed
 from comfy_g2rpo.captions import CHUNK, caption_of
 from comfy_g2rpo.pictures import ORIENTATION, read
+from comfy_g2rpo.plan import singular
 from comfy_g2rpo.rewards import load, score_all
 from comfy_g2rpo.standing import standing
 
@@ -248,6 +250,16 @@ def test_the_best_of_every_prompt_may_differ_in_size(core: Answer) -> None:
     assert not best["batch"]
     assert len(best["said"]) == 1
     assert "images to keep differ in size" in best["said"][0] and "use image_list" in best["said"][0]
+
+
+def test_the_mix_and_its_gates_reach_advantages_and_training(core: Answer) -> None:
+    scores = singular(4, [0, 1], 6, (1,)).values(core.tensors["rollout scores"])
+    weights, gates = (1.0, 0.5), (None, -2.6)
+    assert torch.equal(core.tensors["rollout advantages"], mixed([scores], weights, "rank_product", gates)[0])
+    assert not torch.allclose(core.tensors["rollout advantages"], mixed([scores], weights)[0])
+    assert core.data["trained"]["method"]["mix"] == "rank_product"
+    assert core.data["trained"]["rewards"] == [{"name": "clipscore", "weight": 1.0}, {"name": "jpeg", "weight": 0.5, "gate": -2.6}]
+    assert core.data["moved"] > 0
 
 
 # What is wrong
