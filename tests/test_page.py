@@ -13,13 +13,14 @@ UNSAFE = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\be
 ADDRESS = re.compile(r"https?://[^\s\"'`)]+|url\(\s*[\"']?//")
 
 
-def test_arithmetic_and_fetching_of_the_page() -> None:
+@pytest.mark.parametrize(("name", "least"), [("curve", 20), ("ballot", 10)])
+def test_arithmetic_and_fetching_of_the_page(name: str, least: int) -> None:
     node = shutil.which("node")
     if node is None:
         pytest.skip("no Node: install Node 20 or newer to test the page's modules")
-    child = subprocess.run([node, "--test", str(Path(__file__).with_name("curve.test.mjs"))], capture_output=True, text=True, timeout=120)
+    child = subprocess.run([node, "--test", str(Path(__file__).with_name(f"{name}.test.mjs"))], capture_output=True, text=True, timeout=120)
     assert child.returncode == 0, child.stdout[-6000:]
-    assert int(re.findall(r"^# pass (\d+)", child.stdout, re.MULTILINE)[0]) >= 20
+    assert int(re.findall(r"^# pass (\d+)", child.stdout, re.MULTILINE)[0]) >= least
 
 
 def test_comfyui_loads_one_file_by_itself() -> None:
