@@ -343,6 +343,11 @@ def test_check_compares_with_the_authors_scores(
         assert code == expected and f"published example 1.webp: {score:.4f}, they have {score + offset:.4f}: {verdict}" in said
 
 
+def test_check_says_how_to_get_what_is_not_there(tmp_path: Path) -> None:
+    code, said = run("check", "pickscore", "--to", str(tmp_path))
+    assert code == 1 and "get it with: g2rpo rewards fetch pickscore" in said
+
+
 def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
     code, said = run("fetch", "hpsv3", "--to", str(tmp_path))
     assert code == 1 and "'hpsv3' is unknown; known: pickscore, hpsv2.1" in said

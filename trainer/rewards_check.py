@@ -22,15 +22,20 @@ PROMPT = "a red cube on a table"
 
 def check(root: Path, name: str, device: torch.device | str, say: Callable[[str], None]) -> bool:
     """Check files, loading and scores of an installed reward; say what is found and whether all is well."""
+    reward = load_installed(root, name, device=device)
     differing = changed(root, name)
     say(f"files: {'as installed' if not differing else 'changed since: ' + ', '.join(differing)}")
-    reward = load_installed(root, name, device=device)
     say(f"weights: {sum(parameter.numel() for parameter in reward.module.parameters()) / 1e6:.1f} million, all finite")
     steady = _steady(reward, say)
-    examples = EXAMPLES.get(name, ())
+    examples = [example for example in EXAMPLES.get(name, ()) if picture_of(root, name, example).is_file()]
     if not examples:
-        say("published example scores: none are known for this reward")
-    return all([not differing, steady, *(_as_published(reward, root / name, example, say) for example in examples)])
+        say("published example scores: none are known for this reward, or their pictures are not in its folder")
+    return all([not differing, steady, *(_as_published(reward, picture_of(root, name, example), example, say) for example in examples)])
+
+
+def picture_of(root: Path, name: str, example: Example) -> Path:
+    """Return where fetching leaves an example's picture."""
+    return root / name / "examples" / Path(example.picture.path).name
 
 
 def read_picture(path: Path) -> Tensor:
@@ -52,10 +57,9 @@ def _steady(reward: ModelReward, say: Callable[[str], None]) -> bool:
     return steady
 
 
-def _as_published(reward: ModelReward, folder: Path, example: Example, say: Callable[[str], None]) -> bool:
+def _as_published(reward: ModelReward, picture: Path, example: Example, say: Callable[[str], None]) -> bool:
     """Compare one example's score with what is published."""
-    name = Path(example.picture.path).name
-    score = checked(reward, read_picture(folder / "examples" / name), [example.prompt]).item()
+    score = checked(reward, read_picture(picture), [example.prompt]).item()
     near = abs(score - example.score) <= example.near
-    say(f"published example {name}: {score:.4f}, {example.whose} {example.score:.4f}: {'well' if near else 'NOT the same'}")
+    say(f"published example {picture.name}: {score:.4f}, {example.whose} {example.score:.4f}: {'well' if near else 'NOT the same'}")
     return near

@@ -46,7 +46,7 @@ class Judge(nn.Module):
         return normalize(features, dim=-1)
 
 
-@dataclass
+@dataclass(eq=False)
 class ModelReward:
     """A reward with weights. Pictures are prepared and judged `batch` at a time; no score depends on its batch."""
 
