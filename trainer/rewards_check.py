@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from comfy_g2rpo.rewards.library import load_installed
+from comfy_g2rpo.rewards.library import installed, load_installed
 from comfy_g2rpo.rewards.protocol import checked
 from comfy_g2rpo.rewards.towers import ModelReward
 
@@ -22,9 +22,12 @@ PROMPT = "a red cube on a table"
 
 def check(root: Path, name: str, device: torch.device | str, say: Callable[[str], None]) -> bool:
     """Check files, loading and scores of an installed reward; say what is found and whether all is well."""
+    differing = changed(root, name) if name in installed(root) else []
+    if differing:
+        say(f"files: changed since they were installed: {', '.join(differing)}")
     reward = load_installed(root, name, device=device)
-    differing = changed(root, name)
-    say(f"files: {'as installed' if not differing else 'changed since: ' + ', '.join(differing)}")
+    if not differing:
+        say("files: as installed")
     say(f"weights: {sum(parameter.numel() for parameter in reward.module.parameters()) / 1e6:.1f} million, all finite")
     steady = _steady(reward, say)
     examples = [example for example in EXAMPLES.get(name, ()) if picture_of(root, name, example).is_file()]
