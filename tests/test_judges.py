@@ -161,6 +161,15 @@ def test_a_server_without_probabilities_is_named_and_its_words_count(caplog: pyt
     assert "gives no log-probabilities" in caplog.text
 
 
+def test_a_server_that_names_the_bound_of_an_answer_otherwise_is_understood() -> None:
+    def behave(host: JudgeHost, request: web.Request, body: dict) -> web.Response | None:
+        return web.Response(status=400, text="use max_completion_tokens") if "max_tokens" in body else None
+
+    with JudgeHost(behave) as host:
+        judge, images = connect(section(url=host.url)), images_of(3)
+        assert torch.allclose(judge.score(images, ["x"] * 3), truth(images), atol=1e-5) and host.asked == 5
+
+
 # What is broken before a run begins
 
 BROKEN = {

@@ -33,6 +33,7 @@ PATH = "/chat/completions"
 TOP = 20  # what OpenAI and vLLM give at most
 LEAST_MASS = 0.5  # of the probability that must lie on the words that were asked for
 TOKENS = 4  # some tokenizers begin an answer with a blank one
+LIMITS = ("max_tokens", "max_completion_tokens")  # the field that bounds an answer; OpenAI's newer models know the second alone
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,14 @@ class Completion(Answer):
 
 @dataclass(frozen=True)
 class Chat:
-    """One model of one server, asked one kind of question; `words` says that it gives no probabilities."""
+    """One model of one server, asked one kind of question; `words` says that it gives no probabilities, `limit` how it calls TOKENS."""
 
     client: Client
     model: str
     worth: Mapping[str, float]
     question: str
     words: bool = False
+    limit: str = LIMITS[0]
 
     def key(self, pictures: Sequence[np.ndarray], prompt: str) -> str:
         """Name an answer in the cache."""
@@ -137,7 +139,7 @@ class Chat:
         """Write a request: the pictures in their order, then the question."""
         shown = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{to_base64(picture)}"}} for picture in pictures]
         content = [*shown, {"type": "text", "text": self.text(prompt)}]
-        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": TOKENS, "temperature": 0}
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}], self.limit: TOKENS, "temperature": 0}
         return body if self.words else body | {"logprobs": True, "top_logprobs": TOP}
 
     def text(self, prompt: str) -> str:
@@ -154,15 +156,18 @@ class Chat:
             read(answer, self.worth, words)
             return words
 
-        try:
-            words = self.client.answer(PATH, self.body(shown, "a dark square"), has_words_alone)
-        except RewardError as refused:
-            if "HTTP 400" not in str(refused):
-                raise
-            words = self.client.answer(PATH, replace(self, words=True).body(shown, "a dark square"), has_words_alone)
+        ways = [replace(self, words=words, limit=limit) for words in (False, True) for limit in LIMITS]
+        for i, way in enumerate(ways):
+            try:
+                words = self.client.answer(PATH, way.body(shown, "a dark square"), has_words_alone)
+                break
+            except RewardError as refused:
+                # A server that does not know a field says 400.
+                if "HTTP 400" not in str(refused) or i == len(ways) - 1:
+                    raise
         if words:
             LOG.warning("judge %r gives no log-probabilities; its words alone count, which is coarser", self.client.name)
-        return replace(self, words=words)
+        return replace(way, words=words)
 
 
 @dataclass(frozen=True)
