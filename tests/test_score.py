@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from judge_host import JudgeHost
 from PIL import Image, PngImagePlugin
+from reward_folders import clip_folder, clip_model
 
 from comfy_g2rpo import pictures
 from comfy_g2rpo.captions import caption_of, of_graph
 from comfy_g2rpo.rewards import load
+from comfy_g2rpo.rewards.library import load_installed
 from comfy_g2rpo.sheets import csv_bytes
 from comfy_g2rpo.standing import standing
 from g2rpo_trainer import cli
@@ -299,6 +302,62 @@ def test_only_what_is_new_is_scored_again(folder: Path) -> None:
     other = Counting()
     score(other, "y")
     assert other.asked == 10
+
+
+class Elsewhere(Counting):
+    """A judge that is not there at first."""
+
+    runs_elsewhere = True
+    absent = True
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Give nothing, or the mean."""
+        scores = super().score(images, prompts)
+        return scores * torch.nan if self.absent else scores
+
+
+def test_a_judge_that_could_not_answer_is_asked_again(folder: Path) -> None:
+    judge = Elsewhere()
+    judges = [Judge(judge, "elsewhere")]
+    entries = examine(pictures.listed(folder), ["x"], {})
+    fill(Journal(Path("out/scores.jsonl")), entries, judges, 4, lambda count: None)
+    judge.absent = False
+    journal = Journal(Path("out/scores.jsonl"))
+    fill(journal, entries, judges, 4, lambda count: None)
+    assert judge.asked == 20
+    assert not journal.table(entries, judges).isnan().any()
+
+
+RECIPE = """
+model: {path: models/tiny}
+prompts: {train: prompts/shapes_train.txt}
+method: {mix: sum}
+rewards:
+  - {name: jpeg, weight: 0.5}
+  - {name: bright, url: ADDRESS, protocol: yes_no, model: toy, retries: 0}
+"""
+
+
+def test_judges_over_http_and_weights_come_from_a_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with JudgeHost() as host:
+        Path("judges.yaml").write_text(RECIPE.replace("ADDRESS", host.url))
+        code, text, _ = leave(capsys, "score", folder, "--recipe", "judges.yaml", "--prompt", "a lamp", "--json")
+    found = json.loads(text)
+    assert code == 0
+    assert [row["score"] for row in found] == sorted((row["score"] for row in found), reverse=True)
+    for row in found:
+        assert row["score"] == pytest.approx(0.5 * row["scores"]["jpeg"] + row["scores"]["bright"], abs=1e-4)
+        assert row["scores"]["bright"] == pytest.approx(pictures.read(Path(row["image"])).mean().item(), abs=0.02)
+
+
+def test_an_installed_model_is_found_by_name(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clip_folder(Path("models"), "clipscore", "clipscore", clip_model())
+    monkeypatch.setenv("G2RPO_REWARDS", "models")
+    code, text, _ = leave(capsys, "score", folder, "--reward", "clipscore", "--prompt", "a red cube", "--json", "--quiet")
+    direct = load_installed(Path("models"), "clipscore")
+    assert code == 0
+    for row in json.loads(text)[:3]:
+        assert row["score"] == pytest.approx(direct.score(pictures.read(Path(row["image"]))[None], ["a red cube"]).item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("content", [b"", b'{"sch', b'{"schema": "g2rpo-scores/1"}\n{"sha256": "a", "pro'])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,6 +164,9 @@ def judged(
     quiet: bool,
 ) -> tuple[list[Entry], Tensor]:
     """Find the pictures and judge what the journal lacks; Ctrl-C says how to go on."""
+    # What a reward model's library has to say is said by our own errors; and it stays off the network.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from ..ranking import Journal, Judge, Meter, RankingError, examine, fill, find_pictures, read_prompts
     from ..rewards import build
     from ..sampling import device
