@@ -340,6 +340,19 @@ def test_only_so_many_wait_and_the_rest_are_told_when_to_come_back(monkeypatch: 
     assert got[0] == 503 and "Retry-After: 1" in got[1]
 
 
+def test_what_nobody_waits_for_any_more_is_not_judged() -> None:
+    with serving() as (port, reward):
+        reward.go.clear()
+        first = threading.Thread(target=send, args=(port, "POST", "/score", None, ask()))
+        first.start()
+        send(port, "POST", "/score", body=ask(prompts=["given up"]), patience=0.5)
+        time.sleep(0.2)
+        reward.go.set()
+        first.join(20)
+        assert send(port, "POST", "/score", body=ask(prompts=["last"])) == 200
+    assert [prompts for _, prompts in reward.asked] == [["x"], ["last"]]
+
+
 def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "BODY_SECONDS", 0.3)
     with serving() as (port, _):

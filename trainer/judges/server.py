@@ -115,9 +115,15 @@ class JudgeServer:
         try:
             content = await read_body(request)
             loop = asyncio.get_running_loop()
-            return {"scores": finite(await loop.run_in_executor(self._thread, judge, self.reward, content))}
+            return {"scores": finite(await loop.run_in_executor(self._thread, self._in_turn, request, content))}
         finally:
             self._waiting -= 1
+
+    def _in_turn(self, request: web.BaseRequest, content: bytes) -> list[float]:
+        """Judge, unless whoever asked gave up while others were judged."""
+        if request.transport is None:
+            raise Refusal(408, "nobody waits any more")
+        return judge(self.reward, content)
 
     def close(self) -> None:
         """End the thread after what it is at."""
