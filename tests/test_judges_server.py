@@ -45,11 +45,12 @@ class Bright:
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
-        self.go = threading.Event()
+        self.go, self.entered = threading.Event(), threading.Event()
         self.go.set()
 
     def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Score by brightness; NaN for the prompt `unreadable`."""
+        self.entered.set()
         self.go.wait(20)
         self.asked.append((images, list(prompts)))
         return torch.where(torch.tensor([p == "unreadable" for p in prompts]), torch.nan, images.mean((1, 2, 3)))
@@ -345,6 +346,7 @@ def test_what_nobody_waits_for_any_more_is_not_judged() -> None:
         reward.go.clear()
         first = threading.Thread(target=send, args=(port, "POST", "/score", None, ask()))
         first.start()
+        assert reward.entered.wait(20)
         send(port, "POST", "/score", body=ask(prompts=["given up"]), patience=0.5)
         time.sleep(0.2)
         reward.go.set()
