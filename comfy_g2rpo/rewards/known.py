@@ -40,13 +40,14 @@ class Known:
         return f"g2rpo rewards fetch {self.name}"
 
 
+# Hashes of the hub's files are its own records of these revisions; those of GitHub's were taken from the pinned commits.
 _VIT_L = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
 _SIGLIP = ("google/siglip-so400m-patch14-384", "9fdffc58afc957d1a03a25b10dba0329ab15c2a3")
 _VIT_L_WEIGHTS = Published(*_VIT_L, "model.safetensors", "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb", 1710540580)
 _VIT_L_CONFIG = Published(*_VIT_L, "config.json", "8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a", 4519)
 # All of OpenAI's and LAION's CLIPs number words alike.
 _CLIP_TOKENIZER = (
-    Published(*_VIT_L, "vocab.json", "3f0c4f7d2086b61b38487075278ea9ed04edb53a03cbb045b86c27190fa8fb69"),
+    Published(*_VIT_L, "vocab.json", "3f0c4f7d2086b61b38487075278ea9ed04edb53a03cbb045b86c27190fa8fb69", 961143),
     Published(*_VIT_L, "merges.txt", "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a", 524619),
 )
 
