@@ -204,8 +204,8 @@ def _judged(reward: Reward, batch: Batch, texts: Sequence[str]) -> Tensor:
 
 def to_8_bit(images: Tensor) -> Tensor:
     """Round images in [0, 1] to what a saved file holds: that is what is judged. Infinite numbers become NaN, not white."""
-    images = images.float()
-    return (torch.where(images.isinf(), torch.nan, images).clamp(0, 1) * 255).round() / 255
+    finite = images.float().nan_to_num(torch.nan, torch.nan, torch.nan)  # a copy in any case
+    return finite.clamp_(0, 1).mul_(255).round_().div_(255)
 
 
 def roll_out_and_score(
