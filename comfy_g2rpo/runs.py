@@ -70,7 +70,7 @@ METRICS = {
     "nfe": "Model evaluations of the step.",
     "time/rollout": "Seconds in the model during the rollout.",
     "time/decode": "Seconds in the decoder.",
-    "time/reward": "Seconds in the rewards.",
+    "time/reward": "Seconds in the rewards, or waiting for those that run elsewhere.",
     "time/update": "Seconds in the update.",
     "memory/peak": "Peak memory in bytes.",
 }
