@@ -44,7 +44,6 @@ class VoteRollout(io.ComfyNode):
                 io.String.Input(
                     "prompt",
                     default="",
-                    multiline=True,
                     tooltip=f"The prompt that the rollout was made with, at most {MAX_CHARACTERS} characters; votes are kept with it.",
                 ),
                 io.String.Input(

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { Opinion, sameGroup } from "../web/ballot.mjs";
+import { Opinion, sameGroup, tiling } from "../web/ballot.mjs";
 
 const KEYS = ["a", "b", "c", "d"];
 const clicked = (mode, ...keys) => {
@@ -62,6 +62,13 @@ test("votes on another group are no votes on this one", () => {
     assert.equal(new Opinion(KEYS, votes).votes(), null);
   }
   assert.equal(sameGroup(KEYS, { pictures: ["d", "c", "b", "a"] }), true);
+});
+
+test("tiles are as large as the place allows, whatever their shape", () => {
+  assert.deepEqual(tiling(4, 206, 206), { columns: 2, tile: 100 });
+  assert.deepEqual(tiling(12, 600, 300), { columns: 4, tile: 96 });
+  assert.equal(tiling(3, 100, 900, 2).columns, 1);
+  assert.deepEqual(tiling(0, 100, 100), { columns: 1, tile: 0 });
 });
 
 test("the sentence says what is missing", () => {

@@ -139,6 +139,8 @@ def test_a_group_is_clicked_through_and_the_model_learns_from_it(host: Server, r
         page.locator(".g2rpo-tools input").check()
         ours.shoot(f"{renderer}-voted")
 
+        assert page.get_by_text('{"pictures"').count() == 0 == page.locator("input[value*=pictures]").count()
+
         # The page keeps the votes in the workflow and in the prompt, and nothing else of the ballot.
         saved = page.evaluate(f"{VOTE}.serialize().widgets_values")
         prompt = page.evaluate(f"app.graphToPrompt().then((made) => made.output[{VOTE}.id].inputs)")

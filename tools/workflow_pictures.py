@@ -26,6 +26,8 @@ RESULTS = {
     "g2rpo_resume_compare_tiny": "Before and after",
 }
 """Workflow and the title of the preview that is kept; resuming comes after training, so that it has something to go on with."""
+VOTED = "g2rpo_vote_and_train_tiny"
+"""Photographed with a group in it and some votes on that."""
 RUN = Path(comfy_host.__file__).with_name("comfy_child_workflows.py")
 SIZE = {"width": 3000, "height": 1900}
 """Large enough for the page to draw a node's text however wide the graph is."""
@@ -82,11 +84,21 @@ def photograph(page: Any, file: Path) -> Image.Image:
     room = [SIZE["width"] - left - PANELS["right"], SIZE["height"] - top - PANELS["bottom"]]
     width, height = page.evaluate(FIT, [*room, left, top])
     page.wait_for_timeout(2000)
+    if file.stem == VOTED:
+        vote(page)
     # The model files are not on this machine, which says nothing about the graph.
     page.evaluate("() => { app.graph.nodes.forEach(node => { node.has_errors = false }); app.canvas.setDirty(true, true) }")
     page.wait_for_timeout(300)
     clip = {"x": left - 20, "y": top - 20, "width": width + 40, "height": height + 40}
     return Image.open(BytesIO(page.screenshot(clip=clip))).convert("RGB")
+
+
+def vote(page: Any) -> None:
+    """Draw a group and rank three of its pictures."""
+    page.locator("[data-testid=queue-button]").first.click()
+    page.wait_for_function("document.querySelectorAll('.g2rpo-choice img').length === 12", timeout=180_000)
+    page.evaluate("[4, 2, 9].forEach((place) => document.querySelectorAll('.g2rpo-choice')[place].click())")
+    page.wait_for_timeout(3000)
 
 
 def keep(picture: Image.Image, place: Path) -> None:

@@ -6,6 +6,8 @@ import { element, write } from "./dom.mjs";
 const TILE_HEIGHT = 104;
 const BASE_HEIGHT = 120;
 const MAX_ROWS = 4;
+const GAP = 6;
+const MIN_TILE = 72;
 const MODES = { rank: "Rank", pairs: "Pairs" };
 
 // What somebody thinks of the pictures named by `keys`. No page in here, so that Node can test it.
@@ -83,14 +85,29 @@ export function sameGroup(keys, votes) {
   return named.length === keys.length && keys.every((key) => named.includes(key));
 }
 
+// How many columns make `count` tiles largest within width × height, and how wide a tile then is.
+export function tiling(count, width, height, aspect = 1) {
+  let best = { columns: 1, tile: 0 };
+  for (let columns = 1; columns <= count; columns += 1) {
+    const rows = Math.ceil(count / columns);
+    const tile = Math.min((width - GAP * (columns - 1)) / columns, ((height - GAP * (rows - 1)) / rows) * aspect);
+    if (tile > best.tile) best = { columns, tile };
+  }
+  return best;
+}
+
 let made = 0;
 
-// The elements of one ballot. `changed(votes)` is called after every change; `done()` by the last button, where there is one.
+// The elements of one ballot. `changed(votes)` is called after every change; `done()` by the last button, where there is one; `fill` makes the
+// pictures as large as the place for them allows.
 export class Ballot {
-  constructor({ changed = () => {}, done = null, doneLabel = "", resized = () => {} } = {}) {
+  constructor({ changed = () => {}, done = null, doneLabel = "", resized = () => {}, fill = false } = {}) {
     Object.assign(this, { changed, resized, opinion: new Opinion([]), choices: [], height: BASE_HEIGHT + TILE_HEIGHT, name: `g2rpo-ballot-${(made += 1)}` });
     this.build(done, doneLabel);
     this.root.addEventListener("keydown", (event) => this.key(event));
+    this.aspect = 1;
+    this.observer = fill ? new ResizeObserver(() => this.layOut()) : null;
+    this.observer?.observe(this.grid);
     this.say("Press Run: the pictures of the group appear here.");
   }
 
@@ -127,11 +144,29 @@ export class Ballot {
       choice.addEventListener("click", () => this.pick(i));
       return choice;
     });
+    this.choices[0]?.firstElementChild.addEventListener("load", (event) => this.shape(event.target));
     this.grid.replaceChildren(...this.choices);
+    this.layOut();
     write(this.prompt, prompt);
     this.prompt.title = prompt;
     this.rove(0);
     this.render();
+  }
+
+  shape({ naturalWidth, naturalHeight }) {
+    this.aspect = naturalWidth / naturalHeight || 1;
+    this.root.style.setProperty("--g2rpo-aspect", String(this.aspect));
+    this.layOut();
+  }
+
+  layOut() {
+    if (!this.observer) return;
+    const { columns, tile } = tiling(this.choices.length, this.grid.clientWidth, this.grid.clientHeight, this.aspect);
+    this.grid.style.gridTemplateColumns = tile < MIN_TILE ? "" : `repeat(${columns}, ${Math.floor(tile)}px)`;
+  }
+
+  dispose() {
+    this.observer?.disconnect();
   }
 
   // Says something in place of a group.
@@ -139,6 +174,7 @@ export class Ballot {
     this.opinion = new Opinion([]);
     this.choices = [];
     this.grid.replaceChildren(element("p", {}, words));
+    this.grid.style.gridTemplateColumns = "";
     this.render();
   }
 

@@ -17,7 +17,7 @@ export class Voting {
       if (node.size[1] < least[1]) node.setSize([node.size[0], least[1]]);
       node.setDirtyCanvas?.(true, true);
     };
-    const ballot = new Ballot({ changed: (votes) => this.write(node, votes), done: () => this.goOn(), doneLabel: "Vote and go on", resized });
+    const ballot = new Ballot({ changed: (votes) => this.write(node, votes), done: () => this.goOn(), doneLabel: "Vote and go on", resized, fill: true });
     const widget = node.addDOMWidget("g2rpo_ballot", "g2rpo_ballot", ballot.root, { serialize: false, hideOnZoom: false, getMinHeight: () => ballot.height });
     // `options.serialize` keeps it out of the prompt, this out of the workflow.
     widget.serialize = false;
@@ -30,6 +30,7 @@ export class Voting {
     const voting = this;
     node.onRemoved = function onRemoved(...given) {
       voting.ballots.delete(node);
+      ballot.dispose();
       voting.left.set(String(node.id), ballot.root);
       return before?.apply(this, given);
     };
@@ -100,5 +101,6 @@ function read(text) {
 function hide(widget) {
   if (!widget) return;
   widget.hidden = true;
-  widget.options = { ...widget.options, hidden: true };
+  // The newer renderer keeps this very object.
+  (widget.options ??= {}).hidden = true;
 }
