@@ -192,6 +192,12 @@ def test_other_pictures_are_refused_by_name(reward: ModelReward, shape: tuple[in
             call(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("prompts", ["a red", ["a red cube"]], ids=["one string", "too few"])
+def test_a_prompt_is_due_for_every_picture(reward: ModelReward, prompts: list[str]) -> None:
+    with pytest.raises(ValueError, match="give a list with one prompt per image"):
+        reward.score(pictures(), prompts)
+
+
 def test_no_pictures_give_no_scores(reward: ModelReward) -> None:
     assert reward.score(torch.zeros(0, 8, 8, 3), []).shape == (0,)
 

@@ -251,6 +251,11 @@ def test_options_out_of_bounds_are_refused(folder: Path, options: dict[str, Any]
         load_installed(folder.parent, folder.name, **options)
 
 
+def test_without_transformers_it_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    refused(folder, "needs transformers: pip install transformers")
+
+
 def test_listing_rewards_does_not_load_transformers(folder: Path) -> None:
     root = str(folder.parent)
     words = f"from comfy_g2rpo.rewards.library import installed; import sys; print(installed({root!r}), 'transformers' in sys.modules)"
