@@ -5,7 +5,7 @@ an honest reward of equal weight; agreement (graded) and strict (all right, or n
 
     python benchmarks/watch.py hack      --out results/     # the same runs with and without the watch
     python benchmarks/watch.py honest    --out results/     # the demo's recipe: no alarm may be raised
-    python benchmarks/watch.py diversity --out results/     # the demo's recipe with and without diversity shaping
+    python benchmarks/watch.py diversity --out results/     # a reward that ends in blank pictures, and agreement, with and without shaping
     python benchmarks/watch.py cost      --out results/     # CPU seconds of the demo's recipe with and without the watch
     python benchmarks/watch.py report    --out results/     # tables
 
@@ -27,19 +27,23 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = {"num_steps": 8, "group_size": 8, "granularities": [2], "learning_rate": 1e-3}
 AGREEMENT, PLANTED = {"name": "agreement"}, {"name": "saturation", "path": f"{Path(__file__).resolve()}:saturation"}
+RARELY = {"watch": "warn", "eval_noises": 3, "eval_every": 60}
 ARMS: dict[str, dict[str, Any]] = {
     "planted, watched": {"rewards": [PLANTED], "train": {"watch": "stop"}},
     "planted": {"rewards": [PLANTED], "train": {"watch": "off"}},
     "mixed, watched": {"rewards": [AGREEMENT, PLANTED], "train": {"watch": "stop"}},
     "mixed": {"rewards": [AGREEMENT, PLANTED], "train": {"watch": "off"}},
     "honest": {"rewards": [AGREEMENT], "train": {"watch": "stop"}},
-    "diversity 0": {"rewards": [AGREEMENT], "train": {"watch": "warn", "eval_noises": 3, "eval_every": 60}},
-    "diversity 1": {"rewards": [AGREEMENT], "train": {"watch": "warn", "eval_noises": 3, "eval_every": 60}, "method": {"diversity_weight": 1.0}},
+    **{
+        f"{reward}, λ = {weight}": {"rewards": [{"name": reward}], "train": RARELY, "method": {"diversity_weight": weight}}
+        for reward in ("jpeg", "agreement")
+        for weight in (0.0, 1.0)
+    },
 }
 STAGES = {
     "hack": ("planted, watched", "planted", "mixed, watched", "mixed"),
     "honest": ("honest",),
-    "diversity": ("diversity 0", "diversity 1"),
+    "diversity": ("jpeg, λ = 0.0", "jpeg, λ = 1.0", "agreement, λ = 0.0", "agreement, λ = 1.0"),
 }
 
 
@@ -124,15 +128,17 @@ def cost(steps: int) -> dict[str, Any]:
 def report(results: Sequence[dict[str, Any]]) -> str:
     """Write the tables as Markdown."""
     lines = ["| run | seed | ended | alarm at | LoRA of step | agreement before | after | strict before | after |", "|---" * 9 + "|"]
-    for r in (r for r in results if r["arm"] not in ("cost",) and not r["arm"].startswith("diversity")):
+    for r in (r for r in results if r["arm"] in (*STAGES["hack"], *STAGES["honest"])):
         scores = " | ".join(f"{r[f'heldout_{when}'][name]:.3f}" for name in ("agreement", "strict") for when in ("before", "after"))
         alarm = r["alarms"][0]["step"] if r["alarms"] else "none"
         lines.append(f"| {r['arm']} | {r['seed']} | {r['steps']}, {r['stopped_by']} | {alarm} | {r['lora_step']} | {scores} |")
-    lines += ["", "| seed | λ | diversity, one prompt | diversity, prompt set | agreement |", "|---" * 5 + "|"]
-    for r in sorted((r for r in results if r["arm"].startswith("diversity")), key=lambda r: (r["seed"], r["arm"])):
+    lines += ["", "| trained on, λ | seed | diversity, one prompt | diversity, prompt set | reward |", "|---" * 5 + "|"]
+    for r in (r for r in results if r["arm"] in STAGES["diversity"]):
         first, last = r["curve"][0], r["curve"][-1]
         ends = " | ".join(f"{first[n]:.4f} → {last[n]:.4f}" for n in ("diversity/pixels/group", "diversity/pixels/set"))
-        lines.append(f"| {r['seed']} | {r['arm'].split()[1]} | {ends} | {r['heldout_gain']['agreement']['mean']:+.3f} |")
+        reward = r["arm"].partition(",")[0]
+        scores = " → ".join(f"{r[f'heldout_{when}'][reward]:.3f}" for when in ("before", "after"))
+        lines.append(f"| {r['arm']} | {r['seed']} | {ends} | {scores} |")
     lines += [json.dumps(r) for r in results if r["arm"] == "cost"]
     return "\n".join(lines)
 

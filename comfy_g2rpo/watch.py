@@ -105,7 +105,7 @@ def hacking(seen: Seen) -> str | None:
             fall = changes(math.copysign(1, say) * (seen.now.scores[r].nanmean(1) - before.scores[r].nanmean(1)))
             if say and fall.fell(seen.pace.min_fall * unit(seen.base, name)):
                 moved = f"held-out {name} {'fell' if say > 0 else 'rose'} by {fall} {seen.since(step)}"
-                return f"{moved} while {seen.trained}, which is trained on, rose: the model games its reward"
+                return f"{moved} while what is trained on, {seen.trained}, rose: the model games its reward"
     return None
 
 

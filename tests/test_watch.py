@@ -59,7 +59,7 @@ def test_a_held_out_fall_while_the_trained_reward_rises_is_hacking():
     found = signs(seen(evaluation(proxy=0.5, held=-0.4, proxy_wiggle=0.1, held_wiggle=0.1)))
     assert found.keys() == {"hacking"}
     assert found["hacking"] == (
-        "held-out held fell by 0.4 ± 0.034 against the untrained model while proxy, which is trained on, rose: the model games its reward"
+        "held-out held fell by 0.4 ± 0.034 against the untrained model while what is trained on, proxy, rose: the model games its reward"
     )
 
 

@@ -41,7 +41,7 @@ def config(place, reward="saturation", prompts=12, **sections):
     tree = {
         "model": {"path": "models/tiny", "width": 64, "height": 64, "max_sequence_length": 0},
         "method": {"name": "g2rpo", "num_steps": 4, "group_size": 6, "granularities": [1], "learning_rate": 4e-3},
-        "rewards": [{"name": reward, "path": f"{__file__}:{reward}"}],
+        "rewards": [{"name": reward, **({"path": f"{__file__}:{reward}"} if reward in globals() else {})}],
         "heldout_rewards": ["agreement"],
         "prompts": {"train": "prompts/shapes_train.txt", "heldout": str(place / "held.txt")},
         "train": {"steps": 18, "prompts_per_step": 1, "eval_every": 4, "checkpoint_every": 3, "slots": 64},
@@ -199,6 +199,20 @@ def test_a_preview_size_that_cannot_be_drawn_is_refused_before_anything_runs(tmp
     with pytest.raises(ValueError, match=words):
         training.train(config(tmp_path, train={"preview_width": width, "preview_height": height}), tmp_path / "run", progress=Silent())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_diversity_shaping_raises_diversity(tmp_path, seed):
+    """The jpeg reward ends in blank pictures; beside it, shaping keeps them apart."""
+    left = {}
+    for weight in (0.0, 1.0):
+        train = {"watch": "warn", "eval_noises": 3, "eval_every": 0, "steps": 14, "seed": seed, "prompts_per_step": 2}
+        method = {"diversity_weight": weight, "learning_rate": 2e-3}
+        training.train(config(tmp_path, "jpeg", method=method, train=train), tmp_path / f"{weight}", progress=Silent())
+        first, last = (row for row in RunFolder(tmp_path / f"{weight}").metrics() if "nfe" not in row)
+        left[weight] = [last[key] / first[key] for key in ("diversity/pixels/group", "diversity/pixels/set")]
+        assert last["heldout/jpeg/mean"] > first["heldout/jpeg/mean"]
+    assert all(shaped > 1.25 * plain for plain, shaped in zip(left[0.0], left[1.0], strict=True)), left
 
 
 def test_shaping_needs_an_embedding_where_it_is_asked_for_one(tmp_path):
