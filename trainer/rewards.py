@@ -133,7 +133,8 @@ def check_url(name: str, url: str) -> None:
     except ValueError:
         sound = False
     if not sound:
-        raise RewardError(f"reward {name!r}: url is {url[:200]!a}; write it as http://host:port/…")
+        shown = re.sub(r"//[^/]*@", "//…@", url)
+        raise RewardError(f"reward {name!r}: url is {shown[:200]!a}; write it as http://host:port/…")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise RewardError(f"reward {name!r}: url holds a user, password, query or fragment; leave them out, config.json would keep them")
 
