@@ -196,7 +196,16 @@ def test_a_judge_that_cannot_work_is_refused_before_the_run(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://host/v1", "ftp://me:secret@host/v1", "file:///etc/passwd", "http://me:secret@host/v1", "http://host/v1?key=secret", "host:80", ""]
+    "url",
+    [
+        "ftp://host/v1",
+        "ftp://me:secret@host/v1",
+        "file:///etc/passwd",
+        "http://me:secret@host/v1",
+        "http://host/v1?key=secret",
+        "host:80",
+        "",
+    ],
 )
 def test_an_address_is_plain_http_without_secrets(url: str) -> None:
     with pytest.raises(RewardError, match="url") as error:
