@@ -27,7 +27,7 @@ from .rollout import stream
 from .runs import RunFolder, fitting, load_optimizer_tensors, optimizer_tensors, read_progress, write_state
 from .scoring import Scorer, roll_out_and_score
 from .update import records, update, update_average
-from .watch import Seen, best_step, evaluated, signs, standing
+from .watch import Seen, best_step, blind_spots, evaluated, signs, standing
 
 try:
     import resource
@@ -141,7 +141,8 @@ def learn(
     pace, plan = setup.pace, build_plan(setup.recipe)
     count = pace.prompts_per_step
     watcher.start(pace.steps, learner.step, f"{count * plan.forwards} forwards and {count * len(plan.images)} pictures per step")
-    for note in setup.prompts.notes:
+    judges = [judge.name for judge in setup.judges]
+    for note in (*setup.prompts.notes, *blind_spots(pace, len(setup.prompts.heldout), judges, setup.trained, setup.measures)):
         watcher.note(note)
     try:
         if learner.step == 0 or (due(pace.eval_every, learner.step) and learner.step < pace.steps):

@@ -174,6 +174,20 @@ def signs(seen: Seen) -> dict[str, str]:
     return {kind: text for kind, look in SIGNS.items() if (text := look(seen)) is not None}
 
 
+def blind_spots(pace: Pace, heldout: int, judges: Sequence[str], weights: Mapping[str, float], measures: Mapping[str, float]) -> list[str]:
+    """Say, before a run, what the watch will not see, and how to let it."""
+    if pace.watch == "off":
+        return []
+    if not heldout:
+        return ["the watch sees nothing without held-out prompts: set some aside"]
+    found = []
+    if not 0 < pace.eval_every < pace.steps:
+        found.append("the watch looks at the start and the end alone, and can stop nothing between: set eval_every")
+    if not any(measures.get(name, 1.0) for name in judges if name not in weights):
+        found.append("no reward only measures, so that the watch cannot tell whether the trained ones are gamed: add a held-out reward")
+    return found
+
+
 def rising(rows: Sequence[Row], weights: Mapping[str, float]) -> bool:
     """Say whether the trained rewards rose over the training steps: the last tenth of them against the first, at least TREND each."""
     steps = [row for row in rows if "nfe" in row]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from comfy_g2rpo.evaluation import Evaluation, interval
 from comfy_g2rpo.pace import Pace
 from comfy_g2rpo.runs import RunFolder
-from comfy_g2rpo.watch import SIGNS, Seen, best_step, evaluated, gained, rising, signs, standing, together, unit
+from comfy_g2rpo.watch import SIGNS, Seen, best_step, blind_spots, evaluated, gained, rising, signs, standing, together, unit
 
 PROMPTS = 16
 WIGGLE = torch.linspace(-1, 1, PROMPTS)  # its standard deviation is .635
@@ -153,6 +153,22 @@ def test_an_alarm_is_a_sign_that_has_lasted(history, patience):
         recent = history[max(i - patience + 1, 0) : i + 1]
         lasting = len(recent) == patience and any(all(kind in kinds for kinds in recent) for kind in SIGNS)
         assert ("alarm" in row) == lasting and ("sign" in row) == bool(kinds)
+
+
+@pytest.mark.parametrize(
+    ("heldout", "judges", "pace", "words"),
+    [
+        (8, ["proxy", "held"], {"eval_every": 10}, []),
+        (0, ["proxy", "held"], {"eval_every": 10}, ["without held-out prompts"]),
+        (8, ["proxy", "held"], {}, ["start and the end alone"]),
+        (8, ["proxy"], {"eval_every": 10}, ["no reward only measures"]),
+        (8, ["proxy", "told"], {}, ["start and the end alone", "no reward only measures"]),
+        (0, ["proxy"], {"watch": "off"}, []),
+    ],
+)
+def test_what_the_watch_will_not_see_is_said_beforehand(heldout, judges, pace, words):
+    found = blind_spots(Pace(**pace), heldout, judges, {"proxy": 1.0}, {"told": 0.0})
+    assert len(found) == len(words) and all(word in line for word, line in zip(words, found, strict=True))
 
 
 def look(step, **means):
