@@ -202,7 +202,7 @@ def _finite_images(name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
     if 0 in images.shape:
         return torch.ones(len(images), dtype=torch.bool, device=images.device)
     low, high = images.aminmax()
-    if -TOLERANCE <= low and high <= 1 + TOLERANCE:  # by far the usual case, and NaN is neither
+    if low >= -TOLERANCE and high <= 1 + TOLERANCE:  # by far the usual case, and NaN is neither
         return torch.ones(len(images), dtype=torch.bool, device=images.device)
     low, high = images.flatten(1).aminmax(dim=1)
     finite = (high - low).isfinite()
