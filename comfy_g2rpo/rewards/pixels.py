@@ -24,7 +24,7 @@ def jpeg(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
     Compressibility of DDPO (arXiv 2305.13301, §5.1). As a target it ends in blank pictures, and quickly: it is the easiest reward here.
     """
-    return _scores([-_file_bytes(picture, "JPEG", JPEG_QUALITY) / 1000 for picture in _bytes(images)])
+    return _scores([-_file_bytes(image, "JPEG", JPEG_QUALITY) / 1000 for image in images])
 
 
 def webp(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -35,7 +35,7 @@ def webp(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """
     if max(images.shape[1:3], default=0) > WEBP_SIDE:
         raise RewardError(f"reward 'webp' got pictures of {images.shape[2]}x{images.shape[1]}; WebP allows {WEBP_SIDE} pixels a side")
-    return _scores([-_file_bytes(picture, "WEBP", WEBP_QUALITY) / 1000 for picture in _bytes(images)])
+    return _scores([-_file_bytes(image, "WEBP", WEBP_QUALITY) / 1000 for image in images])
 
 
 def exposure(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -44,9 +44,13 @@ def exposure(images: Tensor, prompts: Sequence[str]) -> Tensor:
     Mertens, Kautz and Van Reeth, "Exposure Fusion" (2007). Clipped pixels, black or white, score near 0. As a target it ends in flat
     mid grey.
     """
-    red, green, blue = (_levels(images) - 127.5) ** 2
-    likeness = np.exp(-(red + green + blue) / (2 * EXPOSURE_SPREAD**2))
-    return _scores([row.mean() for row in likeness])
+    return _scores([_exposed(_levels(image)) for image in images])
+
+
+def _exposed(levels: np.ndarray) -> float:
+    """Measure one picture's exposure."""
+    red, green, blue = (levels - 127.5) ** 2
+    return np.exp(-(red + green + blue) / (2 * EXPOSURE_SPREAD**2)).mean()
 
 
 def symmetry(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -55,9 +59,13 @@ def symmetry(images: Tensor, prompts: Sequence[str]) -> Tensor:
     Σ (x − μ_c)(x' − μ_c) / (Σ (x − μ_c)² + N), where N, one level² per value, gives a blank picture 0. As a target it ends in
     kaleidoscopes; a picture of horizontal stripes has it all.
     """
-    planes = np.moveaxis(_levels(images), 0, 1)
-    centred = planes - planes.mean((2, 3), keepdims=True) if planes.size else planes
-    return _scores([(row * row[..., ::-1]).mean() / ((row * row).mean() + CONTRAST) for row in centred])
+    return _scores([_symmetric(_levels(image)) for image in images])
+
+
+def _symmetric(levels: np.ndarray) -> float:
+    """Measure one picture's symmetry."""
+    centred = levels - levels.mean((1, 2), keepdims=True)
+    return (centred * centred[..., ::-1]).mean() / ((centred * centred).mean() + CONTRAST)
 
 
 def sharpness(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -65,11 +73,14 @@ def sharpness(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
     Pech-Pacheco et al., "Diatom autofocusing in brightfield microscopy" (2000). As a target it ends in grain and checkerboards.
     """
-    red, green, blue = _levels(images)
+    return _scores([_sharp(_levels(image)) for image in images])
+
+
+def _sharp(levels: np.ndarray) -> float:
+    """Measure one picture's sharpness."""
+    red, green, blue = levels
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
-    centre = luma[:, 1:-1, 1:-1]
-    laplacian = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:] - 4 * centre
-    return _scores([row.var() for row in laplacian])
+    return (luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * luma[1:-1, 1:-1]).var()
 
 
 def colourfulness(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -77,26 +88,26 @@ def colourfulness(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
     Hasler and Süsstrunk, "Measuring colourfulness in natural images" (2003), M³. As a target it ends in saturated blotches.
     """
-    red, green, blue = _levels(images)
-    opponents = [(rg, yb) for rg, yb in zip(red - green, (red + green) / 2 - blue, strict=True)]
-    return _scores([np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean()) for rg, yb in opponents])
+    return _scores([_colourful(_levels(image)) for image in images])
 
 
-def _bytes(images: Tensor) -> np.ndarray:
-    """Round pictures to 8 bits."""
-    return (images * 255).round().clamp(0, 255).byte().cpu().numpy()
+def _colourful(levels: np.ndarray) -> float:
+    """Measure one picture's colourfulness."""
+    red, green, blue = levels
+    rg, yb = red - green, (red + green) / 2 - blue
+    return np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean())
 
 
-def _file_bytes(picture: np.ndarray, kind: str, quality: int) -> int:
-    """Count the bytes of a picture [H, W, 3] uint8 as a file of a kind."""
+def _file_bytes(image: Tensor, kind: str, quality: int) -> int:
+    """Count the bytes of a picture [H, W, 3] in [0, 1] as a file of a kind."""
     buffer = BytesIO()
-    Image.fromarray(picture).save(buffer, kind, quality=quality)
+    Image.fromarray((image * 255).round().clamp(0, 255).byte().cpu().numpy()).save(buffer, kind, quality=quality)
     return buffer.tell()
 
 
-def _levels(images: Tensor) -> np.ndarray:
-    """Lay the channels out as contiguous planes [3, B, H, W] of levels, so that a picture's score never depends on its batch."""
-    return np.ascontiguousarray(np.moveaxis(images.cpu().numpy().astype(np.float64), -1, 0)) * 255
+def _levels(image: Tensor) -> np.ndarray:
+    """Lay a picture's channels out as planes [3, H, W] of levels: one picture at a time, which caches hold and no batch can change."""
+    return np.ascontiguousarray(np.moveaxis(image.cpu().numpy().astype(np.float64), -1, 0)) * 255
 
 
 def _scores(values: Sequence[float]) -> Tensor:
