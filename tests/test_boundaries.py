@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import comfy_g2rpo
+from g2rpo_trainer.commands.vote import MODULES
 
 ROOT = Path(__file__).parent.parent
 MAX_FILE_LINES = 500
@@ -139,6 +140,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_brings_no_generic_names_and_one_version(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0] for name in names} == {"comfy_g2rpo", "g2rpo_trainer", f"g2rpo-{comfy_g2rpo.__version__}.dist-info"}
+
+
+def test_wheel_brings_what_the_page_of_votes_is_made_of(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"g2rpo_trainer/web/{name}" for name in (*MODULES, "g2rpo.css")} <= names
 
 
 def test_wheel_finds_its_own_recipes_prompts_and_model(wheel: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `g2rpo train | plan | sample | score | compare | report | options | version`."""
+"""The command line: `g2rpo train | plan | sample | score | compare | vote | report | options | version`."""
 
 from __future__ import annotations
 
