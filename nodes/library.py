@@ -120,3 +120,5 @@ class Managed:
         with torch.inference_mode(False):
             room = self.batch * PICTURE_BYTES
             comfy.model_management.load_models_gpu([self.patcher], memory_required=room, force_full_load=True)
+            # Had core moved parts of it out for another model, they would stay where they are.
+            self.patcher.model.to(self.patcher.load_device)

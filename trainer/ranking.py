@@ -26,6 +26,7 @@ SCHEMA = "g2rpo-scores/1"
 HEAD = json.dumps({"schema": SCHEMA}) + "\n"
 MAX_PICTURES = 1_000_000
 BATCH_PIXELS = 2**24  # of one batch: 200 MB as float32
+READERS = 4  # files that are looked at at once
 AHEAD = 2  # batches that are read while another one is scored
 
 Scores = dict[tuple[str, str, str], float]
@@ -109,7 +110,8 @@ def examine(paths: Sequence[Path], prompts: Sequence[str], by_name: Mapping[str,
     for text in (*given, *by_name.values()):
         if len(text) > MAX_CHARACTERS:
             raise RankingError(f"a prompt has {len(text)} characters; at most {MAX_CHARACTERS} are allowed, shorten it")
-    return [examined(path, given[i] if given else None, by_name) for i, path in enumerate(paths)]
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(lambda path, text: examined(path, text, by_name), paths, given or [None] * len(paths)))
 
 
 def examined(path: Path, given: str | None, by_name: Mapping[str, str]) -> Entry:

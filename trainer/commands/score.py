@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..config import RewardSection
     from ..ranking import Entry
 
+MANY = 1000  # files that take a while to look at
 SHOWN = 20  # rows that are printed of a folder; the file has all
 HEADER = ("rank", "file", "prompt", "prompt_from", "width", "height", "score")
 TAIL = ("sha256", "problem")
@@ -172,6 +173,8 @@ def judged(
     from ..sampling import device
 
     paths = find_pictures(places, deep)
+    if len(paths) >= MANY and not quiet:
+        typer.echo(f"looking at {len(paths)} files", err=True)
     entries = examine(paths, prompt, read_prompts(prompts) if prompts else {})
     if all(entry.problem for entry in entries):
         raise RankingError(entries[0].problem)
@@ -278,7 +281,11 @@ def say_what_happened(entries: Sequence[Entry], columns: Sequence[str], out: Pat
         typer.echo(f"skipped: {entry.problem}", err=True)
     if len(broken) > 10:
         typer.echo(f"skipped: {len(broken) - 10} more, see the column problem", err=True)
-    if blank := sum(not entry.prompt and not entry.problem for entry in entries):
+    from comfy_g2rpo.rewards import REWARDS
+
+    blank = sum(not entry.prompt and not entry.problem for entry in entries)
+    # Of the built-in rules some ignore the prompt, and the others answer nothing without one.
+    if blank and not REWARDS.keys() >= set(columns):
         typer.echo(f"{blank} pictures have no prompt: rewards that read one judged them by an empty one (--prompt, --prompts)", err=True)
     if folder is not None:
         typer.echo(f"{copied} pictures copied to {folder}", err=True)
