@@ -292,3 +292,39 @@ def test_pairs_are_exported_with_their_pictures(run, tmp_path):
     assert shown == [[keys[2], keys[0]], [keys[2], keys[1]]]
     with pytest.raises(RunError, match="exists; choose another file"):
         ballots.export(run, tmp_path / "out.jsonl")
+
+
+OUTSIDE = {"key": A, "file": "../../a.png"}
+
+
+@pytest.mark.parametrize("content", [[], {"prompt": 1}, *({"prompt": "", "step": 1, "pictures": [row]} for row in (1, OUTSIDE))])
+def test_a_damaged_ballot_is_named(run, content):
+    place = ballots.write_ballot(run, group(), "a cat", 1) / "ballot.json"
+    place.write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"ballot.json is damaged"):
+        ballots.open_ballots(run)
+
+
+def test_a_damaged_picture_is_named_where_it_is_needed(run):
+    place = ballots.write_ballot(run, group(), "a cat", 1)
+    ballots.append(run, Votes((A, B), ranking=(A, B)))
+    (place / "000.png").write_bytes(b"no picture")
+    with pytest.raises(RunError, match=r"000.png cannot be read; "):
+        ballots.score(run, group(seed=1), "a cat", 1)
+
+
+NO_TABLE = {"[" * 10**5: "not JSON", "9" * 10**6: "1000000 characters", '{"a": 1, "a": 2}': "a name comes twice", "{": "not JSON"}
+
+
+@pytest.mark.parametrize("text", NO_TABLE, ids=["deep", "long", "twice", "half"])
+def test_text_that_is_no_json_table_is_refused(text):
+    with pytest.raises(VoteError, match=NO_TABLE[text]):
+        parse(text)
+
+
+def test_a_place_where_nothing_can_be_kept_is_named(tmp_path):
+    with pytest.raises(RunError, match="the vote is not kept yet"):
+        ballots.append(tmp_path / "nowhere", Votes((A, B), ranking=(A, B)))
+    ballots.votes_file(tmp_path).mkdir()
+    with pytest.raises(RunError, match="cannot read"):
+        ballots.read(tmp_path)
