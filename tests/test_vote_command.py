@@ -86,7 +86,7 @@ def test_two_steps_of_votes_for_redder_make_held_out_pictures_redder(recipe, tmp
         assert call("vote", run) == 0 and (run / "vote.html").is_file()
         assert save_votes(run, file) == 4
         assert call("vote", run, "--take", file) == 0
-        assert "4 votes added" in capsys.readouterr().out
+        assert "votes.jsonl: 4\n" in capsys.readouterr().out
         words = ["train", recipe, "--out", run, "--quiet", "--resume"]
     assert call(*words) == 0
     folder = RunFolder.open(run)
@@ -158,7 +158,7 @@ def test_a_prompt_is_data_in_the_page(shown):
 def test_what_somebody_voted_on_is_not_shown_again(shown, tmp_path, capsys):
     ballots.append(shown, redder(ballots.open_ballots(shown)[0]))
     assert call("vote", shown) == 0
-    assert "1 groups wait for votes" in capsys.readouterr().out
+    assert "groups that wait for votes: 1;" in capsys.readouterr().out
     save_votes(shown, tmp_path / "votes.json")
     call("vote", shown, "--take", tmp_path / "votes.json")
     assert "no group waits for votes" in capsys.readouterr().out
@@ -172,7 +172,7 @@ def test_votes_that_were_taken_are_not_taken_twice(shown, tmp_path, capsys):
     call("vote", shown, "--take", tmp_path / "votes.json")
     call("vote", shown, "--take", tmp_path / "votes.json")
     said = capsys.readouterr().out
-    assert "2 votes added" in said and "0 votes added" in said
+    assert "votes.jsonl: 2\n" in said and "votes.jsonl: 0\n" in said
     assert len(ballots.read(shown)) == 2
 
 

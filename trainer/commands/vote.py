@@ -51,17 +51,17 @@ def vote(
         return
     if take:
         taken = accept(run, take)
-        typer.echo(f"{taken} votes added to {ballots.votes_file(run)}")
+        typer.echo(f"votes added to {ballots.votes_file(run)}: {taken}")
     waiting = ballots.open_ballots(run)
     if not waiting:
         typer.echo("no group waits for votes; continue with: g2rpo train … --resume")
         return
     if take:
-        typer.echo(f"{len(waiting)} groups still wait for votes")
+        typer.echo(f"groups that still wait for votes: {len(waiting)}")
         return
     place = Path(run) / "vote.html"
     write_bytes(place, page(Path(run).name, waiting).encode())
-    typer.echo(f"{len(waiting)} groups wait for votes: open {place}, save votes.json there, then: g2rpo vote {run} --take votes.json")
+    typer.echo(f"groups that wait for votes: {len(waiting)}; open {place}, save votes.json there, then: g2rpo vote {run} --take votes.json")
 
 
 def accept(run: Path, file: Path) -> int:
