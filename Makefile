@@ -25,9 +25,10 @@ test-all: $(READY)  ## The same and the tests that drive a browser
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright
 	$(RUN)/python -m pytest -n 2 --dist loadgroup -m "" --cov=comfy_g2rpo --cov-fail-under=95
 
-bench: $(READY)  ## Measure rollout speed and credit assignment, short forms
+bench: $(READY)  ## Measure rollout speed, credit assignment and scoring, short forms
 	$(RUN)/python benchmarks/rollout.py --quick
 	$(RUN)/python benchmarks/credit.py --quick
+	$(RUN)/python benchmarks/scoring.py --quick
 
 lint: $(READY)  ## Check style with ruff
 	$(RUN)/ruff check .

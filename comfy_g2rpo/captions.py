@@ -56,9 +56,11 @@ def noted(text: str) -> str:
 
 
 def beside(path: Path) -> str:
-    """Read <name>.txt beside a picture."""
+    """Read <name>.txt beside a picture; a link to elsewhere is none."""
     place = path.with_suffix(".txt")
     try:
+        if place.resolve().parent != path.resolve().parent:
+            return ""
         with open(place, "rb") as file:
             return file.read(MAX_TEXT_FILE).decode("utf-8-sig", errors="replace")
     except OSError:

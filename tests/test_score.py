@@ -148,6 +148,10 @@ def test_a_prompt_is_found_where_it_was_written(tmp_path: Path) -> None:
     beside.with_suffix(".txt").write_text("\ufeff  a ship \n", "utf-8")
     assert caption_of(beside) == ("a ship", "txt")
     assert caption_of(save("none.png", prompt="{not json", parameters="")) == ("", "")
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets/mine").write_text("not yours")
+    save("link.png").with_suffix(".txt").symlink_to(tmp_path / "secrets/mine")
+    assert caption_of(tmp_path / "link.png") == ("", "")
 
 
 @pytest.mark.parametrize(
