@@ -54,3 +54,22 @@ def test_the_tail_is_the_nearest_whole_number_of_steps(count, share):
 def test_a_share_outside_its_range_is_refused(share):
     with pytest.raises(ValueError, match=r"tail is .*; it must lie between 0 and 1"):
         tail_steps(10, share)
+
+
+def test_a_drawing_from_the_command_line_leaves_the_lora_out_of_its_tail(tmp_path):
+    from comfy_g2rpo import lora
+    from g2rpo_trainer.config import load
+    from g2rpo_trainer.run import load_policy
+    from g2rpo_trainer.sampling import draw
+
+    config = load("demo")
+    policy = load_policy(config, "cpu")
+    policy.add_lora(4, 4.0, seed=0)
+    for _, up in policy.pairs().values():
+        torch.nn.init.normal_(up, std=0.2)
+    lora.write(tmp_path / "lora.safetensors", policy.pairs(), 4.0, style="diffusers", metadata={})
+    file = tmp_path / "lora.safetensors"
+    base = draw(config, ["a red circle"], 0, None)[0]
+    tuned, half, tail = (draw(config, ["a red circle"], 0, file, share)[0] for share in (0.0, 0.5, 1.0))
+    assert torch.equal(tail, base)
+    assert all((one - other).abs().mean() > 0.001 for one, other in ((tuned, base), (half, base), (half, tuned)))

@@ -128,8 +128,9 @@ def draw_optimizer(axes: Any, rows: Sequence[Row]) -> None:
     lines = {"grad_norm": "gradient norm", "kl/velocity": "velocity KL", "kl/heldout": "velocity KL, held-out"}
     for (name, label), colour in zip(lines.items(), COLOURS, strict=False):
         steps, values = column(rows, name)
-        if len(steps) and (values > 0).any():
-            axes.plot(steps, values, color=colour, linewidth=1.2, label=label)
+        shown = values > 0
+        if shown.any():
+            axes.plot(steps[shown], values[shown], color=colour, linewidth=1.2, label=label)
             axes.set_yscale("log")
     axes.set(xlabel="step", title="Optimizer")
     if axes.lines:
@@ -158,7 +159,7 @@ def draw_time(axes: Any, rows: Sequence[Row]) -> None:
         steps = next(iter(series.values()))[0]
         layers = [smooth(values) for _, values in series.values()]
         axes.stackplot(steps, layers, labels=list(series), colors=COLOURS, alpha=0.8, linewidth=0)
-        axes.legend(loc="lower left", frameon=True, ncols=len(series), fontsize="small")
+        axes.legend(loc="lower left", frameon=True, ncols=2, fontsize="small")
 
 
 def before_after(before: Sequence[Sample], after: Sequence[Sample], path: Path, steps: tuple[int, int]) -> None:
