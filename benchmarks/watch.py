@@ -37,13 +37,13 @@ ARMS: dict[str, dict[str, Any]] = {
     **{
         f"{reward}, λ = {weight}": {"rewards": [{"name": reward}], "train": RARELY, "method": {"diversity_weight": weight}}
         for reward in ("jpeg", "agreement")
-        for weight in (0.0, 1.0)
+        for weight in (0.0, 0.3, 1.0)
     },
 }
 STAGES = {
     "hack": ("planted, watched", "planted", "mixed, watched", "mixed"),
     "honest": ("honest",),
-    "diversity": ("jpeg, λ = 0.0", "jpeg, λ = 1.0", "agreement, λ = 0.0", "agreement, λ = 1.0"),
+    "diversity": tuple(arm for arm in ARMS if "λ" in arm),
 }
 
 
@@ -132,13 +132,13 @@ def report(results: Sequence[dict[str, Any]]) -> str:
         scores = " | ".join(f"{r[f'heldout_{when}'][name]:.3f}" for name in ("agreement", "strict") for when in ("before", "after"))
         alarm = r["alarms"][0]["step"] if r["alarms"] else "none"
         lines.append(f"| {r['arm']} | {r['seed']} | {r['steps']}, {r['stopped_by']} | {alarm} | {r['lora_step']} | {scores} |")
-    lines += ["", "| trained on, λ | seed | diversity, one prompt | diversity, prompt set | reward |", "|---" * 5 + "|"]
+    lines += ["", "| trained on, λ | seed | steps | diversity, one prompt | diversity, prompt set | reward |", "|---" * 6 + "|"]
     for r in (r for r in results if r["arm"] in STAGES["diversity"]):
         first, last = r["curve"][0], r["curve"][-1]
         ends = " | ".join(f"{first[n]:.4f} → {last[n]:.4f}" for n in ("diversity/pixels/group", "diversity/pixels/set"))
         reward = r["arm"].partition(",")[0]
         scores = " → ".join(f"{r[f'heldout_{when}'][reward]:.3f}" for when in ("before", "after"))
-        lines.append(f"| {r['arm']} | {r['seed']} | {ends} | {scores} |")
+        lines.append(f"| {r['arm']} | {r['seed']} | {r['steps']} | {ends} | {scores} |")
     lines += [json.dumps(r) for r in results if r["arm"] == "cost"]
     return "\n".join(lines)
 
