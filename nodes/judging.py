@@ -135,14 +135,14 @@ def overall(rewards: RewardSet, scores: Tensor) -> list[float]:
     return standing(scores, rewards.weights, rewards.mix, rewards.gates).tolist()
 
 
-def score_table(rewards: RewardSet, scores: Tensor, notes: Sequence[str], what: str) -> str:
-    """List scores [R, images] best first, with the parts of a mix; no text of the user's is in it."""
+def score_table(rewards: RewardSet, scores: Tensor, notes: Sequence[str], what: str, titles: Sequence[str] = ()) -> str:
+    """List scores [R, images] best first, with the parts of a mix; the page shows it, so that titles must be harmless."""
     mixed, names = overall(rewards, scores), [reward.name for reward in rewards.rewards]
     order = best_first(mixed)
     lines = [f"{len(order)} {what}, best first"]
     for rank, i in enumerate(order[:MAX_LINES], 1):
         parts = ", ".join(f"{name} {number(value)}" for name, value in zip(names, scores[:, i].tolist(), strict=True))
-        lines.append(f"{rank}. image {i}: {number(mixed[i])}" + (f"  ({parts})" if len(names) > 1 else ""))
+        lines.append(f"{rank}. {titles[i] if titles else f'image {i}'}: {number(mixed[i])}" + (f"  ({parts})" if len(names) > 1 else ""))
     lines += [f"… and {len(order) - MAX_LINES} more"] if len(order) > MAX_LINES else []
     missing = sum(map(math.isnan, mixed))
     lines += [f"Note: {missing} could not be judged (broken image, or a prompt that the reward cannot read)"] if missing else []

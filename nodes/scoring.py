@@ -27,6 +27,7 @@ from .judging import (
     checked_latents,
     checked_prompt,
     decode,
+    harmless,
     judge,
     one,
     overall,
@@ -75,6 +76,12 @@ class ScoreImages(io.ComfyNode):
                     tooltip="What the images should show: one prompt for all, a list with one per image, or one per line if there are as "
                     f"many lines as images. At most {MAX_CHARACTERS} characters each.",
                 ),
+                io.String.Input(
+                    "names",
+                    optional=True,
+                    force_input=True,
+                    tooltip="One name per image for sheet and table, as Load Image Folder gives them.",
+                ),
             ],
             outputs=[
                 io.Float.Output(
@@ -99,10 +106,13 @@ class ScoreImages(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images: list[Tensor], reward: list[RewardSet], prompt: list[str]) -> io.NodeOutput:
+    def execute(cls, images: list[Tensor], reward: list[RewardSet], prompt: list[str], names: list[str] | None = None) -> io.NodeOutput:
         """Judge and rank."""
         check_inputs(cls, locals())
         rewards, pictures = one("reward", reward), checked_images(images)
+        titles = [f"image {i}" for i in range(len(pictures))] if names is None else [harmless(name) for name in names]
+        if len(titles) != len(pictures):
+            raise ValueError(f"names has {len(titles)} entries for {len(pictures)} images; connect one per image, or nothing")
         prompts, notes = prompts_for(prompt, len(pictures))
         channels = {picture.shape[-1] for picture in pictures}
         notes += ["alpha was ignored"] if 4 in channels else []
@@ -116,11 +126,11 @@ class ScoreImages(io.ComfyNode):
             notes.append(f"a mix by {rewards.mix} says how an image stands among these ones, not how good it is by itself")
         scores = judge(rewards, pictures, prompts)
         mixed = overall(rewards, scores)
-        tiles = [Tile(picture, score, lines=(f"image {i}",)) for i, (picture, score) in enumerate(zip(pictures, mixed, strict=True))]
-        text = score_table(rewards, scores, notes, "images")
+        tiles = [Tile(picture, score, lines=(title,)) for picture, score, title in zip(pictures, mixed, titles, strict=True)]
+        text = score_table(rewards, scores, notes, "images", titles)
         grid = ranked_grid(tiles, "Images from best to worst")
-        names = tuple(each.name for each in rewards.rewards)
-        details = ScoresData(names, rewards.weights, scores, mix=rewards.mix, gates=rewards.gates, prompts=tuple(prompts))
+        judges = tuple(each.name for each in rewards.rewards)
+        details = ScoresData(judges, rewards.weights, scores, mix=rewards.mix, gates=rewards.gates, prompts=tuple(prompts))
         return io.NodeOutput(mixed, best_first(mixed), grid, text, details, ui=show(cls, text))
 
 

@@ -69,7 +69,8 @@ INPUTS: dict[str, dict[str, Any]] = {
     | {"mix": "zscore", "gates": ""},
     "LoadImageFolder": {"folder": "(input)", "deep": False, "skip": 0, "most": 4, "max_side": 64},
     "ScoreRollout": {"rollout": ["Rollout", 0], "vae": VAE, "reward": ["LoadReward", 0], "prompt": "a red circle"},
-    "ScoreImages": {"images": ["ScoreRollout", 1], "reward": ["LoadReward", 0], "prompt": "a red circle"},
+    "ScoreImages": {"images": ["ScoreRollout", 1], "reward": ["LoadReward", 0], "prompt": "a red circle"}
+    | {"names": ["LoadImageFolder", 1]},
     "SelectBest": {"images": ["ScoreRollout", 1], "scores": ["ScoreImages", 0], "k": 2, "use_threshold": True, "threshold": 0.0}
     | {"prompts": ["LoadImageFolder", 2]},
     "SaveScoredImages": {"images": ["ScoreRollout", 1], "scores": ["ScoreImages", 0], "prefix": "scored/image", "most": 0}

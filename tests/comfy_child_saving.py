@@ -102,7 +102,7 @@ folder_graph = {
     "first": block("LoadReward", reward="colourfulness"),
     "second": block("LoadReward", reward="jpeg"),
     "mix": block("MixRewards", reward_1=["first", 0], reward_2=["second", 0], weight_1=1.0, weight_2=0.5, mix="zscore", gates=""),
-    "score": block("ScoreImages", images=["folder", 0], reward=["mix", 0], prompt=["folder", 2]),
+    "score": block("ScoreImages", images=["folder", 0], reward=["mix", 0], prompt=["folder", 2], names=["folder", 1]),
     "save": block(
         "SaveScoredImages",
         images=["folder", 0],
@@ -122,6 +122,7 @@ found = lists(
     files=("save", 0),
     table=("save", 1),
     images=("folder", 0),
+    ranking=("score", 3),
 )
 answers["folder"] = {key: value for key, value in found.items() if key != "images"}
 answers["folder"]["sizes"] = [list(image.shape) for image in found["images"]]
@@ -304,6 +305,7 @@ hostile: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "images to 255": ("SaveScoredImages", save, {"images": good * 255}),
     "images without end": ("SaveScoredImages", save, {"images": torch.zeros(1, 1, 1, 3).expand(1025, 1, 1, 3)}),
     "most below none": ("SaveScoredImages", save, {"most": -1}),
+    "names for others": ("ScoreImages", {"images": good, "reward": one, "prompt": "", "names": ["a"]}, {}),
     "folder of a path": ("LoadImageFolder", folder, {"folder": "../../secret"}),
     "folder that is a link": ("LoadImageFolder", folder, {"folder": "leads_out"}),
     "folder without images": ("LoadImageFolder", folder, {"folder": "empty"}),

@@ -39,6 +39,7 @@ HOSTILE = {
     "images to 255": "images",
     "images without end": "images",
     "most below none": "most",
+    "names for others": "names",
     "folder of a path": "folder",
     "folder that is a link": "folder",
     "folder without images": "folder",
@@ -126,6 +127,13 @@ def test_a_folder_is_loaded_by_name_and_what_is_broken_is_named(core: Answer) ->
         assert torch.equal(core.tensors[f"image {i}"][0], read(cats / name))
     assert found["report"] == ["5 of 7 images loaded; cannot be read: cut.png, text.jpg"]
     assert "link.png" not in found["names"]
+
+
+def test_the_table_names_the_files_and_no_page_takes_a_name_for_markup(core: Answer) -> None:
+    (table,) = core.data["folder"]["ranking"]
+    assert all(f". {name}: " in table for name in ("a1.png", "a10.jpg", "alpha.png"))
+    assert "_img src_x onerror_alert(1)_.png: " in table
+    assert not set("<>&\"'") & set(table)
 
 
 def test_prompts_come_with_the_images(core: Answer) -> None:

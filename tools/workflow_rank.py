@@ -34,7 +34,7 @@ def rank(graph: Graph, family: Family) -> None:
     values = {f"reward_{i}": socket for i, socket in enumerate(sockets, 1)} | {f"weight_{i}": each for i, each in enumerate(weights, 1)}
     judge = graph.add("G2RPO_MixRewards", values | {"mix": "zscore"}, size=(300, 640))["reward"]
     graph.column("Scores")
-    wires = {"images": folder["images"], "prompt": folder["prompts"], "reward": judge}
+    wires = {"images": folder["images"], "prompt": folder["prompts"], "reward": judge, "names": folder["names"]}
     scored = graph.add("G2RPO_ScoreImages", wires, size=(400, 440))
     wires = {"images": folder["images"], "scores": scored["scores"], "details": scored["details"], "names": folder["names"]}
     graph.add("G2RPO_SaveScoredImages", wires | {"prefix": f"ranked/{family.name}", "most": 20}, size=(400, 420))
