@@ -37,7 +37,7 @@ def test_bundled_recipes_load_from_anywhere(name: str, tmp_path: Path, monkeypat
 
 
 def test_there_are_bundled_recipes() -> None:
-    assert {"demo", "demo_multi", "sd35_medium"} <= set(BUNDLED)
+    assert {"demo", "demo_multi", "demo_gated", "sd35_medium"} <= set(BUNDLED)
 
 
 def test_paths_are_looked_up_beside_the_recipe(recipe: Path) -> None:
