@@ -139,6 +139,15 @@ for call in given["stops"]:
         "same": same(reference, state(f"stop{call}")),
     }
 
+# A reward that is gamed: the watch stops the run, and what comes out is the best step's LoRA.
+gamed = train(
+    run="gamed", reward=["8", 0], heldout_reward=["2", 0], steps=8, eval_every=4, learning_rate=4e-3, **given["gamed"]
+) | {"8": {"class_type": "G2RPO_LoadReward", "inputs": {"reward": "jpeg"}}}
+caught = comfy_side.run_prompt({**gamed, **picture(["3", 0])}, want={"image": ("p4", 0), "curve": ("3", 3)})
+folder = runs.RunFolder(hosting.run_place("gamed"))
+answer["gamed"] = [caught.ok, caught.error, folder.summary(), torch.equal(before, caught.values["image"])]
+answer["gamed loras"] = [name for name in folder_paths.get_filename_list("loras") if "gamed" in name]
+
 # More steps continue a run; other settings are refused, and a blank name tells settings apart.
 longer = comfy_side.run_prompt(train(run="whole", steps=given["train"]["steps"] + 1))
 answer["longer"] = [longer.ok, longer.error, state("whole")[1][-1]["step"]]

@@ -43,6 +43,8 @@ TRAIN = {
     "changes": CHANGES,
 }
 STOPS = [1, 3, 14, 19, 24, 34, 46]  # looks at the stop button; the 19th and 46th are in updates
+THINGS = [f"a {colour} {shape}" for colour in ("red", "green", "blue", "yellow", "purple") for shape in ("circle", "square", "triangle")]
+GAMED = {"heldout_prompts": "\n".join(thing for thing in THINGS if thing not in PROMPTS), "changes": f"{CHANGES}\npatience = 1"}
 LOADERS = {
     "1": {"class_type": "G2RPO_TinyDemoLoader", "inputs": {}},
     "2": {"class_type": "G2RPO_LoadReward", "inputs": {"reward": "agreement"}},
@@ -66,7 +68,7 @@ def done(comfyui: Path, base: Path) -> Answer:
     """Run the child script once."""
     # Only newer cores know the widget.
     bypass = {} if "0.3." in (comfyui / "comfyui_version.py").read_text() else {"bypass": False}
-    data = {"train": TRAIN, "stops": STOPS, "bypass": bypass}
+    data = {"train": TRAIN, "stops": STOPS, "bypass": bypass, "gamed": GAMED}
     return run_script(comfyui, Path(__file__).with_name("comfy_child_training.py"), base, data)
 
 
@@ -112,6 +114,15 @@ def test_stopped_anywhere_and_run_again_is_as_if_never_stopped(done: Answer, cal
 
 def test_the_stops_were_in_every_phase(done: Answer) -> None:
     assert {stop["phase"] for stop in done.data["stops"].values()} == {"evaluate", "rollout", "update"}
+
+
+def test_a_gamed_reward_stops_the_run_and_the_best_lora_comes_out(done: Answer) -> None:
+    ok, error, summary, unchanged = done.data["gamed"]
+    assert ok, error
+    assert (summary["stopped_by"], summary["steps"], summary["best_step"]) == ("watch", 4, 0)
+    assert "held-out agreement fell" in summary["alarms"][0]["text"]
+    # The untrained model is the best: its LoRA changes nothing.
+    assert unchanged and done.data["gamed loras"] == ["g2rpo/gamed_000000.safetensors"]
 
 
 def test_more_steps_continue_a_run_and_other_settings_are_refused(done: Answer) -> None:

@@ -155,6 +155,22 @@ def test_an_alarm_is_a_sign_that_has_lasted(history, patience):
         assert ("alarm" in row) == lasting and ("sign" in row) == bool(kinds)
 
 
+def test_chance_alone_hardly_ever_raises_an_alarm():
+    """Nothing changes but noise, as large as the prompts' own spread: ten evaluations of a hundred runs."""
+    alarms, seen_signs = 0, 0
+    for run in range(100):
+        generator = torch.Generator().manual_seed(run)
+        base, history, row = None, [], {}
+        for _ in range(10):
+            now = Evaluation(("proxy", "held"), tuple(map(str, range(32))), torch.randn(2, 32, 1, generator=generator))
+            base = base or now
+            best = max([base, *history], key=lambda e: e.means()["held"])
+            row = standing(signs(Seen(base, best, now, 1, {"proxy": 1.0}, Pace())), row, Pace().patience) if history else {}
+            alarms, seen_signs = alarms + ("alarm" in row), seen_signs + ("sign" in row)
+            history.append(now)
+    assert alarms <= 5 and 0 < seen_signs < 100
+
+
 @pytest.mark.parametrize(
     ("heldout", "judges", "pace", "words"),
     [
