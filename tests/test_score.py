@@ -19,7 +19,7 @@ from reward_folders import clip_folder, clip_model
 
 from comfy_g2rpo import pictures
 from comfy_g2rpo.captions import caption_of, of_graph
-from comfy_g2rpo.rewards import load
+from comfy_g2rpo.rewards import RewardError, load
 from comfy_g2rpo.rewards.library import load_installed
 from comfy_g2rpo.sheets import csv_bytes
 from comfy_g2rpo.standing import standing
@@ -113,6 +113,19 @@ def test_broken_pictures_are_named_and_skipped(folder: Path, capsys: pytest.Capt
     assert len(rows) == 10 + len(BROKEN)
     assert {Path(row["file"]).name for row in rows if row["problem"]} == set(BROKEN)
     assert all(row["score"] == "" for row in rows if row["problem"])
+
+
+def test_what_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    colourful(9).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no picture")
+    with pytest.raises(pictures.PictureError, match=r"cannot read .*gone\.png: no such file or directory; check the path"):
+        pictures.read(tmp_path / "gone.png")
+    with pytest.raises(pictures.PictureError, match=r"b\.png is not a picture that can be read; save it as PNG or JPEG"):
+        pictures.size_of(tmp_path / "b.png")
+    assert pictures.texts(tmp_path / "b.png") == {}
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 255)
+    with pytest.raises(pictures.PictureError, match=r"a\.png has 16 × 16 pixels; at most 0 megapixels"):
+        pictures.read(tmp_path / "a.png")
 
 
 def test_links_out_of_the_folder_and_hidden_files_are_left_out(folder: Path) -> None:
@@ -223,6 +236,13 @@ def test_one_reward_keeps_its_units_and_what_is_not_judged_has_no_score() -> Non
     # A reward that judges nobody has no say.
     assert not standing(torch.tensor([[3.0, 1.0], [nan, nan]]), [1.0, 1.0]).isnan().any()
     assert standing(torch.full((2, 3), nan), [1.0, 1.0]).isnan().all()
+
+
+def test_a_mix_that_cannot_be_computed_is_refused() -> None:
+    with pytest.raises(RewardError, match=r"weights \[nan\] must be finite"):
+        standing(torch.ones(1, 2), [torch.nan])
+    with pytest.raises(RewardError, match="mix is rank_product for 8193 pictures; at most 8192 are ranked"):
+        standing(torch.ones(2, 8193), [1.0, 1.0], "rank_product")
 
 
 def test_prompts_are_compared_by_themselves_where_asked() -> None:
