@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from comfy_g2rpo import pace, recipes
 
+from .families import FAMILIES, Schedule
 from .rewards import VOTES, check_reward
 
 
@@ -40,12 +41,17 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The model that is aligned."""
 
-    family: Literal["sd3"] = Field("sd3", description="Kind of model.")
+    family: Literal[tuple(FAMILIES)] = Field("sd3", description="Kind of model.")
     path: str = Field(description="Folder of the model, or the name of one that the Hugging Face cache holds; nothing is downloaded.")
-    guidance: float = Field(1.0, ge=0, le=50, description="Classifier-free guidance; 1 is none, more doubles the cost of a forward.")
+    guidance: float = Field(
+        1.0, ge=0, le=50, description="Guidance; 1 is none, more doubles the cost of a forward unless the model takes it as an input (FLUX)."
+    )
     width: int = Field(512, ge=16, le=4096, description="Width of the pictures in pixels.")
     height: int = Field(512, ge=16, le=4096, description="Height of the pictures in pixels.")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="Precision of the model; the method's own arithmetic is always fp32.")
+    schedule: Schedule = Field(
+        "method", description="Noise levels: by method.shift, or as the model's own pipeline (by resolution) or ComfyUI shifts them."
+    )
     max_sequence_length: int = Field(256, ge=0, le=512, description="Tokens for the T5 encoder; 0 where the model has none.")
 
 

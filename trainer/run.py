@@ -17,11 +17,11 @@ from comfy_g2rpo.loop import Setup, World, finish, learn, make_learner, preview_
 from comfy_g2rpo.prompts import load as load_prompts
 from comfy_g2rpo.rewards import RewardError, check_prompts
 from comfy_g2rpo.runs import RunFolder, check_place
-from comfy_g2rpo.schedule import shifted_sigmas
 
+from . import families
 from .allocator import keep_freed_memory
 from .config import Config, TrainedReward, dump, make_pace, make_recipe, model_folder
-from .families.sd3 import SD3, load_pipeline
+from .families import FamilyPolicy
 from .progress import Progress, Silent
 from .report import write_report
 from .rewards import VOTES, build_all
@@ -73,6 +73,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
     policy.encode([*prompts.train, *prompts.heldout])
     policy.drop_text_encoders()
     pace = make_pace(config)
+    shape = policy.latent_shape(config.model.width, config.model.height)
     return Setup(
         recipe=recipe,
         pace=pace,
@@ -83,8 +84,8 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
         judges=judges,
         measures={reward.name: reward.weight for reward in config.heldout_rewards},
         prompts=prompts,
-        sigmas=shifted_sigmas(recipe.num_steps, recipe.shift),
-        shape=policy.latent_shape(config.model.width, config.model.height),
+        sigmas=families.sigmas(policy, config.model.schedule, recipe, shape),
+        shape=shape,
         alpha=config.lora.alpha,
         metadata={
             "g2rpo.version": __version__,
@@ -115,19 +116,12 @@ def world(accelerator: Accelerator) -> World:
     )
 
 
-def load_policy(config: Config, device: torch.device | str) -> SD3:
+def load_policy(config: Config, device: torch.device | str) -> FamilyPolicy:
     """Load the model of a configuration onto a device."""
-    bf16 = config.model.dtype == "bf16"
-    pipeline = load_pipeline(model_folder(config.model.path), torch.bfloat16 if bf16 else torch.float32).to(device)
-    return SD3(
-        pipeline,
-        guidance=config.model.guidance,
-        max_sequence_length=config.model.max_sequence_length,
-        autocast=torch.bfloat16 if bf16 else None,
-    )
+    return families.load(config.model, model_folder(config.model.path), device)
 
 
-def continue_from(policy: SD3, path: Path, scale: float) -> None:
+def continue_from(policy: FamilyPolicy, path: Path, scale: float) -> None:
     """Start from a LoRA file of the same rank and modules; a scale that differs is folded into B."""
     file, pairs = lora.read(path), policy.pairs()
     if set(file.pairs) != set(pairs) or any(file.pairs[name][0].shape != pairs[name][0].shape for name in pairs):

@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from comfy_g2rpo import lora
-from comfy_g2rpo.schedule import shifted_sigmas
 from comfy_g2rpo.tail import draw_with_tail
 
+from . import families
 from .config import Config, make_recipe
 
 
@@ -31,11 +30,9 @@ def draw(config: Config, prompts: Sequence[str], seed: int, lora_file: Path | No
 
     policy, recipe = load_policy(config, device()), make_recipe(config)
     if lora_file:
-        lora.check(lora_file, [name for name, _ in policy.transformer.named_modules()])
-        policy.pipeline.load_lora_weights(lora.read(lora_file).state_dict())
-        policy.find_layers()
+        policy.load_lora(lora_file)
     shape = policy.latent_shape(config.model.width, config.model.height)
-    sigmas = shifted_sigmas(recipe.num_steps, recipe.shift)
+    sigmas = families.sigmas(policy, config.model.schedule, recipe, shape)
     conds, seeds = policy.encode(prompts), [seed] * len(prompts)
     latents = draw_with_tail(policy, sigmas, conds, seeds, shape, tail, slots=config.train.slots, device=policy.device)
     return [picture for part in latents.split(config.train.decode_batch) for picture in policy.decode(part).cpu()]

@@ -1,1 +1,65 @@
-"""Model families: one module each, that loads a model as a policy with its text encoding and its decoder."""
+"""Model families: one module each, that loads a model as a policy with its text encoding, its schedule and its decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from torch import Tensor
+
+from comfy_g2rpo.policy import Trainee
+from comfy_g2rpo.schedule import shifted_sigmas
+
+if TYPE_CHECKING:
+    import torch
+
+    from comfy_g2rpo.recipes import Recipe
+
+    from ..config import ModelSection
+
+FAMILIES: dict[str, str] = {"sd3": "Stable Diffusion 3 and 3.5"}
+"""Every family: the name of its module, which has a function `load(section, folder, device)`, and what it stands for."""
+
+Schedule = Literal["method", "pipeline", "comfyui"]
+
+
+class FamilyPolicy(Trainee, Protocol):
+    """What `load` returns: a trainee that the headless host can also prepare, schedule and continue."""
+
+    comfyui_shift: float
+    """The shift that ComfyUI's graphs have for this family unless a block changes it."""
+
+    def add_lora(self, rank: int, alpha: float, seed: int, feed_forward: bool = False) -> None:
+        """Put a fresh adapter on the attention projections (and the feed-forward ones)."""
+        ...
+
+    def load_lora(self, path: Path) -> None:
+        """Put the adapter of a file on the model, to draw with."""
+        ...
+
+    def drop_text_encoders(self) -> None:
+        """Free the text encoders' memory once every prompt has been encoded."""
+        ...
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        """Return (C, h, w) of a picture of the given size in pixels, or refuse the size."""
+        ...
+
+    def pipeline_sigmas(self, num_steps: int, shape: Sequence[int]) -> Tensor:
+        """Return the noise levels [T+1] of the family's own diffusers pipeline for latents of a shape."""
+        ...
+
+
+def load(section: ModelSection, folder: Path, device: torch.device | str) -> FamilyPolicy:
+    """Load the model of a configuration's section from its folder onto a device."""
+    policy: Any = import_module(f".{section.family}", __name__).load(section, folder, device)
+    return policy
+
+
+def sigmas(policy: FamilyPolicy, schedule: Schedule, recipe: Recipe, shape: Sequence[int]) -> Tensor:
+    """Return the noise levels [T+1] of a run: by the method's shift, as the family's pipeline samples, or as ComfyUI does."""
+    if schedule == "pipeline":
+        return policy.pipeline_sigmas(recipe.num_steps, shape)
+    return shifted_sigmas(recipe.num_steps, policy.comfyui_shift if schedule == "comfyui" else recipe.shift)

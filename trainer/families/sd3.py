@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 
-from comfy_g2rpo.rollout import seeded_noise
-
+from .adapted import Adapted
 from .sd3_merged import Merged
 from .tiny_decoder import TinyDecoder, foldable
+
+if TYPE_CHECKING:
+    from ..config import ModelSection
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -56,10 +56,19 @@ def _components(index: Path) -> dict[str, list[str | None]]:
         raise ValueError(f"{index}: not a JSON file ({error}); fetch the model again") from error
 
 
-class SD3:
+def load(section: ModelSection, folder: Path, device: torch.device | str) -> SD3:
+    """Load the model of a configuration's section onto a device."""
+    bf16 = section.dtype == "bf16"
+    pipeline = load_pipeline(folder, torch.bfloat16 if bf16 else torch.float32).to(device)
+    autocast = torch.bfloat16 if bf16 else None
+    return SD3(pipeline, guidance=section.guidance, max_sequence_length=section.max_sequence_length, autocast=autocast)
+
+
+class SD3(Adapted):
     """A policy and a decoder over a StableDiffusion3Pipeline, with a peft LoRA on its transformer."""
 
-    decodes_while_rolling = True
+    comfyui_shift = 3.0
+    blocks, attention, feed_forward = r"transformer_blocks\.\d+(\.attn2?)?", ATTENTION, FEED_FORWARD
 
     def __init__(
         self,
@@ -69,41 +78,11 @@ class SD3:
         max_sequence_length: int = 0,
         autocast: torch.dtype | None = None,
     ) -> None:
-        self.pipeline, self.guidance, self.max_sequence_length, self.autocast = pipeline, guidance, max_sequence_length, autocast
-        self.transformer, self.vae = pipeline.transformer.requires_grad_(False).eval(), pipeline.vae.requires_grad_(False).eval()
+        super().__init__(pipeline, autocast)
+        self.guidance, self.max_sequence_length = guidance, max_sequence_length
         self.vae.to(memory_format=torch.channels_last)
         self._folded = TinyDecoder(self.vae.decoder) if foldable(self.vae) else None
-        # Looked up once: diffusers walks through every module for them.
-        self.device, self.dtype, self.vae_dtype = pipeline.device, pipeline.transformer.dtype, pipeline.vae.dtype
-        self.layers: dict[str, nn.Module] = {}
         self._merged: Merged | None = None
-        self._prompts: dict[str, Cond] = {}
-
-    def add_lora(self, rank: int, alpha: float, seed: int, feed_forward: bool = False) -> None:
-        """Put a fresh adapter on the attention projections (and the feed-forward ones): A seeded as N(0, 1/3n), B zero."""
-        targets = ATTENTION + (FEED_FORWARD if feed_forward else ())
-        pattern = rf"transformer_blocks\.\d+\.(attn2?\.)?({'|'.join(t.replace('.', chr(92) + '.') for t in targets)})"
-        self.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=False))
-        self.find_layers()
-        with torch.no_grad():
-            for name, (down, up) in self.pairs().items():
-                down.copy_(seeded_noise(down.shape, "lora", seed, name) / math.sqrt(3 * down.shape[1]))
-                up.zero_()
-        for parameter in self.parameters():
-            # The adapter learns in float32 whatever the weights beneath are kept in.
-            parameter.data = parameter.data.float()
-
-    def find_layers(self) -> None:
-        """Take note of the layers that carry an adapter, whoever put it there: those that `reference` switches off."""
-        self.layers = {name: module for name, module in self.transformer.named_modules() if hasattr(module, "get_delta_weight")}
-
-    def pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """Return the adapter's (A, B) by module name."""
-        return {name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for name, layer in self.layers.items()}
-
-    def parameters(self) -> list[nn.Parameter]:
-        """List the adapter's parameters: A, B of every module in order."""
-        return [parameter for pair in self.pairs().values() for parameter in pair]
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
         """Return v [B, C, H, W] in float32, with classifier-free guidance where it is above 1."""
@@ -117,8 +96,7 @@ class SD3:
         if self._merged:
             return self._merged(x.to(self.dtype), sigma, cond).float()
         tokens, pooled = torch.stack([c.tokens for c in cond]), torch.stack([c.pooled for c in cond])
-        cast = torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
-        with cast:
+        with self.casting():
             velocity = self.transformer(
                 hidden_states=x.to(self.dtype),
                 timestep=sigma * 1000,
@@ -127,17 +105,6 @@ class SD3:
                 return_dict=False,
             )[0]
         return velocity.float()
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Switch the adapter off."""
-        for layer in self.layers.values():
-            layer.enable_adapters(False)
-        try:
-            yield
-        finally:
-            for layer in self.layers.values():
-                layer.enable_adapters(True)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -151,25 +118,12 @@ class SD3:
             finally:
                 self._merged = None
 
-    def training(self) -> AbstractContextManager[None]:
-        """Do nothing: the velocity is differentiable as it is."""
-        return nullcontext()
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[Cond]:
-        """Return text features, computed once per prompt."""
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._prompts:
-                tokens, _, pooled, _ = self.pipeline.encode_prompt(
-                    prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length, device=self.device
-                )
-                self._prompts[prompt] = Cond(tokens[0], pooled[0])
-        return [self._prompts[prompt] for prompt in prompts]
-
-    def drop_text_encoders(self) -> None:
-        """Free the text encoders' memory once every prompt has been encoded."""
-        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-            setattr(self.pipeline, name, None)
+    def encode_one(self, prompt: str) -> Cond:
+        """Run the text encoders on one prompt."""
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length, device=self.device
+        )
+        return Cond(tokens[0], pooled[0])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
