@@ -1,0 +1,113 @@
+"""What policies over a diffusers pipeline share: a peft LoRA on the transformer, prompts encoded once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from comfy_g2rpo import lora
+from comfy_g2rpo.rollout import seeded_noise
+
+
+class Adapted:
+    """A pipeline whose transformer carries a LoRA. A family adds `velocity`, `decode`, `latent_shape`, its targets and `encode_one`."""
+
+    decodes_while_rolling = True
+    blocks: str  # pattern of the modules that targets lie in, such as r"transformer_blocks\.\d+"
+    attention: Sequence[str]  # targets in a block
+    feed_forward: Sequence[str]  # further targets
+
+    def __init__(self, pipeline: Any, autocast: torch.dtype | None = None) -> None:
+        self.pipeline, self.autocast = pipeline, autocast
+        self.transformer: Any = pipeline.transformer.requires_grad_(False).eval()
+        self.vae: Any = pipeline.vae.requires_grad_(False).eval()
+        # Looked up once: diffusers walks through every module for them.
+        self.device, self.dtype, self.vae_dtype = pipeline.device, pipeline.transformer.dtype, pipeline.vae.dtype
+        self.layers: dict[str, nn.Module] = {}
+        self._prompts: dict[str, Any] = {}
+
+    def encode_one(self, prompt: str) -> Any:
+        """Run the text encoders on one prompt: a named tuple of tensors without batch dimension."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> list[Any]:
+        """Return text features, computed once per prompt."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._prompts:
+                self._prompts[prompt] = self.encode_one(prompt)
+        return [self._prompts[prompt] for prompt in prompts]
+
+    def drop_text_encoders(self) -> None:
+        """Free the text encoders' memory once every prompt has been encoded."""
+        for name in self.pipeline.components:
+            if name.startswith("text_encoder"):
+                setattr(self.pipeline, name, None)
+
+    def add_lora(self, rank: int, alpha: float, seed: int, feed_forward: bool = False) -> None:
+        """Put a fresh adapter on the attention projections (and the feed-forward ones): A seeded as N(0, 1/3n), B zero."""
+        targets = (*self.attention, *(self.feed_forward if feed_forward else ()))
+        pattern = rf"{self.blocks}\.({'|'.join(target.replace('.', chr(92) + '.') for target in targets)})"
+        self.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=False))
+        self.find_layers()
+        with torch.no_grad():
+            for name, (down, up) in self.pairs().items():
+                down.copy_(seeded_noise(down.shape, "lora", seed, name) / math.sqrt(3 * down.shape[1]))
+                up.zero_()
+        for parameter in self.parameters():
+            # The adapter learns in float32 whatever the weights beneath are kept in.
+            parameter.data = parameter.data.float()
+
+    def load_lora(self, path: Path) -> None:
+        """Put the adapter of a file on the model, to draw with; a file that fits no module is refused."""
+        lora.check(path, [name for name, _ in self.transformer.named_modules()])
+        self.pipeline.load_lora_weights(lora.read(path).state_dict())
+        self.find_layers()
+
+    def find_layers(self) -> None:
+        """Take note of the layers that carry an adapter, whoever put it there: those that `reference` switches off."""
+        self.layers = {name: module for name, module in self.transformer.named_modules() if hasattr(module, "get_delta_weight")}
+
+    def pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """Return the adapter's (A, B) by module name."""
+        return {name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for name, layer in self.layers.items()}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """List the adapter's parameters: A, B of every module in order."""
+        return [parameter for pair in self.pairs().values() for parameter in pair]
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Switch the adapter off."""
+        for layer in self.layers.values():
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.enable_adapters(True)
+
+    def inference(self) -> AbstractContextManager[None]:
+        """Evaluate without gradients."""
+        return torch.no_grad()
+
+    def training(self) -> AbstractContextManager[None]:
+        """Do nothing: the velocity is differentiable as it is."""
+        return nullcontext()
+
+    def casting(self) -> AbstractContextManager[Any]:
+        """Run the transformer in the precision of `autocast` where it is set."""
+        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+
+    def pipeline_sigmas(self, num_steps: int, shape: Sequence[int]) -> Tensor:
+        """Return the noise levels [T+1] that the pipeline's scheduler sets where no shift by resolution is asked for."""
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        scheduler.set_timesteps(num_steps)
+        return scheduler.sigmas.float().cpu()
