@@ -44,7 +44,7 @@ class ModelSection(Section):
     family: Literal[tuple(FAMILIES)] = Field("sd3", description="Kind of model.")
     path: str = Field(description="Folder of the model, or the name of one that the Hugging Face cache holds; nothing is downloaded.")
     guidance: float = Field(
-        1.0, ge=0, le=50, description="Guidance; 1 is none, more doubles the cost of a forward unless the model takes it as an input (FLUX)."
+        1.0, ge=0, le=50, description="Guidance; 1 is none, more doubles the cost of a forward; FLUX.1 takes it as an input."
     )
     width: int = Field(512, ge=16, le=4096, description="Width of the pictures in pixels.")
     height: int = Field(512, ge=16, le=4096, description="Height of the pictures in pixels.")

@@ -70,7 +70,8 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
     policy.add_lora(config.lora.rank, config.lora.alpha, config.train.seed, config.lora.targets != "attention")
     if config.lora.init:
         continue_from(policy, Path(config.lora.init), config.lora.alpha / config.lora.rank)
-    policy.encode([*prompts.train, *prompts.heldout])
+    for prompt in (*prompts.train, *prompts.heldout):
+        policy.encode([prompt])
     policy.drop_text_encoders()
     pace = make_pace(config)
     shape = policy.latent_shape(config.model.width, config.model.height)

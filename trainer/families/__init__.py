@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 
     from ..config import ModelSection
 
-FAMILIES: dict[str, str] = {"sd3": "Stable Diffusion 3 and 3.5"}
+FAMILIES: dict[str, str] = {
+    "sd3": "Stable Diffusion 3 and 3.5",
+    "flux": "FLUX.1",
+}
 """Every family: the name of its module, which has a function `load(section, folder, device)`, and what it stands for."""
+PIPELINES: dict[str, str] = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
+"""The family that a folder belongs to, by the diffusers pipeline that it names."""
 
 Schedule = Literal["method", "pipeline", "comfyui"]
 

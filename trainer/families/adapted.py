@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,12 @@ from torch import Tensor, nn
 from comfy_g2rpo import lora
 from comfy_g2rpo.rollout import seeded_noise
 
+from ..prompt_cache import PromptCache
+from .tiny_decoder import TinyDecoder, foldable
+
+KEPT = 64
+"""Prompts whose features stay on the device where the disk has them, too."""
+
 
 class Adapted:
     """A pipeline whose transformer carries a LoRA. A family adds `velocity`, `decode`, `latent_shape`, its targets and `encode_one`."""
@@ -23,6 +29,8 @@ class Adapted:
     blocks: str  # pattern of the modules that targets lie in, such as r"transformer_blocks\.\d+"
     attention: Sequence[str]  # targets in a block
     feed_forward: Sequence[str]  # further targets
+    cond: Callable[..., Any]  # named tuple of a prompt's features
+    cache: PromptCache | None = None
 
     def __init__(self, pipeline: Any, autocast: torch.dtype | None = None) -> None:
         self.pipeline, self.autocast = pipeline, autocast
@@ -30,6 +38,8 @@ class Adapted:
         self.vae: Any = pipeline.vae.requires_grad_(False).eval()
         # Looked up once: diffusers walks through every module for them.
         self.device, self.dtype, self.vae_dtype = pipeline.device, pipeline.transformer.dtype, pipeline.vae.dtype
+        self.vae.to(memory_format=torch.channels_last)
+        self._folded = TinyDecoder(self.vae.decoder) if foldable(self.vae) else None
         self.layers: dict[str, nn.Module] = {}
         self._prompts: dict[str, Any] = {}
 
@@ -40,10 +50,22 @@ class Adapted:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Any]:
         """Return text features, computed once per prompt."""
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._prompts:
-                self._prompts[prompt] = self.encode_one(prompt)
-        return [self._prompts[prompt] for prompt in prompts]
+        return [self._encoded(prompt) for prompt in prompts]
+
+    def _encoded(self, prompt: str) -> Any:
+        if prompt in self._prompts:
+            return self._prompts[prompt]
+        if self.cache and (known := self.cache.get(prompt)):
+            found = self.cond(**{name: tensor.to(self.device) for name, tensor in known.items()})
+        else:
+            found = self.encode_one(prompt)
+            if self.cache:
+                self.cache.put(prompt, found._asdict())
+        if self.cache and len(self._prompts) >= KEPT:
+            # The disk has them all; the device keeps the latest.
+            del self._prompts[next(iter(self._prompts))]
+        self._prompts[prompt] = found
+        return found
 
     def drop_text_encoders(self) -> None:
         """Free the text encoders' memory once every prompt has been encoded."""
@@ -111,3 +133,20 @@ class Adapted:
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
         scheduler.set_timesteps(num_steps)
         return scheduler.sigmas.float().cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents [B, C, h, w] to images [B, H, W, 3] in [0, 1], float32 and contiguous."""
+        config = self.vae.config
+        raw = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        raw = raw.to(self.vae_dtype, memory_format=torch.channels_last)
+        images = self._folded(raw) if self._folded else self.vae.decode(raw, return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
+
+
+def cells(width: int, height: int, scale: int, patch: int) -> tuple[int, int]:
+    """Return (h, w) of the latent of a picture; `scale` pixels are a cell, `patch` cells a token's side."""
+    factor = scale * patch
+    if width % factor or height % factor:
+        raise ValueError(f"model.width and model.height are {width}×{height}; both must be multiples of {factor}")
+    return height // scale, width // scale

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +11,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from .adapted import Adapted
+from ..prompt_cache import for_model
+from . import folder
+from .adapted import Adapted, cells
 from .sd3_merged import Merged
-from .tiny_decoder import TinyDecoder, foldable
 
 if TYPE_CHECKING:
     from ..config import ModelSection
@@ -32,42 +32,22 @@ class Cond(NamedTuple):
 
 def load_pipeline(path: str | Path, dtype: torch.dtype) -> StableDiffusion3Pipeline:
     """Load a diffusers folder from this machine alone; a third text encoder that it lacks stays away."""
-    index = Path(path) / "model_index.json"
-    if not index.is_file():
-        raise FileNotFoundError(f"model.path {path}: no model_index.json there; give the folder of a diffusers Stable Diffusion 3 model")
-    absent = {key: None for key, (_, cls) in _components(index).items() if key in ("text_encoder_3", "tokenizer_3") and cls is None}
-    try:
-        pipeline = StableDiffusion3Pipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **absent)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(
-            f"model.path {path}: this folder cannot be loaded ({str(error).splitlines()[0]}); fetch it again or give another"
-        ) from error
-    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-        # transformers makes an empty vocabulary where a tokenizer's files are missing.
-        if (tokenizer := getattr(pipeline, name)) is not None and len(tokenizer) < 256:
-            raise ValueError(f"model.path {path}: the files of its {name} are missing; fetch it again or give another")
-    return pipeline
+    return folder.load_pipeline(StableDiffusion3Pipeline, path, dtype, optional=("text_encoder_3", "tokenizer_3"))
 
 
-def _components(index: Path) -> dict[str, list[str | None]]:
-    try:
-        return {key: value for key, value in json.loads(index.read_text("utf-8")).items() if isinstance(value, list) and len(value) == 2}
-    except ValueError as error:
-        raise ValueError(f"{index}: not a JSON file ({error}); fetch the model again") from error
-
-
-def load(section: ModelSection, folder: Path, device: torch.device | str) -> SD3:
+def load(section: ModelSection, path: Path, device: torch.device | str) -> SD3:
     """Load the model of a configuration's section onto a device."""
-    bf16 = section.dtype == "bf16"
-    pipeline = load_pipeline(folder, torch.bfloat16 if bf16 else torch.float32).to(device)
-    autocast = torch.bfloat16 if bf16 else None
-    return SD3(pipeline, guidance=section.guidance, max_sequence_length=section.max_sequence_length, autocast=autocast)
+    bf16, length = section.dtype == "bf16", section.max_sequence_length
+    pipeline = load_pipeline(path, torch.bfloat16 if bf16 else torch.float32).to(device)
+    policy = SD3(pipeline, guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
+    policy.cache = for_model(path, "sd3", section.dtype, length)
+    return policy
 
 
 class SD3(Adapted):
     """A policy and a decoder over a StableDiffusion3Pipeline, with a peft LoRA on its transformer."""
 
-    comfyui_shift = 3.0
+    comfyui_shift, cond = 3.0, Cond
     blocks, attention, feed_forward = r"transformer_blocks\.\d+(\.attn2?)?", ATTENTION, FEED_FORWARD
 
     def __init__(
@@ -80,8 +60,6 @@ class SD3(Adapted):
     ) -> None:
         super().__init__(pipeline, autocast)
         self.guidance, self.max_sequence_length = guidance, max_sequence_length
-        self.vae.to(memory_format=torch.channels_last)
-        self._folded = TinyDecoder(self.vae.decoder) if foldable(self.vae) else None
         self._merged: Merged | None = None
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
@@ -125,18 +103,6 @@ class SD3(Adapted):
         )
         return Cond(tokens[0], pooled[0])
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents [B, C, h, w] to images [B, H, W, 3] in [0, 1], float32 and contiguous."""
-        config = self.vae.config
-        raw = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        raw = raw.to(self.vae_dtype, memory_format=torch.channels_last)
-        images = self._folded(raw) if self._folded else self.vae.decode(raw, return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
-
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (C, h, w) of a picture of the given size in pixels."""
-        factor = self.pipeline.vae_scale_factor * self.pipeline.patch_size
-        if width % factor or height % factor:
-            raise ValueError(f"model.width and model.height are {width}×{height}; both must be multiples of {factor}")
-        return self.transformer.config.in_channels, height // self.pipeline.vae_scale_factor, width // self.pipeline.vae_scale_factor
+        return self.transformer.config.in_channels, *cells(width, height, self.pipeline.vae_scale_factor, self.pipeline.patch_size)

@@ -1,0 +1,82 @@
+"""Text features on disk, so that a prompt is encoded once per model and not once per run.
+
+    <root>/<model key>/<first two digits>/<hash of the text>.safetensors
+
+Every prompt is a file of its own, written whole or not at all: an interrupted run continues where it stopped, and processes may share the
+folder. Nothing is ever removed; the whole folder may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from comfy_g2rpo.runs import FileError, read_tensors, write_tensors
+
+FORMAT = 1
+SMALL = 100 * 2**20
+"""Text encoders below so many bytes are quicker than the disk."""
+READ_WHOLE = 4 * 2**20
+PARTS = ("text_encoder", "tokenizer")
+
+
+class PromptCache:
+    """The features of one model's prompts."""
+
+    def __init__(self, root: Path, key: str) -> None:
+        self.folder = root / key
+
+    def get(self, text: str) -> dict[str, Tensor] | None:
+        """Return a prompt's features, or None where they are not known; a damaged file is not known."""
+        path = self.place(text)
+        try:
+            return read_tensors(path)[0] if path.is_file() else None
+        except FileError:
+            return None
+
+    def put(self, text: str, features: Mapping[str, Tensor]) -> None:
+        """Keep a prompt's features."""
+        path = self.place(text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, features)
+
+    def place(self, text: str) -> Path:
+        """Return the file of a prompt."""
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        return self.folder / digest[:2] / f"{digest}.safetensors"
+
+
+def default_root() -> Path:
+    """Return where features are kept: $G2RPO_PROMPTS, or the user's cache."""
+    return Path(os.environ.get("G2RPO_PROMPTS") or Path.home() / ".cache" / "g2rpo" / "prompts").expanduser()
+
+
+def for_model(folder: Path, *settings: object) -> PromptCache | None:
+    """Return the cache of a diffusers folder's text encoders under settings that change their output; None where they are small."""
+    files = encoder_files(folder)
+    if sum(path.stat().st_size for path in files) < SMALL:
+        return None
+    return PromptCache(default_root(), fingerprint(folder, files, settings))
+
+
+def encoder_files(folder: Path) -> list[Path]:
+    """List the files that text features depend on."""
+    parts = (part for part in folder.iterdir() if part.name.startswith(PARTS))
+    return sorted(path for part in parts for path in part.rglob("*") if path.is_file())
+
+
+def fingerprint(folder: Path, files: list[Path], settings: tuple[object, ...]) -> str:
+    """Tell models apart without reading gigabytes: small files by their content, large ones by their beginning, size and time."""
+    facts: list[object] = [FORMAT, [str(setting) for setting in settings]]
+    for path in files:
+        state = path.stat()
+        with path.open("rb") as file:
+            begin = hashlib.sha256(file.read(READ_WHOLE)).hexdigest()
+        time = state.st_mtime_ns if state.st_size > READ_WHOLE else 0
+        facts.append([path.relative_to(folder).as_posix(), state.st_size, time, begin])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
