@@ -124,10 +124,12 @@ def evaluate(
     *,
     recipe: Recipe | None = None,
     preview: Sequence[int] | None = None,
+    preview_sigmas: Tensor | None = None,
 ) -> Evaluation:
     """Score the deterministic samples of the held-out prompts from noises that every evaluation of a run shares.
 
-    With the recipe of the run it measures what the watch needs, too; `preview` is a latent's shape for pictures of a second size.
+    With the recipe of the run it measures what the watch needs, too; `preview` is a latent's shape for pictures of a second size,
+    along `preview_sigmas` or the same noise levels.
     """
     prompts = tuple(heldout[: pace.eval_prompts or None])
     rows = [(prompt, noise) for prompt in prompts for noise in range(pace.eval_noises)]
@@ -152,8 +154,8 @@ def evaluate(
     if preview is not None:
         some = sorted(chosen & set(range(len(prompts))))
         at = [p * pace.eval_noises for p in some]
-        seen = [rows[i] for i in at]
-        larger = draw(policy, judges, seen, [seeds[i] for i in at], sigmas, preview, pace, range(len(at)), check)
+        seen, levels = [rows[i] for i in at], sigmas if preview_sigmas is None else preview_sigmas
+        larger = draw(policy, judges, seen, [seeds[i] for i in at], levels, preview, pace, range(len(at)), check)
         previews = samples(names, seen, larger)
         found["preview"] = Evaluation(names, tuple(prompts[p] for p in some), larger.scores, previews)
     return Evaluation(names, prompts, scores, samples(names, rows, scorer), **found)

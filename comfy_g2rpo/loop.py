@@ -71,6 +71,8 @@ class Setup:
     world: World = field(default_factory=World)
     preview: tuple[int, ...] | None = None
     """Shape of a latent at the preview size, where evaluations draw there, too."""
+    preview_sigmas: Tensor | None = None
+    """Noise levels [T+1] at that size; those of training where they do not depend on the size."""
     measures: Mapping[str, float] = field(default_factory=dict)
     """Say of the rewards that only measure in the watch, by name: 1 where it is left out, 0 is none, below 0 less is better."""
 
@@ -302,6 +304,7 @@ def look(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, ch
             partial(check, "evaluate"),
             recipe=recipe,
             preview=setup.preview,
+            preview_sigmas=setup.preview_sigmas,
         )
     evaluation.save(folder, learner.step)
     row = {"step": learner.step} | evaluation.metrics()

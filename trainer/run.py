@@ -74,7 +74,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
         policy.encode([prompt])
     policy.drop_text_encoders()
     pace = make_pace(config)
-    shape = policy.latent_shape(config.model.width, config.model.height)
+    shape, preview = policy.latent_shape(config.model.width, config.model.height), preview_shape(pace, policy.latent_shape)
     return Setup(
         recipe=recipe,
         pace=pace,
@@ -95,7 +95,8 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
             "g2rpo.rewards": ", ".join(map(described, config.rewards)),
         },
         world=world(accelerator),
-        preview=preview_shape(pace, policy.latent_shape),
+        preview=preview,
+        preview_sigmas=families.sigmas(policy, config.model.schedule, recipe, preview) if preview else None,
     )
 
 
