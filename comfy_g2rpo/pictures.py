@@ -98,6 +98,8 @@ def levels(image: Image.Image) -> np.ndarray:
         grey = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0, neginf=0.0)
         top = 65535.0 if image.mode != "F" else 255.0 if grey.size and grey.max() > 1 else 1.0
         return np.repeat((grey / top).clip(0, 1).astype(np.float32)[..., None], 3, axis=2)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # otherwise Pillow warns, and takes the colour behind it all the same
     return np.asarray(image.convert("RGB"), np.float32) / 255
 
 
