@@ -119,9 +119,15 @@ def test_watching_does_not_change_what_is_learned(watched, unwatched):
 
 
 def test_what_came_out_names_the_alarm_the_step_and_the_way_on(watched):
-    lines = outcome(watched[1])
-    assert any(line.startswith(f"alarm at step {watched[1]['steps']}: held-out agreement fell") for line in lines)
-    assert f"stopped by the watch: the LoRA is that of step {watched[1]['best_step']}, the best by held-out rewards; {GO_ON}" in lines
+    summary = watched[1]
+    alarm = f"alarm at step {summary['steps']}: {summary['alarms'][0]['text']}"
+    assert alarm in outcome(summary)
+    better = outcome(summary | {"best_step": 4, "lora_step": 4})
+    assert f"stopped by the watch; the LoRA is that of step 4, the best by held-out rewards; {GO_ON}" in better
+    untrained = outcome(summary | {"best_step": 0, "lora_step": 0})
+    assert f"stopped by the watch; no step beat the untrained model: its LoRA does nothing; {GO_ON}" in untrained
+    went_on = outcome(summary | {"stopped_by": "steps", "best_step": 4, "lora_step": 18, "sign": "it games"})
+    assert went_on[-4:-1] == [alarm, "seen at the end: it games", "step 4 was the best by held-out rewards, and its checkpoint is kept"]
 
 
 def test_the_rows_say_how_far_the_model_has_moved(watched):

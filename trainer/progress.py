@@ -208,14 +208,29 @@ def outcome(summary: Mapping[str, Any]) -> list[str]:
         for name in after:
             if _has(before, name) and _has(after, name):
                 lines.append(f"{label} {name}: {before[name]:.3f} → {after[name]:.3f} ({after[name] - before[name]:+.3f})")
-    lines += [f"alarm at step {alarm['step']}: {alarm['text']}" for alarm in (summary.get("alarms") or [])[-1:]]
+    return lines + watched(summary) + spent(summary)
+
+
+def watched(summary: Mapping[str, Any]) -> list[str]:
+    """Say what the watch saw and which LoRA to use."""
+    alarms, sign, best = summary.get("alarms") or [], summary.get("sign"), summary.get("best_step")
+    lines = [f"alarm at step {alarm['step']}: {alarm['text']}" for alarm in alarms[-1:]]
+    if sign and sign not in {alarm["text"] for alarm in alarms}:
+        lines.append(f"seen at the end: {sign}")
     if summary.get("stopped_by") == "watch":
-        lines.append(f"stopped by the watch: the LoRA is that of step {summary['lora_step']}, the best by held-out rewards; {GO_ON}")
-    elif summary.get("sign"):
-        lines.append(f"seen at the end: {summary['sign']}; step {summary['best_step']} was the best by held-out rewards")
-    if "seconds" in summary:
-        lines.append(f"{clock(summary['seconds'])} for {summary.get('steps', '?')} steps, {summary.get('forwards', '?')} forwards")
+        untrained = "no step beat the untrained model: its LoRA does nothing"
+        what = f"the LoRA is that of step {best}, the best by held-out rewards" if best else untrained
+        lines.append(f"stopped by the watch; {what}; {GO_ON}")
+    elif best is not None and best != summary.get("lora_step") and (alarms or sign):
+        lines.append(f"step {best} was the best by held-out rewards, and its checkpoint is kept")
     return lines
+
+
+def spent(summary: Mapping[str, Any]) -> list[str]:
+    """Say what a run has cost."""
+    if "seconds" not in summary:
+        return []
+    return [f"{clock(summary['seconds'])} for {summary.get('steps', '?')} steps, {summary.get('forwards', '?')} forwards"]
 
 
 def _has(values: Mapping[str, Any], name: str) -> bool:
