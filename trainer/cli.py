@@ -30,7 +30,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a bundled one: demo, demo_multi, demo_gated, sd35_medium.")]
+Recipe = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A YAML file, or a bundled one: demo, demo_multi, demo_gated, sd35_medium, flux_dev."),
+]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe, such as method.eta=0.5.")
 ]

@@ -18,6 +18,8 @@ from comfy_g2rpo import pace, recipes
 from .families import FAMILIES, Schedule
 from .rewards import VOTES, check_reward
 
+GATED = ("black-forest-labs/", "stabilityai/")
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run, in one line per mistake."""
@@ -326,7 +328,9 @@ def model_folder(path: str) -> Path:
     try:
         return Path(snapshot_download(path, local_files_only=True))
     except LocalEntryNotFoundError as error:
-        raise ConfigError(f"model.path is {path!r}, which this machine does not have; fetch it with: hf download {path}") from error
+        licence = f" (it may ask for its licence: accept it at https://huggingface.co/{path} and run: hf auth login)"
+        fetch = f"fetch it with: hf download {path}{licence if path.startswith(GATED) else ''}"
+        raise ConfigError(f"model.path is {path!r}, which this machine does not have; {fetch}") from error
 
 
 def places(given: str, near: Path) -> Iterator[Path]:

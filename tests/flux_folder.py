@@ -1,0 +1,70 @@
+"""A FLUX.1 of diffusers' and transformers' own classes, random and too small to cost anything, in a folder as it is published."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+TINY = Path(__file__).parent.parent / "models/tiny"
+TOKENS = 24
+# What the published folders say; dev is shifted by resolution, schnell not at all.
+SCHEDULERS = {
+    "dev": {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
+    "schnell": {"shift": 1.0, "use_dynamic_shifting": False},
+}
+
+
+def transformer(kind: str = "dev") -> FluxTransformer2DModel:
+    """Make the transformer: two double and two single blocks of one head, the smallest that ComfyUI can load."""
+    return FluxTransformer2DModel(
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=128,
+        num_attention_heads=1,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=kind == "dev",
+    )
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """Make a tokenizer that knows letters."""
+    letters = [chr(code) for code in range(33, 127)]
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -3.0) for letter in ["▁", *letters])]
+    return T5TokenizerFast(vocab=[*words, *((f"word{number}", -5.0) for number in range(300 - len(words)))], extra_ids=0)
+
+
+def pipeline(kind: str = "dev") -> FluxPipeline:
+    """Make a whole pipeline with random weights."""
+    torch.manual_seed(0)
+    clip_tokens = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
+    clip = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 12}
+    marks = {"bos_token_id": clip_tokens.bos_token_id, "eos_token_id": clip_tokens.eos_token_id, "pad_token_id": clip_tokens.pad_token_id}
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": [8] * 4}
+    made = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULERS[kind]),
+        vae=AutoencoderKL(
+            **blocks,
+            latent_channels=16,
+            layers_per_block=1,
+            norm_num_groups=4,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+        ),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**clip, **marks, vocab_size=len(clip_tokens))),
+        tokenizer=clip_tokens,
+        text_encoder_2=T5EncoderModel(T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)),
+        tokenizer_2=t5_tokenizer(),
+        transformer=transformer(kind),
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def save(folder: Path, kind: str = "dev", shard: str = "10GB") -> Path:
+    """Write a pipeline's folder."""
+    pipeline(kind).save_pretrained(folder, max_shard_size=shard)
+    return folder
