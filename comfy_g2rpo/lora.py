@@ -25,7 +25,7 @@ STYLES = {
     "native": ("diffusion_model.", "lora_down.weight", "lora_up.weight"),
 }
 MAX_NAME = 300
-MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+MODULE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -77,7 +77,7 @@ def named(pairs: Pairs, alpha: float, path: Path | str, style: str = "diffusers"
     prefix, down_name, up_name = STYLES[style]
     tensors = {}
     for module, (down, up) in fold(pairs, dict.fromkeys(pairs, alpha)).items():
-        _check_pair(path, module, down, up, alpha)
+        check_pair(path, module, down, up, alpha)
         tensors[f"{prefix}{module}.{down_name}"] = down
         tensors[f"{prefix}{module}.{up_name}"] = up
         tensors[f"{prefix}{module}.alpha"] = torch.tensor(float(len(down)))
@@ -108,7 +108,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
         if alpha.numel() != 1:
             raise LoraError(f"{path}: {prefix}{module}.alpha has {alpha.numel()} values; it must be one number")
         alphas[module] = float(alpha)
-        _check_pair(path, module, down, up, alphas[module])
+        check_pair(path, module, down, up, alphas[module])
     return Lora(pairs, alphas, style, dict(metadata))
 
 
@@ -133,10 +133,10 @@ def _split(path: Path | str, key: str, prefix: str, parts: tuple[str, ...]) -> t
     raise LoraError(f"{path}: key {key[:200]!a} is not of the form {form}; other kinds of adapter are not supported")
 
 
-def _check_pair(path: Path | str, module: str, down: Tensor, up: Tensor, alpha: float) -> None:
+def check_pair(path: Path | str, module: str, down: Tensor, up: Tensor, alpha: float) -> None:
     """Refuse a pair that no loader could apply."""
     if not MODULE.fullmatch(module) or len(module) > MAX_NAME:
-        raise LoraError(f"{path}: module name {module[:200]!r} is refused; use {MAX_NAME} letters, digits, underscores and dots at most")
+        raise LoraError(f"{path}: module name {module[:200]!r} is refused; use {MAX_NAME} letters, digits, '_', '-' and dots at most")
     if down.ndim < 2 or up.ndim < 2 or not len(down) or up.shape[1] != len(down):
         raise LoraError(f"{path}: {module} has matrices {list(down.shape)} and {list(up.shape)}; they must be [rank, in] and [out, rank]")
     if not (down.is_floating_point() and up.is_floating_point() and down.isfinite().all() and up.isfinite().all() and math.isfinite(alpha)):

@@ -1,4 +1,4 @@
-"""The command line: `g2rpo train | plan | sample | score | compare | vote | report | options | version`."""
+"""The command line: `g2rpo train | plan | sample | score | compare | vote | export | check-lora | report | options | version`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .commands.compare import compare
+from .commands.export import check_lora, export
 from .commands.rewards import rewards_app
 from .commands.score import score
 from .commands.vote import vote
@@ -144,6 +145,8 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder."
 app.command()(score)
 app.command()(compare)
 app.command()(vote)
+app.command()(export)
+app.command()(check_lora)
 app.add_typer(rewards_app, name="rewards")
 
 

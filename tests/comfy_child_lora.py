@@ -1,0 +1,155 @@
+"""Run inside ComfyUI by test_lora_comfyui.py: what core's own key map and adapters make of LoRA files, for every architecture."""
+
+import logging
+from types import SimpleNamespace
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_base
+import comfy.ops
+import comfy.utils
+import comfy_side
+import torch
+
+asked = comfy_side.given()
+MAKE = {"dtype": torch.float32, "device": "meta", "operations": comfy.ops.disable_weight_init}
+
+
+def sd3() -> tuple[type, torch.nn.Module, dict]:
+    """Stable Diffusion 3.5 with dual attention in its first block."""
+    from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
+
+    embedder = {"target": "torch.nn.Linear", "params": {"in_features": 32, "out_features": 128}}
+    made = MMDiT(
+        depth=2,
+        in_channels=16,
+        adm_in_channels=32,
+        context_embedder_config=embedder,
+        qk_norm="rms",
+        x_block_self_attn_layers=[0],
+        pos_embed_max_size=8,
+        input_size=None,
+        **MAKE,
+    )
+    return comfy.model_base.SD3, made, {"depth": 2}
+
+
+def flux_like(config: dict) -> tuple[type, torch.nn.Module, dict]:
+    """FLUX.1 or FLUX.2."""
+    from comfy.ldm.flux.model import Flux
+
+    shared = {
+        "in_channels": 16,
+        "out_channels": 16,
+        "vec_in_dim": 16,
+        "context_in_dim": 32,
+        "hidden_size": 128,
+        "mlp_ratio": 4.0,
+        "num_heads": 1,
+        "depth": 2,
+        "depth_single_blocks": 2,
+        "axes_dim": [16, 56, 56],
+        "theta": 10000,
+        "patch_size": 2,
+        "qkv_bias": True,
+        "guidance_embed": True,
+        "txt_ids_dims": [],
+    }
+    config = {**shared, **config}
+    known = __import__("comfy.ldm.flux.model", fromlist=["FluxParams"]).FluxParams.__dataclass_fields__
+    return comfy.model_base.Flux, Flux(**{key: value for key, value in config.items() if key in known}, **MAKE), config
+
+
+def flux2() -> tuple[type, torch.nn.Module, dict]:
+    """FLUX.2: a gated feed-forward layer, modulations that the blocks share, no pooled text."""
+    own = {"vec_in_dim": None, "mlp_ratio": 3.0, "patch_size": 1, "in_channels": 128, "out_channels": 128, "axes_dim": [32, 32, 32, 32]}
+    return flux_like({**own, "qkv_bias": False, "global_modulation": True, "mlp_silu_act": True, "ops_bias": False})
+
+
+def qwen_image() -> tuple[type, torch.nn.Module, dict]:
+    """Qwen-Image."""
+    from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+
+    made = QwenImageTransformer2DModel(num_layers=2, attention_head_dim=128, num_attention_heads=1, joint_attention_dim=32, **MAKE)
+    return comfy.model_base.QwenImage, made, {}
+
+
+def wan() -> tuple[type, torch.nn.Module, dict]:
+    """Wan 2.1, image to video."""
+    from comfy.ldm.wan.model import WanModel
+
+    made = WanModel(model_type="i2v", dim=64, ffn_dim=96, freq_dim=256, text_dim=32, num_heads=2, num_layers=2, **MAKE)
+    return comfy.model_base.WAN21, made, {}
+
+
+def next_dit(config: dict) -> tuple[type, torch.nn.Module, dict]:
+    """Lumina Image 2.0 or Z-Image."""
+    from comfy.ldm.lumina.model import NextDiT
+
+    config = {"in_channels": 16, "n_layers": 2, "n_refiner_layers": 2, "cap_feat_dim": 32, "qk_norm": True, **config}
+    return comfy.model_base.Lumina2, NextDiT(**config, **MAKE), config
+
+
+ARCHITECTURES = {
+    "sd3": sd3,
+    "flux": lambda: flux_like({}),
+    "flux2": flux2,
+    "qwen_image": qwen_image,
+    "wan": wan,
+    "z_image": lambda: next_dit(
+        {"dim": 256, "n_heads": 2, "n_kv_heads": 2, "z_image_modulation": True, "multiple_of": 1, "ffn_dim_multiplier": 8 / 3}
+    ),
+    "lumina2": lambda: next_dit({"dim": 144, "n_heads": 3, "n_kv_heads": 1, "axes_dims": [16, 16, 16]}),
+}
+
+
+def model_of(family: str) -> torch.nn.Module:
+    """Make what core's key map wants to see of a loaded model."""
+    kind, diffusion_model, config = ARCHITECTURES[family]()
+    model = kind.__new__(kind)
+    torch.nn.Module.__init__(model)
+    model.diffusion_model, model.model_config = diffusion_model, SimpleNamespace(unet_config=config)
+    return model
+
+
+class Warnings(logging.Handler):
+    """Collect what core only says in its log, such as a LoRA key that it does not take."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the message."""
+        self.messages.append(record.getMessage())
+
+
+heard = Warnings()
+logging.getLogger().addHandler(heard)
+answers, tensors = {}, {}
+for name, (family, file, wants_tensors) in asked.items():
+    heard.messages.clear()
+    try:
+        model = model_of(family)
+    except (TypeError, ImportError, AttributeError) as error:
+        answers[name] = {"missing": str(error)}
+        continue
+    weights = {key: value.shape for key, value in model.state_dict().items()}
+    # As comfy.sd.load_lora_for_models and ModelPatcher.add_patches do.
+    loaded = comfy.lora.load_lora(
+        comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(file)), comfy.lora.model_lora_keys_unet(model, {})
+    )
+    patches: dict = {}
+    for target, adapter in loaded.items():
+        key, offset, function = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
+        patches.setdefault(key, []).append((1.0, adapter, 1.0, offset, function))
+    answers[name] = {
+        "ignored": [m.removeprefix("lora key not loaded: ") for m in heard.messages],
+        "strange": sorted(patches.keys() - weights.keys()),
+    }
+    if wants_tensors:
+        answers[name]["shapes"] = {key: list(shape) for key, shape in weights.items()}
+        for key in patches.keys() & weights.keys():
+            tensors[f"{name}|{key}"] = comfy.lora.calculate_weight(patches[key], torch.zeros(weights[key]), key)
+    answers[name]["errors"] = [message for message in heard.messages if message.startswith("ERROR")]
+comfy_side.answer(answers, tensors)

@@ -1,0 +1,157 @@
+"""Every LoRA form that we write and every claim of check-lora, against the key maps of real ComfyUIs, for every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfy_host import COMFYUIS, Answer, make_base, run_script
+from diffusers.loaders import single_file_utils as published
+from lora_models import ALPHA, RANK, TINY, deltas, layers, random_pairs
+from safetensors.torch import save_file
+from torch import Tensor
+
+from comfy_g2rpo import lora
+from comfy_g2rpo.lora_convert import renamed, scaled
+from comfy_g2rpo.lora_forms import in_core, understand
+from comfy_g2rpo.lora_keys import FAMILIES
+
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("lora in comfyui")]
+
+CHILD = Path(__file__).with_name("comfy_child_lora.py")
+CONVERTERS = {
+    "sd3": published.convert_sd3_transformer_checkpoint_to_diffusers,
+    "flux2": published.convert_flux2_transformer_checkpoint_to_diffusers,
+    "wan": published.convert_wan_transformer_to_diffusers,
+    "z_image": published.convert_z_image_transformer_checkpoint_to_diffusers,
+}
+PREFIXES = ("diffusion_model.", "transformer.", "base_model.model.", "lora_unet_", "lora_transformer_", "lycoris_", "")
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """Draw, for every family, a LoRA on every layer of diffusers' tiny model; its alpha is not its rank."""
+    shapes = {name: layers(tiny.make()) for name, tiny in TINY.items()}
+    shapes["z_image"] |= {"t_embedder.mlp.0": (256, 256), "t_embedder.mlp.2": (256, 256)}  # in core no wider than the model
+    return {name: random_pairs(shape) for name, shape in shapes.items()}
+
+
+def write_form(path: Path, pairs: dict[str, tuple[Tensor, Tensor]], prefix: str) -> None:
+    """Write a file as other programs do, alpha beside the pair."""
+    tensors = {}
+    for module, (down, up) in pairs.items():
+        name = module.replace(".", "_") if prefix.endswith("_") else module
+        names = (f"{prefix}{name}.lora_A.weight", f"{prefix}{name}.lora_B.weight", f"{prefix}{name}.alpha")
+        tensors |= dict(zip(names, (down.contiguous(), up.contiguous(), torch.tensor(float(len(down)))), strict=True))
+    save_file(tensors, path)
+
+
+@pytest.fixture(scope="module")
+def files(trained: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str, bool]]:
+    """Write our two forms for every family, and every form that check-lora speaks of."""
+    folder, made = tmp_path_factory.mktemp("loras"), {}
+    for name, pairs in trained.items():
+        folded = scaled(pairs, dict.fromkeys(pairs, ALPHA))
+        for style in lora.STYLES:
+            path = folder / f"{name}-{style}.safetensors"
+            ours = renamed(FAMILIES[name], folded, style)
+            save_file({k: v for m, p in ours.items() for k, v in lora.named({m: p}, len(p[0]), path, style).items()}, path)
+            made[f"{name}/{style}"] = (name, str(path), True)
+            for prefix in PREFIXES:
+                path = folder / f"{name}-{style}-{prefix}.safetensors"
+                write_form(path, ours, prefix)
+                made[f"{name}/{style}/{prefix}"] = (name, str(path), False)
+    return made
+
+
+@pytest.fixture(scope="module", params=COMFYUIS)
+def core(request: pytest.FixtureRequest, files: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Answer:
+    """Load all files in a ComfyUI."""
+    return run_script(request.param, CHILD, make_base(tmp_path_factory.mktemp("base"), None), files)
+
+
+def old(core: Answer) -> bool:
+    """Say whether this ComfyUI is 0.3.64, which knows neither FLUX.2 nor Z-Image."""
+    return bool(core.data["flux2/native"].get("missing"))
+
+
+def of_core(core: Answer, name: str) -> dict[str, Tensor]:
+    """Return the changes of weights that core computed for a file, by native key; of what it leaves alone, zeros."""
+    changed = {key.partition("|")[2]: value for key, value in core.tensors.items() if key.startswith(f"{name}|")}
+    shapes = core.data[name]["shapes"]
+    return {key.removeprefix("diffusion_model."): changed.get(key, torch.zeros(shape)) for key, shape in shapes.items()}
+
+
+def taken(core: Answer, name: str) -> bool:
+    """Say whether core loaded a file whole."""
+    return not any(core.data[name][what] for what in ("ignored", "strange", "errors"))
+
+
+def in_diffusers_names(family: str, native: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename native weights by diffusers' own converter of published checkpoints."""
+    if family in CONVERTERS:
+        extra = {"pos_embed": torch.zeros(1, 1)} if family == "sd3" else {}
+        return CONVERTERS[family]({**extra, **native})
+    made = {}  # two converters know one size alone, and Qwen-Image's names are the same
+    for key, value in native.items():
+        if (link := FAMILIES[family].find(key.removesuffix(".weight"))) is not None:
+            rows = [len(value) * share // sum(link.shares) for share in link.shares]
+            whole = torch.cat(value.chunk(2)[::-1]) if link.swaps else value
+            made |= {f"{name}.weight": part for name, part in zip(link.diffusers, whole.split(rows), strict=True)}
+    return made
+
+
+def skip_unknown(core: Answer, family: str) -> None:
+    """Skip a family that this ComfyUI does not have."""
+    if core.data[f"{family}/native"].get("missing"):
+        assert family in ("flux2", "z_image")
+        pytest.skip(f"this ComfyUI has no {family}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_core_takes_every_key_of_the_native_form(core: Answer, family: str) -> None:
+    skip_unknown(core, family)
+    assert taken(core, f"{family}/native")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_core_changes_the_weights_by_what_was_trained(core: Answer, family: str, trained: dict[str, Any]) -> None:
+    skip_unknown(core, family)
+    computed = in_diffusers_names(family, of_core(core, f"{family}/native"))
+    wanted = {f"{module}.weight": change for module, change in deltas(trained[family]).items()}
+    assert RANK != ALPHA and wanted.keys() <= computed.keys()
+    assert max((computed[key] - wanted[key]).abs().max() for key in wanted) <= 1e-6
+    assert not any(value.any() for key, value in computed.items() if key not in wanted)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux", "qwen_image"])
+def test_both_forms_mean_the_same_where_core_maps_both(core: Answer, family: str) -> None:
+    assert taken(core, f"{family}/native") and taken(core, f"{family}/diffusers")
+    native, diffusers = of_core(core, f"{family}/native"), of_core(core, f"{family}/diffusers")
+    assert any(value.any() for value in native.values())
+    assert max((native[key] - diffusers[key]).abs().max() for key in native) <= 1e-6
+
+
+@pytest.mark.parametrize("prefix", PREFIXES, ids=lambda prefix: prefix or "no prefix")
+@pytest.mark.parametrize("style", lora.STYLES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_check_lora_says_what_core_ignores(core: Answer, files: dict[str, Any], family: str, style: str, prefix: str) -> None:
+    skip_unknown(core, family)
+    from safetensors.torch import load_file
+
+    name = f"{family}/{style}/{prefix}"
+    reading = understand(load_file(files[name][1]), {}, name)
+    takes = {"both"} if old(core) else {"both", "0.33"}
+    said = {module for module, form in reading.forms.items() if in_core(FAMILIES[family], module, form) not in takes}
+    ignored = {understood for key in core.data[name]["ignored"] if (understood := module_of(key, reading))}
+    assert not reading.unknown and said == ignored
+
+
+def module_of(key: str, reading: Any) -> str | None:
+    """Return the module that an ignored key of a file belongs to."""
+    from comfy_g2rpo.lora_forms import place
+
+    found = place(key)
+    return found and found[1]

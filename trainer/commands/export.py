@@ -1,0 +1,231 @@
+"""`g2rpo export` and `g2rpo check-lora`: LoRA files from one form into another, and what would load of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from comfy_g2rpo.lora_forms import Reading
+    from comfy_g2rpo.lora_keys import Family
+
+    from ..lora_files import Fit
+
+FORMS = ("auto", "native", "diffusers")
+PRECISIONS = ("keep", "fp32", "bf16", "fp16")
+
+
+class CommandError(ValueError):
+    """Arguments that do not go together."""
+
+
+def export(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA file of any known form; with --extract, a fine-tuned model.")],
+    out: Annotated[Path, typer.Option(metavar="SAFETENSORS", help="The file to write; an existing one is never overwritten.")],
+    form: Annotated[
+        str, typer.Option(help="native (ComfyUI, every model), diffusers, or auto: the one that both read if there is one, else native.")
+    ] = "auto",
+    family: Annotated[
+        str | None, typer.Option(help="sd3, flux, flux2, qwen_image, wan, z_image, lumina2 [default: told from the names].")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, max=4096, help="Cut every pair to this rank by SVD; with --extract: the rank.")] = None,
+    precision: Annotated[str, typer.Option(help="Of the pairs: keep, fp32, bf16, fp16.")] = "keep",
+    merge: Annotated[Path | None, typer.Option(metavar="BASE", help="Add the LoRA to this model and write the model.")] = None,
+    strength: Annotated[float, typer.Option(min=-100, max=100, help="Of the LoRA in --merge.")] = 1.0,
+    extract: Annotated[Path | None, typer.Option(metavar="BASE", help="Write the LoRA that leads from this model to FILE.")] = None,
+) -> None:
+    """Convert a LoRA file, cut its rank, merge it into a model, or extract it from a fine-tuned one; errors are stated."""
+    for name, value, choices in (("form", form, FORMS), ("precision", precision, PRECISIONS)):
+        if value not in choices:
+            raise CommandError(f"--{name} is {value!r}; choose one of: {', '.join(choices)}")
+    if out.suffix != ".safetensors":
+        raise CommandError(f"--out is {out}; its name must end in .safetensors")
+    if merge and extract:
+        raise CommandError("--merge and --extract exclude each other; give one of them")
+    if merge and (form != "auto" or precision != "keep"):
+        raise CommandError("--form and --precision are for LoRA files; --merge keeps the names and types of the model")
+    from ..weights import check_free
+
+    check_free(out)
+    if extract:
+        _extract(file, extract, out, form, family, rank or 16, precision)
+    elif merge:
+        _merge(file, merge, out, family, rank, strength)
+    else:
+        _convert(file, out, form, family, rank, precision)
+
+
+def _convert(file: Path, out: Path, form: str, family: str | None, rank: int | None, precision: str) -> None:
+    """Write a LoRA file in another form."""
+    from comfy_g2rpo.lora_convert import renamed
+    from comfy_g2rpo.lora_forms import check_sound
+
+    from ..lora_files import form_for, read_any, which
+
+    reading = read_any(file)
+    check_sound(reading, file)
+    found = which(reading, file, family)
+    pairs = reading.scaled()
+    style = form_for(found, pairs) if form == "auto" else form
+    _notes(reading)
+    _write(out, renamed(found, pairs, style), style, found, rank, precision, reading.metadata)
+
+
+def _write(out: Path, pairs: Mapping[str, Any], style: str, family: Family, rank: int | None, precision: str, metadata: dict) -> None:
+    """Cut pairs to a rank, set their precision, write them and say what was written."""
+    import torch
+
+    from comfy_g2rpo.lora_convert import resized
+
+    from ..lora_files import FAMILY_KEY, write_new
+
+    if rank is not None:
+        pairs, error = resized(pairs, rank)
+        typer.echo(f"cut to rank {rank}: relative error {error:.2e} of the change of weights")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if dtype:
+        pairs = {module: (down.to(dtype), up.to(dtype)) for module, (down, up) in pairs.items()}
+    write_new(out, pairs, style, {**metadata, FAMILY_KEY: family.name})
+    ranks = sorted({len(down) for down, _ in pairs.values()})
+    spread = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    typer.echo(f"{len(pairs)} modules of {family.title}, {style} form, {spread}")
+    typer.echo(out)
+
+
+def _merge(file: Path, base: Path, out: Path, family: str | None, rank: int | None, strength: float) -> None:
+    """Write a model with a LoRA in its weights."""
+    from comfy_g2rpo.lora_forms import check_sound
+
+    from ..lora_files import fit, merge, read_any
+    from ..weights import look_at
+
+    if rank is not None:
+        raise CommandError("--rank and --merge exclude each other; a model has room for the whole LoRA")
+    reading = read_any(file)
+    check_sound(reading, file)
+    model = look_at(base)
+    made = fit(reading, file, model, family)
+    if bad := [*made.absent, *made.misshapen]:
+        raise CommandError(f"{file} does not fit {base}: {len(bad)} of its modules, such as {bad[0]}, are absent or of another size there")
+    _notes(reading)
+    lost = merge(made, model, out, strength, {"g2rpo.merged": file.name, "g2rpo.strength": f"{strength:g}"})
+    typer.echo(f"{len(made.fitting)} of {len(model.tensors)} tensors changed; rounding to the model's type lost {lost:.1e} of the change")
+    typer.echo(out)
+
+
+def _extract(tuned: Path, base: Path, out: Path, form: str, family: str | None, rank: int, precision: str) -> None:
+    """Write the LoRA that leads from one model to another."""
+    from comfy_g2rpo.lora_convert import renamed
+
+    from ..lora_files import extract, form_for
+    from ..weights import look_at
+
+    if family is not None:
+        raise CommandError("--family is for LoRA files; models show theirs by their names")
+    made = extract(look_at(tuned), look_at(base), rank)
+    typer.echo(f"rank {rank}: relative error {made.error:.2e} of the change of {len(made.pairs)} matrices")
+    if made.left_out:
+        typer.echo(f"left out: {len(made.left_out)} changed tensors that no LoRA holds (biases, norms …), such as {made.left_out[0]}")
+    style = form_for(made.family, made.pairs) if form == "auto" else form
+    metadata = {"g2rpo.extracted": tuned.name, "g2rpo.base_model": base.name}
+    _write(out, renamed(made.family, made.pairs, style), style, made.family, None, precision, metadata)
+
+
+def _notes(reading: Reading) -> None:
+    """Say what a conversion took for granted or left behind."""
+    if reading.missing_alpha:
+        count, source = len(reading.missing_alpha), reading.alpha_from
+        typer.echo(f"note: {count} pairs have no alpha; {f'taken from {source}' if source else 'their rank is taken for it'}", err=True)
+    if reading.text:
+        typer.echo(f"note: {len(reading.text)} keys of text encoders are left out", err=True)
+
+
+def check_lora(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA file.")],
+    against: Annotated[Path | None, typer.Option(metavar="MODEL", help="A safetensors file, or a folder; only its header is read.")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="sd3, flux, flux2, qwen_image, wan, z_image, lumina2 [default: told from the names].")
+    ] = None,
+) -> None:
+    """Say what of a LoRA file would load in ComfyUI and diffusers, what not, and what mends it; exit code 1 if something would not."""
+    from ..lora_files import fit, read_any, which
+    from ..weights import look_at
+
+    reading = read_any(file)
+    troubles: list[str] = []
+    lines = [f"{len(reading.pairs)} pairs" + (f", {len(reading.text)} keys of text encoders" if reading.text else "")]
+    model = look_at(against) if against else None
+    remedy = f"g2rpo export {file} --out NEW.safetensors"
+    if reading.pairs:
+        found = which(reading, file, family, model)
+        lines += _loading(reading, found, troubles, remedy)
+        if model:
+            lines += _fitting(fit(reading, file, model, family), troubles)
+    lines += _forms(reading, troubles, remedy)
+    for line in lines:
+        typer.echo(line)
+    for trouble in troubles:
+        typer.echo(f"! {trouble}")
+    if troubles or not reading.pairs:
+        raise typer.Exit(1)
+
+
+def _loading(reading: Reading, family: Family, troubles: list[str], remedy: str) -> list[str]:
+    """Count by form what each program would load."""
+    from comfy_g2rpo.lora_forms import in_core, in_diffusers, naming_in
+    from comfy_g2rpo.lora_keys import BOTH, NEW, NONE
+
+    names = {module: naming_in(family, module) for module in reading.pairs}
+    common = Counter(name for name in names.values() if name != "both").most_common(1)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for module, name in names.items():
+        kind = common[0][0] if name == "both" and common else name
+        groups.setdefault((reading.forms[module].prefix, kind), []).append(module)
+    lines = [f"family: {family.title} ({family.name})"]
+    core = {BOTH: "load", NEW: "load from ComfyUI 0.33 on only", NONE: "are ignored"}
+    for (prefix, name), modules in groups.items():
+        taken = {module: in_core(family, module, reading.forms[module]) for module in modules}
+        counts = Counter(taken.values())
+        said = ", ".join(f"{counts[key]} {core[key]}" for key in (BOTH, NEW, NONE) if counts[key])
+        peft = sum(in_diffusers(family, module, reading.forms[module]) for module in modules)
+        kind = {"both": "names that are the same everywhere", "native": "native names", "diffusers": "diffusers names"}[name]
+        lines.append(f"{len(modules)} × {prefix or 'no prefix'} + {kind}: ComfyUI: {said}; diffusers: {peft} load as they are")
+        if lost := [module for module in modules if taken[module] != BOTH]:
+            version = "" if counts[NONE] else " before 0.33"
+            troubles.append(f"ComfyUI{version} ignores {len(lost)} modules, such as {lost[0]}; mend: {remedy} --form native")
+    return lines
+
+
+def _forms(reading: Reading, troubles: list[str], remedy: str) -> list[str]:
+    """Say what else a loader would stumble over."""
+    from comfy_g2rpo.lora_forms import faults
+
+    lines = []
+    scales = {module: reading.alphas[module] / len(down) for module, (down, _) in reading.pairs.items()}
+    uneven = [module for module, scale in scales.items() if abs(scale - 1) > 1e-6]
+    wrong = [module for module in reading.missing_alpha if module in uneven]
+    if wrong:
+        kind = " (rsLoRA)" if reading.rslora else ""
+        troubles.append(
+            f"{len(wrong)} pairs lack their alpha: ComfyUI takes 1 for their scale, {reading.alpha_from} says {scales[wrong[0]]:g}{kind}; "
+            f"mend: {remedy}"
+        )
+    elif reading.missing_alpha:
+        lines.append(f"{len(reading.missing_alpha)} pairs without alpha: every loader takes 1 as scale; right only if alpha was the rank")
+    if set(uneven) - set(wrong):
+        count = len(set(uneven) - set(wrong))
+        lines.append(f"{count} pairs have alpha ≠ rank: ComfyUI heeds it, some of diffusers' loaders do not; {remedy} folds it")
+    troubles += faults(reading)
+    return lines
+
+
+def _fitting(made: Fit, troubles: list[str]) -> list[str]:
+    """Say how a LoRA and a model go together."""
+    for names, what in ((made.absent, "are not in the model"), (made.misshapen, "have another size in the model")):
+        if names:
+            troubles.append(f"{len(names)} modules {what}, such as {names[0]}; take a LoRA that was made for it")
+    return [f"model: {made.family.title}, {made.naming} names: {len(made.fitting)} modules fit"]

@@ -1,0 +1,179 @@
+"""LoRA files from and to disk, and their meeting with a model on disk: fit, merge, extract."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from comfy_g2rpo.lora import LoraError, named
+from comfy_g2rpo.lora_convert import extracted, family_of, renamed
+from comfy_g2rpo.lora_forms import Reading, understand
+from comfy_g2rpo.lora_keys import BOTH, FAMILIES, Family, family_of_model
+from comfy_g2rpo.runs import FileError, read_tensors
+
+from .weights import DTYPES, Model, check_free, new_file, rewrite
+
+Pairs = Mapping[str, tuple[Tensor, Tensor]]
+FAMILY_KEY = "g2rpo.family"
+
+
+def read_any(path: Path) -> Reading:
+    """Read a LoRA file of any known form, with peft's configuration where that lies beside it; a folder means its only such file."""
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            raise LoraError(f"{path} holds {len(found)} safetensors files; give the LoRA file itself")
+        path = found[0]
+    tensors, metadata = read_tensors(path)
+    return understand(tensors, metadata, path, _adapter(path))
+
+
+def _adapter(path: Path) -> dict[str, Any] | None:
+    """Read the configuration that peft writes beside its weights."""
+    beside = path.with_name("adapter_config.json")
+    if not beside.is_file():
+        return None
+    try:
+        content = json.loads(beside.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoraError(f"{beside} is damaged: it is no JSON file; restore it, or take it away if it is not this LoRA's") from error
+    return content if isinstance(content, dict) else None
+
+
+def which(reading: Reading, path: Path, family: str | None, model: Model | None = None) -> Family:
+    """Find the family of a LoRA: as the user says, as the model shows, as the file says, by its names."""
+    if family is None and model is not None and (found := family_of_model(model.modules())):
+        return family_of(reading.pairs, path, found[0].name)
+    known = reading.metadata.get(FAMILY_KEY)
+    return family_of(reading.pairs, path, family or (known if known in FAMILIES else None))
+
+
+def write_new(path: Path, pairs: Pairs, style: str, metadata: Mapping[str, str]) -> None:
+    """Write a LoRA file, its scales already in the up matrices; an existing file is never overwritten."""
+    check_free(path)
+    tensors = {}
+    for module, pair in pairs.items():
+        tensors |= named({module: pair}, len(pair[0]), path, style)
+    ready = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    with new_file(path) as file:
+        file.write(save(ready, {"format": "pt", **metadata}))
+
+
+def form_for(family: Family, pairs: Pairs) -> str:
+    """Choose the form that both ComfyUI and diffusers read; where there is none, the native one."""
+    return "diffusers" if all(family.in_core(module) == BOTH for module in renamed(family, pairs, "diffusers")) else "native"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a LoRA and a model go together, by the model's module names."""
+
+    family: Family
+    naming: str
+    fitting: dict[str, tuple[Tensor, Tensor]]
+    absent: list[str]
+    misshapen: list[str]
+
+
+def fit(reading: Reading, path: Path, model: Model, family: str | None) -> Fit:
+    """Put a LoRA under a model's names and compare shapes, by the model's header alone."""
+    modules = model.modules()
+    found = family_of_model(modules)
+    if found is None:
+        raise FileError(f"{model.path} is of no family that is known ({', '.join(FAMILIES)}); give a transformer's file")
+    naming = found[1]
+    known = which(reading, path, family or found[0].name)
+    pairs = renamed(known, reading.scaled(), naming)
+    fitting, absent, misshapen = {}, [], []
+    for module, (down, up) in pairs.items():
+        if module not in modules:
+            absent.append(module)
+        elif not _sized(model.tensors[modules[module]].shape, down, up):
+            misshapen.append(module)
+        else:
+            fitting[module] = (down, up)
+    return Fit(known, naming, fitting, absent, misshapen)
+
+
+def _sized(shape: tuple[int, ...], down: Tensor, up: Tensor) -> bool:
+    """Say whether a weight has the shape that a pair changes."""
+    return len(shape) > 1 and shape[0] == len(up) and math.prod(shape[1:]) == down[0].numel()
+
+
+def merge(made: Fit, model: Model, out: Path, strength: float, metadata: Mapping[str, str]) -> float:
+    """Write the model with a LoRA added to its weights; return the share of the change that rounding to the model's type loses."""
+    keys = model.modules()
+    pairs = {keys[module]: pair for module, pair in made.fitting.items()}
+    if strange := next((key for key in pairs if model.tensors[key].dtype not in DTYPES), None):
+        raise FileError(
+            f"{model.path}: {strange} is {model.tensors[strange].dtype}, to which nothing can be added; give a 16 or 32 bit model"
+        )
+    lost, whole = 0.0, 0.0
+
+    def add(key: str, weight: Tensor) -> Tensor:
+        nonlocal lost, whole
+        down, up = pairs[key]
+        change = strength * (up.flatten(1).float() @ down.flatten(1).float()).reshape(weight.shape)
+        summed = (weight.float() + change).to(weight.dtype)
+        lost += float((summed.float() - weight.float() - change).double().square().sum())
+        whole += float(change.double().square().sum())
+        return summed
+
+    rewrite(model, out, add, set(pairs), metadata)
+    return math.sqrt(lost / whole) if whole else 0.0
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """A LoRA out of two models, and what it leaves out."""
+
+    family: Family
+    naming: str
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    error: float
+    """Relative error of all changed matrices, in the Frobenius norm."""
+    left_out: list[str]
+    """Keys that changed and are no matrix of a known module: biases, norms, embeddings."""
+
+
+def extract(tuned: Model, base: Model, rank: int) -> Extracted:
+    """Approximate what leads from one model to another by a LoRA of a rank, one weight at a time."""
+    found, other = family_of_model(tuned.modules()), family_of_model(base.modules())
+    if found is None or found != other:
+        names = [f"{each[0].name} ({each[1]})" if each else "unknown" for each in (found, other)]
+        raise FileError(f"{tuned.path} is {names[0]} and {base.path} is {names[1]}; give two models of one family and form")
+    family, naming = found
+    ours, theirs = tuned.modules(), base.modules()
+    if ours.keys() != theirs.keys():
+        odd = min(ours.keys() ^ theirs.keys())
+        raise FileError(f"{odd} is in one of {tuned.path} and {base.path} alone; give two models of the same architecture")
+    pairs, left_out, missed, whole = {}, [], 0.0, 0.0
+    prefixes = [next(iter(keys.values()))[: -len(next(iter(keys)) + ".weight")] for keys in (ours, theirs)]
+    for key, stored in tuned.tensors.items():
+        if not key.startswith(prefixes[0]) or (twin := base.tensors.get(prefixes[1] + key[len(prefixes[0]) :])) is None:
+            continue
+        if stored.shape != twin.shape:
+            raise FileError(f"{key} is {list(stored.shape)} in {tuned.path} and {list(twin.shape)} in {base.path}; give one architecture")
+        change = stored.read().float() - twin.read().float()
+        if not change.isfinite().all():
+            raise FileError(f"{key}: {tuned.path} or {base.path} holds NaN or infinite values; give a sound model")
+        if not change.any():
+            continue
+        module = key[len(prefixes[0]) :].removesuffix(".weight")
+        if module not in ours or change.ndim < 2 or family.find(module) is None:
+            left_out.append(key)
+            continue
+        pairs[module], gone, all_of_it = extracted(change, rank)
+        missed, whole = missed + gone, whole + all_of_it
+    if not pairs:
+        raise FileError(f"{tuned.path} and {base.path} differ in no matrix of a known module; give the model before and after fine-tuning")
+    return Extracted(family, naming, pairs, math.sqrt(missed / whole), left_out)
