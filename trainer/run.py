@@ -88,6 +88,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
         sigmas=families.sigmas(policy, config.model.schedule, recipe, shape),
         shape=shape,
         alpha=config.lora.alpha,
+        style=policy.lora_style,
         metadata={
             "g2rpo.version": __version__,
             "g2rpo.base_model": Path(config.model.path).name,

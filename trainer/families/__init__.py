@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, str] = {
     "sd3": "Stable Diffusion 3 and 3.5",
     "flux": "FLUX.1",
+    "qwen_image": "Qwen-Image",
 }
 """Every family: the name of its module, which has a function `load(section, folder, device)`, and what it stands for."""
-PIPELINES: dict[str, str] = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
+PIPELINES: dict[str, str] = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux", "QwenImagePipeline": "qwen_image"}
 """The family that a folder belongs to, by the diffusers pipeline that it names."""
+SINGLE_FILES = ("flux",)
+"""Families whose transformer may come from a file of its own."""
 
 Schedule = Literal["method", "pipeline", "comfyui"]
 
@@ -35,6 +38,8 @@ class FamilyPolicy(Trainee, Protocol):
 
     comfyui_shift: float
     """The shift that ComfyUI's graphs have for this family unless a block changes it."""
+    lora_style: str
+    """The form of LoRA files, one of `lora.STYLES`, that both ComfyUI and diffusers load for this family."""
 
     def add_lora(self, rank: int, alpha: float, seed: int, feed_forward: bool = False) -> None:
         """Put a fresh adapter on the attention projections (and the feed-forward ones)."""
@@ -59,6 +64,8 @@ class FamilyPolicy(Trainee, Protocol):
 
 def load(section: ModelSection, folder: Path, device: torch.device | str) -> FamilyPolicy:
     """Load the model of a configuration's section from its folder onto a device."""
+    if section.transformer and section.family not in SINGLE_FILES:
+        raise ValueError(f"model.transformer: {FAMILIES[section.family]} is loaded from its folder alone; remove it")
     policy: Any = import_module(f".{section.family}", __name__).load(section, folder, device)
     return policy
 

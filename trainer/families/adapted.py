@@ -26,6 +26,7 @@ class Adapted:
     """A pipeline whose transformer carries a LoRA. A family adds `velocity`, `decode`, `latent_shape`, its targets and `encode_one`."""
 
     decodes_while_rolling = True
+    lora_style = "diffusers"
     blocks: str  # pattern of the modules that targets lie in, such as r"transformer_blocks\.\d+"
     attention: Sequence[str]  # targets in a block
     feed_forward: Sequence[str]  # further targets
@@ -38,7 +39,8 @@ class Adapted:
         self.vae: Any = pipeline.vae.requires_grad_(False).eval()
         # Looked up once: diffusers walks through every module for them.
         self.device, self.dtype, self.vae_dtype = pipeline.device, pipeline.transformer.dtype, pipeline.vae.dtype
-        self.vae.to(memory_format=torch.channels_last)
+        if all(weight.dim() < 5 for weight in self.vae.parameters()):
+            self.vae.to(memory_format=torch.channels_last)  # a video decoder's weights have no such format
         self._folded = TinyDecoder(self.vae.decoder) if foldable(self.vae) else None
         self.layers: dict[str, nn.Module] = {}
         self._prompts: dict[str, Any] = {}

@@ -1,0 +1,137 @@
+"""Qwen-Image (Alibaba) on diffusers and peft: packed latents, texts of any length in one batch, guidance that keeps every token's norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import QwenImagePipeline
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+from torch import Tensor, nn
+
+from ..prompt_cache import for_model
+from . import folder
+from .adapted import Adapted, cells
+from .flux import pack, unpack
+from .video_vae import decode_frames
+
+if TYPE_CHECKING:
+    from ..config import ModelSection
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FEED_FORWARD = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+BLANK = " "
+"""What guidance moves away from: the negative prompt of the model's own examples."""
+
+
+class Cond(NamedTuple):
+    """One prompt's text features."""
+
+    tokens: Tensor  # [L, joint_attention_dim], as many as the prompt has
+
+
+def load(section: ModelSection, path: Path, device: torch.device | str) -> QwenImage:
+    """Load the model of a configuration's section onto a device."""
+    bf16, length = section.dtype == "bf16", section.max_sequence_length
+    pipeline = folder.load_pipeline(QwenImagePipeline, path, torch.bfloat16 if bf16 else torch.float32).to(device)
+    policy = QwenImage(pipeline, guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
+    policy.cache = for_model(path, "qwen_image", section.dtype, length)
+    return policy
+
+
+class QwenImage(Adapted):
+    """A policy and a decoder over a QwenImagePipeline, with a peft LoRA on its transformer. Latents are [B, 16, h, w], packed inside."""
+
+    cond = Cond
+    # ComfyUI samples it by ModelSamplingFlux with a shift of 1.15 at any size.
+    comfyui_shift = math.exp(1.15)
+    # ComfyUI and diffusers share the module names, but diffusers reads a file that has alphas only in the native form.
+    lora_style = "native"
+    blocks, attention, feed_forward = r"transformer_blocks\.\d+(\.attn)?", ATTENTION, FEED_FORWARD
+
+    def __init__(
+        self,
+        pipeline: QwenImagePipeline,
+        *,
+        guidance: float = 4.0,
+        max_sequence_length: int = 512,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(pipeline, autocast)
+        if not max_sequence_length:
+            raise ValueError("model.max_sequence_length is 0, but Qwen-Image reads its prompts by a language model; set it to 512")
+        self.guidance, self.max_sequence_length = guidance, max_sequence_length
+        self._sigma: Tensor | None = None
+        self.transformer.time_text_embed.register_forward_pre_hook(self._keep_exact)
+
+    def _keep_exact(self, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Give the embedding the noise level as it is: the model rounds it to its own 16 bit (0.9545 to 0.953)."""
+        return given if self._sigma is None else (self._sigma, *given[1:])
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
+        """Return v [B, C, h, w] in float32; guidance above 1 is classifier-free and keeps the norm of every token's prediction."""
+        height, width = x.shape[2] // 2, x.shape[3] // 2
+        tokens = pack(x)
+        if self.guidance <= 1:
+            return unpack(self._forward(tokens, sigma, cond, height, width), height, width)
+        blank = self.encode([BLANK]) * len(cond)
+        given, without = self._forward(tokens.repeat(2, 1, 1), sigma.repeat(2), [*cond, *blank], height, width).chunk(2)
+        guided = without + self.guidance * (given - without)
+        return unpack(guided * (given.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), height, width)
+
+    def _forward(self, tokens: Tensor, sigma: Tensor, cond: Sequence[Cond], height: int, width: int) -> Tensor:
+        """Run the transformer on packed latents [B, h·w, 4C]; texts are padded to the longest, and no token looks at the padding."""
+        text, mask = padded([c.tokens for c in cond])
+        self._sigma = sigma.float()
+        try:
+            with self.casting():
+                velocity = self.transformer(
+                    hidden_states=tokens.to(self.dtype),
+                    timestep=sigma,
+                    encoder_hidden_states=text.to(self.dtype),
+                    encoder_hidden_states_mask=mask,
+                    img_shapes=[[(1, height, width)]] * len(tokens),
+                    return_dict=False,
+                )[0]
+        finally:
+            self._sigma = None
+        return velocity.float()
+
+    def encode_one(self, prompt: str) -> Cond:
+        """Run Qwen2.5-VL on one prompt in the model's own template, whose beginning is cut off again."""
+        tokens, _ = self.pipeline.encode_prompt(prompt, self.device, max_sequence_length=self.max_sequence_length)
+        return Cond(tokens[0])
+
+    def drop_text_encoders(self) -> None:
+        """Free the text encoder's memory; what guidance moves away from is encoded before."""
+        self.encode([BLANK])
+        super().drop_text_encoders()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents [B, C, h, w] to images [B, H, W, 3] in [0, 1], float32 and contiguous."""
+        return decode_frames(self.vae, latents[:, :, None], self.vae_dtype)[:, 0].contiguous()
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """Return (C, h, w) of a picture of the given size in pixels."""
+        return self.transformer.config.in_channels // 4, *cells(width, height, self.pipeline.vae_scale_factor, 2)
+
+    def pipeline_sigmas(self, num_steps: int, shape: Sequence[int]) -> Tensor:
+        """Return QwenImagePipeline's noise levels [T+1]: shifted by the number of tokens, and stretched to the scheduler's last one."""
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        mu = calculate_shift(shape[-2] * shape[-1] // 4, *(scheduler.config.get(name, default) for name, default in names.items()))
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
+        return scheduler.sigmas.float().cpu()
+
+
+def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Stack texts [L, D] of several lengths with zeros behind; the mask [B, L] says which tokens are there, None where all are."""
+    lengths = torch.tensor([len(text) for text in texts])
+    stacked = nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
+    if (lengths == stacked.shape[1]).all():
+        return stacked, None
+    return stacked, (torch.arange(stacked.shape[1]) < lengths[:, None]).to(stacked.device)

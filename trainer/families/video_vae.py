@@ -1,0 +1,18 @@
+"""Decoding with the VAE of Wan and Qwen-Image, whose latents are normalised channel by channel and have frames."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def decode_frames(vae: Any, latents: Tensor, dtype: torch.dtype) -> Tensor:
+    """Decode latents [B, C, f, h, w] to frames [B, F, H, W, 3] in [0, 1], float32."""
+    mean, std = (
+        torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    frames = vae.decode((latents * std + mean).to(dtype), return_dict=False)[0]
+    return (frames.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
