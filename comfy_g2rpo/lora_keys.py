@@ -44,6 +44,8 @@ class Family:
     """The family whose names it maps for this one, where that is another."""
     core_lacks: frozenset[str] = frozenset()
     """Diffusers modules that it does not map all the same."""
+    pipeline_takes_alpha: bool = False
+    """Whether diffusers' `load_lora_weights` takes `.alpha` beside its own names; `load_lora_adapter` always does."""
     ratios: tuple[tuple[str, float], ...] = ()
     """Rows over columns of native modules whose names another family has, too."""
     sizes: tuple[tuple[int, int], ...] = ()
@@ -188,6 +190,7 @@ FLUX = Family(
     ),
     signature=("vector_in.in_layer", "single_transformer_blocks.0.proj_mlp"),
     core=BOTH,
+    pipeline_takes_alpha=True,
     ratios=(("single_blocks.{}.linear1", 7), ("double_blocks.{}.img_mlp.0", 4), ("double_blocks.{}.txt_mlp.0", 4)),
     sizes=((3072, 19),),
 )

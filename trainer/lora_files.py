@@ -15,7 +15,7 @@ from torch import Tensor
 
 from comfy_g2rpo.lora import LoraError, named
 from comfy_g2rpo.lora_convert import extracted, family_of, renamed
-from comfy_g2rpo.lora_forms import Reading, understand
+from comfy_g2rpo.lora_forms import Reading, check_sound, understand
 from comfy_g2rpo.lora_keys import BOTH, FAMILIES, Family, family_of_model
 from comfy_g2rpo.runs import FileError, read_tensors
 
@@ -57,13 +57,14 @@ def which(reading: Reading, path: Path, family: str | None, model: Model | None 
     return family_of(reading.pairs, path, family or (known if known in FAMILIES else None))
 
 
-def write_new(path: Path, pairs: Pairs, style: str, metadata: Mapping[str, str]) -> None:
-    """Write a LoRA file, its scales already in the up matrices; an existing file is never overwritten."""
+def write_new(path: Path, pairs: Pairs, style: str, metadata: Mapping[str, str], alpha: bool = True) -> None:
+    """Write a LoRA file, its scales already in the up matrices (so that `.alpha` is the rank); an existing file is never overwritten."""
     check_free(path)
     tensors = {}
     for module, pair in pairs.items():
         tensors |= named({module: pair}, len(pair[0]), path, style)
-    ready = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    kept = {key: tensor for key, tensor in tensors.items() if alpha or not key.endswith(".alpha")}
+    ready = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in kept.items()}
     with new_file(path) as file:
         file.write(save(ready, {"format": "pt", **metadata}))
 
@@ -177,3 +178,26 @@ def extract(tuned: Model, base: Model, rank: int) -> Extracted:
     if not pairs:
         raise FileError(f"{tuned.path} and {base.path} differ in no matrix of a known module; give the model before and after fine-tuning")
     return Extracted(family, naming, pairs, math.sqrt(missed / whole), left_out)
+
+
+def start_from(path: Path, adapter: Mapping[str, tuple[int, ...]], family: str | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Read what a run starts from, by diffusers' names; `adapter` gives (rows, rank, columns) of the modules that the run trains."""
+    reading = read_any(path)
+    check_sound(reading, path)
+    pairs = reading.scaled()
+    if not set(pairs) <= set(adapter):
+        pairs = renamed(which(reading, path, family if family in FAMILIES else None), pairs, "diffusers")
+    if strange := sorted(set(pairs) - set(adapter)):
+        raise LoraError(
+            f"lora.init {path}: this run does not train {len(strange)} of its modules, such as {strange[0]}; change lora.targets"
+        )
+    for module, (down, up) in pairs.items():
+        rows, rank, *columns = adapter[module]
+        if len(up) != rows or list(down.shape[1:]) != columns:
+            raise LoraError(f"lora.init {path}: {module} has another size in this model; take a LoRA that was made for it")
+        if len(down) > rank:
+            raise LoraError(
+                f"lora.init {path}: its rank is {len(down)}, lora.rank is {rank}; raise lora.rank, or cut the file: "
+                f"g2rpo export {path} --rank {rank} --out NEW.safetensors"
+            )
+    return pairs

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from comfy_g2rpo import __version__, lora
+from comfy_g2rpo import __version__
 from comfy_g2rpo.loop import Setup, World, finish, learn, make_learner, preview_shape, restore
 from comfy_g2rpo.prompts import load as load_prompts
 from comfy_g2rpo.rewards import RewardError, check_prompts
@@ -22,6 +22,7 @@ from . import families
 from .allocator import keep_freed_memory
 from .config import Config, TrainedReward, dump, make_pace, make_recipe, model_folder
 from .families import FamilyPolicy
+from .lora_files import start_from
 from .progress import Progress, Silent
 from .report import write_report
 from .rewards import VOTES, build_all
@@ -69,7 +70,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
     policy = load_policy(config, accelerator.device)
     policy.add_lora(config.lora.rank, config.lora.alpha, config.train.seed, config.lora.targets != "attention")
     if config.lora.init:
-        continue_from(policy, Path(config.lora.init), config.lora.alpha / config.lora.rank)
+        continue_from(policy, Path(config.lora.init), config.lora.alpha / config.lora.rank, config.model.family)
     for prompt in (*prompts.train, *prompts.heldout):
         policy.encode([prompt])
     policy.drop_text_encoders()
@@ -92,6 +93,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
         metadata={
             "g2rpo.version": __version__,
             "g2rpo.base_model": Path(config.model.path).name,
+            "g2rpo.family": str(config.model.family),
             "g2rpo.recipe": config.method.name,
             "g2rpo.rewards": ", ".join(map(described, config.rewards)),
         },
@@ -124,15 +126,14 @@ def load_policy(config: Config, device: torch.device | str) -> FamilyPolicy:
     return families.load(config.model, model_folder(config.model.path), device)
 
 
-def continue_from(policy: FamilyPolicy, path: Path, scale: float) -> None:
-    """Start from a LoRA file of the same rank and modules; a scale that differs is folded into B."""
-    file, pairs = lora.read(path), policy.pairs()
-    if set(file.pairs) != set(pairs) or any(file.pairs[name][0].shape != pairs[name][0].shape for name in pairs):
-        raise ValueError(f"lora.init {path}: its modules or rank differ from this run's; set lora.rank and lora.targets as in that file")
+def continue_from(policy: FamilyPolicy, path: Path, scale: float, family: str | None = None) -> None:
+    """Start from a LoRA file of any form; what it lacks in rank or modules stays fresh, a scale that differs is folded into B."""
+    ours = policy.pairs()
+    theirs = start_from(path, {name: (len(up), *down.shape) for name, (down, up) in ours.items()}, family)
     with torch.no_grad():
-        for name, (down, up) in pairs.items():
-            down.copy_(file.pairs[name][0])
-            up.copy_(file.pairs[name][1] * (file.alphas[name] / down.shape[0] / scale))
+        for name, (down, up) in theirs.items():
+            ours[name][0][: len(down)].copy_(down)
+            ours[name][1][:, : len(down)].copy_(up / scale)
 
 
 def open_run(config: Config, out: Path, resume: bool, replace: bool) -> RunFolder:

@@ -34,6 +34,10 @@ def export(
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, max=4096, help="Cut every pair to this rank by SVD; with --extract: the rank.")] = None,
     precision: Annotated[str, typer.Option(help="Of the pairs: keep, fp32, bf16, fp16.")] = "keep",
+    alpha: Annotated[
+        bool,
+        typer.Option("--alpha/--no-alpha", help="Write .alpha beside each pair; only FLUX.1's load_lora_weights of diffusers takes it."),
+    ] = True,
     merge: Annotated[Path | None, typer.Option(metavar="BASE", help="Add the LoRA to this model and write the model.")] = None,
     strength: Annotated[float, typer.Option(min=-100, max=100, help="Of the LoRA in --merge.")] = 1.0,
     extract: Annotated[Path | None, typer.Option(metavar="BASE", help="Write the LoRA that leads from this model to FILE.")] = None,
@@ -52,14 +56,14 @@ def export(
 
     check_free(out)
     if extract:
-        _extract(file, extract, out, form, family, rank or 16, precision)
+        _extract(file, extract, out, form, family, rank or 16, precision, alpha)
     elif merge:
         _merge(file, merge, out, family, rank, strength)
     else:
-        _convert(file, out, form, family, rank, precision)
+        _convert(file, out, form, family, rank, precision, alpha)
 
 
-def _convert(file: Path, out: Path, form: str, family: str | None, rank: int | None, precision: str) -> None:
+def _convert(file: Path, out: Path, form: str, family: str | None, rank: int | None, precision: str, alpha: bool) -> None:
     """Write a LoRA file in another form."""
     from comfy_g2rpo.lora_convert import renamed
     from comfy_g2rpo.lora_forms import check_sound
@@ -72,10 +76,12 @@ def _convert(file: Path, out: Path, form: str, family: str | None, rank: int | N
     pairs = reading.scaled()
     style = form_for(found, pairs) if form == "auto" else form
     _notes(reading)
-    _write(out, renamed(found, pairs, style), style, found, rank, precision, reading.metadata)
+    _write(out, renamed(found, pairs, style), style, found, rank, precision, reading.metadata, alpha)
 
 
-def _write(out: Path, pairs: Mapping[str, Any], style: str, family: Family, rank: int | None, precision: str, metadata: dict) -> None:
+def _write(
+    out: Path, pairs: Mapping[str, Any], style: str, family: Family, rank: int | None, precision: str, metadata: dict, alpha: bool
+) -> None:
     """Cut pairs to a rank, set their precision, write them and say what was written."""
     import torch
 
@@ -89,10 +95,12 @@ def _write(out: Path, pairs: Mapping[str, Any], style: str, family: Family, rank
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if dtype:
         pairs = {module: (down.to(dtype), up.to(dtype)) for module, (down, up) in pairs.items()}
-    write_new(out, pairs, style, {**metadata, FAMILY_KEY: family.name})
+    write_new(out, pairs, style, {**metadata, FAMILY_KEY: family.name}, alpha)
     ranks = sorted({len(down) for down, _ in pairs.values()})
     spread = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     typer.echo(f"{len(pairs)} modules of {family.title}, {style} form, {spread}")
+    if style == "diffusers" and alpha and not family.pipeline_takes_alpha:
+        typer.echo("note: diffusers reads it by transformer.load_lora_adapter; for pipeline.load_lora_weights add --no-alpha", err=True)
     typer.echo(out)
 
 
@@ -117,7 +125,7 @@ def _merge(file: Path, base: Path, out: Path, family: str | None, rank: int | No
     typer.echo(out)
 
 
-def _extract(tuned: Path, base: Path, out: Path, form: str, family: str | None, rank: int, precision: str) -> None:
+def _extract(tuned: Path, base: Path, out: Path, form: str, family: str | None, rank: int, precision: str, alpha: bool) -> None:
     """Write the LoRA that leads from one model to another."""
     from comfy_g2rpo.lora_convert import renamed
 
@@ -132,7 +140,7 @@ def _extract(tuned: Path, base: Path, out: Path, form: str, family: str | None, 
         typer.echo(f"left out: {len(made.left_out)} changed tensors that no LoRA holds (biases, norms …), such as {made.left_out[0]}")
     style = form_for(made.family, made.pairs) if form == "auto" else form
     metadata = {"g2rpo.extracted": tuned.name, "g2rpo.base_model": base.name}
-    _write(out, renamed(made.family, made.pairs, style), style, made.family, None, precision, metadata)
+    _write(out, renamed(made.family, made.pairs, style), style, made.family, None, precision, metadata, alpha)
 
 
 def _notes(reading: Reading) -> None:
@@ -192,8 +200,10 @@ def _loading(reading: Reading, family: Family, troubles: list[str], remedy: str)
         counts = Counter(taken.values())
         said = ", ".join(f"{counts[key]} {core[key]}" for key in (BOTH, NEW, NONE) if counts[key])
         peft = sum(in_diffusers(family, module, reading.forms[module]) for module in modules)
+        beside = any(module not in reading.missing_alpha for module in modules) and not family.pipeline_takes_alpha
+        how = " (by load_lora_adapter; load_lora_weights refuses .alpha: export --no-alpha)" if beside and peft else ""
         kind = {"both": "names that are the same everywhere", "native": "native names", "diffusers": "diffusers names"}[name]
-        lines.append(f"{len(modules)} × {prefix or 'no prefix'} + {kind}: ComfyUI: {said}; diffusers: {peft} load as they are")
+        lines.append(f"{len(modules)} × {prefix or 'no prefix'} + {kind}: ComfyUI: {said}; diffusers: {peft} load as they are{how}")
         if lost := [module for module in modules if taken[module] != BOTH]:
             version = "" if counts[NONE] else " before 0.33"
             troubles.append(f"ComfyUI{version} ignores {len(lost)} modules, such as {lost[0]}; mend: {remedy} --form native")

@@ -1,0 +1,331 @@
+"""`g2rpo export` and `g2rpo check-lora`: what they write, say and refuse, on tiny models of diffusers' own classes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from inspect import signature
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from lora_models import ALPHA, TINY, deltas, layers, random_pairs
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from comfy_g2rpo import lora
+from comfy_g2rpo.lora_convert import renamed, scaled
+from comfy_g2rpo.lora_keys import FAMILIES, SD3
+from g2rpo_trainer.cli import main
+from g2rpo_trainer.families.sd3 import SD3 as SD3Policy
+from g2rpo_trainer.families.sd3 import load_pipeline
+from g2rpo_trainer.lora_files import read_any, start_from
+from g2rpo_trainer.run import continue_from
+
+PIPELINES = {
+    "sd3": "StableDiffusion3Pipeline",
+    "flux": "FluxPipeline",
+    "flux2": "Flux2Pipeline",
+    "qwen_image": "QwenImagePipeline",
+    "wan": "WanPipeline",
+    "z_image": "ZImagePipeline",
+    "lumina2": "Lumina2Pipeline",
+}
+BUNDLED = Path(__file__).parent.parent / "models/tiny"
+TO_Q = "transformer_blocks.0.attn.to_q"
+
+
+def run(*words: object) -> int:
+    """Run the command line; return its exit code."""
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    return int(end.value.code or 0)
+
+
+def change(model: nn.Module) -> dict[str, Tensor]:
+    """Return what loaded adapters change."""
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight")}
+    return {name: layer.get_delta_weight(layer.active_adapters[0]).detach() for name, layer in layers.items()}
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor], atol: float = 1e-6) -> bool:
+    """Say whether changes of weights are equal."""
+    return one.keys() == other.keys() and all(torch.allclose(one[key], other[key], rtol=0, atol=atol) for key in one)
+
+
+@pytest.fixture
+def attention(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+    """Write a LoRA on the tiny SD3's blocks as peft does: base_model.model., no alpha, its configuration beside it."""
+    shapes = {name: shape for name, shape in layers(TINY["sd3"].make()).items() if "blocks" in name}
+    pairs = random_pairs(shapes)
+    named = {f"base_model.model.{name}.lora_{part}.weight": pairs[name][i] for name in pairs for i, part in enumerate("AB")}
+    (tmp_path / "peft").mkdir()
+    save_file(named, tmp_path / "peft/adapter_model.safetensors")
+    (tmp_path / "peft/adapter_config.json").write_text(json.dumps({"lora_alpha": ALPHA, "r": 3}))
+    return tmp_path / "peft/adapter_model.safetensors", deltas(pairs)
+
+
+def test_a_file_is_converted_there_and_back_and_its_metadata_kept(
+    tmp_path: Path, attention: tuple[Path, dict[str, Tensor]], capsys
+) -> None:
+    file, wanted = attention
+    tuned, native, back = (tmp_path / f"{name}.safetensors" for name in ("tuned", "native", "back"))
+    assert run("export", file, "--family", "sd3", "--out", tuned) == 0
+    assert "note: 29 pairs have no alpha; taken from adapter_config.json" in capsys.readouterr().err
+    assert run("export", tuned, "--form", "native", "--out", native) == 0
+    assert run("export", native, "--form", "diffusers", "--out", back) == 0
+    first, last = lora.read(tuned), lora.read(back)
+    assert same({name: first.delta(name) for name in first.pairs}, wanted)
+    assert same({name: last.delta(name) for name in last.pairs}, wanted)
+    assert lora.read(native).style == "native" and last.metadata["g2rpo.family"] == "sd3"
+    assert all(key.startswith("diffusion_model.joint_blocks.") for key in load_file(native))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_diffusers_reads_the_exported_file_by_both_of_its_loaders(name: str, tmp_path: Path) -> None:
+    base = TINY[name].make("cpu")
+    pairs = random_pairs(layers(base))
+    native = renamed(FAMILIES[name], scaled(pairs, dict.fromkeys(pairs, ALPHA)), "native")
+    tensors = {
+        key: value for module, pair in native.items() for key, value in lora.named({module: pair}, len(pair[0]), "", "native").items()
+    }
+    save_file(tensors, tmp_path / "native.safetensors")
+    plain, bare = tmp_path / "plain.safetensors", tmp_path / "bare.safetensors"
+    assert run("export", tmp_path / "native.safetensors", "--form", "diffusers", "--out", plain) == 0
+    assert run("export", tmp_path / "native.safetensors", "--form", "diffusers", "--no-alpha", "--out", bare) == 0
+    by_model, by_pipeline = copy.deepcopy(base), copy.deepcopy(base)
+    by_model.load_lora_adapter(plain)
+    pipeline_of(name, by_pipeline).load_lora_weights(plain if FAMILIES[name].pipeline_takes_alpha else bare)
+    assert same(change(by_model), deltas(pairs)) and same(change(by_pipeline), deltas(pairs))
+    assert not any(key.endswith(".alpha") for key in load_file(bare))
+
+
+def pipeline_of(name: str, transformer: nn.Module) -> diffusers.DiffusionPipeline:
+    """Make a pipeline of a transformer alone."""
+    cls = getattr(diffusers, PIPELINES[name])
+    parts = {part: None for part, value in signature(cls.__init__).parameters.items() if part != "self" and value.default is value.empty}
+    return cls(**parts | {"transformer": transformer, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()})
+
+
+def test_the_exported_file_gives_diffusers_the_output_of_training(tmp_path: Path) -> None:
+    base = TINY["sd3"].make("cpu")
+    pairs = random_pairs({name: shape for name, shape in layers(base).items() if ".attn" in name or ".ff" in name})
+    native = renamed(SD3, pairs, "native")
+    save_file(
+        {f"lora_unet_{k.replace('.', '_')}.lora_{n}.weight": t for k, p in native.items() for n, t in zip(("down", "up"), p, strict=True)},
+        tmp_path / "kohya.safetensors",
+    )
+    assert run("export", tmp_path / "kohya.safetensors", "--out", tmp_path / "a.safetensors") == 0
+    merged, loaded = copy.deepcopy(base), copy.deepcopy(base)
+    with torch.no_grad():
+        for name, delta in deltas(pairs, 1.0).items():
+            merged.get_submodule(name).weight += delta
+    loaded.load_lora_adapter(tmp_path / "a.safetensors")
+    noise = torch.Generator().manual_seed(1)
+    given = [torch.randn(shape, generator=noise) for shape in ((2, 16, 8, 8), (2, 5, 32), (2, 32))]
+    with torch.no_grad():
+        plain, one, other = (model(*given, torch.tensor([900.0, 200.0])).sample for model in (base, merged, loaded))
+    assert (one - plain).abs().max() > 1e-2 and torch.allclose(one, other, atol=1e-5)
+
+
+def test_the_rank_is_cut_with_the_error_stated(tmp_path: Path, attention: tuple[Path, dict[str, Tensor]], capsys) -> None:
+    assert run("export", attention[0], "--family", "sd3", "--rank", 2, "--out", tmp_path / "a.safetensors") == 0
+    made = lora.read(tmp_path / "a.safetensors")
+    missed = sum(float((made.delta(name) - attention[1][name]).square().sum()) for name in made.pairs)
+    error = (missed / sum(float(delta.square().sum()) for delta in attention[1].values())) ** 0.5
+    assert f"cut to rank 2: relative error {error:.2e}" in capsys.readouterr().out
+    assert {len(down) for down, _ in made.pairs.values()} == {2}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """Save the tiny SD3 in two shards."""
+    model = TINY["sd3"].make("cpu")
+    model.save_pretrained(tmp_path / "base/transformer", max_shard_size="2MB")
+    assert len(list((tmp_path / "base/transformer").glob("*.safetensors"))) > 1
+    return tmp_path / "base"
+
+
+def test_a_lora_is_merged_into_a_sharded_model(tmp_path: Path, base: Path, attention: tuple[Path, dict[str, Tensor]], capsys) -> None:
+    assert run("export", attention[0], "--merge", base, "--strength", 0.5, "--out", tmp_path / "merged.safetensors") == 0
+    assert "lost" in capsys.readouterr().out
+    before, after = TINY["sd3"].make("cpu").state_dict(), load_file(tmp_path / "merged.safetensors")
+    assert before.keys() == after.keys()
+    for key, weight in before.items():
+        delta = attention[1].get(key.removesuffix(".weight"))
+        assert torch.equal(after[key], weight) if delta is None else torch.allclose(after[key], weight + 0.5 * delta, atol=1e-6)
+
+
+def test_a_native_checkpoint_keeps_its_names_and_everything_else(tmp_path: Path, attention: tuple[Path, dict[str, Tensor]]) -> None:
+    weights = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in native_shapes().items()}
+    weights["first_stage_model.conv.weight"] = torch.ones(3, dtype=torch.float8_e4m3fn)
+    save_file(weights, tmp_path / "base.safetensors")
+    assert run("export", attention[0], "--merge", tmp_path / "base.safetensors", "--out", tmp_path / "merged.safetensors") == 0
+    after = load_file(tmp_path / "merged.safetensors")
+    qkv = torch.cat([attention[1][f"transformer_blocks.0.attn.to_{part}"] for part in "qkv"])
+    key = "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
+    assert after.keys() == weights.keys() and after[key].dtype == torch.bfloat16
+    assert torch.allclose(after[key].float(), qkv, atol=1e-2 * float(qkv.abs().max()))
+    assert torch.equal(after["first_stage_model.conv.weight"].float(), torch.ones(3))
+
+
+def native_shapes() -> dict[str, tuple[int, ...]]:
+    """Return the weights of the tiny SD3 as a published single file has them."""
+    pairs = renamed(SD3, random_pairs(layers(TINY["sd3"].make())), "native")
+    return {f"model.diffusion_model.{name}.weight": (len(up), *down.shape[1:]) for name, (down, up) in pairs.items()}
+
+
+def test_a_planted_update_is_extracted_with_the_error_stated(tmp_path: Path, base: Path, capsys) -> None:
+    tuned = TINY["sd3"].make("cpu")
+    planted = deltas(random_pairs({name: shape for name, shape in layers(tuned).items() if ".attn" in name or ".ff" in name}, rank=8), 1.0)
+    with torch.no_grad():
+        for name, delta in planted.items():
+            tuned.get_submodule(name).weight += delta
+        tuned.proj_out.bias += 1
+    tuned.save_pretrained(tmp_path / "tuned")
+    assert run("export", tmp_path / "tuned", "--extract", base, "--rank", 8, "--out", tmp_path / "a.safetensors") == 0
+    said = capsys.readouterr().out
+    assert "rank 8: relative error" in said and float(said.split("relative error ")[1].split()[0]) <= 1e-4
+    assert "left out: 1 changed tensors" in said and "proj_out.bias" in said
+    made = lora.read(tmp_path / "a.safetensors")
+    assert made.pairs.keys() == planted.keys()
+    assert all((made.delta(name) - delta).norm() <= 1e-4 * delta.norm() for name, delta in planted.items())
+
+
+def test_nothing_is_overwritten(tmp_path: Path, base: Path, attention: tuple[Path, dict[str, Tensor]], capsys) -> None:
+    taken = tmp_path / "taken.safetensors"
+    taken.write_bytes(b"mine")
+    for more in ((), ("--merge", base), ("--extract", base)):
+        assert run("export", attention[0], *more, "--out", taken) == 2
+        assert "never overwritten" in capsys.readouterr().err
+    assert taken.read_bytes() == b"mine" and run("export", attention[0], "--out", attention[0]) == 2
+
+
+def test_check_lora_names_what_is_wrong_and_what_mends_it(
+    tmp_path: Path, base: Path, attention: tuple[Path, dict[str, Tensor]], capsys
+) -> None:
+    assert run("check-lora", attention[0], "--against", base) == 1
+    said = capsys.readouterr().out
+    assert "family: Stable Diffusion 3 and 3.5" in said and "base_model.model." in said and "modules fit" in said
+    assert "lack their alpha" in said and "adapter_config.json says 1.66667" in said and "g2rpo export" in said
+    assert run("export", attention[0], "--family", "sd3", "--out", tmp_path / "good.safetensors") == 0
+    assert run("check-lora", tmp_path / "good.safetensors", "--against", base) == 0
+    assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("!")]
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "words"),
+    [
+        ("flux", "base_model.model.", "ComfyUI ignores 50 modules"),
+        ("flux", "transformer.", "50 load; diffusers: 50 load"),
+        ("wan", "transformer.", "ComfyUI ignores 33 modules"),
+        ("flux", "diffusion_model.", "ignores"),
+        ("flux2", "transformer.", "load from ComfyUI 0.33 on only"),
+    ],
+)
+def test_check_lora_says_what_loads_where(tmp_path: Path, family: str, prefix: str, words: str, capsys) -> None:
+    pairs = random_pairs(layers(TINY[family].make()))
+    save_file(
+        {f"{prefix}{n}.lora_{p}.weight": t for n, pair in pairs.items() for p, t in zip("AB", pair, strict=True)},
+        tmp_path / "a.safetensors",
+    )
+    run("check-lora", tmp_path / "a.safetensors")
+    assert words in capsys.readouterr().out
+
+
+def test_check_lora_recognises_other_adapters_and_other_models(tmp_path: Path, base: Path, capsys) -> None:
+    pair = {f"transformer.{TO_Q}.lora_A.weight": torch.ones(2, 64), f"transformer.{TO_Q}.lora_B.weight": torch.ones(64, 2)}
+    save_file(pair | {f"transformer.{TO_Q}.dora_scale": torch.ones(64, 1)}, tmp_path / "a.safetensors")
+    assert run("check-lora", tmp_path / "a.safetensors", "--against", base) == 1
+    said = capsys.readouterr().out
+    assert "DoRA" in said and "have another size in the model" in said
+    assert run("export", tmp_path / "a.safetensors", "--family", "sd3", "--out", tmp_path / "b.safetensors") == 2
+    assert "DoRA" in capsys.readouterr().err and not (tmp_path / "b.safetensors").exists()
+
+
+def damaged(path: Path) -> None:
+    """Cut a file short."""
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda path: path.write_bytes(b"\xff" * 100), "not a safetensors file"),
+        (damaged, "damaged"),
+        (lambda path: path.unlink(), "cannot read"),
+        (lambda path: path.with_name("adapter_config.json").write_text("{"), "no JSON"),
+        (lambda path: path.with_name("adapter_config.json").write_text('{"lora_alpha": "x"}'), "must be a number"),
+        (lambda path: save_file({"a.lora_A.weight": torch.full((1, 1), torch.nan), "a.lora_B.weight": torch.ones(1, 1)}, path), "NaN"),
+        (lambda path: save_file({"unet.lora": torch.ones(1)}, path), "no known name"),
+    ],
+)
+def test_hostile_files_are_one_clear_line(tmp_path: Path, attention: tuple[Path, dict[str, Tensor]], spoil, words: str, capsys) -> None:
+    spoil(attention[0])
+    assert run("export", attention[0], "--family", "sd3", "--out", tmp_path / "a.safetensors") == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: next(folder.glob("*-00002-*")).unlink(), "finish the download"),
+        (lambda folder: damaged(next(folder.glob("*-00002-*"))), "damaged"),
+        (lambda folder: next(folder.glob("*.json.index.json"), next(folder.glob("*.index.json"))).write_text("[]"), "no index of shards"),
+        (
+            lambda folder: next(folder.glob("*.index.json")).write_text('{"weight_map": {"a": "../../x.safetensors"}}'),
+            "which is no file beside it",
+        ),
+    ],
+)
+def test_a_damaged_model_is_one_clear_line(
+    tmp_path: Path, base: Path, attention: tuple[Path, dict[str, Tensor]], spoil, words: str, capsys
+) -> None:
+    spoil(base / "transformer")
+    assert run("export", attention[0], "--merge", base, "--out", tmp_path / "a.safetensors") == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_run_starts_from_any_form_and_pads_the_rank(tmp_path: Path, attention: tuple[Path, dict[str, Tensor]]) -> None:
+    file, wanted = attention
+    native = tmp_path / "native.safetensors"
+    assert run("export", file, "--family", "sd3", "--form", "native", "--out", native) == 0
+    adapter = {name: (shape[0], 16, *shape[1:]) for name, shape in layers(TINY["sd3"].make()).items()}
+    for source in (file, native):
+        pairs = start_from(source, adapter, "sd3")
+        assert same(deltas(pairs, 1.0), wanted)
+    with pytest.raises(lora.LoraError, match=r"its rank is 3, lora\.rank is 2"):
+        start_from(file, {name: (rows, 2, *rest) for name, (rows, _, *rest) in adapter.items()}, "sd3")
+    with pytest.raises(lora.LoraError, match=r"change lora\.targets"):
+        start_from(file, {TO_Q: adapter[TO_Q]}, "sd3")
+
+
+def test_an_exported_lora_is_trained_on_and_exported_again(tmp_path: Path) -> None:
+    first, second = (load_pipeline(BUNDLED, torch.float32) for _ in range(2))
+    one, other = SD3Policy(first), SD3Policy(second)
+    one.add_lora(4, 8, seed=0, feed_forward=True)
+    other.add_lora(16, 4, seed=1, feed_forward=True)
+    for up in (up for _, up in one.pairs().values()):
+        torch.nn.init.normal_(up, std=0.02)
+    lora.write(tmp_path / "one.safetensors", one.pairs(), 8)
+    for source, target in (("one", "native"), ("native", "bare")):
+        words = ["export", tmp_path / f"{source}.safetensors", "--family", "sd3", "--form", target if target == "native" else "diffusers"]
+        assert run(*words, "--out", tmp_path / f"{target}.safetensors") == 0
+    continue_from(other, tmp_path / "native.safetensors", 4 / 16, "sd3")
+    x, sigma, cond = torch.randn(2, 16, 8, 8), torch.tensor([0.9, 0.3]), one.encode(["a red circle", "a blue square"])
+    assert torch.allclose(one.velocity(x, sigma, cond), other.velocity(x, sigma, cond), atol=1e-5)
+    assert all(down[4:].any() for down, _ in other.pairs().values())  # the ranks that were added can learn
+    lora.write(tmp_path / "two.safetensors", other.pairs(), 4)
+    files = [lora.read(tmp_path / f"{name}.safetensors") for name in ("one", "bare", "two")]
+    changes = [{name: file.delta(name) for name in file.pairs} for file in files]
+    assert same(changes[0], changes[1]) and same(changes[0], changes[2])
+
+
+def test_a_folder_means_its_only_file(attention: tuple[Path, dict[str, Tensor]]) -> None:
+    assert read_any(attention[0].parent).pairs.keys() == read_any(attention[0]).pairs.keys()
+    save_file({"a": torch.ones(1)}, attention[0].with_name("b.safetensors"))
+    with pytest.raises(lora.LoraError, match="holds 2 safetensors files"):
+        read_any(attention[0].parent)
