@@ -171,6 +171,17 @@ def test_a_native_checkpoint_keeps_its_names_and_everything_else(tmp_path: Path,
     assert torch.equal(after["first_stage_model.conv.weight"].float(), torch.ones(3))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape", "words"),
+    [(torch.float8_e4m3fn, None, "F8_E4M3, to which nothing can be added"), (torch.float32, (3, 3), "another size")],
+)
+def test_what_cannot_take_a_lora_is_refused(tmp_path: Path, attention, dtype, shape, words: str, capsys) -> None:
+    weights = {name: torch.zeros(shape or own).to(dtype) for name, own in native_shapes().items()}
+    save_file(weights, tmp_path / "base.safetensors")
+    assert run("export", attention[0], "--merge", tmp_path / "base.safetensors", "--out", tmp_path / "a.safetensors") == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "a.safetensors").exists()
+
+
 def native_shapes() -> dict[str, tuple[int, ...]]:
     """Return the weights of the tiny SD3 as a published single file has them."""
     pairs = renamed(SD3, random_pairs(layers(TINY["sd3"].make())), "native")
@@ -243,6 +254,14 @@ def test_check_lora_recognises_other_adapters_and_other_models(tmp_path: Path, b
     assert "DoRA" in said and "have another size in the model" in said
     assert run("export", tmp_path / "a.safetensors", "--family", "sd3", "--out", tmp_path / "b.safetensors") == 2
     assert "DoRA" in capsys.readouterr().err and not (tmp_path / "b.safetensors").exists()
+
+
+def test_two_models_of_different_kinds_are_not_compared(tmp_path: Path, base: Path, capsys) -> None:
+    save_file({name: torch.zeros(shape) for name, shape in native_shapes().items()}, tmp_path / "native.safetensors")
+    assert run("export", tmp_path / "native.safetensors", "--extract", base, "--out", tmp_path / "a.safetensors") == 2
+    assert "is sd3 (native) and" in capsys.readouterr().err
+    assert run("export", base, "--extract", base, "--out", tmp_path / "a.safetensors") == 2
+    assert "differ in no matrix" in capsys.readouterr().err
 
 
 def damaged(path: Path) -> None:

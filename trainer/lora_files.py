@@ -116,7 +116,7 @@ def merge(made: Fit, model: Model, out: Path, strength: float, metadata: Mapping
     pairs = {keys[module]: pair for module, pair in made.fitting.items()}
     if strange := next((key for key in pairs if model.tensors[key].dtype not in DTYPES), None):
         raise FileError(
-            f"{model.path}: {strange} is {model.tensors[strange].dtype}, to which nothing can be added; give a 16 or 32 bit model"
+            f"{model.path}: {strange!a} is {model.tensors[strange].dtype}, to which nothing can be added; give a 16 or 32 bit model"
         )
     lost, whole = 0.0, 0.0
 
@@ -156,17 +156,17 @@ def extract(tuned: Model, base: Model, rank: int) -> Extracted:
     ours, theirs = tuned.modules(), base.modules()
     if ours.keys() != theirs.keys():
         odd = min(ours.keys() ^ theirs.keys())
-        raise FileError(f"{odd} is in one of {tuned.path} and {base.path} alone; give two models of the same architecture")
+        raise FileError(f"{odd!a} is in one of {tuned.path} and {base.path} alone; give two models of the same architecture")
     pairs, left_out, missed, whole = {}, [], 0.0, 0.0
     prefixes = [next(iter(keys.values()))[: -len(next(iter(keys)) + ".weight")] for keys in (ours, theirs)]
     for key, stored in tuned.tensors.items():
         if not key.startswith(prefixes[0]) or (twin := base.tensors.get(prefixes[1] + key[len(prefixes[0]) :])) is None:
             continue
         if stored.shape != twin.shape:
-            raise FileError(f"{key} is {list(stored.shape)} in {tuned.path} and {list(twin.shape)} in {base.path}; give one architecture")
+            raise FileError(f"{key!a} is {list(stored.shape)} in {tuned.path} and {list(twin.shape)} in {base.path}; give one architecture")
         change = stored.read().float() - twin.read().float()
         if not change.isfinite().all():
-            raise FileError(f"{key}: {tuned.path} or {base.path} holds NaN or infinite values; give a sound model")
+            raise FileError(f"{key!a}: {tuned.path} or {base.path} holds NaN or infinite values; give a sound model")
         if not change.any():
             continue
         module = key[len(prefixes[0]) :].removesuffix(".weight")

@@ -137,7 +137,7 @@ def _extract(tuned: Path, base: Path, out: Path, form: str, family: str | None, 
     made = extract(look_at(tuned), look_at(base), rank)
     typer.echo(f"rank {rank}: relative error {made.error:.2e} of the change of {len(made.pairs)} matrices")
     if made.left_out:
-        typer.echo(f"left out: {len(made.left_out)} changed tensors that no LoRA holds (biases, norms …), such as {made.left_out[0]}")
+        typer.echo(f"left out: {len(made.left_out)} changed tensors that no LoRA holds (biases, norms …), such as {made.left_out[0]!a}")
     style = form_for(made.family, made.pairs) if form == "auto" else form
     metadata = {"g2rpo.extracted": tuned.name, "g2rpo.base_model": base.name}
     _write(out, renamed(made.family, made.pairs, style), style, made.family, None, precision, metadata, alpha)
