@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -167,9 +168,10 @@ def check_lora(
     troubles: list[str] = []
     lines = [f"{len(reading.pairs)} pairs" + (f", {len(reading.text)} keys of text encoders" if reading.text else "")]
     model = look_at(against) if against else None
-    remedy = f"g2rpo export {file} --out NEW.safetensors"
+    remedy = f"g2rpo export {shlex.quote(str(file))} --out NEW.safetensors"
     if reading.pairs:
         found = which(reading, file, family, model)
+        remedy = f"g2rpo export {shlex.quote(str(file))} --family {found.name} --out NEW.safetensors"
         lines += _loading(reading, found, troubles, remedy)
         if model:
             lines += _fitting(fit(reading, file, model, family), troubles)
