@@ -67,6 +67,8 @@ class Setup:
     alpha: float
     gates: tuple[float | None, ...] = ()
     style: str = "diffusers"
+    rename: lora.Rename | None = None
+    """Gives the adapter's modules the names that they have in LoRA files, where these differ."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     world: World = field(default_factory=World)
     preview: tuple[int, ...] | None = None
@@ -403,7 +405,8 @@ def save(setup: Setup, learner: Learner, folder: RunFolder) -> None:
 
     def write(path: Any) -> None:
         with averaged(setup, learner):
-            lora.write(path / "lora.safetensors", setup.policy.pairs(), setup.alpha, style=setup.style, metadata=metadata)
+            form = {"style": setup.style, "rename": setup.rename, "metadata": metadata}
+            lora.write(path / "lora.safetensors", setup.policy.pairs(), setup.alpha, **form)
         write_state(path, tensors, progress)
 
     best = None if setup.pace.watch == "off" else best_step(folder.metrics(), setup.trained, setup.measures)

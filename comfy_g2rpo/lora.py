@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ MAX_NAME = 300
 MODULE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
+Rename = Callable[[Pairs], Pairs]
 
 
 class LoraError(FileError):
@@ -62,21 +63,29 @@ def fold(pairs: Pairs, alphas: Mapping[str, float]) -> dict[str, tuple[Tensor, T
     return {module: (down, up * (alphas[module] / len(down))) for module, (down, up) in pairs.items()}
 
 
-def write(path: Path, pairs: Pairs, alpha: float, *, style: str = "diffusers", metadata: Mapping[str, object] | None = None) -> None:
-    """Write a LoRA file whose every loader applies alpha/rank · up · down; `metadata` is kept as text."""
-    tensors = named(pairs, alpha, path, style)
+def write(
+    path: Path,
+    pairs: Pairs,
+    alpha: float,
+    *,
+    style: str = "diffusers",
+    rename: Rename | None = None,
+    metadata: Mapping[str, object] | None = None,
+) -> None:
+    """Write a LoRA file whose every loader applies alpha/rank · up · down, its modules renamed; `metadata` is kept as text."""
+    tensors = named(pairs, alpha, path, style, rename)
     write_tensors(path, tensors, {key: str(value) for key, value in (metadata or {}).items()})
 
 
-def named(pairs: Pairs, alpha: float, path: Path | str, style: str = "diffusers") -> dict[str, Tensor]:
+def named(pairs: Pairs, alpha: float, path: Path | str, style: str = "diffusers", rename: Rename | None = None) -> dict[str, Tensor]:
     """Name a LoRA's tensors as its file does; `path` names it in errors."""
     if style not in STYLES:
         raise LoraError(f"LoRA style is {style!r}; choose one of: {', '.join(STYLES)}")
     if not pairs:
         raise LoraError(f"{path} would hold no LoRA pair; choose targets that the model has")
     prefix, down_name, up_name = STYLES[style]
-    tensors = {}
-    for module, (down, up) in fold(pairs, dict.fromkeys(pairs, alpha)).items():
+    tensors, folded = {}, fold(pairs, dict.fromkeys(pairs, alpha))
+    for module, (down, up) in (rename(folded) if rename else folded).items():
         check_pair(path, module, down, up, alpha)
         tensors[f"{prefix}{module}.{down_name}"] = down
         tensors[f"{prefix}{module}.{up_name}"] = up

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
+from comfy_g2rpo.lora import Pairs
 from comfy_g2rpo.policy import Trainee
 from comfy_g2rpo.schedule import shifted_sigmas
 
@@ -23,9 +24,15 @@ FAMILIES: dict[str, str] = {
     "sd3": "Stable Diffusion 3 and 3.5",
     "flux": "FLUX.1",
     "qwen_image": "Qwen-Image",
+    "wan": "Wan 2.1 and 2.2 (single pictures)",
 }
 """Every family: the name of its module, which has a function `load(section, folder, device)`, and what it stands for."""
-PIPELINES: dict[str, str] = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux", "QwenImagePipeline": "qwen_image"}
+PIPELINES: dict[str, str] = {
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "QwenImagePipeline": "qwen_image",
+    "WanPipeline": "wan",
+}
 """The family that a folder belongs to, by the diffusers pipeline that it names."""
 SINGLE_FILES = ("flux",)
 """Families whose transformer may come from a file of its own."""
@@ -40,6 +47,10 @@ class FamilyPolicy(Trainee, Protocol):
     """The shift that ComfyUI's graphs have for this family unless a block changes it."""
     lora_style: str
     """The form of LoRA files, one of `lora.STYLES`, that both ComfyUI and diffusers load for this family."""
+
+    def rename(self, pairs: Pairs) -> Pairs:
+        """Give modules the names that they have in LoRA files."""
+        ...
 
     def add_lora(self, rank: int, alpha: float, seed: int, feed_forward: bool = False) -> None:
         """Put a fresh adapter on the attention projections (and the feed-forward ones)."""

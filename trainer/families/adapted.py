@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from comfy_g2rpo import lora
+from comfy_g2rpo.lora_convert import renamed
+from comfy_g2rpo.lora_keys import Family
 from comfy_g2rpo.rollout import seeded_noise
 
 from ..prompt_cache import PromptCache
@@ -31,6 +34,7 @@ class Adapted:
     attention: Sequence[str]  # targets in a block
     feed_forward: Sequence[str]  # further targets
     cond: Callable[..., Any]  # named tuple of a prompt's features
+    names: Family | None = None  # where LoRA files have other module names than diffusers
     cache: PromptCache | None = None
 
     def __init__(self, pipeline: Any, autocast: torch.dtype | None = None) -> None:
@@ -91,9 +95,18 @@ class Adapted:
 
     def load_lora(self, path: Path) -> None:
         """Put the adapter of a file on the model, to draw with; a file that fits no module is refused."""
-        lora.check(path, [name for name, _ in self.transformer.named_modules()])
-        self.pipeline.load_lora_weights(lora.read(path).state_dict())
+        modules, file = [name for name, _ in self.transformer.named_modules()], lora.read(path)
+        if self.names:
+            pairs = renamed(self.names, lora.fold(file.pairs, file.alphas), "diffusers")
+            file = replace(file, pairs=pairs, alphas={module: len(down) for module, (down, _) in pairs.items()})
+        if not file.pairs.keys() & set(modules):
+            raise lora.LoraError(f"{path} fits no module of this model; choose a LoRA that was made for it")
+        self.pipeline.load_lora_weights(file.state_dict())
         self.find_layers()
+
+    def rename(self, pairs: lora.Pairs) -> lora.Pairs:
+        """Give modules the names that they have in LoRA files."""
+        return renamed(self.names, pairs, "native") if self.names else pairs
 
     def find_layers(self) -> None:
         """Take note of the layers that carry an adapter, whoever put it there: those that `reference` switches off."""

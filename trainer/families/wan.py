@@ -1,0 +1,113 @@
+"""Wan 2.1 and Wan 2.2 5B (Alibaba) on diffusers and peft, for single pictures: a video of one frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from diffusers import WanPipeline
+from torch import Tensor
+from torch.nn.functional import pad
+
+from comfy_g2rpo.lora_keys import WAN
+
+from ..prompt_cache import for_model
+from . import folder
+from .adapted import Adapted, cells
+from .video_vae import decode_frames
+
+if TYPE_CHECKING:
+    from ..config import ModelSection
+
+BLANK = ""
+ALMOST_ONE = 1 - 2e-6
+
+
+class Cond(NamedTuple):
+    """One prompt's text features."""
+
+    tokens: Tensor  # UMT5: [L, text_dim], without the zeros that the model sees behind them
+
+
+def load(section: ModelSection, path: Path, device: torch.device | str) -> Wan:
+    """Load the model of a configuration's section onto a device."""
+    bf16, length = section.dtype == "bf16", section.max_sequence_length
+    if folder.components(path, WanPipeline.__name__).get("transformer_2", [None, None])[1]:
+        raise ValueError(f"model.path {path}: a Wan of two transformers (2.2 A14B) cannot be trained here; take Wan 2.1 or Wan 2.2 TI2V 5B")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    pipeline = folder.load_pipeline(WanPipeline, path, dtype, optional=["transformer_2"]).to(device)
+    policy = Wan(pipeline, guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
+    policy.cache = for_model(path, "wan", section.dtype, length)
+    return policy
+
+
+class Wan(Adapted):
+    """A policy and a decoder over a WanPipeline, with a peft LoRA on its transformer. Latents are [B, C, h, w], one frame."""
+
+    cond = Cond
+    comfyui_shift = 8.0
+    # ComfyUI knows the native names alone; diffusers reads these files, too.
+    lora_style, names = "native", WAN
+    blocks, attention = r"blocks\.\d+(\.attn[12])?", ("to_q", "to_k", "to_v", "to_out.0")
+    feed_forward = ("ffn.net.0.proj", "ffn.net.2")
+
+    def __init__(
+        self,
+        pipeline: WanPipeline,
+        *,
+        guidance: float = 5.0,
+        max_sequence_length: int = 512,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(pipeline, autocast)
+        if not max_sequence_length:
+            raise ValueError("model.max_sequence_length is 0, but Wan reads its prompts by UMT5; set it to 512")
+        self.guidance, self.max_sequence_length = guidance, max_sequence_length
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
+        """Return v [B, C, h, w] in float32, with classifier-free guidance where it is above 1."""
+        if self.guidance <= 1:
+            return self._forward(x, sigma, cond)
+        blank = self.encode([BLANK]) * len(cond)
+        given, without = self._forward(x.repeat(2, 1, 1, 1), sigma.repeat(2), [*cond, *blank]).chunk(2)
+        return without + self.guidance * (given - without)
+
+    def _forward(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
+        # The model has no mask: it attends to zeros up to the full length, and has learnt to.
+        tokens = torch.stack([pad(c.tokens, (0, 0, 0, self.max_sequence_length - len(c.tokens))) for c in cond])
+        with self.casting():
+            velocity = self.transformer(
+                hidden_states=x[:, :, None].to(self.dtype),
+                timestep=sigma.float() * 1000,
+                encoder_hidden_states=tokens.to(self.dtype),
+                return_dict=False,
+            )[0]
+        return velocity[:, :, 0].float()
+
+    def encode_one(self, prompt: str) -> Cond:
+        """Run UMT5 on one prompt."""
+        tokens, _ = self.pipeline.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length, device=self.device
+        )
+        return Cond(tokens[0, : int(tokens[0].any(-1).sum())].clone())
+
+    def drop_text_encoders(self) -> None:
+        """Free the text encoder's memory; what guidance moves away from is encoded before."""
+        self.encode([BLANK])
+        super().drop_text_encoders()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents [B, C, h, w] to images [B, H, W, 3] in [0, 1], float32 and contiguous."""
+        return decode_frames(self.vae, latents[:, :, None], self.vae_dtype)[:, 0].contiguous()
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """Return (C, h, w) of a picture of the given size in pixels."""
+        config = self.transformer.config
+        return config.in_channels, *cells(width, height, self.pipeline.vae_scale_factor_spatial, config.patch_size[-1])
+
+    def pipeline_sigmas(self, num_steps: int, shape: Sequence[int]) -> Tensor:
+        """Return WanPipeline's noise levels [T+1]; its solver stays a millionth below 1 for a logarithm that nothing here takes."""
+        sigmas = super().pipeline_sigmas(num_steps, shape)
+        return torch.where(sigmas > ALMOST_ONE, 1.0, sigmas)
