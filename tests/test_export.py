@@ -19,10 +19,11 @@ from comfy_g2rpo import lora
 from comfy_g2rpo.lora_convert import renamed, scaled
 from comfy_g2rpo.lora_keys import FAMILIES, SD3
 from g2rpo_trainer.cli import main
+from g2rpo_trainer.config import apply_overrides, find_recipe, from_dict, read_yaml
 from g2rpo_trainer.families.sd3 import SD3 as SD3Policy
 from g2rpo_trainer.families.sd3 import load_pipeline
-from g2rpo_trainer.lora_files import read_any, start_from
-from g2rpo_trainer.run import continue_from
+from g2rpo_trainer.lora_files import add_frozen, read_any, start_from
+from g2rpo_trainer.run import continue_from, load_policy
 
 PIPELINES = {
     "sd3": "StableDiffusion3Pipeline",
@@ -341,6 +342,26 @@ def test_an_exported_lora_is_trained_on_and_exported_again(tmp_path: Path) -> No
     files = [lora.read(tmp_path / f"{name}.safetensors") for name in ("one", "bare", "two")]
     changes = [{name: file.delta(name) for name in file.pairs} for file in files]
     assert same(changes[0], changes[1]) and same(changes[0], changes[2])
+
+
+def test_a_run_stands_on_a_frozen_lora(tmp_path: Path) -> None:
+    worn, bare = SD3Policy(load_pipeline(BUNDLED, torch.float32)), SD3Policy(load_pipeline(BUNDLED, torch.float32))
+    worn.add_lora(4, 4, seed=0)
+    for up in (up for _, up in worn.pairs().values()):
+        torch.nn.init.normal_(up, std=0.02)
+    lora.write(tmp_path / "one.safetensors", worn.pairs(), 4)
+    assert run("export", tmp_path / "one.safetensors", "--family", "sd3", "--form", "native", "--out", tmp_path / "native.safetensors") == 0
+    overrides = ["model.lora=[{path: native.safetensors, strength: 1}]", "lora.rank=2"]
+    config = from_dict(apply_overrides(read_yaml(find_recipe("demo")), overrides), near=tmp_path)
+    policy = load_policy(config, "cpu")
+    policy.add_lora(2, 2, seed=1)
+    x, sigma, cond = torch.randn(2, 16, 8, 8), torch.tensor([0.9, 0.3]), worn.encode(["a red circle", "a blue square"])
+    wanted = worn.velocity(x, sigma, cond)
+    with policy.reference():
+        assert torch.allclose(policy.velocity(x, sigma, cond), wanted, atol=1e-5)
+    assert not torch.allclose(bare.velocity(x, sigma, cond), wanted, atol=1e-3)
+    with pytest.raises(lora.LoraError, match=r"model\.lora.*is absent or of another size"):
+        add_frozen(TINY["sd3"].make("cpu"), tmp_path / "native.safetensors", 1.0, "sd3")
 
 
 def test_a_folder_means_its_only_file(attention: tuple[Path, dict[str, Tensor]]) -> None:

@@ -40,11 +40,19 @@ class Section(BaseModel):
         return value
 
 
+class FrozenLora(Section):
+    """A LoRA file that belongs to the model that is aligned."""
+
+    path: str = Field(description="LoRA file of any form, added to the model before anything else; it is not trained.")
+    strength: float = Field(1.0, ge=-100, le=100, description="Its strength, as in ComfyUI's loader.")
+
+
 class ModelSection(Section):
     """The model that is aligned."""
 
     family: Literal[tuple(FAMILIES)] = Field("sd3", description="Kind of model.")
     path: str = Field(description="Folder of the model, or the name of one that the Hugging Face cache holds; nothing is downloaded.")
+    lora: tuple[FrozenLora, ...] = Field((), description="LoRA files that the model already wears, and keeps.")
     guidance: float = Field(
         1.0, ge=0, le=50, description="Guidance; 1 is none, more doubles the cost of a forward; FLUX.1 takes it as an input."
     )
@@ -285,7 +293,11 @@ def resolve_paths(config: Config, near: Path) -> Config:
     for name in ("train", "heldout"):
         if (given := getattr(prompts, name)) is not None:
             changes[name] = str(find(f"prompts.{name}", given, near))
-    model = {"path": str(find("model.path", config.model.path, near, hub=True))}
+    model: dict[str, Any] = {"path": str(find("model.path", config.model.path, near, hub=True))}
+    if config.model.lora:
+        model["lora"] = tuple(
+            each.model_copy(update={"path": str(find(f"model.lora.{i}.path", each.path, near))}) for i, each in enumerate(config.model.lora)
+        )
     lora = {"init": str(find("lora.init", config.lora.init, near))} if config.lora.init else {}
     return config.model_copy(
         update={

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from comfy_g2rpo.lora import LoraError, named
 from comfy_g2rpo.lora_convert import extracted, family_of, renamed
@@ -180,13 +180,19 @@ def extract(tuned: Model, base: Model, rank: int) -> Extracted:
     return Extracted(family, naming, pairs, math.sqrt(missed / whole), left_out)
 
 
-def start_from(path: Path, adapter: Mapping[str, tuple[int, ...]], family: str | None) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read what a run starts from, by diffusers' names; `adapter` gives (rows, rank, columns) of the modules that the run trains."""
+def in_diffusers_names(path: Path, modules: Iterable[str], family: str | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Read a LoRA of any form by diffusers' names, its scales in the up matrices; `modules` are those of the model."""
     reading = read_any(path)
     check_sound(reading, path)
     pairs = reading.scaled()
-    if not set(pairs) <= set(adapter):
+    if not set(pairs) <= set(modules):
         pairs = renamed(which(reading, path, family if family in FAMILIES else None), pairs, "diffusers")
+    return pairs
+
+
+def start_from(path: Path, adapter: Mapping[str, tuple[int, ...]], family: str | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Read what a run starts from, by diffusers' names; `adapter` gives (rows, rank, columns) of the modules that the run trains."""
+    pairs = in_diffusers_names(path, adapter, family)
     if strange := sorted(set(pairs) - set(adapter)):
         raise LoraError(
             f"lora.init {path}: this run does not train {len(strange)} of its modules, such as {strange[0]}; change lora.targets"
@@ -201,3 +207,19 @@ def start_from(path: Path, adapter: Mapping[str, tuple[int, ...]], family: str |
                 f"g2rpo export {path} --rank {rank} --out NEW.safetensors"
             )
     return pairs
+
+
+@torch.no_grad()
+def add_frozen(transformer: nn.Module, path: Path, strength: float, family: str | None) -> None:
+    """Add a LoRA to a model's weights for good, so that a run starts, and measures KL, from the model with it."""
+    weights = {name: layer.weight for name, layer in transformer.named_modules() if isinstance(getattr(layer, "weight", None), Tensor)}
+    pairs = in_diffusers_names(path, weights, family)
+    for module, (down, up) in pairs.items():
+        if module not in weights or not _sized(tuple(weights[module].shape), down, up):
+            raise LoraError(f"model.lora {path}: {module} is absent or of another size in this model; take a LoRA that was made for it")
+    for module, (down, up) in pairs.items():
+        weight = weights[module]
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise LoraError(f"model.lora {path}: {module} is {weight.dtype}, to which nothing can be added; load the model in 16 or 32 bit")
+        down, up = (tensor.to(weight.device, torch.float32).flatten(1) for tensor in (down, up))
+        weight.copy_(weight.float() + strength * (up @ down).reshape(weight.shape))

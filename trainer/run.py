@@ -96,6 +96,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
             "g2rpo.base_model": Path(config.model.path).name,
             "g2rpo.family": str(config.model.family),
             "g2rpo.base_loras": ", ".join(f"{worn.strength:g} {Path(worn.path).name}" for worn in config.model.lora) or "none",
+            "g2rpo.base_loras": ", ".join(f"{worn.strength:g} {Path(worn.path).name}" for worn in config.model.lora) or "none",
             "g2rpo.recipe": config.method.name,
             "g2rpo.rewards": ", ".join(map(described, config.rewards)),
         },
