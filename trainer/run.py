@@ -22,7 +22,7 @@ from . import families
 from .allocator import keep_freed_memory
 from .config import Config, TrainedReward, dump, make_pace, make_recipe, model_folder
 from .families import FamilyPolicy
-from .lora_files import start_from
+from .lora_files import add_frozen, start_from
 from .progress import Progress, Silent
 from .report import write_report
 from .rewards import VOTES, build_all
@@ -95,6 +95,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
             "g2rpo.version": __version__,
             "g2rpo.base_model": Path(config.model.path).name,
             "g2rpo.family": str(config.model.family),
+            "g2rpo.base_loras": ", ".join(f"{worn.strength:g} {Path(worn.path).name}" for worn in config.model.lora) or "none",
             "g2rpo.recipe": config.method.name,
             "g2rpo.rewards": ", ".join(map(described, config.rewards)),
         },
@@ -123,8 +124,11 @@ def world(accelerator: Accelerator) -> World:
 
 
 def load_policy(config: Config, device: torch.device | str) -> FamilyPolicy:
-    """Load the model of a configuration onto a device."""
-    return families.load(config.model, model_folder(config.model.path), device)
+    """Load the model of a configuration onto a device, with the LoRAs that it wears."""
+    policy: Any = families.load(config.model, model_folder(config.model.path), device)
+    for worn in config.model.lora:
+        add_frozen(policy.transformer, Path(worn.path), worn.strength, config.model.family)
+    return policy
 
 
 def continue_from(policy: FamilyPolicy, path: Path, scale: float, family: str | None = None) -> None:
