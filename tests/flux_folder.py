@@ -68,3 +68,58 @@ def save(folder: Path, kind: str = "dev", shard: str = "10GB") -> Path:
     """Write a pipeline's folder."""
     pipeline(kind).save_pretrained(folder, max_shard_size=shard)
     return folder
+
+
+# The published single file by name: where its weights stand in diffusers' model. Several names: their rows one after the other.
+DOUBLE = {
+    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "img_attn.proj": ["attn.to_out.0"],
+    "img_mlp.0": ["ff.net.0.proj"],
+    "img_mlp.2": ["ff.net.2"],
+    "img_mod.lin": ["norm1.linear"],
+    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "txt_attn.proj": ["attn.to_add_out"],
+    "txt_mlp.0": ["ff_context.net.0.proj"],
+    "txt_mlp.2": ["ff_context.net.2"],
+    "txt_mod.lin": ["norm1_context.linear"],
+}
+SINGLE = {"linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"], "linear2": ["proj_out"], "modulation.lin": ["norm.linear"]}
+WHOLE = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+}
+NORMS = {
+    "double_blocks.{}.img_attn.norm.query_norm.scale": "transformer_blocks.{}.attn.norm_q.weight",
+    "double_blocks.{}.img_attn.norm.key_norm.scale": "transformer_blocks.{}.attn.norm_k.weight",
+    "double_blocks.{}.txt_attn.norm.query_norm.scale": "transformer_blocks.{}.attn.norm_added_q.weight",
+    "double_blocks.{}.txt_attn.norm.key_norm.scale": "transformer_blocks.{}.attn.norm_added_k.weight",
+    "single_blocks.{}.norm.query_norm.scale": "single_transformer_blocks.{}.attn.norm_q.weight",
+    "single_blocks.{}.norm.key_norm.scale": "single_transformer_blocks.{}.attn.norm_k.weight",
+}
+
+
+def published(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Name a transformer's weights as its published single file does."""
+    made = {}
+    for leaf in ("weight", "bias"):
+        made |= {f"{name}.{leaf}": weights[f"{theirs}.{leaf}"] for name, theirs in WHOLE.items() if f"{theirs}.{leaf}" in weights}
+        shift_last = weights[f"norm_out.linear.{leaf}"]
+        made[f"final_layer.adaLN_modulation.1.{leaf}"] = torch.cat(shift_last.chunk(2)[::-1])
+        for kind, theirs, names in (
+            ("double_blocks", "transformer_blocks", DOUBLE),
+            ("single_blocks", "single_transformer_blocks", SINGLE),
+        ):
+            for block in range(2):
+                for name, parts in names.items():
+                    rows = [weights[f"{theirs}.{block}.{part}.{leaf}"] for part in parts]
+                    made[f"{kind}.{block}.{name}.{leaf}"] = torch.cat(rows)
+    for name, theirs in NORMS.items():
+        made |= {name.format(block): weights[theirs.format(block)] for block in range(2)}
+    return made

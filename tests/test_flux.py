@@ -306,6 +306,52 @@ def test_gated_weights_that_are_not_here_are_named_with_the_way_to_them():
         model_folder("black-forest-labs/FLUX.1-dev")
 
 
+@pytest.fixture
+def weights(dev: Flux) -> dict[str, Tensor]:
+    """Return a dev's weights by diffusers' names, norms off their usual 1."""
+    found = {name: value.detach().clone() for name, value in dev.transformer.state_dict().items()}
+    return {name: seeded_noise(value.shape, name) if "norm_" in name else value for name, value in found.items()}
+
+
+@pytest.mark.parametrize("form", ["published", "diffusers", "checkpoint"])
+def test_a_single_file_gives_the_weights_of_the_folder(folders, weights, tmp_path, form):
+    given = weights if form == "diffusers" else flux_folder.published(weights)
+    if form == "checkpoint":
+        given = {f"model.diffusion_model.{name}": value for name, value in given.items()} | {"vae.decoder.bias": torch.ones(1)}
+    save_file({name: value.contiguous() for name, value in given.items()}, tmp_path / "flux.safetensors")
+    model = copy(folders["dev"], tmp_path)
+    for shard in (model / "transformer").glob("*.safetensors"):
+        shard.unlink()
+    got = loaded(model, transformer=str(tmp_path / "flux.safetensors")).transformer.state_dict()
+    assert got.keys() == weights.keys() and all(torch.equal(got[name], weights[name]) for name in weights)
+
+
+def test_plain_fp8_is_read_and_scaled_fp8_refused(folders, weights, tmp_path):
+    given = {name: value.to(torch.float8_e4m3fn) for name, value in flux_folder.published(weights).items()}
+    save_file(given, tmp_path / "fp8.safetensors")
+    got = loaded(folders["dev"], transformer=str(tmp_path / "fp8.safetensors")).transformer.state_dict()
+    assert all(torch.equal(got[name], value.to(torch.float8_e4m3fn).float()) for name, value in weights.items())
+    save_file(given | {"img_in.scale_weight": torch.ones(1)}, tmp_path / "scaled.safetensors")
+    with pytest.raises(ValueError, match=r"img_in\.scale_weight belongs to scaled weights"):
+        loaded(folders["dev"], transformer=str(tmp_path / "scaled.safetensors"))
+
+
+def test_a_single_file_that_is_not_the_folders_model_is_refused(folders, weights, tmp_path):
+    file = tmp_path / "flux.safetensors"
+    given = {name: value.contiguous() for name, value in flux_folder.published(weights).items()}
+    save_file(given, file)
+    with pytest.raises(ValueError, match=r"4 of its weights, guidance_in\.in_layer\.bias first, are not in the model"):
+        loaded(folders["schnell"], guidance=1, transformer=str(file))
+    save_file({name: value for name, value in given.items() if name != "img_in.weight"}, file)
+    with pytest.raises(ValueError, match=r"it lacks x_embedder\.weight of a FLUX\.1"):
+        loaded(folders["dev"], transformer=str(file))
+    save_file(given | {"img_in.weight": torch.ones(128, 32)}, file)
+    with pytest.raises(ValueError, match=r"img_in\.weight is \[128, 32\], which does not give x_embedder\.weight \[128, 64\]"):
+        loaded(folders["dev"], transformer=str(file))
+    with pytest.raises(ValueError, match=r"Stable Diffusion 3 and 3\.5 is loaded from its folder alone"):
+        families.load(ModelSection(path="models/tiny", transformer=str(file)), flux_folder.TINY, "cpu")
+
+
 @pytest.mark.comfyui
 @pytest.mark.xdist_group("comfyui in flux")
 @pytest.mark.parametrize("comfyui", COMFYUIS)

@@ -52,6 +52,9 @@ class ModelSection(Section):
 
     family: Literal[tuple(FAMILIES)] = Field("sd3", description="Kind of model.")
     path: str = Field(description="Folder of the model, or the name of one that the Hugging Face cache holds; nothing is downloaded.")
+    transformer: str | None = Field(
+        None, description="Single file whose transformer replaces the folder's, such as one of ComfyUI's models/diffusion_models (flux)."
+    )
     lora: tuple[FrozenLora, ...] = Field((), description="LoRA files that the model already wears, and keeps.")
     guidance: float = Field(
         1.0, ge=0, le=50, description="Guidance; 1 is none, more doubles the cost of a forward; FLUX.1 takes it as an input."
@@ -294,6 +297,8 @@ def resolve_paths(config: Config, near: Path) -> Config:
         if (given := getattr(prompts, name)) is not None:
             changes[name] = str(find(f"prompts.{name}", given, near))
     model: dict[str, Any] = {"path": str(find("model.path", config.model.path, near, hub=True))}
+    if config.model.transformer:
+        model["transformer"] = str(find("model.transformer", config.model.transformer, near))
     if config.model.lora:
         model["lora"] = tuple(
             each.model_copy(update={"path": str(find(f"model.lora.{i}.path", each.path, near))}) for i, each in enumerate(config.model.lora)

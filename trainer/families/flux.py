@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from ..prompt_cache import for_model
 from . import folder
 from .adapted import Adapted, cells
+from .single_file import load_transformer
 
 if TYPE_CHECKING:
     from ..config import ModelSection
@@ -36,7 +37,10 @@ class Cond(NamedTuple):
 def load(section: ModelSection, path: Path, device: torch.device | str) -> Flux:
     """Load the model of a configuration's section onto a device."""
     bf16, length = section.dtype == "bf16", section.max_sequence_length
-    pipeline = folder.load_pipeline(FluxPipeline, path, torch.bfloat16 if bf16 else torch.float32).to(device)
+    dtype, replaced = torch.bfloat16 if bf16 else torch.float32, {}
+    if section.transformer:
+        replaced["transformer"] = load_transformer(FluxTransformer2DModel, path, Path(section.transformer), "flux", dtype)
+    pipeline = folder.load_pipeline(FluxPipeline, path, dtype, replaced=replaced).to(device)
     policy = Flux(pipeline, guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
     policy.cache = for_model(path, "flux", section.dtype, length)
     return policy

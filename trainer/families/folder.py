@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,19 @@ from . import FAMILIES, PIPELINES
 STEMS = ("diffusion_pytorch_model", "model")
 
 
-def load_pipeline(kind: Any, path: str | Path, dtype: torch.dtype, optional: Sequence[str] = ()) -> Any:
-    """Load a diffusers folder as a pipeline class from this machine alone; `optional` components that it lacks stay away."""
+def load_pipeline(
+    kind: Any, path: str | Path, dtype: torch.dtype, optional: Sequence[str] = (), replaced: Mapping[str, Any] | None = None
+) -> Any:
+    """Load a diffusers folder as a pipeline class from this machine alone; `optional` components that it lacks stay away.
+
+    `replaced` components are taken as they are given, and the folder's own are not looked at.
+    """
     folder = Path(path)
     parts = components(folder, kind.__name__)
-    check_weights(folder, parts)
-    absent = {name: None for name in optional if parts.get(name, [None, None])[1] is None and name in parts}
+    check_weights(folder, {name: part for name, part in parts.items() if name not in (replaced or {})})
+    given = {name: None for name in optional if parts.get(name, [None, None])[1] is None and name in parts} | dict(replaced or {})
     try:
-        pipeline = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **absent)
+        pipeline = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **given)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model.path {folder}: this folder cannot be loaded ({reason}); {remedy(folder)}") from error
