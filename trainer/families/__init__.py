@@ -25,6 +25,7 @@ FAMILIES: dict[str, str] = {
     "flux": "FLUX.1",
     "qwen_image": "Qwen-Image",
     "wan": "Wan 2.1 and 2.2 (single pictures)",
+    "z_image": "Z-Image",
 }
 """Every family: the name of its module, which has a function `load(section, folder, device)`, and what it stands for."""
 PIPELINES: dict[str, str] = {
@@ -32,6 +33,7 @@ PIPELINES: dict[str, str] = {
     "FluxPipeline": "flux",
     "QwenImagePipeline": "qwen_image",
     "WanPipeline": "wan",
+    "ZImagePipeline": "z_image",
 }
 """The family that a folder belongs to, by the diffusers pipeline that it names."""
 SINGLE_FILES = ("flux",)

@@ -1,0 +1,207 @@
+"""The z_image family on a tiny random model against diffusers' own pipeline, and a run of it from the configuration to the LoRA file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import z_image_folder
+from torch import Tensor
+
+from comfy_g2rpo.lora_forms import Form, in_core
+from comfy_g2rpo.lora_keys import NEW, Z_IMAGE
+from comfy_g2rpo.plan import deterministic
+from comfy_g2rpo.rollout import roll_out, seeded_noise
+from comfy_g2rpo.runs import RunFolder, read_tensors
+from comfy_g2rpo.schedule import shifted_sigmas
+from g2rpo_trainer import families, prompt_cache
+from g2rpo_trainer.config import ModelSection, from_dict
+from g2rpo_trainer.families.z_image import ZImage
+from g2rpo_trainer.progress import Silent
+from g2rpo_trainer.run import continue_from, train
+from g2rpo_trainer.sampling import draw
+
+SHORT, LONG = "a cat", "a red circle left of two blue squares, in the rain"
+WIDTH, HEIGHT, SHAPE = 64, 96, (16, 12, 8)
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A folder as it is published."""
+    return z_image_folder.save(tmp_path_factory.mktemp("z_image") / "model")
+
+
+def load(folder: Path, lora_seed: int | None = None, **more: object) -> ZImage:
+    """Load the model as a run does; a LoRA that is asked for has moved away from zero."""
+    section = {"family": "z_image", "path": str(folder), "width": WIDTH, "height": HEIGHT} | more
+    policy = families.load(ModelSection(**section), folder, "cpu")
+    if lora_seed is not None:
+        policy.add_lora(4, 8, lora_seed, feed_forward=True)
+        with torch.no_grad():
+            for name, (_, up) in policy.pairs().items():
+                up.copy_(0.02 * seeded_noise(up.shape, "up", name))
+    return policy
+
+
+@pytest.fixture(scope="session")
+def base(folder) -> ZImage:
+    """A model without adapter; tests leave it as it is."""
+    return load(folder)
+
+
+@pytest.fixture
+def batch(base: ZImage) -> tuple[Tensor, Tensor, list]:
+    """Three latents at three noise levels, with prompts of different lengths."""
+    return seeded_noise((3, *SHAPE), "latents"), torch.tensor([1.0, 0.6, 0.123]), base.encode([SHORT, LONG, ""])
+
+
+def plain(policy: ZImage, x: Tensor, sigma: float, tokens: Tensor) -> Tensor:
+    """Call diffusers' transformer on one sample as its pipeline does."""
+    time = (1000 - torch.tensor([sigma]) * 1000) / 1000
+    return -policy.transformer([x[:, None]], time, [tokens], return_dict=False)[0][0][:, 0]
+
+
+def test_the_velocity_is_diffusers_own_at_every_noise_level_whatever_else_is_in_the_batch(base, batch):
+    x, sigma, cond = batch
+    # In steps of 32 tokens, which is what the model pads them to.
+    assert len({-(-len(c.tokens) // 32) for c in cond}) == 2 and len({len(c.tokens) for c in cond}) == 3
+    with torch.no_grad():
+        together = base.velocity(x, sigma, cond)
+        for row in range(3):
+            expected = plain(base, x[row], sigma[row].item(), cond[row].tokens)
+            assert torch.allclose(together[row], expected, rtol=0, atol=1e-5)
+            assert torch.allclose(base.velocity(x[[row]], sigma[[row]], [cond[row]])[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_a_deterministic_rollout_is_the_pipelines_own_sampling(folder, guidance):
+    policy = load(folder, guidance=guidance)
+    sigmas = policy.pipeline_sigmas(4, SHAPE)
+    rollout = roll_out(policy, deterministic(4), sigmas, policy.encode([LONG]), [5], SHAPE)
+    # The pipeline's scale counts from 0: pos + s (pos − neg).
+    asked = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 4, "guidance_scale": guidance - 1}
+    asked |= {"latents": rollout.noise(0, 0)[None], "max_sequence_length": 256}
+    latents = policy.pipeline(LONG, **asked, output_type="latent").images
+    assert torch.allclose(rollout.latents[0], latents, rtol=0, atol=1e-5)
+    assert torch.equal(sigmas, policy.pipeline.scheduler.sigmas)
+    picture = policy.pipeline(LONG, **asked, output_type="pt").images
+    assert torch.allclose(policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [2, 9, 50])
+@pytest.mark.parametrize("shape", [(16, 64, 64), (16, 128, 128)])
+def test_its_schedule_has_a_static_shift_or_one_by_resolution_as_the_folder_says(base, tmp_path, steps, shape):
+    assert torch.allclose(base.pipeline_sigmas(steps, shape), shifted_sigmas(steps, 3.0), rtol=0, atol=1e-6)
+    dynamic = load(z_image_folder.save(tmp_path / "dynamic", "dynamic"))
+    mu = 0.5 + (shape[1] * shape[2] / 4 - 256) * (1.15 - 0.5) / (4096 - 256)
+    shift = torch.tensor(mu, dtype=torch.float64).exp().item()
+    assert torch.allclose(dynamic.pipeline_sigmas(steps, shape), shifted_sigmas(steps, shift), rtol=0, atol=1e-6)
+
+
+def test_in_16_bit_the_model_still_sees_the_exact_noise_level(folder):
+    policy, seen = load(folder, dtype="bf16"), []
+    policy.transformer.t_embedder.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    sigma = torch.tensor([0.9545, 0.954])
+    with torch.no_grad():
+        policy.velocity(seeded_noise((2, *SHAPE), "latents"), sigma, policy.encode([SHORT, LONG]))
+    assert torch.allclose(seen[0], 1000 - 1000 * sigma, rtol=0, atol=1e-3)
+
+
+def test_prompts_are_encoded_as_the_pipeline_does_and_cut_at_the_length_asked_for(base, folder):
+    tokens, _ = base.pipeline.encode_prompt([SHORT, LONG], do_classifier_free_guidance=False)
+    assert all(torch.allclose(cond.tokens, own, rtol=0, atol=1e-5) for cond, own in zip(base.encode([SHORT, LONG]), tokens, strict=True))
+    assert len(load(folder, max_sequence_length=40).encode([LONG])[0].tokens) == 40
+
+
+def test_the_cache_gives_the_same_features_and_spares_the_encoder(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("G2RPO_PROMPTS", str(tmp_path / "prompts"))
+    monkeypatch.setattr(prompt_cache, "SMALL", 0)
+    first, again = load(folder).encode([SHORT, LONG]), load(folder)
+    again.pipeline.text_encoder = None
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, again.encode([SHORT, LONG]), strict=True))
+
+
+def test_guidance_needs_no_text_encoder_once_it_is_dropped(folder, batch):
+    expected = load(folder, guidance=5.0).velocity(*batch)
+    fresh = load(folder, guidance=5.0)
+    fresh.drop_text_encoders()
+    assert fresh.pipeline.text_encoder is None and torch.equal(fresh.velocity(*batch), expected)
+
+
+def test_a_fresh_adapter_sits_on_all_blocks_and_changes_nothing(base, folder, batch):
+    policy = load(folder)
+    policy.add_lora(4, 4, 1, feed_forward=True)
+    block = [*(f"attention.{name}" for name in ATTENTION), *(f"feed_forward.w{number}" for number in (1, 2, 3))]
+    assert set(policy.pairs()) == {
+        f"{where}.{name}" for where in ("layers.0", "layers.1", "noise_refiner.0", "context_refiner.0") for name in block
+    }
+    with torch.no_grad():
+        assert torch.allclose(policy.velocity(*batch), base.velocity(*batch), rtol=0, atol=1e-6)
+
+
+def test_the_reference_is_the_model_without_adapter(base, folder, batch):
+    policy = load(folder, lora_seed=0)
+    with torch.no_grad():
+        with policy.reference():
+            assert torch.allclose(policy.velocity(*batch), base.velocity(*batch), rtol=0, atol=1e-6)
+        assert not torch.allclose(policy.velocity(*batch), base.velocity(*batch), atol=1e-3)
+
+
+def test_a_size_between_tokens_and_a_length_of_nothing_are_refused(base, folder):
+    with pytest.raises(ValueError, match="72×64; both must be multiples of 16"):
+        base.latent_shape(72, 64)
+    with pytest.raises(ValueError, match="max_sequence_length is 0"):
+        load(folder, max_sequence_length=0)
+
+
+@pytest.fixture(scope="session")
+def run(folder, tmp_path_factory) -> tuple[dict, Path]:
+    """One whole step with guidance, the model's own schedule and all targets, and a look at a held-out prompt."""
+    place = tmp_path_factory.mktemp("run")
+    (place / "train.txt").write_text(f"{SHORT}\n{LONG}\n")
+    (place / "heldout.txt").write_text("a dog\n")
+    tree = {
+        "model": {"family": "z_image", "path": str(folder), "width": WIDTH, "height": HEIGHT, "guidance": 5.0, "schedule": "pipeline"},
+        "lora": {"rank": 4, "alpha": 8, "targets": "attention+feed_forward"},
+        "method": {"name": "g2rpo", "num_steps": 4, "group_size": 3, "learning_rate": 1e-2},
+        "rewards": [{"name": "colourfulness"}],
+        "prompts": {"train": str(place / "train.txt"), "heldout": str(place / "heldout.txt")},
+        "train": {"steps": 1, "prompts_per_step": 2, "eval_noises": 1, "checkpoint_every": 1},
+    }
+    train(from_dict(tree), place / "run", progress=Silent())
+    return tree, place / "run"
+
+
+def test_a_run_learns_and_leaves_a_lora_that_diffusers_loads_with_the_same_effect(run, folder, batch):
+    _, place = run
+    assert any(row.get("grad_norm", 0) > 0 for row in RunFolder.open(place).metrics())
+    file = RunFolder.open(place).latest() / "lora.safetensors"
+    ours, theirs, continued = load(folder), load(folder), load(folder)
+    ours.load_lora(file)
+    # Diffusers itself, on the file as it lies there.
+    theirs.pipeline.load_lora_weights(file)
+    continued.add_lora(4, 8, seed=3, feed_forward=True)
+    continue_from(continued, file, 8 / 4, "z_image")
+    x, sigma, cond = batch
+    with torch.no_grad():
+        changed = ours.velocity(x, sigma, cond)
+        assert torch.allclose(continued.velocity(x, sigma, cond), changed, rtol=0, atol=1e-5)
+        for row in range(3):
+            assert torch.allclose(plain(theirs, x[row], sigma[row].item(), cond[row].tokens), changed[row], rtol=0, atol=1e-5)
+    assert not torch.equal(changed, load(folder).velocity(x, sigma, cond))
+
+
+def test_a_run_names_its_modules_as_the_comfyui_that_runs_the_model_maps_them(run):
+    keys = read_tensors(RunFolder.open(run[1]).latest() / "lora.safetensors")[0]
+    modules = {key.removeprefix("diffusion_model.").rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in keys}
+    assert len(modules) == 4 * 7 and all(key.startswith("diffusion_model.") for key in keys)
+    assert {in_core(Z_IMAGE, module, Form("diffusion_model.")) for module in modules} <= {NEW, "both"}
+
+
+def test_pictures_can_be_drawn_with_the_lora_of_a_run(run):
+    tree, place = run
+    file = RunFolder.open(place).latest() / "lora.safetensors"
+    (with_lora,), (without,) = (draw(from_dict(tree), [LONG], 1, given) for given in (file, None))
+    assert with_lora.shape == (HEIGHT, WIDTH, 3) and not torch.equal(with_lora, without)
