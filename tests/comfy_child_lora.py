@@ -152,4 +152,5 @@ for name, (family, file, wants_tensors) in asked.items():
         for key in patches.keys() & weights.keys():
             tensors[f"{name}|{key}"] = comfy.lora.calculate_weight(patches[key], torch.zeros(weights[key]), key)
     answers[name]["errors"] = [message for message in heard.messages if message.startswith("ERROR")]
+answers["new"] = hasattr(comfy.utils, "z_image_to_diffusers")
 comfy_side.answer(answers, tensors)

@@ -74,7 +74,7 @@ def core(request: pytest.FixtureRequest, files: dict[str, Any], tmp_path_factory
 
 def old(core: Answer) -> bool:
     """Say whether this ComfyUI is 0.3.64, which knows neither FLUX.2 nor Z-Image."""
-    return bool(core.data["flux2/native"].get("missing"))
+    return not core.data["new"]
 
 
 def of_core(core: Answer, name: str) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ def in_diffusers_names(family: str, native: dict[str, Tensor]) -> dict[str, Tens
 def skip_unknown(core: Answer, family: str) -> None:
     """Skip a family that this ComfyUI does not have."""
     if core.data[f"{family}/native"].get("missing"):
-        assert family in ("flux2", "z_image")
+        assert old(core) and family in ("flux2", "z_image"), core.data[f"{family}/native"]["missing"]
         pytest.skip(f"this ComfyUI has no {family}")
 
 
