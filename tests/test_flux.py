@@ -261,6 +261,14 @@ def test_a_run_trains_end_to_end_and_its_lora_draws(folders, tmp_path):
     assert not exit_.value.code and (tmp_path / "a.png").is_file()
 
 
+def test_a_run_on_a_single_file_names_it_in_its_lora(folders, weights, tmp_path):
+    file = tmp_path / "my_flux.safetensors"
+    save_file({name: value.contiguous() for name, value in flux_folder.published(weights).items()}, file)
+    assert train(folders["dev"], tmp_path / "run", f"model.transformer={file}", "train.steps=1") == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert lora.read(tmp_path / "run" / summary["lora"]).metadata["g2rpo.base_model"] == "my_flux.safetensors"
+
+
 def test_schnell_trains_by_its_own_schedule(folders, tmp_path):
     assert train(folders["schnell"], tmp_path / "run", "model.guidance=1", "model.schedule=pipeline", "train.steps=1") == 0
 

@@ -93,7 +93,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
         rename=policy.rename,
         metadata={
             "g2rpo.version": __version__,
-            "g2rpo.base_model": Path(config.model.path).name,
+            "g2rpo.base_model": Path(config.model.transformer or config.model.path).name,
             "g2rpo.family": str(config.model.family),
             "g2rpo.base_loras": ", ".join(f"{worn.strength:g} {Path(worn.path).name}" for worn in config.model.lora) or "none",
             "g2rpo.recipe": config.method.name,
