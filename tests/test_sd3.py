@@ -177,6 +177,12 @@ def test_known_prompts_need_no_text_encoder():
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, policy.encode(PROMPTS), strict=True))
 
 
+def test_guidance_needs_no_text_encoder_once_it_is_dropped(batch):
+    expected, fresh = load(guidance=2.0).velocity(*batch), load(guidance=2.0)
+    fresh.drop_text_encoders()
+    assert torch.equal(fresh.velocity(*batch), expected)
+
+
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere: no model_index\.json there"):
         load_pipeline(tmp_path / "nowhere", torch.float32)

@@ -34,6 +34,8 @@ class Adapted:
     attention: Sequence[str]  # targets in a block
     feed_forward: Sequence[str]  # further targets
     cond: Callable[..., Any]  # named tuple of a prompt's features
+    blank: str | None = None  # the text that classifier-free guidance moves away from
+    guidance: float
     names: Family | None = None  # where LoRA files have other module names than diffusers
     cache: PromptCache | None = None
 
@@ -75,6 +77,8 @@ class Adapted:
 
     def drop_text_encoders(self) -> None:
         """Free the text encoders' memory once every prompt has been encoded."""
+        if self.blank is not None and self.guidance > 1:
+            self.encode([self.blank])
         for name in self.pipeline.components:
             if name.startswith("text_encoder"):
                 setattr(self.pipeline, name, None)

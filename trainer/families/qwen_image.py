@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
-BLANK = " "
-"""What guidance moves away from: the negative prompt of the model's own examples."""
 
 
 class Cond(NamedTuple):
@@ -47,6 +45,7 @@ class QwenImage(Adapted):
     """A policy and a decoder over a QwenImagePipeline, with a peft LoRA on its transformer. Latents are [B, 16, h, w], packed inside."""
 
     cond = Cond
+    blank = " "  # the negative prompt of the model's own examples
     # ComfyUI samples it by ModelSamplingFlux with a shift of 1.15 at any size.
     comfyui_shift = math.exp(1.15)
     # ComfyUI and diffusers share the module names, but diffusers reads a file that has alphas only in the native form.
@@ -78,7 +77,7 @@ class QwenImage(Adapted):
         tokens = pack(x)
         if self.guidance <= 1:
             return unpack(self._forward(tokens, sigma, cond, height, width), height, width)
-        blank = self.encode([BLANK]) * len(cond)
+        blank = self.encode([self.blank]) * len(cond)
         given, without = self._forward(tokens.repeat(2, 1, 1), sigma.repeat(2), [*cond, *blank], height, width).chunk(2)
         guided = without + self.guidance * (given - without)
         return unpack(guided * (given.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), height, width)
@@ -105,11 +104,6 @@ class QwenImage(Adapted):
         """Run Qwen2.5-VL on one prompt in the model's own template, whose beginning is cut off again."""
         tokens, _ = self.pipeline.encode_prompt(prompt, self.device, max_sequence_length=self.max_sequence_length)
         return Cond(tokens[0])
-
-    def drop_text_encoders(self) -> None:
-        """Free the text encoder's memory; what guidance moves away from is encoded before."""
-        self.encode([BLANK])
-        super().drop_text_encoders()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents [B, C, h, w] to images [B, H, W, 3] in [0, 1], float32 and contiguous."""

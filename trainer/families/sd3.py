@@ -48,6 +48,7 @@ class SD3(Adapted):
     """A policy and a decoder over a StableDiffusion3Pipeline, with a peft LoRA on its transformer."""
 
     comfyui_shift, cond = 3.0, Cond
+    blank = ""
     blocks, attention, feed_forward = r"transformer_blocks\.\d+(\.attn2?)?", ATTENTION, FEED_FORWARD
 
     def __init__(
@@ -66,7 +67,7 @@ class SD3(Adapted):
         """Return v [B, C, H, W] in float32, with classifier-free guidance where it is above 1."""
         if self.guidance <= 1:
             return self._forward(x, sigma, cond)
-        blank = self.encode([""])[0]
+        blank = self.encode([self.blank])[0]
         with_prompt, without = self._forward(x.repeat(2, 1, 1, 1), sigma.repeat(2), [*cond, *[blank] * len(cond)]).chunk(2)
         return without + self.guidance * (with_prompt - without)
 

@@ -21,7 +21,6 @@ from .video_vae import decode_frames
 if TYPE_CHECKING:
     from ..config import ModelSection
 
-BLANK = ""
 ALMOST_ONE = 1 - 2e-6
 
 
@@ -47,6 +46,7 @@ class Wan(Adapted):
     """A policy and a decoder over a WanPipeline, with a peft LoRA on its transformer. Latents are [B, C, h, w], one frame."""
 
     cond = Cond
+    blank = ""
     comfyui_shift = 8.0
     # ComfyUI knows the native names alone; diffusers reads these files, too.
     lora_style, names = "native", WAN
@@ -70,7 +70,7 @@ class Wan(Adapted):
         """Return v [B, C, h, w] in float32, with classifier-free guidance where it is above 1."""
         if self.guidance <= 1:
             return self._forward(x, sigma, cond)
-        blank = self.encode([BLANK]) * len(cond)
+        blank = self.encode([self.blank]) * len(cond)
         given, without = self._forward(x.repeat(2, 1, 1, 1), sigma.repeat(2), [*cond, *blank]).chunk(2)
         return without + self.guidance * (given - without)
 
@@ -92,11 +92,6 @@ class Wan(Adapted):
             prompt, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length, device=self.device
         )
         return Cond(tokens[0, : int(tokens[0].any(-1).sum())].clone())
-
-    def drop_text_encoders(self) -> None:
-        """Free the text encoder's memory; what guidance moves away from is encoded before."""
-        self.encode([BLANK])
-        super().drop_text_encoders()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents [B, C, h, w] to images [B, H, W, 3] in [0, 1], float32 and contiguous."""

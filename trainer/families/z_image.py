@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..config import ModelSection
 
 PATCH = 2
-BLANK = ""
 
 
 class Cond(NamedTuple):
@@ -41,6 +40,7 @@ class ZImage(Adapted):
     """A policy and a decoder over a ZImagePipeline, with a peft LoRA on its transformer. Latents are [B, 16, h, w]."""
 
     cond = Cond
+    blank = ""
     comfyui_shift = 3.0
     # Under this prefix ComfyUI and diffusers both read diffusers' names with alphas; q, k and v need not be fused.
     lora_style = "native"
@@ -65,7 +65,7 @@ class ZImage(Adapted):
         """Return v [B, C, h, w] in float32; guidance is ComfyUI's cfg, one above what diffusers calls guidance_scale here."""
         if self.guidance <= 1:
             return self._forward(x, sigma, cond)
-        blank = self.encode([BLANK]) * len(cond)
+        blank = self.encode([self.blank]) * len(cond)
         given, without = self._forward(x.repeat(2, 1, 1, 1), sigma.repeat(2), [*cond, *blank]).chunk(2)
         return without + self.guidance * (given - without)
 
@@ -83,11 +83,6 @@ class ZImage(Adapted):
             prompt, self.device, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
         )
         return Cond(tokens[0])
-
-    def drop_text_encoders(self) -> None:
-        """Free the text encoder's memory; what guidance moves away from is encoded before."""
-        self.encode([BLANK])
-        super().drop_text_encoders()
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (C, h, w) of a picture of the given size in pixels."""
