@@ -10,7 +10,7 @@ from comfy_host import COMFYUIS, Answer, make_base, run_script
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("hostile in comfyui")]
 
 STRINGS = [
     "",

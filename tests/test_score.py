@@ -401,8 +401,11 @@ def test_a_foreign_or_damaged_journal_is_named_and_kept(tmp_path: Path, content:
 
 SLOW = """
 import time
+from pathlib import Path
 def slow(images, prompts):
-    time.sleep(0.3)
+    journal = Path("scores/scores.jsonl")
+    while journal.exists() and len(journal.read_text().splitlines()) >= 4 and not Path("go").exists():
+        time.sleep(0.05)
     return images.mean((1, 2, 3))
 """
 
@@ -424,6 +427,7 @@ def test_a_stopped_command_goes_on_where_it_was(folder: Path, capsys: pytest.Cap
     if blow == signal.SIGINT:
         assert child.returncode == 130
         assert "the same command goes on from there" in errors
+    Path("go").touch()
     assert leave(capsys, *arguments)[0] == 0
     after = journal.read_text().splitlines()
     assert after[: len(before)] == before
