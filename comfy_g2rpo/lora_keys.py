@@ -366,7 +366,8 @@ def family_of_model(modules: Iterable[str]) -> tuple[Family, str] | None:
     """Say by its signature which family a whole model is, and by which names."""
     names = set(modules)
     for family in FAMILIES.values():
-        for naming, module in zip(NAMINGS, family.signature, strict=True):
+        # Diffusers' first: Z-Image's native one has the same name there.
+        for naming, module in reversed(list(zip(NAMINGS, family.signature, strict=True))):
             if module in names:
                 return family, naming
     return None

@@ -10,7 +10,7 @@ import z_image_folder
 from torch import Tensor
 
 from comfy_g2rpo.lora_forms import Form, in_core
-from comfy_g2rpo.lora_keys import NEW, Z_IMAGE
+from comfy_g2rpo.lora_keys import NEW, Z_IMAGE, family_of_model
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.rollout import roll_out, seeded_noise
 from comfy_g2rpo.runs import RunFolder, read_tensors
@@ -198,6 +198,10 @@ def test_a_run_names_its_modules_as_the_comfyui_that_runs_the_model_maps_them(ru
     modules = {key.removeprefix("diffusion_model.").rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in keys}
     assert len(modules) == 4 * 7 and all(key.startswith("diffusion_model.") for key in keys)
     assert {in_core(Z_IMAGE, module, Form("diffusion_model.")) for module in modules} <= {NEW, "both"}
+
+
+def test_a_folder_is_known_to_have_diffusers_names(base):
+    assert family_of_model(name for name, _ in base.transformer.named_modules()) == (Z_IMAGE, "diffusers")
 
 
 def test_pictures_can_be_drawn_with_the_lora_of_a_run(run):
