@@ -26,7 +26,7 @@ KEPT = 64
 
 
 class Adapted:
-    """A pipeline whose transformer carries a LoRA. A family adds `velocity`, `decode`, `latent_shape`, its targets and `encode_one`."""
+    """A pipeline whose transformer carries a LoRA. A family adds `_forward` or `velocity`, `latent_shape`, targets, `encode_one`."""
 
     decodes_while_rolling = True
     lora_style = "diffusers"
@@ -50,6 +50,18 @@ class Adapted:
         self._folded = TinyDecoder(self.vae.decoder) if foldable(self.vae) else None
         self.layers: dict[str, nn.Module] = {}
         self._prompts: dict[str, Any] = {}
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Any]) -> Tensor:
+        """Return v [B, C, h, w] in float32, with classifier-free guidance where it is above 1."""
+        if self.guidance <= 1:
+            return self._forward(x, sigma, cond)
+        blank = self.encode([self.blank]) * len(cond)
+        given, without = self._forward(x.repeat(2, 1, 1, 1), sigma.repeat(2), [*cond, *blank]).chunk(2)
+        return without + self.guidance * (given - without)
+
+    def _forward(self, x: Tensor, sigma: Tensor, cond: Sequence[Any]) -> Tensor:
+        """Return the model's own prediction, v [B, C, h, w] in float32."""
+        raise NotImplementedError
 
     def encode_one(self, prompt: str) -> Any:
         """Run the text encoders on one prompt: a named tuple of tensors without batch dimension."""

@@ -63,14 +63,6 @@ class SD3(Adapted):
         self.guidance, self.max_sequence_length = guidance, max_sequence_length
         self._merged: Merged | None = None
 
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
-        """Return v [B, C, H, W] in float32, with classifier-free guidance where it is above 1."""
-        if self.guidance <= 1:
-            return self._forward(x, sigma, cond)
-        blank = self.encode([self.blank])[0]
-        with_prompt, without = self._forward(x.repeat(2, 1, 1, 1), sigma.repeat(2), [*cond, *[blank] * len(cond)]).chunk(2)
-        return without + self.guidance * (with_prompt - without)
-
     def _forward(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
         if self._merged:
             return self._merged(x.to(self.dtype), sigma, cond).float()

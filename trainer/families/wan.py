@@ -66,14 +66,6 @@ class Wan(Adapted):
             raise ValueError("model.max_sequence_length is 0, but Wan reads its prompts by UMT5; set it to 512")
         self.guidance, self.max_sequence_length = guidance, max_sequence_length
 
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
-        """Return v [B, C, h, w] in float32, with classifier-free guidance where it is above 1."""
-        if self.guidance <= 1:
-            return self._forward(x, sigma, cond)
-        blank = self.encode([self.blank]) * len(cond)
-        given, without = self._forward(x.repeat(2, 1, 1, 1), sigma.repeat(2), [*cond, *blank]).chunk(2)
-        return without + self.guidance * (given - without)
-
     def _forward(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
         # The model has no mask: it attends to zeros up to the full length, and has learnt to.
         tokens = torch.stack([pad(c.tokens, (0, 0, 0, self.max_sequence_length - len(c.tokens))) for c in cond])

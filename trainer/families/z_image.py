@@ -37,7 +37,10 @@ def load(section: ModelSection, path: Path, device: torch.device | str) -> ZImag
 
 
 class ZImage(Adapted):
-    """A policy and a decoder over a ZImagePipeline, with a peft LoRA on its transformer. Latents are [B, 16, h, w]."""
+    """A policy and a decoder over a ZImagePipeline, with a peft LoRA on its transformer. Latents are [B, 16, h, w].
+
+    `guidance` is ComfyUI's cfg, one above what diffusers calls guidance_scale here.
+    """
 
     cond = Cond
     blank = ""
@@ -60,14 +63,6 @@ class ZImage(Adapted):
         if not max_sequence_length:
             raise ValueError("model.max_sequence_length is 0, but Z-Image reads its prompts by a language model; set it to 512")
         self.guidance, self.max_sequence_length = guidance, max_sequence_length
-
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
-        """Return v [B, C, h, w] in float32; guidance is ComfyUI's cfg, one above what diffusers calls guidance_scale here."""
-        if self.guidance <= 1:
-            return self._forward(x, sigma, cond)
-        blank = self.encode([self.blank]) * len(cond)
-        given, without = self._forward(x.repeat(2, 1, 1, 1), sigma.repeat(2), [*cond, *blank]).chunk(2)
-        return without + self.guidance * (given - without)
 
     def _forward(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
         """Run the transformer, whose time is 1 − σ and whose output is x₀ − ε."""
