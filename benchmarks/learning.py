@@ -1,9 +1,10 @@
 """How much do the methods learn? Recipes side by side on the bundled model, at equal CPU time and at equal model work.
 
-Every arm's learning rate and prompts per update are tuned with the same budget on the tuning prompts; the final figures are gains over the
-base model, paired by prompt and noise, on held-out prompts that nothing was tuned on, over seeds. One single-thread process per run.
+Every arm's learning rate, step weights and prompts per update are tuned with the same budget on the tuning prompts; the final figures are
+gains over the base model, paired by prompt and noise, on held-out prompts that nothing was tuned on, over seeds. One single-thread process
+per run.
 
-    python benchmarks/learning.py tune   --out results/      # learning rate and prompts per update of each arm
+    python benchmarks/learning.py tune   --out results/      # the settings of each arm
     python benchmarks/learning.py final  --out results/      # seeds × arms
     python benchmarks/learning.py report --out results/      # table and plot
 """
@@ -25,9 +26,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"num_steps": 8, "shift": 3.0, "group_size": 8}
-START, PROMPTS = (1e-3, 2), (1, 2, 4)
-"""Tuning starts at this learning rate and number of prompts per update; these numbers of prompts are allowed."""
-TUNE_NOISES, FINAL_NOISES = 3, 6
+SHARED = {"max_grad_norm": 3e-5}
+"""What all arms share: gradients, whose norms are about 1e-3 and differ between steps and arms, are scaled to one norm."""
+TUNE_SEEDS, NOISES = (1000, 1001), 3
 ONE_STEP = {"name": "g2rpo", "pick": "random", "pick_size": 1}
 ARMS: dict[str, dict[str, Any]] = {
     "g2rpo {1}": {**ONE_STEP, "granularities": [1]},
@@ -42,7 +43,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "mix_grpo": {"name": "mix_grpo"},
     "tempflow_grpo": {"name": "tempflow_grpo", "group_size": 4},
 }
-WORK = 8000
+OWN = "own"
+START, WEIGHTS, PROMPTS = (2e-3, OWN, 2), (OWN, "balanced"), (1, 2, 4)
+"""Tuning starts at this learning rate, step weights (the recipe's own) and prompts per update; these weights and prompts are allowed."""
+WORK = 5000
 """Model work at which the arms are compared: a forward of one latent is 1, its backward 2 more."""
 
 
@@ -142,7 +146,7 @@ def run_arm(job: dict[str, Any]) -> dict[str, Any]:
 
 def run_all(jobs: Iterable[dict[str, Any]], path: Path, workers: int) -> list[dict[str, Any]]:
     """Run what the results file does not hold yet, each result appended as it comes, so that a stopped benchmark goes on."""
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = read(path)
     keys = {json.dumps({k: r[k] for k in r if k not in ("before", "curve")}, sort_keys=True) for r in done}
     left = [job for job in jobs if json.dumps(job, sort_keys=True) not in keys]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,50 +161,76 @@ def run_all(jobs: Iterable[dict[str, Any]], path: Path, workers: int) -> list[di
     return done
 
 
-Setting = tuple[float, int]
-"""A learning rate and a number of prompts per update."""
+Setting = tuple[float, str, int]
+"""A learning rate, the step weights, and a number of prompts per update."""
 
 
-def tuning_job(arm: str, setting: Setting, cpu_seconds: float) -> dict[str, Any]:
-    """Describe one tuning run."""
-    rate, prompts = setting
-    common = {"seed": 1000, "split": "tune", "noises": TUNE_NOISES, "cpu_seconds": cpu_seconds, "work": 0}
-    return {"arm": arm, "method": ARMS[arm], "lr": rate, "prompts": prompts, **common}
+def describe(arm: str, setting: Setting, **common: Any) -> dict[str, Any]:
+    """Describe a run of an arm at a setting."""
+    rate, weights, prompts = setting
+    method = {**SHARED, **ARMS[arm], **({} if weights == OWN else {"step_weight": weights})}
+    return {"arm": arm, "method": method, "lr": rate, "weights": weights, "prompts": prompts, **common}
+
+
+def tuning_jobs(arm: str, setting: Setting, cpu_seconds: float) -> list[dict[str, Any]]:
+    """Describe the tuning runs of one try, one per tuning seed."""
+    common = {"split": "tune", "noises": NOISES, "cpu_seconds": cpu_seconds, "work": 0}
+    return [describe(arm, setting, seed=seed, **common) for seed in TUNE_SEEDS]
 
 
 def tried(results: Sequence[dict[str, Any]], arm: str) -> dict[Setting, float]:
-    """List an arm's tuning runs: the gain in agreement by setting."""
-    return {(r["lr"], r["prompts"]): r["curve"][-1]["agreement"] for r in results if r["arm"] == arm}
+    """List an arm's tries: the mean gain in agreement over the tuning seeds, by setting."""
+    gains: dict[Setting, list[float]] = {}
+    for run in results:
+        if run["arm"] == arm:
+            gains.setdefault((run["lr"], run["weights"], run["prompts"]), []).append(run["curve"][-1]["agreement"])
+    return {setting: sum(found) / len(found) for setting, found in gains.items() if len(found) == len(TUNE_SEEDS)}
 
 
-def next_setting(gains: dict[Setting, float]) -> Setting:
-    """Climb: the first neighbour of the best setting so far that was not tried: twice or half the rate, half or twice the prompts."""
+def neighbours(setting: Setting, weighted: bool) -> list[Setting]:
+    """List a setting's neighbours: other step weights where they matter, twice and half the rate, half and twice the prompts."""
+    rate, weights, prompts = setting
+    others = [(rate, other, prompts) for other in WEIGHTS if weighted and other != weights]
+    counts = [(rate, weights, count) for count in (prompts // 2, prompts * 2) if count in PROMPTS]
+    return [*others, (rate * 2, weights, prompts), (rate / 2, weights, prompts), *counts]
+
+
+def next_setting(gains: dict[Setting, float], weighted: bool) -> Setting:
+    """Climb: the first neighbour of the best setting so far with a value that was never tried, else one that was not tried as a whole."""
     if not gains:
         return START
-    for rate, prompts in sorted(gains, key=lambda setting: -gains[setting]):
-        near = [(rate * 2, prompts), (rate / 2, prompts), (rate, prompts // 2), (rate, prompts * 2)]
-        for setting in near:
-            if setting not in gains and setting[1] in PROMPTS:
-                return setting
-    raise RuntimeError("every setting was tried")
+    ranked = sorted(gains, key=lambda setting: -gains[setting])
+    values = [set(column) for column in zip(*gains, strict=True)]
+    near = [neighbour for setting in ranked for neighbour in neighbours(setting, weighted)]
+    new = [setting for setting in neighbours(ranked[0], weighted) if any(v not in known for v, known in zip(setting, values, strict=True))]
+    return next(setting for setting in [*new, *near] if setting not in gains)
+
+
+def weighted(arm: str) -> bool:
+    """Say whether step weights can matter: not where an update has one stochastic step."""
+    return ARMS[arm].get("pick_size") != 1
 
 
 def tune(arms: Sequence[str], path: Path, cpu_seconds: float, workers: int, tries: int) -> dict[str, Setting]:
-    """Give every arm the same number of tuning runs, one round after another; return its best setting."""
-    results: list[dict[str, Any]] = []
+    """Give every arm the same number of tries, one round after another; return its best setting."""
+    results = read(path)
     for count in range(1, tries + 1):
-        if path.exists():
-            results = [json.loads(line) for line in path.read_text().splitlines()]
         short = [arm for arm in arms if len(tried(results, arm)) < count]
-        jobs = [tuning_job(arm, next_setting(tried(results, arm)), cpu_seconds) for arm in short]
+        settings = {arm: next_setting(tried(results, arm), weighted(arm)) for arm in short}
+        jobs = [job for arm, setting in settings.items() for job in tuning_jobs(arm, setting, cpu_seconds)]
         results = run_all(jobs, path, workers)
     return {arm: best_setting(results, arm) for arm in arms}
 
 
 def best_setting(results: Sequence[dict[str, Any]], arm: str) -> Setting:
-    """Choose an arm's setting by its gain on the tuning prompts."""
+    """Choose an arm's setting by its mean gain on the tuning prompts."""
     gains = tried(results, arm)
     return max(gains, key=lambda setting: gains[setting])
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Read a results file; one that does not exist holds nothing."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -227,28 +257,30 @@ COLUMNS = {
 }
 
 
-def report(final: Sequence[dict[str, Any]], out: Path) -> None:
-    """Print the tables as Markdown and draw the plot."""
+def report(final: Sequence[dict[str, Any]], out: Path, name: str, leader: str | None = None) -> None:
+    """Print the tables as Markdown and draw the plot; the second table compares the leader, the best arm unless named, with the others."""
     rows = []
     for arm in dict.fromkeys(result["arm"] for result in final):
         runs = [result for result in final if result["arm"] == arm]
         cells = {name: interval([reached(run, budget)[reward] for run in runs]) for name, (budget, reward) in COLUMNS.items()}
         means = [sum(reached(run, "cpu")[name] for run in runs) / len(runs) for name in ("updates", "work")]
-        rows.append((arm, runs[0]["lr"], runs[0]["prompts"], len(runs), *means, cells))
-    rows.sort(key=lambda row: -row[6]["agreement"][0])
+        setting = (runs[0]["lr"], runs[0].get("weights", OWN), runs[0]["prompts"])
+        rows.append((arm, *setting, len(runs), *means, cells))
+    rows.sort(key=lambda row: -row[-1]["agreement"][0])
     seconds, work = final[0]["cpu_seconds"], final[0]["work"]
     lines = [
-        f"| arm | lr | prompts | seeds | updates | work | agreement, {seconds:g} CPU s | strict, {seconds:g} CPU s "
+        f"| arm | lr | weights | prompts | seeds | updates | work | agreement, {seconds:g} CPU s | strict, {seconds:g} CPU s "
         f"| agreement, {work:,} work |",
-        "|---" * 9 + "|",
+        "|---" * 10 + "|",
     ]
-    for arm, lr, prompts, seeds, updates, spent, cells in rows:
+    for arm, lr, weights, prompts, seeds, updates, spent, cells in rows:
         gains = " | ".join(f"{mean:+.3f} ± {width:.3f}" for mean, width in cells.values())
-        lines.append(f"| {arm} | {lr:g} | {prompts} | {seeds} | {updates:.0f} | {spent:,.0f} | {gains} |")
-    lines += ["", *differences(final, rows[0][0], [row[0] for row in rows[1:]])]
+        lines.append(f"| {arm} | {lr:g} | {weights} | {prompts} | {seeds} | {updates:.0f} | {spent:,.0f} | {gains} |")
+    leader = leader or rows[0][0]
+    lines += ["", *differences(final, leader, [row[0] for row in rows if row[0] != leader])]
     print("\n".join(lines))
-    (out / "learning.md").write_text("\n".join(lines) + "\n")
-    draw(rows, out / "learning.png", seconds, work)
+    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
+    draw(rows, out / f"{name}.png", seconds, work)
 
 
 def differences(final: Sequence[dict[str, Any]], best: str, others: Sequence[str]) -> list[str]:
@@ -280,7 +312,7 @@ def draw(rows: Sequence[tuple], path: Path, seconds: float, work: int) -> None:
     }
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for place, row in enumerate(reversed(rows)):
-            mean, width = row[6][name]
+            mean, width = row[-1][name]
             axis.errorbar(mean, place, xerr=width, fmt="o", capsize=3, color="#0072B2" if row[0].startswith("g2rpo") else "#D55E00")
         axis.set_title(title, fontsize=11)
         axis.axvline(0, color="0.7", linewidth=1)
@@ -295,26 +327,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("tune", "final", "report"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--cpu-seconds", type=float, default=20.0)
-    parser.add_argument("--tries", type=int, default=5, help="tuning runs per arm")
-    parser.add_argument("--seeds", type=int, nargs=2, default=(0, 5), help="first seed, and the one after the last")
+    parser.add_argument("--cpu-seconds", type=float, default=12.0)
+    parser.add_argument("--tries", type=int, default=3, help="settings that each arm's tuning may try")
+    parser.add_argument("--seeds", type=int, nargs=2, help="first seed, and the one after the last (final: 0 5; report: all)")
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--runs", type=Path, help="report on this file of final runs")
+    parser.add_argument("--leader", choices=list(ARMS), help="arm that the report compares with the others")
     options = parser.parse_args(arguments)
-    tuning, finals = options.out / "tune.jsonl", options.out / "final.jsonl"
+    tuning, finals = options.out / "scaled_tune.jsonl", options.runs or options.out / "scaled_final.jsonl"
     if options.stage == "tune":
         print(tune(options.arms, tuning, options.cpu_seconds, options.workers, options.tries))
     elif options.stage == "final":
-        tuned = [json.loads(line) for line in tuning.read_text().splitlines()]
-        common = {"split": "heldout", "noises": FINAL_NOISES, "cpu_seconds": options.cpu_seconds, "work": WORK}
-        jobs = []
-        for seed in range(*options.seeds):
-            for arm in options.arms:
-                rate, prompts = best_setting(tuned, arm)
-                jobs.append({"arm": arm, "method": ARMS[arm], "lr": rate, "prompts": prompts, "seed": seed, **common})
+        settings = {arm: best_setting(read(tuning), arm) for arm in options.arms}
+        common = {"split": "heldout", "noises": NOISES, "cpu_seconds": options.cpu_seconds, "work": WORK}
+        jobs = [describe(arm, settings[arm], seed=seed, **common) for seed in range(*(options.seeds or (0, 5))) for arm in options.arms]
         run_all(jobs, finals, options.workers)
     else:
-        report([json.loads(line) for line in finals.read_text().splitlines()], options.out)
+        first, end = options.seeds or (0, sys.maxsize)
+        report([run for run in read(finals) if first <= run["seed"] < end], options.out, finals.stem, options.leader)
 
 
 if __name__ == "__main__":

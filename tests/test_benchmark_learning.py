@@ -2,7 +2,21 @@
 
 import pytest
 import torch
-from learning import ARMS, START, Counted, differences, interval, next_setting, reached, tuning_job
+from learning import (
+    ARMS,
+    OWN,
+    START,
+    TUNE_SEEDS,
+    Counted,
+    best_setting,
+    differences,
+    interval,
+    next_setting,
+    reached,
+    tried,
+    tuning_jobs,
+    weighted,
+)
 from toys import SHAPE, ToyPolicy
 
 from comfy_g2rpo.recipes import recipe
@@ -20,25 +34,55 @@ def test_work_is_one_per_forward_and_two_more_per_backward():
     assert policy.work == 15
 
 
-def test_tuning_climbs_from_the_common_start_and_never_repeats():
-    assert next_setting({}) == START
+def climb(gain, tries, weighted=True):
     gains = {}
-    for _ in range(6):
-        setting = next_setting(gains)
+    for _ in range(tries):
+        setting = next_setting(gains, weighted)
         assert setting not in gains
-        gains[setting] = -abs(setting[0] - 4e-3)
-    assert max(gains, key=gains.get)[0] == 4e-3
+        gains[setting] = gain(*setting)
+    return list(gains)
 
 
-def test_the_prompts_stay_within_what_is_allowed():
-    gains = {(1e-3, 1): 0.1, (2e-3, 1): 0.05, (5e-4, 1): 0.05}
-    assert next_setting(gains) == (1e-3, 2)
+def test_tuning_climbs_from_the_common_start_and_tries_every_kind_of_neighbour():
+    rate = START[0]
+    tries = climb(lambda lr, weights, prompts: 1.0 if (lr, weights) == (rate, "balanced") else 0.5 if lr == rate else 0.0, 6)
+    assert tries[:4] == [START, (rate, "balanced", 2), (rate * 2, "balanced", 2), (rate / 2, "balanced", 2)]
+    assert tries[4:] == [(rate, "balanced", 1), (rate, "balanced", 4)]
+
+
+def test_tuning_goes_on_in_the_direction_that_pays():
+    assert max(climb(lambda lr, weights, prompts: -abs(lr - 8 * START[0]), 6))[0] >= 8 * START[0]
+
+
+def test_an_arm_without_weights_to_choose_gets_as_many_tries():
+    tries = climb(lambda lr, weights, prompts: float(prompts), 8, weighted=False)
+    assert len(set(tries)) == 8
+    assert {weights for _, weights, _ in tries} == {OWN}
+    assert {prompts for _, _, prompts in tries} <= {1, 2, 4}
+
+
+def test_a_setting_counts_with_the_mean_of_all_tuning_seeds():
+    def result(setting, seed, gain):
+        job = next(job for job in tuning_jobs("mix_grpo", setting, 1.0) if job["seed"] == seed)
+        return {**job, "curve": [{"agreement": gain}]}
+
+    other = (START[0], "balanced", 2)
+    first, second = TUNE_SEEDS
+    results = [result(START, first, 0.1), result(START, second, 0.3), result(other, first, 9.0)]
+    assert tried(results, "mix_grpo") == {START: pytest.approx(0.2)}
+    assert best_setting([*results, result(other, second, 0.0)], "mix_grpo") == other
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_every_arm_is_a_recipe(arm):
-    settings = tuning_job(arm, START, 1.0)["method"]
-    assert recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+def test_every_arm_is_a_recipe_with_the_shared_gradient_norm(arm):
+    for setting in (START, (START[0], "balanced", 2)):
+        settings = tuning_jobs(arm, setting, 1.0)[0]["method"]
+        made = recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+        assert made.max_grad_norm < 1e-3
+
+
+def test_step_weights_matter_where_an_update_has_several_steps():
+    assert [arm for arm in ARMS if not weighted(arm)] == ["g2rpo {1}", "g2rpo {2}", "g2rpo {1,2}", "g2rpo {1,3}", "g2rpo {2,4}"]
 
 
 def run(arm, seed, gain, work=10):
