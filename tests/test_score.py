@@ -414,14 +414,19 @@ def slow(images, prompts):
 def test_a_stopped_command_goes_on_where_it_was(folder: Path, capsys: pytest.CaptureFixture[str], blow: signal.Signals) -> None:
     Path("taste.py").write_text(SLOW)
     arguments = ["score", str(folder), "--reward", "taste.py:slow", "--batch", "1"]
-    command = [sys.executable, "-c", "from g2rpo_trainer import cli; cli.main()", *arguments]
+    # Where the tests run in the background, Ctrl-C is switched off and the child would inherit that.
+    listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{listens}; from g2rpo_trainer import cli; cli.main()", *arguments]
     journal = Path("scores/scores.jsonl")
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
         end = time.monotonic() + 60
         while time.monotonic() < end and (not journal.exists() or len(journal.read_text().splitlines()) < 4):
             time.sleep(0.05)
         child.send_signal(blow)
-        _, errors = child.communicate(timeout=60)
+        try:
+            _, errors = child.communicate(timeout=60)
+        finally:
+            child.kill()
     before = journal.read_text().splitlines()
     assert 4 <= len(before) < 11
     if blow == signal.SIGINT:
