@@ -23,9 +23,10 @@ from comfy_g2rpo.rollout import roll_out, seeded_noise
 from comfy_g2rpo.runs import RunFolder, read_tensors
 from comfy_g2rpo.schedule import shifted_sigmas
 from g2rpo_trainer import cli, families, prompt_cache
-from g2rpo_trainer.config import ConfigError, ModelSection, load, model_folder
+from g2rpo_trainer.config import ConfigError, load, model_folder
 from g2rpo_trainer.families.flux import Flux, pack, unpack
 from g2rpo_trainer.families.folder import load_pipeline
+from g2rpo_trainer.sections import ModelSection
 
 PROMPTS = ("two red circles", "a green square left of a blue triangle")
 SHAPE, SIZE = (16, 8, 12), {"height": 64, "width": 96}

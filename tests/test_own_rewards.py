@@ -20,9 +20,10 @@ from comfy_g2rpo.runs import RunError, RunFolder
 from g2rpo_trainer import config
 from g2rpo_trainer import run as training
 from g2rpo_trainer.cli import app
-from g2rpo_trainer.config import ConfigError, RewardSection
+from g2rpo_trainer.config import ConfigError
 from g2rpo_trainer.progress import Silent
 from g2rpo_trainer.rewards import build, build_all, check_reward
+from g2rpo_trainer.sections import RewardSection
 
 ROOT = Path(__file__).parent.parent
 

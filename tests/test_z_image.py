@@ -16,11 +16,12 @@ from comfy_g2rpo.rollout import roll_out, seeded_noise
 from comfy_g2rpo.runs import RunFolder, read_tensors
 from comfy_g2rpo.schedule import shifted_sigmas
 from g2rpo_trainer import families, prompt_cache
-from g2rpo_trainer.config import ModelSection, from_dict
+from g2rpo_trainer.config import from_dict
 from g2rpo_trainer.families.z_image import ZImage
 from g2rpo_trainer.progress import Silent
 from g2rpo_trainer.run import continue_from, train
 from g2rpo_trainer.sampling import draw
+from g2rpo_trainer.sections import ModelSection
 
 SHORT, LONG = "a cat", "a red circle left of two blue squares, in the rain"
 WIDTH, HEIGHT, SHAPE = 64, 96, (16, 12, 8)

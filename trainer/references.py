@@ -13,7 +13,7 @@ from comfy_g2rpo.rewards import RewardError
 from comfy_g2rpo.rewards.reference import KINDS, Likeness
 
 if TYPE_CHECKING:
-    from .config import RewardSection
+    from .sections import RewardSection
 
 KEPT = 64  # references that stay in memory
 

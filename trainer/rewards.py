@@ -26,7 +26,8 @@ from comfy_g2rpo.rewards.reference import KINDS, palette
 from .references import column_of, compared
 
 if TYPE_CHECKING:
-    from .config import Config, RewardSection
+    from .config import Config
+    from .sections import RewardSection
 
 
 VOTES = "votes"  # people, asked by the run itself (voting.py)

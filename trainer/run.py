@@ -20,12 +20,13 @@ from comfy_g2rpo.runs import RunFolder, check_place
 
 from . import families
 from .allocator import keep_freed_memory
-from .config import Config, TrainedReward, dump, make_pace, make_recipe, model_folder
+from .config import Config, dump, make_pace, make_recipe, model_folder
 from .families import FamilyPolicy
 from .lora_files import add_frozen, start_from
 from .progress import Progress, Silent
 from .report import write_report
 from .rewards import VOTES, build_all
+from .sections import TrainedReward
 
 
 def train(config: Config, out: Path, *, resume: bool = False, replace: bool = False, progress: Progress) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..config import RewardSection
     from ..ranking import Entry
+    from ..sections import RewardSection
 
 MANY = 1000  # files that take a while to look at
 SHOWN = 20  # rows that are printed of a folder; the file has all
@@ -113,8 +113,9 @@ def asked_for(
     names: Sequence[str], recipe: str | None, gates: Sequence[str], mix: str | None, device: str, batch: int
 ) -> tuple[list[Asked], str]:
     """Read what rewards are wanted and how they are mixed; nothing is loaded."""
-    from ..config import RewardSection, load, make_recipe
+    from ..config import load, make_recipe
     from ..rewards import check_reward
+    from ..sections import RewardSection
 
     least = dict(number_of(text, "--gate", 0.0) for text in gates)
     asked, mode = [], mix

@@ -28,11 +28,11 @@ def serve(
 
     from comfy_g2rpo.rewards import RewardError
 
-    from ..config import RewardSection
     from ..judges.server import JudgeServer, listen, names_of, token_of
     from ..judges.server import serve as run
     from ..rewards import build, check_reward
     from ..sampling import device as best_device
+    from ..sections import RewardSection
 
     if dtype not in ("fp32", "bf16"):
         raise RewardError(f"--dtype is {dtype[:20]!a}; choose fp32 or bf16")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from comfy_g2rpo.recipes import Recipe
 
-    from ..config import ModelSection
+    from ..sections import ModelSection
 
 FAMILIES: dict[str, str] = {
     "sd3": "Stable Diffusion 3 and 3.5",

@@ -20,7 +20,7 @@ from .flux import pack, unpack
 from .video_vae import decode_frames
 
 if TYPE_CHECKING:
-    from ..config import ModelSection
+    from ..sections import ModelSection
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")

@@ -17,7 +17,7 @@ from .adapted import Adapted, cells
 from .sd3_merged import Merged
 
 if TYPE_CHECKING:
-    from ..config import ModelSection
+    from ..sections import ModelSection
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")

@@ -19,7 +19,7 @@ from .adapted import Adapted, cells
 from .video_vae import decode_frames
 
 if TYPE_CHECKING:
-    from ..config import ModelSection
+    from ..sections import ModelSection
 
 ALMOST_ONE = 1 - 2e-6
 

@@ -16,7 +16,7 @@ from . import folder
 from .adapted import Adapted, cells
 
 if TYPE_CHECKING:
-    from ..config import ModelSection
+    from ..sections import ModelSection
 
 PATCH = 2
 

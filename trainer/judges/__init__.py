@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_g2rpo.rewards import Reward, RewardError
 
 if TYPE_CHECKING:
-    from ..config import RewardSection
+    from ..sections import RewardSection
     from .client import Client
 
 KEY, CACHE = "G2RPO_JUDGE_KEY", "G2RPO_JUDGE_CACHE"
