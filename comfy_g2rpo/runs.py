@@ -298,19 +298,24 @@ class RunFolder:
         return run
 
     @classmethod
-    def reopen(cls, path: Path, config: Mapping[str, Any]) -> RunFolder:
-        """Open a run and see that the same configuration made it; only length and pace may differ."""
+    def reopen(cls, path: Path, config: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]] | None = None) -> RunFolder:
+        """Open a run and see that the same configuration made it; only length and pace may differ.
+
+        `defaults`, by section and field, stand for fields that the run does not hold because an earlier version made it.
+        """
         run = cls.open(path)
         saved = run.config().get("config")
         if not isinstance(saved, dict):
             raise RunError(f"{run.config_file} is damaged (no configuration); restore it or start another run")
         for section, values in finite(config["config"]).items():
-            new, old = spelt_out(values), spelt_out(saved.get(section))
+            new, old = spelt_out(values), spelt_out(saved.get(section, {}))
+            known = (defaults or {}).get(section, {})
             for key in new | old if isinstance(values, list) else new:
-                value = new.get(key)
-                if value != old.get(key) and section != "out" and key.rpartition(".")[2] not in MAY_CHANGE.get(section, ()):
+                value, field = new.get(key), key.rpartition(".")[2]
+                before = old[key] if key in old else known.get(field)
+                if value != before and section != "out" and field not in MAY_CHANGE.get(section, ()):
                     name = f"{section}.{key}".strip(".")
-                    was = f"{path} was made with {name} = {old.get(key)!a:.80}, not {value!a:.80}"
+                    was = f"{path} was made with {name} = {before!a:.80}, not {value!a:.80}"
                     raise RunError(f"{was}; continue with that, or start another run")
         return run
 

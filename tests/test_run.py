@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,6 +202,17 @@ def test_a_resumed_run_must_be_the_same_run(whole, tmp_path):
     other = config(tmp_path, lora={"rank": 8})
     with pytest.raises(RunError, match=r"lora\.rank = 4, not 8"):
         training.open_run(other, whole[0], resume=True, replace=False)
+
+
+def test_a_run_of_an_earlier_version_is_resumed_where_its_missing_fields_are_at_their_defaults(whole, tmp_path):
+    older = json.loads((whole[0] / "config.json").read_text("utf-8"))
+    del older["config"]["model"]["schedule"], older["config"]["lora"]["init"], older["config"]["rewards"][0]["gate"]
+    shutil.copytree(whole[0], tmp_path / "old")
+    (tmp_path / "old/config.json").write_text(json.dumps(older), "utf-8")
+    training.open_run(from_dict(older["config"]), tmp_path / "old", resume=True, replace=False)
+    for change, name in (({"model": {"schedule": "comfyui"}}, r"model\.schedule"), ({"lora": {"rank": 4, "alpha": 2}}, r"lora\.alpha")):
+        with pytest.raises(RunError, match=name):
+            training.open_run(config(tmp_path, **change), tmp_path / "old", resume=True, replace=False)
 
 
 def test_a_longer_budget_continues_a_finished_run(tmp_path):

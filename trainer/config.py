@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator
 
 from comfy_g2rpo import pace, recipes
 
@@ -257,6 +257,17 @@ def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
             yield from fields(item[0], f"{prefix}{name}.0.")
         else:
             yield f"{prefix}{name}", field.description or ""
+
+
+def defaults() -> dict[str, dict[str, Any]]:
+    """Return, as JSON has them, the defaults of every section's fields; a section in a list goes without its list."""
+    found = {}
+    for name, field in Config.model_fields.items():
+        kind = next((kind for kind in (field.annotation, *get_args(field.annotation)) if hasattr(kind, "model_fields")), None)
+        if kind:
+            known = {key: each.default for key, each in kind.model_fields.items() if not each.is_required()}
+            found[name] = TypeAdapter(dict[str, Any]).dump_python(known, mode="json")
+    return found
 
 
 def dump(config: Config) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from comfy_g2rpo.runs import RunFolder, check_place
 
 from . import families
 from .allocator import keep_freed_memory
-from .config import Config, dump, make_pace, make_recipe, model_folder
+from .config import Config, defaults, dump, make_pace, make_recipe, model_folder
 from .families import FamilyPolicy
 from .lora_files import add_frozen, start_from
 from .progress import Progress, Silent
@@ -144,7 +144,7 @@ def continue_from(policy: FamilyPolicy, path: Path, scale: float, family: str | 
 
 def open_run(config: Config, out: Path, resume: bool, replace: bool) -> RunFolder:
     """Create the run folder, or open it and see that it was made by the same configuration."""
-    return RunFolder.reopen(out, dump(config)) if resume else RunFolder.create(out, dump(config), replace)
+    return RunFolder.reopen(out, dump(config), defaults()) if resume else RunFolder.create(out, dump(config), replace)
 
 
 class Stopped(KeyboardInterrupt):
