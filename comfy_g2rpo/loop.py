@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from .rewards.protocol import embedder, may_abstain, settle
 from .rollout import stream
 from .runs import RunFolder, fitting, load_optimizer_tensors, optimizer_tensors, read_progress, write_state
 from .scoring import Scorer, roll_out_and_score
-from .update import records, update, update_average
+from .update import records, swapped, update, update_average
 from .watch import Seen, best_step, blind_spots, evaluated, signs, standing
 
 try:
@@ -93,6 +93,8 @@ class Learner:
     step: int = 0
     forwards: int = 0
     seconds: float = 0.0
+    start: list[Tensor] = field(default_factory=list)
+    """The adapter as the run began with it, where the KL is measured against that."""
 
 
 class Watcher(Protocol):
@@ -135,7 +137,9 @@ def make_learner(setup: Setup) -> Learner:
     measure(embedder(setup.rewards), setup.recipe.diversity_by)
     parameters = setup.policy.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=setup.recipe.learning_rate, weight_decay=setup.recipe.weight_decay)
-    return Learner(optimizer, [p.detach().clone() for p in parameters] if setup.recipe.ema else [])
+    average, start = setup.recipe.ema, setup.recipe.kl and setup.recipe.kl_reference == "start"
+    average, start = ([p.detach().clone() for p in parameters] if wanted else [] for wanted in (average, start))
+    return Learner(optimizer, average, start=start)
 
 
 def learn(
@@ -198,6 +202,8 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
     made = records(rollout, advantages, step_weight=recipe.step_weight, samples=recipe.objective == "clip")
     with undone_on_error(setup, learner), policy.training():
         learning = {"micro_batch": pace.micro_batch, "reduce": setup.world.reduce, "check": partial(check, "update")}
+        if learner.start:
+            learning["reference"] = partial(swapped, policy.parameters(), learner.start)
         stats = update(policy, made, conds, learner.optimizer, recipe, **learning)
     if recipe.ema:
         update_average(learner.average, policy.parameters(), min(recipe.ema, (learner.step + 1) / (learner.step + 10)))
@@ -275,19 +281,9 @@ def undone_on_error(setup: Setup, learner: Learner) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def averaged(setup: Setup, learner: Learner) -> Iterator[None]:
+def averaged(setup: Setup, learner: Learner) -> AbstractContextManager[None]:
     """Put the moving average, where there is one, in the adapter's place."""
-    parameters = setup.policy.parameters() if learner.average else []
-    kept = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        for parameter, mean in zip(parameters, learner.average, strict=True):
-            parameter.copy_(mean)
-        try:
-            yield
-        finally:
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.copy_(value)
+    return swapped(setup.policy.parameters(), learner.average) if learner.average else nullcontext()
 
 
 def look(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, check: Check) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,16 +152,22 @@ def backward(
     micro_batch: int = 32,
     old: Sequence[Tensor] | None = None,
     check: Callable[[], None] | None = None,
+    reference: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> dict[str, float]:
     """Accumulate the gradient of one objective over all rows; `old` are the velocities of `snapshot`, needed by the clipped form.
 
-    The velocity KL adds β·mean‖v − v_ref‖²/D over the rows. Returns sums and extremes that explain the update.
+    The velocity KL adds β·mean‖v − v_ref‖²/D over the rows, v_ref inside the context `reference`: without the adapter where it is not
+    given. Returns sums and extremes that explain the update.
     """
     stats = {"kl": 0.0, "clipped": 0.0, "ratio": 0.0, "ratio_deviation": 0.0}
     for i, part in enumerate(micro_batches(made, micro_batch)):
         cond = [conds[p] for p in part.prompt.tolist()]
         if check:
             check()
+        if recipe.kl:
+            # First, for a reference may change the adapter's numbers, which the backward pass must find as they were.
+            with torch.no_grad(), (reference or policy.reference)():
+                anchored = policy.velocity(part.x, part.sigma, cond)
         velocity = policy.velocity(part.x, part.sigma, cond)
         if recipe.objective == "clip":
             loss, ratio = clipped_loss(velocity, old[i], part, recipe.clip)
@@ -171,9 +178,7 @@ def backward(
         else:
             loss = (velocity * _cotangent(part.direction, part.v_coef, part.std, part.weight)).sum()
         if recipe.kl:
-            with torch.no_grad(), policy.reference():
-                reference = policy.velocity(part.x, part.sigma, cond)
-            distance = (velocity - reference).square().flatten(1).mean(1).sum() / len(made)
+            distance = (velocity - anchored).square().flatten(1).mean(1).sum() / len(made)
             loss = loss + recipe.kl * distance
             stats["kl"] += distance.item()
         loss.backward()
@@ -197,11 +202,12 @@ def update(
     micro_batch: int = 32,
     reduce: Callable[[Tensor], Tensor] | None = None,
     check: Callable[[], None] | None = None,
+    reference: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> dict[str, float]:
     """Take one optimizer step per rollout ("accumulate") or per branch step ("per_step"), `epochs` times over; return the metrics.
 
-    `reduce` averages a gradient over processes; `check` is called before every forward and may raise. A step whose gradient is not
-    finite is skipped and counted.
+    `reduce` averages a gradient over processes; `check` is called before every forward and may raise; `reference` is as in `backward`. A
+    step whose gradient is not finite is skipped and counted.
     """
     per_step = recipe.update == "per_step"
     parts = [made.rows((made.step == k).nonzero().flatten()) for k in made.step.unique().tolist()] if per_step else [made]
@@ -212,7 +218,7 @@ def update(
     for _ in range(recipe.epochs):
         for part, before in zip(parts, old, strict=True):
             optimizer.zero_grad(set_to_none=True)
-            stats = backward(policy, part, conds, recipe, micro_batch=micro_batch, old=before, check=check)
+            stats = backward(policy, part, conds, recipe, micro_batch=micro_batch, old=before, check=check, reference=reference)
             samples += len(part.advantage) if part.advantage is not None else 0
             totals = {key: max(totals.get(key, 0), v) if key == "ratio_deviation" else totals.get(key, 0) + v for key, v in stats.items()}
             norm = clip_gradients(policy.parameters(), recipe.max_grad_norm, reduce)
@@ -238,6 +244,23 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, reduce: 
         if reduce:
             parameter.grad = reduce(parameter.grad)
     return nn.utils.clip_grad_norm_(parameters, max_norm).item()
+
+
+@contextmanager
+def swapped(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Give parameters other values inside the context."""
+    kept = [parameter.detach().clone() for parameter in parameters]
+
+    def put(numbers: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, number in zip(parameters, numbers, strict=True):
+                parameter.copy_(number)
+
+    put(values)
+    try:
+        yield
+    finally:
+        put(kept)
 
 
 @torch.no_grad()

@@ -141,7 +141,8 @@ def test_a_killed_run_resumes_bit_for_bit_from_its_last_checkpoint(whole, tmp_pa
 
 
 def test_a_moving_average_and_the_clipped_objective_resume_too(tmp_path):
-    method = {"method": {"name": "flow_grpo_fast", "num_steps": 4, "group_size": 3, "pick_size": 1, "ema": 0.9, "epochs": 2, "kl": 0.1}}
+    method = {"name": "flow_grpo_fast", "num_steps": 4, "group_size": 3, "pick_size": 1, "ema": 0.9, "epochs": 2}
+    method = {"method": {**method, "kl": 0.1, "kl_reference": "start"}}
     training.train(config(tmp_path, **method), tmp_path / "a", progress=Silent())
     with pytest.raises(KeyboardInterrupt):
         training.train(config(tmp_path, **method), tmp_path / "b", progress=StopAt(2))

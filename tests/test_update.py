@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,18 @@ from comfy_g2rpo.plan import deterministic, singular
 from comfy_g2rpo.recipes import RECIPES, build_plan, recipe
 from comfy_g2rpo.rollout import roll_out
 from comfy_g2rpo.schedule import shifted_sigmas
-from comfy_g2rpo.update import backward, clipped_loss, cotangent, log_ratio, records, snapshot, step_weights, update, update_average
+from comfy_g2rpo.update import (
+    backward,
+    clipped_loss,
+    cotangent,
+    log_ratio,
+    records,
+    snapshot,
+    step_weights,
+    swapped,
+    update,
+    update_average,
+)
 
 CONDS, SEEDS = [0.3, -0.8], [11, 12]
 
@@ -166,6 +178,21 @@ def test_the_kl_adds_two_beta_times_the_distance_to_the_cotangent():
         reference = policy.velocity(rows.x, rows.sigma, conds)
     (expected,) = torch.autograd.grad(v, policy.adapter, 2 * 0.3 * (v - reference).detach() / (rows.x[0].numel() * len(rows)))
     assert torch.allclose(policy.adapter.grad, expected, rtol=1e-5)
+
+
+def test_the_kl_may_pull_towards_where_the_run_began():
+    policy = ToyPolicy()
+    made = recipe("g2rpo", num_steps=8, group_size=4, kl=0.3)
+    rollout, advantages = rolled(made, policy)
+    still = records(rollout, [torch.zeros_like(a) for a in advantages])
+    start = [policy.adapter.detach().clone()]
+    here = partial(swapped, policy.parameters(), start)
+    assert backward(policy, still, CONDS, made, reference=here)["kl"] == 0 and policy.adapter.grad.abs().max() == 0
+    with torch.no_grad():
+        policy.adapter.add_(0.1)
+    moved = policy.adapter.detach().clone()
+    assert backward(policy, still, CONDS, made, reference=here)["kl"] > 0
+    assert (policy.adapter.grad * (moved - start[0])).sum() > 0 and torch.equal(policy.adapter, moved)
 
 
 @pytest.mark.parametrize(("mode", "steps_taken"), [("accumulate", 1), ("per_step", 4)])
