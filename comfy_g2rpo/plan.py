@@ -189,6 +189,10 @@ class PlanBuilder:
             start = self.add(State(index, start, kernel))
         return start
 
+    def finish(self, start: int, indices: Sequence[int], solver: str) -> int:
+        """Walk on from a state that noise led to: the first step by Euler, for a multistep solver's past would be that before the noise."""
+        return self.follow(self.follow(start, indices[:1]), indices[1:], solver)
+
     def score(self, state: int, granularity: int = 0) -> None:
         """Make a finished state a leaf."""
         self.leaves.append(Leaf(state, granularity))
@@ -211,10 +215,12 @@ def singular(
     starts: int = 1,
     antithetic: bool = False,
     anchor_image: bool = False,
+    coarsest: int = 1,
 ) -> Plan:
     """Plan G²RPO's tree: per start noise a deterministic anchor, at each branch step G stochastic branches, each completed per granularity.
 
     `window` > 1 keeps the branches stochastic for further steps (Flow-GRPO-Fast); `antithetic` mirrors every second branch's noise.
+    `coarsest` > 1 approximates the completions of smaller granularities: at that stride, by the second-order solver, from the same noises.
     """
     check_steps(num_steps, branch_steps)
     tree = PlanBuilder(num_steps)
@@ -231,7 +237,8 @@ def singular(
                     noise = -tree._draws if antithetic and window == 1 and member % 2 else tree.draw()
                     state = tree.add(State(j + 1, state, kernel, eta, noise, group + offset, member))
                 for level, stride in enumerate(granularities):
-                    tree.score(tree.follow(state, completion_indices(num_steps, steps[-1], stride, terminal)[1:]), level)
+                    rest = completion_indices(num_steps, steps[-1], max(stride, coarsest), "exact" if stride < coarsest else terminal)[1:]
+                    tree.score(tree.finish(state, rest, "dpm_2m" if stride < coarsest else "ode"), level)
             group += len(steps)
     return tree.build()
 
@@ -246,22 +253,26 @@ def independent(
     trained_steps: Sequence[int] | None = None,
     shared_start: bool = False,
     tail: str = "ode",
+    coarsest: int = 1,
 ) -> Plan:
     """Plan G trajectories that are stochastic on the given steps (Flow-GRPO, DanceGRPO, MixGRPO); common prefixes are still run once.
 
     `trained_steps` (default: all the stochastic ones) get an advantage; `tail` is the solver of the steps after the last stochastic one.
+    `coarsest` > 1 approximates those steps but the first: at that stride, by the second-order solver.
     """
     check_steps(num_steps, stochastic_steps)
     trained = sorted(stochastic_steps if trained_steps is None else trained_steps)
     tree = PlanBuilder(num_steps)
     roots = [tree.root()] * group_size if shared_start else [tree.root() for _ in range(group_size)]
     for member, state in enumerate(roots):
-        for j in range(num_steps):
+        for j in range(num_steps if coarsest == 1 else max(stochastic_steps) + 1):
             if j in stochastic_steps:
                 group = trained.index(j) if j in trained else -1
                 state = tree.add(State(j + 1, state, kernel, eta, tree.draw(), group, member if group >= 0 else -1))
             else:
                 state = tree.follow(state, [j + 1], tail if j > max(stochastic_steps) else "ode")
+        if coarsest > 1:
+            state = tree.finish(state, completion_indices(num_steps, max(stochastic_steps), coarsest)[1:], "dpm_2m")
         tree.score(state)
     return tree.build()
 

@@ -184,14 +184,21 @@ def chosen_steps(made: Recipe, iteration: int, rng: random.Random) -> list[int]:
     return steps[start : start + size]
 
 
-def build_plan(made: Recipe, iteration: int = 0, seed: int = 0) -> Plan:
-    """Build the iteration's plan; the random choices depend on (seed, iteration) alone."""
+def build_plan(made: Recipe, iteration: int = 0, seed: int = 0, coarsest: int = 1) -> Plan:
+    """Build the iteration's plan; the random choices depend on (seed, iteration) alone. `coarsest` > 1 approximates its completions."""
     rng = random.Random(f"plan {seed} {iteration}")
     steps = chosen_steps(made, iteration, rng)
     if made.tree == "independent":
         trained = sorted(rng.sample(steps, max(round(made.train_share * len(steps)), 1)))
         return independent(
-            made.num_steps, steps, made.group_size, kernel=made.kernel, eta=made.eta, trained_steps=trained, shared_start=made.shared_start
+            made.num_steps,
+            steps,
+            made.group_size,
+            kernel=made.kernel,
+            eta=made.eta,
+            trained_steps=trained,
+            shared_start=made.shared_start,
+            coarsest=coarsest,
         )
     # A window moves as one: its branches leave the anchor once, at its first step.
     windowed = made.pick in ("random_window", "sliding_window")
@@ -206,4 +213,5 @@ def build_plan(made: Recipe, iteration: int = 0, seed: int = 0) -> Plan:
         window=len(steps) if windowed else 1,
         starts=made.starts,
         antithetic=made.antithetic,
+        coarsest=coarsest,
     )

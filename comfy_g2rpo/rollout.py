@@ -14,6 +14,7 @@ from torch import Tensor
 from .kernels import over
 from .plan import ROOT, Coefficients, Plan
 from .policy import Policy
+from .shortcut import Memory, Shortcut, foreseen, remember
 
 Sink = Callable[[list[int], list[int], Tensor], None]
 """Takes finished latents [n, …] with the prompt and the image (position in plan.images) of each."""
@@ -37,11 +38,12 @@ class Rollout:
 
 
 class _Value(NamedTuple):
-    """An evaluated state, and the denoised latent of its parent for multistep solvers."""
+    """An evaluated state, and the denoised latent of its parent for multistep solvers; what a shortcut remembers of a completion."""
 
     x: Tensor
     velocity: Tensor
     denoised_before: Tensor | None
+    memory: Memory | None = None
 
 
 def stream(*key: int | str) -> int:
@@ -74,14 +76,16 @@ def roll_out(
     check: Callable[[], None] | None = None,
     device: torch.device | str = "cpu",
     start: Tensor | None = None,
+    shortcut: Shortcut | None = None,
 ) -> Rollout:
     """Run the plan once per prompt (conds[p], seeds[p]); latents have `shape` [C, H, W].
 
     `start` [P, …] are states to begin with, in place of noise drawn from the seeds.
     At most `slots` states are evaluated at a time and the deepest go first, so that memory does not grow with the group. Each distinct
     state is evaluated once. `check` is called before every forward and may raise to stop. Results do not depend on `slots`.
+    A `shortcut` says how completions, the states that no noise follows, are evaluated, in batches of their own.
     """
-    run = _Run(plan, plan.coefficients(sigmas), tuple(seeds), tuple(shape), torch.device(device), start)
+    run = _Run(plan, plan.coefficients(sigmas), tuple(seeds), tuple(shape), torch.device(device), start, shortcut)
     latents = None if sink else torch.empty(len(seeds), len(plan.images), *shape, device=device)
 
     def keep(prompts: list[int], images: list[int], finished: Tensor) -> None:
@@ -90,18 +94,31 @@ def roll_out(
     nfe = 0
     with policy.inference():
         while run.queue or run.finished:
-            if run.queue:
-                edges = run.take(slots)
-                x = run.advance(edges)
+            if run.queue and (batch := run.take(slots)).edges:
                 if check:
                     check()
-                velocity = policy.velocity(x, run.sigma([state for _, state in edges]), [conds[p] for p, _ in edges]).float()
-                nfe += len(edges)
-                run.file(edges, x, velocity)
+                evaluate = run.evaluator(batch) or policy.velocity
+                velocity = evaluate(batch.x, run.sigma([state for _, state in batch.edges]), [conds[p] for p, _ in batch.edges]).float()
+                nfe += len(batch.edges)
+                run.file(batch, velocity)
             while len(run.finished) >= slots or (run.finished and not run.queue):
                 done, run.finished = run.finished[:slots], run.finished[slots:]
-                (sink or keep)([p for p, _ in done], [run.image[state] for _, state in done], run.advance(done))
+                (sink or keep)([p for p, _ in done], [run.image[state] for _, state in done], run.advance(done).x)
     return Rollout(plan, run.coefficients, run.seeds, run.fork_x, run.fork_v, latents, nfe)
+
+
+class _Batch(NamedTuple):
+    """Edges, the states [B, …] that they lead to, their parents' denoised latents for multistep solvers, and what shortcuts remember."""
+
+    edges: list[tuple[int, int]]
+    x: Tensor
+    denoised: Tensor | None
+    memories: list[Memory | None]
+
+    def rows(self, which: Sequence[int]) -> _Batch:
+        """Return some of the rows."""
+        picked = self.denoised[which] if self.denoised is not None else None
+        return _Batch([self.edges[i] for i in which], self.x[which], picked, [self.memories[i] for i in which])
 
 
 class _Run:
@@ -115,8 +132,9 @@ class _Run:
         shape: tuple[int, ...],
         device: torch.device,
         start: Tensor | None,
+        shortcut: Shortcut | None,
     ) -> None:
-        self.start = start
+        self.start, self.shortcut = start, shortcut
         self.plan, self.coefficients, self.seeds, self.shape, self.device = plan, coefficients, seeds, shape, device
         self.image = {state: i for i, state in enumerate(plan.images)}
         self.fork = {state: i for i, state in enumerate(plan.forks)}
@@ -140,15 +158,43 @@ class _Run:
         else:
             self.finished.append((p, state))
 
-    def take(self, slots: int) -> list[tuple[int, int]]:
-        """Take the next edges, as many as there are slots."""
-        return [heappop(self.queue)[1:] for _ in range(min(slots, len(self.queue)))]
+    def take(self, slots: int) -> _Batch:
+        """Compute the next states that must be evaluated, as many as there are slots: with a shortcut, those of one kind alone."""
+        if not self.shortcut:
+            return self.advance([heappop(self.queue)[1:] for _ in range(min(slots, len(self.queue)))])
+        trunk, parts, count = self.queue[0][0][0], [], 0
+        while self.queue and self.queue[0][0][0] == trunk and count < slots:
+            edges = []
+            while self.queue and self.queue[0][0][0] == trunk and count + len(edges) < slots:
+                edges.append(heappop(self.queue)[1:])
+            parts.append(self.foresee(self.advance(edges)))
+            count += len(parts[-1].edges)
+        if len(parts) == 1:
+            return parts[0]
+        edges, memories = ([one for part in parts for one in getattr(part, name)] for name in ("edges", "memories"))
+        denoised = torch.cat([part.denoised for part in parts]) if self.multistep else None
+        return _Batch(edges, torch.cat([part.x for part in parts]), denoised, memories)
+
+    def foresee(self, batch: _Batch) -> _Batch:
+        """File the states whose velocity a shortcut foresees, and return the others."""
+        if not self.shortcut.cache:
+            return batch
+        done, velocity = foreseen(batch.memories, batch.x, self.sigma([state for _, state in batch.edges]), self.shortcut.cache)
+        if not any(done):
+            return batch
+        skipped = batch.rows([i for i, known in enumerate(done) if known])
+        self._keep(skipped, velocity, skipped.memories)
+        return batch.rows([i for i, known in enumerate(done) if not known])
+
+    def evaluator(self, batch: _Batch) -> Callable[[Tensor, Tensor, Sequence[Any]], Tensor] | None:
+        """Return the shortcut's velocity for a batch of completions."""
+        return self.shortcut.velocity if self.shortcut and not self.plan.trunk[batch.edges[0][1]] else None
 
     def sigma(self, states: list[int]) -> Tensor:
         """Return the noise levels of states as float32 [B]."""
         return self.coefficients.sigma[states].to(self.device)
 
-    def advance(self, edges: list[tuple[int, int]]) -> Tensor:
+    def advance(self, edges: list[tuple[int, int]]) -> _Batch:
         """Compute the states [B, …] that edges lead to, and forget parents that nothing waits for any more."""
         states = [state for _, state in edges]
         parents = [(p, self.plan.states[state].parent) for p, state in edges]
@@ -165,16 +211,23 @@ class _Run:
                 out[i] += std[i] * state_noise(self.plan, state, self.seeds[p], self.shape).to(self.device)
             if self.plan.states[state].kernel == "dpm_2m" and past[i] != 0:
                 out[i] += past[i] * before[i].denoised_before
+        denoised = None
         if self.multistep:
             sigma = over(torch.stack([c.sigma[s] if s != ROOT else c.sigma.new_ones(()) for _, s in parents]).to(self.device), x)
-            self.denoised = x - sigma * velocity
+            denoised = x - sigma * velocity
         self._release(parents)
-        return out
+        return _Batch(edges, out, denoised, [value.memory for value in before])
 
-    def file(self, edges: list[tuple[int, int]], x: Tensor, velocity: Tensor) -> None:
+    def file(self, batch: _Batch, velocity: Tensor) -> None:
         """Keep evaluated states until their children have been computed, and open those."""
-        denoised = self.denoised if self.multistep else [None] * len(edges)
-        for (p, state), *found in zip(edges, x, velocity, denoised, strict=True):
+        memories: list[Memory | None] = [None] * len(batch.edges)
+        if self.shortcut and self.shortcut.cache and not self.plan.trunk[batch.edges[0][1]]:
+            memories = [*remember(batch.memories, batch.x, velocity, self.sigma([state for _, state in batch.edges]))]
+        self._keep(batch, velocity, memories)
+
+    def _keep(self, batch: _Batch, velocity: Tensor, memories: Sequence[Memory | None]) -> None:
+        denoised = [None] * len(batch.edges) if batch.denoised is None else batch.denoised
+        for (p, state), *found in zip(batch.edges, batch.x, velocity, denoised, memories, strict=True):
             value, fork = _Value(*found), self.fork.get(state)
             if fork is not None:
                 # A fork waits long for all its branches: a copy of its own does not hold the whole batch.
