@@ -10,8 +10,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from .pictures import PictureError, size_of
+
 MAX_CHARACTERS = 2000
 MAX_COLUMNS, MAX_NAME, MAX_ITEMS, MAX_NUMBER = 32, 64, 64, 1e15
+MIN_SIDE, MAX_RATIO = 32, 8  # of a picture to start from: pixels of the shorter side, longer side over shorter
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -40,6 +43,22 @@ def columns_of(prompt: str) -> Mapping[str, Any]:
     return getattr(prompt, "columns", NONE)
 
 
+def image_of(prompt: str) -> str | None:
+    """Return the path of the picture that a prompt starts from, where it has one."""
+    return columns_of(prompt).get("image")
+
+
+def identity(prompt: str) -> tuple[str, str | None]:
+    """Return what tells prompts apart: the text, and the picture that it starts from."""
+    return str(prompt), image_of(prompt)
+
+
+def titled(prompt: str) -> str:
+    """Return a prompt's text as reports show it: with the name of the picture that it starts from."""
+    image = image_of(prompt)
+    return f"{prompt} ({Path(image).name})" if image else str(prompt)
+
+
 @dataclass(frozen=True)
 class Prompts:
     """What is trained on, what only measures, and what was noticed while reading."""
@@ -61,7 +80,8 @@ def load(train: Path, heldout: Path | None = None, share: float = 0.0, seed: int
 
 def refuse_common(trained: Sequence[str], held: Sequence[str], name: str) -> None:
     """Refuse held-out prompts that are trained on."""
-    common = sorted(set(trained) & set(held))
+    known = set(map(identity, trained))
+    common = sorted(prompt for prompt in held if identity(prompt) in known)
     if common:
         example = f"{len(common)} held-out prompts are trained on too, such as {common[0][:80]!r}"
         raise PromptError(f"{name}: {example}; remove them from one side")
@@ -70,16 +90,17 @@ def refuse_common(trained: Sequence[str], held: Sequence[str], name: str) -> Non
 def split(prompts: Sequence[str], share: float, seed: int, name: str, notes: tuple[str, ...] = ()) -> Prompts:
     """Set a seeded share of the prompts aside."""
     shuffled = random.Random(f"held-out {seed}").sample(prompts, len(prompts))
-    held = set(shuffled[: round(share * len(prompts))])
+    held = set(map(identity, shuffled[: round(share * len(prompts))]))
     if share and not 0 < len(held) < len(prompts):
         raise PromptError(f"{name}: prompts.heldout_share {share} of {len(prompts)} prompts leaves one side empty; change it")
-    return Prompts(tuple(p for p in prompts if p not in held), tuple(p for p in prompts if p in held), notes)
+    sides = [tuple(prompt for prompt in prompts if (identity(prompt) in held) is side) for side in (False, True)]
+    return Prompts(*sides, notes)
 
 
 def read(path: Path) -> tuple[list[str], list[str]]:
     """Read a .txt file (a prompt per line; blank and # lines skipped) or a .jsonl file ({"prompt": …}); return prompts and notes.
 
-    The other keys of a .jsonl row become the prompt's columns.
+    The other keys of a .jsonl row become the prompt's columns; `image` is the path, beside the file, of a picture to start from.
     """
     path = Path(path)
     try:
@@ -88,15 +109,21 @@ def read(path: Path) -> tuple[list[str], list[str]]:
         raise PromptError(f"cannot read prompt file {path}: {(error.strerror or str(error)).lower()}; check the path") from error
     except UnicodeDecodeError as error:
         raise PromptError(f"prompt file {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    found, repeated = prompts_of(lines, str(path), jsonl=path.suffix == ".jsonl")
-    unique = [beside(prompt, path.parent) for prompt in found]
+    found, repeated = numbered(lines, str(path), jsonl=path.suffix == ".jsonl")
+    unique = [starting(beside(prompt, path.parent), path.parent, f"{path}, line {number}") for prompt, number in found]
     return unique, [f"{path}: {repeated} repeated prompts were dropped"] if repeated else []
 
 
 def prompts_of(lines: Sequence[str], name: str, jsonl: bool = False) -> tuple[list[str], int]:
     """Take the distinct prompts of some lines; return them and how many were repeated."""
+    found, repeated = numbered(lines, name, jsonl)
+    return [prompt for prompt, _ in found], repeated
+
+
+def numbered(lines: Sequence[str], name: str, jsonl: bool = False) -> tuple[list[tuple[str, int]], int]:
+    """Take the distinct prompts of some lines, each with its line; a text may come again with another picture to start from."""
     parse = _json_prompt if jsonl else _text_prompt
-    found: dict[str, tuple[str, int]] = {}
+    found: dict[tuple[str, str | None], tuple[str, int]] = {}
     count = 0
     for number, line in enumerate(lines, start=1):
         prompt = parse(line.strip(), f"{name}, line {number}")
@@ -105,19 +132,39 @@ def prompts_of(lines: Sequence[str], name: str, jsonl: bool = False) -> tuple[li
         if not prompt:
             continue
         count += 1
-        first, line_of_first = found.setdefault(prompt, (prompt, number))
+        first, line_of_first = found.setdefault(identity(prompt), (prompt, number))
         if columns_of(first) != columns_of(prompt):
             both = f"{name}, lines {line_of_first} and {number}"
             raise PromptError(f"{both} have the same prompt but different columns; remove one of them or reword it")
     if not found:
         raise PromptError(f"{name} holds no prompt; write one per line")
-    return [prompt for prompt, _ in found.values()], count - len(found)
+    return list(found.values()), count - len(found)
 
 
 def beside(prompt: str, folder: Path) -> str:
     """Read a prompt's `reference` as a path beside the prompt file."""
     given = columns_of(prompt).get("reference")
     return Prompt(prompt, {**columns_of(prompt), "reference": str(folder / given)}) if isinstance(given, str) else prompt
+
+
+def starting(prompt: str, folder: Path, place: str) -> str:
+    """Read a prompt's `image` as the path, beside the prompt file, of a picture to start from; refuse what is none, by its place."""
+    if "image" not in columns_of(prompt):
+        return prompt
+    given = columns_of(prompt)["image"]
+    if not isinstance(given, str) or not given or "://" in given or "\0" in given:
+        raise PromptError(f"{place}, column image is {str(given)[:80]!a}; write the path of a picture on this machine")
+    image = folder / given
+    if not image.is_file():
+        raise PromptError(f"{place}, column image: {image} is no file; give the path of a picture, looked up beside the prompt file")
+    try:
+        width, height = size_of(image)
+    except PictureError as error:
+        raise PromptError(f"{place}, column image: {error}") from error
+    if min(width, height) < MIN_SIDE or max(width, height) > MAX_RATIO * min(width, height):
+        limit = f"each side needs {MIN_SIDE} pixels, and one at most {MAX_RATIO} times the other"
+        raise PromptError(f"{place}, column image: {image} has {width} × {height} pixels; {limit}")
+    return Prompt(prompt, {**columns_of(prompt), "image": str(image)})
 
 
 def _text_prompt(line: str, place: str) -> str:
