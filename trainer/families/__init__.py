@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, str] = {
     "sd3": "Stable Diffusion 3 and 3.5",
     "flux": "FLUX.1",
+    "flux2": "FLUX.2",
     "qwen_image": "Qwen-Image",
     "wan": "Wan 2.1 and 2.2 (single pictures)",
     "z_image": "Z-Image",
@@ -31,6 +32,8 @@ FAMILIES: dict[str, str] = {
 PIPELINES: dict[str, str] = {
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "Flux2Pipeline": "flux2",
+    "Flux2KleinPipeline": "flux2",
     "QwenImagePipeline": "qwen_image",
     "WanPipeline": "wan",
     "ZImagePipeline": "z_image",

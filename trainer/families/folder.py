@@ -37,9 +37,21 @@ def load_pipeline(
         raise ValueError(f"model.path {folder}: this folder cannot be loaded ({reason}); {remedy(folder)}") from error
     for name in (name for name in pipeline.components if name.startswith("tokenizer")):
         # transformers makes an empty vocabulary where a tokenizer's files are missing.
-        if (tokenizer := getattr(pipeline, name)) is not None and len(tokenizer) < 256:
+        tokenizer = getattr(pipeline, name)
+        if tokenizer is not None and len(getattr(tokenizer, "tokenizer", tokenizer)) < 256:  # a processor has one inside
             raise ValueError(f"model.path {folder}: the files of its {name} are missing; {remedy(folder)}")
     return pipeline
+
+
+def pipeline_name(folder: Path | None) -> str:
+    """Read which pipeline a folder's index names; nothing where it does not say."""
+    if folder is None:
+        return ""
+    try:
+        content = json.loads((folder / "model_index.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(content.get("_class_name", "")) if isinstance(content, dict) else ""
 
 
 def components(folder: Path, wanted: str) -> dict[str, list[str | None]]:
