@@ -17,15 +17,18 @@ from . import lora
 from .advantages import mixed, zero_std_share
 from .diversity import describe, mean_distance, measure, shaping
 from .evaluation import Evaluation, compare, evaluate
+from .guard import Speed, explore
 from .pace import Pace
+from .plan import Plan
 from .policy import Trainee
 from .prompts import PromptCursor, Prompts
 from .recipes import Recipe, build_plan
 from .rewards import Reward, RewardError
 from .rewards.protocol import embedder, may_abstain, settle
-from .rollout import stream
+from .rollout import Rollout, stream
 from .runs import RunFolder, fitting, load_optimizer_tensors, optimizer_tensors, read_progress, write_state
 from .scoring import Scorer, roll_out_and_score
+from .shortcut import Shortcut
 from .update import records, swapped, update, update_average
 from .watch import Seen, best_step, blind_spots, evaluated, signs, standing
 
@@ -75,6 +78,9 @@ class Setup:
     """Shape of a latent at the preview size, where evaluations draw there, too."""
     preview_sigmas: Tensor | None = None
     """Noise levels [T+1] at that size; those of training where they do not depend on the size."""
+    speed: Speed = field(default_factory=Speed)
+    velocity: CheapVelocity | None = None
+    """Evaluates completions in the policy's place, where `speed` asks for it."""
     measures: Mapping[str, float] = field(default_factory=dict)
     """Say of the rewards that only measure in the watch, by name: 1 where it is left out, 0 is none, below 0 less is better."""
 
@@ -95,6 +101,18 @@ class Learner:
     seconds: float = 0.0
     start: list[Tensor] = field(default_factory=list)
     """The adapter as the run began with it, where the KL is measured against that."""
+    cheap: bool = True
+    """Whether completions may still be cheaper than exact (`Setup.speed`)."""
+
+
+class CheapVelocity(Protocol):
+    """A velocity for completions, and what there is to say about it, such as why blocks are not compiled."""
+
+    notes: list[str]
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Sequence[Any]) -> Tensor:
+        """Return v as the policy does."""
+        ...
 
 
 class Watcher(Protocol):
@@ -146,7 +164,7 @@ def learn(
     setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, check: Check, stops: tuple[type[BaseException], ...]
 ) -> None:
     """Run up to the budget of steps or minutes; one of `stops` leaves a checkpoint of the last finished step and goes on up."""
-    pace, plan = setup.pace, build_plan(setup.recipe)
+    pace, plan = setup.pace, build_plan(setup.recipe, coarsest=setup.speed.tail_stride if learner.cheap else 1)
     count = pace.prompts_per_step
     watcher.start(pace.steps, learner.step, f"{count * plan.forwards} forwards and {count * len(plan.images)} pictures per step")
     judges = [judge.name for judge in setup.judges]
@@ -162,6 +180,7 @@ def learn(
             if setup.world.speaks:
                 folder.append(row)
             watcher.step(row)
+            tell(setup, row, watcher)
             if due(pace.eval_every, learner.step) and learner.step < pace.steps:
                 look(setup, learner, folder, watcher, check)
                 halted = halt(setup, learner, folder, watcher)
@@ -174,16 +193,33 @@ def learn(
     save(setup, learner, folder)
 
 
+def tell(setup: Setup, row: Mapping[str, Any], watcher: Watcher) -> None:
+    """Say what became of cheap completions in the iteration that made a row."""
+    while setup.velocity and setup.velocity.notes:
+        watcher.note(setup.velocity.notes.pop(0))
+    if row.get("guard/on") == 0:
+        much = f"rank rewards as exact ones do to {row['guard/rank']:.3f} only, and speed.guard_rank asks for {setup.speed.guard_rank:g}"
+        watcher.note(f"step {row['step']}: cheap completions {much}; they are switched off, and this step was rolled out exactly")
+
+
 def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
     """Make one update: roll out the step's prompts, score, learn; return the row of metrics. An exception leaves the last step's state."""
     pace, recipe, policy = setup.pace, setup.recipe, setup.policy
     begin = time.perf_counter()
     prompts, seeds = draw(setup, learner.step)
     conds = policy.encode(prompts)
-    plan = build_plan(recipe, learner.step, pace.seed)
     rolling = partial(check, "rollout")
-    scorer = Scorer(policy.decode, setup.rewards, prompts, len(plan.images), pace.decode_batch, check=rolling, describe=described(setup))
-    rollout = roll_out_and_score(policy, plan, setup.sigmas, conds, seeds, setup.shape, scorer, pace.slots, rolling)
+
+    def roll(plan: Plan, places: Sequence[int], rewards: Sequence[Reward], shortcut: Shortcut | None) -> tuple[Scorer, Rollout]:
+        texts, given, drawn = ([part[p] for p in places] for part in (prompts, conds, seeds))
+        # The guard's pictures teach nothing and need no description.
+        describe = described(setup) if rewards is setup.rewards else None
+        scorer = Scorer(policy.decode, rewards, texts, len(plan.images), pace.decode_batch, check=rolling, describe=describe)
+        return scorer, roll_out_and_score(policy, plan, setup.sigmas, given, drawn, setup.shape, scorer, pace.slots, rolling, shortcut)
+
+    now = {"cheap": learner.cheap, "step": learner.step, "seed": pace.seed, "prompts": len(prompts)}
+    explored = explore(roll, recipe, setup.speed, setup.velocity, rewards=setup.rewards, gather=setup.world.gather, **now)
+    plan, scorer, rollout = explored.plan, explored.scorer, explored.rollout
     settle(setup.rewards)
     rolled = time.perf_counter()
     rewards = [plan.values(scorer.scores[:, p]) for p in range(len(prompts))]
@@ -208,7 +244,8 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
     if recipe.ema:
         update_average(learner.average, policy.parameters(), min(recipe.ema, (learner.step + 1) / (learner.step + 10)))
     learner.step += 1
-    learner.forwards += rollout.nfe * setup.world.count
+    learner.cheap = explored.cheap
+    learner.forwards += (rollout.nfe + int(explored.metrics.get("guard/nfe", 0))) * setup.world.count
     updated = time.perf_counter()
     learner.seconds += updated - begin
     row: dict[str, float] = {"step": learner.step} | reward_metrics(setup.rewards, everywhere)
@@ -219,7 +256,8 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
         row["diversity/group"] = torch.stack([mean_distance(f.movedim(2, 1)).nanmean() for f in features["pixels"]]).nanmean().item()
     judged = scorer.seconds["decode"] + scorer.seconds["reward"]
     times = {"rollout": rolled - begin - judged, **scorer.seconds, "update": updated - rolled}
-    return row | stats | {"nfe": rollout.nfe} | {f"time/{k}": v for k, v in times.items()} | {"memory/peak": peak_memory(policy.device)}
+    row |= stats | explored.metrics | {"nfe": rollout.nfe}
+    return row | {f"time/{k}": v for k, v in times.items()} | {"memory/peak": peak_memory(policy.device)}
 
 
 def described(setup: Setup) -> Callable[[Tensor], dict[str, Tensor]] | None:
@@ -396,7 +434,7 @@ def save(setup: Setup, learner: Learner, folder: RunFolder) -> None:
         return
     tensors = {f"parameter/{i}": p.detach() for i, p in enumerate(setup.policy.parameters())} | optimizer_tensors(learner.optimizer)
     tensors |= {f"average/{i}": mean for i, mean in enumerate(learner.average)}
-    progress = {"step": learner.step, "forwards": learner.forwards, "seconds": learner.seconds}
+    progress = {"step": learner.step, "forwards": learner.forwards, "seconds": learner.seconds, "cheap": learner.cheap}
     metadata = {**setup.metadata, "g2rpo.step": str(learner.step)}
 
     def write(path: Any) -> None:
@@ -425,6 +463,7 @@ def restore(setup: Setup, learner: Learner, folder: RunFolder) -> None:
             for target, value in zip(like, found[kind], strict=True):
                 target.copy_(value)
     learner.step, learner.forwards, learner.seconds = progress["step"], progress["forwards"], progress["seconds"]
+    learner.cheap = progress.get("cheap", True) is not False
     if setup.world.speaks:
         folder.truncate_metrics(learner.step)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .kernels import over
 from .plan import ROOT, Coefficients, Plan
 from .policy import Policy
-from .shortcut import Memory, Shortcut, foreseen, remember
+from .shortcut import Memory, Shortcut, Velocity, foreseen, remember
 
 Sink = Callable[[list[int], list[int], Tensor], None]
 """Takes finished latents [n, …] with the prompt and the image (position in plan.images) of each."""
@@ -186,7 +186,7 @@ class _Run:
         self._keep(skipped, velocity, skipped.memories)
         return batch.rows([i for i, known in enumerate(done) if not known])
 
-    def evaluator(self, batch: _Batch) -> Callable[[Tensor, Tensor, Sequence[Any]], Tensor] | None:
+    def evaluator(self, batch: _Batch) -> Velocity | None:
         """Return the shortcut's velocity for a batch of completions."""
         return self.shortcut.velocity if self.shortcut and not self.plan.trunk[batch.edges[0][1]] else None
 

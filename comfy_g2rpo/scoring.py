@@ -19,6 +19,7 @@ from .policy import Decoder, Trainee
 from .rewards import Reward
 from .rewards.protocol import canceller, checked, needs_group, runs_elsewhere
 from .rollout import Rollout, roll_out
+from .shortcut import Shortcut
 
 MAX_WAITING = 2**29  # bytes of pictures that may wait for rewards that run elsewhere, before the rollout waits too
 POLL_SECONDS = 0.1
@@ -218,11 +219,13 @@ def roll_out_and_score(
     scorer: Scorer,
     slots: int,
     check: Callable[[], None] | None = None,
+    shortcut: Shortcut | None = None,
 ) -> Rollout:
     """Run a plan per prompt and hand every finished latent to the scorer: while rolling, or afterwards where the host wants that."""
     sink = scorer if policy.decodes_while_rolling else None
     with scorer:
-        rollout = roll_out(policy, plan, sigmas, conds, seeds, shape, slots=slots, sink=sink, check=check, device=policy.device)
+        where = {"device": policy.device, "shortcut": shortcut}
+        rollout = roll_out(policy, plan, sigmas, conds, seeds, shape, slots=slots, sink=sink, check=check, **where)
         if sink:
             return rollout
         images = list(range(len(plan.images)))

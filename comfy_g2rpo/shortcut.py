@@ -15,12 +15,15 @@ from torch import Tensor
 
 from .kernels import over
 
+Velocity = Callable[[Tensor, Tensor, Sequence[Any]], Tensor]
+"""What a policy's `velocity` is: x [B, …], sigma [B], cond → v."""
+
 
 @dataclass(frozen=True)
 class Shortcut:
     """How a rollout evaluates its completions."""
 
-    velocity: Callable[[Tensor, Tensor, Sequence[Any]], Tensor] | None = None
+    velocity: Velocity | None = None
     """Stands in for the policy's own velocity, such as the same in lower precision."""
     cache: float = 0.0
     """Relative change of the velocity up to which a step is foreseen; 0 evaluates every step."""
