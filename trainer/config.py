@@ -12,7 +12,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator
 
-from comfy_g2rpo import pace, recipes
+from comfy_g2rpo import guard, pace, recipes
 
 from .rewards import VOTES, check_reward
 from .sections import (
@@ -23,6 +23,7 @@ from .sections import (
     PromptSection,
     RewardSection,
     Section,
+    SpeedSection,
     TrainedReward,
     TrainSection,
 )
@@ -46,6 +47,7 @@ class Config(Section):
     )
     prompts: PromptSection
     train: TrainSection = TrainSection()
+    speed: SpeedSection = SpeedSection()
     out: str | None = Field(None, description="Run folder; runs/<recipe> where it is not given.")
 
     @field_validator("heldout_rewards", mode="before")
@@ -67,6 +69,11 @@ def make_recipe(config: Config) -> recipes.Recipe:
 def make_pace(config: Config) -> pace.Pace:
     """Make the engine's pace."""
     return pace.Pace(**dict(config.train))
+
+
+def make_speed(config: Config) -> guard.Speed:
+    """Make the engine's description of cheaper completions."""
+    return guard.Speed(**dict(config.speed))
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from comfy_g2rpo import __version__
+from comfy_g2rpo import __version__, guard
 from comfy_g2rpo.loop import Setup, World, finish, learn, make_learner, preview_shape, restore
 from comfy_g2rpo.prompts import load as load_prompts
 from comfy_g2rpo.rewards import RewardError, check_prompts
@@ -20,13 +20,14 @@ from comfy_g2rpo.runs import RunFolder, check_place
 
 from . import families
 from .allocator import keep_freed_memory
-from .config import Config, defaults, dump, make_pace, make_recipe, model_folder
+from .config import Config, defaults, dump, make_pace, make_recipe, make_speed, model_folder
 from .families import FamilyPolicy
 from .lora_files import add_frozen, start_from
 from .progress import Progress, Silent
 from .report import write_report
 from .rewards import VOTES, build_all
 from .sections import TrainedReward
+from .speed import completions
 
 
 def train(config: Config, out: Path, *, resume: bool = False, replace: bool = False, progress: Progress) -> dict[str, Any]:
@@ -68,6 +69,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
     prompts = load_prompts(Path(config.prompts.train), heldout, config.prompts.heldout_share, config.train.seed)
     rewards, judges = build_all(config, accelerator.device, run)
     check_prompts(judges, [*prompts.train, *prompts.heldout])
+    guard.check(make_speed(config), rewards)
     policy = load_policy(config, accelerator.device)
     policy.add_lora(config.lora.rank, config.lora.alpha, config.train.seed, config.lora.targets != "attention")
     if config.lora.init:
@@ -85,6 +87,8 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
         weights=tuple(reward.weight for reward in config.rewards),
         gates=tuple(reward.gate for reward in config.rewards),
         judges=judges,
+        speed=make_speed(config),
+        velocity=completions(policy, make_speed(config)),
         measures={reward.name: reward.weight for reward in config.heldout_rewards},
         prompts=prompts,
         sigmas=families.sigmas(policy, config.model.schedule, recipe, shape),

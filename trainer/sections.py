@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator
 from pydantic_core import PydanticCustomError
 
-from comfy_g2rpo import pace, recipes
+from comfy_g2rpo import guard, pace, recipes
 
 from .families import FAMILIES, Schedule
 
@@ -131,6 +131,13 @@ MethodSection = create_model(
     __doc__="A named method and what differs from it.",
     name=(Literal[tuple(recipes.RECIPES)], Field("g2rpo", description="Method to start from.")),
     **{name: _field(recipes.FIELDS[name], kind, None) for name, kind in get_type_hints(recipes.Recipe).items()},
+)
+
+SpeedSection = create_model(
+    "SpeedSection",
+    __base__=Section,
+    __doc__=guard.Speed.__doc__,
+    **{name: _field(guard.FIELDS[name], kind, guard.FIELDS[name].default) for name, kind in get_type_hints(guard.Speed).items()},
 )
 
 TrainSection = create_model(

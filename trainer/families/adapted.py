@@ -155,6 +155,15 @@ class Adapted:
         """Do nothing: the velocity is differentiable as it is."""
         return nullcontext()
 
+    @contextmanager
+    def completing(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Evaluate completions inside the context: by the transformer's own blocks, under autocast to `dtype` where it is given."""
+        kept, self.autocast = self.autocast, dtype or self.autocast
+        try:
+            yield
+        finally:
+            self.autocast = kept
+
     def casting(self) -> AbstractContextManager[Any]:
         """Run the transformer in the precision of `autocast` where it is set."""
         return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()

@@ -89,6 +89,16 @@ class SD3(Adapted):
             finally:
                 self._merged = None
 
+    @contextmanager
+    def completing(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Evaluate completions inside the context: the merged weights stand aside."""
+        kept, self._merged = self._merged, None
+        try:
+            with super().completing(dtype):
+                yield
+        finally:
+            self._merged = kept
+
     def encode_one(self, prompt: str) -> Cond:
         """Run the text encoders on one prompt."""
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
