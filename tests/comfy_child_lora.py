@@ -1,4 +1,5 @@
-"""Run inside ComfyUI by test_lora_comfyui.py: what core's own key map and adapters make of LoRA files, for every architecture."""
+"""Run inside ComfyUI by test_lora_comfyui.py: what core's own key map and adapters make of LoRA files, for every architecture, and the
+velocities of tiny models through core's loaders."""
 
 import logging
 from types import SimpleNamespace
@@ -6,12 +7,16 @@ from types import SimpleNamespace
 import comfy.lora
 import comfy.lora_convert
 import comfy.model_base
+import comfy.model_management
 import comfy.ops
+import comfy.sd
 import comfy.utils
 import comfy_side
 import torch
 
-asked = comfy_side.given()
+import nodes
+
+asked, given = comfy_side.given(), comfy_side.given_tensors()
 MAKE = {"dtype": torch.float32, "device": "meta", "operations": comfy.ops.disable_weight_init}
 
 
@@ -127,7 +132,7 @@ class Warnings(logging.Handler):
 heard = Warnings()
 logging.getLogger().addHandler(heard)
 answers, tensors = {}, {}
-for name, (family, file, wants_tensors) in asked.items():
+for name, (family, file, wants_tensors) in asked["files"].items():
     heard.messages.clear()
     try:
         model = model_of(family)
@@ -153,4 +158,33 @@ for name, (family, file, wants_tensors) in asked.items():
             tensors[f"{name}|{key}"] = comfy.lora.calculate_weight(patches[key], torch.zeros(weights[key]), key)
     answers[name]["errors"] = [message for message in heard.messages if message.startswith("ERROR")]
 answers["new"] = hasattr(comfy.utils, "z_image_to_diffusers")
+
+
+def velocity(model: object, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the velocity of a loaded model."""
+    comfy.model_management.load_models_gpu([model], force_patch_weights=True)
+    x, sigma = inputs["x"], inputs["sigma"]
+    guidance = {"guidance": inputs["guidance"]} if "guidance" in inputs else {}
+    denoised = model.model.apply_model(x, sigma, c_crossattn=inputs["context"], **guidance)
+    return (x - denoised) / sigma.view(-1, *[1] * (x.ndim - 1))
+
+
+def outputs(name: str, file: str, loras: dict[str, str]) -> dict[str, object]:
+    """Load a model by core's loader and LoRAs of it by its block."""
+    inputs = {key.partition("|")[2]: value for key, value in given.items() if key.startswith(f"{name}|")}
+    model = comfy.sd.load_diffusion_model(file, {"dtype": torch.float32})
+    tensors[f"output|{name}"] = velocity(model, inputs)
+    said = {}
+    for form, lora_name in loras.items():
+        heard.messages.clear()
+        (tuned,) = nodes.LoraLoaderModelOnly().load_lora_model_only(model, lora_name, 1.0)
+        tensors[f"output|{name}|{form}"] = velocity(tuned, inputs)
+        said[form] = {"warnings": list(heard.messages), "mapped": sum(len(patches) for patches in tuned.patches.values())}
+    return said
+
+
+with torch.no_grad():
+    for name, (family, file, loras) in asked["outputs"].items():
+        if not answers[f"{family}/native"].get("missing"):
+            answers[f"output {name}"] = outputs(name, file, loras)
 comfy_side.answer(answers, tensors)

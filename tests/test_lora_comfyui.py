@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from comfy_host import COMFYUIS, Answer, make_base, run_script
 from diffusers.loaders import single_file_utils as published
 from lora_models import ALPHA, RANK, TINY, deltas, layers, random_pairs
+from lora_outputs import CASES, Case
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -66,10 +68,23 @@ def files(trained: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     return made
 
 
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """Make the models whose output is compared."""
+    folder = tmp_path_factory.mktemp("models")
+    return {name: make(folder) for name, make in CASES.items()}
+
+
 @pytest.fixture(scope="module", params=COMFYUIS)
-def core(request: pytest.FixtureRequest, files: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Answer:
+def core(request: pytest.FixtureRequest, files: dict[str, Any], cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Answer:
     """Load all files in a ComfyUI."""
-    return run_script(request.param, CHILD, make_base(tmp_path_factory.mktemp("base"), None), files)
+    base, outputs = make_base(tmp_path_factory.mktemp("base"), None), {}
+    for name, case in cases.items():
+        for file in case.loras.values():
+            (base / "models/loras" / file.name).write_bytes(file.read_bytes())
+        outputs[name] = (name, str(case.transformer), {form: file.name for form, file in case.loras.items()})
+    inputs = {f"{name}|{key}": value for name, case in cases.items() for key, value in case.inputs.items()}
+    return run_script(request.param, CHILD, base, {"files": files, "outputs": outputs}, inputs)
 
 
 def old(core: Answer) -> bool:
@@ -126,12 +141,26 @@ def test_core_changes_the_weights_by_what_was_trained(core: Answer, family: str,
     assert not any(value.any() for key, value in computed.items() if key not in wanted)
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux", "qwen_image"])
-def test_both_forms_mean_the_same_where_core_maps_both(core: Answer, family: str) -> None:
-    assert taken(core, f"{family}/native") and taken(core, f"{family}/diffusers")
-    native, diffusers = of_core(core, f"{family}/native"), of_core(core, f"{family}/diffusers")
-    assert any(value.any() for value in native.values())
-    assert max((native[key] - diffusers[key]).abs().max() for key in native) <= 1e-6
+@pytest.mark.parametrize(("family", "form"), [("flux2", "run"), ("flux2", "diffusers"), ("wan", "run")])
+def test_core_answers_the_same_with_the_lora_that_a_run_leaves(core: Answer, cases: dict[str, Case], family: str, form: str) -> None:
+    skip_unknown(core, family)
+    case, said = cases[family], core.data[f"output {family}"][form]
+    unpacked = case.base.unsqueeze(2) if case.inputs["x"].ndim == 5 else case.base
+    assert said == {"warnings": [], "mapped": case.modules[form]}
+    assert (case.tuned - case.base).abs().max() > 1e-2
+    assert (core.tensors[f"output|{family}"] - unpacked).abs().max() <= 1e-5
+    assert (core.tensors[f"output|{family}|{form}"] - case.tuned.reshape(unpacked.shape)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.core])
+def test_unfused_names_mean_the_same_where_core_maps_them(core: Answer, family: str, trained: dict[str, Any]) -> None:
+    skip_unknown(core, family)
+    mapped = {module for module in trained[family] if FAMILIES[family].in_core(module)}
+    assert mapped >= {module for module in trained[family] if re.search(r"to_q|to_out|ff|mlp|feed_forward", module)}
+    computed = in_diffusers_names(family, of_core(core, f"{family}/diffusers"))
+    wanted = deltas(trained[family])
+    assert max((computed[f"{module}.weight"] - wanted[module]).abs().max() for module in mapped) <= 1e-6
+    assert {key for key, value in computed.items() if value.any()} == {f"{module}.weight" for module in mapped}
 
 
 @pytest.mark.parametrize("prefix", PREFIXES, ids=lambda prefix: prefix or "no prefix")
