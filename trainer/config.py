@@ -18,6 +18,7 @@ from .rewards import VOTES, check_reward
 from .sections import (
     HeldoutReward,
     LoraSection,
+    MemorySection,
     MethodSection,
     ModelSection,
     PromptSection,
@@ -39,6 +40,7 @@ class Config(Section):
     """All of a run."""
 
     model: ModelSection
+    memory: MemorySection = MemorySection()
     lora: LoraSection = LoraSection()
     method: MethodSection = MethodSection()
     rewards: tuple[TrainedReward, ...] = Field(min_length=1, description="Rewards to train on.")
@@ -172,6 +174,9 @@ def check_rewards(config: Config) -> None:
 def check_votes(config: Config) -> None:
     """Refuse what people cannot be asked: to judge the held-out prompts."""
     heldout = {reward.name for reward in config.heldout_rewards}
+    voted = [reward for reward in config.rewards if reward.name == VOTES]
+    if voted and config.model.frames > 1 and voted[0].frames != "strip":
+        raise ConfigError(f"rewards has votes, but people are not asked about each of {config.model.frames} frames; set its frames: strip")
     if VOTES in heldout:
         raise ConfigError("heldout_rewards names votes, but people vote on groups and not on held-out pictures; remove it there")
     if {reward.name for reward in config.rewards} == {VOTES} and not heldout and (config.prompts.heldout or config.prompts.heldout_share):
@@ -184,9 +189,14 @@ def resolve_paths(config: Config, near: Path) -> Config:
     for name in ("train", "heldout"):
         if (given := getattr(prompts, name)) is not None:
             changes[name] = str(find(f"prompts.{name}", given, near))
-    model: dict[str, Any] = {"path": str(find("model.path", config.model.path, near, hub=True))}
-    if config.model.transformer:
-        model["transformer"] = str(find("model.transformer", config.model.transformer, near))
+    model: dict[str, Any] = {}
+    for name in ("path", "transformer", "vae", "tokenizers"):
+        if (given := getattr(config.model, name)) is not None:
+            model[name] = str(find(f"model.{name}", given, near, hub=name == "path"))
+    if not model.get("path") and not model.get("transformer"):
+        raise ConfigError("model.path is missing; add it to the recipe, or give model.transformer, model.text_encoders and model.vae")
+    files = config.model.text_encoders
+    model["text_encoders"] = tuple(str(find(f"model.text_encoders.{i}", each, near)) for i, each in enumerate(files))
     if config.model.lora:
         model["lora"] = tuple(
             each.model_copy(update={"path": str(find(f"model.lora.{i}.path", each.path, near))}) for i, each in enumerate(config.model.lora)
@@ -223,10 +233,10 @@ def find(field: str, given: str, near: Path, hub: bool = False) -> Path | str:
     raise ConfigError(f"{field} is {given!r}, which does not exist; looked beside the recipe, in {Path.cwd()} and among the bundled files")
 
 
-def model_folder(path: str) -> Path:
-    """Return the folder of a model that is given by folder or, if the Hugging Face cache holds it, by name."""
-    if Path(path).is_dir():
-        return Path(path)
+def model_folder(path: str | None) -> Path | None:
+    """Return the folder or checkpoint of a model, or the folder of one that is given by name if the Hugging Face cache holds it."""
+    if path is None or Path(path).exists():
+        return Path(path) if path else None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -23,6 +23,8 @@ SMALL = 100 * 2**20
 """Text encoders below so many bytes are quicker than the disk."""
 READ_WHOLE = 4 * 2**20
 PARTS = ("text_encoder", "tokenizer")
+PICTURE_PARTS = (*PARTS, "processor", "vae")
+"""What features depend on where a prompt has a picture."""
 
 
 class PromptCache:
@@ -56,27 +58,31 @@ def default_root() -> Path:
     return Path(os.environ.get("G2RPO_PROMPTS") or Path.home() / ".cache" / "g2rpo" / "prompts").expanduser()
 
 
-def for_model(folder: Path, *settings: object) -> PromptCache | None:
+def for_model(folder: Path, *settings: object, parts: Sequence[str] = PARTS) -> PromptCache | None:
     """Return the cache of a diffusers folder's text encoders under settings that change their output; None where they are small."""
-    files = encoder_files(folder)
-    if sum(path.stat().st_size for path in files) < SMALL:
+    return for_files({path.relative_to(folder).as_posix(): path for path in encoder_files(folder, parts)}, *settings)
+
+
+def for_files(files: Mapping[str, Path], *settings: object) -> PromptCache | None:
+    """Return the cache of the text encoders in files, by names that stay when they move; None where they are small."""
+    if sum(path.stat().st_size for path in files.values()) < SMALL:
         return None
-    return PromptCache(default_root(), fingerprint(folder, files, settings))
+    return PromptCache(default_root(), fingerprint(files, settings))
 
 
-def encoder_files(folder: Path) -> list[Path]:
-    """List the files that text features depend on."""
-    parts = (part for part in folder.iterdir() if part.name.startswith(PARTS))
-    return sorted(path for part in parts for path in part.rglob("*") if path.is_file())
+def encoder_files(folder: Path, parts: Sequence[str] = PARTS) -> list[Path]:
+    """List the files that features depend on: those of the components whose names begin so."""
+    found = (part for part in folder.iterdir() if part.name.startswith(tuple(parts)))
+    return sorted(path for part in found for path in part.rglob("*") if path.is_file())
 
 
-def fingerprint(folder: Path, files: list[Path], settings: tuple[object, ...]) -> str:
+def fingerprint(files: Mapping[str, Path], settings: tuple[object, ...]) -> str:
     """Tell models apart without reading gigabytes: small files by their content, large ones by their beginning, size and time."""
     facts: list[object] = [FORMAT, [str(setting) for setting in settings]]
-    for path in files:
+    for name, path in files.items():
         state = path.stat()
         with path.open("rb") as file:
             begin = hashlib.sha256(file.read(READ_WHOLE)).hexdigest()
         time = state.st_mtime_ns if state.st_size > READ_WHOLE else 0
-        facts.append([path.relative_to(folder).as_posix(), state.st_size, time, begin])
+        facts.append([name, state.st_size, time, begin])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

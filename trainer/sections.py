@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model,
 from pydantic_core import PydanticCustomError
 
 from comfy_g2rpo import guard, pace, recipes
+from comfy_g2rpo.rewards.frames import DEFAULT, MODES
 
 from .families import FAMILIES, Schedule
 
@@ -39,9 +40,15 @@ class ModelSection(Section):
     """The model that is aligned."""
 
     family: Literal[tuple(FAMILIES)] = Field("sd3", description="Kind of model.")
-    path: str = Field(description="Folder of the model, or the name of one that the Hugging Face cache holds; nothing is downloaded.")
-    transformer: str | None = Field(
-        None, description="Single file whose transformer replaces the folder's, such as one of ComfyUI's models/diffusion_models (flux)."
+    path: str | None = Field(
+        None,
+        description="Folder of the model, the name of one that the Hugging Face cache holds, or a checkpoint; nothing is downloaded.",
+    )
+    transformer: str | None = Field(None, description="File of the transformer, such as one of ComfyUI's models/diffusion_models.")
+    text_encoders: tuple[str, ...] = Field((), description="Files of the text encoders, such as those of ComfyUI's models/text_encoders.")
+    vae: str | None = Field(None, description="File of the VAE, such as one of ComfyUI's models/vae.")
+    tokenizers: str | None = Field(
+        None, description="Folder with tokenizer, tokenizer_2 …; without it those of the ComfyUI that holds the files, or of COMFYUI_PATH."
     )
     lora: tuple[FrozenLora, ...] = Field((), description="LoRA files that the model already wears, and keeps.")
     guidance: float = Field(
@@ -54,6 +61,30 @@ class ModelSection(Section):
         "method", description="Noise levels: by method.shift, or as the model's own pipeline (by resolution) or ComfyUI shifts them."
     )
     max_sequence_length: int = Field(256, ge=0, le=512, description="Tokens for the T5 encoder; 0 where the model has none.")
+    frames: int = Field(1, ge=1, le=241, description="Frames of a clip: 1 for pictures, or 1 more than a multiple of 4 (wan).")
+    reference_size: int = Field(
+        1024,
+        ge=64,
+        le=2048,
+        description="Prompts that start from an image (FLUX.1 Kontext, Qwen-Image-Edit): side of a square to whose area it is brought.",
+    )
+
+
+class MemorySection(Section):
+    """How the model is kept, so that a run fits its card; `--preset 16gb` sets these."""
+
+    quantization: Literal["none", "fp8", "nf4"] = Field(
+        "none", description="Weights of the transformer's blocks: as model.dtype, in 8 bit, or in 4 (bitsandbytes); the adapter is fp32."
+    )
+    block_swap: int = Field(
+        0, ge=0, le=1000, description="Blocks of the transformer whose weights wait in the computer's memory and are fetched when needed."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute a block's activations again in the backward pass instead of keeping them."
+    )
+    vae_tiling: bool = Field(False, description="Decode pictures tile by tile, which shows at seams; train.decode_batch: 1 goes first.")
+    text_encoders: Literal["device", "cpu"] = Field("device", description="Where prompts are encoded, once, before anything else.")
+    rewards_in_turn: bool = Field(False, description="Keep reward models in the computer's memory but for the one that judges.")
 
 
 class LoraSection(Section):
@@ -84,6 +115,9 @@ class RewardSection(Section):
     batch: int = Field(32, ge=1, le=1024, description="Pictures that a reward model scores at once.")
     device: str = Field("auto", description="Where a reward model runs: auto, cpu, cuda, mps.")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="Precision of a reward model's trunk; its head is always fp32.")
+    frames: Literal[MODES] = Field(
+        DEFAULT, description="How a clip is judged: mean of its frames, min for the worst, or strip for some side by side."
+    )
 
 
 class TrainedReward(RewardSection):

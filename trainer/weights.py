@@ -19,6 +19,7 @@ from torch import Tensor
 from comfy_g2rpo.runs import FileError, read_header
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 CHUNK = 1 << 24
 
@@ -42,6 +43,18 @@ class Stored:
             file.seek(self.begin)
             content = bytearray(file.read(self.size))
         return torch.frombuffer(content, dtype=DTYPES[self.dtype]).reshape(self.shape) if content else torch.empty(self.shape)
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Load rows of the tensor, which may be in fp8; a number has one row."""
+        shape = self.shape or (1,)
+        row = self.size // shape[0] if shape[0] else 0
+        with open(self.file, "rb") as file:
+            file.seek(self.begin + begin * row)
+            content = bytearray(file.read((end - begin) * row))
+        if len(content) != (end - begin) * row:
+            raise FileError(f"{self.file} ends too early; download or save it again")
+        kind, wanted = {**DTYPES, **FP8}[self.dtype], (end - begin, *shape[1:])
+        return torch.frombuffer(content, dtype=kind).reshape(wanted) if content else torch.empty(wanted, dtype=kind)
 
     def chunks(self) -> Iterator[bytes]:
         """Read the tensor's bytes piece by piece."""

@@ -25,7 +25,7 @@ FAMILIES: dict[str, str] = {
     "flux": "FLUX.1",
     "flux2": "FLUX.2",
     "qwen_image": "Qwen-Image",
-    "wan": "Wan 2.1 and 2.2 (single pictures)",
+    "wan": "Wan 2.1 and 2.2",
     "z_image": "Z-Image",
 }
 """Every family: the name of its module, which has a function `load(section, folder, device)`, and what it stands for."""
@@ -34,13 +34,16 @@ PIPELINES: dict[str, str] = {
     "FluxPipeline": "flux",
     "Flux2Pipeline": "flux2",
     "Flux2KleinPipeline": "flux2",
+    "FluxKontextPipeline": "flux",
     "QwenImagePipeline": "qwen_image",
+    "QwenImageEditPipeline": "qwen_image",
+    "QwenImageEditPlusPipeline": "qwen_image",
     "WanPipeline": "wan",
     "ZImagePipeline": "z_image",
 }
 """The family that a folder belongs to, by the diffusers pipeline that it names."""
-SINGLE_FILES = ("flux",)
-"""Families whose transformer may come from a file of its own."""
+SINGLE_FILES = ("sd3", "flux", "qwen_image", "wan", "z_image")
+"""Families whose parts may come from files of their own."""
 
 Schedule = Literal["method", "pipeline", "comfyui"]
 
@@ -78,10 +81,14 @@ class FamilyPolicy(Trainee, Protocol):
         ...
 
 
-def load(section: ModelSection, folder: Path, device: torch.device | str) -> FamilyPolicy:
-    """Load the model of a configuration's section from its folder onto a device."""
-    if section.transformer and section.family not in SINGLE_FILES:
-        raise ValueError(f"model.transformer: {FAMILIES[section.family]} is loaded from its folder alone; remove it")
+def load(section: ModelSection, folder: Path | None, device: torch.device | str) -> FamilyPolicy:
+    """Load the model of a configuration's section onto a device, from its folder or checkpoint and from files of their own."""
+    if section.frames > 1 and section.family != "wan":
+        raise ValueError(f"model.frames is {section.frames}, but {FAMILIES[section.family]} makes single pictures; set it to 1")
+    given = [name for name in ("transformer", "text_encoders", "vae", "tokenizers") if getattr(section, name)]
+    if section.family not in SINGLE_FILES and (given or folder is None or folder.is_file()):
+        remedy = f"remove {given[0]}" if given else "give its folder"
+        raise ValueError(f"model.{(given or ['path'])[0]}: {FAMILIES[section.family]} is loaded from its folder alone; {remedy}")
     policy: Any = import_module(f".{section.family}", __name__).load(section, folder, device)
     return policy
 

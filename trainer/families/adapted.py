@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from comfy_g2rpo import lora
 from comfy_g2rpo.lora_convert import renamed
 from comfy_g2rpo.lora_keys import Family
+from comfy_g2rpo.prompts import image_of
 from comfy_g2rpo.rollout import seeded_noise
 
 from ..prompt_cache import PromptCache
@@ -38,6 +39,11 @@ class Adapted:
     guidance: float
     names: Family | None = None  # where LoRA files have other module names than diffusers
     cache: PromptCache | None = None
+    load_text_encoders: Callable[[], Mapping[str, nn.Module]] | None = None
+    """Loads the pipeline's text encoders when the first prompt is encoded; None where they are there."""
+    _encoders_taken = False
+    packed = False
+    """Whether weights of the transformer are kept in few bits, or in the computer's memory, and made when they are used."""
 
     def __init__(self, pipeline: Any, autocast: torch.dtype | None = None) -> None:
         self.pipeline, self.autocast = pipeline, autocast
@@ -52,15 +58,15 @@ class Adapted:
         self._prompts: dict[str, Any] = {}
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Any]) -> Tensor:
-        """Return v [B, C, h, w] in float32, with classifier-free guidance where it is above 1."""
+        """Return v like x [B, C, …, h, w] in float32, with classifier-free guidance where it is above 1."""
         if self.guidance <= 1:
             return self._forward(x, sigma, cond)
         blank = self.encode([self.blank]) * len(cond)
-        given, without = self._forward(x.repeat(2, 1, 1, 1), sigma.repeat(2), [*cond, *blank]).chunk(2)
+        given, without = self._forward(torch.cat([x, x]), sigma.repeat(2), [*cond, *blank]).chunk(2)
         return without + self.guidance * (given - without)
 
     def _forward(self, x: Tensor, sigma: Tensor, cond: Sequence[Any]) -> Tensor:
-        """Return the model's own prediction, v [B, C, h, w] in float32."""
+        """Return the model's own prediction, v like x [B, C, …, h, w] in float32."""
         raise NotImplementedError
 
     def encode_one(self, prompt: str) -> Any:
@@ -72,20 +78,36 @@ class Adapted:
         """Return text features, computed once per prompt."""
         return [self._encoded(prompt) for prompt in prompts]
 
+    def key(self, prompt: str) -> str:
+        """Return what a prompt's features are kept under; a prompt with a picture is refused where the model takes none."""
+        if image_of(prompt):
+            remedy = "remove that column, or choose FLUX.1 Kontext or Qwen-Image-Edit"
+            raise ValueError(f"prompts: {prompt[:60]!a} has an image to start from, but this model takes none; {remedy}")
+        return prompt
+
     def _encoded(self, prompt: str) -> Any:
-        if prompt in self._prompts:
-            return self._prompts[prompt]
-        if self.cache and (known := self.cache.get(prompt)):
+        key = self.key(prompt)
+        if key in self._prompts:
+            return self._prompts[key]
+        if self.cache and (known := self.cache.get(key)):
             found = self.cond(**{name: tensor.to(self.device) for name, tensor in known.items()})
         else:
+            self.take_text_encoders()
             found = self.encode_one(prompt)
             if self.cache:
-                self.cache.put(prompt, found._asdict())
+                self.cache.put(key, found._asdict())
         if self.cache and len(self._prompts) >= KEPT:
             # The disk has them all; the device keeps the latest.
             del self._prompts[next(iter(self._prompts))]
-        self._prompts[prompt] = found
+        self._prompts[key] = found
         return found
+
+    def take_text_encoders(self) -> None:
+        """Load the text encoders where they are not there yet."""
+        if self.load_text_encoders and not self._encoders_taken:
+            for name, module in self.load_text_encoders().items():
+                setattr(self.pipeline, name, module.requires_grad_(False).eval().to(self.device))
+            self._encoders_taken = True
 
     def drop_text_encoders(self) -> None:
         """Free the text encoders' memory once every prompt has been encoded."""
@@ -94,6 +116,7 @@ class Adapted:
         for name in self.pipeline.components:
             if name.startswith("text_encoder"):
                 setattr(self.pipeline, name, None)
+        self._encoders_taken = False
 
     def add_lora(self, rank: int, alpha: float, seed: int, feed_forward: bool = False) -> None:
         """Put a fresh adapter on the attention projections (and the feed-forward ones): A seeded as N(0, 1/3n), B zero."""
@@ -108,6 +131,12 @@ class Adapted:
         for parameter in self.parameters():
             # The adapter learns in float32 whatever the weights beneath are kept in.
             parameter.data = parameter.data.float()
+
+    def moved(self, device: torch.device) -> None:
+        """Take note that the model is on a device now, and bring along what has been made of it."""
+        self.device = device
+        self._folded = TinyDecoder(self.vae.decoder) if foldable(self.vae) else None
+        self._prompts = {key: self.cond(*(tensor.to(device) for tensor in found)) for key, found in self._prompts.items()}
 
     def load_lora(self, path: Path) -> None:
         """Put the adapter of a file on the model, to draw with; a file that fits no module is refused."""

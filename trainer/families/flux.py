@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
-from ..prompt_cache import for_model
 from . import folder
 from .adapted import Adapted, cells
-from .single_file import load_transformer
+from .parts import Parts
 
 if TYPE_CHECKING:
     from ..sections import ModelSection
@@ -34,16 +33,16 @@ class Cond(NamedTuple):
     pooled: Tensor  # CLIP: [pooled_projection_dim]
 
 
-def load(section: ModelSection, path: Path, device: torch.device | str) -> Flux:
-    """Load the model of a configuration's section onto a device."""
+def load(section: ModelSection, path: Path | None, device: torch.device | str) -> Flux:
+    """Load the model of a configuration's section onto a device; a folder of Kontext as the model that edits a picture."""
+    if folder.pipeline_name(path) == "FluxKontextPipeline":
+        from . import kontext
+
+        return kontext.load(section, path, device)
     bf16, length = section.dtype == "bf16", section.max_sequence_length
-    dtype, replaced = torch.bfloat16 if bf16 else torch.float32, {}
-    if section.transformer:
-        replaced["transformer"] = load_transformer(FluxTransformer2DModel, path, Path(section.transformer), "flux", dtype)
-    pipeline = folder.load_pipeline(FluxPipeline, path, dtype, replaced=replaced).to(device)
-    policy = Flux(pipeline, guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
-    policy.cache = for_model(path, "flux", section.dtype, length)
-    return policy
+    parts = Parts(FluxPipeline, "flux", section, path, device)
+    policy = Flux(parts.pipeline(), guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
+    return parts.attach(policy, "flux", section.dtype, length)
 
 
 class Flux(Adapted):
@@ -81,14 +80,15 @@ class Flux(Adapted):
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
         """Return v [B, C, h, w] in float32, with guidance as the model has learnt it."""
         height, width = x.shape[2] // 2, x.shape[3] // 2
+        seen, image_ids = self.seen(x, cond)
         guidance = torch.full_like(sigma, self.guidance) if self.guided else None
         self._exact = tuple(level.float() * 1000 for level in (sigma, guidance) if level is not None)
         tokens, pooled = torch.stack([c.tokens for c in cond]), torch.stack([c.pooled for c in cond])
-        image_ids, text_ids = positions(height, width, tokens.shape[1], self.device)
+        text_ids = torch.zeros(tokens.shape[1], 3, device=self.device)
         try:
             with self.casting():
                 velocity = self.transformer(
-                    hidden_states=pack(x).to(self.dtype),
+                    hidden_states=seen.to(self.dtype),
                     timestep=sigma,
                     guidance=guidance,
                     pooled_projections=pooled.to(self.dtype),
@@ -99,7 +99,11 @@ class Flux(Adapted):
                 )[0]
         finally:
             self._exact = ()
-        return unpack(velocity.float(), height, width)
+        return unpack(velocity[:, : height * width].float(), height, width)
+
+    def seen(self, x: Tensor, cond: Sequence[Cond]) -> tuple[Tensor, Tensor]:
+        """Return the tokens [B, n, 4C] that the model looks at, those of x [B, C, h, w] first, and where they are [n, 3]."""
+        return pack(x), positions(x.shape[2] // 2, x.shape[3] // 2, self.device)
 
     def encode_one(self, prompt: str) -> Cond:
         """Run CLIP (pooled) and T5 (tokens) on one prompt."""
@@ -131,9 +135,8 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return cells.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-@lru_cache(maxsize=8)
-def positions(height: int, width: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return where tokens are: the picture's [h·w, 3] (0, row, column), the text's [L, 3] all at 0."""
+@lru_cache(maxsize=64)
+def positions(height: int, width: int, device: torch.device, place: int = 0) -> Tensor:
+    """Return where a picture's tokens are: [h·w, 3] (place, row, column), the picture that is made at place 0."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    image = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
-    return image.float().to(device), torch.zeros(length, 3, device=device)
+    return torch.stack([torch.full_like(rows, place), rows, columns], -1).flatten(0, 1).float().to(device)

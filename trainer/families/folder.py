@@ -20,27 +20,46 @@ STEMS = ("diffusion_pytorch_model", "model")
 
 
 def load_pipeline(
-    kind: Any, path: str | Path, dtype: torch.dtype, optional: Sequence[str] = (), replaced: Mapping[str, Any] | None = None
+    kind: Any,
+    path: str | Path,
+    dtype: torch.dtype,
+    optional: Sequence[str] = (),
+    replaced: Mapping[str, Any] | None = None,
+    later: Sequence[str] = (),
 ) -> Any:
     """Load a diffusers folder as a pipeline class from this machine alone; `optional` components that it lacks stay away.
 
-    `replaced` components are taken as they are given, and the folder's own are not looked at.
+    `replaced` components are taken as they are given, and the folder's own are not looked at. Components that are loaded `later` are
+    looked at and stay away.
     """
     folder = Path(path)
     parts = components(folder, kind.__name__)
     check_weights(folder, {name: part for name, part in parts.items() if name not in (replaced or {})})
     given = {name: None for name in optional if parts.get(name, [None, None])[1] is None and name in parts} | dict(replaced or {})
-    try:
-        pipeline = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **given)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"model.path {folder}: this folder cannot be loaded ({reason}); {remedy(folder)}") from error
+    pipeline = read(kind, folder, dtype, dict.fromkeys(later) | given)
     for name in (name for name in pipeline.components if name.startswith("tokenizer")):
         # transformers makes an empty vocabulary where a tokenizer's files are missing.
         tokenizer = getattr(pipeline, name)
         if tokenizer is not None and len(getattr(tokenizer, "tokenizer", tokenizer)) < 256:  # a processor has one inside
             raise ValueError(f"model.path {folder}: the files of its {name} are missing; {remedy(folder)}")
     return pipeline
+
+
+def load_parts(kind: Any, path: Path, dtype: torch.dtype, names: Sequence[str]) -> dict[str, Any]:
+    """Load some components of a folder alone; those that it does not have are left out."""
+    parts = components(path, kind.__name__)
+    wanted = [name for name in names if parts.get(name, [None, None])[1] is not None]
+    loaded = read(kind, path, dtype, {name: None for name in parts if name not in wanted}) if wanted else None
+    return {name: getattr(loaded, name) for name in wanted}
+
+
+def read(kind: Any, folder: Path, dtype: torch.dtype, given: Mapping[str, Any]) -> Any:
+    """Read a pipeline whose `given` components are not the folder's."""
+    try:
+        return kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **given)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model.path {folder}: this folder cannot be loaded ({reason}); {remedy(folder)}") from error
 
 
 def pipeline_name(folder: Path | None) -> str:

@@ -13,10 +13,10 @@ from diffusers import QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import Tensor, nn
 
-from ..prompt_cache import for_model
 from . import folder
 from .adapted import Adapted, cells
 from .flux import pack, unpack
+from .parts import Parts
 from .video_vae import decode_frames
 
 if TYPE_CHECKING:
@@ -32,20 +32,23 @@ class Cond(NamedTuple):
     tokens: Tensor  # [L, joint_attention_dim], as many as the prompt has
 
 
-def load(section: ModelSection, path: Path, device: torch.device | str) -> QwenImage:
-    """Load the model of a configuration's section onto a device."""
+def load(section: ModelSection, path: Path | None, device: torch.device | str) -> QwenImage:
+    """Load the model of a configuration's section onto a device; a folder of Edit as the model that edits a picture."""
+    if folder.pipeline_name(path) in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"):
+        from . import qwen_edit
+
+        return qwen_edit.load(section, path, device)
     bf16, length = section.dtype == "bf16", section.max_sequence_length
-    pipeline = folder.load_pipeline(QwenImagePipeline, path, torch.bfloat16 if bf16 else torch.float32).to(device)
-    policy = QwenImage(pipeline, guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
-    policy.cache = for_model(path, "qwen_image", section.dtype, length)
-    return policy
+    parts = Parts(QwenImagePipeline, "qwen_image", section, path, device)
+    policy = QwenImage(parts.pipeline(), guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
+    return parts.attach(policy, "qwen_image", section.dtype, length)
 
 
 class QwenImage(Adapted):
     """A policy and a decoder over a QwenImagePipeline, with a peft LoRA on its transformer. Latents are [B, 16, h, w], packed inside."""
 
     cond = Cond
-    blank = " "  # the negative prompt of the model's own examples
+    blank: str | None = " "  # the negative prompt of the model's own examples
     # ComfyUI samples it by ModelSamplingFlux with a shift of 1.15 at any size.
     comfyui_shift = math.exp(1.15)
     # ComfyUI and diffusers share the module names, but diffusers reads a file that has alphas only in the native form.
@@ -69,7 +72,10 @@ class QwenImage(Adapted):
 
     def _keep_exact(self, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         """Give the embedding the noise level as it is: the model rounds it to its own 16 bit (0.9545 to 0.953)."""
-        return given if self._sigma is None else (self._sigma, *given[1:])
+        if self._sigma is None:
+            return given
+        # Edit 2511 asks a second time, for a picture without noise.
+        return (self._sigma if len(given[0]) == len(self._sigma) else torch.cat([self._sigma, 0 * self._sigma]), *given[1:])
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
         """Return v [B, C, h, w] in float32; guidance above 1 is classifier-free and keeps the norm of every token's prediction."""
@@ -77,28 +83,37 @@ class QwenImage(Adapted):
         tokens = pack(x)
         if self.guidance <= 1:
             return unpack(self._forward(tokens, sigma, cond, height, width), height, width)
-        blank = self.encode([self.blank]) * len(cond)
-        given, without = self._forward(tokens.repeat(2, 1, 1), sigma.repeat(2), [*cond, *blank], height, width).chunk(2)
+        twice = [*cond, *self.without(cond)]
+        given, without = self._forward(tokens.repeat(2, 1, 1), sigma.repeat(2), twice, height, width).chunk(2)
         guided = without + self.guidance * (given - without)
         return unpack(guided * (given.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), height, width)
 
+    def without(self, cond: Sequence[Cond]) -> list[Cond]:
+        """Return what guidance moves away from, row by row."""
+        return self.encode([self.blank]) * len(cond)
+
+    def seen(self, tokens: Tensor, cond: Sequence[Cond], height: int, width: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """Return the tokens [B, n, 4C] that the model looks at, those of the latents [B, h·w, 4C] first, and each part's (1, h, w)."""
+        return tokens, [(1, height, width)]
+
     def _forward(self, tokens: Tensor, sigma: Tensor, cond: Sequence[Cond], height: int, width: int) -> Tensor:
         """Run the transformer on packed latents [B, h·w, 4C]; texts are padded to the longest, and no token looks at the padding."""
+        seen, shapes = self.seen(tokens, cond, height, width)
         text, mask = padded([c.tokens for c in cond])
         self._sigma = sigma.float()
         try:
             with self.casting():
                 velocity = self.transformer(
-                    hidden_states=tokens.to(self.dtype),
+                    hidden_states=seen.to(self.dtype),
                     timestep=sigma,
                     encoder_hidden_states=text.to(self.dtype),
                     encoder_hidden_states_mask=mask,
-                    img_shapes=[[(1, height, width)]] * len(tokens),
+                    img_shapes=[shapes] * len(tokens),
                     return_dict=False,
                 )[0]
         finally:
             self._sigma = None
-        return velocity.float()
+        return velocity[:, : tokens.shape[1]].float()
 
     def encode_one(self, prompt: str) -> Cond:
         """Run Qwen2.5-VL on one prompt in the model's own template, whose beginning is cut off again."""

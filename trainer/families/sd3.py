@@ -11,9 +11,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from ..prompt_cache import for_model
 from . import folder
 from .adapted import Adapted, cells
+from .parts import Parts
 from .sd3_merged import Merged
 
 if TYPE_CHECKING:
@@ -35,13 +35,12 @@ def load_pipeline(path: str | Path, dtype: torch.dtype) -> StableDiffusion3Pipel
     return folder.load_pipeline(StableDiffusion3Pipeline, path, dtype, optional=("text_encoder_3", "tokenizer_3"))
 
 
-def load(section: ModelSection, path: Path, device: torch.device | str) -> SD3:
+def load(section: ModelSection, path: Path | None, device: torch.device | str) -> SD3:
     """Load the model of a configuration's section onto a device."""
     bf16, length = section.dtype == "bf16", section.max_sequence_length
-    pipeline = load_pipeline(path, torch.bfloat16 if bf16 else torch.float32).to(device)
-    policy = SD3(pipeline, guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
-    policy.cache = for_model(path, "sd3", section.dtype, length)
-    return policy
+    parts = Parts(StableDiffusion3Pipeline, "sd3", section, path, device, optional=("text_encoder_3", "tokenizer_3"))
+    policy = SD3(parts.pipeline(), guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
+    return parts.attach(policy, "sd3", section.dtype, length)
 
 
 class SD3(Adapted):
@@ -81,7 +80,7 @@ class SD3(Adapted):
     def inference(self) -> Iterator[None]:
         """Evaluate without gradients and, at full precision, with the adapter merged into copies of the weights."""
         # In 16 bit a small adapter would drown in the weights' rounding.
-        exact = self.autocast is None and self.dtype in (torch.float32, torch.float64)
+        exact = self.autocast is None and self.dtype in (torch.float32, torch.float64) and not self.packed
         with torch.no_grad():
             self._merged = Merged(self.transformer) if exact and self.transformer.config.qk_norm in (None, "rms_norm") else None
             try:

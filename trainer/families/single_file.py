@@ -1,118 +1,164 @@
-"""A transformer from one file, as ComfyUI's models/diffusion_models holds it: native or diffusers' names, bare or in a checkpoint."""
+"""Weights from one file, as ComfyUI's models folder holds it: native or diffusers' names, bare or in a checkpoint, 16 bit or fp8."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from comfy_g2rpo.lora_keys import FAMILIES, Family, Link, template
-from comfy_g2rpo.runs import FileError
+from comfy_g2rpo.lora_keys import FAMILIES, Family, Link
 
-from ..weights import PREFIXES, Model, look_at
+from ..weights import DTYPES, FP8, PREFIXES, Stored, look_at
+from .layouts import TRANSFORMERS, UNUSED, Layout, by_rules
 
-# What the names of LoRA files leave out: native → diffusers.
-NORMS = {
-    "flux": {
-        "double_blocks.{}.img_attn.norm.query_norm": "transformer_blocks.{}.attn.norm_q",
-        "double_blocks.{}.img_attn.norm.key_norm": "transformer_blocks.{}.attn.norm_k",
-        "double_blocks.{}.txt_attn.norm.query_norm": "transformer_blocks.{}.attn.norm_added_q",
-        "double_blocks.{}.txt_attn.norm.key_norm": "transformer_blocks.{}.attn.norm_added_k",
-        "single_blocks.{}.norm.query_norm": "single_transformer_blocks.{}.attn.norm_q",
-        "single_blocks.{}.norm.key_norm": "single_transformer_blocks.{}.attn.norm_k",
-    }
-}
-SCALED = ("scale_weight", "weight_scale", "scaled_fp8", "absmax")
+READ = {**DTYPES, **FP8}
+SAME = by_rules(())
+SCALES = ("scale_weight", "weight_scale")
 
 
-def load_transformer(kind: Any, config: Path, path: Path, family: str, dtype: torch.dtype) -> nn.Module:
-    """Load a file into diffusers' class; `config` is a diffusers folder of the same model, whose transformer/config.json says its size."""
+@dataclass(frozen=True)
+class Origin:
+    """Where a wanted tensor comes from: a key's rows, whose halves may have to change places."""
+
+    key: str
+    rows: tuple[int, int]
+    swaps: bool = False
+
+
+@dataclass(frozen=True)
+class Held:
+    """A model's weights in a file, by the names that they have once a prefix is taken off."""
+
+    field: str
+    """The configuration's field that named the file."""
+    title: str
+    path: Path
+    tensors: Mapping[str, Stored]
+    layout: Layout = SAME
+    links: Family | None = None
+
+    def find(self, name: str) -> Origin | None:
+        """Find what diffusers or transformers calls `name`."""
+        for other in self.layout(name):
+            if other in self.tensors:
+                return Origin(other, (0, (*self.tensors[other].shape, 1)[0]))
+        module, _, leaf = name.rpartition(".")
+        link = self.links.find(module) if self.links else None
+        key = f"{link.native}.{leaf}" if link else None
+        if key not in self.tensors or module not in link.diffusers:
+            return None
+        count = self.tensors[key].shape[0]
+        weight = self.tensors.get(f"{link.native}.weight")
+        # A modulation is swapped where it has but a shift and a scale, as in SD3's last block.
+        halves = weight is not None and len(weight.shape) > 1 and weight.shape[0] == 2 * weight.shape[1]
+        return Origin(key, rows(link, module, count), link.swaps and halves)
+
+    def size(self, name: str) -> tuple[int, ...]:
+        """Return the shape of what diffusers calls `name`, which the file must have."""
+        origin = self.find(name)
+        if origin is None:
+            raise ValueError(f"{self.field} {self.path}: it lacks {name} of {self.title}; give a whole model's file")
+        begin, end = origin.rows
+        return (end - begin, *self.tensors[origin.key].shape[1:])
+
+    def has(self, name: str) -> bool:
+        """Say whether the file has a weight."""
+        return self.find(name) is not None
+
+    def count(self, pattern: str) -> int:
+        """Count the blocks 0, 1, … of which the file has the weight named by a pattern with `{}`."""
+        number = 0
+        while self.has(pattern.format(number)):
+            number += 1
+        return number
+
+
+def hold(field: str, title: str, path: Path, prefixes: tuple[str, ...] = ()) -> Held:
+    """Look at a file; of the `prefixes` that may stand before a model's names, the first that occurs is taken."""
     if not path.is_file():
-        raise ValueError(f"model.transformer {path} is no file; give one .safetensors file")
-    held = look_at(path)
-    prefix = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in held.tensors)), "")
-    keys = {key.removeprefix(prefix): key for key in held.tensors if key.startswith(prefix)}
-    if scaled := next((key for key in keys if key.endswith(SCALED)), None):
+        raise ValueError(f"{field} {path} is no file; give one .safetensors file")
+    tensors = look_at(path).tensors
+    prefix = next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in tensors)), "")
+    return Held(field, title, path, {key.removeprefix(prefix): stored for key, stored in tensors.items() if key.startswith(prefix)})
+
+
+def hold_transformer(field: str, path: Path, family: Family, layout: Layout) -> Held:
+    """Look at a transformer's file, or at the transformer of a checkpoint."""
+    return replace(hold(field, f"a {family.title}", path, PREFIXES), layout=layout, links=family)
+
+
+def build(held: Held, make: Callable[[], nn.Module], described: str, dtype: torch.dtype, given: Mapping[str, Tensor] | None = None) -> Any:
+    """Make a module and fill it from a file; `described` says which it is, as in "the model that …", `given` weights are not looked for."""
+    with init_empty_weights(include_buffers=False):
+        module = make()
+    found = dict(given or {})
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items() if name not in found}
+    origins = {name: origin(held, name, shape, described) for name, shape in wanted.items()}
+    used = {each.key for each in origins.values()}
+    if strange := sorted(key for key in held.tensors if key not in used and not UNUSED.fullmatch(key)):
         raise ValueError(
-            f"model.transformer {path}: {scaled} belongs to scaled weights, which are not read; give it in 16 bit or plain fp8"
+            f"{held.field} {held.path}: {len(strange)} of its weights, {strange[0]} first, are not in the model that {described}; "
+            f"give the file of such a model, or another model.path"
         )
-    if not (config / "transformer/config.json").is_file():
-        raise ValueError(f"model.path {config}: it lacks transformer/config.json, which says the size of {path.name}; {hint(config)}")
-    with torch.device("meta"):
-        module = kind.from_config(kind.load_config(config / "transformer", local_files_only=True))
-    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    found = dict(read(held, keys, wanted, FAMILIES[family], NORMS[family], dtype))
-    used = {source for name in wanted if (source := source_of(name, keys, FAMILIES[family], NORMS[family])[0])}
-    if strange := sorted(set(keys) - used):
-        raise ValueError(
-            f"model.transformer {path}: {len(strange)} of its weights, {strange[0]} first, are not in the model that {config} describes; "
-            f"give model.path the folder of the same model"
-        )
+    for name, shape in wanted.items():
+        found[name] = read(held, origins[name], dtype).reshape(shape).contiguous()
     module.load_state_dict(found, assign=True)
     return module.eval()
 
 
-def read(
-    held: Model,
-    keys: Mapping[str, str],
-    wanted: Mapping[str, tuple[int, ...]],
-    family: Family,
-    norms: Mapping[str, str],
-    dtype: torch.dtype,
-) -> Iterator[tuple[str, Tensor]]:
-    """Read every wanted tensor, its rows alone where the file has fused several."""
-    with safe_open(held.path, "pt") as file:
-        for name, shape in wanted.items():
-            source, link = source_of(name, keys, family, norms)
-            if source is None:
-                raise ValueError(
-                    f"model.transformer {held.path}: it lacks {name} of a {family.title}; give a whole transformer's file"
-                )
-            stored = held.tensors[keys[source]].shape
-            begin, end = rows(link, name.rpartition(".")[0], stored[0])
-            if (end - begin, *stored[1:]) != shape:
-                raise ValueError(
-                    f"model.transformer {held.path}: {source} is {list(stored)}, which does not give {name} {list(shape)}; "
-                    f"give model.path the folder of the same model"
-                )
-            try:
-                part = file.get_slice(keys[source])[begin:end].to(dtype)
-            except (RuntimeError, ValueError) as error:
-                raise FileError(f"{held.path}: {source} cannot be read ({error}); download it again") from error
-            if link and link.swaps:
-                part = torch.cat(part.chunk(2)[::-1])
-            yield name, part.contiguous()
+def origin(held: Held, name: str, shape: tuple[int, ...], described: str) -> Origin:
+    """Find a wanted weight; one that is not there, of another size or in a type that is not read is refused."""
+    found = held.find(name)
+    got = held.size(name)
+    # Latent diffusion keeps linear layers as convolutions of one cell.
+    if math.prod(got) != math.prod(shape) or got[:1] != shape[:1]:
+        stored = list(held.tensors[found.key].shape)
+        raise ValueError(
+            f"{held.field} {held.path}: {found.key} is {stored}, which does not give {name} {list(shape)} of the model that "
+            f"{described}; give the file of such a model, or another model.path"
+        )
+    kind, scale = held.tensors[found.key].dtype, scale_of(held, found.key)
+    if kind not in READ or (scale and math.prod(held.tensors[scale].shape) != 1) or any(key in held.tensors for key in packed(found.key)):
+        what = f"{scale or found.key} is of type {kind}" if kind not in READ else f"{found.key} is packed in blocks"
+        raise ValueError(f"{held.field} {held.path}: {what}, which is not read; give the model in 16 bit or fp8")
+    return found
 
 
-def source_of(name: str, keys: Mapping[str, str], family: Family, norms: Mapping[str, str]) -> tuple[str | None, Link | None]:
-    """Find the file's key for a diffusers weight, and the link where names differ."""
-    if name in keys:
-        return name, None
-    module, _, leaf = name.rpartition(".")
-    pattern, number = template(module)
-    native = next((native for native, theirs in norms.items() if theirs == pattern), None)
-    if native:
-        options = [f"{native.format(number)}.{word}" for word in ("scale", "weight")]
-        return next((key for key in options if key in keys), None), None
-    link = family.find(module)
-    key = f"{link.native}.{leaf}" if link else None
-    return (key, link) if key in keys else (None, None)
+def packed(key: str) -> tuple[str, ...]:
+    """List the names beside a weight that say it is packed: bitsandbytes' and nvfp4's."""
+    return (f"{key}.absmax", f"{key}_scale_2")
 
 
-def rows(link: Link | None, module: str, count: int) -> tuple[int, int]:
+def scale_of(held: Held, key: str) -> str | None:
+    """Return the key of the number that a weight in fp8 is multiplied by."""
+    module, _, leaf = key.rpartition(".")
+    return next((name for word in SCALES if leaf == "weight" and (name := f"{module}.{word}") in held.tensors), None)
+
+
+def read(held: Held, origin: Origin, dtype: torch.dtype) -> Tensor:
+    """Read a weight, its rows alone where the file has fused several; fp8 is multiplied by its scale."""
+    part = held.tensors[origin.key].rows(*origin.rows)
+    if scale := scale_of(held, origin.key):
+        part = part.float() * held.tensors[scale].rows(0, 1).float().reshape(())
+    part = part.to(dtype)
+    return torch.cat(part.chunk(2)[::-1]) if origin.swaps else part
+
+
+def rows(link: Link, module: str, count: int) -> tuple[int, int]:
     """Return which rows of a native weight are a diffusers module's."""
-    if link is None:
-        return 0, count
     place, unit = link.diffusers.index(module), count / sum(link.shares)
     begin = math.floor(unit * sum(link.shares[:place]))
     return begin, begin + math.floor(unit * link.shares[place])
 
 
-def hint(folder: Path) -> str:
-    """Name the command that fetches the configuration alone."""
-    return f"fetch it with: hf download OWNER/NAME --include '*.json' --local-dir {folder}"
+def load_transformer(kind: Any, config: Path, path: Path, family: str, dtype: torch.dtype) -> nn.Module:
+    """Load a transformer's file into diffusers' class; `config` is a diffusers folder of the same model, which says its size."""
+    held = hold_transformer("model.transformer", path, FAMILIES[family], by_rules(TRANSFORMERS[family]))
+    described = kind.load_config(config / "transformer", local_files_only=True)
+    return build(held, lambda: kind.from_config(described), f"{config} describes", dtype)

@@ -11,9 +11,8 @@ from diffusers import ZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 from torch import Tensor
 
-from ..prompt_cache import for_model
-from . import folder
 from .adapted import Adapted, cells
+from .parts import Parts
 
 if TYPE_CHECKING:
     from ..sections import ModelSection
@@ -27,13 +26,12 @@ class Cond(NamedTuple):
     tokens: Tensor  # Qwen3, the layer before the last: [L, cap_feat_dim], as many as the prompt has
 
 
-def load(section: ModelSection, path: Path, device: torch.device | str) -> ZImage:
+def load(section: ModelSection, path: Path | None, device: torch.device | str) -> ZImage:
     """Load the model of a configuration's section onto a device."""
     bf16, length = section.dtype == "bf16", section.max_sequence_length
-    pipeline = folder.load_pipeline(ZImagePipeline, path, torch.bfloat16 if bf16 else torch.float32).to(device)
-    policy = ZImage(pipeline, guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
-    policy.cache = for_model(path, "z_image", section.dtype, length)
-    return policy
+    parts = Parts(ZImagePipeline, "z_image", section, path, device)
+    policy = ZImage(parts.pipeline(), guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
+    return parts.attach(policy, "z_image", section.dtype, length)
 
 
 class ZImage(Adapted):
