@@ -16,6 +16,7 @@ from .pace import Pace
 from .plan import deterministic
 from .policy import Trainee
 from .probe import FORKS, exploring, probe
+from .prompts import titled
 from .recipes import Recipe
 from .rewards import Reward
 from .rewards.protocol import embedder
@@ -157,8 +158,8 @@ def evaluate(
         seen, levels = [rows[i] for i in at], sigmas if preview_sigmas is None else preview_sigmas
         larger = draw(policy, judges, seen, [seeds[i] for i in at], levels, preview, pace, range(len(at)), check)
         previews = samples(names, seen, larger)
-        found["preview"] = Evaluation(names, tuple(prompts[p] for p in some), larger.scores, previews)
-    return Evaluation(names, prompts, scores, samples(names, rows, scorer), **found)
+        found["preview"] = Evaluation(names, tuple(titled(prompts[p]) for p in some), larger.scores, previews)
+    return Evaluation(names, tuple(map(titled, prompts)), scores, samples(names, rows, scorer), **found)
 
 
 def price(recipe: Recipe, pace: Pace, heldout: int, preview: bool = False) -> dict[str, tuple[int, int]]:
@@ -197,7 +198,7 @@ def samples(names: Sequence[str], rows: Sequence[tuple[str, int]], scorer: Score
     """Return the pictures that were kept, with their scores."""
     scores = scorer.scores[:, :, 0]
     return tuple(
-        Sample(rows[i][0], rows[i][1], {name: scores[r, i].item() for r, name in enumerate(names)}, picture)
+        Sample(titled(rows[i][0]), rows[i][1], {name: scores[r, i].item() for r, name in enumerate(names)}, picture)
         for (i, _), picture in sorted(scorer.pictures.items(), key=lambda item: item[0])
     )
 

@@ -1,6 +1,7 @@
 """Pictures on disk: read whatever their mode, turned as a camera says, and the texts that a PNG carries.
 
 read(path) -> [H, W, 3] float32 in [0, 1]
+strip(clips) -> some of their frames side by side; clip_bytes(clip) -> an animated WebP
 listed(folder) -> its pictures in the order of their names, numbers by value
 """
 
@@ -11,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,8 @@ from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 2**26  # of one picture
+STRIP = 6  # frames of a clip that are shown at most, evenly spaced, the first and the last among them
+FRAMES_PER_SECOND = 16
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 ORIENTATION = 0x0112
 # What Pillow's readers raise on broken files, besides OSError.
@@ -122,3 +126,21 @@ def batches(sizes: Sequence[tuple[int, int]], count: int, pixels: int) -> list[l
         room = max(min(count, pixels // max(width * height, 1)), 1)
         made += [members[start : start + room] for start in range(0, len(members), room)]
     return made
+
+
+def shown_frames(count: int) -> list[int]:
+    """Choose at most STRIP of a clip's frames, evenly spaced, the first and the last among them."""
+    return sorted({round(i * (count - 1) / (STRIP - 1)) for i in range(STRIP)})
+
+
+def strip(clips: Tensor) -> Tensor:
+    """Put some frames of clips [..., F, H, W, 3] side by side: [..., H, n·W, 3]."""
+    return clips[..., shown_frames(clips.shape[-4]), :, :, :].transpose(-4, -3).flatten(-3, -2)
+
+
+def clip_bytes(clip: Tensor) -> bytes:
+    """Write a clip [F, H, W, 3] of 8-bit levels as an animated WebP that starts again at its end."""
+    first, *others = (Image.fromarray(frame) for frame in clip.numpy())
+    file, shown = BytesIO(), {"duration": round(1000 / FRAMES_PER_SECOND), "loop": 0}
+    first.save(file, format="webp", save_all=True, append_images=others, quality=90, **shown)
+    return file.getvalue()

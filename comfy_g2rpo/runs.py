@@ -2,7 +2,8 @@
 
     config.json                     what was asked for
     metrics.jsonl                   line 1 names the schema, then one row of METRICS per step
-    images/<step>/                  index.json (prompt, seed, scores of each) and 000.png …: the same prompts and seeds at every step
+    images/<step>/                  index.json (prompt, seed, scores of each) and 000.png …: the same prompts and seeds at every step;
+                                    of a clip some frames side by side, and all of them in 000.webp
     checkpoints/<step>/             lora.safetensors, state.safetensors, state.json
     summary.json                    what came out
 
@@ -31,6 +32,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
+
+from .pictures import clip_bytes, shown_frames, strip
 
 SCHEMA = "g2rpo-metrics/1"
 HEADER_BYTES = 8 * 2**20
@@ -255,7 +258,10 @@ def fitting(tensors: Mapping[str, Tensor], kind: str, like: Sequence[Tensor], pl
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture of the fixed prompts and seeds; image: [H, W, 3] in [0, 1] (None once it lies on disk), scores by reward."""
+    """One picture of the fixed prompts and seeds; image: [H, W, 3] in [0, 1] (None once it lies on disk), scores by reward.
+
+    Of a clip: image [F, H, W, 3] of 8-bit levels; the picture at `path` has `frames` of it side by side.
+    """
 
     prompt: str
     seed: int
@@ -416,14 +422,28 @@ class RunFolder:
         """Write the pictures of a step and their index; a kind, such as PREVIEW, has a folder of its own beneath."""
         folder, index = self.path / "images" / f"{step:06d}" / kind, []
         for i, sample in enumerate(samples):
-            save_png(folder / f"{i:03d}.png", sample.image)
-            index.append({"file": f"{i:03d}.png", "prompt": sample.prompt, "seed": sample.seed, "scores": sample.scores})
+            row = {"file": f"{i:03d}.png", "prompt": sample.prompt, "seed": sample.seed, "scores": sample.scores}
+            index.append(row | save_picture(folder / f"{i:03d}.png", sample.image))
         write_json(folder / "index.json", index)
 
     def samples(self, step: int, kind: str = "") -> list[Sample]:
+def save_picture(path: Path, image: Tensor) -> dict[str, Any]:
+    """Write a picture [H, W, 3] in [0, 1]; a clip [F, H, W, 3] of levels as frames side by side and, beside that, as WebP.
+
+    Return what an index says of a clip beside its picture's name.
+    """
+    if image.ndim == 3:
+        save_png(path, image)
+        return {}
+    save_png(path, strip(image).float() / 255)
+    write_bytes(path.with_suffix(".webp"), clip_bytes(image))
+    return {"clip": path.with_suffix(".webp").name, "frames": len(shown_frames(len(image)))}
+
+
         """Read the index of a step's pictures."""
         folder = self.path / "images" / f"{step:06d}" / kind
-        return [Sample(row["prompt"], row["seed"], row["scores"], path=folder / row["file"]) for row in read_json(folder / "index.json")]
+        rows = read_json(folder / "index.json")
+        return [Sample(row["prompt"], row["seed"], row["scores"], path=folder / row["file"], frames=row.get("frames", 1)) for row in rows]
 
     def sampled_steps(self, kind: str = "") -> list[int]:
         """List the steps that have pictures."""

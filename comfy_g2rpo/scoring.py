@@ -17,7 +17,8 @@ from torch import Tensor
 from .plan import Plan
 from .policy import Decoder, Trainee
 from .rewards import Reward
-from .rewards.protocol import canceller, checked, needs_group, runs_elsewhere
+from .rewards.frames import described, judged
+from .rewards.protocol import canceller, needs_group, runs_elsewhere
 from .rollout import Rollout, roll_out
 from .shortcut import Shortcut
 
@@ -27,7 +28,7 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures [n, H, W, 3] as 8-bit levels, which of them are free of NaN [n], and the prompt and image position of each."""
+    """Pictures [n, H, W, 3], or clips [n, F, H, W, 3], as 8-bit levels, which are free of NaN [n], prompt and image position of each."""
 
     levels: Tensor
     whole: Tensor
@@ -36,7 +37,7 @@ class Batch:
 
     def pictures(self) -> Tensor:
         """Return the pictures as they were judged before: float32 in [0, 1], NaN where something was."""
-        return torch.where(self.whole[:, None, None, None], self.levels.float() / 255, torch.nan)
+        return torch.where(self.whole.view(-1, *[1] * (self.levels.ndim - 1)), self.levels.float() / 255, torch.nan)
 
 
 @dataclass
@@ -71,9 +72,11 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, prompts: list[int], images: list[int], latents: Tensor) -> None:
-        """Score latents [n, …] of the given prompts and image positions."""
-        for start in range(0, len(prompts), self.batch):
-            part = slice(start, start + self.batch)
+        """Score latents [n, …] of the given prompts and image positions; clips [n, F, H, W, 3] are judged by their frames."""
+        limit = limit_of(self.batch)
+        size = limit.rows
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
             if self.check:
                 self.check()
             begin = time.perf_counter()
@@ -81,19 +84,23 @@ class Scorer:
             decoded = time.perf_counter()
             self._score(pictures, prompts[part], images[part])
             self.seconds["decode"] += decoded - begin
-            for name, found in (self.describe(pictures) if self.describe else {}).items():
+            for name, found in (described(self.describe, pictures) if self.describe else {}).items():
                 blank = found.new_full((len(self.prompts), self.images, found.shape[1]), torch.nan)
                 self.features.setdefault(name, blank)[prompts[part], images[part]] = found
             self.seconds["reward"] += time.perf_counter() - decoded
             for prompt, image, picture in zip(prompts[part], images[part], pictures, strict=True):
                 if prompt in self.keep:
-                    self.pictures[prompt, image] = picture.cpu().clone()
+                    self.pictures[prompt, image] = levels(picture) if picture.ndim == 4 else picture.cpu().clone()
+
+    def _decoded(self, latents: Tensor, part: slice) -> Tensor:
+        """Decode some latents to what a saved file would hold."""
+        return to_8_bit(self.decode(latents[part]))
 
     def _score(self, pictures: Tensor, prompts: list[int], images: list[int]) -> None:
         """Score pictures [n, H, W, 3] now, in the thread, or once their group is complete."""
         texts = [self.prompts[p] for p in prompts]
         for r in self._here:
-            self.scores[r, prompts, images] = checked(self.rewards[r], pictures, texts)
+            self.scores[r, prompts, images] = judged(self.rewards[r], pictures, texts)
         if len(self._here) == len(self.rewards):
             return
         batch = _batch(pictures, prompts, images)
@@ -192,15 +199,18 @@ class _Group:
 
 def _batch(pictures: Tensor, prompts: Sequence[int], images: Sequence[int]) -> Batch:
     """Pack pictures [n, H, W, 3], which hold nothing but 8-bit levels and NaN, four to one."""
-    broken = pictures.isnan()
-    levels = torch.where(broken, 0.0, pictures * 255).round().byte().cpu()
-    return Batch(levels, ~broken.flatten(1).any(1).cpu(), tuple(prompts), tuple(images))
+    return Batch(levels(pictures), ~pictures.isnan().flatten(1).any(1).cpu(), tuple(prompts), tuple(images))
+
+
+def levels(pictures: Tensor) -> Tensor:
+    """Return pictures that hold nothing but 8-bit levels and NaN as those levels, uint8 on the CPU; NaN as 0."""
+    return torch.where(pictures.isnan(), 0.0, pictures * 255).round().byte().cpu()
 
 
 @torch.no_grad()
 def _judged(reward: Reward, batch: Batch, texts: Sequence[str]) -> Tensor:
     """Score a batch by one reward: [n]. Gradients are switched off anew, because every thread has its own switch."""
-    return checked(reward, batch.pictures(), texts)
+    return judged(reward, batch.pictures(), texts)
 
 
 def to_8_bit(images: Tensor) -> Tensor:

@@ -111,23 +111,33 @@ def sample(
     lora: Annotated[Path | None, typer.Option(help="LoRA file [default for a run: its result].")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the start noise.")] = 0,
     tail: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps, the last ones, that runs without the LoRA.")] = 0.0,
-    out: Annotated[Path, typer.Option(help="PNG to write; several pictures are numbered.")] = Path("sample.png"),
+    image: Annotated[list[Path] | None, typer.Option(help="Picture that a prompt starts from; one for all, or as many as prompts.")] = None,
+    out: Annotated[Path, typer.Option(help="PNG to write; several are numbered, clips lie beside as WebP.")] = Path("sample.png"),
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite existing pictures.")] = False,
     settings: Settings = None,
 ) -> None:
     """Draw pictures with a model, with or without a LoRA."""
+    images = image or []
+    if len(images) not in (0, 1, len(prompt)):
+        raise CommandError(f"--image is given {len(images)} times for {len(prompt)} prompts; give one for all, or one for each")
     places = [out] if len(prompt) == 1 else [out.with_name(f"{out.stem}-{i:03d}{out.suffix}") for i in range(len(prompt))]
     for place in places:
         if place.exists() and not replace:
             raise CommandError(f"{place} exists; choose another --out, or give --replace")
     config, own_lora = configuration(recipe, [*(settings or []), *([f"model.path={json.dumps(model)}"] if model else [])])
     quieten_libraries()
-    from comfy_g2rpo.runs import save_png
+    from comfy_g2rpo.prompts import starting, with_columns
+    from comfy_g2rpo.runs import save_picture
+    from comfy_g2rpo.scoring import levels
 
     from .sampling import draw
 
-    for place, picture in zip(places, draw(config, prompt, seed, lora or own_lora, tail), strict=True):
-        save_png(place, picture)
+    asked: list[str] = list(prompt)
+    if images:
+        pairs = zip(prompt, images * (len(prompt) // len(images)), strict=True)
+        asked = [starting(with_columns(text, {"image": str(file)}, "--image"), Path(), "--image") for text, file in pairs]
+    for place, picture in zip(places, draw(config, asked, seed, lora or own_lora, tail), strict=True):
+        save_picture(place, levels(picture) if picture.ndim == 4 else picture)
         typer.echo(place)
 
 

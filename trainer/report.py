@@ -192,13 +192,15 @@ def draw_block(prompt: str, couples: Sequence[tuple[Sample, Sample]]) -> Image.I
     label = 64
     names = list(couples[0][1].scores)
     lines = 18 * len(names)
-    block = Image.new("RGB", (label + len(couples) * (TILE + GAP), 30 + 2 * (TILE + GAP) + lines), PAPER)
+    across = max(1 if sample.frames == 1 else sample.frames / 2 for couple in couples for sample in couple)
+    across = round(TILE * across)
+    block = Image.new("RGB", (label + len(couples) * (across + GAP), 30 + 2 * (TILE + GAP) + lines), PAPER)
     pen = ImageDraw.Draw(block)
     pen.text((label, 0), shortened(prompt, block.width - label), INK, font(18))
     for row, word in enumerate(("before", "after")):
         pen.text((0, 30 + row * (TILE + GAP) + TILE // 2 - 10), word, PALE, font(16))
     for i, couple in enumerate(couples):
-        left = label + i * (TILE + GAP)
+        left = label + i * (across + GAP)
         for row, sample in enumerate(couple):
             block.paste(tile(sample), (left, 30 + row * (TILE + GAP)))
         for line, name in enumerate(names):
@@ -216,10 +218,10 @@ def gain(name: str, old: float | None, new: float | None) -> tuple[str, str]:
 
 
 def tile(sample: Sample) -> Image.Image:
-    """Load a picture at the size of a tile; small ones keep their pixels, large ones are filtered."""
+    """Load a picture at the size of a tile, a clip's frames at half of it; small ones keep their pixels, large ones are filtered."""
     with Image.open(sample.path) as image:
         picture = image.convert("RGB")
-    scale = TILE / max(picture.size)
+    scale = TILE / max(picture.size) if sample.frames == 1 else TILE / max(2 * picture.width / sample.frames, picture.height)
     size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
     return picture.resize(size, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from comfy_g2rpo.rewards import REWARDS, Reward, RewardError, Rule
+from comfy_g2rpo.rewards.frames import DEFAULT, OfFrames
 from comfy_g2rpo.rewards.protocol import needs_group
 from comfy_g2rpo.rewards.reference import KINDS, palette
 
@@ -51,6 +52,12 @@ def build_all(config: Config, device: torch.device | str = "cpu", run: Path | No
 
 def build(section: RewardSection, device: torch.device | str = "cpu", run: Path | None = None) -> Reward:
     """Load one reward; `device` is what `auto` means, `run` the run folder for rewards that keep something there."""
+    reward = found(section, device, run)
+    return reward if section.frames == DEFAULT else OfFrames(reward, section.frames)
+
+
+def found(section: RewardSection, device: torch.device | str, run: Path | None) -> Reward:
+    """Load what a section names."""
     if section.path:
         return custom(section.name, section.path)
     if section.url:

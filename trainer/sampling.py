@@ -1,4 +1,4 @@
-"""Draw single pictures, for the command line."""
+"""Draw pictures or clips, for the command line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def device() -> torch.device:
 
 
 def draw(config: Config, prompts: Sequence[str], seed: int, lora_file: Path | None, tail: float = 0.0) -> list[Tensor]:
-    """Draw a picture [H, W, 3] per prompt without exploration; every prompt starts from the noise of `seed`.
+    """Draw a picture [H, W, 3] or a clip [F, H, W, 3] per prompt without exploration; every prompt starts from the noise of `seed`.
 
     The last `tail` share of the steps runs without the LoRA.
     """

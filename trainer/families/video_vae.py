@@ -16,3 +16,11 @@ def decode_frames(vae: Any, latents: Tensor, dtype: torch.dtype) -> Tensor:
     )
     frames = vae.decode((latents * std + mean).to(dtype), return_dict=False)[0]
     return (frames.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
+
+
+@torch.no_grad()
+def encode_picture(vae: Any, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Encode pictures [B, 3, H, W] in [-1, 1] to latents [B, C, h, w] as the model sees them: the mode, every channel normalised."""
+    latents = vae.encode(pixels[:, :, None].to(dtype)).latent_dist.mode()
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1).to(latents) for values in (vae.config.latents_mean, vae.config.latents_std))
+    return ((latents - mean) / std)[:, :, 0].contiguous()

@@ -1,0 +1,119 @@
+"""Qwen-Image-Edit (Alibaba) and its 2509 and 2511 (Plus): the text encoder looks at the picture, its latent stands behind the one made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
+from PIL import Image
+from torch import Tensor
+from transformers import Qwen2Tokenizer, Qwen2VLProcessor
+from transformers.processing_utils import ProcessorMixin
+
+from ..prompt_cache import PICTURE_PARTS
+from . import folder
+from .editing import Editing, by_size, picture_of
+from .flux import pack
+from .parts import Parts
+from .qwen_image import QwenImage
+from .video_vae import encode_picture
+
+if TYPE_CHECKING:
+    from ..sections import ModelSection
+
+BLANK = " "
+GLANCE = 384  # side of the square at whose area the text encoder of Plus looks at a picture
+
+
+class Cond(NamedTuple):
+    """One prompt's features, each of text and picture together, and its picture."""
+
+    tokens: Tensor  # [L, joint_attention_dim]
+    without: Tensor  # the same of the negative prompt " "; [0, joint_attention_dim] where there is no guidance
+    picture: Tensor  # latent [C, h, w] as the model sees it
+
+
+def load(section: ModelSection, path: Path, device: torch.device | str) -> QwenEdit:
+    """Load the model of a configuration's section onto a device."""
+    bf16, length, size = section.dtype == "bf16", section.max_sequence_length, section.reference_size
+    kind = QwenImageEditPlusPipeline if folder.pipeline_name(path) == QwenImageEditPlusPipeline.__name__ else QwenImageEditPipeline
+    parts = Parts(kind, "qwen_image", section, path, device)
+    if parts.folder is None:
+        raise ValueError("model.path: Qwen-Image-Edit is loaded from its folder; give that, and its transformer's file as model.transformer")
+    policy = QwenEdit(parts.pipeline({"processor": read_processor(path)}), guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
+    policy.start_from_pictures(size)
+    return parts.attach(policy, kind.__name__, section.dtype, size, section.guidance > 1, parts=PICTURE_PARTS)
+
+
+class QwenEdit(Editing, QwenImage):
+    """A policy and a decoder over either pipeline; every prompt starts from one picture. Its text is not cut, as the pipelines do not."""
+
+    cond = Cond
+    blank = None  # differs from picture to picture
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
+        """Return v [B, C, h, w] in float32; guidance above 1 is classifier-free and keeps the norm of every token's prediction."""
+        return by_size(super().velocity, x, sigma, cond)
+
+    def without(self, cond: Sequence[Cond]) -> list[Cond]:
+        """Return what guidance moves away from, row by row: the negative prompt with the same picture."""
+        return [c._replace(tokens=c.without) for c in cond]
+
+    def seen(self, tokens: Tensor, cond: Sequence[Cond], height: int, width: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """Return the tokens that the model looks at, those of the latents first and the pictures' behind, and the size of both."""
+        pictures = torch.stack([c.picture for c in cond])
+        sizes = [(1, height, width), (1, pictures.shape[2] // 2, pictures.shape[3] // 2)]
+        return torch.cat([tokens, pack(pictures).to(tokens)], 1), sizes
+
+    def encode_one(self, prompt: str) -> Cond:
+        """Run Qwen2.5-VL on text and picture together, and the VAE on the picture."""
+        image, processor = picture_of(prompt), self.pipeline.image_processor
+        if image is None:
+            raise ValueError(f'prompts: {prompt[:60]!a} has no picture to edit; write it as {{"prompt": "…", "image": "picture.png"}}')
+        ratio = image.width / image.height
+        width, height = area(ratio, self.reference_size)
+        latent = encode_picture(self.vae, processor.preprocess(image, height, width).to(self.device), self.vae_dtype)[0]
+        if isinstance(self.pipeline, QwenImageEditPlusPipeline):
+            glance: Image.Image | list[Image.Image] = [processor.resize(image, *reversed(area(ratio, GLANCE)))]
+        else:
+            glance = processor.resize(image, height, width)
+        read = self.pipeline.encode_prompt
+        tokens = read(prompt=str(prompt), image=glance, device=self.device)[0][0]
+        without = read(prompt=BLANK, image=glance, device=self.device)[0][0] if self.guidance > 1 else tokens[:0]
+        return Cond(tokens, without.clone(), latent)
+
+
+class PictureReader(Qwen2VLProcessor):
+    """Qwen2-VL's processor without its part for videos, which is never asked and needs torchvision."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None) -> None:
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
+        ProcessorMixin.__init__(self, image_processor, tokenizer)
+
+
+def read_processor(path: Path) -> PictureReader:
+    """Read what turns a picture into the text encoder's patches, by Pillow on every machine."""
+    try:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as ImageProcessor
+    except ImportError:  # before transformers 5
+        from transformers import Qwen2VLImageProcessor as ImageProcessor
+    place = path / "processor"
+    try:
+        images, tokenizer = (kind.from_pretrained(place, local_files_only=True) for kind in (ImageProcessor, Qwen2Tokenizer))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model.path {path}: its processor cannot be read ({reason}); {folder.remedy(path, 'processor')}") from error
+    if len(tokenizer) < 256:
+        raise ValueError(f"model.path {path}: the files of its processor's tokenizer are missing; {folder.remedy(path, 'processor')}")
+    return PictureReader(images, tokenizer)
+
+
+def area(ratio: float, size: int) -> tuple[int, int]:
+    """Return (width, height), multiples of 32, with about the area of a square."""
+    width, height, _ = calculate_dimensions(size * size, ratio)
+    return max(width, 32), max(height, 32)
