@@ -236,6 +236,7 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_state` wrote."""
     return read_tensors(folder / "state.safetensors")[0], read_table(folder / "state.json")
 
+    frames: int = 1
 
 def read_progress(folder: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint's state and see that it is of the step that the folder's name says, with the named counts."""
