@@ -236,7 +236,6 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_state` wrote."""
     return read_tensors(folder / "state.safetensors")[0], read_table(folder / "state.json")
 
-    frames: int = 1
 
 def read_progress(folder: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint's state and see that it is of the step that the folder's name says, with the named counts."""
@@ -269,6 +268,7 @@ class Sample:
     scores: dict[str, float]
     image: Tensor | None = None
     path: Path | None = None
+    frames: int = 1
 
 
 @dataclass(frozen=True)
@@ -428,19 +428,6 @@ class RunFolder:
         write_json(folder / "index.json", index)
 
     def samples(self, step: int, kind: str = "") -> list[Sample]:
-def save_picture(path: Path, image: Tensor) -> dict[str, Any]:
-    """Write a picture [H, W, 3] in [0, 1]; a clip [F, H, W, 3] of levels as frames side by side and, beside that, as WebP.
-
-    Return what an index says of a clip beside its picture's name.
-    """
-    if image.ndim == 3:
-        save_png(path, image)
-        return {}
-    save_png(path, strip(image).float() / 255)
-    write_bytes(path.with_suffix(".webp"), clip_bytes(image))
-    return {"clip": path.with_suffix(".webp").name, "frames": len(shown_frames(len(image)))}
-
-
         """Read the index of a step's pictures."""
         folder = self.path / "images" / f"{step:06d}" / kind
         rows = read_json(folder / "index.json")
@@ -470,6 +457,19 @@ def is_run(path: Path) -> bool:
         return (path / "config.json").is_file() and isinstance(first, dict) and first.get("schema") == SCHEMA
     except (OSError, ValueError, RecursionError):
         return False
+
+
+def save_picture(path: Path, image: Tensor) -> dict[str, Any]:
+    """Write a picture [H, W, 3] in [0, 1]; a clip [F, H, W, 3] of levels as frames side by side and, beside that, as WebP.
+
+    Return what an index says of a clip beside its picture's name.
+    """
+    if image.ndim == 3:
+        save_png(path, image)
+        return {}
+    save_png(path, strip(image).float() / 255)
+    write_bytes(path.with_suffix(".webp"), clip_bytes(image))
+    return {"clip": path.with_suffix(".webp").name, "frames": len(shown_frames(len(image)))}
 
 
 def save_png(path: Path, image: Tensor) -> None:

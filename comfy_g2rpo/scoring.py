@@ -73,10 +73,8 @@ class Scorer:
     @torch.no_grad()
     def __call__(self, prompts: list[int], images: list[int], latents: Tensor) -> None:
         """Score latents [n, …] of the given prompts and image positions; clips [n, F, H, W, 3] are judged by their frames."""
-        limit = limit_of(self.batch)
-        size = limit.rows
-        for start in range(0, len(prompts), size):
-            part = slice(start, start + size)
+        for start in range(0, len(prompts), self.batch):
+            part = slice(start, start + self.batch)
             if self.check:
                 self.check()
             begin = time.perf_counter()
@@ -91,10 +89,6 @@ class Scorer:
             for prompt, image, picture in zip(prompts[part], images[part], pictures, strict=True):
                 if prompt in self.keep:
                     self.pictures[prompt, image] = levels(picture) if picture.ndim == 4 else picture.cpu().clone()
-
-    def _decoded(self, latents: Tensor, part: slice) -> Tensor:
-        """Decode some latents to what a saved file would hold."""
-        return to_8_bit(self.decode(latents[part]))
 
     def _score(self, pictures: Tensor, prompts: list[int], images: list[int]) -> None:
         """Score pictures [n, H, W, 3] now, in the thread, or once their group is complete."""
