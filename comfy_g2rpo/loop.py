@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +17,8 @@ from .advantages import mixed, zero_std_share
 from .diversity import describe, mean_distance, measure, shaping
 from .evaluation import Evaluation, compare, evaluate
 from .guard import Speed, explore
+from .limits import Limits, peak_memory
+from .optimizers import Optimizers, adamw, load_optimizer_tensors, optimizer_tensors
 from .pace import Pace
 from .plan import Plan
 from .policy import Trainee
@@ -26,16 +27,11 @@ from .recipes import Recipe, build_plan
 from .rewards import Reward, RewardError
 from .rewards.protocol import embedder, may_abstain, settle
 from .rollout import Rollout, stream
-from .runs import RunFolder, fitting, load_optimizer_tensors, optimizer_tensors, read_progress, write_state
+from .runs import RunFolder, fitting, read_progress, write_state
 from .scoring import Scorer, roll_out_and_score
 from .shortcut import Shortcut
 from .update import records, swapped, update, update_average
 from .watch import Seen, best_step, blind_spots, evaluated, signs, standing
-
-try:
-    import resource
-except ImportError:  # Windows has none
-    resource = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +80,9 @@ class Setup:
     measures: Mapping[str, float] = field(default_factory=dict)
     """Say of the rewards that only measure in the watch, by name: 1 where it is left out, 0 is none, below 0 less is better."""
 
+    optimizer: Optimizers = adamw
+    """Makes the recipe's optimizer."""
+
     @property
     def trained(self) -> dict[str, float]:
         """Return the weights of the rewards that are trained on, by name."""
@@ -94,7 +93,7 @@ class Setup:
 class Learner:
     """What learning changes: the optimizer over the adapter, the adapter's moving average, and the count of finished steps."""
 
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     average: list[Tensor]
     step: int = 0
     forwards: int = 0
@@ -103,6 +102,8 @@ class Learner:
     """The adapter as the run began with it, where the KL is measured against that."""
     cheap: bool = True
     """Whether completions may still be cheaper than exact (`Setup.speed`)."""
+    limits: Limits = field(default_factory=lambda: Limits.of(Pace()))
+    """What fits into memory at once; not part of a checkpoint, for results do not depend on it."""
 
 
 class CheapVelocity(Protocol):
@@ -151,13 +152,13 @@ def preview_shape(pace: Pace, shape_of: Callable[[int, int], tuple[int, ...]]) -
 
 
 def make_learner(setup: Setup) -> Learner:
-    """Set up AdamW over the adapter."""
+    """Set up the recipe's optimizer over the adapter."""
     measure(embedder(setup.rewards), setup.recipe.diversity_by)
     parameters = setup.policy.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=setup.recipe.learning_rate, weight_decay=setup.recipe.weight_decay)
+    optimizer = setup.optimizer(parameters, setup.recipe)
     average, start = setup.recipe.ema, setup.recipe.kl and setup.recipe.kl_reference == "start"
     average, start = ([p.detach().clone() for p in parameters] if wanted else [] for wanted in (average, start))
-    return Learner(optimizer, average, start=start)
+    return Learner(optimizer, average, start=start, limits=Limits.of(setup.pace))
 
 
 def learn(
@@ -180,7 +181,7 @@ def learn(
             if setup.world.speaks:
                 folder.append(row)
             watcher.step(row)
-            tell(setup, row, watcher)
+            tell(setup, learner, row, watcher)
             if due(pace.eval_every, learner.step) and learner.step < pace.steps:
                 look(setup, learner, folder, watcher, check)
                 halted = halt(setup, learner, folder, watcher)
@@ -193,8 +194,10 @@ def learn(
     save(setup, learner, folder)
 
 
-def tell(setup: Setup, row: Mapping[str, Any], watcher: Watcher) -> None:
-    """Say what became of cheap completions in the iteration that made a row."""
+def tell(setup: Setup, learner: Learner, row: Mapping[str, Any], watcher: Watcher) -> None:
+    """Say what became of memory and of cheap completions in the iteration that made a row."""
+    if news := learner.limits.news():
+        watcher.note(f"step {row['step']}: {news}")
     while setup.velocity and setup.velocity.notes:
         watcher.note(setup.velocity.notes.pop(0))
     if row.get("guard/on") == 0:
@@ -204,7 +207,7 @@ def tell(setup: Setup, row: Mapping[str, Any], watcher: Watcher) -> None:
 
 def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
     """Make one update: roll out the step's prompts, score, learn; return the row of metrics. An exception leaves the last step's state."""
-    pace, recipe, policy = setup.pace, setup.recipe, setup.policy
+    pace, recipe, policy, limits = setup.pace, setup.recipe, setup.policy, learner.limits
     begin = time.perf_counter()
     prompts, seeds = draw(setup, learner.step)
     conds = policy.encode(prompts)
@@ -214,8 +217,8 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
         texts, given, drawn = ([part[p] for p in places] for part in (prompts, conds, seeds))
         # The guard's pictures teach nothing and need no description.
         describe = described(setup) if rewards is setup.rewards else None
-        scorer = Scorer(policy.decode, rewards, texts, len(plan.images), pace.decode_batch, check=rolling, describe=describe)
-        return scorer, roll_out_and_score(policy, plan, setup.sigmas, given, drawn, setup.shape, scorer, pace.slots, rolling, shortcut)
+        scorer = Scorer(policy.decode, rewards, texts, len(plan.images), limits.decode_batch, check=rolling, describe=describe)
+        return scorer, roll_out_and_score(policy, plan, setup.sigmas, given, drawn, setup.shape, scorer, limits.slots, rolling, shortcut)
 
     now = {"cheap": learner.cheap, "step": learner.step, "seed": pace.seed, "prompts": len(prompts)}
     explored = explore(roll, recipe, setup.speed, setup.velocity, rewards=setup.rewards, gather=setup.world.gather, **now)
@@ -237,7 +240,7 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
         advantages = [advantage + more for advantage, more in zip(advantages, extra, strict=True)]
     made = records(rollout, advantages, step_weight=recipe.step_weight, samples=recipe.objective == "clip")
     with undone_on_error(setup, learner), policy.training():
-        learning = {"micro_batch": pace.micro_batch, "reduce": setup.world.reduce, "check": partial(check, "update")}
+        learning = {"micro_batch": limits.micro_batch, "reduce": setup.world.reduce, "check": partial(check, "update")}
         if learner.start:
             learning["reference"] = partial(swapped, policy.parameters(), learner.start)
         stats = update(policy, made, conds, learner.optimizer, recipe, **learning)
@@ -256,7 +259,7 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
         row["diversity/group"] = torch.stack([mean_distance(f.movedim(2, 1)).nanmean() for f in features["pixels"]]).nanmean().item()
     judged = scorer.seconds["decode"] + scorer.seconds["reward"]
     times = {"rollout": rolled - begin - judged, **scorer.seconds, "update": updated - rolled}
-    row |= stats | explored.metrics | {"nfe": rollout.nfe}
+    row |= stats | explored.metrics | {"nfe": rollout.nfe} | {f"memory/{name}": rows for name, rows in limits.lowered().items()}
     return row | {f"time/{k}": v for k, v in times.items()} | {"memory/peak": peak_memory(policy.device)}
 
 
@@ -334,7 +337,7 @@ def look(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, ch
             setup.policy,
             setup.judges,
             setup.prompts.heldout,
-            setup.pace,
+            learner.limits.within(setup.pace),
             setup.sigmas,
             setup.shape,
             partial(check, "evaluate"),
@@ -476,13 +479,3 @@ def due(every: int, step: int) -> bool:
 def out_of_time(setup: Setup, learner: Learner) -> bool:
     """Say whether the budget of training minutes is spent."""
     return setup.pace.minutes is not None and learner.seconds >= 60 * setup.pace.minutes
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the peak memory of the device, or of the process, in bytes; 0 where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return 0
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -15,6 +15,7 @@ from typing import Any
 from .advantages import MIXES
 from .plan import Plan, independent, singular
 
+PRODIGYS_LEAST = 0.1
 KERNELS = ("flow_sde", "dance_sde", "cps")
 
 
@@ -96,6 +97,11 @@ class Recipe:
         choices=("base", "start"),
     )
 
+    optimizer: str = option(
+        "adamw",
+        "AdamW; AdamW with 8-bit moments (headless, by bitsandbytes); or Prodigy (headless, by prodigyopt), whose learning_rate is 1.",
+        choices=("adamw", "adamw_8bit", "prodigy"),
+    )
     learning_rate: float = option(1e-4, "AdamW's learning rate.", 0, 1)
     weight_decay: float = option(1e-4, "AdamW's weight decay.", 0, 1)
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", 0, 1e9)
@@ -160,6 +166,8 @@ def check(made: Recipe) -> Recipe:
         raise ValueError(f"granularities is {made.granularities}; independent trajectories have no completions, so it must be (1,)")
     if made.objective == "on_policy" and (made.epochs > 1 or made.update == "per_step"):
         raise ValueError("epochs above 1 and update per_step leave the rollout's policy; choose objective: clip")
+    if made.optimizer == "prodigy" and made.learning_rate < PRODIGYS_LEAST:
+        raise ValueError(f"learning_rate is {made.learning_rate:g}; prodigy finds its own and takes this for a factor: set it to 1")
     return made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .kernels import over
+from .limits import Limit, limit_of
 from .plan import ROOT, Coefficients, Plan
 from .policy import Policy
 from .shortcut import Memory, Shortcut, Velocity, foreseen, remember
@@ -71,7 +73,7 @@ def roll_out(
     seeds: Sequence[int],
     shape: Sequence[int],
     *,
-    slots: int = 64,
+    slots: int | Limit = 64,
     sink: Sink | None = None,
     check: Callable[[], None] | None = None,
     device: torch.device | str = "cpu",
@@ -82,7 +84,8 @@ def roll_out(
 
     `start` [P, …] are states to begin with, in place of noise drawn from the seeds.
     At most `slots` states are evaluated at a time and the deepest go first, so that memory does not grow with the group. Each distinct
-    state is evaluated once. `check` is called before every forward and may raise to stop. Results do not depend on `slots`.
+    state is evaluated once. `check` is called before every forward and may raise to stop. Results do not depend on `slots`: where memory
+    runs out, they are halved and the rollout goes on.
     A `shortcut` says how completions, the states that no noise follows, are evaluated, in batches of their own.
     """
     run = _Run(plan, plan.coefficients(sigmas), tuple(seeds), tuple(shape), torch.device(device), start, shortcut)
@@ -91,20 +94,26 @@ def roll_out(
     def keep(prompts: list[int], images: list[int], finished: Tensor) -> None:
         latents[prompts, images] = finished
 
-    nfe = 0
+    nfe, limit = 0, limit_of(slots)
     with policy.inference():
         while run.queue or run.finished:
-            if run.queue and (batch := run.take(slots)).edges:
-                if check:
-                    check()
-                evaluate = run.evaluator(batch) or policy.velocity
-                velocity = evaluate(batch.x, run.sigma([state for _, state in batch.edges]), [conds[p] for p, _ in batch.edges]).float()
+            if run.queue and (batch := run.take(limit.rows)).edges:
+                rows = [conds[p] for p, _ in batch.edges]
+                sigma, evaluate = run.sigma([state for _, state in batch.edges]), run.evaluator(batch) or policy.velocity
+                velocity = limit.parts(partial(_evaluated, evaluate, batch.x, sigma, rows, check), len(rows))
                 nfe += len(batch.edges)
                 run.file(batch, velocity)
-            while len(run.finished) >= slots or (run.finished and not run.queue):
-                done, run.finished = run.finished[:slots], run.finished[slots:]
+            while len(run.finished) >= limit.rows or (run.finished and not run.queue):
+                done, run.finished = run.finished[: limit.rows], run.finished[limit.rows :]
                 (sink or keep)([p for p, _ in done], [run.image[state] for _, state in done], run.advance(done).x)
     return Rollout(plan, run.coefficients, run.seeds, run.fork_x, run.fork_v, latents, nfe)
+
+
+def _evaluated(evaluate: Velocity, x: Tensor, sigma: Tensor, conds: Sequence[Any], check: Callable[[], None] | None, part: slice) -> Tensor:
+    """Evaluate some rows of a batch, in float32."""
+    if check:
+        check()
+    return evaluate(x[part], sigma[part], conds[part]).float()
 
 
 class _Batch(NamedTuple):

@@ -42,7 +42,6 @@ LENGTH = ("steps", "minutes", "eval_every", "checkpoint_every", "keep_checkpoint
 WATCHING = ("watch", "patience", "min_fall", "min_diversity", "max_dropped", "preview_width", "preview_height")
 ASKING = ("timeout", "retries", "concurrency", "batch", "device")
 MAY_CHANGE = {"train": LENGTH + WATCHING, "rewards": ASKING, "heldout_rewards": ASKING}
-OPTIMIZER_KEY = re.compile(r"optimizer/([0-9]{1,6})/(step|exp_avg|exp_avg_sq)")
 PREVIEW = "preview"
 CHECKPOINT_FILES = ("lora.safetensors", "state.safetensors", "state.json")
 
@@ -76,6 +75,7 @@ METRICS = {
     "time/reward": "Seconds in the rewards, or waiting for those that run elsewhere.",
     "time/update": "Seconds in the update.",
     "memory/peak": "Peak memory in bytes.",
+    "memory/<limit>": "Slots, decode_batch or micro_batch, where memory ran out and brought it down.",
 }
 
 
@@ -187,38 +187,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise FileError(f"{path} is damaged: {error}; download or save it again") from error
     return tensors, dict(header.get("__metadata__", {}))
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Flatten an optimizer's state to `optimizer/<parameter>/<name>`."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer/{i}/{name}": torch.as_tensor(value) for i, values in state.items() for name, value in values.items()}
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give an optimizer the state that `optimizer_tensors` flattened, bit for bit; refuse what no AdamW has left."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if not key.startswith("optimizer/"):
-            continue
-        found = OPTIMIZER_KEY.fullmatch(key)
-        index = int(found[1]) if found else -1
-        shape = parameters[index].shape if found and index < len(parameters) and found[2] != "step" else torch.Size()
-        if (
-            not found
-            or index >= len(parameters)
-            or tensor.shape != shape
-            or not sound(tensor, least=-math.inf if found[2] == "exp_avg" else 0)
-        ):
-            raise RunError(
-                f"the checkpoint's optimizer state {key[:80]!a} does not fit this adapter; resume with the run's own configuration"
-            )
-        state.setdefault(index, {})[found[2]] = tensor
-    missing = [index for index, values in state.items() if len(values) < 3]
-    if missing:
-        raise RunError(f"the checkpoint's optimizer state {missing[0]} is incomplete; take an earlier checkpoint or start another run")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def sound(tensor: Tensor, least: float = -math.inf) -> bool:

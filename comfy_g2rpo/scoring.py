@@ -8,12 +8,14 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .limits import Limit, limit_of
 from .plan import Plan
 from .policy import Decoder, Trainee
 from .rewards import Reward
@@ -52,7 +54,7 @@ class Scorer:
     rewards: Sequence[Reward]
     prompts: Sequence[str]
     images: int
-    batch: int = 64
+    batch: int | Limit = 64
     keep: Collection[int] = ()
     check: Callable[[], None] | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "reward": 0.0})
@@ -73,12 +75,14 @@ class Scorer:
     @torch.no_grad()
     def __call__(self, prompts: list[int], images: list[int], latents: Tensor) -> None:
         """Score latents [n, …] of the given prompts and image positions; clips [n, F, H, W, 3] are judged by their frames."""
-        for start in range(0, len(prompts), self.batch):
-            part = slice(start, start + self.batch)
+        limit = limit_of(self.batch)
+        size = limit.rows
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
             if self.check:
                 self.check()
             begin = time.perf_counter()
-            pictures = to_8_bit(self.decode(latents[part]))
+            pictures = limit.parts(partial(self._decoded, latents[part]), len(prompts[part]))
             decoded = time.perf_counter()
             self._score(pictures, prompts[part], images[part])
             self.seconds["decode"] += decoded - begin
@@ -89,6 +93,10 @@ class Scorer:
             for prompt, image, picture in zip(prompts[part], images[part], pictures, strict=True):
                 if prompt in self.keep:
                     self.pictures[prompt, image] = levels(picture) if picture.ndim == 4 else picture.cpu().clone()
+
+    def _decoded(self, latents: Tensor, part: slice) -> Tensor:
+        """Decode some latents to what a saved file would hold."""
+        return to_8_bit(self.decode(latents[part]))
 
     def _score(self, pictures: Tensor, prompts: list[int], images: list[int]) -> None:
         """Score pictures [n, H, W, 3] now, in the thread, or once their group is complete."""
@@ -221,7 +229,7 @@ def roll_out_and_score(
     seeds: Sequence[int],
     shape: Sequence[int],
     scorer: Scorer,
-    slots: int,
+    slots: int | Limit,
     check: Callable[[], None] | None = None,
     shortcut: Shortcut | None = None,
 ) -> Rollout:

@@ -11,12 +11,14 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .kernels import Sigma, over, step
+from .limits import Limit, limit_of
 from .policy import Policy
 from .recipes import Recipe
 from .rollout import Rollout
@@ -150,11 +152,11 @@ def backward(
     recipe: Recipe,
     *,
     micro_batch: int = 32,
-    old: Sequence[Tensor] | None = None,
+    old: Tensor | None = None,
     check: Callable[[], None] | None = None,
     reference: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> dict[str, float]:
-    """Accumulate the gradient of one objective over all rows; `old` are the velocities of `snapshot`, needed by the clipped form.
+    """Accumulate the gradient of one objective over all rows; `old` [N, …] are the velocities of `snapshot`, needed by the clipped form.
 
     The velocity KL adds β·mean‖v − v_ref‖²/D over the rows, v_ref inside the context `reference`: without the adapter where it is not
     given. Returns sums and extremes that explain the update.
@@ -170,7 +172,7 @@ def backward(
                 anchored = policy.velocity(part.x, part.sigma, cond)
         velocity = policy.velocity(part.x, part.sigma, cond)
         if recipe.objective == "clip":
-            loss, ratio = clipped_loss(velocity, old[i], part, recipe.clip)
+            loss, ratio = clipped_loss(velocity, old[i * micro_batch : (i + 1) * micro_batch], part, recipe.clip)
             deviation = (ratio.detach() - 1).abs()
             stats["clipped"] += (deviation > recipe.clip).sum().item()
             stats["ratio"] += ratio.detach().sum().item()
@@ -185,11 +187,14 @@ def backward(
     return stats
 
 
-def snapshot(policy: Policy, made: Records, conds: Sequence[Any], *, micro_batch: int = 32) -> list[Tensor]:
-    """Compute the old velocities in the very batches, and with the kernels, that training will use: the first ratio is then exactly 1."""
-    return [
-        policy.velocity(part.x, part.sigma, [conds[p] for p in part.prompt.tolist()]).detach() for part in micro_batches(made, micro_batch)
-    ]
+def snapshot(policy: Policy, made: Records, conds: Sequence[Any], *, micro_batch: int | Limit = 32) -> Tensor:
+    """Compute the old velocities [N, …] in the batches, and with the kernels, that training will use: the first ratio is then exactly 1."""
+
+    def velocity(rows: slice) -> Tensor:
+        cond = [conds[p] for p in made.prompt[rows].tolist()]
+        return policy.velocity(made.x[rows], made.sigma[rows], cond).detach()
+
+    return limit_of(micro_batch).parts(velocity, len(made))
 
 
 def update(
@@ -199,7 +204,7 @@ def update(
     optimizer: torch.optim.Optimizer,
     recipe: Recipe,
     *,
-    micro_batch: int = 32,
+    micro_batch: int | Limit = 32,
     reduce: Callable[[Tensor], Tensor] | None = None,
     check: Callable[[], None] | None = None,
     reference: Callable[[], AbstractContextManager[None]] | None = None,
@@ -207,18 +212,23 @@ def update(
     """Take one optimizer step per rollout ("accumulate") or per branch step ("per_step"), `epochs` times over; return the metrics.
 
     `reduce` averages a gradient over processes; `check` is called before every forward and may raise; `reference` is as in `backward`. A
-    step whose gradient is not finite is skipped and counted.
+    step whose gradient is not finite is skipped and counted. Where memory runs out, `micro_batch` is halved and the step begun again.
     """
+    limit = limit_of(micro_batch)
     per_step = recipe.update == "per_step"
     parts = [made.rows((made.step == k).nonzero().flatten()) for k in made.step.unique().tolist()] if per_step else [made]
     parts = [dataclasses.replace(part, weight=part.weight * len(parts)) for part in parts]
-    old = [snapshot(policy, part, conds, micro_batch=micro_batch) if recipe.objective == "clip" else None for part in parts]
+    old = [snapshot(policy, part, conds, micro_batch=limit) if recipe.objective == "clip" else None for part in parts]
+
+    def gradient(part: Records, before: Tensor | None) -> dict[str, float]:
+        optimizer.zero_grad(set_to_none=True)
+        return backward(policy, part, conds, recipe, micro_batch=limit.rows, old=before, check=check, reference=reference)
+
     totals: dict[str, float] = {}
     samples, norms, skipped = 0, [], 0
     for _ in range(recipe.epochs):
         for part, before in zip(parts, old, strict=True):
-            optimizer.zero_grad(set_to_none=True)
-            stats = backward(policy, part, conds, recipe, micro_batch=micro_batch, old=before, check=check, reference=reference)
+            stats = limit.until(partial(gradient, part, before), len(part))
             samples += len(part.advantage) if part.advantage is not None else 0
             totals = {key: max(totals.get(key, 0), v) if key == "ratio_deviation" else totals.get(key, 0) + v for key, v in stats.items()}
             norm = clip_gradients(policy.parameters(), recipe.max_grad_norm, reduce)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..comfy_g2rpo.advantages import zero_std_share
 from ..comfy_g2rpo.loop import Learner, Setup, save
+from ..comfy_g2rpo.optimizers import load_optimizer_tensors, optimizer_tensors
 from ..comfy_g2rpo.pace import Pace
 from ..comfy_g2rpo.prompts import Prompts
 from ..comfy_g2rpo.recipes import recipe
-from ..comfy_g2rpo.runs import RunFolder, fitting, is_run, load_optimizer_tensors, optimizer_tensors, read_progress
+from ..comfy_g2rpo.runs import RunFolder, fitting, is_run, read_progress
 from ..comfy_g2rpo.update import records, update
 from .adapter import TARGETS, Adapter, fresh_adapter, is_large, lora_model, with_adapter
 from .guard import check_inputs

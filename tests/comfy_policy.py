@@ -213,7 +213,7 @@ def records(model: Any, clip: Any, vae: Any) -> tuple[dict[str, Any], dict[str, 
     rollout = rollout_module.roll_out(policy, plan, sigmas, conds, DATA["seeds"], policy.latent_shape(64, 64), slots=8)
     with policy.training():
         made = update_module.records(rollout, list(GIVEN["advantages"]), samples=True)
-        old = update_module.snapshot(policy, made, conds, micro_batch=3)
+        old = update_module.snapshot(policy, made, conds, micro_batch=3).split(3)
         ratios = [
             update_module.log_ratio(policy.velocity(part.x, part.sigma, [conds[p] for p in part.prompt.tolist()]), before, part)
             for part, before in zip(update_module.micro_batches(made, 3), old, strict=True)

@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from comfy_g2rpo.optimizers import load_optimizer_tensors, optimizer_tensors
 from comfy_g2rpo.runs import (
     RunError,
     RunFolder,
     fitting,
     is_run,
-    load_optimizer_tensors,
-    optimizer_tensors,
     read_progress,
     write_json,
     write_state,

@@ -13,8 +13,9 @@ from accelerate import Accelerator
 
 from comfy_g2rpo import loop, lora
 from comfy_g2rpo.evaluation import Evaluation, compare
+from comfy_g2rpo.optimizers import optimizer_tensors
 from comfy_g2rpo.rewards import RewardError
-from comfy_g2rpo.runs import RunError, RunFolder, optimizer_tensors, read_state
+from comfy_g2rpo.runs import RunError, RunFolder, read_state
 from g2rpo_trainer import run as training
 from g2rpo_trainer.config import from_dict
 from g2rpo_trainer.progress import Silent

@@ -12,14 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comfy_g2rpo.optimizers import load_optimizer_tensors, optimizer_tensors
 from comfy_g2rpo.runs import (
     HEADER_BYTES,
     FileError,
     RunError,
     RunFolder,
     Sample,
-    load_optimizer_tensors,
-    optimizer_tensors,
     read_json,
     read_state,
     read_tensors,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from .allocator import keep_freed_memory
 from .config import Config, defaults, dump, make_pace, make_recipe, make_speed, model_folder
 from .families import FamilyPolicy
 from .lora_files import add_frozen, start_from
+from .memory import in_turn, load_in_stages
+from .optimizers import make_optimizer
 from .progress import Progress, Silent
 from .report import write_report
 from .rewards import VOTES, build_all
@@ -68,19 +70,20 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
     heldout = Path(config.prompts.heldout) if config.prompts.heldout else None
     prompts = load_prompts(Path(config.prompts.train), heldout, config.prompts.heldout_share, config.train.seed)
     rewards, judges = build_all(config, accelerator.device, run)
+    if config.memory.rewards_in_turn:
+        alone = {reward.name: in_turn(reward, accelerator.device) for reward in (*rewards, *judges)}
+        rewards, judges = (tuple(alone[reward.name] for reward in some) for some in (rewards, judges))
     check_prompts(judges, [*prompts.train, *prompts.heldout])
     guard.check(make_speed(config), rewards)
-    policy = load_policy(config, accelerator.device)
+    policy = load_policy(config, accelerator.device, (*prompts.train, *prompts.heldout))
     policy.add_lora(config.lora.rank, config.lora.alpha, config.train.seed, config.lora.targets != "attention")
     if config.lora.init:
         continue_from(policy, Path(config.lora.init), config.lora.alpha / config.lora.rank, config.model.family)
-    for prompt in (*prompts.train, *prompts.heldout):
-        policy.encode([prompt])
-    policy.drop_text_encoders()
     pace = make_pace(config)
     shape, preview = policy.latent_shape(config.model.width, config.model.height), preview_shape(pace, policy.latent_shape)
     return Setup(
         recipe=recipe,
+        optimizer=make_optimizer,
         pace=pace,
         policy=policy,
         rewards=rewards,
@@ -128,12 +131,19 @@ def world(accelerator: Accelerator) -> World:
     )
 
 
-def load_policy(config: Config, device: torch.device | str) -> FamilyPolicy:
-    """Load the model of a configuration onto a device, with the LoRAs that it wears."""
-    policy: Any = families.load(config.model, model_folder(config.model.path), device)
-    for worn in config.model.lora:
-        add_frozen(policy.transformer, Path(worn.path), worn.strength, config.model.family)
-    return policy
+def load_policy(config: Config, device: torch.device | str, prompts: Sequence[str] = ()) -> FamilyPolicy:
+    """Load the model of a configuration onto a device, with the LoRAs that it wears.
+
+    With prompts, they are encoded and the text encoders dropped before the transformer comes to the device.
+    """
+
+    def load() -> Any:
+        policy: Any = families.load(config.model, model_folder(config.model.path), "cpu")
+        for worn in config.model.lora:
+            add_frozen(policy.transformer, Path(worn.path), worn.strength, config.model.family)
+        return policy
+
+    return load_in_stages(load, config.memory, torch.device(device), prompts)
 
 
 def continue_from(policy: FamilyPolicy, path: Path, scale: float, family: str | None = None) -> None:
