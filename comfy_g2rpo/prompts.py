@@ -45,7 +45,8 @@ def columns_of(prompt: str) -> Mapping[str, Any]:
 
 def image_of(prompt: str) -> str | None:
     """Return the path of the picture that a prompt starts from, where it has one."""
-    return columns_of(prompt).get("image")
+    given = columns_of(prompt).get("image")
+    return given if isinstance(given, str) else None
 
 
 def identity(prompt: str) -> tuple[str, str | None]:

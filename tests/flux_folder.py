@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 TINY = Path(__file__).parent.parent / "models/tiny"
@@ -123,3 +123,9 @@ def published(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, theirs in NORMS.items():
         made |= {name.format(block): weights[theirs.format(block)] for block in range(2)}
     return made
+
+
+def kontext(folder: Path) -> Path:
+    """Write the folder of a Kontext: dev's parts, in the pipeline that edits."""
+    FluxKontextPipeline(**pipeline().components).save_pretrained(folder)
+    return folder
