@@ -17,6 +17,7 @@ from comfy_g2rpo.policy import Policy
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FP8 = torch.float8_e4m3fn
+BACKEND: Any = "inductor"
 FEW = 256  # rows below which a product is bound by reading its weights: quantising them costs more than it saves
 
 
@@ -52,7 +53,7 @@ class Completions:
             except torch.OutOfMemoryError:
                 raise
             except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ImportError, OSError) as error:
-                why = str(error).strip().partition("\n")[0] or type(error).__name__
+                why = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
                 self.notes.append(f"speed.compile is off: the blocks do not compile here ({why[:200]})")
                 self.blocks = None
             return self.policy.velocity(x, sigma, cond)
@@ -67,7 +68,7 @@ class CompiledBlocks:
             type(block).__name__ for part in transformer.children() if isinstance(part, nn.ModuleList) for block in part
         }
         self.places = [
-            (owner, name, block, torch.compile(block))
+            (owner, name, block, torch.compile(block, backend=BACKEND))
             for owner in transformer.modules()
             for name, block in owner.named_children()
             if type(block).__name__ in kinds
