@@ -37,7 +37,7 @@ def save(folder: Path, kind: str = KINDS[0]) -> Path:
     plus = kind == KINDS[1]
     parts = {
         "scheduler": ("diffusers", FlowMatchEulerDiscreteScheduler(**qwen_folder.SCHEDULER)),
-        "vae": ("diffusers", AutoencoderKLQwenImage(base_dim=4, num_res_blocks=1)),
+        "vae": ("diffusers", AutoencoderKLQwenImage(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)),
         "text_encoder": ("transformers", text_encoder()),
         "tokenizer": ("transformers", tokenizer()),
         "transformer": ("diffusers", QwenImageTransformer2DModel(**size, zero_cond_t=plus)),
