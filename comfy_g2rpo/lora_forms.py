@@ -215,11 +215,6 @@ def naming_in(family: Family, module: str) -> str:
     return "diffusers" if module != link.native else "both" if module in link.diffusers else "native"
 
 
-def in_diffusers(family: Family, module: str, form: Form) -> bool:
-    """Say whether diffusers' own loaders take a module as it is written."""
-    return form.prefix == "transformer." and form.peft and naming_in(family, module) in ("diffusers", "both")
-
-
 def faults(reading: Reading) -> list[str]:
     """Say what keeps a file from being exported as it is."""
     made = []

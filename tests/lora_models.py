@@ -89,6 +89,7 @@ TINY = {
     ),
 }
 RANK, ALPHA = 3, 5.0
+PREFIXES = ("diffusion_model.", "transformer.", "base_model.model.", "lora_unet_", "lora_transformer_", "lycoris_", "")
 
 
 def layers(model: nn.Module) -> dict[str, tuple[int, ...]]:

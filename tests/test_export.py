@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
@@ -11,29 +12,22 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from lora_models import ALPHA, TINY, deltas, layers, random_pairs
+from lora_models import ALPHA, PREFIXES, TINY, deltas, layers, random_pairs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from comfy_g2rpo import lora
 from comfy_g2rpo.lora_convert import renamed, scaled
-from comfy_g2rpo.lora_keys import FAMILIES, SD3
+from comfy_g2rpo.lora_forms import understand
+from comfy_g2rpo.lora_keys import FAMILIES, SD3, Family
 from g2rpo_trainer.cli import main
 from g2rpo_trainer.config import apply_overrides, find_recipe, from_dict, read_yaml
 from g2rpo_trainer.families.sd3 import SD3 as SD3Policy
 from g2rpo_trainer.families.sd3 import load_pipeline
 from g2rpo_trainer.lora_files import add_frozen, read_any, start_from
+from g2rpo_trainer.lora_loaders import PIPELINES, in_diffusers
 from g2rpo_trainer.run import continue_from, load_policy
 
-PIPELINES = {
-    "sd3": "StableDiffusion3Pipeline",
-    "flux": "FluxPipeline",
-    "flux2": "Flux2Pipeline",
-    "qwen_image": "QwenImagePipeline",
-    "wan": "WanPipeline",
-    "z_image": "ZImagePipeline",
-    "lumina2": "Lumina2Pipeline",
-}
 BUNDLED = Path(__file__).parent.parent / "models/tiny"
 TO_Q = "transformer_blocks.0.attn.to_q"
 
@@ -101,6 +95,57 @@ def test_diffusers_reads_the_exported_file_by_both_of_its_loaders(name: str, tmp
     pipeline_of(name, by_pipeline).load_lora_weights(plain if FAMILIES[name].pipeline_takes_alpha else bare)
     assert same(change(by_model), deltas(pairs)) and same(change(by_pipeline), deltas(pairs))
     assert not any(key.endswith(".alpha") for key in load_file(bare))
+    for file in (plain, bare):
+        taken = in_diffusers(load_file(file), read_any(file), FAMILIES[name])
+        assert taken.adapter == pairs.keys()
+        assert taken.pipeline == (pairs.keys() if file == bare or FAMILIES[name].pipeline_takes_alpha else set())
+
+
+FORMS = [
+    (prefix, names, alpha)
+    for prefix in PREFIXES
+    for names, alpha in (("AB", True), ("AB", False), (("down", "up"), True))
+    if prefix != "lycoris_"
+]
+
+
+@pytest.mark.parametrize("style", lora.STYLES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_check_lora_says_what_diffusers_loads(name: str, style: str) -> None:
+    base = TINY[name].make("cpu")
+    shapes = {key: shape for key, shape in layers(base).items() if re.match(r"(transformer_blocks|blocks|layers)\.0\.", key)}
+    ours = renamed(FAMILIES[name], random_pairs(shapes), style)
+    loaded = 0
+    for prefix, (down, up), alpha in FORMS:
+        tensors = {}
+        for module, pair in ours.items():
+            key = prefix + (module.replace(".", "_") if prefix.endswith("_") else module)
+            tensors |= {f"{key}.lora_{down}.weight": pair[0], f"{key}.lora_{up}.weight": pair[1]}
+            tensors |= {f"{key}.alpha": torch.tensor(ALPHA)} if alpha else {}
+        reading = understand(tensors, {}, "file")
+        said = in_diffusers(tensors, reading, FAMILIES[name]).pipeline
+        changed = by_pipeline(name, base, tensors)
+        scales = {module: ALPHA / len(pair[0]) if alpha else 1.0 for module, pair in ours.items()}
+        true = {module for module, pair in ours.items() if is_there(FAMILIES[name], module, pair, scales[module], changed)}
+        assert said == true, (prefix, down, alpha)
+        loaded += len(said) == len(ours)
+    assert loaded or (name, style) in (("sd3", "native"), ("flux", "native"), ("lumina2", "native"))
+
+
+def by_pipeline(name: str, base: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what `load_lora_weights` changes; nothing where it raises, whatever it raises."""
+    model = copy.deepcopy(base)
+    try:
+        pipeline_of(name, model).load_lora_weights(dict(tensors))
+    except Exception:
+        return {}
+    return change(model)
+
+
+def is_there(family: Family, module: str, pair: tuple[Tensor, Tensor], scale: float, changed: Mapping[str, Tensor]) -> bool:
+    """Say whether a module of a file is in a model as it was trained."""
+    wanted = deltas(renamed(family, {module: pair}, "diffusers"), scale)
+    return all(key in changed and torch.allclose(changed[key], delta, atol=1e-5) for key, delta in wanted.items())
 
 
 def pipeline_of(name: str, transformer: nn.Module) -> diffusers.DiffusionPipeline:
@@ -245,6 +290,15 @@ def test_check_lora_says_what_loads_where(tmp_path: Path, family: str, prefix: s
     )
     run("check-lora", tmp_path / "a.safetensors")
     assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("family", "naming", "said"), [("wan", "native", 20), ("qwen_image", "native", 16), ("z_image", "diffusers", 24)])
+def test_check_lora_knows_that_diffusers_loads_the_form_of_a_run(tmp_path: Path, family: str, naming: str, said: int, capsys) -> None:
+    attention = {name: shape for name, shape in layers(TINY[family].make()).items() if re.search(r"attn|attention\.", name)}
+    pairs = renamed(FAMILIES[family], random_pairs(attention), naming)
+    lora.write(tmp_path / "a.safetensors", pairs, ALPHA, style="native")
+    run("check-lora", tmp_path / "a.safetensors", "--family", family)
+    assert f"diffusers: {said} load as they are\n" in capsys.readouterr().out
 
 
 def test_check_lora_recognises_other_adapters_and_other_models(tmp_path: Path, base: Path, capsys) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfy_host import COMFYUIS, Answer, make_base, run_script
 from diffusers.loaders import single_file_utils as published
-from lora_models import ALPHA, RANK, TINY, deltas, layers, random_pairs
+from lora_models import ALPHA, PREFIXES, RANK, TINY, deltas, layers, random_pairs
 from lora_outputs import CASES, Case
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,7 +29,6 @@ CONVERTERS = {
     "wan": published.convert_wan_transformer_to_diffusers,
     "z_image": published.convert_z_image_transformer_checkpoint_to_diffusers,
 }
-PREFIXES = ("diffusion_model.", "transformer.", "base_model.model.", "lora_unet_", "lora_transformer_", "lycoris_", "")
 
 
 @pytest.fixture(scope="module")

@@ -27,14 +27,20 @@ FAMILY_KEY = "g2rpo.family"
 
 def read_any(path: Path) -> Reading:
     """Read a LoRA file of any known form, with peft's configuration where that lies beside it; a folder means its only such file."""
-    path = Path(path)
-    if path.is_dir():
-        found = sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            raise LoraError(f"{path} holds {len(found)} safetensors files; give the LoRA file itself")
-        path = found[0]
+    path = lora_file(path)
     tensors, metadata = read_tensors(path)
     return understand(tensors, metadata, path, _adapter(path))
+
+
+def lora_file(path: Path) -> Path:
+    """Return the file itself where a folder with one safetensors file is given."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        raise LoraError(f"{path} holds {len(found)} safetensors files; give the LoRA file itself")
+    return found[0]
 
 
 def _adapter(path: Path) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from comfy_g2rpo.lora_keys import Family
 
     from ..lora_files import Fit
+    from ..lora_loaders import Taken
 
 FORMS = ("auto", "native", "diffusers")
 PRECISIONS = ("keep", "fp32", "bf16", "fp16")
@@ -161,7 +162,10 @@ def check_lora(
     ] = None,
 ) -> None:
     """Say what of a LoRA file would load in ComfyUI and diffusers, what not, and what mends it; exit code 1 if something would not."""
-    from ..lora_files import fit, read_any, which
+    from comfy_g2rpo.runs import read_tensors
+
+    from ..lora_files import fit, lora_file, read_any, which
+    from ..lora_loaders import in_diffusers
     from ..weights import look_at
 
     reading = read_any(file)
@@ -172,7 +176,8 @@ def check_lora(
     if reading.pairs:
         found = which(reading, file, family, model)
         remedy = f"g2rpo export {shlex.quote(str(file))} --family {found.name} --out NEW.safetensors"
-        lines += _loading(reading, found, troubles, remedy)
+        taken = in_diffusers(read_tensors(lora_file(file))[0], reading, found)
+        lines += _loading(reading, found, taken, troubles, remedy)
         if model:
             lines += _fitting(fit(reading, file, model, family), troubles)
     lines += _forms(reading, troubles, remedy)
@@ -184,9 +189,9 @@ def check_lora(
         raise typer.Exit(1)
 
 
-def _loading(reading: Reading, family: Family, troubles: list[str], remedy: str) -> list[str]:
+def _loading(reading: Reading, family: Family, diffusers: Taken, troubles: list[str], remedy: str) -> list[str]:
     """Count by form what each program would load."""
-    from comfy_g2rpo.lora_forms import in_core, in_diffusers, naming_in
+    from comfy_g2rpo.lora_forms import in_core, naming_in
     from comfy_g2rpo.lora_keys import BOTH, NEW, NONE
 
     names = {module: naming_in(family, module) for module in reading.pairs}
@@ -201,15 +206,19 @@ def _loading(reading: Reading, family: Family, troubles: list[str], remedy: str)
         taken = {module: in_core(family, module, reading.forms[module]) for module in modules}
         counts = Counter(taken.values())
         said = ", ".join(f"{counts[key]} {core[key]}" for key in (BOTH, NEW, NONE) if counts[key])
-        peft = sum(in_diffusers(family, module, reading.forms[module]) for module in modules)
-        beside = any(module not in reading.missing_alpha for module in modules) and not family.pipeline_takes_alpha
-        how = " (by load_lora_adapter; load_lora_weights refuses .alpha: export --no-alpha)" if beside and peft else ""
         kind = {"both": "names that are the same everywhere", "native": "native names", "diffusers": "diffusers names"}[name]
-        lines.append(f"{len(modules)} × {prefix or 'no prefix'} + {kind}: ComfyUI: {said}; diffusers: {peft} load as they are{how}")
+        lines.append(f"{len(modules)} × {prefix or 'no prefix'} + {kind}: ComfyUI: {said}; diffusers: {_counted(modules, diffusers)}")
         if lost := [module for module in modules if taken[module] != BOTH]:
             version = "" if counts[NONE] else " before 0.33"
             troubles.append(f"ComfyUI{version} ignores {len(lost)} modules, such as {lost[0]}; mend: {remedy} --form native")
     return lines
+
+
+def _counted(modules: Collection[str], diffusers: Taken) -> str:
+    """Count what diffusers loads."""
+    by_pipeline, by_adapter = (len(each & set(modules)) for each in (diffusers.pipeline, diffusers.adapter))
+    only = " (by load_lora_adapter; for load_lora_weights: export --form diffusers --no-alpha)" if by_adapter > by_pipeline else ""
+    return f"{max(by_pipeline, by_adapter)} load as they are{only}"
 
 
 def _forms(reading: Reading, troubles: list[str], remedy: str) -> list[str]:
