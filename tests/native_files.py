@@ -5,7 +5,9 @@ The names of the files' weights are written out by hand, from what was published
 
 from __future__ import annotations
 
+import io
 import json
+import random
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -352,3 +354,15 @@ def write(root: Path, model: str) -> dict[str, Path]:
         checkpoint |= {f"{prefix}{name}": value.contiguous() for name, value in weights.items()}
     save_file(checkpoint, root / "checkpoint.safetensors")
     return {**found, "checkpoint": root / "checkpoint.safetensors"}
+
+
+def sentencepiece(words: int = 300) -> bytes:
+    """Train a SentencePiece model of a few hundred pieces, with the marks that T5 has."""
+    from sentencepiece import SentencePieceTrainer
+
+    draw = random.Random(0)
+    text = [" ".join("".join(draw.choices("abcdefgÄö", k=4)) for _ in range(8)) for _ in range(200)]
+    made = io.BytesIO()
+    marks = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=made, vocab_size=words, **marks, minloglevel=2)
+    return made.getvalue()

@@ -27,13 +27,14 @@ class TextFiles:
 
     def __init__(self, title: str, facts: Mapping[str, Any], files: Sequence[str], checkpoint: Path | None) -> None:
         self.title, self.facts = title, facts
-        found = [hold("model.text_encoders", "a text encoder", Path(file)) for file in files]
-        if checkpoint and not files:
-            found = within(hold("model.path", "a text encoder", checkpoint))
-        self.held = self._assign([named(held) for held in found])
+        self.held = self._assign([hold("model.text_encoders", "a text encoder", Path(file)) for file in files])
+        if checkpoint:
+            # Files of their own go before what a checkpoint has.
+            self.held = self._assign(within(hold("model.path", "a text encoder", checkpoint))) | self.held
 
     def _assign(self, found: Sequence[Held]) -> dict[str, Held]:
         """Say which component every file is for; one that the model does not have is refused."""
+        found = [named(held) for held in found]
         kinds = [kind_of(held) for held in found]
         clips = [held.size("embeddings.token_embedding.weight")[1] for held, kind in zip(found, kinds, strict=True) if kind == "clip"]
         assigned: dict[str, Held] = {}
