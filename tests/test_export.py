@@ -418,6 +418,50 @@ def test_a_run_stands_on_a_frozen_lora(tmp_path: Path) -> None:
         add_frozen(TINY["sd3"].make("cpu"), tmp_path / "native.safetensors", 1.0, "sd3")
 
 
+@pytest.fixture(scope="module")
+def worn(tmp_path_factory: pytest.TempPathFactory) -> tuple[SD3Policy, Path]:
+    """The bundled model with a LoRA of alpha ≠ rank, and a folder of that LoRA in every form."""
+    policy, folder = SD3Policy(load_pipeline(BUNDLED, torch.float32)), tmp_path_factory.mktemp("forms")
+    policy.add_lora(4, 8, seed=0, feed_forward=True)
+    for up in (up for _, up in policy.pairs().values()):
+        torch.nn.init.normal_(up, std=0.02)
+    pairs = {name: (down.detach(), up.detach()) for name, (down, up) in policy.pairs().items()}
+    native = renamed(SD3, scaled(pairs, dict.fromkeys(pairs, 8)), "native")
+    for form, named, parts, alpha in (
+        ("transformer.", pairs, "AB", 8),
+        ("base_model.model.", pairs, "AB", None),
+        ("lora_unet_", native, ("down", "up"), -1),
+        ("diffusion_model.", native, ("down", "up"), -1),
+        ("lora_transformer_", pairs, ("down", "up"), 8),
+    ):
+        tensors = {}
+        for name, pair in named.items():
+            key = form + (name.replace(".", "_") if form.endswith("_") else name)
+            tensors |= {f"{key}.lora_{part}.weight": tensor for part, tensor in zip(parts, pair, strict=True)}
+            tensors |= {} if alpha is None else {f"{key}.alpha": torch.tensor(float(len(pair[0]) if alpha < 0 else alpha))}
+        (folder / form.strip("._")).mkdir()
+        save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, folder / form.strip("._") / "lora.safetensors")
+    (folder / "base_model.model/adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "r": 4}))
+    return policy, folder
+
+
+@pytest.mark.parametrize("form", ["transformer", "base_model.model", "lora_unet", "diffusion_model", "lora_transformer"])
+def test_pictures_are_drawn_with_a_lora_of_any_form(worn: tuple[SD3Policy, Path], form: str) -> None:
+    policy, drawing = worn[0], SD3Policy(load_pipeline(BUNDLED, torch.float32))
+    drawing.load_lora(worn[1] / form / "lora.safetensors")
+    x, sigma, cond = torch.randn(2, 16, 8, 8), torch.tensor([0.9, 0.3]), policy.encode(["a red circle", "a blue square"])
+    with torch.no_grad():
+        assert torch.allclose(drawing.velocity(x, sigma, cond), policy.velocity(x, sigma, cond), atol=1e-5)
+
+
+def test_a_lora_that_does_not_fit_draws_no_picture(worn: tuple[SD3Policy, Path], tmp_path: Path) -> None:
+    one = (torch.ones(1, 3), torch.ones(5, 1))
+    for name, words in (("single_blocks.0.linear1", "fits no module"), (TO_Q, f"1 of its modules, such as {TO_Q}, are absent or of anot")):
+        lora.write(tmp_path / f"{name}.safetensors", {name: one}, 1)
+        with pytest.raises(lora.LoraError, match=words):
+            worn[0].load_lora(tmp_path / f"{name}.safetensors")
+
+
 def test_a_folder_means_its_only_file(attention: tuple[Path, dict[str, Tensor]]) -> None:
     assert read_any(attention[0].parent).pairs.keys() == read_any(attention[0]).pairs.keys()
     save_file({"a": torch.ones(1)}, attention[0].with_name("b.safetensors"))

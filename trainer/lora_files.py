@@ -196,6 +196,30 @@ def in_diffusers_names(path: Path, modules: Iterable[str], family: str | None) -
     return pairs
 
 
+def for_transformer(path: Path, transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Read a LoRA of any form for a diffusers model, by its module names and with scales in the up matrices; a misfit is refused."""
+    shapes = {name: shape for name, layer in transformer.named_modules() if (shape := _shape(layer))}
+    found, reading = family_of_model(shapes), read_any(path)
+    known = [module for module in reading.pairs if module in shapes or (found and found[0].find(module))]
+    if reading.pairs and not known:
+        raise LoraError(f"{path} fits no module of this model; choose a LoRA that was made for it")
+    pairs = in_diffusers_names(path, shapes, found[0].name if found else None)
+    if bad := [module for module, (down, up) in pairs.items() if module not in shapes or not _sized(shapes[module], down, up)]:
+        raise LoraError(
+            f"{path}: {len(bad)} of its modules, such as {bad[0]}, are absent or of another size in this model; "
+            f"take a LoRA that was made for it"
+        )
+    return pairs
+
+
+def _shape(layer: nn.Module) -> tuple[int, ...]:
+    """Return the shape of a layer's weight, also where it is kept in few bits; nothing where it has none."""
+    if isinstance(rows := getattr(layer, "out_features", None), int):
+        return rows, layer.in_features
+    weight = getattr(layer, "weight", None)
+    return tuple(weight.shape) if isinstance(weight, Tensor) else ()
+
+
 def start_from(path: Path, adapter: Mapping[str, tuple[int, ...]], family: str | None) -> dict[str, tuple[Tensor, Tensor]]:
     """Read what a run starts from, by diffusers' names; `adapter` gives (rows, rank, columns) of the modules that the run trains."""
     pairs = in_diffusers_names(path, adapter, family)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from comfy_g2rpo.lora_keys import Family
 from comfy_g2rpo.prompts import image_of
 from comfy_g2rpo.rollout import seeded_noise
 
+from ..lora_files import for_transformer
 from ..prompt_cache import PromptCache
 from .tiny_decoder import TinyDecoder, foldable
 
@@ -120,10 +120,7 @@ class Adapted:
 
     def add_lora(self, rank: int, alpha: float, seed: int, feed_forward: bool = False) -> None:
         """Put a fresh adapter on the attention projections (and the feed-forward ones): A seeded as N(0, 1/3n), B zero."""
-        targets = (*self.attention, *(self.feed_forward if feed_forward else ()))
-        pattern = rf"{self.blocks}\.({'|'.join(target.replace('.', chr(92) + '.') for target in targets)})"
-        self.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=False))
-        self.find_layers()
+        self.attach_lora(rank, alpha, feed_forward)
         with torch.no_grad():
             for name, (down, up) in self.pairs().items():
                 down.copy_(seeded_noise(down.shape, "lora", seed, name) / math.sqrt(3 * down.shape[1]))
@@ -132,6 +129,13 @@ class Adapted:
             # The adapter learns in float32 whatever the weights beneath are kept in.
             parameter.data = parameter.data.float()
 
+    def attach_lora(self, rank: int, alpha: float, feed_forward: bool) -> None:
+        """Put an adapter on the projections whose numbers nobody has set yet."""
+        targets = (*self.attention, *(self.feed_forward if feed_forward else ()))
+        pattern = rf"{self.blocks}\.({'|'.join(target.replace('.', chr(92) + '.') for target in targets)})"
+        self.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=False))
+        self.find_layers()
+
     def moved(self, device: torch.device) -> None:
         """Take note that the model is on a device now, and bring along what has been made of it."""
         self.device = device
@@ -139,14 +143,10 @@ class Adapted:
         self._prompts = {key: self.cond(*(tensor.to(device) for tensor in found)) for key, found in self._prompts.items()}
 
     def load_lora(self, path: Path) -> None:
-        """Put the adapter of a file on the model, to draw with; a file that fits no module is refused."""
-        modules, file = [name for name, _ in self.transformer.named_modules()], lora.read(path)
-        if self.names:
-            pairs = renamed(self.names, lora.fold(file.pairs, file.alphas), "diffusers")
-            file = replace(file, pairs=pairs, alphas={module: len(down) for module, (down, _) in pairs.items()})
-        if not file.pairs.keys() & set(modules):
-            raise lora.LoraError(f"{path} fits no module of this model; choose a LoRA that was made for it")
-        self.pipeline.load_lora_weights(file.state_dict())
+        """Put the adapter of a file of any form on the model, to draw with; a file that does not fit is refused."""
+        pairs = for_transformer(path, self.transformer)
+        state = {f"transformer.{name}.lora_{part}.weight": pair[i] for name, pair in pairs.items() for i, part in enumerate("AB")}
+        self.pipeline.load_lora_weights(state)
         self.find_layers()
 
     def rename(self, pairs: lora.Pairs) -> lora.Pairs:
