@@ -8,9 +8,15 @@ import zlib
 from pathlib import Path
 
 import pytest
-from drawn_pictures import picture
+import torch
+from drawn_pictures import picture, starting
 
-from comfy_g2rpo.prompts import PromptError, columns_of, image_of, load, read, titled
+from comfy_g2rpo.pictures import read as load_picture
+from comfy_g2rpo.prompts import Prompt, PromptError, columns_of, image_of, load, read, titled
+from comfy_g2rpo.rewards import RewardError
+from g2rpo_trainer.config import bundled_folder
+from g2rpo_trainer.references import compared
+from g2rpo_trainer.sections import RewardSection
 
 
 def write(place: Path, *rows: dict[str, object], name: str = "prompts.jsonl") -> Path:
@@ -79,3 +85,21 @@ def test_what_is_no_picture_to_start_from_is_refused_by_its_line(tmp_path, image
     file = write(tmp_path, {"prompt": "a dog"}, {"prompt": "a hat", "image": image})
     with pytest.raises(PromptError, match=rf"prompts\.jsonl, line 2, column image.*{words}"):
         read(file)
+
+
+def test_the_bundled_edits_start_from_bundled_pictures():
+    found, notes = read(bundled_folder("prompts") / "edits.jsonl")
+    assert len(found) >= 12 and all(image_of(prompt) for prompt in found) and not notes
+
+
+def test_an_edit_is_compared_with_the_picture_that_it_starts_from_unless_something_else_is_named(tmp_path):
+    start, other = (picture(tmp_path / f"{size}.png", size, 48) for size in (64, 80))
+    pictures = torch.stack([load_picture(start), load_picture(start)])
+    prompts = [starting("a hat", start), starting("a hat", other)]
+    scores = compared(RewardSection(name="phash")).score(pictures, prompts)
+    assert scores[0] == 1 and scores[1] < 1
+    assert (compared(RewardSection(name="phash", reference=str(start))).score(pictures, prompts) == 1).all()
+    named = [Prompt("a hat", {"image": str(other), "reference": str(start)})]
+    assert compared(RewardSection(name="phash")).score(pictures[:1], named) == 1
+    with pytest.raises(RewardError, match="has nothing to compare with"):
+        compared(RewardSection(name="phash")).check_prompts(["a hat"])

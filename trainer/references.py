@@ -1,4 +1,7 @@
-"""Rewards that compare with pictures on this machine: one for all prompts from the recipe, or each prompt's own from its columns."""
+"""Rewards that compare with pictures on this machine: one for all prompts from the recipe, or each prompt's own from its columns.
+
+Without either, a prompt that starts from a picture is compared with that: an edit is to keep what it was not asked to change.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comfy_g2rpo.pictures import read
-from comfy_g2rpo.prompts import columns_of
+from comfy_g2rpo.prompts import columns_of, image_of
 from comfy_g2rpo.rewards import RewardError
 from comfy_g2rpo.rewards.reference import KINDS, Likeness
 
@@ -31,6 +34,8 @@ def compared(section: RewardSection) -> Likeness:
 
     def find(prompt: str) -> Any:
         given = columns_of(prompt).get(column)
+        if given is None and own is None and column != "palette":
+            given = image_of(prompt)
         if given is None:
             return own
         if not isinstance(given, list if column == "palette" else str):
