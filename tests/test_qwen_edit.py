@@ -21,6 +21,7 @@ from comfy_g2rpo.rollout import roll_out, seeded_noise
 from comfy_g2rpo.runs import RunFolder, read_tensors
 from g2rpo_trainer import families, prompt_cache
 from g2rpo_trainer.config import from_dict
+from g2rpo_trainer.estimate import measure
 from g2rpo_trainer.families.flux import pack, unpack
 from g2rpo_trainer.families.qwen_edit import QwenEdit, area
 from g2rpo_trainer.progress import Silent
@@ -194,5 +195,6 @@ def test_a_run_learns_to_edit_and_leaves_a_lora_that_diffusers_loads_with_the_sa
         changed = ours.velocity(x[:1], sigma[:1], cond)[0]
         assert torch.allclose(plain(theirs, x[0], 1.0, cond[0].tokens, cond[0].picture), changed, rtol=0, atol=1e-5)
         assert not torch.allclose(load(folder).velocity(x[:1], sigma[:1], cond)[0], changed, atol=1e-4)
+    assert measure(from_dict(tree)).forward > 0
     (drawn,) = draw(from_dict(tree), prompts[:1], 1, file)
     assert drawn.shape == (HEIGHT, WIDTH, 3)

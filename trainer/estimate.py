@@ -13,6 +13,7 @@ from torch import Tensor
 
 from comfy_g2rpo.evaluation import price
 from comfy_g2rpo.prompts import load as load_prompts
+from comfy_g2rpo.prompts import read as read_prompts
 from comfy_g2rpo.recipes import build_plan
 from comfy_g2rpo.rollout import seeded_noise
 
@@ -106,7 +107,8 @@ def measure(config: Config) -> Cost:
     policy = load_policy(config, where)
     shape = policy.latent_shape(config.model.width, config.model.height)
     policy.add_lora(config.lora.rank, config.lora.alpha, train.seed, config.lora.targets != "attention")
-    cond = policy.encode([""])[0]
+    # A prompt of the run: some models read none without its picture.
+    cond = policy.encode(read_prompts(Path(config.prompts.train))[0][:1])[0]
     policy.drop_text_encoders()
 
     def forward(batch: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from comfy_g2rpo.ballots import score, write_ballot
+from comfy_g2rpo.prompts import titled
 from comfy_g2rpo.rewards import RewardError
 from comfy_g2rpo.runs import RunFolder
 from comfy_g2rpo.votes import picture_key
@@ -36,7 +37,7 @@ class VoteReward:
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score the pictures [B, H, W, 3] of one prompt's group: [B], NaN for those that nobody compared."""
-        prompt, step = str(prompts[0]), self.step()
+        prompt, step = titled(prompts[0]), self.step()
         if len({picture_key(image) for image in images}) < 2:
             # Nothing to choose between: a tie, about which nobody need be asked.
             return torch.zeros(len(images))
