@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor, nn
+
+from g2rpo_trainer.lora_loaders import PIPELINES
 
 HEAD = {"attention_head_dim": 64, "num_attention_heads": 2}
 TEXT = {"joint_attention_dim": 32}
@@ -113,3 +116,16 @@ def random_pairs(shapes: Mapping[str, tuple[int, ...]], rank: int = RANK, seed: 
 def deltas(pairs: Mapping[str, tuple[Tensor, Tensor]], scale: float = ALPHA / RANK) -> dict[str, Tensor]:
     """Compute the changes of weights."""
     return {name: scale * (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:]) for name, (down, up) in pairs.items()}
+
+
+def change(model: nn.Module) -> dict[str, Tensor]:
+    """Return what loaded adapters change."""
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight")}
+    return {name: layer.get_delta_weight(layer.active_adapters[0]).detach() for name, layer in layers.items()}
+
+
+def pipeline_of(name: str, transformer: nn.Module) -> diffusers.DiffusionPipeline:
+    """Make a pipeline of a transformer alone."""
+    cls = getattr(diffusers, PIPELINES[name])
+    parts = {part: None for part, value in signature(cls.__init__).parameters.items() if part != "self" and value.default is value.empty}
+    return cls(**parts | {"transformer": transformer, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()})

@@ -6,26 +6,23 @@ import copy
 import json
 import re
 from collections.abc import Mapping
-from inspect import signature
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
-from lora_models import ALPHA, PREFIXES, TINY, deltas, layers, random_pairs
+from lora_models import ALPHA, TINY, change, deltas, layers, pipeline_of, random_pairs
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from comfy_g2rpo import lora
 from comfy_g2rpo.lora_convert import renamed, scaled
-from comfy_g2rpo.lora_forms import understand
-from comfy_g2rpo.lora_keys import FAMILIES, SD3, Family
+from comfy_g2rpo.lora_keys import FAMILIES, SD3
 from g2rpo_trainer.cli import main
 from g2rpo_trainer.config import apply_overrides, find_recipe, from_dict, read_yaml
 from g2rpo_trainer.families.sd3 import SD3 as SD3Policy
 from g2rpo_trainer.families.sd3 import load_pipeline
 from g2rpo_trainer.lora_files import add_frozen, read_any, start_from
-from g2rpo_trainer.lora_loaders import PIPELINES, in_diffusers
+from g2rpo_trainer.lora_loaders import in_diffusers
 from g2rpo_trainer.run import continue_from, load_policy
 
 BUNDLED = Path(__file__).parent.parent / "models/tiny"
@@ -37,12 +34,6 @@ def run(*words: object) -> int:
     with pytest.raises(SystemExit) as end:
         main([str(word) for word in words])
     return int(end.value.code or 0)
-
-
-def change(model: nn.Module) -> dict[str, Tensor]:
-    """Return what loaded adapters change."""
-    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight")}
-    return {name: layer.get_delta_weight(layer.active_adapters[0]).detach() for name, layer in layers.items()}
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor], atol: float = 1e-6) -> bool:
@@ -99,60 +90,6 @@ def test_diffusers_reads_the_exported_file_by_both_of_its_loaders(name: str, tmp
         taken = in_diffusers(load_file(file), read_any(file), FAMILIES[name])
         assert taken.adapter == pairs.keys()
         assert taken.pipeline == (pairs.keys() if file == bare or FAMILIES[name].pipeline_takes_alpha else set())
-
-
-FORMS = [
-    (prefix, names, alpha)
-    for prefix in PREFIXES
-    for names, alpha in (("AB", True), ("AB", False), (("down", "up"), True))
-    if prefix != "lycoris_"
-]
-
-
-@pytest.mark.parametrize("style", lora.STYLES)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_check_lora_says_what_diffusers_loads(name: str, style: str) -> None:
-    base = TINY[name].make("cpu")
-    shapes = {key: shape for key, shape in layers(base).items() if re.match(r"(transformer_blocks|blocks|layers)\.0\.", key)}
-    ours = renamed(FAMILIES[name], random_pairs(shapes), style)
-    loaded = 0
-    for prefix, (down, up), alpha in FORMS:
-        tensors = {}
-        for module, pair in ours.items():
-            key = prefix + (module.replace(".", "_") if prefix.endswith("_") else module)
-            tensors |= {f"{key}.lora_{down}.weight": pair[0], f"{key}.lora_{up}.weight": pair[1]}
-            tensors |= {f"{key}.alpha": torch.tensor(ALPHA)} if alpha else {}
-        reading = understand(tensors, {}, "file")
-        said = in_diffusers(tensors, reading, FAMILIES[name]).pipeline
-        changed = by_pipeline(name, base, tensors)
-        scales = {module: ALPHA / len(pair[0]) if alpha else 1.0 for module, pair in ours.items()}
-        true = {module for module, pair in ours.items() if is_there(FAMILIES[name], module, pair, scales[module], changed)}
-        assert said == true, (prefix, down, alpha)
-        loaded += len(said) == len(ours)
-    assert loaded or (name, style) in (("sd3", "native"), ("flux", "native"), ("lumina2", "native"))
-
-
-def by_pipeline(name: str, base: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what `load_lora_weights` changes; nothing where it raises, whatever it raises."""
-    model = copy.deepcopy(base)
-    try:
-        pipeline_of(name, model).load_lora_weights(dict(tensors))
-    except Exception:
-        return {}
-    return change(model)
-
-
-def is_there(family: Family, module: str, pair: tuple[Tensor, Tensor], scale: float, changed: Mapping[str, Tensor]) -> bool:
-    """Say whether a module of a file is in a model as it was trained."""
-    wanted = deltas(renamed(family, {module: pair}, "diffusers"), scale)
-    return all(key in changed and torch.allclose(changed[key], delta, atol=1e-5) for key, delta in wanted.items())
-
-
-def pipeline_of(name: str, transformer: nn.Module) -> diffusers.DiffusionPipeline:
-    """Make a pipeline of a transformer alone."""
-    cls = getattr(diffusers, PIPELINES[name])
-    parts = {part: None for part, value in signature(cls.__init__).parameters.items() if part != "self" and value.default is value.empty}
-    return cls(**parts | {"transformer": transformer, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()})
 
 
 def test_the_exported_file_gives_diffusers_the_output_of_training(tmp_path: Path) -> None:
@@ -217,12 +154,56 @@ def test_a_native_checkpoint_keeps_its_names_and_everything_else(tmp_path: Path,
     assert torch.equal(after["first_stage_model.conv.weight"].float(), torch.ones(3))
 
 
+@pytest.mark.parametrize("name", ["scale_weight", "weight_scale", None])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_merge_into_fp8_rounds_to_the_nearest_and_states_what_it_lost(
+    tmp_path: Path, attention: tuple[Path, dict[str, Tensor]], dtype: torch.dtype, name: str | None, capsys
+) -> None:
+    noise, scale = torch.Generator().manual_seed(2), 0.25 if name else 1.0
+    weights = {key: (torch.randn(shape, generator=noise) / scale).to(dtype) for key, shape in native_shapes().items()}
+    scales = {key.replace("weight", name): torch.tensor(scale) for key in weights} if name else {}
+    save_file(weights | scales, tmp_path / "base.safetensors")
+    assert run("export", attention[0], "--merge", tmp_path / "base.safetensors", "--out", tmp_path / "merged.safetensors") == 0
+    after, said = load_file(tmp_path / "merged.safetensors"), capsys.readouterr()
+    numbers = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    numbers = numbers[numbers.isfinite()].unique()
+    native = renamed(SD3, {key: (torch.eye(delta.shape[1]), delta) for key, delta in attention[1].items() if delta.ndim == 2}, "native")
+    lost = whole = 0.0
+    for module, (down, up) in native.items():
+        key, change = f"model.diffusion_model.{module}.weight", up @ down
+        wanted = (weights[key].float() * scale + change) / scale
+        off = (after[key].float() - wanted).abs()
+        nearest = (numbers - wanted.flatten()[:64, None]).abs().amin(1)
+        assert after[key].dtype == dtype and torch.allclose(off.flatten()[:64], nearest, rtol=0, atol=1e-6)
+        lost, whole = lost + float((off * scale).square().sum()), whole + float(change.square().sum())
+    assert f"lost {(lost / whole) ** 0.5:.1e} of the change" in said.out
+    assert all(torch.equal(after[key], value) for key, value in scales.items())
+
+
+def test_a_change_that_is_finer_than_fp8_is_noted_and_one_beyond_its_range_stays_finite(tmp_path: Path, base: Path, capsys) -> None:
+    weights = {key: torch.full(shape, 440.0).to(torch.float8_e4m3fn) for key, shape in native_shapes().items()}
+    save_file(weights, tmp_path / "fp8.safetensors")
+    key = "joint_blocks.0.x_block.attn.proj"
+    for size, merged, note in ((0.1, 448.0, True), (100.0, 448.0, True), (-100.0, 352.0, False)):
+        pair = torch.full((1, 128), 1.0), torch.full((128, 1), size)
+        lora.write(tmp_path / f"{size}.safetensors", {key: pair}, 1, style="native")
+        words = ("export", tmp_path / f"{size}.safetensors", "--family", "sd3", "--merge", tmp_path / "fp8.safetensors")
+        assert run(*words, "--out", tmp_path / f"merged{size}.safetensors") == 0
+        after = load_file(tmp_path / f"merged{size}.safetensors")[f"model.diffusion_model.{key}.weight"].float()
+        assert (after == merged).all() and ("too coarse" in capsys.readouterr().err) == note
+
+
 @pytest.mark.parametrize(
-    ("dtype", "shape", "words"),
-    [(torch.float8_e4m3fn, None, "F8_E4M3, to which nothing can be added"), (torch.float32, (3, 3), "another size")],
+    ("dtype", "shape", "scales", "words"),
+    [
+        (torch.uint8, None, None, "U8, to which nothing can be added; give a model in 16 bit, 32 bit or fp8"),
+        (torch.float8_e4m3fn, None, (4, 2), "has a scale per block"),
+        (torch.float32, (3, 3), None, "another size"),
+    ],
 )
-def test_what_cannot_take_a_lora_is_refused(tmp_path: Path, attention, dtype, shape, words: str, capsys) -> None:
+def test_what_cannot_take_a_lora_is_refused(tmp_path: Path, attention, dtype, shape, scales, words: str, capsys) -> None:
     weights = {name: torch.zeros(shape or own).to(dtype) for name, own in native_shapes().items()}
+    weights |= {name.replace("weight", "weight_scale"): torch.ones(scales) for name in weights} if scales else {}
     save_file(weights, tmp_path / "base.safetensors")
     assert run("export", attention[0], "--merge", tmp_path / "base.safetensors", "--out", tmp_path / "a.safetensors") == 2
     assert words in capsys.readouterr().err and not (tmp_path / "a.safetensors").exists()
@@ -416,50 +397,6 @@ def test_a_run_stands_on_a_frozen_lora(tmp_path: Path) -> None:
     assert not torch.allclose(bare.velocity(x, sigma, cond), wanted, atol=1e-3)
     with pytest.raises(lora.LoraError, match=r"model\.lora.*is absent or of another size"):
         add_frozen(TINY["sd3"].make("cpu"), tmp_path / "native.safetensors", 1.0, "sd3")
-
-
-@pytest.fixture(scope="module")
-def worn(tmp_path_factory: pytest.TempPathFactory) -> tuple[SD3Policy, Path]:
-    """The bundled model with a LoRA of alpha ≠ rank, and a folder of that LoRA in every form."""
-    policy, folder = SD3Policy(load_pipeline(BUNDLED, torch.float32)), tmp_path_factory.mktemp("forms")
-    policy.add_lora(4, 8, seed=0, feed_forward=True)
-    for up in (up for _, up in policy.pairs().values()):
-        torch.nn.init.normal_(up, std=0.02)
-    pairs = {name: (down.detach(), up.detach()) for name, (down, up) in policy.pairs().items()}
-    native = renamed(SD3, scaled(pairs, dict.fromkeys(pairs, 8)), "native")
-    for form, named, parts, alpha in (
-        ("transformer.", pairs, "AB", 8),
-        ("base_model.model.", pairs, "AB", None),
-        ("lora_unet_", native, ("down", "up"), -1),
-        ("diffusion_model.", native, ("down", "up"), -1),
-        ("lora_transformer_", pairs, ("down", "up"), 8),
-    ):
-        tensors = {}
-        for name, pair in named.items():
-            key = form + (name.replace(".", "_") if form.endswith("_") else name)
-            tensors |= {f"{key}.lora_{part}.weight": tensor for part, tensor in zip(parts, pair, strict=True)}
-            tensors |= {} if alpha is None else {f"{key}.alpha": torch.tensor(float(len(pair[0]) if alpha < 0 else alpha))}
-        (folder / form.strip("._")).mkdir()
-        save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, folder / form.strip("._") / "lora.safetensors")
-    (folder / "base_model.model/adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "r": 4}))
-    return policy, folder
-
-
-@pytest.mark.parametrize("form", ["transformer", "base_model.model", "lora_unet", "diffusion_model", "lora_transformer"])
-def test_pictures_are_drawn_with_a_lora_of_any_form(worn: tuple[SD3Policy, Path], form: str) -> None:
-    policy, drawing = worn[0], SD3Policy(load_pipeline(BUNDLED, torch.float32))
-    drawing.load_lora(worn[1] / form / "lora.safetensors")
-    x, sigma, cond = torch.randn(2, 16, 8, 8), torch.tensor([0.9, 0.3]), policy.encode(["a red circle", "a blue square"])
-    with torch.no_grad():
-        assert torch.allclose(drawing.velocity(x, sigma, cond), policy.velocity(x, sigma, cond), atol=1e-5)
-
-
-def test_a_lora_that_does_not_fit_draws_no_picture(worn: tuple[SD3Policy, Path], tmp_path: Path) -> None:
-    one = (torch.ones(1, 3), torch.ones(5, 1))
-    for name, words in (("single_blocks.0.linear1", "fits no module"), (TO_Q, f"1 of its modules, such as {TO_Q}, are absent or of anot")):
-        lora.write(tmp_path / f"{name}.safetensors", {name: one}, 1)
-        with pytest.raises(lora.LoraError, match=words):
-            worn[0].load_lora(tmp_path / f"{name}.safetensors")
 
 
 def test_a_folder_means_its_only_file(attention: tuple[Path, dict[str, Tensor]]) -> None:

@@ -19,7 +19,7 @@ from comfy_g2rpo.lora_forms import Reading, check_sound, understand
 from comfy_g2rpo.lora_keys import BOTH, FAMILIES, Family, family_of_model
 from comfy_g2rpo.runs import FileError, read_tensors
 
-from .weights import DTYPES, Model, check_free, new_file, rewrite
+from .weights import SCALES, Model, check_free, new_file
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 FAMILY_KEY = "g2rpo.family"
@@ -116,29 +116,6 @@ def _sized(shape: tuple[int, ...], down: Tensor, up: Tensor) -> bool:
     return len(shape) > 1 and shape[0] == len(up) and math.prod(shape[1:]) == down[0].numel()
 
 
-def merge(made: Fit, model: Model, out: Path, strength: float, metadata: Mapping[str, str]) -> float:
-    """Write the model with a LoRA added to its weights; return the share of the change that rounding to the model's type loses."""
-    keys = model.modules()
-    pairs = {keys[module]: pair for module, pair in made.fitting.items()}
-    if strange := next((key for key in pairs if model.tensors[key].dtype not in DTYPES), None):
-        raise FileError(
-            f"{model.path}: {strange!a} is {model.tensors[strange].dtype}, to which nothing can be added; give a 16 or 32 bit model"
-        )
-    lost, whole = 0.0, 0.0
-
-    def add(key: str, weight: Tensor) -> Tensor:
-        nonlocal lost, whole
-        down, up = pairs[key]
-        change = strength * (up.flatten(1).float() @ down.flatten(1).float()).reshape(weight.shape)
-        summed = (weight.float() + change).to(weight.dtype)
-        lost += float((summed.float() - weight.float() - change).double().square().sum())
-        whole += float(change.double().square().sum())
-        return summed
-
-    rewrite(model, out, add, set(pairs), metadata)
-    return math.sqrt(lost / whole) if whole else 0.0
-
-
 @dataclass(frozen=True)
 class Extracted:
     """A LoRA out of two models, and what it leaves out."""
@@ -170,6 +147,8 @@ def extract(tuned: Model, base: Model, rank: int) -> Extracted:
             continue
         if stored.shape != twin.shape:
             raise FileError(f"{key!a} is {list(stored.shape)} in {tuned.path} and {list(twin.shape)} in {base.path}; give one architecture")
+        if any(f"{key.removesuffix('weight')}{word}" in model.tensors for model in (tuned, base) for word in SCALES):
+            raise FileError(f"{key!a} of {tuned.path} or {base.path} has a scale; give both models in 16 bit, 32 bit or plain fp8")
         change = stored.read().float() - twin.read().float()
         if not change.isfinite().all():
             raise FileError(f"{key!a}: {tuned.path} or {base.path} holds NaN or infinite values; give a sound model")

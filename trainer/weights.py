@@ -20,6 +20,9 @@ from comfy_g2rpo.runs import FileError, read_header
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+NUMBERS = {**DTYPES, **FP8}
+SCALES = ("scale_weight", "weight_scale")
+"""What the scale of an fp8 weight is called, beside it."""
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 CHUNK = 1 << 24
 
@@ -37,12 +40,12 @@ class Stored:
 
     def read(self) -> Tensor:
         """Load the tensor."""
-        if self.dtype not in DTYPES:
-            raise FileError(f"{self.file}: weights of type {self.dtype} cannot be computed with; give the model in 16 or 32 bit")
+        if self.dtype not in NUMBERS:
+            raise FileError(f"{self.file}: weights of type {self.dtype} cannot be computed with; give the model in 16 bit, 32 bit or fp8")
         with open(self.file, "rb") as file:
             file.seek(self.begin)
             content = bytearray(file.read(self.size))
-        return torch.frombuffer(content, dtype=DTYPES[self.dtype]).reshape(self.shape) if content else torch.empty(self.shape)
+        return torch.frombuffer(content, dtype=NUMBERS[self.dtype]).reshape(self.shape) if content else torch.empty(self.shape)
 
     def rows(self, begin: int, end: int) -> Tensor:
         """Load rows of the tensor, which may be in fp8; a number has one row."""
@@ -53,7 +56,7 @@ class Stored:
             content = bytearray(file.read((end - begin) * row))
         if len(content) != (end - begin) * row:
             raise FileError(f"{self.file} ends too early; download or save it again")
-        kind, wanted = {**DTYPES, **FP8}[self.dtype], (end - begin, *shape[1:])
+        kind, wanted = NUMBERS[self.dtype], (end - begin, *shape[1:])
         return torch.frombuffer(content, dtype=kind).reshape(wanted) if content else torch.empty(wanted, dtype=kind)
 
     def chunks(self) -> Iterator[bytes]:
@@ -168,7 +171,7 @@ def rewrite(model: Model, path: Path, change: Callable[[str, Tensor], Tensor], k
         file.write(struct.pack("<Q", len(text)) + text)
         for key, stored in model.tensors.items():
             if key in keys:
-                changed = change(key, stored.read()).to(DTYPES[stored.dtype]).contiguous()
+                changed = change(key, stored.read()).to(NUMBERS[stored.dtype]).contiguous()
                 file.write(changed.flatten().view(torch.uint8).numpy().tobytes())
             else:
                 for piece in stored.chunks():

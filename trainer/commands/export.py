@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FORMS = ("auto", "native", "diffusers")
 PRECISIONS = ("keep", "fp32", "bf16", "fp16")
+LOSSY = 0.5
+"""Share of a change that may be lost in merging before it is worth a note."""
 
 
 class CommandError(ValueError):
@@ -110,7 +112,8 @@ def _merge(file: Path, base: Path, out: Path, family: str | None, rank: int | No
     """Write a model with a LoRA in its weights."""
     from comfy_g2rpo.lora_forms import check_sound
 
-    from ..lora_files import fit, merge, read_any
+    from ..lora_files import fit, read_any
+    from ..lora_merge import merge
     from ..weights import look_at
 
     if rank is not None:
@@ -124,6 +127,8 @@ def _merge(file: Path, base: Path, out: Path, family: str | None, rank: int | No
     _notes(reading)
     lost = merge(made, model, out, strength, {"g2rpo.merged": file.name, "g2rpo.strength": f"{strength:g}"})
     typer.echo(f"{len(made.fitting)} of {len(model.tensors)} tensors changed; rounding to the model's type lost {lost:.1e} of the change")
+    if lost > LOSSY:
+        typer.echo("note: this type is too coarse for the change; merge into a 16 bit model, or load the LoRA beside this one", err=True)
     typer.echo(out)
 
 
