@@ -77,7 +77,7 @@ class Cost:
 def count(config: Config) -> Counts:
     """Count what a configuration does."""
     recipe, train = make_recipe(config), config.train
-    plans = [build_plan(recipe, iteration, train.seed) for iteration in range(min(train.steps, COUNTED_PLANS))]
+    plans = [build_plan(recipe, iteration, train.seed, config.speed.tail_stride) for iteration in range(min(train.steps, COUNTED_PLANS))]
     heldout = Path(config.prompts.heldout) if config.prompts.heldout else None
     held = len(load_prompts(Path(config.prompts.train), heldout, config.prompts.heldout_share, train.seed).heldout)
     looks = price(recipe, make_pace(config), held, preview=bool(train.preview_width))
