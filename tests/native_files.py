@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import flux2_folder
 import flux_folder
 import qwen_folder
 import torch
@@ -137,6 +138,18 @@ def z_image() -> Any:
     return made
 
 
+def klein() -> Any:
+    """Make a FLUX.2 klein, whose VAE normalises latents by statistics of its own."""
+    made = flux2_folder.pipeline("klein base")
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    vae = diffusers.AutoencoderKLFlux2(**blocks, block_out_channels=[32, 32, 64, 64], layers_per_block=1)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    config = {**made.text_encoder.config.to_dict(), "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    made.vae, made.text_encoder = vae, transformers.Qwen3ForCausalLM(transformers.Qwen3Config.from_dict(config))
+    return made
+
+
 def renamed(weights: Weights, pairs: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
     """Replace parts of names, one pair after the other."""
     made = {}
@@ -255,6 +268,12 @@ def native_kl(weights: Weights) -> dict[str, Tensor]:
     return made
 
 
+def native_flux2_vae(weights: Weights) -> dict[str, Tensor]:
+    """Name an autoencoder's weights as the FLUX.2 file does."""
+    pairs = (("post_quant_conv", "decoder.post_conv"), ("quant_conv", "encoder.quant_conv"), ("post_conv", "post_quant_conv"))
+    return renamed(native_kl(weights), pairs)
+
+
 def native_wan_vae(weights: Weights, nested: bool) -> dict[str, Tensor]:
     """Name an autoencoder's weights as Wan does: with one residual block per stage of the encoder, two of the decoder."""
     made = {}
@@ -321,6 +340,7 @@ FAMILIES: dict[str, tuple[str, Callable[[], Any], dict[str, Native]]] = {
     "sd3": ("sd3", sd3, {**SD3, "text_encoder": native_clip, "text_encoder_2": native_clip, "text_encoder_3": native_t5}),
     "flux dev": ("flux", lambda: flux("dev"), FLUX),
     "flux schnell": ("flux", lambda: flux("schnell"), FLUX),
+    "flux2 klein": ("flux2", klein, {"transformer": flux2_folder.published, "vae": native_flux2_vae, "text_encoder": native_qwen}),
     "qwen_image": ("qwen_image", qwen_image, {"transformer": same, "vae": wan_21_vae, "text_encoder": native_qwen}),
     "wan 2.1": ("wan", lambda: wan("2.1"), {**WAN, "vae": wan_21_vae}),
     "wan 5B": ("wan", lambda: wan("2.2 5B"), {**WAN, "vae": wan_22_vae}),

@@ -189,6 +189,12 @@ def test_a_file_in_the_wrong_place_is_refused_with_the_right_one(models, tmp_pat
     ):
         with pytest.raises(ValueError, match=rf"model\.text_encoders .*{message}"):
             load("flux dev", None, **{**split(flux), "text_encoders": tuple(map(str, texts))})
+    narrow = {"transformer": str(tmp_path / "narrow.safetensors")}
+    save_file(load_file(flux["transformer"]) | {"txt_in.weight": torch.ones(128, 48)}, narrow["transformer"])
+    with pytest.raises(
+        ValueError, match=r"text_encoders .* T5-XXL of this size gives 32 features, but this FLUX\.1 reads 48; give the text"
+    ):
+        load("flux dev", None, **{**split(flux), **narrow})
     with pytest.raises(ValueError, match=r"is the VAE of another Wan; give the Wan 2\.1 VAE"):
         load("wan 2.1", None, **{**split(wan), "vae": str(models["wan 5B"]["vae"])})
 
@@ -323,6 +329,10 @@ PUBLISHED: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "dev": ("flux", {**FLUX, "pooled_projection_dim": 768, "guidance_embeds": True}),
     "schnell": ("flux", {**FLUX, "pooled_projection_dim": 768, "guidance_embeds": False}),
+    "klein 4B": (
+        "flux2",
+        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False},
+    ),
     "Qwen-Image": (
         "qwen_image",
         {"num_layers": 60, "num_attention_heads": 24, "in_channels": 64, "out_channels": 16, "joint_attention_dim": 3584},

@@ -42,8 +42,11 @@ PIPELINES: dict[str, str] = {
     "ZImagePipeline": "z_image",
 }
 """The family that a folder belongs to, by the diffusers pipeline that it names."""
-SINGLE_FILES = ("sd3", "flux", "qwen_image", "wan", "z_image")
+SINGLE_FILES = ("sd3", "flux", "flux2", "qwen_image", "wan", "z_image")
 """Families whose parts may come from files of their own."""
+
+EDITORS = ("flux", "qwen_image")
+"""Families with a model that starts from a prompt's picture."""
 
 Schedule = Literal["method", "pipeline", "comfyui"]
 
@@ -85,6 +88,8 @@ def load(section: ModelSection, folder: Path | None, device: torch.device | str)
     """Load the model of a configuration's section onto a device, from its folder or checkpoint and from files of their own."""
     if section.frames > 1 and section.family != "wan":
         raise ValueError(f"model.frames is {section.frames}, but {FAMILIES[section.family]} makes single pictures; set it to 1")
+    if section.edits and section.family not in EDITORS:
+        raise ValueError(f"model.edits is true, but {FAMILIES[section.family]} edits no pictures; remove it")
     given = [name for name in ("transformer", "text_encoders", "vae", "tokenizers") if getattr(section, name)]
     if section.family not in SINGLE_FILES and (given or folder is None or folder.is_file()):
         remedy = f"remove {given[0]}" if given else "give its folder"

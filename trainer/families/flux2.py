@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from comfy_g2rpo.lora_keys import FLUX2
 
-from ..prompt_cache import for_model
 from . import folder
 from .adapted import Adapted, cells
+from .parts import Parts
 
 if TYPE_CHECKING:
     from ..sections import ModelSection
@@ -34,19 +34,19 @@ class Cond(NamedTuple):
     tokens: Tensor  # three layers of the language model side by side: [L, joint_attention_dim], padded to the full length
 
 
-def load(section: ModelSection, path: Path, device: torch.device | str) -> Flux2:
+def load(section: ModelSection, path: Path | None, device: torch.device | str) -> Flux2:
     """Load the model of a configuration's section onto a device."""
     bf16, length = section.dtype == "bf16", section.max_sequence_length
-    kind = Flux2KleinPipeline if folder.pipeline_name(path) == Flux2KleinPipeline.__name__ else Flux2Pipeline
-    tokenizer = folder.components(path, kind.__name__).get("tokenizer", [None, None])[1]
+    dev = path is not None and path.is_dir() and folder.pipeline_name(path) != Flux2KleinPipeline.__name__
+    kind = Flux2Pipeline if dev else Flux2KleinPipeline
+    tokenizer = folder.components(path, kind.__name__).get("tokenizer", [None, None])[1] if dev else None
     if tokenizer == "PixtralProcessor" and find_spec("torchvision") is None:
         raise ValueError(
             f"model.path {path}: FLUX.2 dev cuts its prompts by a {tokenizer}, which needs torchvision: pip install torchvision"
         )
-    pipeline = folder.load_pipeline(kind, path, torch.bfloat16 if bf16 else torch.float32).to(device)
-    policy = Flux2(pipeline, guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
-    policy.cache = for_model(path, "flux2", section.dtype, length)
-    return policy
+    parts = Parts(kind, "flux2", section, path, device)
+    policy = Flux2(parts.pipeline(), guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
+    return parts.attach(policy, "flux2", section.dtype, length)
 
 
 class Flux2(Adapted):

@@ -12,22 +12,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 Rules = Sequence[tuple[str, str]]
 """Pairs of a pattern for the whole of diffusers' name and the name that a file has for it."""
 
+FLUX_NORMS = [
+    (rf"{theirs}\.norm_{added}{letter}\.weight", rf"{ours}.norm.{word}_norm.{leaf}")
+    for theirs, added, ours in (
+        (r"transformer_blocks\.(\d+)\.attn", "", r"double_blocks.\1.img_attn"),
+        (r"transformer_blocks\.(\d+)\.attn", "added_", r"double_blocks.\1.txt_attn"),
+        (r"single_transformer_blocks\.(\d+)\.attn", "", r"single_blocks.\1"),
+    )
+    for letter, word in (("q", "query"), ("k", "key"))
+    for leaf in ("scale", "weight")
+]
 TRANSFORMERS: dict[str, Rules] = {
     "sd3": (
         (r"transformer_blocks\.(\d+)\.(attn2?)\.norm_([qk])\.weight", r"joint_blocks.\1.x_block.\2.ln_\3.weight"),
         (r"transformer_blocks\.(\d+)\.attn\.norm_added_([qk])\.weight", r"joint_blocks.\1.context_block.attn.ln_\2.weight"),
         (r"pos_embed\.pos_embed", "pos_embed"),
     ),
-    "flux": tuple(
-        (rf"{theirs}\.norm_{added}{letter}\.weight", rf"{ours}.norm.{word}_norm.{leaf}")
-        for theirs, added, ours in (
-            (r"transformer_blocks\.(\d+)\.attn", "", r"double_blocks.\1.img_attn"),
-            (r"transformer_blocks\.(\d+)\.attn", "added_", r"double_blocks.\1.txt_attn"),
-            (r"single_transformer_blocks\.(\d+)\.attn", "", r"single_blocks.\1"),
-        )
-        for letter, word in (("q", "query"), ("k", "key"))
-        for leaf in ("scale", "weight")
-    ),
+    "flux": tuple(FLUX_NORMS),
+    "flux2": tuple(FLUX_NORMS),
     "qwen_image": (),
     "wan": (
         (r"blocks\.(\d+)\.attn1\.norm_([qk])\.weight", r"blocks.\1.self_attn.norm_\2.weight"),
@@ -39,7 +41,7 @@ TRANSFORMERS: dict[str, Rules] = {
     "z_image": ((r"(.+)\.attention\.norm_([qk])\.weight", r"\1.attention.\2_norm.weight"),),
 }
 UNUSED = re.compile(
-    r"(.*\.)?(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant|position_ids|logit_scale)|spiece_model|tekken_model|"
+    r"(.*\.)?(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant|num_batches_tracked|position_ids|logit_scale)|spiece_model|tekken_model|"
     r"norm_final\.weight|lm_head\.weight|text_projection\.weight|shared\.weight|encoder\.embed_tokens\.weight"
 )
 """What files hold beside a model's weights, or twice: no reason to refuse one."""
@@ -55,6 +57,8 @@ LDM_VAE: Rules = (
     (r"(.+\.mid)_block\.attentions\.0\.to_([qkv])\.(.+)", r"\1.attn_1.\2.\3"),
     (r"(.+\.mid)_block\.attentions\.0\.to_out\.0\.(.+)", r"\1.attn_1.proj_out.\2"),
     (r"(.+)\.conv_norm_out\.(.+)", r"\1.norm_out.\2"),
+    (r"quant_conv\.(.+)", r"encoder.quant_conv.\1"),  # FLUX.2
+    (r"post_quant_conv\.(.+)", r"decoder.post_quant_conv.\1"),
 )
 WAN_VAE: Rules = (
     (r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.(.+)", r"encoder.downsamples.\1.downsamples.\2.\3"),

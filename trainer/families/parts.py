@@ -50,8 +50,10 @@ class Parts:
         self.folder = path if path and path.is_dir() else None
         self.checkpoint = path if path and not path.is_dir() else None
         self.transformer = self._hold_transformer()
+        self.config = read_config(self.folder, "transformer") or (sizes.TRANSFORMERS[family](self.transformer) if self.transformer else {})
         self.facts = self._facts()
         self.text = TextFiles(self.title, self.facts, section.text_encoders, self.checkpoint)
+        self.text.check_width(self.config)
 
     def pipeline(self, ready: Mapping[str, Any] | None = None) -> Any:
         """Load the pipeline without its text encoders onto the device; components that are `ready` are taken as they are."""
@@ -114,22 +116,22 @@ class Parts:
 
     def _facts(self) -> dict[str, Any]:
         """Read the shipped facts about the model, whose variant the transformer's sizes tell."""
-        name = self.family
-        found = read_config(self.folder, "transformer")
-        if found is None and self.transformer:
-            found = sizes.TRANSFORMERS[self.family](self.transformer)
-        found = found or {}
+        name, guided = self.family, self.config.get("guidance_embeds")
         if self.family == "flux":
-            name = "flux_dev" if found.get("guidance_embeds") else "flux_schnell"
-        if self.family == "wan" and found.get("in_channels") == 48:
+            name = "flux_dev" if guided else "flux_schnell"
+        if self.family == "flux2":
+            name = "flux2_klein"
+            if guided and self.folder is None:
+                raise ValueError("model.path is missing: FLUX.2 dev needs its folder; its transformer and VAE may be files of their own")
+        if self.family == "wan" and self.config.get("in_channels") == 48:
             name = "wan_5b"
-        file = CONFIGS / f"{name}.json"
-        return json.loads(file.read_text("utf-8")) if file.is_file() else {"text_encoders": {}, "tokenizers": {}}
+        facts: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
+        return facts
 
     def _build_transformer(self, held: Held) -> nn.Module:
-        config, described = read_config(self.folder, "transformer"), f"{self.folder} describes"
-        if config is None:
-            config, described = {**self.facts["transformer"], **sizes.TRANSFORMERS[self.family](held)}, "its shapes describe"
+        config, described = self.config, f"{self.folder} describes"
+        if "_class_name" not in config:
+            config, described = {**self.facts["transformer"], **config}, "its shapes describe"
         return build(held, lambda: getattr(diffusers, config["_class_name"]).from_config(config), described, self.dtype)
 
     def _hold_vae(self) -> Held | None:

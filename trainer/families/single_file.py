@@ -97,7 +97,8 @@ def build(held: Held, make: Callable[[], nn.Module], described: str, dtype: torc
     """Make a module and fill it from a file; `described` says which it is, as in "the model that …", `given` weights are not looked for."""
     with init_empty_weights(include_buffers=False):
         module = make()
-    found = dict(given or {})
+    # A count of training batches is no weight.
+    found = {name: value for name, value in module.state_dict().items() if name.endswith("num_batches_tracked")} | dict(given or {})
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items() if name not in found}
     origins = {name: origin(held, name, shape, described) for name, shape in wanted.items()}
     used = {each.key for each in origins.values()}

@@ -53,6 +53,19 @@ def flux(held: Held) -> dict[str, Any]:
     }
 
 
+def flux2(held: Held) -> dict[str, Any]:
+    """Describe a FLUX.2; dev has an input for guidance, klein has none."""
+    width, channels = held.size("x_embedder.weight")
+    return {
+        "num_layers": held.count("transformer_blocks.{}.attn.to_q.weight"),
+        "num_single_layers": held.count("single_transformer_blocks.{}.attn.to_out.weight"),
+        "num_attention_heads": width // 128,
+        "in_channels": from_noise(held, channels, held.size("proj_out.weight")[0]),
+        "joint_attention_dim": held.size("context_embedder.weight")[1],
+        "guidance_embeds": held.has("time_guidance_embed.guidance_embedder.linear_1.weight"),
+    }
+
+
 def qwen_image(held: Held) -> dict[str, Any]:
     """Describe a Qwen-Image."""
     width, channels = held.size("img_in.weight")
@@ -94,7 +107,7 @@ def z_image(held: Held) -> dict[str, Any]:
     }
 
 
-TRANSFORMERS = {"sd3": sd3, "flux": flux, "qwen_image": qwen_image, "wan": wan, "z_image": z_image}
+TRANSFORMERS = {"sd3": sd3, "flux": flux, "flux2": flux2, "qwen_image": qwen_image, "wan": wan, "z_image": z_image}
 
 
 def kl_vae(held: Held) -> dict[str, Any]:

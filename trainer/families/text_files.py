@@ -60,6 +60,20 @@ class TextFiles:
                 where = f"{fact['title']} ({fact['file']})"
                 raise ValueError(f"model.text_encoders lacks {where} of {self.title}; fetch it with: hf download {fact['hub']}")
 
+    def check_width(self, transformer: Mapping[str, Any]) -> None:
+        """Refuse a text encoder of another size than the transformer reads."""
+        component, field, layers = self.facts["reads"]
+        held = self.held.get(component)
+        if held is None:
+            return
+        found = sizes.TEXT[self.facts["text_encoders"][component]](held)
+        width = layers * (found.get("d_model") or found["hidden_size"])
+        if transformer.get(field, width) != width:
+            raise ValueError(
+                f"{held.field} {held.path}: {held.title} of this size gives {width} features, but this {self.title} reads "
+                f"{transformer[field]}; give the text encoder that belongs to it"
+            )
+
     def build(self, name: str, held: Held, dtype: torch.dtype) -> nn.Module:
         """Load the text encoder of a component."""
         kind = self.facts["text_encoders"][name]
