@@ -27,6 +27,7 @@ FAMILIES: dict[str, str] = {
     "qwen_image": "Qwen-Image",
     "wan": "Wan 2.1 and 2.2",
     "z_image": "Z-Image",
+    "lumina2": "Lumina-Image 2.0",
 }
 """Every family: the name of its module, which has a function `load(section, folder, device)`, and what it stands for."""
 PIPELINES: dict[str, str] = {
@@ -40,6 +41,7 @@ PIPELINES: dict[str, str] = {
     "QwenImageEditPlusPipeline": "qwen_image",
     "WanPipeline": "wan",
     "ZImagePipeline": "z_image",
+    "Lumina2Pipeline": "lumina2",
 }
 """The family that a folder belongs to, by the diffusers pipeline that it names."""
 SINGLE_FILES = ("sd3", "flux", "flux2", "qwen_image", "wan", "z_image")
