@@ -19,7 +19,7 @@ from comfy_g2rpo.evaluation import Evaluation
 from comfy_g2rpo.pictures import size_of as size_on_disk
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.rollout import roll_out, seeded_noise
-from comfy_g2rpo.runs import RunFolder, read_tensors
+from comfy_g2rpo.runs import RunFolder, read_tensors, write_tensors
 from g2rpo_trainer import cli, families, prompt_cache
 from g2rpo_trainer.config import from_dict
 from g2rpo_trainer.families.flux import pack, unpack
@@ -142,6 +142,17 @@ def test_features_are_kept_by_text_and_content_of_the_picture(folder, pictures, 
     again.load_text_encoders = again.pipeline.image_processor = None
     for known, fresh in zip(again.encode(asked), first, strict=False):
         assert all(torch.equal(one, other) for one, other in zip(known, fresh, strict=True))
+
+
+def test_its_transformers_file_is_enough_beside_the_parts_of_another_flux(base, tmp_path, prompts):
+    write_tensors(tmp_path / "kontext.safetensors", flux_folder.published(base.transformer.state_dict()))
+    dev = flux_folder.save(tmp_path / "dev")
+    policy = load(dev, transformer=str(tmp_path / "kontext.safetensors"), edits=True)
+    x, sigma = seeded_noise((4, *SHAPE), "latents"), torch.tensor([1.0, 0.6, 0.123, 0.6])
+    with torch.no_grad():
+        assert torch.equal(policy.velocity(x, sigma, policy.encode(prompts)), base.velocity(x, sigma, base.encode(prompts)))
+    with pytest.raises(ValueError, match=r"model\.edits is true, but Wan .* edits no pictures; remove it"):
+        families.load(ModelSection(family="wan", path=str(dev), edits=True), dev, "cpu")
 
 
 def test_a_model_that_takes_no_picture_refuses_a_prompt_with_one(tmp_path, pictures):

@@ -34,8 +34,8 @@ class Cond(NamedTuple):
 
 
 def load(section: ModelSection, path: Path | None, device: torch.device | str) -> Flux:
-    """Load the model of a configuration's section onto a device; a folder of Kontext as the model that edits a picture."""
-    if folder.pipeline_name(path) == "FluxKontextPipeline":
+    """Load the model of a configuration's section onto a device; Kontext as the model that edits a picture."""
+    if section.edits or folder.pipeline_name(path) == "FluxKontextPipeline":
         from . import kontext
 
         return kontext.load(section, path, device)

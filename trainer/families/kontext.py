@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from diffusers import FluxKontextPipeline
+from diffusers import FluxKontextPipeline, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from torch import Tensor
 
 from ..prompt_cache import PICTURE_PARTS
+from . import folder
 from .editing import Editing, by_size, picture_of
 from .flux import Flux, pack, positions
 from .parts import Parts
@@ -31,16 +32,18 @@ class Cond(NamedTuple):
 
 
 def load(section: ModelSection, path: Path | None, device: torch.device | str) -> Kontext:
-    """Load the model of a configuration's section onto a device."""
+    """Load the model of a configuration's section onto a device; files, and another FLUX.1's folder with its transformer, do as well."""
     bf16, length, size = section.dtype == "bf16", section.max_sequence_length, section.reference_size
-    parts = Parts(FluxKontextPipeline, "flux", section, path, device)
+    # The two differ in what they do when they are called, which nothing here does.
+    kind = FluxKontextPipeline if folder.pipeline_name(path) == FluxKontextPipeline.__name__ else FluxPipeline
+    parts = Parts(kind, "flux", section, path, device)
     policy = Kontext(parts.pipeline(), guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
     policy.start_from_pictures(size)
     return parts.attach(policy, "kontext", section.dtype, length, size, parts=PICTURE_PARTS)
 
 
 class Kontext(Editing, Flux):
-    """A policy and a decoder over a FluxKontextPipeline; prompts may start from a picture, and need not."""
+    """A policy and a decoder over the parts of a FluxKontextPipeline; prompts may start from a picture, and need not."""
 
     cond = Cond
 

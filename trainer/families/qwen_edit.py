@@ -42,9 +42,8 @@ def load(section: ModelSection, path: Path, device: torch.device | str) -> QwenE
     bf16, length, size = section.dtype == "bf16", section.max_sequence_length, section.reference_size
     kind = QwenImageEditPlusPipeline if folder.pipeline_name(path) == QwenImageEditPlusPipeline.__name__ else QwenImageEditPipeline
     parts = Parts(kind, "qwen_image", section, path, device)
-    if parts.folder is None:
-        raise ValueError("model.path: Qwen-Image-Edit is loaded from its folder; give that, and its transformer's file as model.transformer")
-    policy = QwenEdit(parts.pipeline({"processor": read_processor(path)}), guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
+    pipeline = parts.pipeline({"processor": read_processor(path)})
+    policy = QwenEdit(pipeline, guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
     policy.start_from_pictures(size)
     return parts.attach(policy, kind.__name__, section.dtype, size, section.guidance > 1, parts=PICTURE_PARTS)
 

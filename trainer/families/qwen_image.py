@@ -38,6 +38,8 @@ def load(section: ModelSection, path: Path | None, device: torch.device | str) -
         from . import qwen_edit
 
         return qwen_edit.load(section, path, device)
+    if section.edits:
+        raise ValueError("model.edits: Qwen-Image-Edit is told by its folder; give that as model.path, its transformer's file beside it")
     bf16, length = section.dtype == "bf16", section.max_sequence_length
     parts = Parts(QwenImagePipeline, "qwen_image", section, path, device)
     policy = QwenImage(parts.pipeline(), guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
@@ -139,8 +141,8 @@ class QwenImage(Adapted):
 
 def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """Stack texts [L, D] of several lengths with zeros behind; the mask [B, L] says which tokens are there, None where all are."""
-    lengths = torch.tensor([len(text) for text in texts])
+    lengths = [len(text) for text in texts]
     stacked = nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
-    if (lengths == stacked.shape[1]).all():
+    if min(lengths) == max(lengths):
         return stacked, None
-    return stacked, (torch.arange(stacked.shape[1]) < lengths[:, None]).to(stacked.device)
+    return stacked, (torch.arange(stacked.shape[1]) < torch.tensor(lengths)[:, None]).to(stacked.device)

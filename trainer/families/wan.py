@@ -42,7 +42,7 @@ def load(section: ModelSection, path: Path | None, device: torch.device | str) -
 
 
 class Wan(Adapted):
-    """A policy and a decoder over a WanPipeline, with a peft LoRA on its transformer. Latents are [B, C, h, w], of clips [B, C, f, h, w]."""
+    """A policy and a decoder over a WanPipeline, with a peft LoRA on its transformer. Latents are [B, C, h, w], of clips [B, C, f, …]."""
 
     cond = Cond
     blank = ""
