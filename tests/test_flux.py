@@ -364,6 +364,9 @@ def test_comfyui_takes_every_key_of_the_lora_and_answers_the_same(comfyui, folde
         pytest.skip("this ComfyUI loads FLUX at its published size only; a tiny one cannot be tried there")
     (x, sigma, cond), weights = batch, {name: tensor.contiguous() for name, tensor in dev.transformer.state_dict().items()}
     given = {"x": x, "sigma": sigma, "context": torch.stack([c.tokens for c in cond]), "pooled": torch.stack([c.pooled for c in cond])}
+    given["picture"] = seeded_noise((len(cond), 16, 6, 10), "pictures")
+    editor = loaded(folders["dev"], edits=True)
+    edits = [editor.cond(*c, picture) for c, picture in zip(cond, given["picture"], strict=True)]
     child = Path(__file__).with_name("comfy_child_flux.py")
     save_file(weights, tmp_path / "flux.safetensors")
     base = make_base(tmp_path / "base")
@@ -372,4 +375,6 @@ def test_comfyui_takes_every_key_of_the_lora_and_answers_the_same(comfyui, folde
     assert answer.data["warnings"] == [] and answer.data["mapped"] == MODULES
     with torch.no_grad():
         assert difference(answer.tensors["base"], dev.velocity(*batch)) <= 1e-5
+        assert difference(answer.tensors["edited"], editor.velocity(x, sigma, edits)) <= 1e-5
+        assert difference(answer.tensors["edited"], answer.tensors["base"]) > 1e-3
         assert difference(answer.tensors["tuned"], tuned.velocity(*batch)) <= 1e-5
