@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import diffusers
@@ -10,7 +11,7 @@ import native_files
 import pytest
 import torch
 import transformers
-from comfy_host import COMFYUIS
+from comfy_host import COMFYUIS, environment, python_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,6 +28,8 @@ from g2rpo_trainer.sections import ModelSection
 from g2rpo_trainer.weights import Stored
 
 PROMPT = "a red circle"
+# Core reads its flags when it is imported, and only where a program says so.
+BEFORE = "import sys; sys.path.insert(0, ''); import comfy.options; comfy.options.enable_args_parsing()"
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,17 @@ def test_split_files_and_checkpoints_are_the_model_of_the_folder(models, name):
     with torch.no_grad():
         assert torch.equal(got.velocity(x, sigma, [ours]), folder.velocity(x, sigma, [theirs]))
         assert torch.equal(got.decode(x), folder.decode(x))
+
+
+@pytest.mark.parametrize("name", native_files.FAMILIES)
+def test_files_may_have_the_names_of_diffusers_too(models, name):
+    folder = models[name]["folder"]
+    found = {
+        part: str(next((folder / part).glob("*.safetensors"))) for part in models[name] if (folder / part).is_dir() and part != "folder"
+    }
+    texts = tuple(path for part, path in found.items() if part.startswith("text_encoder"))
+    given = {"transformer": found["transformer"], "vae": found["vae"], "text_encoders": texts, "tokenizers": str(folder)}
+    assert differing(load(name, None, **given), load(name, folder)) == []
 
 
 def test_parts_of_a_folder_may_come_from_files_and_its_own_need_not_be_there(sd3, tmp_path):
@@ -369,3 +383,17 @@ def test_the_tokens_of_a_comfyui_are_the_published_ones(comfyui, models, monkeyp
     asked = chat.apply_chat_template(words, tokenize=False, add_generation_prompt=True, enable_thinking=True)
     assert asked == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert chat(asked).input_ids == [151644, 872, 198, 14990, 151645, 198, 151644, 77091, 198]
+
+
+@pytest.mark.comfyui
+@pytest.mark.parametrize("comfyui", COMFYUIS)
+def test_the_files_of_these_tests_have_the_names_of_comfyuis_own_classes(comfyui, models):
+    if "z_image_modulation" not in (comfyui / "comfy/ldm/lumina/model.py").read_text("utf-8"):
+        pytest.skip("this ComfyUI does not know Z-Image; the other one has all names")
+    child, root = Path(__file__).with_name("comfy_child_files.py").read_text("utf-8"), models["sd3"]["checkpoint"].parent.parent
+    command = [python_of(comfyui), "-c", f"{BEFORE}\n{child}", "--cpu"]
+    done = subprocess.run(command, cwd=comfyui, env=environment(), input=str(root), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    differing = json.loads(done.stdout.splitlines()[-1])
+    assert differing.pop("z_image/transformer") == ["norm_final.weight"]  # in the file alone, and used by nobody
+    assert len(differing) == 9 and not any(differing.values())
