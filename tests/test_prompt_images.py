@@ -15,6 +15,7 @@ from comfy_g2rpo.pictures import read as load_picture
 from comfy_g2rpo.prompts import Prompt, PromptError, columns_of, image_of, load, read, titled
 from comfy_g2rpo.rewards import RewardError
 from g2rpo_trainer.config import bundled_folder
+from g2rpo_trainer.ranking import read_prompts
 from g2rpo_trainer.references import compared
 from g2rpo_trainer.sections import RewardSection
 
@@ -90,6 +91,14 @@ def test_what_is_no_picture_to_start_from_is_refused_by_its_line(tmp_path, image
 def test_the_bundled_edits_start_from_bundled_pictures():
     found, notes = read(bundled_folder("prompts") / "edits.jsonl")
     assert len(found) >= 12 and all(image_of(prompt) for prompt in found) and not notes
+
+
+def test_pictures_to_score_may_say_which_picture_they_were_made_from(tmp_path):
+    picture(tmp_path / "start.png", 64, 48)
+    found = read_prompts(write(tmp_path, {"file": "edit.png", "prompt": "a hat", "image": "start.png"}))
+    assert image_of(found["edit.png"]) == str(tmp_path / "start.png")
+    with pytest.raises(PromptError, match=r"line 1, column image: .*missing\.png is no file"):
+        read_prompts(write(tmp_path, {"file": "edit.png", "prompt": "a hat", "image": "missing.png"}))
 
 
 def test_an_edit_is_compared_with_the_picture_that_it_starts_from_unless_something_else_is_named(tmp_path):

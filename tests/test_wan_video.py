@@ -20,7 +20,7 @@ from comfy_g2rpo.rewards.frames import OfFrames, described, judged
 from comfy_g2rpo.rollout import roll_out, seeded_noise
 from comfy_g2rpo.runs import RunFolder
 from comfy_g2rpo.scoring import Scorer
-from g2rpo_trainer import families
+from g2rpo_trainer import cli, families
 from g2rpo_trainer.config import ConfigError, from_dict
 from g2rpo_trainer.families.wan import Wan
 from g2rpo_trainer.progress import Silent
@@ -197,3 +197,9 @@ def test_a_run_learns_from_clips_and_shows_them(tmp_path):
     assert (run.path / "before_after.png").is_file()
     (drawn,) = draw(from_dict(tree), [LONG], 1, file)
     assert drawn.shape == (FRAMES, HEIGHT, WIDTH, 3)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["sample", str(run.path), "--prompt", LONG, "--seed", "1", "--out", str(tmp_path / "clip.png")])
+    assert left.value.code == 0
+    assert torch.allclose(read(tmp_path / "clip.png"), strip(drawn), rtol=0, atol=1 / 255)
+    with Image.open(tmp_path / "clip.webp") as clip:
+        assert clip.n_frames == FRAMES

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from comfy_g2rpo.captions import caption_of
 from comfy_g2rpo.pictures import SUFFIXES, PictureError, batches, listed, natural, read, size_of
-from comfy_g2rpo.prompts import MAX_CHARACTERS, beside, columns_of, with_columns
+from comfy_g2rpo.prompts import MAX_CHARACTERS, beside, columns_of, starting, with_columns
 from comfy_g2rpo.rewards import Reward, RewardError, check_prompts, score_all
 from comfy_g2rpo.rewards.protocol import needs_group, runs_elsewhere
 from comfy_g2rpo.runs import FileError, finite
@@ -47,7 +47,6 @@ class Entry:
     sha256: str = ""
     size: tuple[int, int] = (0, 0)
     problem: str = ""
-
 
     @property
     def asked(self) -> str:
@@ -98,7 +97,8 @@ def read_prompts(path: Path) -> dict[str, str]:
         if not all(isinstance(value, str) and value for value in values):
             raise RankingError(f'{path}, line {number} lacks file or prompt; write {{"file": "a.png", "prompt": "…"}}')
         columns = {name: value for name, value in row.items() if name not in ("file", "prompt")}
-        found[values[0]] = beside(with_columns(values[1], columns, f"{path}, line {number}"), path.parent)
+        place = f"{path}, line {number}"
+        found[values[0]] = starting(beside(with_columns(values[1], columns, place), path.parent), path.parent, place)
     return found
 
 
