@@ -313,6 +313,8 @@ def test_a_folder_of_another_family_says_which_to_choose():
 def test_gated_weights_that_are_not_here_are_named_with_the_way_to_them():
     with pytest.raises(ConfigError, match=r"hf download black-forest-labs/FLUX\.1-dev \(.*licence.*hf auth login"):
         model_folder("black-forest-labs/FLUX.1-dev")
+    with pytest.raises(ConfigError, match=r"or leave model\.path empty and give model\.text_encoders and model\.vae, too$"):
+        model_folder("black-forest-labs/FLUX.1-dev", files=True)
 
 
 @pytest.fixture

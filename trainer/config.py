@@ -233,8 +233,11 @@ def find(field: str, given: str, near: Path, hub: bool = False) -> Path | str:
     raise ConfigError(f"{field} is {given!r}, which does not exist; looked beside the recipe, in {Path.cwd()} and among the bundled files")
 
 
-def model_folder(path: str | None) -> Path | None:
-    """Return the folder or checkpoint of a model, or the folder of one that is given by name if the Hugging Face cache holds it."""
+def model_folder(path: str | None, files: bool = False) -> Path | None:
+    """Return the folder or checkpoint of a model, or the folder of one that is given by name if the Hugging Face cache holds it.
+
+    With `files` of its own for the transformer, whoever lacks the folder hears that it may not be needed.
+    """
     if path is None or Path(path).exists():
         return Path(path) if path else None
     from huggingface_hub import snapshot_download
@@ -245,7 +248,8 @@ def model_folder(path: str | None) -> Path | None:
     except LocalEntryNotFoundError as error:
         licence = f" (it may ask for its licence: accept it at https://huggingface.co/{path} and run: hf auth login)"
         fetch = f"fetch it with: hf download {path}{licence if path.startswith(GATED) else ''}"
-        raise ConfigError(f"model.path is {path!r}, which this machine does not have; {fetch}") from error
+        alone = ", or leave model.path empty and give model.text_encoders and model.vae, too" if files else ""
+        raise ConfigError(f"model.path is {path!r}, which this machine does not have; {fetch}{alone}") from error
 
 
 def places(given: str, near: Path) -> Iterator[Path]:

@@ -138,7 +138,7 @@ def load_policy(config: Config, device: torch.device | str, prompts: Sequence[st
     """
 
     def load() -> Any:
-        policy: Any = families.load(config.model, model_folder(config.model.path), "cpu")
+        policy: Any = families.load(config.model, model_folder(config.model.path, bool(config.model.transformer)), "cpu")
         for worn in config.model.lora:
             add_frozen(policy.transformer, Path(worn.path), worn.strength, config.model.family)
         return policy

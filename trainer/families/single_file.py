@@ -12,10 +12,10 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from comfy_g2rpo.lora_keys import FAMILIES, Family, Link
+from comfy_g2rpo.lora_keys import Family, Link
 
 from ..weights import DTYPES, FP8, PREFIXES, Stored, look_at
-from .layouts import TRANSFORMERS, UNUSED, Layout, by_rules
+from .layouts import UNUSED, Layout, by_rules
 
 READ = {**DTYPES, **FP8}
 SAME = by_rules(())
@@ -156,10 +156,3 @@ def rows(link: Link, module: str, count: int) -> tuple[int, int]:
     place, unit = link.diffusers.index(module), count / sum(link.shares)
     begin = math.floor(unit * sum(link.shares[:place]))
     return begin, begin + math.floor(unit * link.shares[place])
-
-
-def load_transformer(kind: Any, config: Path, path: Path, family: str, dtype: torch.dtype) -> nn.Module:
-    """Load a transformer's file into diffusers' class; `config` is a diffusers folder of the same model, which says its size."""
-    held = hold_transformer("model.transformer", path, FAMILIES[family], by_rules(TRANSFORMERS[family]))
-    described = kind.load_config(config / "transformer", local_files_only=True)
-    return build(held, lambda: kind.from_config(described), f"{config} describes", dtype)
