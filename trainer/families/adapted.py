@@ -146,7 +146,7 @@ class Adapted:
         """Put the adapter of a file of any form on the model, to draw with; a file that does not fit is refused."""
         pairs = for_transformer(path, self.transformer)
         state = {f"transformer.{name}.lora_{part}.weight": pair[i] for name, pair in pairs.items() for i, part in enumerate("AB")}
-        self.pipeline.load_lora_weights(state)
+        self.transformer.load_lora_adapter(state)
         self.find_layers()
 
     def rename(self, pairs: lora.Pairs) -> lora.Pairs:
