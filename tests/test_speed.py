@@ -15,6 +15,7 @@ from g2rpo_trainer import run as training
 from g2rpo_trainer import speed as speeding
 from g2rpo_trainer.config import ConfigError, load
 from g2rpo_trainer.families.flux import Cond, Flux
+from g2rpo_trainer.precision import store
 from g2rpo_trainer.progress import Silent
 from g2rpo_trainer.speed import CompiledBlocks, Completions, FP8Products, completions, fp8_linear
 
@@ -57,6 +58,15 @@ def test_completions_in_lower_precision_are_near_and_leave_the_rest_exact(flux, 
         found = completions(flux, Speed(precision=precision))(*asked)
         assert found.dtype == torch.float32 and least < error(found, exact) < most
         assert torch.equal(flux.velocity(*asked), exact)
+
+
+def test_weights_that_are_kept_in_8_bit_are_multiplied_in_it_too(asked):
+    policy = Flux(pipeline("dev"), max_sequence_length=24)
+    policy.add_lora(4, 8, seed=0)
+    store(policy.transformer, "fp8", 0, torch.device("cpu"))
+    with policy.inference():
+        exact, cheap = policy.velocity(*asked), completions(policy, Speed(precision="fp8"))(*asked)
+    assert 1e-2 < error(cheap, exact) < 8e-2
 
 
 def test_rows_in_8_bit_do_not_depend_on_one_another(flux, asked):

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from comfy_g2rpo.guard import Speed
+from comfy_g2rpo.limits import OutOfMemory
 from comfy_g2rpo.loop import CheapVelocity
 from comfy_g2rpo.policy import Policy
 
@@ -50,9 +51,9 @@ class Completions:
             try:
                 with self.blocks.in_place():
                     return self.policy.velocity(x, sigma, cond)
-            except torch.OutOfMemoryError:
+            except OutOfMemory:
                 raise
-            except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ImportError, OSError) as error:
+            except (RuntimeError, ImportError, OSError) as error:  # all that the compiler raises is one of these
                 why = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
                 self.notes.append(f"speed.compile is off: the blocks do not compile here ({why[:200]})")
                 self.blocks = None
