@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import native_files
 import qwen_folder
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
@@ -12,7 +13,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 MARKS = (*qwen_folder.MARKS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 KINDS = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
-PATCHES = 28 * 28  # pixels that are one token of the text encoder
 
 
 def tokenizer() -> Qwen2Tokenizer:
@@ -23,7 +23,7 @@ def tokenizer() -> Qwen2Tokenizer:
 
 def text_encoder() -> Qwen2_5_VLForConditionalGeneration:
     """Make the language model with eyes."""
-    config = qwen_folder.text_encoder().config
+    config = native_files.qwen_vl().config
     config.text_config.vocab_size = len(tokenizer())
     for name, mark in (("vision_start", 3), ("vision_end", 4), ("image", 5), ("video", 6)):
         setattr(config, f"{name}_token_id", 256 + mark)
@@ -33,19 +33,18 @@ def text_encoder() -> Qwen2_5_VLForConditionalGeneration:
 def save(folder: Path, kind: str = KINDS[0]) -> Path:
     """Write a folder with an index as it is published; the 2511 of Plus looks at its picture as at one without noise."""
     torch.manual_seed(0)
-    size = {"num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 32, "axes_dims_rope": (8, 12, 12)}
+    size = {"num_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1, "joint_attention_dim": 128}
     plus = kind == KINDS[1]
     parts = {
         "scheduler": ("diffusers", FlowMatchEulerDiscreteScheduler(**qwen_folder.SCHEDULER)),
-        "vae": ("diffusers", AutoencoderKLQwenImage(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)),
+        "vae": ("diffusers", AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1)),
         "text_encoder": ("transformers", text_encoder()),
         "tokenizer": ("transformers", tokenizer()),
         "transformer": ("diffusers", QwenImageTransformer2DModel(**size, zero_cond_t=plus)),
     }
     for name, (_, part) in parts.items():
         part.save_pretrained(folder / name)
-    # As few patches as the picture's shape allows.
-    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * PATCHES, "longest_edge": 16 * PATCHES})
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 12845056})
     for part in (images, tokenizer()):
         part.save_pretrained(folder / "processor")
     index = {name: [library, type(part).__name__] for name, (library, part) in parts.items()}

@@ -367,7 +367,7 @@ def test_comfyui_takes_every_key_of_the_lora_and_answers_the_same(comfyui, folde
     (x, sigma, cond), weights = batch, {name: tensor.contiguous() for name, tensor in dev.transformer.state_dict().items()}
     given = {"x": x, "sigma": sigma, "context": torch.stack([c.tokens for c in cond]), "pooled": torch.stack([c.pooled for c in cond])}
     given["picture"] = seeded_noise((len(cond), 16, 6, 10), "pictures")
-    editor = loaded(folders["dev"], edits=True)
+    editor = loaded(folders["dev"], edits="kontext")
     edits = [editor.cond(*c, picture) for c, picture in zip(cond, given["picture"], strict=True)]
     child = Path(__file__).with_name("comfy_child_flux.py")
     save_file(weights, tmp_path / "flux.safetensors")

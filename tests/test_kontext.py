@@ -147,12 +147,12 @@ def test_features_are_kept_by_text_and_content_of_the_picture(folder, pictures, 
 def test_its_transformers_file_is_enough_beside_the_parts_of_another_flux(base, tmp_path, prompts):
     write_tensors(tmp_path / "kontext.safetensors", flux_folder.published(base.transformer.state_dict()))
     dev = flux_folder.save(tmp_path / "dev")
-    policy = load(dev, transformer=str(tmp_path / "kontext.safetensors"), edits=True)
+    policy = load(dev, transformer=str(tmp_path / "kontext.safetensors"), edits="kontext")
     x, sigma = seeded_noise((4, *SHAPE), "latents"), torch.tensor([1.0, 0.6, 0.123, 0.6])
     with torch.no_grad():
         assert torch.equal(policy.velocity(x, sigma, policy.encode(prompts)), base.velocity(x, sigma, base.encode(prompts)))
-    with pytest.raises(ValueError, match=r"model\.edits is true, but Wan .* edits no pictures; remove it"):
-        families.load(ModelSection(family="wan", path=str(dev), edits=True), dev, "cpu")
+    with pytest.raises(ValueError, match=r"model\.edits is kontext, which is no Wan 2\.1 and 2\.2; set model\.family: flux"):
+        families.load(ModelSection(family="wan", path=str(dev), edits="kontext"), dev, "cpu")
 
 
 def test_a_model_that_takes_no_picture_refuses_a_prompt_with_one(tmp_path, pictures):

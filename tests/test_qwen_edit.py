@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import native_files
 import pytest
 import qwen_edit_folder
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from comfy_g2rpo import lora
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.rollout import roll_out, seeded_noise
-from comfy_g2rpo.runs import RunFolder, read_tensors
+from comfy_g2rpo.runs import RunFolder, read_tensors, write_tensors
 from g2rpo_trainer import families, prompt_cache
 from g2rpo_trainer.config import from_dict
 from g2rpo_trainer.estimate import measure
@@ -168,16 +169,43 @@ def test_what_the_model_does_not_take_is_refused(base, folder, tmp_path):
         load(broken)
 
 
-def test_a_run_learns_to_edit_and_leaves_a_lora_that_diffusers_loads_with_the_same_effect(folder, pictures, batch, tmp_path):
+def test_its_files_are_the_model_of_the_folder(base, folder, batch, tmp_path):
+    kind = type(base.pipeline).__name__
+    edits, mark = ("qwen_edit", {}) if kind == qwen_edit_folder.KINDS[0] else ("qwen_edit_2511", {"__index_timestep_zero__": torch.ones(1)})
+    texts = native_files.native_qwen(base.pipeline.text_encoder.state_dict())
+    files = {"transformer": base.transformer.state_dict() | mark, "vae": base.vae.state_dict(), "text_encoder": texts}
+    for name, weights in files.items():
+        write_tensors(tmp_path / f"{name}.safetensors", weights)
+    given = {"vae": str(tmp_path / "vae.safetensors"), "text_encoders": (str(tmp_path / "text_encoder.safetensors"),)}
+    given |= {"transformer": str(tmp_path / "transformer.safetensors"), "tokenizers": str(folder)}
+    policy = families.load(section(folder, path=None, edits=edits, **given), None, "cpu")
+    assert type(policy.pipeline).__name__ == kind
+    # The published numbers of a picture's marks are no words of a tiny tokenizer.
+    policy.pipeline.text_encoder.config.image_token_id = base.pipeline.text_encoder.config.image_token_id
+    x, sigma, prompts = batch
+    ours, theirs = policy.encode(prompts), base.encode(prompts)
+    for one, other in zip(ours, theirs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    with torch.no_grad():
+        assert torch.equal(policy.velocity(x, sigma, ours), base.velocity(x, sigma, theirs))
+    if mark:
+        with pytest.raises(ValueError, match=r"Qwen-Image-Edit-2511 looks at its picture in its own way; set model\.edits: qwen_edit_2511"):
+            families.load(section(folder, path=None, edits="qwen_edit_2509", **given), None, "cpu")
+    with pytest.raises(ValueError, match=r"no file has that model's transformer; give it as model\.transformer"):
+        families.load(section(folder, path=None, edits=edits, **given | {"transformer": None}), None, "cpu")
+
+
+def test_a_run_learns_to_edit_and_leaves_a_lora_that_diffusers_loads_with_the_same_effect(pictures, batch, tmp_path):
+    folder = qwen_edit_folder.save(tmp_path / "model", qwen_edit_folder.KINDS[1])
     rows = [{"prompt": TEXT, "image": str(image)} for image in pictures.values()]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tree = {
         "model": section(folder, guidance=4.0, schedule="pipeline").model_dump(),
         "lora": {"rank": 4, "alpha": 8},
-        "method": {"name": "g2rpo", "num_steps": 3, "group_size": 3, "learning_rate": 1e-2},
+        "method": {"name": "g2rpo", "num_steps": 3, "group_size": 3, "granularities": [1], "learning_rate": 1e-2},
         "rewards": [{"name": "colourfulness"}],
         "prompts": {"train": str(tmp_path / "train.jsonl"), "heldout_share": 0.5},
-        "train": {"steps": 1, "prompts_per_step": 1, "eval_noises": 1, "checkpoint_every": 1, "watch": "off"},
+        "train": {"steps": 1, "prompts_per_step": 1, "eval_noises": 1, "watch": "off", "slots": 2, "decode_batch": 1},
     }
     train(from_dict(tree), tmp_path / "run", progress=Silent())
     run = RunFolder.open(tmp_path / "run")

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from comfy_g2rpo import guard, pace, recipes
 from comfy_g2rpo.rewards.frames import DEFAULT, MODES
 
-from .families import FAMILIES, Schedule
+from .families import EDITS, FAMILIES, Schedule
 
 
 class Section(BaseModel):
@@ -62,8 +62,8 @@ class ModelSection(Section):
     )
     max_sequence_length: int = Field(256, ge=0, le=512, description="Tokens for the T5 encoder; 0 where the model has none.")
     frames: int = Field(1, ge=1, le=241, description="Frames of a clip: 1 for pictures, or 1 more than a multiple of 4 (wan).")
-    edits: bool = Field(
-        False, description="The transformer's file is FLUX.1 Kontext, which prompts with an image start from; a folder says so itself."
+    edits: Literal[tuple(EDITS)] | None = Field(
+        None, description="Model that edits the image of a prompt, where its transformer comes from a file; its own folder says so itself."
     )
     reference_size: int = Field(
         1024,

@@ -47,8 +47,8 @@ PIPELINES: dict[str, str] = {
 SINGLE_FILES = ("sd3", "flux", "flux2", "qwen_image", "wan", "z_image")
 """Families whose parts may come from files of their own."""
 
-EDITORS = ("flux", "qwen_image")
-"""Families with a model that starts from a prompt's picture."""
+EDITS = {"kontext": "flux", "qwen_edit": "qwen_image", "qwen_edit_2509": "qwen_image", "qwen_edit_2511": "qwen_image"}
+"""Models that start from a prompt's picture, and the family of each."""
 
 Schedule = Literal["method", "pipeline", "comfyui"]
 
@@ -90,8 +90,9 @@ def load(section: ModelSection, folder: Path | None, device: torch.device | str)
     """Load the model of a configuration's section onto a device, from its folder or checkpoint and from files of their own."""
     if section.frames > 1 and section.family != "wan":
         raise ValueError(f"model.frames is {section.frames}, but {FAMILIES[section.family]} makes single pictures; set it to 1")
-    if section.edits and section.family not in EDITORS:
-        raise ValueError(f"model.edits is true, but {FAMILIES[section.family]} edits no pictures; remove it")
+    if section.edits and EDITS[section.edits] != section.family:
+        remedy = f"set model.family: {EDITS[section.edits]}, or remove model.edits"
+        raise ValueError(f"model.edits is {section.edits}, which is no {FAMILIES[section.family]}; {remedy}")
     given = [name for name in ("transformer", "text_encoders", "vae", "tokenizers") if getattr(section, name)]
     if section.family not in SINGLE_FILES and (given or folder is None or folder.is_file()):
         remedy = f"remove {given[0]}" if given else "give its folder"

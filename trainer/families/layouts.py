@@ -41,7 +41,7 @@ TRANSFORMERS: dict[str, Rules] = {
     "z_image": ((r"(.+)\.attention\.norm_([qk])\.weight", r"\1.attention.\2_norm.weight"),),
 }
 UNUSED = re.compile(
-    r"(.*\.)?(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant|num_batches_tracked|position_ids|logit_scale)|spiece_model|tekken_model|"
+    r"(.*\.)?(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant|num_batches_tracked|position_ids|logit_scale)|spiece_model|tekken_model|__index_timestep_zero__|"
     r"norm_final\.weight|lm_head\.weight|text_projection\.weight|shared\.weight|encoder\.embed_tokens\.weight"
 )
 """What files hold beside a model's weights, or twice: no reason to refuse one."""

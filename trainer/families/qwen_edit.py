@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
 from PIL import Image
 from torch import Tensor
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ..sections import ModelSection
 
 BLANK = " "
+PIXELS = {"shortest_edge": 56**2, "longest_edge": 12845056}  # of a picture that Qwen2.5-VL looks at (its preprocessor_config.json)
+NEWEST = "__index_timestep_zero__"  # ComfyUI's mark of a 2511
 GLANCE = 384  # side of the square at whose area the text encoder of Plus looks at a picture
 
 
@@ -40,12 +42,32 @@ class Cond(NamedTuple):
 def load(section: ModelSection, path: Path, device: torch.device | str) -> QwenEdit:
     """Load the model of a configuration's section onto a device."""
     bf16, length, size = section.dtype == "bf16", section.max_sequence_length, section.reference_size
-    kind = QwenImageEditPlusPipeline if folder.pipeline_name(path) == QwenImageEditPlusPipeline.__name__ else QwenImageEditPipeline
-    parts = Parts(kind, "qwen_image", section, path, device)
-    pipeline = parts.pipeline({"processor": read_processor(path)})
+    parts, pipeline = from_folder(section, path, device) if "Edit" in folder.pipeline_name(path) else from_files(section, path, device)
     policy = QwenEdit(pipeline, guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
     policy.start_from_pictures(size)
-    return parts.attach(policy, kind.__name__, section.dtype, size, section.guidance > 1, parts=PICTURE_PARTS)
+    return parts.attach(policy, type(pipeline).__name__, section.dtype, size, section.guidance > 1, parts=PICTURE_PARTS)
+
+
+def from_folder(section: ModelSection, path: Path, device: torch.device | str) -> tuple[Parts, Any]:
+    """Load a pipeline from its own folder, of which files may replace parts."""
+    kind = QwenImageEditPlusPipeline if folder.pipeline_name(path) == QwenImageEditPlusPipeline.__name__ else QwenImageEditPipeline
+    parts = Parts(kind, "qwen_image", section, path, device)
+    return parts, parts.pipeline({"processor": read_processor(path)})
+
+
+def from_files(section: ModelSection, path: Path | None, device: torch.device | str) -> tuple[Parts, Any]:
+    """Load a pipeline from files, or from the folder of Qwen-Image with a transformer's file: the parts are the same."""
+    if section.transformer is None:
+        raise ValueError(f"model.edits is {section.edits}, but no file has that model's transformer; give it as model.transformer")
+    parts = Parts(QwenImagePipeline, "qwen_image", section, path, device)
+    newest = section.edits == "qwen_edit_2511"
+    if (NEWEST in parts.transformer.tensors) > newest or (newest and parts.folder):
+        remedy = "set model.edits: qwen_edit_2511, and give its other parts as files or its own folder"
+        raise ValueError(f"model.transformer {section.transformer}: Qwen-Image-Edit-2511 looks at its picture in its own way; {remedy}")
+    parts.facts["transformer"]["zero_cond_t"] = newest
+    plain = parts.pipeline()
+    kind = QwenImageEditPipeline if section.edits == "qwen_edit" else QwenImageEditPlusPipeline
+    return parts, kind(**plain.components, processor=PictureReader(picture_processor()(size=PIXELS), plain.tokenizer))
 
 
 class QwenEdit(Editing, QwenImage):
@@ -95,15 +117,20 @@ class PictureReader(Qwen2VLProcessor):
         ProcessorMixin.__init__(self, image_processor, tokenizer)
 
 
-def read_processor(path: Path) -> PictureReader:
-    """Read what turns a picture into the text encoder's patches, by Pillow on every machine."""
+def picture_processor() -> Any:
+    """Return the class that makes patches by Pillow, which is the same on every machine."""
     try:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as ImageProcessor
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     except ImportError:  # before transformers 5
-        from transformers import Qwen2VLImageProcessor as ImageProcessor
+        from transformers import Qwen2VLImageProcessor as Qwen2VLImageProcessorPil
+    return Qwen2VLImageProcessorPil
+
+
+def read_processor(path: Path) -> PictureReader:
+    """Read what turns a picture into the text encoder's patches from a folder."""
     place = path / "processor"
     try:
-        images, tokenizer = (kind.from_pretrained(place, local_files_only=True) for kind in (ImageProcessor, Qwen2Tokenizer))
+        images, tokenizer = (kind.from_pretrained(place, local_files_only=True) for kind in (picture_processor(), Qwen2Tokenizer))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model.path {path}: its processor cannot be read ({reason}); {folder.remedy(path, 'processor')}") from error

@@ -34,12 +34,10 @@ class Cond(NamedTuple):
 
 def load(section: ModelSection, path: Path | None, device: torch.device | str) -> QwenImage:
     """Load the model of a configuration's section onto a device; a folder of Edit as the model that edits a picture."""
-    if folder.pipeline_name(path) in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"):
+    if section.edits or folder.pipeline_name(path) in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"):
         from . import qwen_edit
 
         return qwen_edit.load(section, path, device)
-    if section.edits:
-        raise ValueError("model.edits: Qwen-Image-Edit is told by its folder; give that as model.path, its transformer's file beside it")
     bf16, length = section.dtype == "bf16", section.max_sequence_length
     parts = Parts(QwenImagePipeline, "qwen_image", section, path, device)
     policy = QwenImage(parts.pipeline(), guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
