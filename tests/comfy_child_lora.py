@@ -13,6 +13,7 @@ import comfy.sd
 import comfy.utils
 import comfy_side
 import torch
+from comfy_extras import nodes_flux
 
 import nodes
 
@@ -158,6 +159,8 @@ for name, (family, file, wants_tensors) in asked["files"].items():
             tensors[f"{name}|{key}"] = comfy.lora.calculate_weight(patches[key], torch.zeros(weights[key]), key)
     answers[name]["errors"] = [message for message in heard.messages if message.startswith("ERROR")]
 answers["new"] = hasattr(comfy.utils, "z_image_to_diffusers")
+if block := getattr(nodes_flux, "Flux2Scheduler", None):
+    tensors["flux2 sigmas"] = block.execute(20, 768, 512).result[0]
 
 
 def velocity(model: object, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

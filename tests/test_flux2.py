@@ -22,6 +22,7 @@ from comfy_g2rpo.runs import RunFolder, read_tensors
 from g2rpo_trainer import cli, families, prompt_cache
 from g2rpo_trainer.config import load as load_recipe
 from g2rpo_trainer.families.flux2 import Flux2
+from g2rpo_trainer.run import continue_from
 from g2rpo_trainer.sections import ModelSection
 
 SHORT, LONG = "a cat", "a red circle left of two blue squares, in the rain"
@@ -230,12 +231,15 @@ def test_the_exported_lora_of_a_run_has_the_same_effect_in_diffusers_and_in_the_
     file, base = RunFolder.open(run).latest() / "lora.safetensors", bases["klein base"]
     with pytest.raises(SystemExit):
         cli.main(["export", str(file), "--form", "diffusers", "--no-alpha", "--out", str(tmp_path / "diffusers.safetensors")])
-    ours, theirs = (load(folders, "klein base", guidance=4.0) for _ in range(2))
+    ours, theirs, continued = (load(folders, "klein base", guidance=4.0) for _ in range(3))
     ours.load_lora(file)
     theirs.pipeline.load_lora_weights(tmp_path / "diffusers.safetensors")
+    continued.add_lora(4, 8, seed=3, feed_forward=True)
+    continue_from(continued, file, 8 / 4, "flux2")
     x, sigma, cond = batch(base)
     with torch.no_grad():
         changed = ours.velocity(x, sigma, cond)
+        assert torch.allclose(continued.velocity(x, sigma, cond), changed, rtol=0, atol=1e-5)
         for row in range(3):
             assert torch.allclose(plain(theirs, x[row], sigma[row].item(), cond[row].tokens), changed[row], rtol=0, atol=1e-5)
     assert not torch.allclose(changed, base.velocity(x, sigma, cond), atol=1e-4)

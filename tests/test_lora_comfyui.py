@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import flux2_folder
 import pytest
 import torch
 from comfy_host import COMFYUIS, Answer, make_base, run_script
@@ -19,6 +20,7 @@ from comfy_g2rpo import lora
 from comfy_g2rpo.lora_convert import renamed, scaled
 from comfy_g2rpo.lora_forms import in_core, understand
 from comfy_g2rpo.lora_keys import FAMILIES
+from g2rpo_trainer.families.flux2 import Flux2
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("lora in comfyui")]
 
@@ -149,6 +151,12 @@ def test_core_answers_the_same_with_the_lora_that_a_run_leaves(core: Answer, cas
     assert (case.tuned - case.base).abs().max() > 1e-2
     assert (core.tensors[f"output|{family}"] - unpacked).abs().max() <= 1e-5
     assert (core.tensors[f"output|{family}|{form}"] - case.tuned.reshape(unpacked.shape)).abs().max() <= 1e-5
+
+
+def test_flux2s_block_for_noise_levels_has_those_of_the_pipeline(core: Answer) -> None:
+    skip_unknown(core, "flux2")
+    sigmas = Flux2(flux2_folder.pipeline("klein"), guidance=1.0).pipeline_sigmas(20, (128, 32, 48))
+    assert torch.allclose(core.tensors["flux2 sigmas"], sigmas, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.core])

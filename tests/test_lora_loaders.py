@@ -28,7 +28,7 @@ FORMS = [
     (prefix, names, alpha)
     for prefix in PREFIXES
     for names, alpha in (("AB", True), ("AB", False), (("down", "up"), True))
-    if prefix != "lycoris_"
+    if not (prefix.endswith("_") and names == "AB") and prefix != "lycoris_"
 ]
 
 
