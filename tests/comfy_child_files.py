@@ -51,6 +51,13 @@ def z_image() -> torch.nn.Module:
     return comfy.ldm.lumina.model.NextDiT(**Z, **axes, z_image_modulation=True, time_scale=1000.0, **COMMON)
 
 
+def lumina2() -> torch.nn.Module:
+    """Make the transformer of Lumina-Image 2.0."""
+    axes = {"cap_feat_dim": 32, "axes_dims": [32, 32, 32], "axes_lens": [300, 512, 512]}
+    sizes = {**Z, "dim": 288, "n_layers": 1, "n_heads": 3, "n_kv_heads": 1}
+    return comfy.ldm.lumina.model.NextDiT(**sizes, **axes, **COMMON)
+
+
 def clip() -> torch.nn.Module:
     """Make CLIP-L."""
     sizes = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 64, "max_position_embeddings": 12}
@@ -75,6 +82,7 @@ MAKE = {
     "wan_5B/vae": lambda: comfy.ldm.wan.vae2_2.WanVAE(z_dim=48, dec_dim=8, **WAN_VAE),
     "qwen_image/vae": lambda: comfy.ldm.wan.vae.WanVAE(z_dim=16, **WAN_VAE),
     "z_image/transformer": z_image,
+    "lumina2/transformer": lumina2,
 }
 
 root, found = sys.stdin.read(), {}

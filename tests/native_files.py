@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 import flux2_folder
 import flux_folder
+import lumina2_folder
 import qwen_folder
 import torch
 import transformers
@@ -142,11 +143,24 @@ def klein() -> Any:
     """Make a FLUX.2 klein, whose VAE normalises latents by statistics of its own."""
     made = flux2_folder.pipeline("klein base")
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    vae = diffusers.AutoencoderKLFlux2(**blocks, block_out_channels=[32, 32, 64, 64], layers_per_block=1)
+    vae = diffusers.AutoencoderKLFlux2(
+        **blocks, block_out_channels=[32, 32, 64, 64], decoder_block_out_channels=[32, 32, 32, 64], layers_per_block=1
+    )
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
     config = {**made.text_encoder.config.to_dict(), "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     made.vae, made.text_encoder = vae, transformers.Qwen3ForCausalLM(transformers.Qwen3Config.from_dict(config))
+    return made
+
+
+def lumina2() -> Any:
+    """Make a Lumina-Image 2.0, three of whose heads of queries share one of keys and values."""
+    made = lumina2_folder.pipeline()
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 288, "num_layers": 1, "num_refiner_layers": 1, "num_attention_heads": 3, "num_kv_heads": 1, "cap_feat_dim": 32}
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    made.transformer, made.vae = diffusers.Lumina2Transformer2DModel(**sizes), kl(0.3611, 0.1159)
+    made.text_encoder = transformers.Gemma2Model(transformers.Gemma2Config(**text, head_dim=256, vocab_size=300))
     return made
 
 
@@ -251,6 +265,29 @@ def native_z_image(weights: Weights) -> dict[str, Tensor]:
     return {**renamed(fused(weights, groups), names), "norm_final.weight": torch.ones(weights["x_pad_token"].shape[-1])}
 
 
+def native_lumina2(weights: Weights) -> dict[str, Tensor]:
+    """Name a transformer's weights as Alpha-VLLM's own files do."""
+    names = (
+        ("norm_out.linear_1", "final_layer.adaLN_modulation.1"),
+        ("norm_out.linear_2", "final_layer.linear"),
+        ("time_caption_embed.caption_embedder", "cap_embedder"),
+        ("time_caption_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+        ("time_caption_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+        ("feed_forward.linear_", "feed_forward.w"),
+        (".ffn_norm1.", ".ffn_norm_first."),
+        ("norm1.linear", "adaLN_modulation.1"),
+        (".norm1.norm.", ".attention_norm1."),
+        (".norm1.", ".attention_norm1."),
+        (".norm2.", ".attention_norm2."),
+        (".ffn_norm_first.", ".ffn_norm1."),
+        (".attn.norm_q.", ".attention.q_norm."),
+        (".attn.norm_k.", ".attention.k_norm."),
+        (".attn.to_out.0.", ".attention.out."),
+        (".attn.qkv.", ".attention.qkv."),
+    )
+    return renamed(fused(weights, {"attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v")}), names)
+
+
 def native_kl(weights: Weights) -> dict[str, Tensor]:
     """Name an autoencoder's weights as latent diffusion does, whose attention is made of convolutions."""
     made = {}
@@ -344,6 +381,7 @@ FAMILIES: dict[str, tuple[str, Callable[[], Any], dict[str, Native]]] = {
     "qwen_image": ("qwen_image", qwen_image, {"transformer": same, "vae": wan_21_vae, "text_encoder": native_qwen}),
     "wan 2.1": ("wan", lambda: wan("2.1"), {**WAN, "vae": wan_21_vae}),
     "wan 5B": ("wan", lambda: wan("2.2 5B"), {**WAN, "vae": wan_22_vae}),
+    "lumina2": ("lumina2", lumina2, {"transformer": native_lumina2, "vae": native_kl, "text_encoder": native_qwen}),
     "z_image": ("z_image", z_image, {"transformer": native_z_image, "vae": native_kl, "text_encoder": native_qwen}),
 }
 """Every model: its family, how it is made, and what its parts are called in files."""

@@ -315,6 +315,7 @@ def test_shapes_tell_a_published_text_encoder(kind):
 
 SD3 = {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "in_channels": 16}
 FLUX = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "in_channels": 64, "joint_attention_dim": 4096}
+LUMINA2 = {"hidden_size": 2304, "num_layers": 26, "num_refiner_layers": 2, "num_attention_heads": 24}
 WAN = {"text_dim": 4096, "freq_dim": 256}
 # What the configurations say that were published with the models.
 PUBLISHED: dict[str, tuple[str, dict[str, object]]] = {
@@ -354,6 +355,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, object]]] = {
     "Wan 1.3B": ("wan", {**WAN, "num_layers": 30, "num_attention_heads": 12, "in_channels": 16, "out_channels": 16, "ffn_dim": 8960}),
     "Wan 14B": ("wan", {**WAN, "num_layers": 40, "num_attention_heads": 40, "in_channels": 16, "out_channels": 16, "ffn_dim": 13824}),
     "Wan 5B": ("wan", {**WAN, "num_layers": 30, "num_attention_heads": 24, "in_channels": 48, "out_channels": 48, "ffn_dim": 14336}),
+    "Lumina-Image 2.0": ("lumina2", {**LUMINA2, "num_kv_heads": 8, "cap_feat_dim": 2304}),
     "Z-Image": ("z_image", {"dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30, "cap_feat_dim": 2560}),
 }
 
@@ -396,4 +398,4 @@ def test_the_files_of_these_tests_have_the_names_of_comfyuis_own_classes(comfyui
     assert done.returncode == 0, done.stderr[-4000:]
     differing = json.loads(done.stdout.splitlines()[-1])
     assert differing.pop("z_image/transformer") == ["norm_final.weight"]  # in the file alone, and used by nobody
-    assert len(differing) == 9 and not any(differing.values())
+    assert len(differing) == 10 and {name: names for name, names in differing.items() if names} == {}

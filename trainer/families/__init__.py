@@ -44,7 +44,7 @@ PIPELINES: dict[str, str] = {
     "Lumina2Pipeline": "lumina2",
 }
 """The family that a folder belongs to, by the diffusers pipeline that it names."""
-SINGLE_FILES = ("sd3", "flux", "flux2", "qwen_image", "wan", "z_image")
+SINGLE_FILES = ("sd3", "flux", "flux2", "qwen_image", "wan", "z_image", "lumina2")
 """Families whose parts may come from files of their own."""
 
 EDITS = {"kontext": "flux", "qwen_edit": "qwen_image", "qwen_edit_2509": "qwen_image", "qwen_edit_2511": "qwen_image"}

@@ -38,6 +38,13 @@ TRANSFORMERS: dict[str, Rules] = {
         (r"blocks\.(\d+)\.scale_shift_table", r"blocks.\1.modulation"),
         (r"scale_shift_table", "head.modulation"),
     ),
+    "lumina2": (
+        (r"(.+)\.attn\.norm_([qk])\.weight", r"\1.attention.\2_norm.weight"),
+        (r"(.+)\.norm1\.norm\.weight", r"\1.attention_norm1.weight"),
+        (r"(context_refiner\.\d+)\.norm1\.weight", r"\1.attention_norm1.weight"),
+        (r"(.+)\.norm2\.weight", r"\1.attention_norm2.weight"),
+        (r"time_caption_embed\.caption_embedder\.0\.weight", "cap_embedder.0.weight"),
+    ),
     "z_image": ((r"(.+)\.attention\.norm_([qk])\.weight", r"\1.attention.\2_norm.weight"),),
 }
 UNUSED = re.compile(

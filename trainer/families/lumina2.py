@@ -14,9 +14,8 @@ from torch import Tensor
 
 from comfy_g2rpo.lora_keys import LUMINA2
 
-from ..prompt_cache import for_model
-from . import folder
 from .adapted import Adapted, cells
+from .parts import Parts
 from .qwen_image import padded
 
 if TYPE_CHECKING:
@@ -31,15 +30,12 @@ class Cond(NamedTuple):
     tokens: Tensor  # Gemma 2, the layer before the last: [L, cap_feat_dim], as many as the prompt has
 
 
-def load(section: ModelSection, path: Path, device: torch.device | str) -> Lumina2:
-    """Load the model of a configuration's section onto a device; its text encoder when the first prompt is encoded."""
+def load(section: ModelSection, path: Path | None, device: torch.device | str) -> Lumina2:
+    """Load the model of a configuration's section onto a device."""
     bf16, length = section.dtype == "bf16", section.max_sequence_length
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    pipeline = folder.load_pipeline(Lumina2Pipeline, path, dtype, later=["text_encoder"]).to(device)
-    policy = Lumina2(pipeline, guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
-    policy.cache = for_model(path, "lumina2", section.dtype, length)
-    policy.load_text_encoders = lambda: folder.load_parts(Lumina2Pipeline, path, dtype, ["text_encoder"])
-    return policy
+    parts = Parts(Lumina2Pipeline, "lumina2", section, path, device)
+    policy = Lumina2(parts.pipeline(), guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
+    return parts.attach(policy, "lumina2", section.dtype, length)
 
 
 class Lumina2(Adapted):

@@ -107,15 +107,34 @@ def z_image(held: Held) -> dict[str, Any]:
     }
 
 
-TRANSFORMERS = {"sd3": sd3, "flux": flux, "flux2": flux2, "qwen_image": qwen_image, "wan": wan, "z_image": z_image}
+def lumina2(held: Held) -> dict[str, Any]:
+    """Describe a Lumina-Image 2.0."""
+    width, patch = held.size("x_embedder.weight")
+    head = held.size("layers.0.attn.norm_q.weight")[0]
+    return {
+        "hidden_size": width,
+        "in_channels": from_noise(held, patch, held.size("norm_out.linear_2.weight")[0]) // 4,
+        "num_layers": held.count("layers.{}.attn.to_q.weight"),
+        "num_refiner_layers": held.count("noise_refiner.{}.attn.to_q.weight"),
+        "num_attention_heads": width // head,
+        "num_kv_heads": held.size("layers.0.attn.to_k.weight")[0] // head,
+        "cap_feat_dim": held.size("time_caption_embed.caption_embedder.1.weight")[1],
+    }
+
+
+TRANSFORMERS = {"sd3": sd3, "flux": flux, "flux2": flux2, "qwen_image": qwen_image, "wan": wan, "z_image": z_image, "lumina2": lumina2}
 
 
 def kl_vae(held: Held) -> dict[str, Any]:
     """Describe an autoencoder of latent diffusion's kind."""
     stages = held.count("encoder.down_blocks.{}.resnets.0.conv1.weight")
+    widths = [held.size(f"encoder.down_blocks.{stage}.resnets.0.conv1.weight")[0] for stage in range(stages)]
+    decoding = [held.size(f"decoder.up_blocks.{stage}.resnets.0.conv1.weight")[0] for stage in reversed(range(stages))]
+    own = {} if decoding == widths else {"decoder_block_out_channels": decoding}  # FLUX.2 has one with a small decoder
     return {
+        **own,
         "latent_channels": held.size("decoder.conv_in.weight")[1],
-        "block_out_channels": [held.size(f"encoder.down_blocks.{stage}.resnets.0.conv1.weight")[0] for stage in range(stages)],
+        "block_out_channels": widths,
         "down_block_types": ["DownEncoderBlock2D"] * stages,
         "up_block_types": ["UpDecoderBlock2D"] * stages,
         "layers_per_block": held.count("encoder.down_blocks.0.resnets.{}.conv1.weight"),
@@ -163,11 +182,16 @@ def t5(held: Held) -> dict[str, Any]:
     }
 
 
-def qwen(held: Held) -> dict[str, Any]:
-    """Describe a Qwen language model, with the tower that sees for Qwen2.5-VL."""
+def gemma2(held: Held) -> dict[str, Any]:
+    """Describe a Gemma 2."""
+    return qwen(held, head=256)
+
+
+def qwen(held: Held, head: int = 128) -> dict[str, Any]:
+    """Describe a Qwen language model, with the tower that sees for Qwen2.5-VL; heads are of the size `head` where no norm tells it."""
     words, width = held.size("embed_tokens.weight")
     own = {"head_dim": held.size("layers.0.self_attn.q_norm.weight")[0]} if held.has("layers.0.self_attn.q_norm.weight") else {}
-    head = own.get("head_dim", 128)
+    head = own.get("head_dim", head)
     found: dict[str, Any] = {
         **own,
         "hidden_size": width,
@@ -189,4 +213,4 @@ def qwen(held: Held) -> dict[str, Any]:
     return found
 
 
-TEXT = {"clip_l": clip, "clip_g": clip, "t5xxl": t5, "umt5xxl": t5, "qwen2_5_vl": qwen, "qwen3": qwen}
+TEXT = {"clip_l": clip, "clip_g": clip, "t5xxl": t5, "umt5xxl": t5, "qwen2_5_vl": qwen, "qwen3": qwen, "gemma2": gemma2}

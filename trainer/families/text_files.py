@@ -118,11 +118,13 @@ def kind_of(held: Held) -> str:
     if held.has("encoder.block.0.layer.1.DenseReluDense.wi_0.weight"):
         every = held.has("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight")
         return "umt5xxl" if every else "t5xxl"
+    if held.has("layers.0.pre_feedforward_layernorm.weight") and not held.has("layers.0.self_attn.q_norm.weight"):
+        return "gemma2"
     if held.has("layers.0.self_attn.q_norm.weight") and held.has("embed_tokens.weight"):
         return "qwen3"
     if held.has("layers.0.self_attn.q_proj.bias") and held.has("visual.patch_embed.proj.weight"):
         return "qwen2_5_vl"
-    known = "CLIP, T5, UMT5, Qwen2.5-VL or Qwen3"
+    known = "CLIP, T5, UMT5, Qwen2.5-VL, Qwen3 or Gemma 2"
     raise ValueError(f"{held.field} {held.path} holds no text encoder that is known; give {known} as safetensors")
 
 

@@ -46,7 +46,7 @@ def load_one(name: str, fact: Mapping[str, Any], hub: str, folder: str | None, n
     root = comfyui(near)
     made = from_files(kind, root / fact["comfyui"], fact["settings"]) if root and "comfyui" in fact else None
     if made is None:
-        looked = f"{root} has none" if root else "the files lie in no ComfyUI, and COMFYUI_PATH names none"
+        looked = f"{root} has none for it" if root else "the files lie in no ComfyUI, and COMFYUI_PATH names none"
         raise ValueError(f"model.tokenizers is missing, and {looked}; run {remedy.replace('FOLDER', 'tokens')} and set it to that folder")
     if "chat_template" in fact:
         made.chat_template = fact["chat_template"]
