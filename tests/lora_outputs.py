@@ -84,11 +84,12 @@ def flux2(folder: Path) -> Case:
     return case("flux2", folder, policy, cond, native, seeded_noise((2, 128, 4, 6), "x"), {"guidance": torch.full((2,), 3.5)})
 
 
-def wan(folder: Path) -> Case:
-    """Wan 2.1 with a head of the published width and texts of the published width, which an older ComfyUI takes for granted."""
-    pipeline = wan_folder.pipeline()
+def wan(folder: Path, kind: str = "2.1") -> Case:
+    """Wan with a head of the published width and texts of the published width, which an older ComfyUI takes for granted."""
+    pipeline, channels = wan_folder.pipeline(kind), wan_folder.KINDS[kind][0]
     torch.manual_seed(0)
-    pipeline.transformer = WanTransformer3DModel(num_attention_heads=1, attention_head_dim=128, ffn_dim=192, num_layers=2)
+    sizes = {"num_attention_heads": 1, "attention_head_dim": 128, "ffn_dim": 192, "num_layers": 2}
+    pipeline.transformer = WanTransformer3DModel(**sizes, in_channels=channels, out_channels=channels)
     policy = Wan(pipeline, guidance=1.0, max_sequence_length=TOKENS)
     native = {}
     for key, value in copy.deepcopy(policy.transformer).state_dict().items():
@@ -97,7 +98,7 @@ def wan(folder: Path) -> Case:
             name = name.replace(old, new)
         native["head.modulation" if name == "modulation" else name] = value
     cond = [WanCond(seeded_noise((TOKENS, 4096), "text", row)) for row in range(2)]
-    return case("wan", folder, policy, cond, native, seeded_noise((2, 16, 1, 8, 12), "x"), {})
+    return case(f"wan {kind}", folder, policy, cond, native, seeded_noise((2, channels, 1, 8, 12), "x"), {})
 
 
-CASES = {"flux2": flux2, "wan": wan}
+CASES = {"flux2": flux2, "wan 2.1": wan, "wan 2.2 5B": lambda folder: wan(folder, "2.2 5B")}
