@@ -167,8 +167,8 @@ def velocity(model: object, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the velocity of a loaded model."""
     comfy.model_management.load_models_gpu([model], force_patch_weights=True)
     x, sigma = inputs["x"], inputs["sigma"]
-    guidance = {"guidance": inputs["guidance"]} if "guidance" in inputs else {}
-    denoised = model.model.apply_model(x, sigma, c_crossattn=inputs["context"], **guidance)
+    more = {name: inputs[key] for name, key in (("guidance", "guidance"), ("y", "pooled")) if key in inputs}
+    denoised = model.model.apply_model(x, sigma, c_crossattn=inputs["context"], **more)
     return (x - denoised) / sigma.view(-1, *[1] * (x.ndim - 1))
 
 

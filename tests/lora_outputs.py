@@ -19,6 +19,7 @@ from comfy_g2rpo import lora
 from comfy_g2rpo.rollout import seeded_noise
 from g2rpo_trainer.families.flux2 import Cond as Flux2Cond
 from g2rpo_trainer.families.flux2 import Flux2
+from g2rpo_trainer.families.sd3 import SD3, load_pipeline
 from g2rpo_trainer.families.wan import Cond as WanCond
 from g2rpo_trainer.families.wan import Wan
 
@@ -101,4 +102,12 @@ def wan(folder: Path, kind: str = "2.1") -> Case:
     return case(f"wan {kind}", folder, policy, cond, native, seeded_noise((2, channels, 1, 8, 12), "x"), {})
 
 
-CASES = {"flux2": flux2, "wan 2.1": wan, "wan 2.2 5B": lambda folder: wan(folder, "2.2 5B")}
+def sd3(folder: Path) -> Case:
+    """Stable Diffusion 3: the bundled model, whose diffusers file core loads as it is."""
+    policy = SD3(load_pipeline(Path(__file__).parent.parent / "models/tiny", torch.float32), guidance=1.0)
+    cond = policy.encode(["two red circles", "a green square left of a blue triangle"])
+    pooled = {"pooled": torch.stack([c.pooled for c in cond])}
+    return case("sd3", folder, policy, cond, dict(policy.transformer.state_dict()), seeded_noise((2, 16, 8, 8), "x"), pooled)
+
+
+CASES = {"sd3": sd3, "flux2": flux2, "wan 2.1": wan, "wan 2.2 5B": lambda folder: wan(folder, "2.2 5B")}

@@ -142,7 +142,9 @@ def test_core_changes_the_weights_by_what_was_trained(core: Answer, family: str,
     assert not any(value.any() for key, value in computed.items() if key not in wanted)
 
 
-@pytest.mark.parametrize(("name", "form"), [("flux2", "run"), ("flux2", "diffusers"), ("wan 2.1", "run"), ("wan 2.2 5B", "run")])
+@pytest.mark.parametrize(
+    ("name", "form"), [("sd3", "run"), ("flux2", "run"), ("flux2", "diffusers"), ("wan 2.1", "run"), ("wan 2.2 5B", "run")]
+)
 def test_core_answers_the_same_with_the_lora_that_a_run_leaves(core: Answer, cases: dict[str, Case], name: str, form: str) -> None:
     skip_unknown(core, name.split()[0])
     case, said = cases[name], core.data[f"output {name}"][form]
