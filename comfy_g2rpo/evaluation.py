@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .pace import Pace
 from .plan import deterministic
 from .policy import Trainee
 from .probe import FORKS, exploring, probe
-from .prompts import titled
+from .prompts import image_of, titled
 from .recipes import Recipe
 from .rewards import Reward
 from .rewards.protocol import embedder
@@ -196,11 +197,12 @@ def draw(
 
 def samples(names: Sequence[str], rows: Sequence[tuple[str, int]], scorer: Scorer) -> tuple[Sample, ...]:
     """Return the pictures that were kept, with their scores."""
-    scores = scorer.scores[:, :, 0]
-    return tuple(
-        Sample(titled(rows[i][0]), rows[i][1], {name: scores[r, i].item() for r, name in enumerate(names)}, picture)
-        for (i, _), picture in sorted(scorer.pictures.items(), key=lambda item: item[0])
-    )
+    scores, made = scorer.scores[:, :, 0], []
+    for (i, _), picture in sorted(scorer.pictures.items(), key=lambda item: item[0]):
+        (prompt, noise), image = rows[i], image_of(rows[i][0])
+        by_name = {name: scores[r, i].item() for r, name in enumerate(names)}
+        made.append(Sample(titled(prompt), noise, by_name, picture, start=Path(image) if image else None))
+    return tuple(made)
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:

@@ -3,7 +3,8 @@
     config.json                     what was asked for
     metrics.jsonl                   line 1 names the schema, then one row of METRICS per step
     images/<step>/                  index.json (prompt, seed, scores of each) and 000.png …: the same prompts and seeds at every step;
-                                    of a clip some frames side by side, and all of them in 000.webp
+                                    of a clip some frames side by side, and all of them in 000.webp;
+                                    of an edit the picture that it starts from in 000-start.png
     checkpoints/<step>/             lora.safetensors, state.safetensors, state.json
     summary.json                    what came out
 
@@ -33,7 +34,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from .pictures import clip_bytes, shown_frames, strip
+from .pictures import PictureError, clip_bytes, shown_frames, strip
+from .pictures import read as read_picture
 
 SCHEMA = "g2rpo-metrics/1"
 HEADER_BYTES = 8 * 2**20
@@ -228,7 +230,8 @@ def fitting(tensors: Mapping[str, Tensor], kind: str, like: Sequence[Tensor], pl
 class Sample:
     """One picture of the fixed prompts and seeds; image: [H, W, 3] in [0, 1] (None once it lies on disk), scores by reward.
 
-    Of a clip: image [F, H, W, 3] of 8-bit levels; the picture at `path` has `frames` of it side by side.
+    Of a clip: image [F, H, W, 3] of 8-bit levels; the picture at `path` has `frames` of it side by side. Of an edit: `start` is the file
+    of the picture that it starts from.
     """
 
     prompt: str
@@ -237,6 +240,7 @@ class Sample:
     image: Tensor | None = None
     path: Path | None = None
     frames: int = 1
+    start: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -392,14 +396,18 @@ class RunFolder:
         folder, index = self.path / "images" / f"{step:06d}" / kind, []
         for i, sample in enumerate(samples):
             row = {"file": f"{i:03d}.png", "prompt": sample.prompt, "seed": sample.seed, "scores": sample.scores}
-            index.append(row | save_picture(folder / f"{i:03d}.png", sample.image))
+            row |= save_picture(folder / f"{i:03d}.png", sample.image)
+            index.append(row | (save_start(folder / f"{i:03d}-start.png", sample.start) if sample.start else {}))
         write_json(folder / "index.json", index)
 
     def samples(self, step: int, kind: str = "") -> list[Sample]:
         """Read the index of a step's pictures."""
         folder = self.path / "images" / f"{step:06d}" / kind
-        rows = read_json(folder / "index.json")
-        return [Sample(row["prompt"], row["seed"], row["scores"], path=folder / row["file"], frames=row.get("frames", 1)) for row in rows]
+        found = []
+        for row in read_json(folder / "index.json"):
+            start = folder / Path(row["start"]).name if "start" in row else None
+            found.append(Sample(row["prompt"], row["seed"], row["scores"], None, folder / row["file"], row.get("frames", 1), start))
+        return found
 
     def sampled_steps(self, kind: str = "") -> list[int]:
         """List the steps that have pictures."""
@@ -438,6 +446,15 @@ def save_picture(path: Path, image: Tensor) -> dict[str, Any]:
     save_png(path, strip(image).float() / 255)
     write_bytes(path.with_suffix(".webp"), clip_bytes(image))
     return {"clip": path.with_suffix(".webp").name, "frames": len(shown_frames(len(image)))}
+
+
+def save_start(path: Path, start: Path) -> dict[str, Any]:
+    """Keep the picture that an edit starts from; return what an index says of it: nothing where it cannot be read any more."""
+    try:
+        save_png(path, read_picture(start))
+    except PictureError:
+        return {}
+    return {"start": path.name}
 
 
 def save_png(path: Path, image: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from comfy_g2rpo import lora
 from comfy_g2rpo.evaluation import Evaluation
+from comfy_g2rpo.pictures import read
 from comfy_g2rpo.pictures import size_of as size_on_disk
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.rollout import roll_out, seeded_noise
@@ -25,6 +26,7 @@ from g2rpo_trainer.config import from_dict
 from g2rpo_trainer.families.flux import pack, unpack
 from g2rpo_trainer.families.kontext import Kontext, size_of
 from g2rpo_trainer.progress import Silent
+from g2rpo_trainer.report import TILE
 from g2rpo_trainer.run import train
 from g2rpo_trainer.sections import ModelSection
 
@@ -177,6 +179,10 @@ def test_a_run_learns_to_edit_and_shows_which_picture_it_started_from(folder, pi
     run = RunFolder.open(tmp_path / "run")
     assert any(row.get("grad_norm", 0) > 0 for row in run.metrics())
     assert Evaluation.read(run, 1).prompts == (f"{TEXT} (wide.png)",) == tuple(sample.prompt for sample in run.samples(1))
+    start = run.samples(1)[0].start
+    assert start.parent == run.path / "images/000001" and torch.equal(read(start), read(pictures["wide"]))
+    with Image.open(run.path / "before_after.png") as report:
+        assert report.width > 2 * TILE
     file = run.latest() / "lora.safetensors"
     assert any(up.any() for _, up in lora.read(file).pairs.values())
     assert all(key.startswith("transformer.") for key in read_tensors(file)[0])

@@ -188,21 +188,25 @@ def before_after(before: Sequence[Sample], after: Sequence[Sample], path: Path, 
 
 
 def draw_block(prompt: str, couples: Sequence[tuple[Sample, Sample]]) -> Image.Image:
-    """Draw one prompt's pairs."""
-    label = 64
+    """Draw one prompt's pairs; where it starts from a picture, that stands before them."""
+    label, start = 64, couples[0][0].start
     names = list(couples[0][1].scores)
     lines = 18 * len(names)
     across = max(1 if sample.frames == 1 else sample.frames / 2 for couple in couples for sample in couple)
     across = round(TILE * across)
-    block = Image.new("RGB", (label + len(couples) * (across + GAP), 30 + 2 * (TILE + GAP) + lines), PAPER)
+    first = label + (TILE + GAP if start else 0)
+    block = Image.new("RGB", (first + len(couples) * (across + GAP), 30 + 2 * (TILE + GAP) + lines), PAPER)
     pen = ImageDraw.Draw(block)
     pen.text((label, 0), shortened(prompt, block.width - label), INK, font(18))
     for row, word in enumerate(("before", "after")):
         pen.text((0, 30 + row * (TILE + GAP) + TILE // 2 - 10), word, PALE, font(16))
+    if start:
+        block.paste(tile(start), (label, 30))
+        pen.text((label, 30 + TILE + GAP), "starts from", PALE, font(14))
     for i, couple in enumerate(couples):
-        left = label + i * (across + GAP)
+        left = first + i * (across + GAP)
         for row, sample in enumerate(couple):
-            block.paste(tile(sample), (left, 30 + row * (TILE + GAP)))
+            block.paste(tile(sample.path, sample.frames), (left, 30 + row * (TILE + GAP)))
         for line, name in enumerate(names):
             text, colour = gain(name, couple[0].scores.get(name), couple[1].scores.get(name))
             pen.text((left, 30 + 2 * (TILE + GAP) - 2 + 18 * line), text, colour, font(14))
@@ -217,11 +221,11 @@ def gain(name: str, old: float | None, new: float | None) -> tuple[str, str]:
     return f"{name} {old:.2f} → {new:.2f}", colour
 
 
-def tile(sample: Sample) -> Image.Image:
+def tile(path: Path, frames: int = 1) -> Image.Image:
     """Load a picture at the size of a tile, a clip's frames at half of it; small ones keep their pixels, large ones are filtered."""
-    with Image.open(sample.path) as image:
+    with Image.open(path) as image:
         picture = image.convert("RGB")
-    scale = TILE / max(picture.size) if sample.frames == 1 else TILE / max(2 * picture.width / sample.frames, picture.height)
+    scale = TILE / max(picture.size) if frames == 1 else TILE / max(2 * picture.width / frames, picture.height)
     size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
     return picture.resize(size, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)
 
