@@ -237,6 +237,8 @@ def update(
                 optimizer.step()
             else:
                 skipped += 1
+    # Nobody looks at them again, and the next rollout needs the room.
+    optimizer.zero_grad(set_to_none=True)
     metrics = {"grad_norm": sum(norms) / len(norms), "lr": optimizer.param_groups[0]["lr"], "skipped": float(skipped)}
     if recipe.kl:
         metrics["kl/velocity"] = totals["kl"] / len(norms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import sys
@@ -38,6 +39,7 @@ Recipe = Annotated[
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe, such as method.eta=0.5.")
 ]
+Preset = Annotated[str | None, typer.Option(help="Settings for a card of this size: 8gb, 12gb, 16gb, 24gb, 48gb, 80gb.")]
 
 
 WAITING = 3  # exit code of a run that waits for votes
@@ -54,18 +56,25 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Remove a former run in that folder first.")] = False,
     settings: Settings = None,
+    preset: Preset = None,
+    force: Annotated[bool, typer.Option("--force", help="Start even if memory will not be enough by estimate.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
 ) -> None:
     """Train a LoRA by a recipe; Ctrl-C stops it and --resume goes on."""
     if resume and replace:
         raise CommandError("--resume and --replace exclude each other; give one of them")
     from .config import load
+    from .presets import before_training, preset_settings
     from .progress import for_terminal
 
-    config = load(recipe, settings or [])
+    settings = preset_settings(recipe, preset, settings or [])
+    config = load(recipe, settings)
     folder = out or Path(config.out or Path("runs") / Path(recipe).stem)
     progress = for_terminal(quiet)
     quieten_libraries()
+    for line in before_training(config, force):
+        if not quiet:
+            typer.echo(line)
     from .run import train as run
     from .voting import UnvotedError
 
@@ -86,21 +95,24 @@ def train(
 
 
 @app.command()
-def plan(recipe: Recipe, settings: Settings = None) -> None:
+def plan(recipe: Recipe, settings: Settings = None, preset: Preset = None) -> None:
     """Say what a recipe will cost before anything runs: forwards, pictures, time, memory."""
     from .config import load
     from .estimate import count, measure, table
+    from .presets import foreseen, preset_settings
 
-    config = load(recipe, settings or [])
+    config = load(recipe, preset_settings(recipe, preset, settings or []))
     counts = count(config)
     quieten_libraries()
+    memory, trouble = foreseen(config)
     try:
-        cost = measure(config)
+        cost = None if trouble else measure(config)
     except (OSError, ValueError) as error:
-        typer.echo(table(counts, None))
-        typer.echo(f"time and memory are unknown, because the model cannot be loaded here: {error}")
-        return
-    typer.echo(table(counts, cost))
+        trouble = f"the model cannot be loaded here: {error}"
+        cost = None
+    typer.echo(table(counts, cost, memory))
+    if trouble:
+        typer.echo(f"time {'is' if memory else 'and memory are'} unknown, because {trouble}")
 
 
 @app.command()
@@ -194,6 +206,7 @@ def configuration(source: str, settings: list[str]) -> tuple[Config, Path | None
 
 def quieten_libraries() -> None:
     """Keep the model libraries' bars and notices out of the display, and the libraries themselves off the network."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name, value in {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
@@ -221,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
     except RuntimeError as error:
         if "out of memory" not in str(error).lower():
             raise
-        explain("out of memory; lower train.slots, train.decode_batch and train.micro_batch (they change speed, not results)")
+        explain("out of memory, even for one latent at a time; g2rpo plan RECIPE says what is needed, --preset SIZE fits a smaller card")
 
 
 def ours(traceback: TracebackType | None) -> bool:

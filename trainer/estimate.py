@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,12 +104,12 @@ def measure(config: Config) -> Cost:
     from .sampling import device
 
     where, train = device(), config.train
-    policy = load_policy(config, where)
+    # A prompt of the run: some models read none without its picture.
+    prompts = read_prompts(Path(config.prompts.train))[0][:1]
+    policy = load_policy(config, where, prompts)
     shape = policy.latent_shape(config.model.width, config.model.height)
     policy.add_lora(config.lora.rank, config.lora.alpha, train.seed, config.lora.targets != "attention")
-    # A prompt of the run: some models read none without its picture.
-    cond = policy.encode(read_prompts(Path(config.prompts.train))[0][:1])[0]
-    policy.drop_text_encoders()
+    cond = policy.encode(prompts)[0]
 
     def forward(batch: int) -> Tensor:
         x = seeded_noise((batch, *shape), "estimate").to(where)
@@ -142,8 +142,8 @@ def seconds(work: Callable[[], object], where: torch.device, repeats: int = 2) -
     return best
 
 
-def table(counts: Counts, cost: Cost | None) -> str:
-    """Lay the price out for reading."""
+def table(counts: Counts, cost: Cost | None, memory: Sequence[tuple[str, str]] = ()) -> str:
+    """Lay the price out for reading, rows about memory among it."""
     rows = [
         ("steps", f"{counts.steps}"),
         ("forwards per prompt group", f"{counts.group_forwards:,.0f}"),
@@ -155,6 +155,7 @@ def table(counts: Counts, cost: Cost | None) -> str:
         ("forwards in all", f"{counts.forwards:,.0f}"),
         ("pictures in all", f"{counts.images:,.0f}"),
     ]
+    rows += memory
     if cost:
         rows += [
             ("measured on", cost.device),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+HOST = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
 LARGEST_FP8 = 448.0
 NF4_BLOCK = 64
@@ -166,7 +167,7 @@ class StoredLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x [..., in], in x's precision, or autocast's."""
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return _Product.apply(x, self)
 
@@ -185,14 +186,14 @@ def linear_layers(block: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]
                 yield parent, name, child
 
 
-def store(transformer: nn.Module, quantization: str, swapped: int, device: torch.device) -> None:
+def store(transformer: nn.Module, quantization: str, swapped: int, device: torch.device, host: torch.device = HOST) -> None:
     """Give the blocks of a transformer stored layers on a device; those of the first `swapped` blocks keep theirs in main memory."""
     for number, block in enumerate(blocks_of(transformer)):
         waits = number < swapped
         if quantization == "none" and not waits:
             continue
         for parent, name, layer in list(linear_layers(block)):
-            setattr(parent, name, StoredLinear(layer, quantization, device, torch.device("cpu") if waits else device))
+            setattr(parent, name, StoredLinear(layer, quantization, device, host if waits else device))
 
 
 def stored(transformer: nn.Module) -> list[StoredLinear]:

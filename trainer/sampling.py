@@ -28,7 +28,7 @@ def draw(config: Config, prompts: Sequence[str], seed: int, lora_file: Path | No
     """
     from .run import load_policy
 
-    policy, recipe = load_policy(config, device()), make_recipe(config)
+    policy, recipe = load_policy(config, device(), prompts), make_recipe(config)
     if lora_file:
         policy.load_lora(lora_file)
     shape = policy.latent_shape(config.model.width, config.model.height)
