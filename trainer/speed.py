@@ -95,20 +95,19 @@ class FP8Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Take the place of linear layers where that pays."""
-        named = kwargs or {}
-        if func is functional.linear and len(args) + len(named) in (2, 3):
-            x, weight, bias = (*args, *(None,) * (3 - len(args)))
-            weight, bias = named.get("weight", weight), named.get("bias", bias)
-            if eligible(x, weight):
-                return fp8_linear(x, weight, bias)
-        return func(*args, **named)
+        return (linear if func is functional.linear else func)(*args, **kwargs or {})
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Do what torch.nn.functional.linear does, in 8 bit where that pays."""
+    return (fp8_linear if eligible(input, weight) else functional.linear)(input, weight, bias)
 
 
 def eligible(x: Tensor, weight: Tensor) -> bool:
     """Say whether a product x [..., K] · weight [N, K]ᵀ is made in 8 bit."""
-    rows, columns = weight.shape
     plain = weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and not weight.requires_grad
-    return plain and rows % 16 == 0 and columns % 16 == 0 and x.numel() >= FEW * columns
+    fitting = weight.dim() == 2 and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
+    return plain and fitting and x.numel() >= FEW * weight.shape[1]
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
