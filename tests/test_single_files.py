@@ -20,7 +20,8 @@ from g2rpo_trainer import families, prompt_cache
 from g2rpo_trainer.config import ConfigError, from_dict
 from g2rpo_trainer.families import sizes
 from g2rpo_trainer.families.single_file import Held
-from g2rpo_trainer.families.text_files import CONFIGS, facts_of_text, kind_of, named
+from g2rpo_trainer.families.text_files import CONFIGS, TextFiles, facts_of_text, kind_of, named
+from g2rpo_trainer.families.tokenizers import load_tokenizers
 from g2rpo_trainer.progress import Silent
 from g2rpo_trainer.run import train
 from g2rpo_trainer.sampling import draw
@@ -196,7 +197,10 @@ def test_a_file_in_the_wrong_place_is_refused_with_the_right_one(models, tmp_pat
             with pytest.raises(ValueError, match=rf"model\.{field} .*{message}"):
                 load("flux dev", None, **{**split(flux), field: str(path)})
     for texts, message in (
-        ((flux["text_encoder"],), r"lacks T5-XXL \(t5xxl_fp16\.safetensors\) of FLUX\.1; fetch it with: hf download comfyanonymous/"),
+        (
+            (flux["text_encoder"],),
+            r"lacks T5-XXL \(t5xxl_fp16\.safetensors in ComfyUI's models/text_encoders\) of FLUX\.1; fetch it with",
+        ),
         ((flux["text_encoder"], wan["text_encoder"]), r"is UMT5-XXL, but FLUX\.1 reads its prompts by CLIP-L and T5-XXL; remove it"),
         ((flux["text_encoder"], flux["text_encoder"]), r"is CLIP-L, and so is"),
         ((flux["vae"],), r"holds no text encoder that is known"),
@@ -371,16 +375,25 @@ def test_shapes_tell_every_published_variant(name):
     assert found == {**found, **config} and found.get("dual_attention_layers", []) == config.get("dual_attention_layers", [])
 
 
+def tokens_of(name: str, files: dict[str, Path]):
+    """Load the tokenizers for a model's files."""
+    facts = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
+    texts = TextFiles(name, facts, [str(path) for part, path in files.items() if part.startswith("text_encoder")], None)
+    return load_tokenizers(facts, None, files["transformer"], texts.held)
+
+
 @pytest.mark.comfyui
 @pytest.mark.parametrize("comfyui", COMFYUIS)
 def test_the_tokens_of_a_comfyui_are_the_published_ones(comfyui, models, monkeypatch):
     monkeypatch.setenv("COMFYUI_PATH", str(comfyui))
-    texts = load("sd3", None, **{**split(models["sd3"]), "tokenizers": None}).pipeline
-    assert texts.tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
-    padded = texts.tokenizer_2("a photo of a cat", padding="max_length").input_ids
+    with pytest.raises(ValueError, match=r"tokenizers: its tokenizer has 49408 words, but CLIP-L of .* knows 583; give the tokenizers"):
+        load("sd3", None, **{**split(models["sd3"]), "tokenizers": None})
+    texts = tokens_of("sd3", models["sd3"])
+    assert texts["tokenizer"]("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    padded = texts["tokenizer_2"]("a photo of a cat", padding="max_length").input_ids
     assert len(padded) == 77 and padded[6:9] == [49407, 0, 0]
-    assert texts.tokenizer_3("translate English to German: How old").input_ids == [13959, 1566, 12, 2968, 10, 571, 625, 1]
-    chat = load("z_image", None, **{**split(models["z_image"]), "tokenizers": None}).pipeline.tokenizer
+    assert texts["tokenizer_3"]("translate English to German: How old").input_ids == [13959, 1566, 12, 2968, 10, 571, 625, 1]
+    chat = tokens_of("z_image", models["z_image"])["tokenizer"]
     words = [{"role": "user", "content": "hello"}]
     asked = chat.apply_chat_template(words, tokenize=False, add_generation_prompt=True, enable_thinking=True)
     assert asked == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"

@@ -65,12 +65,16 @@ class Parts:
         if self.folder:
             given |= dict.fromkeys(self.text.held)
             later = [name for name in self.encoders() if name not in given]
-            return folder.load_pipeline(self.kind, self.folder, self.dtype, self.optional, given, later).to(self.device)
+            made = folder.load_pipeline(self.kind, self.folder, self.dtype, self.optional, given, later)
+            self.text.check_words(made)
+            return made.to(self.device)
         self.text.check(self.encoders(), self.optional)
         given["scheduler"] = getattr(diffusers, self.facts["scheduler"]["_class_name"]).from_config(self.facts["scheduler"])
         given |= load_tokenizers(self.facts, self.section.tokenizers, self.transformer.path, self.text.held)
         absent = [name for name in (*self.facts["text_encoders"], *self.facts["tokenizers"]) if name not in given]
-        return self.kind(**given, **dict.fromkeys(absent), **self.facts.get("options", {})).to(self.device)
+        made = self.kind(**given, **dict.fromkeys(absent), **self.facts.get("options", {}))
+        self.text.check_words(made)
+        return made.to(self.device)
 
     def attach(self, policy: Adapted, *settings: object, parts: Sequence[str] = PARTS) -> Any:
         """Give a policy its prompt cache and the loader of its text encoders; return it.
@@ -145,7 +149,8 @@ class Parts:
                 return held
         if self.folder:
             return None
-        raise ValueError(f"model.vae is missing: {self.title} decodes with {fact['title']} ({fact['file']}); {download(fact['hub'])}")
+        where = f"{fact['title']} ({fact['file']} in ComfyUI's models/vae)"
+        raise ValueError(f"model.vae is missing: {self.title} decodes with {where}; {download(fact['hub'])}")
 
     def _build_vae(self, held: Held) -> nn.Module:
         fact = self.facts["vae"]

@@ -57,8 +57,20 @@ class TextFiles:
         for name in components:
             if name not in self.held and name not in optional:
                 fact = facts_of_text(self.facts["text_encoders"][name])
-                where = f"{fact['title']} ({fact['file']})"
+                where = f"{fact['title']} ({fact['file']} in ComfyUI's models/text_encoders)"
                 raise ValueError(f"model.text_encoders lacks {where} of {self.title}; fetch it with: hf download {fact['hub']}")
+
+    def check_words(self, pipeline: Any) -> None:
+        """Refuse a tokenizer that knows more words than its text encoder."""
+        for component, held in self.held.items():
+            known = sizes.TEXT[self.facts["text_encoders"][component]](held)["vocab_size"]
+            name = component.replace("text_encoder", "tokenizer")
+            words = getattr(pipeline, name)
+            if words is not None and len(words) > known:
+                raise ValueError(
+                    f"model.tokenizers: its {name} has {len(words)} words, but {held.title} of {held.path} knows {known}; "
+                    f"give the tokenizers of this model"
+                )
 
     def check_width(self, transformer: Mapping[str, Any]) -> None:
         """Refuse a text encoder of another size than the transformer reads."""
