@@ -24,6 +24,7 @@ from g2rpo_trainer.families.wan import Cond as WanCond
 from g2rpo_trainer.families.wan import Wan
 
 TOKENS, RANK, ALPHA = 8, 4, 8
+FRAMES = {"2.1": 3, "2.2 5B": 1}  # of Wan's latents: a clip and a picture
 SIGMA = torch.tensor([0.9, 0.35])
 # The published names of Wan: parts of diffusers' names and what they stand for, one after the other.
 WAN_NAMES = (
@@ -60,7 +61,7 @@ class Case:
 
 def case(name: str, folder: Path, policy: Any, cond: Sequence[Any], native: dict[str, Tensor], x: Tensor, more: dict[str, Tensor]) -> Case:
     """Put a LoRA on every target of a policy, write it as a run does, and compute velocities without and with it."""
-    given = x[:, :, 0] if x.ndim == 5 else x
+    given = x[:, :, 0] if x.ndim == 5 and x.shape[2] == 1 else x  # a clip of one frame is a picture
     with torch.no_grad():
         base = policy.velocity(given, SIGMA, cond)
         policy.add_lora(RANK, ALPHA, 0, feed_forward=True)
@@ -99,7 +100,7 @@ def wan(folder: Path, kind: str = "2.1") -> Case:
             name = name.replace(old, new)
         native["head.modulation" if name == "modulation" else name] = value
     cond = [WanCond(seeded_noise((TOKENS, 4096), "text", row)) for row in range(2)]
-    return case(f"wan {kind}", folder, policy, cond, native, seeded_noise((2, channels, 1, 8, 12), "x"), {})
+    return case(f"wan {kind}", folder, policy, cond, native, seeded_noise((2, channels, FRAMES[kind], 8, 12), "x"), {})
 
 
 def sd3(folder: Path) -> Case:
