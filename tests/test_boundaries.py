@@ -147,6 +147,11 @@ def test_wheel_brings_what_the_page_of_votes_is_made_of(wheel: Path) -> None:
     assert {f"g2rpo_trainer/web/{name}" for name in (*MODULES, "g2rpo.css")} <= names
 
 
+def test_wheel_brings_the_facts_about_published_models(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"g2rpo_trainer/configs/{file.name}" for file in (ROOT / "trainer/configs").glob("*.json")} <= names
+
+
 def test_wheel_finds_its_own_recipes_prompts_and_model(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     load = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from g2rpo_trainer.config import load; print(load('demo', []))"
