@@ -1,8 +1,8 @@
 """How much do the methods learn? Recipes side by side on the bundled model, at equal CPU time and at equal model work.
 
-Every arm's learning rate, step weights and prompts per update are tuned with the same budget on the tuning prompts; the final figures are
-gains over the base model, paired by prompt and noise, on held-out prompts that nothing was tuned on, over seeds. One single-thread process
-per run.
+Every arm's learning rate, step weights, prompts per update and moving average are tuned with the same budget on the tuning prompts; the
+final figures are gains over the base model, paired by prompt and noise, on held-out prompts that nothing was tuned on, over seeds. One
+single-thread process per run.
 
     python benchmarks/learning.py tune   --out results/      # the settings of each arm
     python benchmarks/learning.py final  --out results/      # seeds × arms
@@ -44,8 +44,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "tempflow_grpo": {"name": "tempflow_grpo", "group_size": 4},
 }
 OWN = "own"
-START, WEIGHTS, PROMPTS = (2e-3, OWN, 2), (OWN, "balanced"), (1, 2, 4)
-"""Tuning starts at this learning rate, step weights (the recipe's own) and prompts per update; these weights and prompts are allowed."""
+START, WEIGHTS, PROMPTS, AVERAGES = (2e-3, OWN, 2, 0.0), (OWN, "balanced"), (1, 2, 4), (0.0, 0.9)
+"""Tuning starts at this learning rate, step weights (the recipe's own), prompts per update and decay of the adapter's moving average (0 is
+none); these weights, prompts and decays are allowed."""
 WORK = 5000
 """Model work at which the arms are compared: a forward of one latent is 1, its backward 2 more."""
 
@@ -161,14 +162,14 @@ def run_all(jobs: Iterable[dict[str, Any]], path: Path, workers: int) -> list[di
     return done
 
 
-Setting = tuple[float, str, int]
-"""A learning rate, the step weights, and a number of prompts per update."""
+Setting = tuple[float, str, int, float]
+"""A learning rate, the step weights, a number of prompts per update, and the decay of the adapter's moving average."""
 
 
 def describe(arm: str, setting: Setting, **common: Any) -> dict[str, Any]:
     """Describe a run of an arm at a setting."""
-    rate, weights, prompts = setting
-    method = {**SHARED, **ARMS[arm], **({} if weights == OWN else {"step_weight": weights})}
+    rate, weights, prompts, average = setting
+    method = {**SHARED, **ARMS[arm], **({} if weights == OWN else {"step_weight": weights}), **({"ema": average} if average else {})}
     return {"arm": arm, "method": method, "lr": rate, "weights": weights, "prompts": prompts, **common}
 
 
@@ -178,21 +179,28 @@ def tuning_jobs(arm: str, setting: Setting, cpu_seconds: float) -> list[dict[str
     return [describe(arm, setting, seed=seed, **common) for seed in TUNE_SEEDS]
 
 
+def setting_of(run: dict[str, Any]) -> Setting:
+    """Read a run's setting."""
+    return run["lr"], run.get("weights", OWN), run["prompts"], run["method"].get("ema", 0.0)
+
+
 def tried(results: Sequence[dict[str, Any]], arm: str) -> dict[Setting, float]:
     """List an arm's tries: the mean gain in agreement over the tuning seeds, by setting."""
     gains: dict[Setting, list[float]] = {}
     for run in results:
         if run["arm"] == arm:
-            gains.setdefault((run["lr"], run["weights"], run["prompts"]), []).append(run["curve"][-1]["agreement"])
+            gains.setdefault(setting_of(run), []).append(run["curve"][-1]["agreement"])
     return {setting: sum(found) / len(found) for setting, found in gains.items() if len(found) == len(TUNE_SEEDS)}
 
 
 def neighbours(setting: Setting, weighted: bool) -> list[Setting]:
-    """List a setting's neighbours: other step weights where they matter, twice and half the rate, half and twice the prompts."""
-    rate, weights, prompts = setting
-    others = [(rate, other, prompts) for other in WEIGHTS if weighted and other != weights]
-    counts = [(rate, weights, count) for count in (prompts // 2, prompts * 2) if count in PROMPTS]
-    return [*others, (rate * 2, weights, prompts), (rate / 2, weights, prompts), *counts]
+    """List a setting's neighbours: other step weights where they matter, twice and half the rate, other averages, other prompts."""
+    rate, weights, prompts, average = setting
+    others = [(rate, other, prompts, average) for other in WEIGHTS if weighted and other != weights]
+    rates = [(rate * 2, weights, prompts, average), (rate / 2, weights, prompts, average)]
+    averages = [(rate, weights, prompts, other) for other in AVERAGES if other != average]
+    counts = [(rate, weights, count, average) for count in (prompts // 2, prompts * 2) if count in PROMPTS]
+    return [*others, *rates, *averages, *counts]
 
 
 def next_setting(gains: dict[Setting, float], weighted: bool) -> Setting:
@@ -264,18 +272,18 @@ def report(final: Sequence[dict[str, Any]], out: Path, name: str, leader: str | 
         runs = [result for result in final if result["arm"] == arm]
         cells = {name: interval([reached(run, budget)[reward] for run in runs]) for name, (budget, reward) in COLUMNS.items()}
         means = [sum(reached(run, "cpu")[name] for run in runs) / len(runs) for name in ("updates", "work")]
-        setting = (runs[0]["lr"], runs[0].get("weights", OWN), runs[0]["prompts"])
+        setting = setting_of(runs[0])
         rows.append((arm, *setting, len(runs), *means, cells))
     rows.sort(key=lambda row: -row[-1]["agreement"][0])
     seconds, work = final[0]["cpu_seconds"], final[0]["work"]
     lines = [
-        f"| arm | lr | weights | prompts | seeds | updates | work | agreement, {seconds:g} CPU s | strict, {seconds:g} CPU s "
+        f"| arm | lr | weights | prompts | average | seeds | updates | work | agreement, {seconds:g} CPU s | strict, {seconds:g} CPU s "
         f"| agreement, {work:,} work |",
-        "|---" * 10 + "|",
+        "|---" * 11 + "|",
     ]
-    for arm, lr, weights, prompts, seeds, updates, spent, cells in rows:
+    for arm, lr, weights, prompts, average, seeds, updates, spent, cells in rows:
         gains = " | ".join(f"{mean:+.3f} ± {width:.3f}" for mean, width in cells.values())
-        lines.append(f"| {arm} | {lr:g} | {weights} | {prompts} | {seeds} | {updates:.0f} | {spent:,.0f} | {gains} |")
+        lines.append(f"| {arm} | {lr:g} | {weights} | {prompts} | {average:g} | {seeds} | {updates:.0f} | {spent:,.0f} | {gains} |")
     leader = leader or rows[0][0]
     lines += ["", *differences(final, leader, [row[0] for row in rows if row[0] != leader])]
     print("\n".join(lines))

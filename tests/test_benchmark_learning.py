@@ -45,20 +45,21 @@ def climb(gain, tries, weighted=True):
 
 def test_tuning_climbs_from_the_common_start_and_tries_every_kind_of_neighbour():
     rate = START[0]
-    tries = climb(lambda lr, weights, prompts: 1.0 if (lr, weights) == (rate, "balanced") else 0.5 if lr == rate else 0.0, 6)
-    assert tries[:4] == [START, (rate, "balanced", 2), (rate * 2, "balanced", 2), (rate / 2, "balanced", 2)]
-    assert tries[4:] == [(rate, "balanced", 1), (rate, "balanced", 4)]
+    tries = climb(lambda lr, weights, prompts, average: 1.0 if (lr, weights) == (rate, "balanced") else 0.5 if lr == rate else 0.0, 7)
+    balanced = (rate, "balanced", 2, 0.0)
+    assert tries[:4] == [START, balanced, (rate * 2, *balanced[1:]), (rate / 2, *balanced[1:])]
+    assert tries[4:] == [(rate, "balanced", 2, 0.9), (rate, "balanced", 1, 0.0), (rate, "balanced", 4, 0.0)]
 
 
 def test_tuning_goes_on_in_the_direction_that_pays():
-    assert max(climb(lambda lr, weights, prompts: -abs(lr - 8 * START[0]), 6))[0] >= 8 * START[0]
+    assert max(climb(lambda lr, weights, prompts, average: -abs(lr - 8 * START[0]), 6))[0] >= 8 * START[0]
 
 
 def test_an_arm_without_weights_to_choose_gets_as_many_tries():
-    tries = climb(lambda lr, weights, prompts: float(prompts), 8, weighted=False)
+    tries = climb(lambda lr, weights, prompts, average: float(prompts), 8, weighted=False)
     assert len(set(tries)) == 8
-    assert {weights for _, weights, _ in tries} == {OWN}
-    assert {prompts for _, _, prompts in tries} <= {1, 2, 4}
+    assert {weights for _, weights, _, _ in tries} == {OWN}
+    assert {prompts for _, _, prompts, _ in tries} <= {1, 2, 4}
 
 
 def test_a_setting_counts_with_the_mean_of_all_tuning_seeds():
@@ -66,7 +67,7 @@ def test_a_setting_counts_with_the_mean_of_all_tuning_seeds():
         job = next(job for job in tuning_jobs("mix_grpo", setting, 1.0) if job["seed"] == seed)
         return {**job, "curve": [{"agreement": gain}]}
 
-    other = (START[0], "balanced", 2)
+    other = (START[0], "balanced", 2, 0.9)
     first, second = TUNE_SEEDS
     results = [result(START, first, 0.1), result(START, second, 0.3), result(other, first, 9.0)]
     assert tried(results, "mix_grpo") == {START: pytest.approx(0.2)}
@@ -75,7 +76,7 @@ def test_a_setting_counts_with_the_mean_of_all_tuning_seeds():
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_is_a_recipe_with_the_shared_gradient_norm(arm):
-    for setting in (START, (START[0], "balanced", 2)):
+    for setting in (START, (START[0], "balanced", 2, 0.9)):
         settings = tuning_jobs(arm, setting, 1.0)[0]["method"]
         made = recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
         assert made.max_grad_norm < 1e-3
