@@ -77,6 +77,8 @@ def test_split_files_and_checkpoints_are_the_model_of_the_folder(models, name):
     folder, got = load(name, files["folder"]), load(name, None, **split(files))
     assert differing(got, folder) == []
     assert differing(load(name, files["checkpoint"], tokenizers=str(files["folder"])), folder) == []
+    t5 = [part for key, part in got.pipeline.components.items() if key.startswith("text_encoder") and hasattr(part, "shared")]
+    assert all(part.shared.weight.data_ptr() == part.encoder.embed_tokens.weight.data_ptr() for part in t5)
     theirs, ours = folder.encode([PROMPT])[0], got.encode([PROMPT])[0]
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     shape = folder.latent_shape(64, 64)

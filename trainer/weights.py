@@ -51,11 +51,11 @@ class Stored:
         """Load rows of the tensor, which may be in fp8; a number has one row."""
         shape = self.shape or (1,)
         row = self.size // shape[0] if shape[0] else 0
+        content = bytearray((end - begin) * row)
         with open(self.file, "rb") as file:
             file.seek(self.begin + begin * row)
-            content = bytearray(file.read((end - begin) * row))
-        if len(content) != (end - begin) * row:
-            raise FileError(f"{self.file} ends too early; download or save it again")
+            if file.readinto(content) != len(content):
+                raise FileError(f"{self.file} ends too early; download or save it again")
         kind, wanted = NUMBERS[self.dtype], (end - begin, *shape[1:])
         return torch.frombuffer(content, dtype=kind).reshape(wanted) if content else torch.empty(wanted, dtype=kind)
 

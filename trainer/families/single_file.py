@@ -19,6 +19,7 @@ from .layouts import UNUSED, Layout, by_rules
 
 READ = {**DTYPES, **FP8}
 SAME = by_rules(())
+EMBEDDINGS = ("shared.weight", "embed_tokens.weight")
 SCALES = ("scale_weight", "weight_scale")
 
 
@@ -107,8 +108,13 @@ def build(held: Held, make: Callable[[], nn.Module], described: str, dtype: torc
             f"{held.field} {held.path}: {len(strange)} of its weights, {strange[0]} first, are not in the model that {described}; "
             f"give the file of such a model, or another model.path"
         )
+    known: dict[Origin, Tensor] = {}
     for name, shape in wanted.items():
-        found[name] = read(held, origins[name], dtype).reshape(shape).contiguous()
+        # Embeddings that stand under two names are read, and kept, once.
+        again = known.get(origins[name])
+        found[name] = read(held, origins[name], dtype).reshape(shape).contiguous() if again is None else again.reshape(shape)
+        if name.endswith(EMBEDDINGS):
+            known[origins[name]] = found[name]
     module.load_state_dict(found, assign=True)
     return module.eval()
 
@@ -126,7 +132,7 @@ def origin(held: Held, name: str, shape: tuple[int, ...], described: str) -> Ori
         )
     kind, scale = held.tensors[found.key].dtype, scale_of(held, found.key)
     if kind not in READ or (scale and math.prod(held.tensors[scale].shape) != 1) or any(key in held.tensors for key in packed(found.key)):
-        what = f"{scale or found.key} is of type {kind}" if kind not in READ else f"{found.key} is packed in blocks"
+        what = f"{found.key} is of type {kind}" if kind not in READ else f"{found.key} is packed in blocks"
         raise ValueError(f"{held.field} {held.path}: {what}, which is not read; give the model in 16 bit or fp8")
     return found
 
