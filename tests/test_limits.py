@@ -150,7 +150,8 @@ def card_of(policy, rows, learning):
 def test_a_whole_run_goes_on_with_what_fits_and_says_so_in_notes_and_metrics(tmp_path):
     runs = []
     for name, rows, learning in (("large", 1000, 1000), ("small", 5, 1)):
-        made = config(tmp_path, train={"steps": 2, "slots": 16, "micro_batch": 4, "eval_every": 0})
+        quick = {"steps": 2, "slots": 16, "micro_batch": 4, "eval_every": 0, "watch": "off"}
+        made = config(tmp_path, train=quick, rewards=[{"name": "colourfulness"}], prompts={"heldout": None})
         setup, notes = training.prepare(made, Accelerator(cpu=True)), Notes()
         folder = training.open_run(made, tmp_path / name, resume=False, replace=False)
         with card_of(setup.policy, rows, learning):

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from g2rpo_trainer.config import bundled_folder, load
-from g2rpo_trainer.footprint import GIB, gib
+from g2rpo_trainer.footprint import GIB, sized
 from g2rpo_trainer.footprint import footprint as foresee
 from g2rpo_trainer.precision import blocks_of
 from g2rpo_trainer.presets import SIZES, Card, with_preset
@@ -71,11 +71,11 @@ def make(family: str) -> str:
                 break
             place += 1
         if not card.fits(foreseen):
-            print(f"{family} {name}: nothing fits, needs {gib(card.need(foreseen))}", flush=True)
+            print(f"{family} {name}: nothing fits, needs {sized(card.need(foreseen))}", flush=True)
             break
-        print(f"{family} {name}: {place}, needs {gib(card.need(foreseen))} GiB, {foreseen.phase}", flush=True)
+        print(f"{family} {name}: {place}, needs {sized(card.need(foreseen))}, {foreseen.phase}", flush=True)
         body = "".join(f"  {key}: {str(value).lower() if isinstance(value, bool) else value}\n" for key, value in changes.items())
-        lines.insert(0, f"{name}:  # {recipe} needs ≈ {gib(card.need(foreseen))} GiB by estimate, most in {foreseen.phase}\n{body}")
+        lines.insert(0, f"{name}:  # {recipe} needs ≈ {sized(card.need(foreseen))} by estimate, most in {foreseen.phase}\n{body}")
     return "".join(["# Made by tools/make_presets.py; g2rpo train RECIPE --preset SIZE. What --set gives goes before these.\n", *lines])
 
 

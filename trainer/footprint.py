@@ -95,14 +95,13 @@ class Footprint:
 
     def lines(self) -> list[tuple[str, str]]:
         """Lay it out for reading."""
-        parts = ", ".join(f"{name} {gib(size)}" for name, size in self.parts.items() if size >= GIB / 100)
-        peaks = ", ".join(f"{name} {gib(size)}" for name, size in self.peaks.items())
-        return [("memory, estimated", f"{gib(self.need)} GiB, in {self.phase}"), ("  what stays", parts), ("  peaks", peaks)]
+        parts, peaks = (", ".join(f"{name} {sized(size)}" for name, size in table.items() if size) for table in (self.parts, self.peaks))
+        return [("memory, estimated", f"{sized(self.need)}, in {self.phase}"), ("  what stays", parts), ("  peaks", peaks)]
 
 
-def gib(size: float) -> str:
-    """Write bytes as GiB."""
-    return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2f}"
+def sized(size: float) -> str:
+    """Write bytes as GiB, small ones as MiB."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
 
 
 def footprint(config: Config, sketch: Sketch | None = None) -> Footprint:

@@ -81,9 +81,9 @@ def this_card(device: torch.device) -> Card:
 
 def says(card: Card, foreseen: Footprint) -> str:
     """Say what is needed, and what there is."""
-    from .footprint import gib
+    from .footprint import sized
 
-    return f"needs ≈ {gib(card.need(foreseen))} GiB (estimate; most in {foreseen.phase}), you have {gib(card.free)} GiB ({card.name})"
+    return f"needs ≈ {sized(card.need(foreseen))} (estimate; most in {foreseen.phase}), you have {sized(card.free)} ({card.name})"
 
 
 def preflight(config: Config, card: Card, force: bool = False) -> str:
@@ -99,7 +99,7 @@ def preflight(config: Config, card: Card, force: bool = False) -> str:
 
 def remedy(config: Config, card: Card) -> str:
     """Name the largest preset with which a run would fit."""
-    from .footprint import footprint, gib
+    from .footprint import footprint, sized
 
     own = presets().get(str(config.model.family), {})
     for name in sorted(own, key=lambda name: -SIZES[name]):
@@ -107,7 +107,7 @@ def remedy(config: Config, card: Card) -> str:
             continue
         foreseen = footprint(with_preset(config, own[name]))
         if card.fits(foreseen):
-            return f"start it with --preset {name} (≈ {gib(card.need(foreseen))} GiB)"
+            return f"start it with --preset {name} (≈ {sized(card.need(foreseen))})"
     return "no preset fits: lower model.width and model.height, or take a smaller model"
 
 

@@ -1,0 +1,190 @@
+"""Presets for cards, and what is said of memory before a run starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from flux_folder import transformer
+from test_memory import config
+
+from g2rpo_trainer import presets
+from g2rpo_trainer.cli import main
+from g2rpo_trainer.config import ConfigError, bundled_folder, load, make_recipe
+from g2rpo_trainer.footprint import GIB, resident
+from g2rpo_trainer.memory import EmbeddingInTurn, check_card, in_turn
+from g2rpo_trainer.presets import SIZES, Card, preflight, preset_settings
+from g2rpo_trainer.sketch import build, look, published
+
+RECIPES = {
+    "flux": "flux_dev",
+    "flux2": "flux2_klein",
+    "lumina2": "lumina2",
+    "qwen_image": "qwen_image",
+    "sd3": "sd35_medium",
+    "wan": "wan21",
+    "z_image": "z_image",
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the configurations, and nothing else, of a FLUX.1 that is as wide as the published one and four blocks long."""
+    folder = tmp_path_factory.mktemp("wide")
+    sizes = {"_class_name": "FluxTransformer2DModel", "num_attention_heads": 24, "joint_attention_dim": 4096}
+    parts = {
+        "transformer": {**transformer().config, **sizes},
+        "vae": json.loads((bundled_folder("configs") / "flux_dev.json").read_text("utf-8"))["vae"]["config"],
+    }
+    for name, content in parts.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}), "utf-8")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("family", RECIPES)
+def test_every_preset_is_a_configuration_of_its_familys_recipe(family):
+    own = presets.presets()[family]
+    assert set(own) <= set(SIZES) and "24gb" in own
+    for name in own:
+        made = load(RECIPES[family], preset_settings(RECIPES[family], name))
+        assert made.model.family == family and made.train.slots == own[name]["train.slots"]
+
+
+@pytest.mark.parametrize("family", RECIPES)
+def test_a_smaller_card_is_asked_for_no_more(family):
+    own = [presets.presets()[family][name] for name in SIZES if name in presets.presets()[family]]
+    bits = {"none": 16, "fp8": 8, "nf4": 4}
+    for field in ("train.slots", "train.decode_batch", "train.micro_batch"):
+        assert [each[field] for each in own] == sorted(each[field] for each in own)
+    assert [bits[each["memory.quantization"]] for each in own] == sorted(bits[each["memory.quantization"]] for each in own)
+
+
+def test_what_is_set_goes_before_a_preset():
+    assert load("flux_dev", preset_settings("flux_dev", "16gb", ["train.slots=3"])).train.slots == 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "words"),
+    [
+        ("flux_dev", "16g", "--preset '16g' is unknown (did you mean '16gb'?); choose one of: 8gb"),
+        ("demo", "lagre", "is unknown; choose one of"),
+    ],
+)
+def test_a_preset_that_is_none_is_refused(recipe, name, words):
+    with pytest.raises(ConfigError) as error:
+        preset_settings(recipe, name)
+    assert words in str(error.value)
+
+
+def test_what_does_not_fit_is_refused_with_the_preset_that_does(wide, tmp_path):
+    made = config(wide, "flux", tmp_path, model={"dtype": "bf16", "width": 1024, "height": 1024}, train={"micro_batch": 8, "slots": 4})
+    card = Card("RTX 4060", 8 * GIB)
+    with pytest.raises(ConfigError, match=r"needs ≈ \d+\.\d GiB \(estimate; most in update\), you have 8\.0 GiB \(RTX 4060\)") as error:
+        preflight(made, card)
+    assert "start it with --preset 8gb (≈ " in str(error.value) and str(error.value).endswith("or go on with --force")
+    assert "no preset fits: lower model.width" in presets.remedy(made, Card("RTX 4060", GIB // 2))
+
+
+def test_a_train_command_that_does_not_fit_ends_before_anything_is_loaded(wide, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(presets, "this_card", lambda device: Card("RTX 4060", GIB // 2))
+    made = config(wide, "flux", tmp_path)
+    recipe = tmp_path / "wide.yaml"
+    recipe.write_text(yaml.safe_dump(made.model_dump(mode="json", exclude_none=True, exclude_defaults=True)), "utf-8")
+    with pytest.raises(SystemExit) as left:
+        main(["train", str(recipe), "--out", str(tmp_path / "run")])
+    assert left.value.code == 2 and "you have 512 MiB (RTX 4060)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", str(recipe), "--out", str(tmp_path / "run"), "--force"])
+    said = capsys.readouterr()  # it went on, to a folder without weights
+    assert "needs ≈ " in said.out and "this folder cannot be loaded" in said.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_packing_and_swapping_bring_the_estimate_down(wide, tmp_path):
+    found = {}
+    for name, memory in {"none": {}, "fp8": {"quantization": "fp8"}, "nf4": {"quantization": "nf4"}, "swap": {"block_swap": 4}}.items():
+        made = config(wide, "flux", tmp_path, model={"dtype": "bf16"}, memory=memory)
+        found[name] = resident(made, build(made, look(made.model)), make_recipe(made))["transformer"]
+    # Embeddings and norms stay as they are.
+    assert found["swap"] < 0.2 * found["nf4"] and 0.5 < found["fp8"] / found["none"] < 0.54 and 0.28 < found["nf4"] / found["none"] < 0.34
+
+
+@pytest.mark.parametrize("name", published())
+def test_published_sizes_are_those_of_the_models(name):
+    """Billions of weights as the models' cards say."""
+    cards = {"FLUX.1": 11.9, "3.5-medium": 2.5, "3.5-large": 8.1, "Qwen-Image": 20.4, "1.3B": 1.4, "T2V-14B": 14.3, "5B": 5.0}
+    cards |= {"Lumina": 2.6, "Z-Image": 6.2, "klein-base-4B": 3.9, "klein-base-9B": 9.1, "FLUX.2-dev": 32.2}
+    card = next(size for key, size in cards.items() if key in name)
+    assert weights_of(name) / 1e9 == pytest.approx(card, rel=0.03)
+
+
+def weights_of(name: str) -> int:
+    """Count a published transformer's weights without making any."""
+    from g2rpo_trainer.sketch import made, of_published
+
+    with torch.device("meta"):
+        return sum(tensor.numel() for tensor in made(of_published(published()[name]).transformer).state_dict().values())
+
+
+def test_a_precision_that_a_card_does_not_know_is_refused_with_another(tmp_path):
+    made = config(Path("models/tiny"), "sd3", tmp_path, memory={"quantization": "fp8"})
+    with pytest.raises(ValueError, match=r"memory\.quantization is fp8, which Apple's GPUs do not know; set it to none"):
+        check_card(made.model, made.memory, torch.device("mps"))
+    with pytest.raises(ValueError, match=r"memory\.block_swap .* set it to 0"):
+        check_card(made.model, config(Path("models/tiny"), "sd3", tmp_path, memory={"block_swap": 1}).memory, torch.device("mps"))
+    assert check_card(made.model, made.memory, torch.device("cpu")) == ""
+
+
+def test_a_card_that_computes_bf16_by_detours_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GTX 1080")
+    made = config(Path("models/tiny"), "sd3", tmp_path, model={"dtype": "bf16"})
+    assert "GTX 1080 computes bf16 by detours, slowly; model.dtype: fp32" in check_card(made.model, made.memory, torch.device("cuda"))
+
+
+class Weights(torch.nn.Linear):
+    """Weights that write down where they are sent, for want of a second device."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 1, device="meta")
+        self.sent: list[str] = []
+
+    def to(self, device):
+        self.sent.append(str(device))
+        return self
+
+
+class Judge:
+    """A reward with weights on a card."""
+
+    name, licence, compares_across_prompts, runs_elsewhere = "judge", "Apache-2.0", True, True
+
+    def __init__(self) -> None:
+        self.module = Weights()
+
+    def score(self, images, prompts):
+        assert self.module.sent[-1] == "meta"
+        return torch.zeros(len(images))
+
+    def embed(self, images):
+        assert self.module.sent[-1] == "meta"
+        return torch.ones(len(images), 2)
+
+
+def test_rewards_take_turns_on_the_card():
+    judge = Judge()
+    alone = in_turn(judge, torch.device("meta"))
+    assert isinstance(alone, EmbeddingInTurn) and judge.module.sent == ["cpu"]
+    assert alone.name == "judge" and not alone.runs_elsewhere and not hasattr(alone, "settle")
+    assert alone.score(torch.zeros(2, 4, 4, 3), ["a", "b"]).shape == (2,)
+    assert alone.embed(torch.zeros(2, 4, 4, 3)).shape == (2, 2)
+    assert judge.module.sent == ["cpu", "meta", "cpu", "meta", "cpu"]
+
+
+def test_a_reward_without_weights_on_a_card_is_left_as_it_is():
+    judge = Judge()
+    judge.module = torch.nn.Linear(3, 1)
+    assert in_turn(judge, torch.device("cpu")) is judge
