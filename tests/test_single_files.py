@@ -68,7 +68,8 @@ def differing(one, other) -> list[str]:
     """Name the weights in which two policies differ."""
     ours, theirs = weights(one), weights(other)
     shared = ours.keys() & theirs.keys()
-    return sorted(ours.keys() ^ theirs.keys()) + [name for name in shared if not torch.equal(ours[name], theirs[name])]
+    alike = {name for name in shared if ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name])}
+    return sorted((ours.keys() | theirs.keys()) - alike)
 
 
 @pytest.mark.parametrize("name", native_files.FAMILIES)
@@ -98,6 +99,11 @@ def test_files_may_have_the_names_of_diffusers_too(models, name):
     texts = tuple(path for part, path in found.items() if part.startswith("text_encoder"))
     given = {"transformer": found["transformer"], "vae": found["vae"], "text_encoders": texts, "tokenizers": str(folder)}
     assert differing(load(name, None, **given), load(name, folder)) == []
+
+
+@pytest.mark.parametrize("name", ["wan 2.1", "flux2 klein"])
+def test_in_16_bit_what_a_folder_keeps_exact_is_exact(models, name):
+    assert differing(load(name, None, dtype="bf16", **split(models[name])), load(name, models[name]["folder"], dtype="bf16")) == []
 
 
 def test_parts_of_a_folder_may_come_from_files_and_its_own_need_not_be_there(sd3, tmp_path):

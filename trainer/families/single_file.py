@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from comfy_g2rpo.lora_keys import Family, Link
@@ -109,10 +110,12 @@ def build(held: Held, make: Callable[[], nn.Module], described: str, dtype: torc
             f"give the file of such a model, or another model.path"
         )
     known: dict[Origin, Tensor] = {}
+    # What diffusers keeps in fp32 when it loads a folder in another precision.
+    exact = set(module._keep_in_fp32_modules or ()) if isinstance(module, ModelMixin) else set()
     for name, shape in wanted.items():
         # Embeddings that stand under two names are read, and kept, once.
-        again = known.get(origins[name])
-        found[name] = read(held, origins[name], dtype).reshape(shape).contiguous() if again is None else again.reshape(shape)
+        again, kind = known.get(origins[name]), torch.float32 if exact & set(name.split(".")) else dtype
+        found[name] = read(held, origins[name], kind).reshape(shape).contiguous() if again is None else again.reshape(shape)
         if name.endswith(EMBEDDINGS):
             known[origins[name]] = found[name]
     module.load_state_dict(found, assign=True)
