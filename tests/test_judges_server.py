@@ -30,6 +30,7 @@ from comfy_g2rpo.rewards import RewardError, Rule, checked
 from g2rpo_trainer.cli import main
 from g2rpo_trainer.judges import connect, server
 from g2rpo_trainer.judges.client import Limits
+from g2rpo_trainer.judges.protocol import body
 from g2rpo_trainer.judges.server import JudgeServer, listen, names_of, token_of
 
 TOKEN = "t" * 43
@@ -285,6 +286,14 @@ def test_columns_travel_with_their_prompt_and_are_part_of_what_is_remembered(jud
     for count in (2, 3, 3):
         far.score(image, [Prompt("a cat", {"count": count, "of": ["a", 1]})])
     assert [dict(columns_of(prompts[0])) for _, prompts in home.asked] == [{"count": 2, "of": ["a", 1]}, {"count": 3, "of": ["a", 1]}]
+
+
+def test_paths_of_pictures_are_neither_sent_nor_taken(judge: tuple[Any, Bright]) -> None:
+    far, home = judge
+    prompt = Prompt("a cat", {"image": "/home/me/cat.png", "reference": "/etc/hostname", "count": 2})
+    assert body([(np.zeros((4, 4, 3), np.uint8), prompt)])["columns"] == [{"count": 2}]
+    assert len(server.judge(home, ask(columns=[{"reference": "/etc/hostname", "count": 2}]))) == 1
+    assert [dict(columns_of(each)) for each in home.asked[-1][1]] == [{"count": 2}]
 
 
 def test_large_pictures_go_in_as_many_requests_as_the_server_allows(judge: tuple[Any, Bright]) -> None:

@@ -12,7 +12,7 @@ columns for each (what a prompt file says beside the prompt). Scores are finite,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -31,6 +31,7 @@ from .pictures import MAX_PIXELS, levels, to_base64
 PROTOCOL = "g2rpo-judge/1"
 MAX_IMAGES = 64
 MAX_COLUMNS = 64
+PLACES = ("image", "reference")  # columns that hold the path of a picture
 MAX_SCORE = 1e30  # beyond it, float32 is infinite
 
 
@@ -132,8 +133,13 @@ def connect_remote(client: Client, batch: int) -> RemoteReward:
 def body(asked: Sequence[tuple[np.ndarray, str]]) -> dict[str, Any]:
     """Write a request about pictures [H, W, 3] uint8 and their prompts."""
     content: dict[str, Any] = {"images": [to_base64(picture) for picture, _ in asked], "prompts": [str(prompt) for _, prompt in asked]}
-    columns = [dict(columns_of(prompt)) for _, prompt in asked]
+    columns = [without_places(columns_of(prompt)) for _, prompt in asked]
     return content | ({"columns": columns} if any(columns) else {})
+
+
+def without_places(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out where pictures lie: that is no judge's business, and no asker's to name a file on the judge's machine."""
+    return {name: value for name, value in columns.items() if name not in PLACES}
 
 
 def read(count: int, answer: Any) -> list[float]:

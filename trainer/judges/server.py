@@ -31,7 +31,7 @@ from comfy_g2rpo.rewards.protocol import needs_group, note_of
 from comfy_g2rpo.runs import finite
 
 from .pictures import MAX_PIXELS, PictureError, from_base64
-from .protocol import PROTOCOL, About, Request
+from .protocol import PROTOCOL, About, Request, without_places
 
 MAX_BODY = 72 * 2**20  # what MAX_PIXELS may take as PNG in base64, and the prompts
 MAX_WAITING = 16
@@ -153,7 +153,7 @@ def judge(reward: Reward, content: bytes) -> list[float]:
         raise Refusal(400, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}"[:300]) from error
     except (ValueError, RecursionError) as error:
         raise Refusal(400, "the body is not JSON") from error
-    columns = [{}] * len(asked.images) if asked.columns is None else asked.columns
+    columns = [{}] * len(asked.images) if asked.columns is None else [without_places(each) for each in asked.columns]
     if not len(asked.images) == len(asked.prompts) == len(columns):
         raise Refusal(400, f"{len(asked.images)} images, {len(asked.prompts)} prompts, {len(columns)} columns; give one of each per image")
     prompts = [Prompt(text, more) if more else text for text, more in zip(asked.prompts, columns, strict=True)]
