@@ -289,7 +289,7 @@ def test_columns_travel_with_their_prompt_and_are_part_of_what_is_remembered(jud
 
 
 def test_paths_of_pictures_are_neither_sent_nor_taken(judge: tuple[Any, Bright]) -> None:
-    far, home = judge
+    _, home = judge
     prompt = Prompt("a cat", {"image": "/home/me/cat.png", "reference": "/etc/hostname", "count": 2})
     assert body([(np.zeros((4, 4, 3), np.uint8), prompt)])["columns"] == [{"count": 2}]
     assert len(server.judge(home, ask(columns=[{"reference": "/etc/hostname", "count": 2}]))) == 1
