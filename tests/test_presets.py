@@ -1,5 +1,6 @@
 """Presets for cards, and what is said of memory before a run starts."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from test_memory import config
 from g2rpo_trainer import presets
 from g2rpo_trainer.cli import main
 from g2rpo_trainer.config import ConfigError, bundled_folder, load, make_recipe
-from g2rpo_trainer.footprint import GIB, resident
+from g2rpo_trainer.footprint import GIB, footprint, resident
 from g2rpo_trainer.memory import EmbeddingInTurn, check_card, in_turn
 from g2rpo_trainer.presets import SIZES, Card, preflight, preset_settings
-from g2rpo_trainer.sketch import build, look, published
+from g2rpo_trainer.sketch import build, look, of_published, published
+from g2rpo_trainer.sketch import made as made_of
 
 RECIPES = {
     "flux": "flux_dev",
@@ -103,6 +105,17 @@ def test_a_train_command_that_does_not_fit_ends_before_anything_is_loaded(wide, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("family", ["flux", "qwen_image"])
+def test_a_model_that_edits_needs_more_for_the_picture_that_it_looks_at(family, tmp_path):
+    name = {"flux": "black-forest-labs/FLUX.1-dev", "qwen_image": "Qwen/Qwen-Image"}[family]
+    short = {"num_layers": 1, "num_single_layers": 1} if family == "flux" else {"num_layers": 1}
+    plain = of_published(published()[name])
+    plain = dataclasses.replace(plain, transformer={**plain.transformer, **short})
+    made = config(Path("models/tiny"), family, tmp_path, model={"dtype": "bf16", "reference_size": 512, "width": 512, "height": 512})
+    peaks = [footprint(made, sketch).peaks["update"] for sketch in (plain, dataclasses.replace(plain, edits=True))]
+    assert peaks[1] > 1.1 * peaks[0]
+
+
 def test_packing_and_swapping_bring_the_estimate_down(wide, tmp_path):
     found = {}
     for name, memory in {"none": {}, "fp8": {"quantization": "fp8"}, "nf4": {"quantization": "nf4"}, "swap": {"block_swap": 4}}.items():
@@ -123,10 +136,8 @@ def test_published_sizes_are_those_of_the_models(name):
 
 def weights_of(name: str) -> int:
     """Count a published transformer's weights without making any."""
-    from g2rpo_trainer.sketch import made, of_published
-
     with torch.device("meta"):
-        return sum(tensor.numel() for tensor in made(of_published(published()[name]).transformer).state_dict().values())
+        return sum(tensor.numel() for tensor in made_of(of_published(published()[name]).transformer).state_dict().values())
 
 
 def test_a_precision_that_a_card_does_not_know_is_refused_with_another(tmp_path):

@@ -21,7 +21,7 @@ from comfy_g2rpo.scoring import to_8_bit
 from .config import Config, make_recipe
 from .precision import BYTES, StoredLinear, blocks_of, stored
 from .rewards import rewards_root
-from .sketch import Sketch, build, conds, look, pretended
+from .sketch import Sketch, build, cond, look, pretended
 
 if TYPE_CHECKING:
     from .families.adapted import Adapted
@@ -31,6 +31,10 @@ OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256, "prodigy": 16.0}
 """Bytes that an optimizer keeps per parameter of the adapter; Prodigy's are fewer for B, which starts at zero."""
 CARD = 0.7 * GIB
 """What a CUDA context and its libraries take before anything is loaded."""
+TEMPLATE = 32
+"""Tokens that a family puts around a prompt, at most."""
+PATCH = 28
+"""Side in pixels of what is one token to Qwen2.5-VL."""
 PHASES = ("encode", "rollout", "decode", "update")
 
 
@@ -199,14 +203,14 @@ def rollout_states(config: Config, policy: Adapted, recipe: Recipe) -> int:
 def measure(config: Config, policy: Adapted, sketch: Sketch) -> tuple[int, int, int]:
     """Run a forward of the rollout, a decoding and a forward with backward on a sketch: the bytes that each has alive at most."""
     train, shape = config.train, policy.latent_shape(config.model.width, config.model.height)
-    length = text_length(config)
+    length = text_length(config, sketch)
     with pretended(policy):
-        one = conds(policy, sketch, length, 1)
+        one = cond(policy, sketch, length, config.model.reference_size)
         if policy.blank is not None and policy.guidance > 1:
-            policy._prompts[policy.key(policy.blank)] = one[0]
+            policy._prompts[policy.blank] = one
 
         def forward(rows: int) -> Tensor:
-            return policy.velocity(torch.empty(rows, *shape), torch.empty(rows), one * rows)
+            return policy.velocity(torch.empty(rows, *shape), torch.empty(rows), [one] * rows)
 
         def roll() -> None:
             forward(train.slots)
@@ -236,7 +240,7 @@ def alive(work: Callable[[], object], inside: AbstractContextManager[None], befo
     return live.peak
 
 
-def text_length(config: Config) -> int:
+def text_length(config: Config, sketch: Sketch) -> int:
     """Return the most tokens that a prompt of the configuration can have; families that fill texts up take their full length."""
     heldout = Path(config.prompts.heldout) if config.prompts.heldout else None
     limit = config.model.max_sequence_length
@@ -244,4 +248,8 @@ def text_length(config: Config) -> int:
         return limit
     texts = load_prompts(Path(config.prompts.train), heldout, config.prompts.heldout_share, config.train.seed)
     # A token has at least a byte; the template around a prompt is short.
-    return min(limit, max(len(text.encode()) for text in (*texts.train, *texts.heldout)) + 32)
+    longest = max(len(text.encode()) for text in (*texts.train, *texts.heldout)) + TEMPLATE
+    if sketch.edits:
+        # Qwen-Image-Edit reads the picture among the text, in patches, and cuts nothing.
+        return longest + (config.model.reference_size // PATCH) ** 2
+    return min(limit, longest)

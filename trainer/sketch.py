@@ -40,7 +40,9 @@ KINDS = {
     "z_image": ("ZImagePipeline", "ZImage"),
     "lumina2": ("Lumina2Pipeline", "Lumina2"),
 }
-"""Pipeline and policy of every family; those that edit pictures are sketched as the models that they come from."""
+"""Pipeline and policy of every family."""
+EDITING = {"flux": ("kontext", "Kontext"), "qwen_image": ("qwen_edit", "QwenEdit")}
+"""Module and policy of a family's models that edit pictures; their transformers are the family's own."""
 LATER = ("text_encoder", "image_encoder")
 
 
@@ -53,6 +55,8 @@ class Sketch:
     text_parameters: Mapping[str, int]
     """Weights of the text encoders, by component."""
     clip_tokens: int = 77
+    edits: bool = False
+    """Whether prompts bring a picture."""
 
 
 def published() -> dict[str, Any]:
@@ -83,7 +87,8 @@ def look(section: ModelSection) -> Sketch:
             if part.name.startswith(LATER) and part.name not in text:
                 files = list(folder.weight_files(part))
                 text[part.name] = sum(size_of(stored) for file in files for stored in look_at(file).tensors.values())
-    return Sketch(transformer, vae, text, clip_tokens(parts.folder))
+    name = folder.pipeline_name(parts.folder) if parts.folder else ""
+    return Sketch(transformer, vae, text, clip_tokens(parts.folder), bool(section.edits) or "Edit" in name or "Kontext" in name)
 
 
 def of_published(known: Mapping[str, Any]) -> Sketch:
@@ -112,7 +117,9 @@ def clip_tokens(place: Path | None) -> int:
 def build(config: Config, sketch: Sketch) -> Adapted:
     """Build a policy on the meta device, its transformer packed as the configuration says."""
     section, memory = config.model, config.memory
-    pipeline_name, policy_name = KINDS[section.family]
+    (pipeline_name, policy_name), module_name = KINDS[section.family], str(section.family)
+    if sketch.edits:
+        module_name, policy_name = EDITING[module_name]
     dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
     with torch.device("meta"):
         transformer, vae = made(sketch.transformer), made(sketch.vae)
@@ -123,7 +130,7 @@ def build(config: Config, sketch: Sketch) -> Adapted:
     names = [name for name in kind.__init__.__annotations__ if name.startswith((*LATER, "tokenizer", "scheduler", "feature"))]
     pipeline = kind(**given, **dict.fromkeys(names))
     settings: dict[str, Any] = {"frames": section.frames} if section.family == "wan" else {}
-    policy: Any = getattr(import_module(f".families.{section.family}", __package__), policy_name)(
+    policy: Any = getattr(import_module(f".families.{module_name}", __package__), policy_name)(
         pipeline,
         guidance=section.guidance,
         max_sequence_length=section.max_sequence_length,
@@ -158,15 +165,16 @@ def convert(module: nn.Module, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
-def conds(policy: Adapted, sketch: Sketch, length: int, count: int) -> list[Any]:
-    """Make text features of a length for `count` prompts, inside `pretended`."""
-    config, name = sketch.transformer, type(policy).__name__
+def cond(policy: Adapted, sketch: Sketch, length: int, reference_size: int) -> Any:
+    """Make a prompt's features, of a text of a length and a square picture, inside `pretended`."""
+    config = sketch.transformer
     width = config.get("joint_attention_dim") or config.get("text_dim") or config.get("cap_feat_dim")
-    if name == "SD3":
+    if type(policy).__name__ == "SD3":
         length += sketch.clip_tokens
-    tokens = torch.empty(length, width, dtype=policy.dtype)
-    given = [tokens, torch.empty(config["pooled_projection_dim"], dtype=policy.dtype)] if "pooled" in policy.cond._fields else [tokens]
-    return [policy.cond(*given)] * count
+    channels, *side = policy.latent_shape(*[reference_size // 16 * 16] * 2) if sketch.edits else (0, 0, 0)
+    shapes = {"tokens": (length, width), "without": (length, width), "picture": (channels, *side)}
+    shapes["pooled"] = (config.get("pooled_projection_dim", 0),)
+    return policy.cond(*(torch.empty(shapes[name], dtype=policy.dtype) for name in policy.cond._fields))
 
 
 @contextmanager
