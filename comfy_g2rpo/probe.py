@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .limits import Limit
 from .plan import Plan
 from .policy import Policy, Trainee
 from .recipes import Recipe, build_plan
@@ -49,20 +50,19 @@ def probe(
 
 
 @torch.no_grad()
-def velocity_distance(
-    policy: Policy, rollout: Rollout, conds: Sequence[Any], slots: int, check: Callable[[], None] | None = None
-) -> float:
+def velocity_distance(policy: Policy, rollout: Rollout, conds: Sequence[Any], slots: int, check: Callable[[], None] | None = None) -> float:
     """Return the mean of ‖v − v_ref‖²/D over some states of a rollout, v_ref without the adapter: the velocity KL of the update."""
     count = len(rollout.plan.forks)
     chosen = sorted({round(i * (count - 1) / max(FORKS - 1, 1)) for i in range(FORKS)})
     sigma = rollout.coefficients.sigma[[rollout.plan.forks[f] for f in chosen]].repeat(len(conds)).to(rollout.x.device)
     x, velocity = rollout.x[:, chosen].flatten(0, 1), rollout.velocity[:, chosen].flatten(0, 1)
-    cond, total = [one for one in conds for _ in chosen], 0.0
+    cond = [one for one in conds for _ in chosen]
+
+    def distances(part: slice) -> Tensor:
+        if check:
+            check()
+        reference = policy.velocity(x[part], sigma[part], cond[part]).float()
+        return (velocity[part] - reference).square().flatten(1).mean(1)
+
     with policy.reference(), policy.inference():
-        for start in range(0, len(x), slots):
-            part = slice(start, start + slots)
-            if check:
-                check()
-            reference = policy.velocity(x[part], sigma[part], cond[part]).float()
-            total += (velocity[part] - reference).square().flatten(1).mean(1).sum().item()
-    return total / len(x)
+        return Limit(slots).parts(distances, len(x)).mean().item()

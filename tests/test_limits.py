@@ -12,6 +12,7 @@ from toys import SHAPE, ToyPolicy
 from comfy_g2rpo.limits import Limit, Limits, OutOfMemory
 from comfy_g2rpo.loop import learn, make_learner
 from comfy_g2rpo.pace import Pace
+from comfy_g2rpo.probe import velocity_distance
 from comfy_g2rpo.recipes import build_plan, recipe
 from comfy_g2rpo.rollout import roll_out
 from comfy_g2rpo.runs import RunFolder
@@ -164,3 +165,8 @@ def test_a_whole_run_goes_on_with_what_fits_and_says_so_in_notes_and_metrics(tmp
     assert [row["memory/slots"] for row in small] == [4, 4] and [row["memory/micro_batch"] for row in small] == [1, 1]
     for one, other in zip(large, small, strict=True):
         assert one["nfe"] == other["nfe"] and one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def test_the_distance_from_the_reference_is_measured_in_what_fits():
+    large, small = (velocity_distance(policy, rolled_out(policy, 16), CONDS, 8) for policy in (ToyPolicy(), SmallCard(3)))
+    assert large > 0 and small == pytest.approx(large, rel=1e-5)

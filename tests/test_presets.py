@@ -13,6 +13,7 @@ from test_memory import config
 from g2rpo_trainer import presets
 from g2rpo_trainer.cli import main
 from g2rpo_trainer.config import ConfigError, bundled_folder, load, make_recipe
+from g2rpo_trainer.families.flux import Flux
 from g2rpo_trainer.footprint import GIB, footprint, resident
 from g2rpo_trainer.memory import EmbeddingInTurn, check_card, in_turn
 from g2rpo_trainer.presets import SIZES, Card, preflight, preset_settings
@@ -114,6 +115,13 @@ def test_a_model_that_edits_needs_more_for_the_picture_that_it_looks_at(family, 
     made = config(Path("models/tiny"), family, tmp_path, model={"dtype": "bf16", "reference_size": 512, "width": 512, "height": 512})
     peaks = [footprint(made, sketch).peaks["update"] for sketch in (plain, dataclasses.replace(plain, edits=True))]
     assert peaks[1] > 1.1 * peaks[0]
+
+
+def test_a_model_that_a_sketch_does_not_tell_about_is_trained_without_an_estimate(wide, tmp_path, monkeypatch):
+    made = config(wide, "flux", tmp_path)
+    monkeypatch.setattr(Flux, "velocity", lambda self, x, sigma, cond: x[x > 0])
+    assert preflight(made, Card("RTX 4060", GIB)).startswith("memory cannot be foreseen for this model")
+    assert presets.foreseen(made)[1] == ""
 
 
 def test_packing_and_swapping_bring_the_estimate_down(wide, tmp_path):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,6 +36,7 @@ TEMPLATE = 32
 """Tokens that a family puts around a prompt, at most."""
 PATCH = 28
 """Side in pixels of what is one token to Qwen2.5-VL."""
+UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 PHASES = ("encode", "rollout", "decode", "update")
 
 
@@ -78,6 +80,10 @@ class Live(TorchDispatchMode):
     def forget(self, key: int) -> None:
         """Take note that a storage is gone."""
         self.now -= self.alive.pop(key, 0)
+
+
+class UnforeseenError(ValueError):
+    """A model whose memory a sketch of it does not tell."""
 
 
 @dataclass(frozen=True)
@@ -223,8 +229,11 @@ def measure(config: Config, policy: Adapted, sketch: Sketch) -> tuple[int, int, 
             forward(train.micro_batch).square().mean().backward()
 
         before = weights_of(policy)
-        rolling, decoding = (alive(work, policy.inference(), before, length) for work in (roll, decode))
-        return rolling, decoding, alive(learn, policy.training(), before, length)
+        try:
+            rolling, decoding = (alive(work, policy.inference(), before, length) for work in (roll, decode))
+            return rolling, decoding, alive(learn, policy.training(), before, length)
+        except UNKNOWN as error:
+            raise UnforeseenError(f"memory cannot be foreseen for this model, whose forward looks at numbers ({error})") from error
 
 
 def weights_of(policy: Adapted) -> list[Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 
 import torch
 from torch import nn
@@ -35,4 +37,5 @@ def prodigy(parameters: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.O
         from prodigyopt import Prodigy
     except ImportError as error:
         raise ValueError("method.optimizer is prodigy, which needs prodigyopt; install it with: pip install prodigyopt") from error
-    return Prodigy(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, decouple=True, use_bias_correction=True)
+    with redirect_stdout(io.StringIO()):  # it prints what it is told to do
+        return Prodigy(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, decouple=True, use_bias_correction=True)

@@ -88,9 +88,12 @@ def says(card: Card, foreseen: Footprint) -> str:
 
 def preflight(config: Config, card: Card, force: bool = False) -> str:
     """Foresee a run's memory and return the sentence; ConfigError where it does not fit, with the preset that would."""
-    from .footprint import footprint
+    from .footprint import UnforeseenError, footprint
 
-    foreseen = footprint(config)
+    try:
+        foreseen = footprint(config)
+    except UnforeseenError as error:
+        return str(error)
     sentence = says(card, foreseen)
     if force or card.fits(foreseen):
         return sentence
@@ -137,7 +140,7 @@ def before_training(config: Config, force: bool) -> list[str]:
 
 def foreseen(config: Config) -> tuple[list[tuple[str, str]], str]:
     """Return rows about a run's memory, and why it cannot start here, if so."""
-    from .footprint import footprint
+    from .footprint import UnforeseenError, footprint
     from .memory import check_card
     from .sampling import device
 
@@ -146,6 +149,8 @@ def foreseen(config: Config) -> tuple[list[tuple[str, str]], str]:
     try:
         check_card(config.model, config.memory, where)
         found = footprint(config)
+    except UnforeseenError as error:
+        return [("memory", str(error))], ""
     except (OSError, ValueError) as error:
         return [], f"the model cannot be loaded here: {error}"
     rows = [*found.lines(), ("memory", says(card, found))]
