@@ -101,8 +101,8 @@ def limit_of(rows: int | Limit) -> Limit:
 
 def free() -> None:
     """Give what an attempt has left behind back to the device."""
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
