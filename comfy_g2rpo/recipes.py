@@ -90,7 +90,7 @@ class Recipe:
     clip: float = option(1e-4, "Clip range of the ratio (log-probabilities are means over elements, hence the small numbers).", 0, 1)
     epochs: int = option(1, "Passes over one rollout (clipped objective).", 1, 100)
     update: str = option("accumulate", "Optimizer steps: one per rollout, or one per branch step.", choices=("accumulate", "per_step"))
-    kl: float = option(0.0, "Weight β of the velocity KL to the reference.", 0, 1000)
+    kl: float = option(0.0, "Weight β of the velocity KL, to the model without adapter where nothing else is named.", 0, 1000)
     kl_reference: str = option(
         "base",
         "What the velocity KL is measured against: the model without this adapter, or with the adapter that the run began with.",
