@@ -43,7 +43,10 @@ HEADER_TENSORS = 20_000
 LENGTH = ("steps", "minutes", "eval_every", "checkpoint_every", "keep_checkpoints")
 WATCHING = ("watch", "patience", "min_fall", "min_diversity", "max_dropped", "preview_width", "preview_height")
 ASKING = ("timeout", "retries", "concurrency", "batch", "device")
-MAY_CHANGE = {"train": LENGTH + WATCHING, "rewards": ASKING, "heldout_rewards": ASKING}
+AT_ONCE = ("slots", "decode_batch", "micro_batch")
+FITTING = ("block_swap", "gradient_checkpointing", "text_encoders", "rewards_in_turn")
+MAY_CHANGE = {"train": LENGTH + WATCHING + AT_ONCE, "rewards": ASKING, "heldout_rewards": ASKING, "memory": FITTING}
+"""Fields that a resumed run may have otherwise: none of them changes what is learned by more than rounding."""
 PREVIEW = "preview"
 CHECKPOINT_FILES = ("lora.safetensors", "state.safetensors", "state.json")
 

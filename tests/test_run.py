@@ -212,6 +212,8 @@ def test_a_run_of_an_earlier_version_is_resumed_where_its_missing_fields_are_at_
     shutil.copytree(whole[0], tmp_path / "old")
     (tmp_path / "old/config.json").write_text(json.dumps(older), "utf-8")
     training.open_run(from_dict(older["config"]), tmp_path / "old", resume=True, replace=False)
+    smaller = {**older["config"], "memory": {"gradient_checkpointing": True}, "train": {**older["config"]["train"], "slots": 2}}
+    training.open_run(from_dict(smaller), tmp_path / "old", resume=True, replace=False)
     for change, name in (({"model": {"schedule": "comfyui"}}, r"model\.schedule"), ({"lora": {"rank": 4, "alpha": 2}}, r"lora\.alpha")):
         with pytest.raises(RunError, match=name):
             training.open_run(config(tmp_path, **change), tmp_path / "old", resume=True, replace=False)
