@@ -19,11 +19,11 @@ demo: $(READY)  ## Align the bundled tiny flow model on any machine, in a few mi
 	$(RUN)/g2rpo train recipes/demo.yaml --out runs/demo --replace
 
 test: $(READY)  ## Run the tests, with ComfyUI's where one is found, and the coverage gate
-	$(RUN)/python -m pytest -n 2 --dist loadgroup --cov=comfy_g2rpo --cov-fail-under=95
+	$(RUN)/python -m pytest -n 3 --dist loadgroup --cov=comfy_g2rpo --cov-fail-under=95
 
 test-all: $(READY)  ## The same and the tests that drive a browser
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright
-	$(RUN)/python -m pytest -n 2 --dist loadgroup -m "" --cov=comfy_g2rpo --cov-fail-under=95
+	$(RUN)/python -m pytest -n 3 --dist loadgroup -m "" --cov=comfy_g2rpo --cov-fail-under=95
 
 bench: $(READY)  ## Measure rollout speed, credit assignment and scoring, short forms
 	$(RUN)/python benchmarks/rollout.py --quick

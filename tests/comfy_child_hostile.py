@@ -161,7 +161,7 @@ def attack_widgets(real: Mapping[str, Mapping[str, Any]]) -> None:
             values = hostile_values(one)
             if name in HEAVY:
                 # Texts that are taken run a whole training or comparison.
-                values = [(value, refuse) for i, (value, refuse) in enumerate(values) if refuse or i % 6 == 0]
+                values = [(value, refuse) for i, (value, refuse) in enumerate(values) if refuse or i % 12 == 0]
             if (name in LIST_BLOCKS and isinstance(one, io.Boolean.Input)) or name == "RunMonitor":
                 # Lists' switches may be anything that is true or false; the run may be one that an attack has made.
                 values = [(value, None) for value, _ in values]
@@ -231,12 +231,10 @@ server.last_prompt_id, server.last_node_id = "hostile", "hostile"
 real = real_inputs()
 before = portrait(real)
 memory = live_bytes()
-for act in (
-    lambda: attack_widgets(real),
-    lambda: attack_wires(court, real, execute, BLOCKS, LIST_BLOCKS),
-    lambda: attack_files(court, real, execute, OUTPUT / "g2rpo"),
-    attack_through_core,
-):
+acts = [lambda: attack_widgets(real), lambda: attack_wires(court, real, execute, BLOCKS, LIST_BLOCKS), attack_through_core]
+if given["files"]:
+    acts.insert(2, lambda: attack_files(court, real, execute, OUTPUT / "g2rpo"))
+for act in acts:
     act()
     print({name: round(spent, 1) for name, spent in court.seconds.items()}, flush=True)
 # A fresh prompt makes the executor forget the results that it keeps.

@@ -43,6 +43,8 @@ def comfyui_roots() -> list[Path]:
 COMFYUIS = [pytest.param(root, id=root.name) for root in comfyui_roots()] or [
     pytest.param(None, id="none", marks=pytest.mark.skip(reason=MISSING))
 ]
+NEWEST = COMFYUIS[-1].values[0]
+"""Where what is slow and the same in every ComfyUI is tried."""
 
 
 def python_of(comfyui: Path) -> str:

@@ -149,10 +149,9 @@ def test_a_run_that_the_watch_stopped_stays_stopped_until_it_is_told_to_go_on(wa
     assert summary["alarms"][-1]["step"] == further
 
 
-@pytest.mark.parametrize("stop_at", [5, 8])
-def test_an_interrupted_run_is_stopped_at_the_same_step_with_the_same_numbers(watched, tmp_path, stop_at):
+def test_an_interrupted_run_is_stopped_at_the_same_step_with_the_same_numbers(watched, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        training.train(config(tmp_path), tmp_path / "run", progress=Notes(stop_at))
+        training.train(config(tmp_path), tmp_path / "run", progress=Notes(stop_at=5))
     summary = training.train(config(tmp_path), tmp_path / "run", resume=True, progress=Silent())
     folder = RunFolder(tmp_path / "run")
     assert summary["steps"] == watched[1]["steps"] and rows_of(folder) == rows_of(watched[0])
