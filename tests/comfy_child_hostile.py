@@ -231,10 +231,12 @@ server.last_prompt_id, server.last_node_id = "hostile", "hostile"
 real = real_inputs()
 before = portrait(real)
 memory = live_bytes()
-acts = [lambda: attack_widgets(real), lambda: attack_wires(court, real, execute, BLOCKS, LIST_BLOCKS), attack_through_core]
-if given["files"]:
-    acts.insert(2, lambda: attack_files(court, real, execute, OUTPUT / "g2rpo"))
-for act in acts:
+for act in (
+    lambda: attack_widgets(real),
+    lambda: attack_wires(court, real, execute, BLOCKS, LIST_BLOCKS),
+    lambda: attack_files(court, real, execute, OUTPUT / "g2rpo"),
+    attack_through_core,
+):
     act()
     print({name: round(spent, 1) for name, spent in court.seconds.items()}, flush=True)
 # A fresh prompt makes the executor forget the results that it keeps.

@@ -43,8 +43,9 @@ def comfyui_roots() -> list[Path]:
 COMFYUIS = [pytest.param(root, id=root.name) for root in comfyui_roots()] or [
     pytest.param(None, id="none", marks=pytest.mark.skip(reason=MISSING))
 ]
-NEWEST = COMFYUIS[-1].values[0]
-"""Where what is slow and the same in every ComfyUI is tried."""
+EVERY = bool(os.environ.get("G2RPO_EVERY_COMFYUI"))
+NEWEST = COMFYUIS if EVERY else COMFYUIS[-1:]
+"""Where is tried what depends little on the ComfyUI around it: the newest that is found, or every one with G2RPO_EVERY_COMFYUI=1."""
 
 
 def python_of(comfyui: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfy_host import COMFYUIS, Answer, make_base, run_script
+from comfy_host import NEWEST, Answer, make_base, run_script
 from PIL import Image, PngImagePlugin
 from reward_folders import clip_folder, clip_model
 
@@ -107,7 +107,7 @@ IMAGES = (
 ).round() / 255
 
 
-@pytest.fixture(scope="module", params=COMFYUIS)
+@pytest.fixture(scope="module", params=NEWEST)
 def core(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answer:
     base = make_base(tmp_path_factory.mktemp("saving"))
     fill(base)

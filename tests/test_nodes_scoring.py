@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_host import COMFYUIS, Answer, make_base, run_script
+from comfy_host import NEWEST, Answer, make_base, run_script
 
 from comfy_g2rpo.advantages import integrate
 from comfy_g2rpo.plan import singular
@@ -97,7 +97,7 @@ def make_images() -> dict[str, torch.Tensor]:
 IMAGES = make_images()
 
 
-@pytest.fixture(scope="module", params=COMFYUIS)
+@pytest.fixture(scope="module", params=NEWEST)
 def core(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answer:
     given = {"prompt": PROMPT, "threshold": THRESHOLD, "lines": LINES, "scene": SCENE, "random": 400}
     return run_script(request.param, CHILD, make_base(tmp_path_factory.mktemp("scoring")), given, IMAGES)

@@ -165,8 +165,8 @@ def test_graph_and_command_line_make_the_same_steps(done: Answer, tmp_path: Path
 def test_a_killed_server_goes_on_from_the_last_finished_step(
     comfyui: Path, done: Answer, base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    if comfyui != NEWEST:
-        pytest.skip("a server is killed in the newest ComfyUI found alone")
+    if comfyui not in [one.values[0] for one in NEWEST]:
+        pytest.skip("in the newest ComfyUI alone, unless G2RPO_EVERY_COMFYUI=1")
     other = make_base(tmp_path_factory.mktemp("killed"))
     inputs = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "reward": ["2", 0], **TRAIN, "run": "killed"}
     graph = {**LOADERS, "3": {"class_type": "G2RPO_TrainLoRA", "inputs": inputs}}
