@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from flux_folder import transformer
+from make_presets import RECIPES
 from test_memory import config
 
 from g2rpo_trainer import presets
@@ -19,16 +20,6 @@ from g2rpo_trainer.memory import EmbeddingInTurn, check_card, in_turn
 from g2rpo_trainer.presets import SIZES, Card, preflight, preset_settings
 from g2rpo_trainer.sketch import build, look, of_published, published
 from g2rpo_trainer.sketch import made as made_of
-
-RECIPES = {
-    "flux": "flux_dev",
-    "flux2": "flux2_klein",
-    "lumina2": "lumina2",
-    "qwen_image": "qwen_image",
-    "sd3": "sd35_medium",
-    "wan": "wan21",
-    "z_image": "z_image",
-}
 
 
 @pytest.fixture(scope="module")
