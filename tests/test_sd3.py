@@ -22,6 +22,7 @@ from comfy_g2rpo.rollout import Rollout, roll_out, seeded_noise
 from comfy_g2rpo.schedule import shifted_sigmas
 from comfy_g2rpo.scoring import Scorer
 from comfy_g2rpo.update import backward, records, snapshot, step_weights, update
+from g2rpo_trainer.families import sd3_merged
 from g2rpo_trainer.families.sd3 import SD3, Cond, load_pipeline
 from g2rpo_trainer.families.sd3_merged import Merged
 from g2rpo_trainer.families.tiny_decoder import TinyDecoder, foldable
@@ -105,18 +106,24 @@ def test_the_merged_model_is_the_model_with_its_adapter(policy, batch):
 
 @pytest.mark.parametrize("qk_norm", [None, "rms_norm"])
 @pytest.mark.parametrize("width", [8, 64], ids=["many tokens", "few tokens"])
-def test_the_forward_of_rollouts_is_diffusers_own(qk_norm, width):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("kept", [256, 0], ids=["keeping", "forgetting"])
+def test_the_forward_of_rollouts_is_diffusers_own(monkeypatch, qk_norm, width, dtype, tolerance, kept):
+    monkeypatch.setattr(sd3_merged, "KEPT", kept)
     size = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": width, "caption_projection_dim": 2 * width, "sample_size": 8}
     text = {"joint_attention_dim": 12, "pooled_projection_dim": 10, "dual_attention_layers": (0, 1), "pos_embed_max_size": 8}
     torch.manual_seed(0)
-    model = SD3Transformer2DModel(**size, **text, qk_norm=qk_norm).double().eval()
-    prompts = [Cond(seeded_noise((7, 12), p).double(), seeded_noise((10,), p).double()) for p in range(2)]
+    model = SD3Transformer2DModel(**size, **text, qk_norm=qk_norm).to(dtype).eval()
+    prompts = [Cond(seeded_noise((7, 12), p).to(dtype), seeded_noise((10,), p).to(dtype)) for p in range(2)]
     cond, sigma = [prompts[p] for p in (0, 1, 0, 0)], torch.tensor([0.9, 0.9, 0.3, 0.9])
-    x = seeded_noise((4, 16, 8, 12), "x").double()
+    x = seeded_noise((4, 16, 8, 12), "x").to(dtype)
     tokens, pooled = torch.stack([c.tokens for c in cond]), torch.stack([c.pooled for c in cond])
     with torch.no_grad():
         expected = model(x, tokens, pooled, sigma * 1000, return_dict=False)[0]
-        assert torch.allclose(Merged(model)(x, sigma, cond), expected, rtol=0, atol=1e-6 * expected.abs().max())
+        merged = Merged(model)
+        for part in ([2], [0, 1], [0, 1, 2, 3], [3, 2]):  # pairs that are new, and such as are known in another order
+            found = merged(x[part], sigma[part], [cond[i] for i in part])
+            assert torch.allclose(found, expected[part], rtol=0, atol=tolerance * expected.abs().max())
 
 
 @pytest.mark.parametrize("blocks", [(1, 1, 1, 0), (1, 1, 1, 1)], ids=["last stage without blocks", "with"])

@@ -1,8 +1,8 @@
 """The forward of a Stable Diffusion 3 transformer in rollouts: what diffusers computes, without gradients, nothing of it twice.
 
 The adapter is added to copies of the weights; the model itself is not touched. q, k and v are one product. What depends on a state's
-prompt and noise level alone (the modulation, and the text's q, k and v in the first block) is computed once per pair and shared by the
-batch. What the last block would compute for the text and drop is left out.
+prompt and noise level alone (the modulation, and the text's q, k and v in the first block) is computed once per pair and kept. What the
+last block would compute for the text and drop is left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor, nn
 
 EPS = 1e-6  # of every norm in this architecture
-FUSES = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+PACKED = 2**22  # numbers in the largest weight of which a copy is laid out anew; oneDNN keeps half a megabyte of code per shape besides
+ROWS = 1024  # tokens in the products that the copy is laid out for
+KEPT = 256  # pairs of a prompt and a noise level
 
 
 class TextFeatures(Protocol):
@@ -35,16 +38,18 @@ class Affine:
         weights = [adapted(base, layer) for base, layer in zip(bases, layers, strict=True)]
         biases = [base.bias for base in bases]
         self.weight, self.bias = (values[0] if len(layers) == 1 else torch.cat(values) for values in (weights, biases))
+        small = self.weight.numel() <= PACKED and self.weight.dtype == torch.float32
+        self.packed = PACKS and small and self.weight.device.type == "cpu"
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply the layer to x [B, N, …]; what follows N is one vector."""
-        return F.linear(x.flatten(2), self.weight, self.bias)
-
-    def gelu(self, x: Tensor) -> Tensor:
-        """Apply the layer and tanh-GELU: on a CPU in one go, while the product is still in the cache."""
-        if FUSES and x.device.type == "cpu" and x.dtype == torch.float32:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "tanh")
-        return F.gelu(self(x), approximate="tanh")
+    def __call__(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        """Apply the layer, and tanh-GELU where asked, to x [B, N, …]; what follows N is one vector."""
+        if self.packed:  # oneDNN beats the product that PyTorch would take, and applies GELU while the result is still in the cache
+            name, kind = ("gelu", "tanh") if gelu else ("none", "")
+            return torch.ops.mkldnn._linear_pointwise(x.flatten(2), self.weight, self.bias, name, [], kind)
+        out = F.linear(x.flatten(2), self.weight, self.bias)
+        return F.gelu(out, approximate="tanh") if gelu else out
 
 
 def adapted(base: nn.Module, layer: nn.Module) -> Tensor:
@@ -62,8 +67,8 @@ class Modulation:
         self.weight, self.bias, self.parts = layer.weight, bias.flatten(), len(bias)
 
     def __call__(self, conditioning: Tensor) -> Tensor:
-        """Compute the vectors [parts, U, 1, D] from conditioning [U, D]."""
-        return F.linear(conditioning, self.weight, self.bias).view(len(conditioning), self.parts, 1, -1).transpose(0, 1)
+        """Compute the vectors [U, parts, 1, D] from conditioning [U, D]."""
+        return F.linear(conditioning, self.weight, self.bias).view(len(conditioning), self.parts, 1, -1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -80,7 +85,11 @@ class Heads:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Project x [B, N, D] to [parts, B, heads, N, d]."""
-        return self.project(x).view(len(x), x.shape[1], self.parts, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return self.split(self.project(x))
+
+    def split(self, projected: Tensor) -> Tensor:
+        """Cut [B, N, …] to [parts, B, heads, N, d]."""
+        return projected.view(*projected.shape[:2], self.parts, self.heads, -1).permute(2, 0, 3, 1, 4)
 
 
 def normalise(x: Tensor, weights: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
@@ -117,7 +126,7 @@ class Stream:
 
     def feed(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """Add the feed-forward layer to x [B, N, D], in place."""
-        return x.addcmul_(gate, self.narrow(self.wide.gelu(modulate(x, shift, scale))))
+        return x.addcmul_(gate, self.narrow(self.wide(modulate(x, shift, scale), gelu=True)))
 
 
 class Block:
@@ -148,17 +157,18 @@ class Block:
             normalise(k, (norm_k, norms[-1]), (n, m))
         return attend(q, k, v)
 
-    def __call__(self, x: Tensor, text: Tensor, conditioning: Tensor, row: Tensor, first: bool) -> tuple[Tensor, Tensor | None]:
-        """Run image tokens x [B, N, D], in place, and text tokens [B, M, D], or [U, M, D] in the first block; `row` [B] picks from U."""
+    def words(self, text: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+        """Modulate text tokens [B, M, D] and project them to q, k and v, or to k and v: [B, M, …]."""
+        shift, scale = (vectors[1], vectors[0]) if self.text.drops else vectors[:2]
+        return self.text.heads.project(modulate(text, shift, scale))
+
+    def __call__(self, x: Tensor, text: Tensor, image: Tensor, own: Tensor, words: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Run image tokens x [B, N, D] and text tokens [B, M, D], in place, with their modulation; `words` where those are known."""
         n = x.shape[1]
-        shift, scale, gate, *rest = self.image.modulation(conditioning)[:, row]
-        own = self.text.modulation(conditioning)
-        shared = own if first else own[:, row]
-        text_scale, text_shift = shared if self.text.drops else (shared[1], shared[0])
+        (shift, scale, gate, *rest), own = image.unbind(1), own.unbind(1)
         normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
-        image = self.image.heads(torch.addcmul(shift, normed, scale))
-        words = self.text.heads(modulate(text, text_shift, text_scale))
-        seen = self.attend_jointly(image, words[:, row] if first else words)
+        words = self.words(text, own) if words is None else words
+        seen = self.attend_jointly(self.image.heads(torch.addcmul(shift, normed, scale)), self.text.heads.split(words))
         x.addcmul_(gate, self.image.out(seen[:, :n]))
         if self.more:
             q, k, v = self.more(torch.addcmul(rest[3], normed, rest[4])).contiguous()
@@ -168,33 +178,52 @@ class Block:
         self.image.feed(x, *rest[:3])
         if self.text.drops:
             return x, None
-        _, _, gate, *rest = own[:, row] if first else shared
-        text = (text[row] if first else text).addcmul_(gate, self.text.out(seen[:, n:]))
-        return x, self.text.feed(text, *rest)
+        text.addcmul_(own[2], self.text.out(seen[:, n:]))
+        return x, self.text.feed(text, *own[3:])
 
 
 class Merged:
-    """A transformer with its adapter merged, as it stands when this is made."""
+    """A transformer with its adapter merged, as it stands when this is made; what it keeps is for the prompts that it has seen."""
 
     def __init__(self, transformer: SD3Transformer2DModel) -> None:
         self.transformer = transformer
         self.blocks = [Block(block) for block in transformer.transformer_blocks]
         self.last = Modulation(transformer.norm_out.linear, (0,))
+        self.row: dict[tuple[int, float], int] = {}  # of a prompt, by its object's id, and a noise level
+        self.prompts: list[TextFeatures] = []  # an id is an object's only while that lives
+        self.known: list[Tensor] = []
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Sequence[TextFeatures]) -> Tensor:
         """Return v [B, C, H, W] of x [B, C, H, W], sigma [B] and B prompts."""
-        model, (height, width) = self.transformer, x.shape[-2:]
-        pairs: dict[tuple[int, float], int] = {}
-        row = [pairs.setdefault((id(c), s), len(pairs)) for c, s in zip(cond, sigma.tolist(), strict=True)]
-        picked = [row.index(i) for i in range(len(pairs))]
-        row = torch.tensor(row, device=x.device)
-        tokens, pooled = (torch.stack([getattr(cond[i], name) for i in picked]).to(x.dtype) for name in ("tokens", "pooled"))
-        conditioning = F.silu(model.time_text_embed(sigma[picked] * 1000, pooled))
-        x, text = model.pos_embed(x).contiguous(), model.context_embedder(tokens)
-        for i, block in enumerate(self.blocks):
-            x, text = block(x, text, conditioning, row, first=i == 0)
-        scale, shift = self.last(conditioning)[:, row]
+        model, (height, width), side = self.transformer, x.shape[-2:], self.transformer.config.patch_size
+        row = self.look_up(sigma, cond)
+        text, words, end, *vectors = self.known
+        x, text, words = model.pos_embed(x).contiguous(), text.index_select(0, row), words.index_select(0, row)
+        for block, image, own in zip(self.blocks, vectors[::2], vectors[1::2], strict=True):
+            x, text = block(x, text, image.index_select(0, row), own.index_select(0, row), words)
+            words = None
+        scale, shift = end.index_select(0, row).unbind(1)
         out = model.proj_out(modulate(x, shift, scale))
-        side = model.config.patch_size
         out = out.view(len(x), height // side, width // side, side, side, -1)
         return out.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height, width)
+
+    def look_up(self, sigma: Tensor, cond: Sequence[TextFeatures]) -> Tensor:
+        """Return where in `known` each state's prompt and noise level are [B], after computing what is new."""
+        pairs = [(id(c), s) for c, s in zip(cond, sigma.tolist(), strict=True)]
+        if len(self.row) > KEPT:
+            self.row, self.prompts, self.known = {}, [], []
+        if picked := [*{pair: i for i, pair in enumerate(pairs) if pair not in self.row}.values()]:
+            new = self.prepare(sigma[picked], [cond[i] for i in picked])
+            self.known = [torch.cat(both) for both in zip(self.known, new, strict=True)] if self.row else new
+            self.row |= {pairs[i]: len(self.row) + place for place, i in enumerate(picked)}
+            self.prompts += [cond[i] for i in picked]
+        return torch.tensor([self.row[pair] for pair in pairs], device=sigma.device)
+
+    def prepare(self, sigma: Tensor, cond: Sequence[TextFeatures]) -> list[Tensor]:
+        """Compute what U pairs determine alone: text [U, M, D], the first block's words [U, M, …], modulation [U, parts, 1, D]."""
+        model = self.transformer
+        tokens, pooled = (torch.stack([getattr(c, name) for c in cond]).to(self.last.weight.dtype) for name in ("tokens", "pooled"))
+        conditioning = F.silu(model.time_text_embed(sigma * 1000, pooled))
+        text = model.context_embedder(tokens)
+        vectors = [stream.modulation(conditioning) for block in self.blocks for stream in (block.image, block.text)]
+        return [text, self.blocks[0].words(text, vectors[1].unbind(1)), self.last(conditioning), *vectors]
