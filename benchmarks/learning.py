@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"num_steps": 8, "shift": 3.0, "group_size": 8}
 SHARED = {"max_grad_norm": 3e-5}
 """What all arms share: gradients, whose norms are about 1e-3 and differ between steps and arms, are scaled to one norm."""
-TUNE_SEEDS, NOISES = (1000, 1001), 3
+TUNE_SEEDS, NOISES = (1000, 1001, 1002), 3
 ONE_STEP = {"name": "g2rpo", "pick": "random", "pick_size": 1}
 ARMS: dict[str, dict[str, Any]] = {
     "g2rpo {1}": {**ONE_STEP, "granularities": [1]},
@@ -44,9 +44,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "tempflow_grpo": {"name": "tempflow_grpo", "group_size": 4},
 }
 OWN = "own"
-START, WEIGHTS, PROMPTS, AVERAGES = (2e-3, OWN, 2, 0.0), (OWN, "balanced"), (1, 2, 4), (0.0, 0.9)
+START = (2e-3, OWN, 2, 0.0)
 """Tuning starts at this learning rate, step weights (the recipe's own), prompts per update and decay of the adapter's moving average (0 is
-none); these weights, prompts and decays are allowed."""
+none), unless an earlier tuning has chosen."""
+RATES = (2.5e-4, 3.5e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3)
+WEIGHTS, PROMPTS, AVERAGES = (OWN, "balanced"), (1, 2, 4), (0.0, 0.9)
 WORK = 5000
 """Model work at which the arms are compared: a forward of one latent is 1, its backward 2 more."""
 
@@ -190,23 +192,25 @@ def tried(results: Sequence[dict[str, Any]], arm: str) -> dict[Setting, float]:
     for run in results:
         if run["arm"] == arm:
             gains.setdefault(setting_of(run), []).append(run["curve"][-1]["agreement"])
-    return {setting: sum(found) / len(found) for setting, found in gains.items() if len(found) == len(TUNE_SEEDS)}
+    seeds = {run["seed"] for run in results}
+    return {setting: sum(found) / len(found) for setting, found in gains.items() if len(found) == len(seeds)}
 
 
 def neighbours(setting: Setting, weighted: bool) -> list[Setting]:
-    """List a setting's neighbours: other step weights where they matter, twice and half the rate, other averages, other prompts."""
+    """List a setting's neighbours: half the prompts, the next rates, other averages, other step weights where they matter, more prompts."""
     rate, weights, prompts, average = setting
-    others = [(rate, other, prompts, average) for other in WEIGHTS if weighted and other != weights]
-    rates = [(rate * 2, weights, prompts, average), (rate / 2, weights, prompts, average)]
+    place = RATES.index(rate)
+    fewer, more = ([(rate, weights, count, average)] if count in PROMPTS else [] for count in (prompts // 2, prompts * 2))
+    rates = [(RATES[i], weights, prompts, average) for i in (place + 1, place - 1) if 0 <= i < len(RATES)]
     averages = [(rate, weights, prompts, other) for other in AVERAGES if other != average]
-    counts = [(rate, weights, count, average) for count in (prompts // 2, prompts * 2) if count in PROMPTS]
-    return [*others, *rates, *averages, *counts]
+    others = [(rate, other, prompts, average) for other in WEIGHTS if weighted and other != weights]
+    return [*fewer, *rates, *averages, *others, *more]
 
 
-def next_setting(gains: dict[Setting, float], weighted: bool) -> Setting:
+def next_setting(gains: dict[Setting, float], weighted: bool, start: Setting) -> Setting:
     """Climb: the first neighbour of the best setting so far with a value that was never tried, else one that was not tried as a whole."""
     if not gains:
-        return START
+        return start
     ranked = sorted(gains, key=lambda setting: -gains[setting])
     values = [set(column) for column in zip(*gains, strict=True)]
     near = [neighbour for setting in ranked for neighbour in neighbours(setting, weighted)]
@@ -219,15 +223,15 @@ def weighted(arm: str) -> bool:
     return ARMS[arm].get("pick_size") != 1
 
 
-def tune(arms: Sequence[str], path: Path, cpu_seconds: float, workers: int, tries: int) -> dict[str, Setting]:
-    """Give every arm the same number of tries, one round after another; return its best setting."""
+def tune(starts: dict[str, Setting], path: Path, cpu_seconds: float, workers: int, tries: int) -> dict[str, Setting]:
+    """Give every arm the same number of tries, the first at its start, one round after another; return its best setting."""
     results = read(path)
     for count in range(1, tries + 1):
-        short = [arm for arm in arms if len(tried(results, arm)) < count]
-        settings = {arm: next_setting(tried(results, arm), weighted(arm)) for arm in short}
+        short = [arm for arm in starts if len(tried(results, arm)) < count]
+        settings = {arm: next_setting(tried(results, arm), weighted(arm), starts[arm]) for arm in short}
         jobs = [job for arm, setting in settings.items() for job in tuning_jobs(arm, setting, cpu_seconds)]
         results = run_all(jobs, path, workers)
-    return {arm: best_setting(results, arm) for arm in arms}
+    return {arm: best_setting(results, arm) for arm in starts}
 
 
 def best_setting(results: Sequence[dict[str, Any]], arm: str) -> Setting:
@@ -336,16 +340,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("stage", choices=("tune", "final", "report"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--cpu-seconds", type=float, default=12.0)
-    parser.add_argument("--tries", type=int, default=3, help="settings that each arm's tuning may try")
+    parser.add_argument("--tries", type=int, default=4, help="settings that each arm's tuning may try")
+    parser.add_argument("--tuning", default="tune", help="results file of the tuning, without .jsonl")
+    parser.add_argument("--start", help="results file of an earlier tuning: what it chose is where this one starts")
     parser.add_argument("--seeds", type=int, nargs=2, help="first seed, and the one after the last (final: 0 5; report: all)")
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--runs", type=Path, help="report on this file of final runs")
+    parser.add_argument("--runs", default="final", help="results file of the final runs, without .jsonl")
     parser.add_argument("--leader", choices=list(ARMS), help="arm that the report compares with the others")
     options = parser.parse_args(arguments)
-    tuning, finals = options.out / "scaled_tune.jsonl", options.runs or options.out / "scaled_final.jsonl"
+    tuning, finals = options.out / f"{options.tuning}.jsonl", options.out / f"{options.runs}.jsonl"
     if options.stage == "tune":
-        print(tune(options.arms, tuning, options.cpu_seconds, options.workers, options.tries))
+        earlier = read(options.out / f"{options.start}.jsonl") if options.start else []
+        starts = {arm: best_setting(earlier, arm) if earlier else START for arm in options.arms}
+        print(tune(starts, tuning, options.cpu_seconds, options.workers, options.tries))
     elif options.stage == "final":
         settings = {arm: best_setting(read(tuning), arm) for arm in options.arms}
         common = {"split": "heldout", "noises": NOISES, "cpu_seconds": options.cpu_seconds, "work": WORK}

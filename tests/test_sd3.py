@@ -110,6 +110,7 @@ def test_the_merged_model_is_the_model_with_its_adapter(policy, batch):
 @pytest.mark.parametrize("kept", [256, 0], ids=["keeping", "forgetting"])
 def test_the_forward_of_rollouts_is_diffusers_own(monkeypatch, qk_norm, width, dtype, tolerance, kept):
     monkeypatch.setattr(sd3_merged, "KEPT", kept)
+    monkeypatch.setattr(sd3_merged, "ROWS", 50)  # between the parts' numbers of tokens
     size = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": width, "caption_projection_dim": 2 * width, "sample_size": 8}
     text = {"joint_attention_dim": 12, "pooled_projection_dim": 10, "dual_attention_layers": (0, 1), "pos_embed_max_size": 8}
     torch.manual_seed(0)

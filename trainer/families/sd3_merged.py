@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 EPS = 1e-6  # of every norm in this architecture
 PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-PACKED = 2**22  # numbers in the largest weight of which a copy is laid out anew; oneDNN keeps half a megabyte of code per shape besides
-ROWS = 1024  # tokens in the products that the copy is laid out for
+PACKED = 2**22  # numbers in the largest weight that is worth a second copy
+ROWS = 512  # tokens from which oneDNN is faster than PyTorch's own choice; it keeps half a megabyte of code for every shape that it meets
 KEPT = 256  # pairs of a prompt and a noise level
 
 
@@ -38,17 +38,17 @@ class Affine:
         weights = [adapted(base, layer) for base, layer in zip(bases, layers, strict=True)]
         biases = [base.bias for base in bases]
         self.weight, self.bias = (values[0] if len(layers) == 1 else torch.cat(values) for values in (weights, biases))
-        small = self.weight.numel() <= PACKED and self.weight.dtype == torch.float32
-        self.packed = PACKS and small and self.weight.device.type == "cpu"
-        if self.packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS)
+        self.packed = None
+        if PACKS and self.weight.device.type == "cpu" and self.weight.dtype == torch.float32 and self.weight.numel() <= PACKED:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS)
 
     def __call__(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         """Apply the layer, and tanh-GELU where asked, to x [B, N, …]; what follows N is one vector."""
-        if self.packed:  # oneDNN beats the product that PyTorch would take, and applies GELU while the result is still in the cache
-            name, kind = ("gelu", "tanh") if gelu else ("none", "")
-            return torch.ops.mkldnn._linear_pointwise(x.flatten(2), self.weight, self.bias, name, [], kind)
-        out = F.linear(x.flatten(2), self.weight, self.bias)
+        x = x.flatten(2)
+        if self.packed is not None and len(x) * x.shape[1] >= ROWS:
+            name, kind = ("gelu", "tanh") if gelu else ("none", "")  # applied while the product is still in the cache
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], kind)
+        out = F.linear(x, self.weight, self.bias)
         return F.gelu(out, approximate="tanh") if gelu else out
 
 
