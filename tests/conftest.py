@@ -4,6 +4,7 @@ import os
 
 # Before the first import of torch; child processes inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_CBWR", "AUTO")  # MKL may else sum in another order where a weight lies at another address, on some processors
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 

@@ -26,7 +26,7 @@ from g2rpo_trainer.config import from_dict
 from g2rpo_trainer.families.flux import pack, unpack
 from g2rpo_trainer.families.kontext import Kontext, size_of
 from g2rpo_trainer.progress import Silent
-from g2rpo_trainer.report import TILE
+from g2rpo_trainer.report import GAP, MARGIN, TILE
 from g2rpo_trainer.run import train
 from g2rpo_trainer.sections import ModelSection
 
@@ -182,7 +182,8 @@ def test_a_run_learns_to_edit_and_shows_which_picture_it_started_from(folder, pi
     start = run.samples(1)[0].start
     assert start.parent == run.path / "images/000001" and torch.equal(read(start), read(pictures["wide"]))
     with Image.open(run.path / "before_after.png") as report:
-        assert report.width > 2 * TILE
+        beside = MARGIN + 64 + TILE + GAP + TILE // 2  # where nothing would be without the picture that the edit starts from
+        assert {report.getpixel((beside, y)) for y in range(5 * MARGIN, 5 * MARGIN + TILE // 2)} != {report.getpixel((0, 0))}
     file = run.latest() / "lora.safetensors"
     assert any(up.any() for _, up in lora.read(file).pairs.values())
     assert all(key.startswith("transformer.") for key in read_tensors(file)[0])

@@ -175,10 +175,11 @@ def before_after(before: Sequence[Sample], after: Sequence[Sample], path: Path, 
     across = 2 if len(blocks) > 1 else 1
     width, height = max(block.width for block in blocks), max(block.height for block in blocks)
     down = -(-len(blocks) // across)
-    sheet = Image.new("RGB", (MARGIN + across * (width + MARGIN), down * (height + MARGIN) + 3 * MARGIN + 20), PAPER)
+    caption = "Held-out prompts, evenly spaced over the list, and their start noises: fixed before the run, the same above and below."
+    written = MARGIN + round(font(14).getlength(caption))
+    sheet = Image.new("RGB", (MARGIN + max(across * (width + MARGIN), written), down * (height + MARGIN) + 3 * MARGIN + 20), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, MARGIN // 2), f"Before training (step {steps[0]}) and after (step {steps[1]})", INK, font(22))
-    caption = "Held-out prompts, evenly spaced over the list, and their start noises: fixed before the run, the same above and below."
     pen.text((MARGIN, MARGIN // 2 + 30), caption, PALE, font(14))
     for i, block in enumerate(blocks):
         sheet.paste(block, (MARGIN + i % across * (width + MARGIN), 3 * MARGIN + 10 + i // across * (height + MARGIN)))
