@@ -5,12 +5,14 @@ import torch
 from learning import (
     ARMS,
     OWN,
+    RATES,
     START,
     TUNE_SEEDS,
     Counted,
     best_setting,
     differences,
     interval,
+    neighbours,
     next_setting,
     reached,
     tried,
@@ -37,22 +39,29 @@ def test_work_is_one_per_forward_and_two_more_per_backward():
 def climb(gain, tries, weighted=True):
     gains = {}
     for _ in range(tries):
-        setting = next_setting(gains, weighted)
+        setting = next_setting(gains, weighted, START)
         assert setting not in gains
         gains[setting] = gain(*setting)
     return list(gains)
 
 
-def test_tuning_climbs_from_the_common_start_and_tries_every_kind_of_neighbour():
+def test_tuning_climbs_from_its_start_and_tries_every_kind_of_neighbour():
     rate = START[0]
-    tries = climb(lambda lr, weights, prompts, average: 1.0 if (lr, weights) == (rate, "balanced") else 0.5 if lr == rate else 0.0, 7)
-    balanced = (rate, "balanced", 2, 0.0)
-    assert tries[:4] == [START, balanced, (rate * 2, *balanced[1:]), (rate / 2, *balanced[1:])]
-    assert tries[4:] == [(rate, "balanced", 2, 0.9), (rate, "balanced", 1, 0.0), (rate, "balanced", 4, 0.0)]
+    up, down = (RATES[RATES.index(rate) + i] for i in (1, -1))
+    tries = climb(lambda lr, weights, prompts, average: 1.0 if (lr, prompts) == (rate, 1) else 0.5 if lr == rate else 0.0, 7)
+    single = (rate, OWN, 1, 0.0)
+    assert tries[:4] == [START, single, (up, *single[1:]), (down, *single[1:])]
+    assert tries[4:6] == [(rate, OWN, 1, 0.9), (rate, "balanced", 1, 0.0)]
 
 
 def test_tuning_goes_on_in_the_direction_that_pays():
-    assert max(climb(lambda lr, weights, prompts, average: -abs(lr - 8 * START[0]), 6))[0] >= 8 * START[0]
+    assert max(climb(lambda lr, weights, prompts, average: -abs(lr - 2 * START[0]), 6))[0] >= 2 * START[0]
+
+
+def test_rates_end_where_the_ladder_does():
+    for rate in (RATES[0], RATES[-1]):
+        near = [other for other, *_ in neighbours((rate, OWN, 2, 0.0), weighted=True)]
+        assert {rate} < set(near) <= set(RATES)
 
 
 def test_an_arm_without_weights_to_choose_gets_as_many_tries():
@@ -68,10 +77,10 @@ def test_a_setting_counts_with_the_mean_of_all_tuning_seeds():
         return {**job, "curve": [{"agreement": gain}]}
 
     other = (START[0], "balanced", 2, 0.9)
-    first, second = TUNE_SEEDS
-    results = [result(START, first, 0.1), result(START, second, 0.3), result(other, first, 9.0)]
-    assert tried(results, "mix_grpo") == {START: pytest.approx(0.2)}
-    assert best_setting([*results, result(other, second, 0.0)], "mix_grpo") == other
+    first, second, third = TUNE_SEEDS
+    results = [result(START, first, 0.1), result(START, second, 0.3), result(START, third, 0.5), result(other, first, 9.0)]
+    assert tried(results, "mix_grpo") == {START: pytest.approx(0.3)}
+    assert best_setting([*results, result(other, second, 0.0), result(other, third, 0.0)], "mix_grpo") == other
 
 
 @pytest.mark.parametrize("arm", ARMS)

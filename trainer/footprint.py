@@ -20,6 +20,7 @@ from comfy_g2rpo.recipes import Recipe, build_plan
 from comfy_g2rpo.scoring import to_8_bit
 
 from .config import Config, make_recipe
+from .families.sd3_merged import PACKED
 from .precision import BYTES, StoredLinear, blocks_of, stored
 from .rewards import rewards_root
 from .sketch import Sketch, build, cond, look, pretended
@@ -65,12 +66,13 @@ class Live(TorchDispatchMode):
 
     def see(self, tensor: Tensor) -> None:
         """Count a tensor's storage, once."""
-        self.take(tensor, tensor.untyped_storage().nbytes())
+        self.take(tensor, tensor.untyped_storage().nbytes() if tensor.layout is torch.strided else tensor.nbytes)
 
     def take(self, tensor: Tensor, size: int) -> None:
         """Count a storage as so many bytes, unless it has been counted."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        # What oneDNN has laid out in its own way has no storage to see.
+        storage = tensor.untyped_storage() if tensor.layout is torch.strided else tensor
+        key = storage._cdata if tensor.layout is torch.strided else id(tensor)
         if key not in self.alive:
             self.alive[key] = size
             self.now += size
@@ -189,11 +191,18 @@ def reward_bytes(config: Config) -> int:
 
 
 def merged_bytes(config: Config, policy: Adapted) -> int:
-    """Count the copies of weights into which Stable Diffusion 3 merges its adapter for rollouts in fp32."""
+    """Count the copies of weights that Stable Diffusion 3 makes for rollouts in fp32: with its adapter merged, and laid out for oneDNN."""
     memory, layers = config.memory, policy.layers.values()
     if config.model.family != "sd3" or config.model.dtype != "fp32" or memory.quantization != "none" or memory.block_swap:
         return 0
-    return 4 * sum(layer.in_features * layer.out_features for layer in layers)
+    merged = sum(layer.in_features * layer.out_features for layer in layers)
+    return 4 * (merged + sum(numbers for numbers in products(policy) if numbers <= PACKED))
+
+
+def products(policy: Adapted) -> list[int]:
+    """List the sizes of the weights of a transformer's blocks, those of its modulation and of the adapter aside."""
+    named = policy.transformer.transformer_blocks.named_parameters()
+    return [weight.numel() for name, weight in named if weight.ndim == 2 and "norm" not in name and "lora_" not in name]
 
 
 def rollout_states(config: Config, policy: Adapted, recipe: Recipe) -> int:

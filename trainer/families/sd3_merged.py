@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 EPS = 1e-6  # of every norm in this architecture
 PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-PACKED = 2**22  # numbers in the largest weight that is worth a second copy
+PACKED = 2**20  # numbers in the largest weight that is worth a second copy
 ROWS = 512  # tokens from which oneDNN is faster than PyTorch's own choice; it keeps half a megabyte of code for every shape that it meets
 KEPT = 256  # pairs of a prompt and a noise level
 
