@@ -66,18 +66,23 @@ class Live(TorchDispatchMode):
 
     def see(self, tensor: Tensor) -> None:
         """Count a tensor's storage, once."""
-        self.take(tensor, tensor.untyped_storage().nbytes() if tensor.layout is torch.strided else tensor.nbytes)
+        if tensor.layout is torch.strided:
+            self.take(tensor, tensor.untyped_storage().nbytes())
+        else:  # what oneDNN has laid out in its own way has no storage to see
+            self.count(tensor, id(tensor), tensor.nbytes)
 
     def take(self, tensor: Tensor, size: int) -> None:
-        """Count a storage as so many bytes, unless it has been counted."""
-        # What oneDNN has laid out in its own way has no storage to see.
-        storage = tensor.untyped_storage() if tensor.layout is torch.strided else tensor
-        key = storage._cdata if tensor.layout is torch.strided else id(tensor)
+        """Count a tensor's storage as so many bytes, unless it has been counted."""
+        storage = tensor.untyped_storage()
+        self.count(storage, storage._cdata, size)
+
+    def count(self, holder: object, key: int, size: int) -> None:
+        """Count what holds numbers, once, and as long as it lives."""
         if key not in self.alive:
             self.alive[key] = size
             self.now += size
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.forget, key)
+            weakref.finalize(holder, self.forget, key)
 
     def forget(self, key: int) -> None:
         """Take note that a storage is gone."""
