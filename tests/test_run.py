@@ -18,7 +18,10 @@ from comfy_g2rpo.rewards import RewardError
 from comfy_g2rpo.runs import RunError, RunFolder, read_state
 from g2rpo_trainer import run as training
 from g2rpo_trainer.config import from_dict
+from g2rpo_trainer.families.sd3 import SD3
 from g2rpo_trainer.progress import Silent
+
+pytestmark = pytest.mark.xdist_group("run")  # one process makes what they share
 
 VARYING = ("time/", "memory/")
 
@@ -224,6 +227,18 @@ def test_a_longer_budget_continues_a_finished_run(tmp_path):
     training.train(short, tmp_path / "run", progress=Silent())
     summary = training.train(config(tmp_path, train={"steps": 2}), tmp_path / "run", resume=True, progress=Silent())
     assert summary["steps"] == 2
+
+
+@pytest.mark.parametrize("steps", [1, 2, 30])
+def test_the_prompts_that_a_run_can_come_to_are_encoded_and_no_others(tmp_path, monkeypatch, steps):
+    (tmp_path / "nine.txt").write_text("\n".join(f"{count} red circles" for count in range(9)))
+    encode_one, encoded = SD3.encode_one, []
+    monkeypatch.setattr(SD3, "encode_one", lambda policy, prompt: encoded.append(prompt) or encode_one(policy, prompt))
+    train = {"steps": steps, "prompts_per_step": 2, "eval_prompts": 1}
+    setup = prepare(config(tmp_path, prompts={"train": str(tmp_path / "nine.txt")}, train=train))
+    drawn = {prompt for step in range(steps) for prompt in loop.draw(setup, step)[0]}
+    assert len(drawn) == min(2 * steps, 9)
+    assert sorted(encoded) == sorted([*drawn, "a yellow circle"])
 
 
 def test_an_existing_run_is_not_overwritten(whole, tmp_path):

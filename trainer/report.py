@@ -39,6 +39,7 @@ def write_report(run: RunFolder) -> list[Path]:
 
 def curves(rows: Sequence[Row], path: Path) -> None:
     """Draw rewards over steps, raw and smoothed, with the held-out ones; beneath them what the optimizer does and where time goes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     groups = reward_groups(rows)
@@ -54,7 +55,7 @@ def curves(rows: Sequence[Row], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     buffer = BytesIO()
-    figure.savefig(buffer, format="png")
+    FigureCanvasAgg(figure).print_png(buffer)  # savefig would draw it twice
     write_bytes(path, buffer.getvalue())
 
 
