@@ -83,7 +83,7 @@ INPUTS: dict[str, dict[str, Any]] = {
     "TrainLoRA": {"model": MODEL, "clip": CLIP, "vae": VAE, "reward": ["LoadReward", 0], "recipe": "g2rpo", "steps": 1, **SMALL}
     | {"prompts": "a red circle\na blue square", "heldout_prompts": "a green circle", "learning_rate": 1e-3, "rank": 2, "alpha": 2.0}
     | {"targets": "attention", "prompts_per_step": 1, "slots": 8, "eval_every": 0, "run": "", "heldout_reward": ["LoadReward", 0]}
-    | {"changes": "group_size = 2\ngranularities = 1", "sigmas": ["sigmas", 0]},
+    | {"changes": "group_size = 2\ngranularities = 1\neval_noises = 1", "sigmas": ["sigmas", 0]},
     "CompareLoRA": {"base": MODEL, "tuned": ["LoRAPolicy", 1], "clip": CLIP, "vae": VAE, "reward": ["LoadReward", 0], **SMALL}
     | {"prompts": "a red circle", "num_steps": 1, "noises": 1, "slots": 2, "sigmas": ["sigmas", 0]},
     "RunMonitor": {"run": "newest"},

@@ -10,6 +10,7 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
 import torch
+from comfy_host import served  # noqa: F401
 from hypothesis import settings
 
 settings.register_profile("project", deadline=None, derandomize=True, database=None)

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import comfy_g2rpo
 from g2rpo_trainer.commands.vote import MODULES
+
+pytestmark = pytest.mark.xdist_group("boundaries")  # one process makes what they share
 
 ROOT = Path(__file__).parent.parent
 MAX_FILE_LINES = 500
@@ -29,11 +32,7 @@ def sources(*rooms: str) -> list[Path]:
     return [path for room in rooms for path in sorted((ROOT / room).rglob("*.py"))]
 
 
-def each(*rooms: str) -> pytest.MarkDecorator:
-    """Parametrise a test over the files of some rooms."""
-    return pytest.mark.parametrize("path", sources(*rooms), ids=lambda path: str(path.relative_to(ROOT)))
-
-
+@cache
 def nodes_of(path: Path) -> list[ast.AST]:
     """List every node of a source file's syntax tree."""
     return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))))
@@ -57,25 +56,25 @@ def test_the_rules_below_see_the_source() -> None:
     assert len(sources("trainer")) >= 5
 
 
-@each("comfy_g2rpo")
-def test_method_imports_only_what_comfyui_brings(path: Path) -> None:
-    lazily_allowed = {"transformers", "skimage"} if "rewards" in path.parts else set()
-    foreign = imported(nodes_of(path)) - set(sys.stdlib_module_names) - COMFYUI_BRINGS
-    assert foreign <= lazily_allowed
-    assert not imported_relatively(path)
+def test_method_imports_only_what_comfyui_brings() -> None:
+    for path in sources("comfy_g2rpo"):
+        lazily_allowed = {"transformers", "skimage"} if "rewards" in path.parts else set()
+        foreign = imported(nodes_of(path)) - set(sys.stdlib_module_names) - COMFYUI_BRINGS
+        assert foreign <= lazily_allowed, path
+        assert not imported_relatively(path), path
 
 
-@each("trainer")
-def test_trainer_never_imports_comfyui_or_the_graph_blocks(path: Path) -> None:
-    assert not imported(nodes_of(path)) & (COMFYUI_MODULES | {"trainer", "g2rpo_trainer"})
-    assert not imported_relatively(path)
+def test_trainer_never_imports_comfyui_or_the_graph_blocks() -> None:
+    for path in sources("trainer"):
+        assert not imported(nodes_of(path)) & (COMFYUI_MODULES | {"trainer", "g2rpo_trainer"}), path
+        assert not imported_relatively(path), path
 
 
-@each("nodes")
-def test_graph_blocks_know_only_comfyui_and_the_method(path: Path) -> None:
-    foreign = imported(nodes_of(path)) - set(sys.stdlib_module_names)
-    assert foreign <= COMFYUI_BRINGS | {"aiohttp"} | COMFYUI_MODULES - {"nodes"}
-    assert imported_relatively(path) <= {"comfy_g2rpo"}
+def test_graph_blocks_know_only_comfyui_and_the_method() -> None:
+    for path in sources("nodes"):
+        foreign = imported(nodes_of(path)) - set(sys.stdlib_module_names)
+        assert foreign <= COMFYUI_BRINGS | {"aiohttp"} | COMFYUI_MODULES - {"nodes"}, path
+        assert imported_relatively(path) <= {"comfy_g2rpo"}, path
 
 
 def reads_only_tensors(path: Path, call: ast.Call) -> bool:
@@ -84,47 +83,47 @@ def reads_only_tensors(path: Path, call: ast.Call) -> bool:
     return path == ROOT / "trainer" / "rewards_prepare.py" and ast.unparse(call.func) == "torch.load" and restricted
 
 
-@each("comfy_g2rpo", "trainer", "nodes")
-def test_nothing_shipped_can_run_code_from_a_file(path: Path) -> None:
-    nodes = nodes_of(path)
-    called = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call) and not reads_only_tensors(path, node)}
-    assert not called & UNSAFE_CALLS
-    assert not imported(nodes) & UNSAFE_MODULES
+def test_nothing_shipped_can_run_code_from_a_file() -> None:
+    for path in sources("comfy_g2rpo", "trainer", "nodes"):
+        nodes = nodes_of(path)
+        called = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call) and not reads_only_tensors(path, node)}
+        assert not called & UNSAFE_CALLS, path
+        assert not imported(nodes) & UNSAFE_MODULES, path
 
 
-@each(*ROOMS)
-def test_exceptions_are_caught_by_name(path: Path) -> None:
-    handlers = [node for node in nodes_of(path) if isinstance(node, ast.ExceptHandler)]
-    assert [node.lineno for node in handlers if node.type is None] == []
+def test_exceptions_are_caught_by_name() -> None:
+    for path in sources(*ROOMS):
+        handlers = [node for node in nodes_of(path) if isinstance(node, ast.ExceptHandler)]
+        assert [node.lineno for node in handlers if node.type is None] == [], path
 
 
-@each(*ROOMS)
-def test_arguments_are_passed_by_name_not_as_kwargs(path: Path) -> None:
-    functions = [node for node in nodes_of(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    assert [node.name for node in functions if node.args.kwarg and node.args.kwarg.arg == "kwargs"] == []
+def test_arguments_are_passed_by_name_not_as_kwargs() -> None:
+    for path in sources(*ROOMS):
+        functions = [node for node in nodes_of(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        assert [node.name for node in functions if node.args.kwarg and node.args.kwarg.arg == "kwargs"] == [], path
 
 
-@each(*ROOMS)
-def test_files_and_functions_stay_short(path: Path) -> None:
-    functions = [node for node in nodes_of(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
-    assert [node.name for node in functions if node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES] == []
+def test_files_and_functions_stay_short() -> None:
+    for path in sources(*ROOMS):
+        functions = [node for node in nodes_of(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES, path
+        assert [node.name for node in functions if node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES] == [], path
 
 
-def modules_after(statements: str) -> set[str]:
-    """Run statements in a fresh Python; name every module that is loaded afterwards."""
-    child = [sys.executable, "-c", f"{statements}\nimport sys\nprint(*sys.modules)"]
+def modules_from(statements: str, before: str = "") -> set[str]:
+    """Run statements in a fresh Python; name every module that they load, beyond what loads `before` them."""
+    child = [sys.executable, "-c", f"import sys\n{before}\nknown = set(sys.modules)\n{statements}\nprint(*set(sys.modules) - known)"]
     return set(subprocess.run(child, capture_output=True, text=True, check=True, timeout=120).stdout.split())
 
 
 def test_importing_the_method_loads_nothing_heavy_beyond_torch() -> None:
     walk = "import comfy_g2rpo, importlib, pkgutil\n"
     walk += "for m in pkgutil.walk_packages(comfy_g2rpo.__path__, 'comfy_g2rpo.'): importlib.import_module(m.name)"
-    assert not modules_after(walk) & HEAVY - modules_after("import torch")
+    assert not modules_from(walk, before="import torch") & HEAVY
 
 
 def test_the_command_line_starts_without_torch() -> None:
-    assert not modules_after("import g2rpo_trainer.cli") & {"torch", "diffusers", "transformers", "matplotlib"}
+    assert not modules_from("import g2rpo_trainer.cli") & {"torch", "diffusers", "transformers", "matplotlib"}
 
 
 @pytest.fixture(scope="module")

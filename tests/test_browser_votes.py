@@ -24,7 +24,7 @@ workflow_page = pytest.importorskip("workflow_page")
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.xdist_group("comfyui"),
+    pytest.mark.xdist_group("served"),
     pytest.mark.skipif(not Path(workflow_page.CHROMIUM).exists(), reason="no Chromium: apt-get install chromium, to test the page"),
 ]
 

@@ -19,6 +19,8 @@ from g2rpo_trainer.config import load
 from g2rpo_trainer.progress import History, Lines, LiveDisplay, clock, for_terminal, outcome, panel, sparkline
 from g2rpo_trainer.report import curves, reward_groups
 
+pytestmark = pytest.mark.xdist_group("cli")  # one process makes what they share
+
 MODEL = os.environ.get("TINY", "models/tiny")
 SMALL = [
     *("--set", f"model.path={MODEL}"),
@@ -217,20 +219,24 @@ def test_an_error_of_a_library_keeps_its_traceback() -> None:
     assert not cli.ours(foreign.tb)
 
 
-def test_ctrl_c_says_how_to_go_on_and_the_run_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["train", "demo", "--out", str(tmp_path / "run"), *SMALL, "--set", "train.steps=1000"]
-    command = [sys.executable, "-c", "from g2rpo_trainer import cli; cli.main()", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        for line in child.stdout:
-            if line.startswith("step 2/"):
-                child.send_signal(signal.SIGINT)
-                break
-        _, errors = child.communicate(timeout=120)
-    assert child.returncode == 130, errors
+def test_ctrl_c_says_how_to_go_on_and_the_run_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = Lines.step
+
+    def press(lines: Lines, row: dict[str, float]) -> None:
+        """Press Ctrl-C when the second step is shown."""
+        shown(lines, row)
+        if row["step"] == 2 and "nfe" in row:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Lines, "step", press)
+    code, _, errors = leave(capsys, "train", "demo", "--out", tmp_path / "run", *SMALL, "--set", "train.steps=9")
+    assert code == 130, errors
     hint = re.search(r"interrupted; continue with: g2rpo (train demo --out \S+ --resume .*)", errors).group(1)
-    done = int(RunFolder.open(tmp_path / "run").latest().name)
-    assert leave(capsys, *shlex.split(hint), "--set", f"train.steps={done + 1}")[0] == 0
-    assert RunFolder.open(tmp_path / "run").summary()["steps"] == done + 1
+    assert RunFolder.open(tmp_path / "run").latest().name == "000002"
+    assert leave(capsys, *shlex.split(hint), "--set", "train.steps=3")[0] == 0
+    assert RunFolder.open(tmp_path / "run").summary()["steps"] == 3
 
 
 ROWS = [{"step": 0, "heldout/agreement/mean": 0.5, "heldout/agreement/ci95": 0.1}] + [

@@ -12,7 +12,7 @@ from comfy_host import COMFYUIS, Answer, make_base, run_script
 from comfy_g2rpo import lora
 from g2rpo_trainer.families.sd3 import ATTENTION, FEED_FORWARD
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("comfyui in comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("scripts in comfyui")]
 
 TRANSFORMER = Path(__file__).parent.parent / "models/tiny/transformer"
 CHILD = Path(__file__).with_name("comfy_child.py")

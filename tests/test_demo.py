@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfy_host import NEWEST, Answer, make_base, run_script
+from comfy_host import COMFYUIS, Answer, make_base, run_script
 from diffusers import StableDiffusion3Pipeline
 
 from comfy_g2rpo import lora
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("demo in comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("scripts in comfyui")]
 
 FOLDER = Path(__file__).parent.parent / "models/tiny"
 CHILD = Path(__file__).with_name("comfy_child_demo.py")
@@ -59,7 +59,7 @@ def expected() -> Expected:
     )
 
 
-@pytest.fixture(scope="module", params=NEWEST)
+@pytest.fixture(scope="module", params=COMFYUIS)
 def core(request: pytest.FixtureRequest, expected: Expected, tmp_path_factory: pytest.TempPathFactory) -> Answer:
     base = make_base(tmp_path_factory.mktemp("demo"))
     pairs = {"transformer_blocks.0.attn.to_q": (torch.ones(2, 192), torch.ones(192, 2))}

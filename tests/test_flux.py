@@ -359,7 +359,7 @@ def test_a_single_file_that_is_not_the_folders_model_is_refused(folders, weights
 
 
 @pytest.mark.comfyui
-@pytest.mark.xdist_group("comfyui in flux")
+@pytest.mark.xdist_group("scripts in comfyui")
 @pytest.mark.parametrize("comfyui", COMFYUIS)
 def test_comfyui_takes_every_key_of_the_lora_and_answers_the_same(comfyui, folders, dev, tuned, adapter, batch, tmp_path):
     if "context_in_dim" not in (comfyui / "comfy/model_detection.py").read_text().partition("txt_in_key")[2]:

@@ -25,6 +25,8 @@ from g2rpo_trainer.families.flux2 import Flux2
 from g2rpo_trainer.run import continue_from
 from g2rpo_trainer.sections import ModelSection
 
+pytestmark = pytest.mark.xdist_group("flux2")  # one process makes what they share
+
 SHORT, LONG = "a cat", "a red circle left of two blue squares, in the rain"
 WIDTH, HEIGHT, SHAPE = 64, 48, (128, 3, 4)
 LENGTHS = {"klein base": 64, "klein": 64, "dev": 340}  # dev's template has a long message of its own

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_host import NEWEST, Answer, make_base, run_script
+from comfy_host import COMFYUIS, Answer, make_base, run_script
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("hostile in comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("scripts in comfyui")]
 
 STRINGS = [
     "",
@@ -68,7 +68,7 @@ def drawn(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
     return found
 
 
-@pytest.fixture(scope="module", params=NEWEST)
+@pytest.fixture(scope="module", params=COMFYUIS)
 def answer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answer:
     """Boot a ComfyUI once and carry all attacks out."""
     strange = st.text(st.characters(codec=None, exclude_categories=()), max_size=80)

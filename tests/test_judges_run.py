@@ -93,7 +93,7 @@ def test_a_run_ends_under_a_bad_judge_and_no_picture_is_mis_scored(
 def test_a_judge_that_dies_stops_the_run_which_goes_on_when_it_is_back(tmp_path: Path) -> None:
     with JudgeHost() as host:
         train = {"checkpoint_every": 1, "eval_every": 0}
-        run = made(tmp_path, host, train=train, retries=0, timeout=0.3)
+        run = made(tmp_path, host, train=train, retries=0, timeout=2.0)
         learn = training.learn
 
         def die_after_a_step(setup: Any, learner: Any, folder: Any, progress: Any, check: Any, stops: Any) -> None:

@@ -22,7 +22,7 @@ from comfy_g2rpo.lora_forms import in_core, understand
 from comfy_g2rpo.lora_keys import FAMILIES
 from g2rpo_trainer.families.flux2 import Flux2
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("lora in comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("scripts in comfyui")]
 
 CHILD = Path(__file__).with_name("comfy_child_lora.py")
 CONVERTERS = {

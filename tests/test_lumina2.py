@@ -20,6 +20,8 @@ from g2rpo_trainer import cli, families, prompt_cache
 from g2rpo_trainer.families.lumina2 import Lumina2
 from g2rpo_trainer.sections import ModelSection
 
+pytestmark = pytest.mark.xdist_group("lumina2")  # one process makes what they share
+
 SHORT, LONG = "a cat", "a red circle left of two blue squares, in the rain"
 WIDTH, HEIGHT, SHAPE = 64, 48, (16, 6, 8)
 

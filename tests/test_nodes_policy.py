@@ -15,7 +15,7 @@ from comfy_g2rpo.schedule import shifted_sigmas
 from comfy_g2rpo.update import records
 from g2rpo_trainer.families.sd3 import SD3, Cond, load_pipeline
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("nodes_policy in comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("training in comfyui")]
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
 PROMPTS, SEEDS, GUIDANCE = ("two red circles", "a green square left of a blue triangle"), (3, 4), 1.0

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfy_host import NEWEST, Answer, make_base, run_script
+from comfy_host import COMFYUIS, Answer, make_base, run_script
 from PIL import Image, PngImagePlugin
 from reward_folders import clip_folder, clip_model
 
@@ -18,7 +18,7 @@ from comfy_g2rpo.plan import singular
 from comfy_g2rpo.rewards import load, score_all
 from comfy_g2rpo.standing import standing
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("nodes_saving in comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("scripts in comfyui")]
 
 CHILD = Path(__file__).with_name("comfy_child_saving.py")
 EVIL = "<img src=x onerror=alert(1)>.png"
@@ -107,7 +107,7 @@ IMAGES = (
 ).round() / 255
 
 
-@pytest.fixture(scope="module", params=NEWEST)
+@pytest.fixture(scope="module", params=COMFYUIS)
 def core(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answer:
     base = make_base(tmp_path_factory.mktemp("saving"))
     fill(base)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_host import NEWEST, Answer, make_base, run_script
+from comfy_host import COMFYUIS, Answer, make_base, run_script
 
 from comfy_g2rpo.advantages import integrate
 from comfy_g2rpo.plan import singular
@@ -13,7 +13,7 @@ from comfy_g2rpo.rewards import load, score_all
 from comfy_g2rpo.scoring import to_8_bit
 from comfy_g2rpo.standing import standing
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("nodes_scoring in comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("scripts in comfyui")]
 
 CHILD = Path(__file__).with_name("comfy_child_scoring.py")
 PROMPT, SCENE = "two red circles", "a red square"
@@ -97,7 +97,7 @@ def make_images() -> dict[str, torch.Tensor]:
 IMAGES = make_images()
 
 
-@pytest.fixture(scope="module", params=NEWEST)
+@pytest.fixture(scope="module", params=COMFYUIS)
 def core(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answer:
     given = {"prompt": PROMPT, "threshold": THRESHOLD, "lines": LINES, "scene": SCENE, "random": 400}
     return run_script(request.param, CHILD, make_base(tmp_path_factory.mktemp("scoring")), given, IMAGES)

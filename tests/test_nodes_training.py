@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_host import COMFYUIS, NEWEST, Answer, make_base, run_script, server
+from comfy_host import COMFYUIS, EVERY, Answer, make_base, run_script, server
 from safetensors.torch import load_file
 
 from comfy_g2rpo import lora
@@ -17,11 +17,11 @@ from g2rpo_trainer import run as headless
 from g2rpo_trainer.config import from_dict
 from g2rpo_trainer.progress import Silent
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("nodes_training in comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("training in comfyui")]
 
 PROMPTS = ["a red circle", "two blue squares", "a green triangle above a red square", "three yellow circles"]
 HELDOUT = ["a yellow circle and a blue square", "two red triangles"]
-CHANGES = "num_steps = 4\ngroup_size = 4\ngranularities = 1, 2\nshift = 3\ncheckpoint_every = 1\neval_noises = 2"
+CHANGES = "num_steps = 4\ngroup_size = 4\ngranularities = 1, 2\nshift = 3\ncheckpoint_every = 1\neval_noises = "
 TRAIN = {
     "recipe": "g2rpo",
     "steps": 4,
@@ -40,11 +40,11 @@ TRAIN = {
     "eval_every": 2,
     "seed": 0,
     "run": "",
-    "changes": CHANGES,
+    "changes": f"{CHANGES}1",
 }
-STOPS = [1, 3, 14, 19, 24, 34, 46]  # looks at the stop button; the 19th and 46th are in updates
+STOPS = [1, 14, 19, 34, 46]  # looks at the stop button; the 19th and 46th are in updates
 THINGS = [f"a {colour} {shape}" for colour in ("red", "green", "blue", "yellow", "purple") for shape in ("circle", "square", "triangle")]
-GAMED = {"heldout_prompts": "\n".join(thing for thing in THINGS if thing not in PROMPTS), "changes": f"{CHANGES}\npatience = 1"}
+GAMED = {"heldout_prompts": "\n".join(thing for thing in THINGS if thing not in PROMPTS), "changes": f"{CHANGES}2\npatience = 1"}
 LOADERS = {
     "1": {"class_type": "G2RPO_TinyDemoLoader", "inputs": {}},
     "2": {"class_type": "G2RPO_LoadReward", "inputs": {"reward": "agreement"}},
@@ -152,7 +152,7 @@ def test_graph_and_command_line_make_the_same_steps(done: Answer, tmp_path: Path
         "method": {"name": "g2rpo", "num_steps": 4, "group_size": 4, "granularities": [1, 2], "learning_rate": 1e-3},
         "rewards": [{"name": "agreement"}],
         "prompts": {"train": str(tmp_path / "train.txt"), "heldout": str(tmp_path / "heldout.txt")},
-        "train": {"steps": 1, "prompts_per_step": 2, "eval_noises": 2},
+        "train": {"steps": 1, "prompts_per_step": 2, "eval_noises": 1},
     }
     headless.train(from_dict(tree), tmp_path / "run", progress=Silent())
     rows = RunFolder.open(tmp_path / "run").metrics()
@@ -162,11 +162,10 @@ def test_graph_and_command_line_make_the_same_steps(done: Answer, tmp_path: Path
         assert done.data["rows"][1][name] == pytest.approx(rows[1][name], abs=2e-3)
 
 
+@pytest.mark.skipif(not EVERY, reason="two more starts of ComfyUI: with G2RPO_EVERY_COMFYUI=1")
 def test_a_killed_server_goes_on_from_the_last_finished_step(
     comfyui: Path, done: Answer, base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    if comfyui not in [one.values[0] for one in NEWEST]:
-        pytest.skip("in the newest ComfyUI alone, unless G2RPO_EVERY_COMFYUI=1")
     other = make_base(tmp_path_factory.mktemp("killed"))
     inputs = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "reward": ["2", 0], **TRAIN, "run": "killed"}
     graph = {**LOADERS, "3": {"class_type": "G2RPO_TrainLoRA", "inputs": inputs}}

@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
-from comfy_host import NEWEST, Answer, make_base, run_script
+from comfy_host import COMFYUIS, Answer, make_base, run_script
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("nodes_voting in comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("scripts in comfyui")]
 
 CHILD = Path(__file__).with_name("comfy_child_voting.py")
 TEXTS = {
@@ -38,7 +38,7 @@ CHANGES = {
 RUNS = ["nobody", "../out", "/etc", "a/b"]
 
 
-@pytest.fixture(scope="module", params=NEWEST)
+@pytest.fixture(scope="module", params=COMFYUIS)
 def core(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answer:
     given = {"texts": TEXTS, "changes": CHANGES, "runs": RUNS}
     return run_script(request.param, CHILD, make_base(tmp_path_factory.mktemp("voting")), given)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from comfy_host import COMFYUIS, ROOT, Answer, make_base, run_script
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("pack in comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("scripts in comfyui")]
 
 CHILD = Path(__file__).with_name("comfy_child_pack.py")
 SNAPSHOT = Path(__file__).with_name("snapshots") / "nodes.json"

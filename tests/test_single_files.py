@@ -28,6 +28,8 @@ from g2rpo_trainer.sampling import draw
 from g2rpo_trainer.sections import ModelSection
 from g2rpo_trainer.weights import Stored
 
+pytestmark = pytest.mark.xdist_group("single_files")  # one process makes what they share
+
 PROMPT = "a red circle"
 # Core reads its flags when it is imported, and only where a program says so.
 BEFORE = "import sys; sys.path.insert(0, ''); import comfy.options; comfy.options.enable_args_parsing()"

@@ -19,6 +19,8 @@ from g2rpo_trainer.precision import store
 from g2rpo_trainer.progress import Silent
 from g2rpo_trainer.speed import CompiledBlocks, Completions, FP8Products, completions, fp8_linear
 
+pytestmark = pytest.mark.xdist_group("speed")  # one process makes what they share
+
 ROWS = 3
 
 

@@ -19,6 +19,8 @@ from g2rpo_trainer import run as training
 from g2rpo_trainer.config import from_dict
 from g2rpo_trainer.progress import GO_ON, Silent, outcome
 
+pytestmark = pytest.mark.xdist_group("watch_run")  # one process makes what they share
+
 ROOT = Path(__file__).parent.parent
 VARYING = ("time/", "memory/")
 
