@@ -10,6 +10,7 @@ import json
 import os
 import runpy
 import sys
+import traceback
 from contextlib import suppress
 
 LIBRARIES = (
@@ -40,7 +41,8 @@ while job := sys.stdin.readline():
     if not child:
         try:
             run(**json.loads(job))
-        finally:
-            os._exit(1)  # a script that is done has left by itself
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)  # a script that is done has left by itself
     print(child, file=answers)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers)
