@@ -16,6 +16,7 @@ from comfy_g2rpo.runs import PREVIEW, RunFolder, Sample, write_bytes
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by colour-blind eyes
 PHASES = ("rollout", "decode", "reward", "update")
 SMOOTHING = 0.15  # weight of a new value in the moving average
+ROUNDING = 1e-10  # a distance below it is rounding, and would stretch a logarithmic axis over many empty decades
 TILE, GAP, MARGIN = 192, 8, 24
 INK, PALE, PAPER, BETTER, WORSE = "#1a1a1a", "#767676", "#ffffff", "#00704f", "#b34700"
 
@@ -129,7 +130,7 @@ def draw_optimizer(axes: Any, rows: Sequence[Row]) -> None:
     lines = {"grad_norm": "gradient norm", "kl/velocity": "velocity KL", "kl/heldout": "velocity KL, held-out"}
     for (name, label), colour in zip(lines.items(), COLOURS, strict=False):
         steps, values = column(rows, name)
-        shown = values > 0
+        shown = values > ROUNDING
         if shown.any():
             axes.plot(steps[shown], values[shown], color=colour, linewidth=1.2, label=label)
             axes.set_yscale("log")
