@@ -293,6 +293,12 @@ def reward_metrics(rewards: Sequence[Reward], scores: Tensor) -> dict[str, float
     return row
 
 
+def prompts_ahead(prompts: Prompts, pace: Pace) -> tuple[str, ...]:
+    """Return the prompts that a run can come to: those that its steps draw, and those that it is measured on."""
+    drawn = min(pace.steps * pace.prompts_per_step, len(prompts.train))
+    return (*PromptCursor(prompts.train, drawn, pace.seed).batch(0), *prompts.heldout[: pace.eval_prompts or None])
+
+
 def draw(setup: Setup, step: int) -> tuple[list[str], list[int]]:
     """Return this process's share of the step's prompts, and the seed of each; a function of (seed, step) alone."""
     pace, world = setup.pace, setup.world

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..comfy_g2rpo import __version__, lora, recipes, settings
 from ..comfy_g2rpo.evaluation import price as look_price
-from ..comfy_g2rpo.loop import Setup, finish, learn, make_learner, preview_shape, restore
+from ..comfy_g2rpo.loop import Setup, finish, learn, make_learner, preview_shape, prompts_ahead, restore
 from ..comfy_g2rpo.pace import Pace
 from ..comfy_g2rpo.prompts import Prompts, prompts_of, refuse_common, split
 from ..comfy_g2rpo.recipes import Recipe, build_plan
@@ -99,7 +99,7 @@ def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tupl
 
 
 def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
-    """Check everything, load nothing large, encode the prompts; return the loop's setup and what goes into config.json."""
+    """Check everything, load nothing large, encode the prompts ahead; return the loop's setup and what goes into config.json."""
     method, train = settings.parse(wanted.changes, "changes")
     sigmas = checked_schedule(wanted.sigmas) if wanted.sigmas is not None else None
     made = make_recipe(wanted, method, sigmas)
@@ -114,7 +114,7 @@ def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
     saving = is_large(wanted.model)
     policy = text_policy(wanted.model, wanted.clip, wanted.vae, wanted.guidance, wanted.negative, adapter, checkpoint=saving)
     with torch.no_grad():
-        policy.encode([*prompts.train, *prompts.heldout])
+        policy.encode(prompts_ahead(prompts, pace))
     held = wanted.heldout_reward or RewardSet((), ())
     judges = {reward.name: reward for reward in (*wanted.reward.rewards, *held.rewards)}
     rewards = {reward.name: weight for reward, weight in zip(wanted.reward.rewards, wanted.reward.weights, strict=True)}

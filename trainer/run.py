@@ -13,9 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from comfy_g2rpo import __version__, guard
-from comfy_g2rpo.loop import Setup, World, finish, learn, make_learner, preview_shape, restore
-from comfy_g2rpo.pace import Pace
-from comfy_g2rpo.prompts import PromptCursor, Prompts
+from comfy_g2rpo.loop import Setup, World, finish, learn, make_learner, preview_shape, prompts_ahead, restore
 from comfy_g2rpo.prompts import load as load_prompts
 from comfy_g2rpo.rewards import RewardError, check_prompts
 from comfy_g2rpo.runs import RunFolder, check_place
@@ -78,7 +76,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
     check_prompts(judges, [*prompts.train, *prompts.heldout])
     guard.check(make_speed(config), rewards)
     pace = make_pace(config)
-    policy = load_policy(config, accelerator.device, wanted(prompts, pace))
+    policy = load_policy(config, accelerator.device, prompts_ahead(prompts, pace))
     policy.add_lora(config.lora.rank, config.lora.alpha, config.train.seed, config.lora.targets != "attention")
     if config.lora.init:
         continue_from(policy, Path(config.lora.init), config.lora.alpha / config.lora.rank, config.model.family)
@@ -113,12 +111,6 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
         preview=preview,
         preview_sigmas=families.sigmas(policy, config.model.schedule, recipe, preview) if preview else None,
     )
-
-
-def wanted(prompts: Prompts, pace: Pace) -> tuple[str, ...]:
-    """Return the prompts that a run can come to: those that its steps draw, and those that it is measured on."""
-    drawn = min(pace.steps * pace.prompts_per_step, len(prompts.train))
-    return (*PromptCursor(prompts.train, drawn, pace.seed).batch(0), *prompts.heldout[: pace.eval_prompts or None])
 
 
 def described(reward: TrainedReward) -> str:
