@@ -24,8 +24,8 @@ from comfy_g2rpo.advantages import rank_agreement
 from comfy_g2rpo.plan import Plan, PlanBuilder, State, singular
 from comfy_g2rpo.rewards import load as load_reward
 from comfy_g2rpo.rollout import roll_out, stream
+from comfy_g2rpo.run.scorer import Scorer
 from comfy_g2rpo.schedule import shifted_sigmas
-from comfy_g2rpo.scoring import Scorer
 from g2rpo_trainer.families.sd3 import SD3, load_pipeline
 
 matplotlib.use("Agg")

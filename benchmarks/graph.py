@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from comfy_host import comfyui_roots, make_base, run_script  # noqa: E402
 
-from g2rpo_trainer.config import load  # noqa: E402
+from g2rpo_trainer.config.reading import load  # noqa: E402
 
 CHILD = Path(__file__).with_name("graph_child.py")
 

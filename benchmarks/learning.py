@@ -77,7 +77,7 @@ class Counted:
 
 def configure(job: dict[str, Any]) -> Any:
     """Make the configuration of one run."""
-    from g2rpo_trainer.config import from_dict
+    from g2rpo_trainer.config.reading import from_dict
 
     return from_dict(
         {
@@ -114,8 +114,10 @@ def run_arm(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     from accelerate import Accelerator
 
-    from comfy_g2rpo.evaluation import compare, evaluate
-    from comfy_g2rpo.loop import averaged, iterate, make_learner
+    from comfy_g2rpo.run.checkpoint import averaged
+    from comfy_g2rpo.run.evaluation import compare, evaluate
+    from comfy_g2rpo.run.iteration import iterate
+    from comfy_g2rpo.run.setup import make_learner
     from g2rpo_trainer.run import prepare
 
     setup = prepare(configure(job), Accelerator(cpu=True))

@@ -16,7 +16,7 @@ from comfy_g2rpo.plan import DETERMINISTIC, ROOT, Plan
 from comfy_g2rpo.policy import Decoder, Policy
 from comfy_g2rpo.rewards import Reward, score_all
 from comfy_g2rpo.rollout import state_noise
-from comfy_g2rpo.scoring import to_8_bit
+from comfy_g2rpo.run.scorer import to_8_bit
 
 
 @dataclass

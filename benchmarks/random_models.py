@@ -15,7 +15,7 @@ import torch
 from comfy_g2rpo.rollout import seeded_noise
 from g2rpo_trainer.families import flux, qwen_image, sd3, z_image
 
-CONFIGS = Path(__file__).resolve().parent.parent / "trainer/configs"
+CONFIGS = Path(__file__).resolve().parent.parent / "trainer/families/facts"
 SMALL_VAE = {"block_out_channels": [8] * 4, "layers_per_block": 1, "norm_num_groups": 4}
 SMALL_SIDE, SMALL_TOKENS = 128, 8
 
@@ -24,7 +24,7 @@ SMALL_SIDE, SMALL_TOKENS = 128, 8
 class Architecture:
     """A transformer at its published size and shrunk, with what else makes it a policy."""
 
-    config: str  # of trainer/configs: scheduler and VAE
+    config: str  # of trainer/families/facts: scheduler and VAE
     policy: Callable[..., Any]
     cond: Callable[..., Any]
     pipeline: str

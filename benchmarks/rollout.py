@@ -28,10 +28,10 @@ from comfy_g2rpo.advantages import integrate
 from comfy_g2rpo.plan import Plan, singular
 from comfy_g2rpo.rewards import load as load_reward
 from comfy_g2rpo.rollout import roll_out, seeded_noise
+from comfy_g2rpo.run.scorer import Scorer
 from comfy_g2rpo.schedule import shifted_sigmas
-from comfy_g2rpo.scoring import Scorer
-from g2rpo_trainer.allocator import keep_freed_memory
 from g2rpo_trainer.families.sd3 import SD3, load_pipeline
+from g2rpo_trainer.model.placing import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, SEED, SLOTS = "a red circle and a blue square", 7, 128

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from comfy_g2rpo.rewards import Reward, load
-from comfy_g2rpo.rewards.known import KNOWN
-from comfy_g2rpo.rewards.pictures import Pictures
-from comfy_g2rpo.rewards.towers import CONTEXT, Clip, ModelReward
-from comfy_g2rpo.scoring import Scorer
+from comfy_g2rpo.rewards.models.catalogue import KNOWN
+from comfy_g2rpo.rewards.models.clip import CONTEXT, Clip, ModelReward
+from comfy_g2rpo.rewards.models.preprocess import Pictures
+from comfy_g2rpo.run.scorer import Scorer
 
 SIDE, BATCH = 512, 32
 VOCABULARY = 49408

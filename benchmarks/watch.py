@@ -67,7 +67,7 @@ def flawed(images: Any, prompts: Sequence[str]) -> Any:
 
 def configure(arm: str, seed: int, steps: int) -> Any:
     """Make the configuration of one run: the demo's, evaluated more often and on fewer pictures."""
-    from g2rpo_trainer.config import from_dict
+    from g2rpo_trainer.config.reading import from_dict
 
     made = ARMS[arm]
     train = {"seed": seed, "steps": steps, "prompts_per_step": 2, "slots": 128, "micro_batch": 64, "eval_every": 20}
@@ -86,8 +86,8 @@ def configure(arm: str, seed: int, steps: int) -> Any:
 def run_arm(arm: str, seed: int, steps: int) -> dict[str, Any]:
     """Train once; return where the run ended, what its LoRA is worth and what the watch said."""
     quieten()
-    from comfy_g2rpo.runs import RunFolder
-    from g2rpo_trainer.progress import Silent
+    from comfy_g2rpo.run.folder import RunFolder
+    from g2rpo_trainer.reports.progress import Silent
     from g2rpo_trainer.run import train
 
     with tempfile.TemporaryDirectory() as place:
@@ -115,9 +115,10 @@ def cost(steps: int) -> dict[str, Any]:
 
     from accelerate import Accelerator
 
-    from comfy_g2rpo.evaluation import evaluate
-    from comfy_g2rpo.loop import iterate, make_learner
-    from g2rpo_trainer.config import load
+    from comfy_g2rpo.run.evaluation import evaluate
+    from comfy_g2rpo.run.iteration import iterate
+    from comfy_g2rpo.run.setup import make_learner
+    from g2rpo_trainer.config.reading import load
     from g2rpo_trainer.run import prepare
 
     setup = prepare(load("demo"), Accelerator(cpu=True))

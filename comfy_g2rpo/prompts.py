@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .pictures import PictureError, size_of
+from .files.picture_files import PictureError, size_of
 
 MAX_CHARACTERS = 2000
 MAX_COLUMNS, MAX_NAME, MAX_ITEMS, MAX_NUMBER = 32, 64, 64, 1e15

@@ -7,21 +7,16 @@ the command line's help, the configuration's bounds and the graph blocks' toolti
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import random
 from dataclasses import dataclass
 from typing import Any
 
 from .advantages import MIXES
+from .options import nearest, option
 from .plan import Plan, independent, singular
 
 PRODIGYS_LEAST = 0.1
 KERNELS = ("flow_sde", "dance_sde", "cps")
-
-
-def option(default: Any, text: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """Declare a field with its sentence and its bounds or choices."""
-    return dataclasses.field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -144,12 +139,6 @@ def recipe(name: str, **changes: Any) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"recipe {name!r} is unknown{nearest(name, RECIPES)}; there are: {', '.join(RECIPES)}")
     return check(dataclasses.replace(RECIPES[name], **changes))
-
-
-def nearest(name: str, known: Any) -> str:
-    """Return " (did you mean …?)" for a misspelt name, or nothing."""
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def check(made: Recipe) -> Recipe:

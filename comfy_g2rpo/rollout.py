@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .kernels import over
-from .limits import Limit, limit_of
 from .plan import ROOT, Coefficients, Plan
 from .policy import Policy
-from .shortcut import Memory, Shortcut, Velocity, foreseen, remember
+from .speed.fitting_batch import Limit, limit_of
+from .speed.step_cache import Memory, Shortcut, Velocity, foreseen, remember
 
 Sink = Callable[[list[int], list[int], Tensor], None]
 """Takes finished latents [n, …] with the prompt and the image (position in plan.images) of each."""

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import Sigma, over, step
-from .limits import Limit, limit_of
 from .policy import Policy
 from .recipes import Recipe
 from .rollout import Rollout
+from .speed.fitting_batch import Limit, limit_of
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from comfy_api.latest import io
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..comfy_g2rpo.captions import caption_of
-from ..comfy_g2rpo.pictures import PictureError, listed, read, size_of
-from .guard import check_inputs
-from .hosting import contained
-from .judging import MAX_IMAGES, harmless
+from ..comfy_g2rpo.files.captions import caption_of
+from ..comfy_g2rpo.files.picture_files import PictureError, listed, read, size_of
+from .host.comfyui import contained
+from .inputs.checks import check_inputs
+from .inputs.judging import MAX_IMAGES, harmless
+from .inputs.widgets import node_id
 from .scoring import show
 from .types import SCORING
-from .widgets import node_id
 
 HERE = "(input)"
 MAX_FOLDERS = 1000

@@ -10,23 +10,24 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..comfy_g2rpo import lora
-from ..comfy_g2rpo.evaluation import Evaluation, compare, evaluate
-from ..comfy_g2rpo.pace import Pace
+from ..comfy_g2rpo.files.safe import HEADER_TENSORS
 from ..comfy_g2rpo.prompts import prompts_of
-from ..comfy_g2rpo.runs import HEADER_TENSORS, RunFolder, is_run
+from ..comfy_g2rpo.run.evaluation import Evaluation, compare, evaluate
+from ..comfy_g2rpo.run.folder import RunFolder, is_run
+from ..comfy_g2rpo.run.pace import Pace
 from ..comfy_g2rpo.schedule import shifted_sigmas
-from .adapter import Adapter, diffusers_pairs
-from .curve import reward_curve
-from .guard import check_inputs
-from .hosting import NAME_TIP, check_interrupted, fresh_lora, lora_listing, run_place
-from .judging import checked_prompt
-from .policy import check_flow, text_policy
-from .routes import list_runs, read_metrics, runs_root
-from .run import checked_schedule, model_shift
+from .host.comfyui import NAME_TIP, check_interrupted, fresh_lora, lora_listing, run_place
+from .host.routes import list_runs, read_metrics, runs_root
+from .host.train_run import checked_schedule, model_shift
+from .inputs.checks import check_inputs
+from .inputs.judging import checked_prompt
+from .inputs.widgets import announce
+from .model.adapter import Adapter, diffusers_pairs
+from .model.comfy_policy import check_flow, text_policy
 from .scoring import show
 from .types import TRAINING, RewardSet, RewardWire
-from .views import Pair, before_after
-from .widgets import announce
+from .views.curve import reward_curve
+from .views.tables import Pair, before_after
 
 NEWEST = "newest"
 MAX_WORK = 2**36  # forwards × pixels of a comparison

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ..comfy_g2rpo.plan import Leaf, Plan, PlanBuilder, State, singular
 from ..comfy_g2rpo.rollout import Rollout, roll_out
-from .conditioning import Conds, first_row, velocity
-from .guard import blamed, check_inputs
-from .policy import check_flow
+from .inputs.checks import blamed, check_inputs
+from .inputs.widgets import Progress, announce, int_list, recipe_input
+from .model.comfy_policy import check_flow
+from .model.conditioning import Conds, first_row, velocity
 from .types import SAMPLING, RolloutData, RolloutWire
-from .widgets import Progress, announce, int_list, recipe_input
 
 MISFIT = "guider: its model does not take this latent_image with this conditioning; choose another size, or the model's own text encoder"
 MAX_STATES = 200_000

@@ -18,12 +18,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ..comfy_g2rpo.captions import CHUNK
-from ..comfy_g2rpo.runs import FileError, finite, write_bytes
-from ..comfy_g2rpo.sheets import csv_bytes
-from .guard import check_inputs, check_number
-from .hosting import checked_name, contained
-from .judging import MAX_IMAGES, MAX_SCORE, best_first, bounded, checked_images, one, rounded
+from ..comfy_g2rpo.files.captions import CHUNK
+from ..comfy_g2rpo.files.csv_table import csv_bytes
+from ..comfy_g2rpo.files.safe import FileError, finite, write_bytes
+from .host.comfyui import checked_name, contained
+from .inputs.checks import check_inputs, check_number
+from .inputs.judging import MAX_IMAGES, MAX_SCORE, best_first, bounded, checked_images, one, rounded
 from .scoring import show
 from .types import SCORING, ScoresData, ScoresWire
 

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..comfy_g2rpo.prompts import MAX_CHARACTERS
 from ..comfy_g2rpo.rewards.protocol import embedder
-from ..comfy_g2rpo.scoring import Scorer
-from .drawing import number
-from .guard import check_inputs, check_number
-from .judging import (
+from ..comfy_g2rpo.run.scorer import Scorer
+from .inputs.checks import check_inputs, check_number
+from .inputs.judging import (
     MAX_IMAGES,
     MAX_SCORE,
     best_first,
@@ -36,9 +35,10 @@ from .judging import (
     score_table,
     within,
 )
+from .inputs.widgets import node_id
 from .types import SCORING, RewardSet, RewardWire, RolloutData, RolloutWire, ScoresData, ScoresWire
-from .views import Tile, ranked_grid
-from .widgets import node_id
+from .views.drawing import number
+from .views.tables import Tile, ranked_grid
 
 DECODE_BATCH = 8  # completions between two looks at the stop button
 

@@ -8,15 +8,15 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..comfy_g2rpo import recipes
-from ..comfy_g2rpo.pace import FIELDS as PACE
-from .adapter import TARGETS, lora_model, with_adapter
-from .curve import reward_curve
-from .guard import check_inputs
-from .hosting import NAME_TIP
-from .policy import check_flow
-from .run import Request, train
+from ..comfy_g2rpo.run.pace import FIELDS as PACE
+from .host.comfyui import NAME_TIP
+from .host.train_run import Request, train
+from .inputs.checks import check_inputs
+from .inputs.widgets import announce, node_id, recipe_input
+from .model.adapter import TARGETS, lora_model, with_adapter
+from .model.comfy_policy import check_flow
 from .types import TRAINING, RewardSet, RewardWire
-from .widgets import announce, node_id, recipe_input
+from .views.curve import reward_curve
 
 
 class TrainLoRA(io.ComfyNode):

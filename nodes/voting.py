@@ -12,13 +12,13 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
-from ..comfy_g2rpo.ballots import append, matching, read, votes_file, write_ballot
 from ..comfy_g2rpo.prompts import MAX_CHARACTERS
-from ..comfy_g2rpo.runs import RunFolder, is_run
-from ..comfy_g2rpo.votes import MAX_PICTURES, Votes, parse, picture_key, scores
-from .guard import check_inputs
-from .hosting import NAME_TIP, run_place
-from .judging import checked_images, checked_prompt, rounded
+from ..comfy_g2rpo.run.folder import RunFolder, is_run
+from ..comfy_g2rpo.votes.ballots import append, matching, read, votes_file, write_ballot
+from ..comfy_g2rpo.votes.strengths import MAX_PICTURES, Votes, parse, picture_key, scores
+from .host.comfyui import NAME_TIP, run_place
+from .inputs.checks import check_inputs
+from .inputs.judging import checked_images, checked_prompt, rounded
 from .types import SCORING, RolloutData, RolloutWire, ScoresData, ScoresWire
 
 SHOWN_PROMPT = 500  # characters

@@ -65,7 +65,8 @@ INPUTS: dict[str, dict[str, Any]] = {
     | {"antithetic": False, "slots": 4},
     "LoadReward": {"reward": "colourfulness", "precision": "fp32", "batch": 4},
     "ReferenceReward": {"kind": "phash", "reference": ["picture", 0], "colours": ""},
-    "MixRewards": {f"reward_{i}": ["LoadReward", 0] for i in range(1, 7)} | {f"weight_{i}": 1.0 for i in range(1, 7)}
+    "MixRewards": {f"reward_{i}": ["LoadReward", 0] for i in range(1, 7)}
+    | {f"weight_{i}": 1.0 for i in range(1, 7)}
     | {"mix": "zscore", "gates": ""},
     "LoadImageFolder": {"folder": "(input)", "deep": False, "skip": 0, "most": 4, "max_side": 64},
     "ScoreRollout": {"rollout": ["Rollout", 0], "vae": VAE, "reward": ["LoadReward", 0], "prompt": "a red circle"},

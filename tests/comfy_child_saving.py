@@ -20,7 +20,7 @@ import nodes
 given, tensors = comfy_side.given(), comfy_side.given_tensors()
 types, saving, library = (comfy_side.pack_module(f"nodes.{name}") for name in ("types", "saving", "library"))
 rewards = comfy_side.pack_module("comfy_g2rpo.rewards")
-installed = comfy_side.pack_module("comfy_g2rpo.rewards.library")
+installed = comfy_side.pack_module("comfy_g2rpo.rewards.models.installed")
 INPUT, OUTPUT = Path(folder_paths.get_input_directory()), Path(folder_paths.get_output_directory())
 
 

@@ -13,7 +13,7 @@ import torch
 import nodes
 
 given, tensors = comfy_side.given(), comfy_side.given_tensors()
-judging, types = comfy_side.pack_module("nodes.judging"), comfy_side.pack_module("nodes.types")
+judging, types = comfy_side.pack_module("nodes.inputs.judging"), comfy_side.pack_module("nodes.types")
 rewards = comfy_side.pack_module("comfy_g2rpo.rewards")
 
 

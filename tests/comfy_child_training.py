@@ -8,8 +8,8 @@ import folder_paths
 import torch
 from safetensors.torch import load_file
 
-runs = comfy_side.pack_module("comfy_g2rpo.runs")
-hosting = comfy_side.pack_module("nodes.hosting")
+runs = comfy_side.pack_module("comfy_g2rpo.run.folder")
+hosting = comfy_side.pack_module("nodes.host.comfyui")
 given = comfy_side.given()
 
 LOADER = {
@@ -140,9 +140,9 @@ for call in given["stops"]:
     }
 
 # A reward that is gamed: the watch stops the run, and what comes out is the best step's LoRA.
-gamed = train(
-    run="gamed", reward=["8", 0], heldout_reward=["2", 0], steps=8, eval_every=4, learning_rate=4e-3, **given["gamed"]
-) | {"8": {"class_type": "G2RPO_LoadReward", "inputs": {"reward": "jpeg"}}}
+gamed = train(run="gamed", reward=["8", 0], heldout_reward=["2", 0], steps=8, eval_every=4, learning_rate=4e-3, **given["gamed"]) | {
+    "8": {"class_type": "G2RPO_LoadReward", "inputs": {"reward": "jpeg"}}
+}
 caught = comfy_side.run_prompt({**gamed, **picture(["3", 0])}, want={"image": ("p4", 0), "curve": ("3", 3)})
 folder = runs.RunFolder(hosting.run_place("gamed"))
 answer["gamed"] = [caught.ok, caught.error, folder.summary(), torch.equal(before, caught.values["image"])]

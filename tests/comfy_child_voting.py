@@ -129,7 +129,7 @@ def noise(keys: list[str], count: int) -> list[str]:
     """Change single characters of good votes at random; list the answers that are neither votes nor a named error."""
     chance, strange = random.Random(0), []
     good = json.dumps({"pictures": keys, "ranking": keys[:3], "winners": keys[:3], "pairs": [[keys[0], keys[1]]]})
-    parse = comfy_side.pack_module("comfy_g2rpo.votes").parse
+    parse = comfy_side.pack_module("comfy_g2rpo.votes.strengths").parse
     for _ in range(count):
         text = list(good)
         for _ in range(chance.randint(1, 4)):

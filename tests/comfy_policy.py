@@ -31,7 +31,7 @@ plan_module = comfy_side.pack_module("comfy_g2rpo.plan")
 schedule_module = comfy_side.pack_module("comfy_g2rpo.schedule")
 update_module = comfy_side.pack_module("comfy_g2rpo.update")
 lora_module = comfy_side.pack_module("comfy_g2rpo.lora")
-widgets_module = comfy_side.pack_module("nodes.widgets")
+widgets_module = comfy_side.pack_module("nodes.inputs.widgets")
 
 GIVEN, DATA = comfy_side.given_tensors(), comfy_side.given()
 X, SIGMA, COTANGENT = GIVEN["x"], GIVEN["sigma"], GIVEN["cotangent"]

@@ -10,7 +10,7 @@ import comfy_side
 import torch
 from torch import Tensor
 
-policy_module = comfy_side.pack_module("nodes.policy")
+policy_module = comfy_side.pack_module("nodes.model.comfy_policy")
 sampling_module = comfy_side.pack_module("nodes.sampling")
 rollout_module = comfy_side.pack_module("comfy_g2rpo.rollout")
 

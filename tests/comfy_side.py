@@ -73,7 +73,7 @@ def node_class(node_id: str) -> Any:
 
 
 def pack_module(name: str) -> ModuleType:
-    """Return a module of the pack as ComfyUI has loaded it: pack_module("nodes.policy"), pack_module("comfy_g2rpo.lora")."""
+    """Return a module of the pack as ComfyUI has loaded it: pack_module("nodes.model.comfy_policy"), pack_module("comfy_g2rpo.lora")."""
     root = next(key for key in sys.modules if "custom_nodes" in key and key.endswith(".nodes.demo")).removesuffix(".nodes.demo")
     return importlib.import_module(f"{root}.{name}")
 

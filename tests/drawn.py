@@ -5,7 +5,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from comfy_g2rpo.rewards.shapes import BACKGROUND, COLOURS
+from comfy_g2rpo.rewards.shapes.vocabulary import BACKGROUND, COLOURS
 
 
 def draw(*objects: tuple[str, str, float, float, float], background: tuple[int, int, int] = BACKGROUND) -> Tensor:

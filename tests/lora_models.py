@@ -11,7 +11,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from g2rpo_trainer.lora_loaders import PIPELINES
+from g2rpo_trainer.lora.ask_diffusers import PIPELINES
 
 HEAD = {"attention_head_dim": 64, "num_attention_heads": 2}
 TEXT = {"joint_attention_dim": 32}

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from comfy_g2rpo.rollout import seeded_noise
-from g2rpo_trainer.families.text_files import CONFIGS as configs
+from g2rpo_trainer.families.files.text_files import CONFIGS as configs
 
 Weights = Mapping[str, Tensor]
 CLIP = {"max_position_embeddings": 12, "vocab_size": 583, "num_hidden_layers": 1, "intermediate_size": 64}

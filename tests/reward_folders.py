@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from g2rpo_trainer import rewards_convert
+from g2rpo_trainer.rewards import rewrite_weights
 
 IMAGE, PATCH, WIDTH, LAYERS, HEADS, EMBED = 28, 7, 32, 2, 4, 24
 VISION = {
@@ -144,7 +144,7 @@ def open_clip_weights(seed: int = 0) -> dict[str, Tensor]:
 
 def hps_folder(root: Path, name: str, weights: dict[str, Tensor]) -> Path:
     """Write HPS from weights in open_clip's layout, as fetching does."""
-    folder = write_folder(root, name, "hpsv2", clip_config(), rewards_convert.ready(rewards_convert.open_clip(weights)))
+    folder = write_folder(root, name, "hpsv2", clip_config(), rewrite_weights.ready(rewrite_weights.open_clip(weights)))
     write_clip_tokenizer(folder)
     return folder
 
@@ -203,7 +203,7 @@ def imagereward_weights(seed: int = 0) -> dict[str, Tensor]:
 def imagereward_folder(root: Path, name: str, weights: dict[str, Tensor]) -> Path:
     """Write ImageReward from weights in their published layout, as fetching does."""
     config = {"vision_config": {**VISION, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}, "text_config": BLIP_TEXT}
-    folder = write_folder(root, name, "imagereward", config, rewards_convert.ready(rewards_convert.imagereward(weights)))
+    folder = write_folder(root, name, "imagereward", config, rewrite_weights.ready(rewrite_weights.imagereward(weights)))
     (folder / "vocab.txt").write_text("\n".join(BERT_WORDS) + "\n")
     return folder
 
@@ -221,9 +221,9 @@ def head_weights(width: int, layout: str, widths: tuple[int, ...] = HEAD, seed: 
 
 def aesthetic_folder(root: Path, name: str, model: nn.Module, head: dict[str, Tensor], widths: tuple[int, ...]) -> Path:
     """Write a LAION predictor from CLIP and a head, as fetching does."""
-    tower = rewards_convert.tower(model.state_dict(), ("vision_model.", "visual_projection."))
+    tower = rewrite_weights.tower(model.state_dict(), ("vision_model.", "visual_projection."))
     config = {"projection_dim": EMBED, "vision_config": {**VISION, "hidden_act": "quick_gelu"}, "head": list(widths)}
-    return write_folder(root, name, "aesthetic", config, rewards_convert.ready(tower | rewards_convert.head(head)))
+    return write_folder(root, name, "aesthetic", config, rewrite_weights.ready(tower | rewrite_weights.head(head)))
 
 
 def siglip_vision(seed: int = 0) -> nn.Module:
@@ -237,4 +237,4 @@ def aesthetic_v25_folder(root: Path, name: str, model: nn.Module, head: dict[str
     """Write Aesthetic Predictor v2.5 from SigLIP, named as in the published SiglipModel, and a head, as fetching does."""
     published = {f"vision_model.{key.removeprefix('vision_model.')}": tensor for key, tensor in model.state_dict().items()}
     config = {"vision_config": VISION, "head": list(widths)}
-    return write_folder(root, name, "aesthetic_v2.5", config, rewards_convert.ready(published | rewards_convert.head(head)))
+    return write_folder(root, name, "aesthetic_v2.5", config, rewrite_weights.ready(published | rewrite_weights.head(head)))

@@ -10,8 +10,8 @@ from toys import SHAPE, ToyPolicy
 from comfy_g2rpo.plan import singular
 from comfy_g2rpo.rewards import Rule
 from comfy_g2rpo.rollout import roll_out
+from comfy_g2rpo.run.scorer import Scorer
 from comfy_g2rpo.schedule import shifted_sigmas
-from comfy_g2rpo.scoring import Scorer
 
 BRIGHTNESS = Rule("brightness", lambda images, prompts: images.mean((1, 2, 3)), compares_across_prompts=False)
 

@@ -80,7 +80,7 @@ def test_graph_blocks_know_only_comfyui_and_the_method() -> None:
 def reads_only_tensors(path: Path, call: ast.Call) -> bool:
     """Say whether a call is the one place that converts a published pickle, by PyTorch's restricted reader."""
     restricted = any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in call.keywords)
-    return path == ROOT / "trainer" / "rewards_prepare.py" and ast.unparse(call.func) == "torch.load" and restricted
+    return path == ROOT / "trainer" / "rewards" / "prepare.py" and ast.unparse(call.func) == "torch.load" and restricted
 
 
 def test_nothing_shipped_can_run_code_from_a_file() -> None:
@@ -148,12 +148,13 @@ def test_wheel_brings_what_the_page_of_votes_is_made_of(wheel: Path) -> None:
 
 def test_wheel_brings_the_facts_about_published_models(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {f"g2rpo_trainer/configs/{file.name}" for file in (ROOT / "trainer/configs").glob("*.json")} <= names
+    assert {f"g2rpo_trainer/families/facts/{file.name}" for file in (ROOT / "trainer/families/facts").glob("*.json")} <= names
 
 
 def test_wheel_finds_its_own_recipes_prompts_and_model(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    load = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from g2rpo_trainer.config import load; print(load('demo', []))"
+    path = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})"
+    load = f"{path}; from g2rpo_trainer.config.reading import load; print(load('demo', []))"
     child = subprocess.run([sys.executable, "-c", load], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert child.returncode == 0, child.stderr
     assert str(tmp_path / "site/g2rpo_trainer/models/tiny") in child.stdout

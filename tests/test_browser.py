@@ -17,7 +17,7 @@ import pytest
 import torch
 from comfy_host import COMFYUIS, Server, make_base, server
 
-from comfy_g2rpo.runs import RunFolder, Sample
+from comfy_g2rpo.run.folder import RunFolder, Sample
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright, and a Chromium, to test the page")
 

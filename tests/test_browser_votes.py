@@ -14,9 +14,9 @@ import pytest
 import torch
 from comfy_host import COMFYUIS, ROOT, Server, make_base, server
 
-from comfy_g2rpo import ballots
-from comfy_g2rpo.runs import RunFolder
-from comfy_g2rpo.votes import Votes, from_table
+from comfy_g2rpo.run.folder import RunFolder
+from comfy_g2rpo.votes import ballots
+from comfy_g2rpo.votes.strengths import Votes, from_table
 from g2rpo_trainer import cli
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright, and a Chromium, to test the page")

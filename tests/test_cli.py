@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from comfy_g2rpo.runs import RunFolder
-from g2rpo_trainer import cli, estimate
-from g2rpo_trainer.config import load
-from g2rpo_trainer.progress import History, Lines, LiveDisplay, clock, for_terminal, outcome, panel, sparkline
-from g2rpo_trainer.report import curves, reward_groups
+from comfy_g2rpo.run.folder import RunFolder
+from g2rpo_trainer import cli
+from g2rpo_trainer.config.reading import load
+from g2rpo_trainer.cost import estimate
+from g2rpo_trainer.reports.progress import History, Lines, LiveDisplay, clock, for_terminal, outcome, panel, sparkline
+from g2rpo_trainer.reports.report import curves, reward_groups
 
 pytestmark = pytest.mark.xdist_group("cli")  # one process makes what they share
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from comfy_g2rpo.evaluation import Evaluation
-from comfy_g2rpo.runs import RunFolder, Sample
+from comfy_g2rpo.run.evaluation import Evaluation
+from comfy_g2rpo.run.folder import RunFolder, Sample
 from g2rpo_trainer import cli
-from g2rpo_trainer.comparison import Pair, change, interval, of_runs, same_names, to_show
+from g2rpo_trainer.reports.comparison import Pair, change, interval, of_runs, same_names, to_show
 
 EVIL = '<script>alert("x")</script> & \u202e "quoted"'
 

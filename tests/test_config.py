@@ -12,10 +12,10 @@ from comfy_g2rpo import prompts
 from comfy_g2rpo.prompts import PromptCursor, PromptError
 from comfy_g2rpo.recipes import FIELDS, RECIPES
 from comfy_g2rpo.rewards import RewardError
-from g2rpo_trainer import config
-from g2rpo_trainer.config import ConfigError
+from g2rpo_trainer.config import reading
+from g2rpo_trainer.config.reading import ConfigError
 
-BUNDLED = sorted(path.stem for path in config.bundled_folder("recipes").glob("*.yaml"))
+BUNDLED = sorted(path.stem for path in reading.bundled_folder("recipes").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -31,9 +31,9 @@ def recipe(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_recipes_load_from_anywhere(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    loaded = config.load(name)
+    loaded = reading.load(name)
     assert Path(loaded.prompts.train).is_file()
-    assert config.make_recipe(loaded).num_steps >= 8
+    assert reading.make_recipe(loaded).num_steps >= 8
 
 
 def test_there_are_bundled_recipes() -> None:
@@ -41,29 +41,29 @@ def test_there_are_bundled_recipes() -> None:
 
 
 def test_paths_are_looked_up_beside_the_recipe(recipe: Path) -> None:
-    assert config.load(recipe).prompts.train == str(recipe.parent / "train.txt")
+    assert reading.load(recipe).prompts.train == str(recipe.parent / "train.txt")
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_named_method_is_taken_as_it_is(recipe: Path, name: str) -> None:
-    assert config.make_recipe(config.load(recipe, [f"method.name={name}"])) == RECIPES[name]
+    assert reading.make_recipe(reading.load(recipe, [f"method.name={name}"])) == RECIPES[name]
 
 
 def test_every_field_of_a_method_can_be_set_and_explains_itself() -> None:
-    explained = dict(config.fields())
+    explained = dict(reading.fields())
     assert all(explained[f"method.{name}"] == field.metadata["help"] for name, field in FIELDS.items())
     assert all(sentence.endswith(".") for name, sentence in explained.items())
 
 
 def test_settings_override_the_recipe(recipe: Path) -> None:
-    loaded = config.load(recipe, ["method.eta=0.5", "method.granularities=[1, 3]", "method.learning_rate=1e-3", "rewards.0.weight=2"])
-    made = config.make_recipe(loaded)
+    loaded = reading.load(recipe, ["method.eta=0.5", "method.granularities=[1, 3]", "method.learning_rate=1e-3", "rewards.0.weight=2"])
+    made = reading.make_recipe(loaded)
     assert (made.eta, made.granularities, made.learning_rate, loaded.rewards[0].weight) == (0.5, (1, 3), 1e-3, 2.0)
 
 
 def test_what_a_run_records_makes_the_same_configuration_again(recipe: Path) -> None:
-    loaded = config.load(recipe, ["method.granularities=[1, 3]"])
-    assert config.from_dict(config.dump(loaded)["config"]) == loaded
+    loaded = reading.load(recipe, ["method.granularities=[1, 3]"])
+    assert reading.from_dict(reading.dump(loaded)["config"]) == loaded
 
 
 WRONG = {
@@ -96,29 +96,29 @@ WRONG = {
 @pytest.mark.parametrize("setting", WRONG)
 def test_a_mistake_is_named_with_its_remedy(recipe: Path, setting: str) -> None:
     with pytest.raises(ConfigError) as error:
-        config.load(recipe, [setting])
+        reading.load(recipe, [setting])
     assert str(error.value) == WRONG[setting]
 
 
 def test_several_mistakes_are_named_at_once(recipe: Path) -> None:
     with pytest.raises(ConfigError, match=r"^train\.steps is 0; .*; train\.slots is 0; [^\n]*$"):
-        config.load(recipe, ["train.steps=0", "train.slots=0"])
+        reading.load(recipe, ["train.steps=0", "train.slots=0"])
 
 
 def test_an_unknown_reward_names_the_nearest(recipe: Path) -> None:
     with pytest.raises(RewardError, match="'agrement' is unknown, did you mean 'agreement'"):
-        config.load(recipe, ["heldout_rewards=[agrement]"])
+        reading.load(recipe, ["heldout_rewards=[agrement]"])
 
 
 @pytest.mark.parametrize("field", ["model.path", "prompts.train", "prompts.heldout", "lora.init"])
 def test_a_path_that_does_not_exist_is_named(recipe: Path, field: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{field} is 'nowhere', which does not exist; looked beside the recipe"):
-        config.load(recipe, [f"{field}=nowhere"])
+        reading.load(recipe, [f"{field}=nowhere"])
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"'dmeo' is neither a file nor bundled \(did you mean 'demo'\?\)"):
-        config.load("dmeo")
+        reading.load("dmeo")
 
 
 @pytest.mark.parametrize(
@@ -134,14 +134,14 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
 def test_a_file_that_is_no_recipe_is_one_line(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "a.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=words) as error:
-        config.load(tmp_path / "a.yaml")
+        reading.load(tmp_path / "a.yaml")
     assert "\n" not in str(error.value)
 
 
 def test_yaml_cannot_make_objects(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("model: !!python/object/apply:os.getcwd []")
     with pytest.raises(ConfigError, match="is not YAML"):
-        config.load(tmp_path / "a.yaml")
+        reading.load(tmp_path / "a.yaml")
 
 
 def test_prompts_come_from_text_lines(tmp_path: Path) -> None:

@@ -6,16 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from comfy_g2rpo.optimizers import load_optimizer_tensors, optimizer_tensors
-from comfy_g2rpo.runs import (
-    RunError,
-    RunFolder,
-    fitting,
-    is_run,
-    read_progress,
-    write_json,
-    write_state,
-)
+from comfy_g2rpo.files.safe import RunError, write_json
+from comfy_g2rpo.run.folder import RunFolder, fitting, is_run, read_progress, write_state
+from comfy_g2rpo.run.optimizers import load_optimizer_tensors, optimizer_tensors
 
 DEEP = "[" * 100_000
 CONFIG = {"config": {"train": {"steps": 3}, "model": {"width": 64}}}

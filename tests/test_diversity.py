@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_g2rpo.diversity import describe, marginals, mean_distance, measure, pixel_features, shaping, spread
+from comfy_g2rpo.run.diversity import describe, marginals, mean_distance, measure, pixel_features, shaping, spread
 
 
 def features(*shape, seed=0):

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from comfy_g2rpo import lora
-from comfy_g2rpo.lora_convert import renamed, scaled
-from comfy_g2rpo.lora_keys import FAMILIES, SD3
+from comfy_g2rpo.lora.convert import renamed, scaled
+from comfy_g2rpo.lora.key_names import FAMILIES, SD3
 from g2rpo_trainer.cli import main
-from g2rpo_trainer.config import apply_overrides, find_recipe, from_dict, read_yaml
+from g2rpo_trainer.config.reading import apply_overrides, find_recipe, from_dict, read_yaml
 from g2rpo_trainer.families.sd3 import SD3 as SD3Policy
 from g2rpo_trainer.families.sd3 import load_pipeline
-from g2rpo_trainer.lora_files import add_frozen, read_any, start_from
-from g2rpo_trainer.lora_loaders import in_diffusers
+from g2rpo_trainer.lora.ask_diffusers import in_diffusers
+from g2rpo_trainer.lora.lora_files import add_frozen, read_any, start_from
 from g2rpo_trainer.run import continue_from, load_policy
 
 BUNDLED = Path(__file__).parent.parent / "models/tiny"

@@ -17,16 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from comfy_g2rpo import lora
+from comfy_g2rpo.files.safe import read_tensors
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.recipes import Recipe
 from comfy_g2rpo.rollout import roll_out, seeded_noise
-from comfy_g2rpo.runs import RunFolder, read_tensors
+from comfy_g2rpo.run.folder import RunFolder
 from comfy_g2rpo.schedule import shifted_sigmas
-from g2rpo_trainer import cli, families, prompt_cache
-from g2rpo_trainer.config import ConfigError, load, model_folder
+from g2rpo_trainer import cli, families
+from g2rpo_trainer.config.reading import ConfigError, load, model_folder
+from g2rpo_trainer.config.sections import ModelSection
+from g2rpo_trainer.families.files.diffusers_folder import load_pipeline
 from g2rpo_trainer.families.flux import Flux, pack, unpack
-from g2rpo_trainer.families.folder import load_pipeline
-from g2rpo_trainer.sections import ModelSection
+from g2rpo_trainer.model import prompt_cache
 
 PROMPTS = ("two red circles", "a green square left of a blue triangle")
 SHAPE, SIZE = (16, 8, 12), {"height": 64, "width": 96}

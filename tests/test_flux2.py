@@ -14,16 +14,18 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 from torch import Tensor
 
 from comfy_g2rpo import lora
-from comfy_g2rpo.lora_forms import Form, in_core
-from comfy_g2rpo.lora_keys import BOTH, FLUX2, family_of_model
+from comfy_g2rpo.files.safe import read_tensors
+from comfy_g2rpo.lora.forms import Form, in_core
+from comfy_g2rpo.lora.key_names import BOTH, FLUX2, family_of_model
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.rollout import roll_out, seeded_noise
-from comfy_g2rpo.runs import RunFolder, read_tensors
-from g2rpo_trainer import cli, families, prompt_cache
-from g2rpo_trainer.config import load as load_recipe
+from comfy_g2rpo.run.folder import RunFolder
+from g2rpo_trainer import cli, families
+from g2rpo_trainer.config.reading import load as load_recipe
+from g2rpo_trainer.config.sections import ModelSection
 from g2rpo_trainer.families.flux2 import Flux2
+from g2rpo_trainer.model import prompt_cache
 from g2rpo_trainer.run import continue_from
-from g2rpo_trainer.sections import ModelSection
 
 pytestmark = pytest.mark.xdist_group("flux2")  # one process makes what they share
 

@@ -8,17 +8,17 @@ import torch
 from random_models import ARCHITECTURES, SMALL_SIDE, random_conds, random_policy
 
 from comfy_g2rpo.advantages import integrate
-from comfy_g2rpo.guard import Speed, rank_correlation
 from comfy_g2rpo.plan import singular
 from comfy_g2rpo.recipes import build_plan, recipe
 from comfy_g2rpo.rewards import load
 from comfy_g2rpo.rollout import roll_out
+from comfy_g2rpo.run.rank_guard import Speed, rank_correlation
+from comfy_g2rpo.run.scorer import Scorer
 from comfy_g2rpo.schedule import shifted_sigmas
-from comfy_g2rpo.scoring import Scorer
-from comfy_g2rpo.shortcut import Shortcut
+from comfy_g2rpo.speed.step_cache import Shortcut
 from comfy_g2rpo.update import records, update
 from g2rpo_trainer.families.sd3 import SD3, load_pipeline
-from g2rpo_trainer.speed import completions
+from g2rpo_trainer.model.cheap_forward import completions
 
 SHORT = recipe("g2rpo", num_steps=8, group_size=6, pick="random", pick_size=2)
 FIGURES = {"seconds", "forwards", "images", "forwards_per_s", "images_per_s", "utilisation", "peak_gb", "faster", "rank"}

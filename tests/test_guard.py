@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from toys import SHAPE, ToyPolicy
 
-from comfy_g2rpo.guard import Speed, check, excerpt, explore, first_group, rank_correlation
 from comfy_g2rpo.kernels import dpm_2m_step
 from comfy_g2rpo.plan import ROOT, independent, singular
 from comfy_g2rpo.recipes import RECIPES, build_plan, recipe
 from comfy_g2rpo.rollout import roll_out
+from comfy_g2rpo.run.rank_guard import Speed, check, excerpt, explore, first_group, rank_correlation
+from comfy_g2rpo.run.scorer import Scorer, roll_out_and_score
 from comfy_g2rpo.schedule import shifted_sigmas
-from comfy_g2rpo.scoring import Scorer, roll_out_and_score
-from comfy_g2rpo.shortcut import Shortcut
+from comfy_g2rpo.speed.step_cache import Shortcut
 
 STEPS, CONDS, SEEDS = 12, [0.3, -0.8], [11, 12]
 PLAN = singular(STEPS, [0, 3, 5], 4, (1, 2))

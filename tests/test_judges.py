@@ -21,11 +21,11 @@ from torch import Tensor
 
 from comfy_g2rpo.prompts import Prompt
 from comfy_g2rpo.rewards import RewardError, checked
-from g2rpo_trainer.judges import connect, key_of
-from g2rpo_trainer.judges.cache import Cache, digest
-from g2rpo_trainer.judges.client import Client, Limits, retry_after
-from g2rpo_trainer.judges.openai import KINDS, read
-from g2rpo_trainer.judges.pairwise import draw_pairs, win_rates
+from g2rpo_trainer.rewards.judges import connect, key_of
+from g2rpo_trainer.rewards.judges.cache import Cache, digest
+from g2rpo_trainer.rewards.judges.client import Client, Limits, retry_after
+from g2rpo_trainer.rewards.judges.openai import KINDS, read
+from g2rpo_trainer.rewards.judges.pairwise import draw_pairs, win_rates
 
 
 @pytest.fixture(autouse=True)

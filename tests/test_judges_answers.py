@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judge_host import completion
 
-from g2rpo_trainer.judges.client import Nonsense
-from g2rpo_trainer.judges.openai import KINDS, read
-from g2rpo_trainer.judges.protocol import read as read_scores
+from g2rpo_trainer.rewards.judges.client import Nonsense
+from g2rpo_trainer.rewards.judges.judge_protocol import read as read_scores
+from g2rpo_trainer.rewards.judges.openai import KINDS, read
 
 SIMPLE = st.none() | st.booleans() | st.floats() | st.integers() | st.sampled_from(["1", "5", "yes", "", "NaN"]) | st.text(max_size=5)
 JSON = st.recursive(

@@ -17,11 +17,11 @@ from judge_host import JudgeHost, after, close_mid_body, completion, hang, pictu
 from test_run import config
 
 from comfy_g2rpo.rewards import RewardError
-from comfy_g2rpo.runs import RunFolder, read_state
-from comfy_g2rpo.scoring import Scorer
+from comfy_g2rpo.run.folder import RunFolder, read_state
+from comfy_g2rpo.run.scorer import Scorer
 from g2rpo_trainer import run as training
-from g2rpo_trainer.judges.client import Limits
-from g2rpo_trainer.progress import Silent
+from g2rpo_trainer.reports.progress import Silent
+from g2rpo_trainer.rewards.judges.client import Limits
 
 
 @pytest.fixture(autouse=True)

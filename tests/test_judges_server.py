@@ -28,10 +28,10 @@ from PIL import Image
 from comfy_g2rpo.prompts import Prompt, columns_of
 from comfy_g2rpo.rewards import RewardError, Rule, checked
 from g2rpo_trainer.cli import main
-from g2rpo_trainer.judges import connect, server
-from g2rpo_trainer.judges.client import Limits
-from g2rpo_trainer.judges.protocol import body
-from g2rpo_trainer.judges.server import JudgeServer, listen, names_of, token_of
+from g2rpo_trainer.rewards.judges import connect, server
+from g2rpo_trainer.rewards.judges.client import Limits
+from g2rpo_trainer.rewards.judges.judge_protocol import body
+from g2rpo_trainer.rewards.judges.server import JudgeServer, listen, names_of, token_of
 
 TOKEN = "t" * 43
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PROPFIND", "BREW")
@@ -249,7 +249,7 @@ def test_a_weakened_check_shows(name: str, tmp_path: Path) -> None:
     source = Path(server.__file__).read_text(encoding="utf-8")
     assert source.count(old) == 1
     (tmp_path / "weak.py").write_text(source.replace(old, new), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("g2rpo_trainer.judges.weak", tmp_path / "weak.py")
+    spec = importlib.util.spec_from_file_location("g2rpo_trainer.rewards.judges.weak", tmp_path / "weak.py")
     weak = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(weak)
     holes = audit(weak, ("GET", "POST", "BREW"), ("/score", "/about?x=1", "/%61bout"))

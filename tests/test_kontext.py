@@ -15,20 +15,22 @@ from PIL import Image
 from torch import Tensor
 
 from comfy_g2rpo import lora
-from comfy_g2rpo.evaluation import Evaluation
-from comfy_g2rpo.pictures import read
-from comfy_g2rpo.pictures import size_of as size_on_disk
+from comfy_g2rpo.files.picture_files import read
+from comfy_g2rpo.files.picture_files import size_of as size_on_disk
+from comfy_g2rpo.files.safe import read_tensors, write_tensors
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.rollout import roll_out, seeded_noise
-from comfy_g2rpo.runs import RunFolder, read_tensors, write_tensors
-from g2rpo_trainer import cli, families, prompt_cache
-from g2rpo_trainer.config import from_dict
+from comfy_g2rpo.run.evaluation import Evaluation
+from comfy_g2rpo.run.folder import RunFolder
+from g2rpo_trainer import cli, families
+from g2rpo_trainer.config.reading import from_dict
+from g2rpo_trainer.config.sections import ModelSection
 from g2rpo_trainer.families.flux import pack, unpack
 from g2rpo_trainer.families.kontext import Kontext, size_of
-from g2rpo_trainer.progress import Silent
-from g2rpo_trainer.report import GAP, MARGIN, TILE
+from g2rpo_trainer.model import prompt_cache
+from g2rpo_trainer.reports.progress import Silent
+from g2rpo_trainer.reports.report import GAP, MARGIN, TILE
 from g2rpo_trainer.run import train
-from g2rpo_trainer.sections import ModelSection
 
 TEXT, OTHER = "make it night", "add a red hat"
 WIDTH, HEIGHT, SHAPE = 64, 48, (16, 6, 8)

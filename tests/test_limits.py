@@ -9,18 +9,20 @@ from test_run import config
 from test_update import CONDS, SEEDS, rolled
 from toys import SHAPE, ToyPolicy
 
-from comfy_g2rpo.limits import Limit, Limits, OutOfMemory
-from comfy_g2rpo.loop import learn, make_learner
-from comfy_g2rpo.pace import Pace
-from comfy_g2rpo.probe import velocity_distance
 from comfy_g2rpo.recipes import build_plan, recipe
 from comfy_g2rpo.rollout import roll_out
-from comfy_g2rpo.runs import RunFolder
+from comfy_g2rpo.run.batch_limits import Limits
+from comfy_g2rpo.run.evaluation import velocity_distance
+from comfy_g2rpo.run.folder import RunFolder
+from comfy_g2rpo.run.loop import learn
+from comfy_g2rpo.run.pace import Pace
+from comfy_g2rpo.run.scorer import Scorer
+from comfy_g2rpo.run.setup import make_learner
 from comfy_g2rpo.schedule import shifted_sigmas
-from comfy_g2rpo.scoring import Scorer
+from comfy_g2rpo.speed.fitting_batch import Limit, OutOfMemory
 from comfy_g2rpo.update import records, update
 from g2rpo_trainer import run as training
-from g2rpo_trainer.progress import Silent
+from g2rpo_trainer.reports.progress import Silent
 
 
 class SmallCard(ToyPolicy):

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from comfy_g2rpo import lora
-from comfy_g2rpo.lora_convert import renamed, scaled
-from comfy_g2rpo.lora_forms import in_core, understand
-from comfy_g2rpo.lora_keys import FAMILIES
+from comfy_g2rpo.lora.convert import renamed, scaled
+from comfy_g2rpo.lora.forms import in_core, understand
+from comfy_g2rpo.lora.key_names import FAMILIES
 from g2rpo_trainer.families.flux2 import Flux2
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("scripts in comfyui")]
@@ -189,7 +189,7 @@ def test_check_lora_says_what_core_ignores(core: Answer, files: dict[str, Any], 
 
 def module_of(key: str, reading: Any) -> str | None:
     """Return the module that an ignored key of a file belongs to."""
-    from comfy_g2rpo.lora_forms import place
+    from comfy_g2rpo.lora.forms import place
 
     found = place(key)
     return found and found[1]

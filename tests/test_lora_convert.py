@@ -10,9 +10,9 @@ from lora_models import ALPHA, RANK, TINY, deltas, layers, random_pairs
 from torch import Tensor
 
 from comfy_g2rpo.lora import LoraError
-from comfy_g2rpo.lora_convert import extracted, family_of, renamed, resized, scaled, split
-from comfy_g2rpo.lora_forms import faults, understand
-from comfy_g2rpo.lora_keys import FAMILIES, FLUX, SD3, template
+from comfy_g2rpo.lora.convert import extracted, family_of, renamed, resized, scaled, split
+from comfy_g2rpo.lora.forms import faults, understand
+from comfy_g2rpo.lora.key_names import FAMILIES, FLUX, SD3, template
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from comfy_g2rpo import lora
-from comfy_g2rpo.lora_convert import renamed, scaled
-from comfy_g2rpo.lora_forms import understand
-from comfy_g2rpo.lora_keys import FAMILIES, SD3, Family
+from comfy_g2rpo.lora.convert import renamed, scaled
+from comfy_g2rpo.lora.forms import understand
+from comfy_g2rpo.lora.key_names import FAMILIES, SD3, Family
 from g2rpo_trainer.families.sd3 import SD3 as SD3Policy
 from g2rpo_trainer.families.sd3 import load_pipeline
-from g2rpo_trainer.lora_loaders import in_diffusers
+from g2rpo_trainer.lora.ask_diffusers import in_diffusers
 
 BUNDLED = Path(__file__).parent.parent / "models/tiny"
 TO_Q = "transformer_blocks.0.attn.to_q"

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from comfy_g2rpo import lora
-from comfy_g2rpo.lora_forms import Form, in_core
-from comfy_g2rpo.lora_keys import BOTH, LUMINA2, family_of_model
+from comfy_g2rpo.lora.forms import Form, in_core
+from comfy_g2rpo.lora.key_names import BOTH, LUMINA2, family_of_model
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.rollout import roll_out, seeded_noise
-from comfy_g2rpo.runs import RunFolder
+from comfy_g2rpo.run.folder import RunFolder
 from comfy_g2rpo.schedule import shifted_sigmas
-from g2rpo_trainer import cli, families, prompt_cache
+from g2rpo_trainer import cli, families
+from g2rpo_trainer.config.sections import ModelSection
 from g2rpo_trainer.families.lumina2 import Lumina2
-from g2rpo_trainer.sections import ModelSection
+from g2rpo_trainer.model import prompt_cache
 
 pytestmark = pytest.mark.xdist_group("lumina2")  # one process makes what they share
 

@@ -10,12 +10,13 @@ from qwen_folder import save as save_qwen
 from torch import nn
 from wan_folder import save as save_wan
 
-from comfy_g2rpo.loop import iterate, make_learner
+from comfy_g2rpo.run.iteration import iterate
+from comfy_g2rpo.run.setup import make_learner
 from g2rpo_trainer import run as training
-from g2rpo_trainer.config import from_dict
-from g2rpo_trainer.footprint import Live, footprint, weights_of
-from g2rpo_trainer.memory import weight_bytes
-from g2rpo_trainer.precision import PACKINGS, Float8, StoredLinear, store, stored
+from g2rpo_trainer.config.reading import from_dict
+from g2rpo_trainer.cost.card_memory import Live, footprint, weights_of
+from g2rpo_trainer.model.placing import weight_bytes
+from g2rpo_trainer.model.stored_linear import PACKINGS, Float8, StoredLinear, store, stored
 
 CPU = torch.device("cpu")
 SAVE = {"flux": save_flux, "qwen_image": save_qwen, "wan": save_wan}

@@ -28,10 +28,10 @@ from reward_folders import (
 )
 from torch import Tensor, nn
 
-from comfy_g2rpo.rewards.known import KNOWN
-from comfy_g2rpo.rewards.library import LOADERS, installed, load_installed
+from comfy_g2rpo.rewards.models.catalogue import KNOWN
+from comfy_g2rpo.rewards.models.clip import ModelReward
+from comfy_g2rpo.rewards.models.installed import LOADERS, installed, load_installed
 from comfy_g2rpo.rewards.protocol import checked
-from comfy_g2rpo.rewards.towers import ModelReward
 
 pytest.importorskip("transformers", reason="model-backed rewards need transformers: pip install '.[rewards]'")
 

@@ -15,7 +15,7 @@ import torch
 from reward_folders import EMBED, HEAD, aesthetic_folder, clip_folder, clip_model, head_weights, imagereward_folder, imagereward_weights
 from safetensors.torch import load_file, save_file
 
-from comfy_g2rpo.rewards.library import installed, load_installed
+from comfy_g2rpo.rewards.models.installed import installed, load_installed
 
 pytest.importorskip("transformers", reason="model-backed rewards need transformers: pip install '.[rewards]'")
 
@@ -258,6 +258,8 @@ def test_without_transformers_it_says_what_to_install(folder: Path, monkeypatch:
 
 def test_listing_rewards_does_not_load_transformers(folder: Path) -> None:
     root = str(folder.parent)
-    words = f"from comfy_g2rpo.rewards.library import installed; import sys; print(installed({root!r}), 'transformers' in sys.modules)"
+    words = (
+        f"from comfy_g2rpo.rewards.models.installed import installed; import sys; print(installed({root!r}), 'transformers' in sys.modules)"
+    )
     said = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True, timeout=120).stdout
     assert said.strip() == "['clipscore_mine'] False"

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from comfy_g2rpo.rewards.clipscore import preprocessor
-from comfy_g2rpo.rewards.pictures import CLIP_MEAN, CLIP_STD, HALF, Pictures
+from comfy_g2rpo.rewards.models.clipscore import preprocessor
+from comfy_g2rpo.rewards.models.preprocess import CLIP_MEAN, CLIP_STD, HALF, Pictures
 from comfy_g2rpo.rewards.protocol import RewardError
 
 SIZES = [(40, 40), (300, 200), (201, 300), (64, 509), (333, 64), (7, 5), (1, 1), (61, 224), (512, 512), (227, 229)]

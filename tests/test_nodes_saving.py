@@ -12,11 +12,11 @@ from PIL import Image, PngImagePlugin
 from reward_folders import clip_folder, clip_model
 
 from comfy_g2rpo.advantages import mixed
-from comfy_g2rpo.captions import CHUNK, caption_of
-from comfy_g2rpo.pictures import ORIENTATION, read
+from comfy_g2rpo.files.captions import CHUNK, caption_of
+from comfy_g2rpo.files.picture_files import ORIENTATION, read
 from comfy_g2rpo.plan import singular
 from comfy_g2rpo.rewards import load, score_all
-from comfy_g2rpo.standing import standing
+from comfy_g2rpo.rewards.mixing import standing
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("scripts in comfyui")]
 

@@ -10,8 +10,8 @@ from comfy_host import COMFYUIS, Answer, make_base, run_script
 from comfy_g2rpo.advantages import integrate
 from comfy_g2rpo.plan import singular
 from comfy_g2rpo.rewards import load, score_all
-from comfy_g2rpo.scoring import to_8_bit
-from comfy_g2rpo.standing import standing
+from comfy_g2rpo.rewards.mixing import standing
+from comfy_g2rpo.run.scorer import to_8_bit
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("scripts in comfyui")]
 

@@ -12,10 +12,10 @@ from comfy_host import COMFYUIS, EVERY, Answer, make_base, run_script, server
 from safetensors.torch import load_file
 
 from comfy_g2rpo import lora
-from comfy_g2rpo.runs import RunFolder
+from comfy_g2rpo.run.folder import RunFolder
 from g2rpo_trainer import run as headless
-from g2rpo_trainer.config import from_dict
-from g2rpo_trainer.progress import Silent
+from g2rpo_trainer.config.reading import from_dict
+from g2rpo_trainer.reports.progress import Silent
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("training in comfyui")]
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from comfy_g2rpo.optimizers import adamw, load_optimizer_tensors, optimizer_tensors
+from comfy_g2rpo.files.safe import RunError
 from comfy_g2rpo.recipes import recipe
-from comfy_g2rpo.runs import RunError, read_state, write_state
-from g2rpo_trainer.optimizers import make_optimizer
+from comfy_g2rpo.run.folder import read_state, write_state
+from comfy_g2rpo.run.optimizers import adamw, load_optimizer_tensors, optimizer_tensors
+from g2rpo_trainer.model.named_optimizers import make_optimizer
 
 RATES = {"adamw": 1e-2, "adamw_8bit": 1e-2, "prodigy": 1.0}
 

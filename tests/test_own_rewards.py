@@ -11,19 +11,22 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from comfy_g2rpo import lora, settings
+from comfy_g2rpo import lora
 from comfy_g2rpo import rewards as built_in
+from comfy_g2rpo.files.safe import RunError
 from comfy_g2rpo.prompts import Prompt, PromptError, columns_of, read
 from comfy_g2rpo.rewards import RewardError, check_prompts, checked
-from comfy_g2rpo.rewards.library import load_installed
-from comfy_g2rpo.runs import RunError, RunFolder
-from g2rpo_trainer import config
+from comfy_g2rpo.rewards.models.installed import load_installed
+from comfy_g2rpo.run import settings
+from comfy_g2rpo.run.folder import RunFolder
 from g2rpo_trainer import run as training
 from g2rpo_trainer.cli import app
-from g2rpo_trainer.config import ConfigError
-from g2rpo_trainer.progress import Silent
-from g2rpo_trainer.rewards import build, build_all, check_reward
-from g2rpo_trainer.sections import RewardSection
+from g2rpo_trainer.config import reading
+from g2rpo_trainer.config.reading import ConfigError
+from g2rpo_trainer.config.reward_checks import check_reward
+from g2rpo_trainer.config.sections import RewardSection
+from g2rpo_trainer.reports.progress import Silent
+from g2rpo_trainer.rewards.build import build, build_all
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,7 +76,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_ten_lines_of_your_own_train_from_the_recipe(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(TEN_LINES.splitlines()) <= 10
     out = recipe.parent / "run"
-    summary = training.train(config.load(recipe), out, progress=Silent())
+    summary = training.train(reading.load(recipe), out, progress=Silent())
     rows = RunFolder.open(out).metrics()
     assert summary["steps"] == 1
     assert lora.read(out / summary["lora"]).metadata["g2rpo.rewards"] == "2 redness, 0 agreement (gate 0.01)"
@@ -86,8 +89,8 @@ def test_ten_lines_of_your_own_train_from_the_recipe(recipe: Path, monkeypatch: 
     saved = RunFolder.open(out).config()
     assert saved["config"]["rewards"][0]["path"] == f"{recipe.parent / 'my_rewards.py'}:redness"
     assert (saved["config"]["rewards"][1]["gate"], saved["recipe"]["mix"]) == (0.01, "rank_product")
-    again = config.from_dict(saved["config"])
-    RunFolder.reopen(out, config.dump(again))
+    again = reading.from_dict(saved["config"])
+    RunFolder.reopen(out, reading.dump(again))
 
 
 CHANGED = {
@@ -104,24 +107,24 @@ CHANGED = {
 @pytest.mark.parametrize("change", CHANGED)
 def test_a_changed_reward_is_not_resumed(recipe: Path, change: str) -> None:
     (recipe.parent / "other.py").write_text(TEN_LINES)
-    RunFolder.create(recipe.parent / "run", config.dump(config.load(recipe)))
+    RunFolder.create(recipe.parent / "run", reading.dump(reading.load(recipe)))
     with pytest.raises(RunError, match=rf"was made with {CHANGED[change]} = .*; continue with that, or start another run"):
-        RunFolder.reopen(recipe.parent / "run", config.dump(config.load(recipe, [change])))
+        RunFolder.reopen(recipe.parent / "run", reading.dump(reading.load(recipe, [change])))
 
 
 def test_how_a_judge_is_asked_may_change(recipe: Path) -> None:
     judge = "rewards=[{name: judge, url: 'http://127.0.0.1:1/v1', protocol: rating, model: m}]"
-    RunFolder.create(recipe.parent / "run", config.dump(config.load(recipe, [judge])))
+    RunFolder.create(recipe.parent / "run", reading.dump(reading.load(recipe, [judge])))
     pace = ["timeout=5", "retries=9", "concurrency=2", "batch=4", "device=cpu"]
-    RunFolder.reopen(recipe.parent / "run", config.dump(config.load(recipe, [judge, *(f"rewards.0.{one}" for one in pace)])))
+    RunFolder.reopen(recipe.parent / "run", reading.dump(reading.load(recipe, [judge, *(f"rewards.0.{one}" for one in pace)])))
     for change in ("url=http://127.0.0.1:2/v1", "model=n", "question=Is it?", "protocol=yes_no"):
         with pytest.raises(RunError, match=r"was made with rewards\.0"):
-            RunFolder.reopen(recipe.parent / "run", config.dump(config.load(recipe, [judge, f"rewards.0.{change}"])))
+            RunFolder.reopen(recipe.parent / "run", reading.dump(reading.load(recipe, [judge, f"rewards.0.{change}"])))
 
 
 def test_reading_a_recipe_runs_and_loads_nothing_of_yours(recipe: Path) -> None:
     (recipe.parent / "my_rewards.py").write_text("raise SystemExit(3)")
-    assert config.load(recipe).rewards[0].name == "redness"
+    assert reading.load(recipe).rewards[0].name == "redness"
 
 
 MISTAKES = {
@@ -153,14 +156,14 @@ MISTAKES = {
 def test_a_mistake_in_a_reward_is_named_with_its_remedy(recipe: Path, setting: str) -> None:
     (recipe.parent / "other.py").write_text(TEN_LINES)
     with pytest.raises((ConfigError, RewardError)) as error:
-        config.load(recipe, [setting])
+        reading.load(recipe, [setting])
     assert MISTAKES[setting] in str(error.value) and "\n" not in str(error.value)
     if "secret" in setting:
         assert "secret" not in str(error.value)
 
 
 def test_a_held_out_name_that_is_trained_on_is_the_same_reward(recipe: Path) -> None:
-    trained, judges = build_all(config.load(recipe, ["heldout_rewards=[redness, agreement, jpeg]"]))
+    trained, judges = build_all(reading.load(recipe, ["heldout_rewards=[redness, agreement, jpeg]"]))
     assert [reward.name for reward in judges] == ["redness", "agreement", "jpeg"] and judges[:2] == trained
 
 
@@ -322,10 +325,10 @@ def test_pictures_on_disk_are_judged_by_the_columns_of_their_rows(tmp_path: Path
 
 def test_a_recipe_s_reference_lies_beside_it(recipe: Path) -> None:
     picture(recipe.parent / "red.png", (255, 0, 0))
-    loaded = config.load(recipe, ["heldout_rewards=[{name: ssim, reference: red.png}]"])
+    loaded = reading.load(recipe, ["heldout_rewards=[{name: ssim, reference: red.png}]"])
     assert loaded.heldout_rewards[0].reference == str(recipe.parent / "red.png")
     with pytest.raises(ConfigError, match=r"reference of reward 'ssim' is 'blue\.png', which does not exist"):
-        config.load(recipe, ["heldout_rewards=[{name: ssim, reference: blue.png}]"])
+        reading.load(recipe, ["heldout_rewards=[{name: ssim, reference: blue.png}]"])
 
 
 def test_a_prompt_with_columns_is_its_text() -> None:

@@ -11,15 +11,16 @@ from flux_folder import transformer
 from make_presets import RECIPES
 from test_memory import config
 
-from g2rpo_trainer import presets
 from g2rpo_trainer.cli import main
-from g2rpo_trainer.config import ConfigError, bundled_folder, load, make_recipe
+from g2rpo_trainer.config.reading import ConfigError, load, make_recipe
+from g2rpo_trainer.cost import presets
+from g2rpo_trainer.cost.card_memory import GIB, footprint, resident
+from g2rpo_trainer.cost.meta_model import build, look, of_published, published
+from g2rpo_trainer.cost.meta_model import made as made_of
+from g2rpo_trainer.cost.presets import SIZES, Card, preflight, preset_settings
+from g2rpo_trainer.families.files.parts import CONFIGS
 from g2rpo_trainer.families.flux import Flux
-from g2rpo_trainer.footprint import GIB, footprint, resident
-from g2rpo_trainer.memory import EmbeddingInTurn, check_card, in_turn
-from g2rpo_trainer.presets import SIZES, Card, preflight, preset_settings
-from g2rpo_trainer.sketch import build, look, of_published, published
-from g2rpo_trainer.sketch import made as made_of
+from g2rpo_trainer.model.placing import EmbeddingInTurn, check_card, in_turn
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"_class_name": "FluxTransformer2DModel", "num_attention_heads": 24, "joint_attention_dim": 4096}
     parts = {
         "transformer": {**transformer().config, **sizes},
-        "vae": json.loads((bundled_folder("configs") / "flux_dev.json").read_text("utf-8"))["vae"]["config"],
+        "vae": json.loads((CONFIGS / "flux_dev.json").read_text("utf-8"))["vae"]["config"],
     }
     for name, content in parts.items():
         (folder / name).mkdir()

@@ -11,13 +11,13 @@ import pytest
 import torch
 from drawn_pictures import picture, starting
 
-from comfy_g2rpo.pictures import read as load_picture
+from comfy_g2rpo.files.picture_files import read as load_picture
 from comfy_g2rpo.prompts import Prompt, PromptError, columns_of, image_of, load, read, titled
 from comfy_g2rpo.rewards import RewardError
-from g2rpo_trainer.config import bundled_folder
-from g2rpo_trainer.ranking import read_prompts
-from g2rpo_trainer.references import compared
-from g2rpo_trainer.sections import RewardSection
+from g2rpo_trainer.config.reading import bundled_folder
+from g2rpo_trainer.config.sections import RewardSection
+from g2rpo_trainer.reports.ranking import read_prompts
+from g2rpo_trainer.rewards.references import compared
 
 
 def write(place: Path, *rows: dict[str, object], name: str = "prompts.jsonl") -> Path:

@@ -17,18 +17,20 @@ from PIL import Image
 from torch import Tensor
 
 from comfy_g2rpo import lora
+from comfy_g2rpo.files.safe import read_tensors, write_tensors
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.rollout import roll_out, seeded_noise
-from comfy_g2rpo.runs import RunFolder, read_tensors, write_tensors
-from g2rpo_trainer import families, prompt_cache
-from g2rpo_trainer.config import from_dict
-from g2rpo_trainer.estimate import measure
+from comfy_g2rpo.run.folder import RunFolder
+from g2rpo_trainer import families
+from g2rpo_trainer.config.reading import from_dict
+from g2rpo_trainer.config.sections import ModelSection
+from g2rpo_trainer.cost.estimate import measure
 from g2rpo_trainer.families.flux import pack, unpack
 from g2rpo_trainer.families.qwen_edit import QwenEdit, area
-from g2rpo_trainer.progress import Silent
+from g2rpo_trainer.model import prompt_cache
+from g2rpo_trainer.model.inference import draw
+from g2rpo_trainer.reports.progress import Silent
 from g2rpo_trainer.run import train
-from g2rpo_trainer.sampling import draw
-from g2rpo_trainer.sections import ModelSection
 
 TEXT, OTHER = "make it night", "add a red hat and a scarf"
 WIDTH, HEIGHT, SHAPE = 64, 48, (16, 6, 8)

@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from comfy_g2rpo.rewards import REWARDS, MixedReward, RewardError, Rule, checked, load, mix, score_all
-from comfy_g2rpo.rewards.shapes import BACKGROUND, COLOURS, NUMBERS, RELATIONS, SHAPES, Scene, Thing, describe, parse
+from comfy_g2rpo.rewards.shapes.vocabulary import BACKGROUND, COLOURS, NUMBERS, RELATIONS, SHAPES, Scene, Thing, describe, parse
 
 SCENES = 600
 AGREEMENT, STRICT = REWARDS["agreement"], REWARDS["strict"]

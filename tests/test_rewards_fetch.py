@@ -41,13 +41,13 @@ from reward_folders import (
 from safetensors.torch import save
 from typer.testing import CliRunner
 
-from comfy_g2rpo.rewards.known import KNOWN, Known, Published
-from comfy_g2rpo.rewards.library import installed, load_installed
-from g2rpo_trainer import rewards_prepare
+from comfy_g2rpo.rewards.models.catalogue import KNOWN, Known, Published
+from comfy_g2rpo.rewards.models.installed import installed, load_installed
 from g2rpo_trainer.commands.rewards import rewards_app
-from g2rpo_trainer.rewards_check import read_picture
-from g2rpo_trainer.rewards_fetch import Sources, fetch
-from g2rpo_trainer.rewards_prepare import EXAMPLES, Example
+from g2rpo_trainer.rewards import prepare
+from g2rpo_trainer.rewards.fetch import Sources, fetch
+from g2rpo_trainer.rewards.prepare import EXAMPLES, Example
+from g2rpo_trainer.rewards.recheck import read_picture
 
 pytest.importorskip("transformers", reason="model-backed rewards need transformers: pip install '.[rewards]'")
 
@@ -167,10 +167,10 @@ def published(hub: Hub, name: str) -> list[Published]:
 @pytest.fixture
 def tiny(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Known]:
     """Put a tiny model in a known reward's place."""
-    monkeypatch.setitem(rewards_prepare.CONFIGS, "hpsv2", clip_config())
+    monkeypatch.setitem(prepare.CONFIGS, "hpsv2", clip_config())
     vision = {**VISION, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}
-    monkeypatch.setitem(rewards_prepare.CONFIGS, "imagereward", {"vision_config": vision, "text_config": BLIP_TEXT})
-    monkeypatch.setitem(rewards_prepare.CONFIGS, "pickscore", clip_config())
+    monkeypatch.setitem(prepare.CONFIGS, "imagereward", {"vision_config": vision, "text_config": BLIP_TEXT})
+    monkeypatch.setitem(prepare.CONFIGS, "pickscore", clip_config())
     for name in list(EXAMPLES):
         monkeypatch.setitem(EXAMPLES, name, ())
 
@@ -299,7 +299,7 @@ def test_old_pytorch_converts_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "x.pt").write_bytes(pickled({"x": torch.zeros(1)}))
     monkeypatch.setattr(torch, "__version__", "2.5.1+cu121")
     with pytest.raises(ValueError, match=r"needs PyTorch 2\.6 or newer"):
-        rewards_prepare.read_pickle(tmp_path / "x.pt")
+        prepare.read_pickle(tmp_path / "x.pt")
 
 
 def test_nothing_is_overwritten(hub: Hub, tiny: Callable[[str], Known], tmp_path: Path) -> None:

@@ -15,18 +15,18 @@ from comfy_host import Server
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_g2rpo.runs import RunFolder, Sample
+from comfy_g2rpo.run.folder import RunFolder, Sample
 
 ROOT = Path(__file__).parent.parent
 
 
 def load_routes() -> ModuleType:
-    """Import nodes/routes.py as part of a pack whose door, which needs a ComfyUI, stays shut."""
+    """Import nodes/host/routes.py as part of a pack whose door, which needs a ComfyUI, stays shut."""
     for name, path in {"g2rpo_pack_for_routes": ROOT, "g2rpo_pack_for_routes.nodes": ROOT / "nodes"}.items():
         package = ModuleType(name)
         package.__path__ = [str(path)]
         sys.modules[name] = package
-    return importlib.import_module("g2rpo_pack_for_routes.nodes.routes")
+    return importlib.import_module("g2rpo_pack_for_routes.nodes.host.routes")
 
 
 def load_tool(name: str) -> ModuleType:

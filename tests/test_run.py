@@ -11,15 +11,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from comfy_g2rpo import loop, lora
-from comfy_g2rpo.evaluation import Evaluation, compare
-from comfy_g2rpo.optimizers import optimizer_tensors
+from comfy_g2rpo import lora
+from comfy_g2rpo.files.safe import RunError
 from comfy_g2rpo.rewards import RewardError
-from comfy_g2rpo.runs import RunError, RunFolder, read_state
+from comfy_g2rpo.run import iteration
+from comfy_g2rpo.run import setup as run_setup
+from comfy_g2rpo.run.evaluation import Evaluation, compare
+from comfy_g2rpo.run.folder import RunFolder, read_state
+from comfy_g2rpo.run.optimizers import optimizer_tensors
 from g2rpo_trainer import run as training
-from g2rpo_trainer.config import from_dict
+from g2rpo_trainer.config.reading import from_dict
 from g2rpo_trainer.families.sd3 import SD3
-from g2rpo_trainer.progress import Silent
+from g2rpo_trainer.reports.progress import Silent
 
 pytestmark = pytest.mark.xdist_group("run")  # one process makes what they share
 
@@ -161,7 +164,7 @@ def test_a_host_that_decodes_after_rolling_learns_the_same(tmp_path):
     for streams in (True, False):
         setup = prepare(config(tmp_path, train={"slots": 4}))
         setup.policy.decodes_while_rolling = streams
-        rows.append(loop.iterate(setup, loop.make_learner(setup), lambda phase: None))
+        rows.append(iteration.iterate(setup, run_setup.make_learner(setup), lambda phase: None))
     assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-3)
     assert rows[0]["reward/agreement/mean"] == pytest.approx(rows[1]["reward/agreement/mean"], abs=1e-4)
 
@@ -182,9 +185,9 @@ def test_a_run_that_was_stopped_while_it_looked_looks_again(whole, tmp_path):
 @pytest.mark.parametrize("update", ["accumulate", "per_step"])
 def test_an_update_that_is_broken_off_leaves_the_last_finished_step(tmp_path, update):
     setup = prepare(config(tmp_path, method={"name": "g2rpo", "num_steps": 4, "group_size": 3, "objective": "clip", "update": update}))
-    learner = loop.make_learner(setup)
+    learner = run_setup.make_learner(setup)
     forwards = []
-    loop.iterate(setup, learner, forwards.append)
+    iteration.iterate(setup, learner, forwards.append)
     before = [p.detach().clone() for p in setup.policy.parameters()]
     state = {k: v.clone() for k, v in optimizer_tensors(learner.optimizer).items()}
     left = len(forwards) - 1
@@ -196,7 +199,7 @@ def test_an_update_that_is_broken_off_leaves_the_last_finished_step(tmp_path, up
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        loop.iterate(setup, learner, stop_at_the_last_forward)
+        iteration.iterate(setup, learner, stop_at_the_last_forward)
     assert learner.step == 1 and left == -1
     assert all(torch.equal(a, b) for a, b in zip(before, setup.policy.parameters(), strict=True))
     after = optimizer_tensors(learner.optimizer)
@@ -236,7 +239,7 @@ def test_the_prompts_that_a_run_can_come_to_are_encoded_and_no_others(tmp_path, 
     monkeypatch.setattr(SD3, "encode_one", lambda policy, prompt: encoded.append(prompt) or encode_one(policy, prompt))
     train = {"steps": steps, "prompts_per_step": 2, "eval_prompts": 1}
     setup = prepare(config(tmp_path, prompts={"train": str(tmp_path / "nine.txt")}, train=train))
-    drawn = {prompt for step in range(steps) for prompt in loop.draw(setup, step)[0]}
+    drawn = {prompt for step in range(steps) for prompt in iteration.draw(setup, step)[0]}
     assert len(drawn) == min(2 * steps, 9)
     assert sorted(encoded) == sorted([*drawn, "a yellow circle"])
 
@@ -276,8 +279,9 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     training.train(made, tmp_path / "one", progress=Silent())
     program = tmp_path / "two.py"
     program.write_text(
-        "import json, sys\nfrom pathlib import Path\nfrom g2rpo_trainer import config, progress, run\n"
-        "run.train(config.from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]), progress=progress.Silent())\n"
+        "import json, sys\nfrom pathlib import Path\nfrom g2rpo_trainer import run\n"
+        "from g2rpo_trainer.config import reading\nfrom g2rpo_trainer.reports import progress\n"
+        "run.train(reading.from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]), progress=progress.Silent())\n"
     )
     (tmp_path / "config.json").write_text(made.model_dump_json())
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -12,22 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_g2rpo.optimizers import load_optimizer_tensors, optimizer_tensors
-from comfy_g2rpo.runs import (
-    HEADER_BYTES,
-    FileError,
-    RunError,
-    RunFolder,
-    Sample,
-    read_json,
-    read_state,
-    read_tensors,
-    save_png,
-    write_bytes,
-    write_json,
-    write_state,
-    write_tensors,
-)
+from comfy_g2rpo.files.safe import HEADER_BYTES, FileError, RunError, read_json, read_tensors, write_bytes, write_json, write_tensors
+from comfy_g2rpo.run.folder import RunFolder, Sample, read_state, save_png, write_state
+from comfy_g2rpo.run.optimizers import load_optimizer_tensors, optimizer_tensors
 
 
 @pytest.fixture

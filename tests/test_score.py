@@ -17,14 +17,14 @@ from judge_host import JudgeHost
 from PIL import Image, PngImagePlugin
 from reward_folders import clip_folder, clip_model
 
-from comfy_g2rpo import pictures
-from comfy_g2rpo.captions import caption_of, of_graph
+from comfy_g2rpo.files import picture_files
+from comfy_g2rpo.files.captions import caption_of, of_graph
+from comfy_g2rpo.files.csv_table import csv_bytes
 from comfy_g2rpo.rewards import RewardError, load
-from comfy_g2rpo.rewards.library import load_installed
-from comfy_g2rpo.sheets import csv_bytes
-from comfy_g2rpo.standing import standing
+from comfy_g2rpo.rewards.mixing import standing
+from comfy_g2rpo.rewards.models.installed import load_installed
 from g2rpo_trainer import cli
-from g2rpo_trainer.ranking import Journal, Judge, copy_best, examine, fill, kept, order
+from g2rpo_trainer.reports.ranking import Journal, Judge, copy_best, examine, fill, kept, order
 
 GRAPH = {
     "1": {"class_type": "KSampler", "inputs": {"model": ["4", 0], "positive": ["5", 0], "negative": ["3", 0], "seed": 1}},
@@ -74,23 +74,23 @@ def test_every_mode_is_read_as_it_looks(tmp_path: Path) -> None:
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tif")
     Image.fromarray((ramp * 255).round().astype(np.uint8)).save(tmp_path / "grey.png")
     for name in ("deep.png", "float.tif", "grey.png"):
-        assert np.abs(pictures.read(tmp_path / name).numpy() - ramp[..., None]).max() <= 1 / 255
+        assert np.abs(picture_files.read(tmp_path / name).numpy() - ramp[..., None]).max() <= 1 / 255
     red = {"RGBA": (255, 0, 0, 10), "CMYK": (0, 255, 255, 0), "P": 0, "LA": (255, 9), "1": 1}
     for mode, colour in red.items():
         place = tmp_path / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}"
         Image.new(mode, (3, 2), colour).save(place)
-        assert pictures.read(place).shape == (2, 3, 3)
-    assert pictures.read(tmp_path / "RGBA.png")[0, 0].tolist() == [1, 0, 0]
-    assert pictures.read(tmp_path / "CMYK.tif")[0, 0].tolist() == pytest.approx([1, 0, 0], abs=0.02)
+        assert picture_files.read(place).shape == (2, 3, 3)
+    assert picture_files.read(tmp_path / "RGBA.png")[0, 0].tolist() == [1, 0, 0]
+    assert picture_files.read(tmp_path / "CMYK.tif")[0, 0].tolist() == pytest.approx([1, 0, 0], abs=0.02)
 
 
 def test_a_picture_is_turned_as_its_camera_says(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[pictures.ORIENTATION] = 6
+    exif[picture_files.ORIENTATION] = 6
     for name in ("turned.jpg", "turned.png"):
         colourful(200, (20, 10)).save(tmp_path / name, exif=exif)
-        assert pictures.size_of(tmp_path / name) == (10, 20)
-        assert pictures.read(tmp_path / name).shape == (20, 10, 3)
+        assert picture_files.size_of(tmp_path / name) == (10, 20)
+        assert picture_files.read(tmp_path / name).shape == (20, 10, 3)
 
 
 BROKEN = {
@@ -118,14 +118,14 @@ def test_broken_pictures_are_named_and_skipped(folder: Path, capsys: pytest.Capt
 def test_what_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     colourful(9).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no picture")
-    with pytest.raises(pictures.PictureError, match=r"cannot read .*gone\.png: no such file or directory; check the path"):
-        pictures.read(tmp_path / "gone.png")
-    with pytest.raises(pictures.PictureError, match=r"b\.png is not a picture that can be read; save it as PNG or JPEG"):
-        pictures.size_of(tmp_path / "b.png")
-    assert pictures.texts(tmp_path / "b.png") == {}
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 255)
-    with pytest.raises(pictures.PictureError, match=r"a\.png has 16 × 16 pixels; at most 0 megapixels"):
-        pictures.read(tmp_path / "a.png")
+    with pytest.raises(picture_files.PictureError, match=r"cannot read .*gone\.png: no such file or directory; check the path"):
+        picture_files.read(tmp_path / "gone.png")
+    with pytest.raises(picture_files.PictureError, match=r"b\.png is not a picture that can be read; save it as PNG or JPEG"):
+        picture_files.size_of(tmp_path / "b.png")
+    assert picture_files.texts(tmp_path / "b.png") == {}
+    monkeypatch.setattr(picture_files, "MAX_PIXELS", 255)
+    with pytest.raises(picture_files.PictureError, match=r"a\.png has 16 × 16 pixels; at most 0 megapixels"):
+        picture_files.read(tmp_path / "a.png")
 
 
 def test_links_out_of_the_folder_and_hidden_files_are_left_out(folder: Path) -> None:
@@ -134,13 +134,13 @@ def test_links_out_of_the_folder_and_hidden_files_are_left_out(folder: Path) -> 
     (folder / ".hidden.png").write_bytes((folder / "a1.png").read_bytes())
     (folder / "deep").mkdir()
     (folder / "deep/b1.png").write_bytes((folder / "a1.png").read_bytes())
-    assert [path.name for path in pictures.listed(folder)] == [f"a{i}.png" for i in range(1, 11)]
-    assert pictures.listed(folder, deep=True)[-1] == folder / "deep/b1.png"
+    assert [path.name for path in picture_files.listed(folder)] == [f"a{i}.png" for i in range(1, 11)]
+    assert picture_files.listed(folder, deep=True)[-1] == folder / "deep/b1.png"
 
 
 def test_batches_hold_one_size_and_few_pixels() -> None:
     sizes = [(8, 8), (4, 4), (8, 8), (8, 8), (100, 100), (4, 4)]
-    assert pictures.batches(sizes, 2, 200) == [[0, 2], [3], [1, 5], [4]]
+    assert picture_files.batches(sizes, 2, 200) == [[0, 2], [3], [1, 5], [4]]
 
 
 # Prompts
@@ -201,7 +201,7 @@ def test_a_folder_is_ranked_best_first(folder: Path, capsys: pytest.CaptureFixtu
     code, text, _ = leave(capsys, "score", folder, "--reward", "colourfulness", "--json")
     assert code == 0
     assert [Path(row["image"]).stem for row in json.loads(text)] == [f"a{i}" for i in range(10, 0, -1)]
-    expected = load("colourfulness").score(pictures.read(folder / "a10.png")[None], [""]).item()
+    expected = load("colourfulness").score(picture_files.read(folder / "a10.png")[None], [""]).item()
     assert json.loads(text)[0]["score"] == pytest.approx(expected, abs=1e-4)
     assert [row["rank"] for row in rows_of(Path("scores/scores.csv"))] == [str(i) for i in range(1, 11)]
 
@@ -214,7 +214,7 @@ def test_the_former_form_still_works_and_writes_nothing(folder: Path, capsys: py
 
 
 def test_several_rewards_become_one_score(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table = torch.stack([load(name).score(torch.stack([pictures.read(path) for path in pictures.listed(folder)]), [""] * 10) for name in ("colourfulness", "jpeg")])  # fmt: skip  # noqa: E501
+    table = torch.stack([load(name).score(torch.stack([picture_files.read(path) for path in picture_files.listed(folder)]), [""] * 10) for name in ("colourfulness", "jpeg")])  # fmt: skip  # noqa: E501
     z = (table - table.mean(1, keepdim=True)) / table.std(1, keepdim=True)
     arguments = ["score", folder, "--reward", "colourfulness", "--reward", "jpeg=2", "--json", "--sort", "file"]
     found = [row["score"] for row in json.loads(leave(capsys, *arguments)[1])]
@@ -305,7 +305,7 @@ class Counting:
 
 def test_only_what_is_new_is_scored_again(folder: Path) -> None:
     def score(reward: Counting, prompt: str = "x") -> list[float]:
-        entries = examine(pictures.listed(folder), [prompt], {})
+        entries = examine(picture_files.listed(folder), [prompt], {})
         journal = Journal(Path("out/scores.jsonl"))
         judges = [Judge(reward, "counting 1")]
         return journal.table(fill(journal, entries, judges, 4, lambda count: None), judges)[0].tolist()
@@ -343,7 +343,7 @@ class Elsewhere(Counting):
 def test_a_judge_that_could_not_answer_is_asked_again(folder: Path) -> None:
     judge = Elsewhere()
     judges = [Judge(judge, "elsewhere")]
-    entries = examine(pictures.listed(folder), ["x"], {})
+    entries = examine(picture_files.listed(folder), ["x"], {})
     fill(Journal(Path("out/scores.jsonl")), entries, judges, 4, lambda count: None)
     judge.absent = False
     journal = Journal(Path("out/scores.jsonl"))
@@ -371,7 +371,7 @@ def test_judges_over_http_and_weights_come_from_a_recipe(folder: Path, capsys: p
     assert [row["score"] for row in found] == sorted((row["score"] for row in found), reverse=True)
     for row in found:
         assert row["score"] == pytest.approx(0.5 * row["scores"]["jpeg"] + row["scores"]["bright"], abs=1e-4)
-        assert row["scores"]["bright"] == pytest.approx(pictures.read(Path(row["image"])).mean().item(), abs=0.02)
+        assert row["scores"]["bright"] == pytest.approx(picture_files.read(Path(row["image"])).mean().item(), abs=0.02)
 
 
 def test_an_installed_model_is_found_by_name(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +381,7 @@ def test_an_installed_model_is_found_by_name(folder: Path, capsys: pytest.Captur
     direct = load_installed(Path("models"), "clipscore")
     assert code == 0
     for row in json.loads(text)[:3]:
-        assert row["score"] == pytest.approx(direct.score(pictures.read(Path(row["image"]))[None], ["a red cube"]).item(), abs=1e-4)
+        assert row["score"] == pytest.approx(direct.score(picture_files.read(Path(row["image"]))[None], ["a red cube"]).item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("content", [b"", b'{"sch', b'{"schema": "g2rpo-scores/1"}\n{"sha256": "a", "pro'])

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from comfy_g2rpo import scoring
 from comfy_g2rpo.rewards import RewardError, Rule
-from comfy_g2rpo.scoring import Scorer, to_8_bit
+from comfy_g2rpo.run import scorer as scoring
+from comfy_g2rpo.run.scorer import Scorer, to_8_bit
 
 BRIGHTNESS = Rule("brightness", lambda images, prompts: images.mean((1, 2, 3)), True)
 LENGTH = Rule("length", lambda images, prompts: torch.tensor([float(len(p)) for p in prompts]), True)

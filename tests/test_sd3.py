@@ -19,13 +19,13 @@ from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.recipes import RECIPES, Recipe, build_plan
 from comfy_g2rpo.rewards import REWARDS, Rule
 from comfy_g2rpo.rollout import Rollout, roll_out, seeded_noise
+from comfy_g2rpo.run.scorer import Scorer
 from comfy_g2rpo.schedule import shifted_sigmas
-from comfy_g2rpo.scoring import Scorer
 from comfy_g2rpo.update import backward, records, snapshot, step_weights, update
-from g2rpo_trainer.families import sd3_merged
+from g2rpo_trainer.families.cpu import sd3_forward
+from g2rpo_trainer.families.cpu.sd3_forward import Merged
+from g2rpo_trainer.families.cpu.taesd_decoder import TinyDecoder, foldable
 from g2rpo_trainer.families.sd3 import SD3, Cond, load_pipeline
-from g2rpo_trainer.families.sd3_merged import Merged
-from g2rpo_trainer.families.tiny_decoder import TinyDecoder, foldable
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
 PROMPTS = ("two red circles", "a green square left of a blue triangle")
@@ -109,8 +109,8 @@ def test_the_merged_model_is_the_model_with_its_adapter(policy, batch):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("kept", [256, 0], ids=["keeping", "forgetting"])
 def test_the_forward_of_rollouts_is_diffusers_own(monkeypatch, qk_norm, width, dtype, tolerance, kept):
-    monkeypatch.setattr(sd3_merged, "KEPT", kept)
-    monkeypatch.setattr(sd3_merged, "ROWS", 50)  # between the parts' numbers of tokens
+    monkeypatch.setattr(sd3_forward, "KEPT", kept)
+    monkeypatch.setattr(sd3_forward, "ROWS", 50)  # between the parts' numbers of tokens
     size = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": width, "caption_projection_dim": 2 * width, "sample_size": 8}
     text = {"joint_attention_dim": 12, "pooled_projection_dim": 10, "dual_attention_layers": (0, 1), "pos_embed_max_size": 8}
     torch.manual_seed(0)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_g2rpo import pace, recipes, settings
+from comfy_g2rpo import recipes
+from comfy_g2rpo.run import pace, settings
 
 
 def test_lines_become_typed_changes_of_recipe_and_pace():

@@ -15,18 +15,20 @@ from comfy_host import COMFYUIS, environment, python_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from comfy_g2rpo.runs import FileError, RunFolder, read_tensors
-from g2rpo_trainer import families, prompt_cache
-from g2rpo_trainer.config import ConfigError, from_dict
-from g2rpo_trainer.families import sizes
-from g2rpo_trainer.families.single_file import Held
-from g2rpo_trainer.families.text_files import CONFIGS, TextFiles, facts_of_text, kind_of, named
-from g2rpo_trainer.families.tokenizers import load_tokenizers
-from g2rpo_trainer.progress import Silent
+from comfy_g2rpo.files.safe import FileError, read_tensors
+from comfy_g2rpo.run.folder import RunFolder
+from g2rpo_trainer import families
+from g2rpo_trainer.config.reading import ConfigError, from_dict
+from g2rpo_trainer.config.sections import ModelSection
+from g2rpo_trainer.families.files import sizes
+from g2rpo_trainer.families.files.single_file import Held
+from g2rpo_trainer.families.files.text_files import CONFIGS, TextFiles, facts_of_text, kind_of, named
+from g2rpo_trainer.families.files.tokenizers import load_tokenizers
+from g2rpo_trainer.lora.weight_files import Stored
+from g2rpo_trainer.model import prompt_cache
+from g2rpo_trainer.model.inference import draw
+from g2rpo_trainer.reports.progress import Silent
 from g2rpo_trainer.run import train
-from g2rpo_trainer.sampling import draw
-from g2rpo_trainer.sections import ModelSection
-from g2rpo_trainer.weights import Stored
 
 pytestmark = pytest.mark.xdist_group("single_files")  # one process makes what they share
 

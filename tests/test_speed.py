@@ -8,16 +8,18 @@ from accelerate import Accelerator
 from flux_folder import pipeline
 from test_run import StopAt, assert_equal, config, outcome
 
-from comfy_g2rpo import loop
-from comfy_g2rpo.guard import Speed
-from comfy_g2rpo.runs import RunFolder, write_json
+from comfy_g2rpo.files.safe import write_json
+from comfy_g2rpo.run import checkpoint
+from comfy_g2rpo.run import setup as run_setup
+from comfy_g2rpo.run.folder import RunFolder
+from comfy_g2rpo.run.rank_guard import Speed
 from g2rpo_trainer import run as training
-from g2rpo_trainer import speed as speeding
-from g2rpo_trainer.config import ConfigError, load
+from g2rpo_trainer.config.reading import ConfigError, load
 from g2rpo_trainer.families.flux import Cond, Flux
-from g2rpo_trainer.precision import store
-from g2rpo_trainer.progress import Silent
-from g2rpo_trainer.speed import CompiledBlocks, Completions, FP8Products, completions, fp8_linear
+from g2rpo_trainer.model import cheap_forward as speeding
+from g2rpo_trainer.model.cheap_forward import CompiledBlocks, Completions, FP8Products, completions, fp8_linear
+from g2rpo_trainer.model.stored_linear import store
+from g2rpo_trainer.reports.progress import Silent
 
 pytestmark = pytest.mark.xdist_group("speed")  # one process makes what they share
 
@@ -246,12 +248,12 @@ def test_an_interrupted_run_resumes_bit_for_bit_cheap_or_not(cheap, tmp_path):
 def test_a_checkpoint_of_an_earlier_version_resumes_with_cheap_completions(cheap, tmp_path):
     kind, _, _ = cheap
     setup = training.prepare(fast_config(tmp_path, kind), Accelerator(cpu=True))
-    learner, folder = loop.make_learner(setup), RunFolder.create(tmp_path / "run", {})
+    learner, folder = run_setup.make_learner(setup), RunFolder.create(tmp_path / "run", {})
     learner.step, learner.cheap = 1, False
-    loop.save(setup, learner, folder)
-    loop.restore(setup, other := loop.make_learner(setup), folder)
+    checkpoint.save(setup, learner, folder)
+    checkpoint.restore(setup, other := run_setup.make_learner(setup), folder)
     assert not other.cheap
     state = folder.latest() / "state.json"
     write_json(state, {name: value for name, value in json.loads(state.read_text()).items() if name != "cheap"})
-    loop.restore(setup, other, folder)
+    checkpoint.restore(setup, other, folder)
     assert other.cheap

@@ -8,8 +8,8 @@ from toys import SHAPE, ToyPolicy
 
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.rollout import roll_out, state_noise
+from comfy_g2rpo.sampling.base_tail import draw_with_tail, tail_steps
 from comfy_g2rpo.schedule import shifted_sigmas
-from comfy_g2rpo.tail import draw_with_tail, tail_steps
 
 STEPS = 7
 CONDS, SEEDS = [0.3, -1.0, 0.5], [1, 2, 3]
@@ -58,9 +58,9 @@ def test_a_share_outside_its_range_is_refused(share):
 
 def test_a_drawing_from_the_command_line_leaves_the_lora_out_of_its_tail(tmp_path):
     from comfy_g2rpo import lora
-    from g2rpo_trainer.config import load
+    from g2rpo_trainer.config.reading import load
+    from g2rpo_trainer.model.inference import draw
     from g2rpo_trainer.run import load_policy
-    from g2rpo_trainer.sampling import draw
 
     config = load("demo")
     policy = load_policy(config, "cpu")

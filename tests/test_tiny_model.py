@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from transformers import CLIPTokenizer
 
-from comfy_g2rpo.rewards.shapes import COLOURS, NUMBERS, RELATIONS, SHAPES, parse
+from comfy_g2rpo.rewards.shapes.vocabulary import COLOURS, NUMBERS, RELATIONS, SHAPES, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "models" / "tiny"

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from comfy_g2rpo.prompts import Prompt
 from comfy_g2rpo.rewards import REWARDS, RewardError, check_prompts, checked
+from comfy_g2rpo.rewards.likeness import KINDS, colour_histogram, lab, reference_reward
 from comfy_g2rpo.rewards.protocol import note_of
-from comfy_g2rpo.rewards.reference import KINDS, colour_histogram, lab, reference_reward
 
 RANDOM = torch.rand(4, 48, 64, 3, generator=torch.Generator().manual_seed(3))
 RANDOM = (RANDOM * 255).round() / 255

@@ -25,7 +25,7 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"g2rpo_pack_for_views.{name}")
 
 
-drawing, views, curve = load("drawing"), load("views"), load("curve")
+drawing, views, curve = load("views.drawing"), load("views.tables"), load("views.curve")
 Tile, Pair, Table = views.Tile, views.Pair, views.Table
 SHARES = np.linspace(-1, 1, 401)
 

@@ -7,16 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from comfy_g2rpo import ballots
-from comfy_g2rpo.evaluation import Evaluation, compare
-from comfy_g2rpo.loop import dropped_share
-from comfy_g2rpo.pace import Pace
 from comfy_g2rpo.rewards import RewardError, Rule
-from comfy_g2rpo.runs import RunFolder
-from comfy_g2rpo.votes import Votes
+from comfy_g2rpo.run.evaluation import Evaluation, compare
+from comfy_g2rpo.run.folder import RunFolder
+from comfy_g2rpo.run.iteration import dropped_share
+from comfy_g2rpo.run.pace import Pace
+from comfy_g2rpo.votes import ballots
+from comfy_g2rpo.votes.strengths import Votes
 from g2rpo_trainer import cli
-from g2rpo_trainer.config import ConfigError, load
-from g2rpo_trainer.voting import UnvotedError, VoteReward
+from g2rpo_trainer.config.reading import ConfigError, load
+from g2rpo_trainer.rewards.vote_reward import UnvotedError, VoteReward
 
 HOSTILE = "</script><script>window.hit = 1</script><!-- <img src=x onerror=hit()>"
 REDNESS = """

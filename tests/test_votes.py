@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_expit
 
-from comfy_g2rpo import ballots
-from comfy_g2rpo.runs import RunError, RunFolder, save_png
-from comfy_g2rpo.votes import MAX_PICTURES, VoteError, Votes, bradley_terry, from_table, parse, picture_key, scores
+from comfy_g2rpo.files.safe import RunError
+from comfy_g2rpo.run.folder import RunFolder, save_png
+from comfy_g2rpo.votes import ballots
+from comfy_g2rpo.votes.strengths import MAX_PICTURES, VoteError, Votes, bradley_terry, from_table, parse, picture_key, scores
 
 A, B, C, D, E = (f"{i:016x}" for i in range(5))
 GROUP = (A, B, C, D)
@@ -212,8 +213,8 @@ def test_a_foreign_file_is_not_taken_for_votes(run):
 
 APPEND = """
 import sys
-from comfy_g2rpo import ballots
-from comfy_g2rpo.votes import Votes
+from comfy_g2rpo.votes import ballots
+from comfy_g2rpo.votes.strengths import Votes
 for i in range(10**6):
     keys = tuple(f"{i:08x}{j:08x}" for j in range(200))
     ballots.append(sys.argv[1], Votes(keys, ranking=keys, prompt=str(i)))

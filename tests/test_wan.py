@@ -11,17 +11,19 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from comfy_g2rpo import lora
-from comfy_g2rpo.lora_keys import WAN
+from comfy_g2rpo.files.safe import read_tensors
+from comfy_g2rpo.lora.key_names import WAN
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.rollout import roll_out, seeded_noise
-from comfy_g2rpo.runs import RunFolder, read_tensors
-from g2rpo_trainer import families, prompt_cache
-from g2rpo_trainer.config import from_dict
+from comfy_g2rpo.run.folder import RunFolder
+from g2rpo_trainer import families
+from g2rpo_trainer.config.reading import from_dict
+from g2rpo_trainer.config.sections import ModelSection
 from g2rpo_trainer.families.wan import Wan
-from g2rpo_trainer.progress import Silent
+from g2rpo_trainer.model import prompt_cache
+from g2rpo_trainer.model.inference import draw
+from g2rpo_trainer.reports.progress import Silent
 from g2rpo_trainer.run import continue_from, train
-from g2rpo_trainer.sampling import draw
-from g2rpo_trainer.sections import ModelSection
 
 SHORT, LONG = "a cat", "a red circle left of two blue squares, in the rain"
 WIDTH, HEIGHT, TOKENS = 64, 96, 64

@@ -12,21 +12,21 @@ from PIL import Image
 from torch import Tensor
 
 from comfy_g2rpo import lora
-from comfy_g2rpo.diversity import describe
-from comfy_g2rpo.pictures import read, strip
+from comfy_g2rpo.files.picture_files import read, strip
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.rewards import REWARDS, Rule
-from comfy_g2rpo.rewards.frames import OfFrames, described, judged
+from comfy_g2rpo.rewards.clips import OfFrames, described, judged
 from comfy_g2rpo.rollout import roll_out, seeded_noise
-from comfy_g2rpo.runs import RunFolder
-from comfy_g2rpo.scoring import Scorer
+from comfy_g2rpo.run.diversity import describe
+from comfy_g2rpo.run.folder import RunFolder
+from comfy_g2rpo.run.scorer import Scorer
 from g2rpo_trainer import cli, families
-from g2rpo_trainer.config import ConfigError, from_dict
+from g2rpo_trainer.config.reading import ConfigError, from_dict
+from g2rpo_trainer.config.sections import ModelSection
 from g2rpo_trainer.families.wan import Wan
-from g2rpo_trainer.progress import Silent
+from g2rpo_trainer.model.inference import draw
+from g2rpo_trainer.reports.progress import Silent
 from g2rpo_trainer.run import train
-from g2rpo_trainer.sampling import draw
-from g2rpo_trainer.sections import ModelSection
 
 SHORT, LONG = "a cat", "a red circle left of two blue squares, in the rain"
 WIDTH, HEIGHT, TOKENS, FRAMES = 64, 32, 64, 5

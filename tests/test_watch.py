@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_g2rpo.evaluation import Evaluation, interval
-from comfy_g2rpo.pace import Pace
-from comfy_g2rpo.runs import RunFolder
-from comfy_g2rpo.watch import SIGNS, Seen, best_step, blind_spots, evaluated, gained, rising, signs, standing, together, unit
+from comfy_g2rpo.run.evaluation import Evaluation, interval
+from comfy_g2rpo.run.folder import RunFolder
+from comfy_g2rpo.run.pace import Pace
+from comfy_g2rpo.run.watch import SIGNS, Seen, best_step, blind_spots, evaluated, gained, rising, signs, standing, together, unit
 
 PROMPTS = 16
 WIGGLE = torch.linspace(-1, 1, PROMPTS)  # its standard deviation is .635

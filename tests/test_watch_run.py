@@ -11,13 +11,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from comfy_g2rpo import loop, lora
-from comfy_g2rpo.evaluation import Evaluation
+from comfy_g2rpo import lora
 from comfy_g2rpo.rewards import RewardError
-from comfy_g2rpo.runs import PREVIEW, RunFolder, read_state
+from comfy_g2rpo.run import setup as run_setup
+from comfy_g2rpo.run.evaluation import Evaluation
+from comfy_g2rpo.run.folder import PREVIEW, RunFolder, read_state
 from g2rpo_trainer import run as training
-from g2rpo_trainer.config import from_dict
-from g2rpo_trainer.progress import GO_ON, Silent, outcome
+from g2rpo_trainer.config.reading import from_dict
+from g2rpo_trainer.reports.progress import GO_ON, Silent, outcome
 
 pytestmark = pytest.mark.xdist_group("watch_run")  # one process makes what they share
 
@@ -224,7 +225,7 @@ def test_diversity_shaping_raises_diversity(tmp_path):
 def test_shaping_needs_an_embedding_where_it_is_asked_for_one(tmp_path):
     setup = training.prepare(config(tmp_path, method={"diversity_weight": 1.0, "diversity_by": "embed"}), Accelerator(cpu=True))
     with pytest.raises(ValueError, match="diversity_by is embed"):
-        loop.make_learner(setup)
+        run_setup.make_learner(setup)
 
 
 def test_a_run_folder_holds_the_evaluations_whole(watched):

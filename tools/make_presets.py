@@ -10,12 +10,12 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from g2rpo_trainer.config import bundled_folder, load
-from g2rpo_trainer.footprint import GIB, sized
-from g2rpo_trainer.footprint import footprint as foresee
-from g2rpo_trainer.precision import blocks_of
-from g2rpo_trainer.presets import SIZES, Card, with_preset
-from g2rpo_trainer.sketch import build, look
+from g2rpo_trainer.config.reading import bundled_folder, load
+from g2rpo_trainer.cost.card_memory import GIB, sized
+from g2rpo_trainer.cost.card_memory import footprint as foresee
+from g2rpo_trainer.cost.meta_model import build, look
+from g2rpo_trainer.cost.presets import SIZES, Card, with_preset
+from g2rpo_trainer.model.stored_linear import blocks_of
 
 RECIPES = {
     "flux": "flux_dev",

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from comfy_g2rpo.rewards.shapes import BACKGROUND, COLOURS, NUMBERS, RELATIONS, SHAPES, Scene, Thing, describe, parse
+from comfy_g2rpo.rewards.shapes.vocabulary import BACKGROUND, COLOURS, NUMBERS, RELATIONS, SHAPES, Scene, Thing, describe, parse
 
 SIDE = 64  # pixels
 SUPERSAMPLING = 4

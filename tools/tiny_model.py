@@ -9,7 +9,7 @@ from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from comfy_g2rpo.rewards.shapes import COLOURS, NUMBERS, RELATIONS, SHAPES
+from comfy_g2rpo.rewards.shapes.vocabulary import COLOURS, NUMBERS, RELATIONS, SHAPES
 
 LATENT_CHANNELS, DOWNSCALE = 16, 8
 PROMPT_TOKENS = 12

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import l1_loss, mse_loss
 
-from comfy_g2rpo.rewards.judge import agreement, strict
+from comfy_g2rpo.rewards.shapes.agreement import agreement, strict
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = 2

@@ -21,7 +21,7 @@ from .commands.score import score
 from .commands.vote import vote
 
 if TYPE_CHECKING:
-    from .config import Config
+    from .config.reading import Config
 
 # PyTorch and diffusers are imported inside the commands, so that --help answers at once.
 app = typer.Typer(
@@ -63,9 +63,9 @@ def train(
     """Train a LoRA by a recipe; Ctrl-C stops it and --resume goes on."""
     if resume and replace:
         raise CommandError("--resume and --replace exclude each other; give one of them")
-    from .config import load
-    from .presets import before_training, preset_settings
-    from .progress import for_terminal
+    from .config.reading import load
+    from .cost.presets import before_training, preset_settings
+    from .reports.progress import for_terminal
 
     settings = preset_settings(recipe, preset, settings or [])
     config = load(recipe, settings)
@@ -75,8 +75,8 @@ def train(
     for line in before_training(config, force):
         if not quiet:
             typer.echo(line)
+    from .rewards.vote_reward import UnvotedError
     from .run import train as run
-    from .voting import UnvotedError
 
     try:
         summary = run(config, folder, resume=resume, replace=replace, progress=progress)
@@ -97,9 +97,9 @@ def train(
 @app.command()
 def plan(recipe: Recipe, settings: Settings = None, preset: Preset = None) -> None:
     """Say what a recipe will cost before anything runs: forwards, pictures, time, memory."""
-    from .config import load
-    from .estimate import count, measure, table
-    from .presets import foreseen, preset_settings
+    from .config.reading import load
+    from .cost.estimate import count, measure, table
+    from .cost.presets import foreseen, preset_settings
 
     config = load(recipe, preset_settings(recipe, preset, settings or []))
     counts = count(config)
@@ -139,10 +139,10 @@ def sample(
     config, own_lora = configuration(recipe, [*(settings or []), *([f"model.path={json.dumps(model)}"] if model else [])])
     quieten_libraries()
     from comfy_g2rpo.prompts import starting, with_columns
-    from comfy_g2rpo.runs import save_picture
-    from comfy_g2rpo.scoring import levels
+    from comfy_g2rpo.run.folder import save_picture
+    from comfy_g2rpo.run.scorer import levels
 
-    from .sampling import draw
+    from .model.inference import draw
 
     asked: list[str] = list(prompt)
     if images:
@@ -156,9 +156,9 @@ def sample(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
     """Draw a run's curves and its before/after picture again, from the run folder."""
-    from comfy_g2rpo.runs import RunFolder
+    from comfy_g2rpo.run.folder import RunFolder
 
-    from .report import write_report
+    from .reports.report import write_report
 
     for path in write_report(RunFolder.open(run)):
         typer.echo(path)
@@ -175,7 +175,7 @@ app.add_typer(rewards_app, name="rewards")
 @app.command()
 def options() -> None:
     """List every field of a recipe and what it means."""
-    from .config import fields
+    from .config.reading import fields
 
     known = dict(fields())
     width = max(map(len, known))
@@ -193,9 +193,9 @@ def version() -> None:
 
 def configuration(source: str, settings: list[str]) -> tuple[Config, Path | None]:
     """Load a recipe, or what a run was made with together with its LoRA: the best where the watch ended it, else the newest."""
-    from comfy_g2rpo.runs import RunFolder, is_run
+    from comfy_g2rpo.run.folder import RunFolder, is_run
 
-    from .config import apply_overrides, from_dict, load
+    from .config.reading import apply_overrides, from_dict, load
 
     if not is_run(Path(source)):
         return load(source, settings), None

@@ -12,24 +12,27 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from comfy_g2rpo import __version__, guard
-from comfy_g2rpo.loop import Setup, World, finish, learn, make_learner, preview_shape, prompts_ahead, restore
+from comfy_g2rpo import __version__
 from comfy_g2rpo.prompts import load as load_prompts
 from comfy_g2rpo.rewards import RewardError, check_prompts
-from comfy_g2rpo.runs import RunFolder, check_place
+from comfy_g2rpo.run import rank_guard
+from comfy_g2rpo.run.checkpoint import restore
+from comfy_g2rpo.run.folder import RunFolder, check_place
+from comfy_g2rpo.run.loop import finish, learn
+from comfy_g2rpo.run.setup import Setup, World, make_learner, preview_shape, prompts_ahead
 
 from . import families
-from .allocator import keep_freed_memory
-from .config import Config, defaults, dump, make_pace, make_recipe, make_speed, model_folder
+from .config.reading import Config, defaults, dump, make_pace, make_recipe, make_speed, model_folder
+from .config.reward_checks import VOTES
+from .config.sections import TrainedReward
 from .families import FamilyPolicy
-from .lora_files import add_frozen, start_from
-from .memory import in_turn, load_in_stages
-from .optimizers import make_optimizer
-from .progress import Progress, Silent
-from .report import write_report
-from .rewards import VOTES, build_all
-from .sections import TrainedReward
-from .speed import completions
+from .lora.lora_files import add_frozen, start_from
+from .model.cheap_forward import completions
+from .model.named_optimizers import make_optimizer
+from .model.placing import in_turn, keep_freed_memory, load_in_stages
+from .reports.progress import Progress, Silent
+from .reports.report import write_report
+from .rewards.build import build_all
 
 
 def train(config: Config, out: Path, *, resume: bool = False, replace: bool = False, progress: Progress) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
         alone = {reward.name: in_turn(reward, accelerator.device) for reward in (*rewards, *judges)}
         rewards, judges = (tuple(alone[reward.name] for reward in some) for some in (rewards, judges))
     check_prompts(judges, [*prompts.train, *prompts.heldout])
-    guard.check(make_speed(config), rewards)
+    rank_guard.check(make_speed(config), rewards)
     pace = make_pace(config)
     policy = load_policy(config, accelerator.device, prompts_ahead(prompts, pace))
     policy.add_lora(config.lora.rank, config.lora.alpha, config.train.seed, config.lora.targets != "attention")

@@ -2,10 +2,11 @@
 
 from difflib import get_close_matches
 
-from .judge import agreement, strict
+from .mixing import MixedReward, mix
 from .pixels import colourfulness, exposure, jpeg, sharpness, symmetry, webp
-from .protocol import MixedReward, Reward, RewardError, Rule, check_prompts, checked, mix, score_all
-from .shapes import check_columns
+from .protocol import Reward, RewardError, Rule, check_prompts, checked, score_all
+from .shapes.agreement import agreement, strict
+from .shapes.vocabulary import check_columns
 
 REWARDS: dict[str, Reward] = {
     reward.name: reward

@@ -109,67 +109,6 @@ def check_prompts(rewards: Sequence[Reward], prompts: Sequence[str]) -> None:
             check(prompts)
 
 
-@dataclass(frozen=True)
-class MixedReward:
-    """Judge by the weighted sum, or the minimum, of several rewards in their own units; NaN where one cannot judge, or a gate fails.
-
-    For one picture at a time. Z-scores, ranks and what a gate does in training need a group to compare with: `advantages.blend`.
-    """
-
-    rewards: tuple[Reward, ...]
-    weights: tuple[float, ...]
-    mode: str = "sum"
-    gates: tuple[float | None, ...] = ()
-
-    def __post_init__(self) -> None:
-        mix(torch.zeros(len(self.rewards), 0), self.weights, self.mode, self.gates)
-
-    @property
-    def name(self) -> str:
-        """Name the parts and their weights."""
-        parts = [f"{weight:g} {reward.name}" for weight, reward in zip(self.weights, self.rewards, strict=True)]
-        return f"min({', '.join(parts)})" if self.mode == "minimum" else " + ".join(parts)
-
-    @property
-    def licence(self) -> str:
-        """Name the licences of the parts."""
-        return ", ".join(sorted({reward.licence for reward in self.rewards}))
-
-    @property
-    def compares_across_prompts(self) -> bool:
-        """Say whether every part's score means the same for every prompt."""
-        return all(reward.compares_across_prompts for reward in self.rewards)
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score images [B, H, W, 3] by prompts [B]: [B]."""
-        return mix(score_all(self.rewards, images, prompts), self.weights, self.mode, self.gates)
-
-
-def mix(scores: Tensor, weights: Sequence[float], mode: str = "sum", gates: Sequence[float | None] = ()) -> Tensor:
-    """Mix scores [R, …] by weights [R] into their sum, or the minimum of those with a weight: […].
-
-    NaN where a score is missing or lies on the wrong side of its gate: below it or, for a negative weight, above.
-    """
-    if mode not in ("sum", "minimum"):
-        raise RewardError(f"mix is {mode[:40]!a}; single pictures can be judged by sum or minimum, the others need a group to compare with")
-    weight = torch.tensor(weights, dtype=torch.float32)
-    if len(weight) != len(scores):
-        raise RewardError(f"weights has {len(weight)} entries for {len(scores)} rewards; give one per reward")
-    if not weight.isfinite().all() or not weight.any():
-        raise RewardError(f"weights {list(weights)} must be finite and not all zero; give one number per reward")
-    if len(gates) not in (0, len(scores)):
-        raise RewardError(f"gates has {len(gates)} entries for {len(scores)} rewards; give one per reward, or none")
-    if mode == "minimum":
-        used = weight != 0
-        mixed = (weight.view(-1, *[1] * (scores.ndim - 1)) * scores)[used].amin(0)
-    else:
-        mixed = torch.einsum("r,r...->...", weight, scores)
-    for row, each, gate in zip(scores, weights, gates or [None] * len(scores), strict=True):
-        if gate is not None:
-            mixed = torch.where((row > gate if each < 0 else row < gate) | row.isnan(), torch.nan, mixed)
-    return mixed
-
-
 def score_all(rewards: Sequence[Reward], images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Score images [B, H, W, 3] by every reward: [R, B] float32 on the CPU."""
     if not rewards:

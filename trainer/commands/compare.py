@@ -11,7 +11,7 @@ import typer
 from .score import CommandError, asked_for, judged
 
 if TYPE_CHECKING:
-    from ..comparison import Change, Comparison
+    from ..reports.comparison import Change, Comparison
 
 
 def compare(
@@ -35,10 +35,10 @@ def compare(
     """Compare two runs by their held-out evaluations, or two folders of pictures of the same names: gains, win rates, one HTML file."""
     if out.exists() and not replace:
         raise CommandError(f"{out} exists; choose another --out, or give --replace")
-    from comfy_g2rpo.runs import write_bytes
+    from comfy_g2rpo.files.safe import write_bytes
 
-    from ..comparison import kind_of, of_runs
-    from ..comparison_page import page
+    from ..reports.comparison import kind_of, of_runs
+    from ..reports.comparison_page import page
 
     other = after or before
     kinds = {kind_of(place) for place in (before, other)}
@@ -67,7 +67,7 @@ def of_folders(
     before: Path, after: Path, reward: list[str], prompt: str | None, prompts: Path | None, batch: int, device: str, quiet: bool
 ) -> Comparison:
     """Judge the pictures that two folders share and pair their scores."""
-    from ..comparison import Comparison, Pair, changes, same_names
+    from ..reports.comparison import Comparison, Pair, changes, same_names
 
     matched, notes = same_names(before, after)
     asked, _ = asked_for(reward, None, [], None, device, batch)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from comfy_g2rpo.lora_forms import Reading
-    from comfy_g2rpo.lora_keys import Family
+    from comfy_g2rpo.lora.forms import Reading
+    from comfy_g2rpo.lora.key_names import Family
 
-    from ..lora_files import Fit
-    from ..lora_loaders import Taken
+    from ..lora.ask_diffusers import Taken
+    from ..lora.lora_files import Fit
 
 FORMS = ("auto", "native", "diffusers")
 PRECISIONS = ("keep", "fp32", "bf16", "fp16")
@@ -56,7 +56,7 @@ def export(
         raise CommandError("--merge and --extract exclude each other; give one of them")
     if merge and (form != "auto" or precision != "keep"):
         raise CommandError("--form and --precision are for LoRA files; --merge keeps the names and types of the model")
-    from ..weights import check_free
+    from ..lora.weight_files import check_free
 
     check_free(out)
     if extract:
@@ -69,10 +69,10 @@ def export(
 
 def _convert(file: Path, out: Path, form: str, family: str | None, rank: int | None, precision: str, alpha: bool) -> None:
     """Write a LoRA file in another form."""
-    from comfy_g2rpo.lora_convert import renamed
-    from comfy_g2rpo.lora_forms import check_sound
+    from comfy_g2rpo.lora.convert import renamed
+    from comfy_g2rpo.lora.forms import check_sound
 
-    from ..lora_files import form_for, read_any, which
+    from ..lora.lora_files import form_for, read_any, which
 
     reading = read_any(file)
     check_sound(reading, file)
@@ -89,9 +89,9 @@ def _write(
     """Cut pairs to a rank, set their precision, write them and say what was written."""
     import torch
 
-    from comfy_g2rpo.lora_convert import resized
+    from comfy_g2rpo.lora.convert import resized
 
-    from ..lora_files import FAMILY_KEY, write_new
+    from ..lora.lora_files import FAMILY_KEY, write_new
 
     if rank is not None:
         pairs, error = resized(pairs, rank)
@@ -110,11 +110,11 @@ def _write(
 
 def _merge(file: Path, base: Path, out: Path, family: str | None, rank: int | None, strength: float) -> None:
     """Write a model with a LoRA in its weights."""
-    from comfy_g2rpo.lora_forms import check_sound
+    from comfy_g2rpo.lora.forms import check_sound
 
-    from ..lora_files import fit, read_any
-    from ..lora_merge import merge
-    from ..weights import look_at
+    from ..lora.lora_files import fit, read_any
+    from ..lora.merge import merge
+    from ..lora.weight_files import look_at
 
     if rank is not None:
         raise CommandError("--rank and --merge exclude each other; a model has room for the whole LoRA")
@@ -134,10 +134,10 @@ def _merge(file: Path, base: Path, out: Path, family: str | None, rank: int | No
 
 def _extract(tuned: Path, base: Path, out: Path, form: str, family: str | None, rank: int, precision: str, alpha: bool) -> None:
     """Write the LoRA that leads from one model to another."""
-    from comfy_g2rpo.lora_convert import renamed
+    from comfy_g2rpo.lora.convert import renamed
 
-    from ..lora_files import extract, form_for
-    from ..weights import look_at
+    from ..lora.lora_files import extract, form_for
+    from ..lora.weight_files import look_at
 
     if family is not None:
         raise CommandError("--family is for LoRA files; models show theirs by their names")
@@ -167,11 +167,11 @@ def check_lora(
     ] = None,
 ) -> None:
     """Say what of a LoRA file would load in ComfyUI and diffusers, what not, and what mends it; exit code 1 if something would not."""
-    from comfy_g2rpo.runs import read_tensors
+    from comfy_g2rpo.files.safe import read_tensors
 
-    from ..lora_files import fit, lora_file, read_any, which
-    from ..lora_loaders import in_diffusers
-    from ..weights import look_at
+    from ..lora.ask_diffusers import in_diffusers
+    from ..lora.lora_files import fit, lora_file, read_any, which
+    from ..lora.weight_files import look_at
 
     reading = read_any(file)
     troubles: list[str] = []
@@ -196,8 +196,8 @@ def check_lora(
 
 def _loading(reading: Reading, family: Family, diffusers: Taken, troubles: list[str], remedy: str) -> list[str]:
     """Count by form what each program would load."""
-    from comfy_g2rpo.lora_forms import in_core, naming_in
-    from comfy_g2rpo.lora_keys import BOTH, NEW, NONE
+    from comfy_g2rpo.lora.forms import in_core, naming_in
+    from comfy_g2rpo.lora.key_names import BOTH, NEW, NONE
 
     names = {module: naming_in(family, module) for module in reading.pairs}
     common = Counter(name for name in names.values() if name != "both").most_common(1)
@@ -228,7 +228,7 @@ def _counted(modules: Collection[str], diffusers: Taken) -> str:
 
 def _forms(reading: Reading, troubles: list[str], remedy: str) -> list[str]:
     """Say what else a loader would stumble over."""
-    from comfy_g2rpo.lora_forms import faults
+    from comfy_g2rpo.lora.forms import faults
 
     lines = []
     scales = {module: reading.alphas[module] / len(down) for module, (down, _) in reading.pairs.items()}

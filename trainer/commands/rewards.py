@@ -20,7 +20,7 @@ Place = Annotated[Path | None, typer.Option("--to", help="Folder of reward model
 def list_rewards(to: Place = None) -> None:
     """List rewards that need no weights, and reward models with licence and size; * is installed."""
     from comfy_g2rpo.rewards import REWARDS
-    from comfy_g2rpo.rewards.library import KNOWN, installed
+    from comfy_g2rpo.rewards.models.installed import KNOWN, installed
 
     root = _root(to)
     present = installed(root)
@@ -45,11 +45,11 @@ def fetch(
     ] = False,
 ) -> None:
     """Download a reward model's pinned files, check their hashes, and install it; an interrupted download goes on."""
-    from comfy_g2rpo.rewards.library import KNOWN
+    from comfy_g2rpo.rewards.models.installed import KNOWN
     from comfy_g2rpo.rewards.protocol import RewardError
 
-    from ..rewards_fetch import Sources
-    from ..rewards_fetch import fetch as run
+    from ..rewards.fetch import Sources
+    from ..rewards.fetch import fetch as run
 
     if name not in KNOWN:
         raise RewardError(f"reward model {name[:80]!a} is unknown; known: {', '.join(KNOWN)}. For another CLIP: g2rpo rewards add")
@@ -60,12 +60,10 @@ def fetch(
 
 
 @rewards_app.command()
-def check(
-    name: Name, to: Place = None, device: Annotated[str, typer.Option(help="Where it runs: auto, cpu, cuda, mps.")] = "auto"
-) -> None:
+def check(name: Name, to: Place = None, device: Annotated[str, typer.Option(help="Where it runs: auto, cpu, cuda, mps.")] = "auto") -> None:
     """See that an installed reward model is unchanged, loads, and gives its authors' published scores where there are any."""
-    from ..rewards_check import check as run
-    from ..sampling import device as best_device
+    from ..model.inference import device as best_device
+    from ..rewards.recheck import check as run
 
     if not run(_root(to), name, best_device() if device == "auto" else device, typer.echo):
         raise typer.Exit(1)
@@ -80,13 +78,13 @@ def add(
     licence: Annotated[str | None, typer.Option(help="Licence of those weights, to be shown with its scores.")] = None,
 ) -> None:
     """Make a CLIPScore from any CLIP on this machine; nothing is downloaded."""
-    from ..rewards_add import add as run
+    from ..rewards.add import add as run
 
     typer.echo(f"installed in {run(_root(to), name, folder, licence)}")
 
 
 def _root(to: Path | None) -> Path:
     """Return the folder of reward models."""
-    from ..rewards import rewards_root
+    from ..config.reward_checks import rewards_root
 
     return to.expanduser() if to else rewards_root()

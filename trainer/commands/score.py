@@ -17,8 +17,8 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..ranking import Entry
-    from ..sections import RewardSection
+    from ..config.sections import RewardSection
+    from ..reports.ranking import Entry
 
 MANY = 1000  # files that take a while to look at
 SHOWN = 20  # rows that are printed of a folder; the file has all
@@ -82,10 +82,10 @@ def score(
     if any(Path(place).is_dir() for place in places):
         out = out or Path("scores")
     entries, table = judged(asked, [Path(place) for place in places], prompt or [], prompts, deep, out, batch, quiet)
-    from comfy_g2rpo.standing import standing
+    from comfy_g2rpo.rewards.mixing import standing
 
-    from ..ranking import copy_best as copy
-    from ..ranking import kept, order
+    from ..reports.ranking import copy_best as copy
+    from ..reports.ranking import kept, order
 
     groups = [entry.prompt for entry in entries] if per_prompt else None
     values = standing(table, [each.weight for each in asked], mode, [each.gate for each in asked], groups).tolist()
@@ -113,9 +113,9 @@ def asked_for(
     names: Sequence[str], recipe: str | None, gates: Sequence[str], mix: str | None, device: str, batch: int
 ) -> tuple[list[Asked], str]:
     """Read what rewards are wanted and how they are mixed; nothing is loaded."""
-    from ..config import load, make_recipe
-    from ..rewards import check_reward
-    from ..sections import RewardSection
+    from ..config.reading import load, make_recipe
+    from ..config.reward_checks import check_reward
+    from ..config.sections import RewardSection
 
     least = dict(number_of(text, "--gate", 0.0) for text in gates)
     asked, mode = [], mix
@@ -169,9 +169,9 @@ def judged(
     # What a reward model's library has to say is said by our own errors; and it stays off the network.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from ..ranking import Journal, Judge, Meter, RankingError, examine, fill, find_pictures, read_prompts
-    from ..rewards import build
-    from ..sampling import device
+    from ..model.inference import device
+    from ..reports.ranking import Journal, Judge, Meter, RankingError, examine, fill, find_pictures, read_prompts
+    from ..rewards.build import build
 
     paths = find_pictures(places, deep)
     if len(paths) >= MANY and not quiet:
@@ -199,7 +199,7 @@ def identity(section: RewardSection) -> str:
     """Tell a reward from another one, or another version, of the same name."""
     from comfy_g2rpo import __version__
     from comfy_g2rpo.rewards import REWARDS
-    from comfy_g2rpo.rewards.reference import KINDS
+    from comfy_g2rpo.rewards.likeness import KINDS
 
     if section.path:
         file = Path(section.path.rpartition(":")[0])
@@ -211,7 +211,7 @@ def identity(section: RewardSection) -> str:
         reference = section.reference and Path(section.reference)
         seen = f" {hashlib.sha256(reference.read_bytes()).hexdigest()[:16]}" if reference and reference.is_file() else ""
         return f"{section.name} {__version__}{seen}{' '.join(['', *(section.palette or ())])}"
-    from ..rewards import rewards_root
+    from ..config.reward_checks import rewards_root
 
     about = rewards_root() / section.name / "reward.json"
     return f"{section.name} {hashlib.sha256(about.read_bytes()).hexdigest()[:16] if about.is_file() else ''} {section.dtype}"
@@ -219,7 +219,7 @@ def identity(section: RewardSection) -> str:
 
 def check_place(path: Path) -> None:
     """Refuse to write over a table that is not ours."""
-    from comfy_g2rpo.runs import FileError
+    from comfy_g2rpo.files.safe import FileError
 
     try:
         with open(path, "rb") as file:
@@ -236,8 +236,8 @@ def write_table(
     path: Path, entries: Sequence[Entry], columns: Sequence[str], table: Tensor, values: Sequence[float], ranked: Sequence[int]
 ) -> None:
     """Write all pictures, in order, with every score."""
-    from comfy_g2rpo.runs import write_bytes
-    from comfy_g2rpo.sheets import csv_bytes
+    from comfy_g2rpo.files.csv_table import csv_bytes
+    from comfy_g2rpo.files.safe import write_bytes
 
     rows = []
     for rank, i in enumerate(ranked, 1):
@@ -257,7 +257,7 @@ def report(
     limit: int,
 ) -> None:
     """Print pictures with their scores."""
-    from comfy_g2rpo.runs import finite
+    from comfy_g2rpo.files.safe import finite
 
     rows = [
         {"image": str(entries[i].path), "prompt": entries[i].prompt, "score": finite(values[i])}

@@ -28,11 +28,12 @@ def serve(
 
     from comfy_g2rpo.rewards import RewardError
 
-    from ..judges.server import JudgeServer, listen, names_of, token_of
-    from ..judges.server import serve as run
-    from ..rewards import build, check_reward
-    from ..sampling import device as best_device
-    from ..sections import RewardSection
+    from ..config.reward_checks import check_reward
+    from ..config.sections import RewardSection
+    from ..model.inference import device as best_device
+    from ..rewards.build import build
+    from ..rewards.judges.server import JudgeServer, listen, names_of, token_of
+    from ..rewards.judges.server import serve as run
 
     if dtype not in ("fp32", "bf16"):
         raise RewardError(f"--dtype is {dtype[:20]!a}; choose fp32 or bf16")

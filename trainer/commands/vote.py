@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from comfy_g2rpo.ballots import Ballot
-    from comfy_g2rpo.votes import Votes
+    from comfy_g2rpo.votes.ballots import Ballot
+    from comfy_g2rpo.votes.strengths import Votes
 
 MODULES = ("dom.mjs", "ballot.mjs", "vote_page.mjs")
 MAX_FILE = 2**26  # bytes of a file of votes
@@ -42,8 +42,9 @@ def vote(
     """Write RUN/vote.html, on which people vote on the groups that the run waits for."""
     if take and export:
         raise CommandError("--take and --export exclude each other; give one after the other")
-    from comfy_g2rpo import ballots
-    from comfy_g2rpo.runs import RunFolder, write_bytes
+    from comfy_g2rpo.files.safe import write_bytes
+    from comfy_g2rpo.run.folder import RunFolder
+    from comfy_g2rpo.votes import ballots
 
     RunFolder.open(run)
     if export:
@@ -66,7 +67,7 @@ def vote(
 
 def accept(run: Path, file: Path) -> int:
     """Add the votes of a file to a run, all or none of them; return how many are new."""
-    from comfy_g2rpo import ballots
+    from comfy_g2rpo.votes import ballots
 
     shown = {(frozenset(ballot.files), ballot.prompt) for ballot in ballots.read_ballots(run)}
     found = read_votes(file)
@@ -82,8 +83,8 @@ def accept(run: Path, file: Path) -> int:
 
 def read_votes(file: Path) -> list[Votes]:
     """Read a file of votes and check every one."""
-    from comfy_g2rpo.ballots import SCHEMA
-    from comfy_g2rpo.votes import from_table
+    from comfy_g2rpo.votes.ballots import SCHEMA
+    from comfy_g2rpo.votes.strengths import from_table
 
     try:
         if file.stat().st_size > MAX_FILE:
@@ -103,9 +104,9 @@ def read_votes(file: Path) -> list[Votes]:
 
 def page(run: str, waiting: list[Ballot]) -> str:
     """Write the page: one file with its pictures, which opens without a server and asks nobody for anything."""
-    from comfy_g2rpo.ballots import SCHEMA
+    from comfy_g2rpo.votes.ballots import SCHEMA
 
-    from ..config import bundled_folder
+    from ..config.reading import bundled_folder
 
     web = bundled_folder("web")
     sources = [(web / name).read_text("utf-8") for name in MODULES]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -18,39 +18,8 @@ if TYPE_CHECKING:
 
     from comfy_g2rpo.recipes import Recipe
 
-    from ..sections import ModelSection
-
-FAMILIES: dict[str, str] = {
-    "sd3": "Stable Diffusion 3 and 3.5",
-    "flux": "FLUX.1",
-    "flux2": "FLUX.2",
-    "qwen_image": "Qwen-Image",
-    "wan": "Wan 2.1 and 2.2",
-    "z_image": "Z-Image",
-    "lumina2": "Lumina-Image 2.0",
-}
-"""Every family: the name of its module, which has a function `load(section, folder, device)`, and what it stands for."""
-PIPELINES: dict[str, str] = {
-    "StableDiffusion3Pipeline": "sd3",
-    "FluxPipeline": "flux",
-    "Flux2Pipeline": "flux2",
-    "Flux2KleinPipeline": "flux2",
-    "FluxKontextPipeline": "flux",
-    "QwenImagePipeline": "qwen_image",
-    "QwenImageEditPipeline": "qwen_image",
-    "QwenImageEditPlusPipeline": "qwen_image",
-    "WanPipeline": "wan",
-    "ZImagePipeline": "z_image",
-    "Lumina2Pipeline": "lumina2",
-}
-"""The family that a folder belongs to, by the diffusers pipeline that it names."""
-SINGLE_FILES = ("sd3", "flux", "flux2", "qwen_image", "wan", "z_image", "lumina2")
-"""Families whose parts may come from files of their own."""
-
-EDITS = {"kontext": "flux", "qwen_edit": "qwen_image", "qwen_edit_2509": "qwen_image", "qwen_edit_2511": "qwen_image"}
-"""Models that start from a prompt's picture, and the family of each."""
-
-Schedule = Literal["method", "pipeline", "comfyui"]
+    from ..config.sections import ModelSection
+from ..config.family_names import EDITS, FAMILIES, SINGLE_FILES, Schedule
 
 
 class FamilyPolicy(Trainee, Protocol):

@@ -14,12 +14,12 @@ from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
-from . import folder
-from .adapted import Adapted, cells
-from .parts import Parts
+from .files import diffusers_folder
+from .files.parts import Parts
+from .shared.peft_policy import Adapted, cells
 
 if TYPE_CHECKING:
-    from ..sections import ModelSection
+    from ..config.sections import ModelSection
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
@@ -35,7 +35,7 @@ class Cond(NamedTuple):
 
 def load(section: ModelSection, path: Path | None, device: torch.device | str) -> Flux:
     """Load the model of a configuration's section onto a device; Kontext as the model that edits a picture."""
-    if section.edits or folder.pipeline_name(path) == "FluxKontextPipeline":
+    if section.edits or diffusers_folder.pipeline_name(path) == "FluxKontextPipeline":
         from . import kontext
 
         return kontext.load(section, path, device)

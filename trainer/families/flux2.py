@@ -15,14 +15,14 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 
-from comfy_g2rpo.lora_keys import FLUX2
+from comfy_g2rpo.lora.key_names import FLUX2
 
-from . import folder
-from .adapted import Adapted, cells
-from .parts import Parts
+from .files import diffusers_folder
+from .files.parts import Parts
+from .shared.peft_policy import Adapted, cells
 
 if TYPE_CHECKING:
-    from ..sections import ModelSection
+    from ..config.sections import ModelSection
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj", "to_out")
 FEED_FORWARD = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
@@ -37,9 +37,9 @@ class Cond(NamedTuple):
 def load(section: ModelSection, path: Path | None, device: torch.device | str) -> Flux2:
     """Load the model of a configuration's section onto a device."""
     bf16, length = section.dtype == "bf16", section.max_sequence_length
-    dev = path is not None and path.is_dir() and folder.pipeline_name(path) != Flux2KleinPipeline.__name__
+    dev = path is not None and path.is_dir() and diffusers_folder.pipeline_name(path) != Flux2KleinPipeline.__name__
     kind = Flux2Pipeline if dev else Flux2KleinPipeline
-    tokenizer = folder.components(path, kind.__name__).get("tokenizer", [None, None])[1] if dev else None
+    tokenizer = diffusers_folder.components(path, kind.__name__).get("tokenizer", [None, None])[1] if dev else None
     if tokenizer == "PixtralProcessor" and find_spec("torchvision") is None:
         raise ValueError(
             f"model.path {path}: FLUX.2 dev cuts its prompts by a {tokenizer}, which needs torchvision: pip install torchvision"

@@ -11,14 +11,14 @@ from diffusers import FluxKontextPipeline, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from torch import Tensor
 
-from ..prompt_cache import PICTURE_PARTS
-from . import folder
-from .editing import Editing, by_size, picture_of
+from ..model.prompt_cache import PICTURE_PARTS
+from .files import diffusers_folder
+from .files.parts import Parts
 from .flux import Flux, pack, positions
-from .parts import Parts
+from .shared.editing import Editing, by_size, picture_of
 
 if TYPE_CHECKING:
-    from ..sections import ModelSection
+    from ..config.sections import ModelSection
 
 LEARNT = 1024  # side of the square whose area the model's own sizes have
 
@@ -35,7 +35,7 @@ def load(section: ModelSection, path: Path | None, device: torch.device | str) -
     """Load the model of a configuration's section onto a device; files, and another FLUX.1's folder with its transformer, do as well."""
     bf16, length, size = section.dtype == "bf16", section.max_sequence_length, section.reference_size
     # The two differ in what they do when they are called, which nothing here does.
-    kind = FluxKontextPipeline if folder.pipeline_name(path) == FluxKontextPipeline.__name__ else FluxPipeline
+    kind = FluxKontextPipeline if diffusers_folder.pipeline_name(path) == FluxKontextPipeline.__name__ else FluxPipeline
     parts = Parts(kind, "flux", section, path, device)
     policy = Kontext(parts.pipeline(), guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
     policy.start_from_pictures(size)

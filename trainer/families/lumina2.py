@@ -12,14 +12,14 @@ from diffusers import Lumina2Pipeline
 from diffusers.pipelines.lumina2.pipeline_lumina2 import calculate_shift
 from torch import Tensor
 
-from comfy_g2rpo.lora_keys import LUMINA2
+from comfy_g2rpo.lora.key_names import LUMINA2
 
-from .adapted import Adapted, cells
-from .parts import Parts
+from .files.parts import Parts
 from .qwen_image import padded
+from .shared.peft_policy import Adapted, cells
 
 if TYPE_CHECKING:
-    from ..sections import ModelSection
+    from ..config.sections import ModelSection
 
 PATCH = 2
 

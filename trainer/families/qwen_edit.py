@@ -14,16 +14,16 @@ from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen2VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from ..prompt_cache import PICTURE_PARTS
-from . import folder
-from .editing import Editing, by_size, picture_of
+from ..model.prompt_cache import PICTURE_PARTS
+from .files import diffusers_folder
+from .files.parts import Parts
 from .flux import pack
-from .parts import Parts
 from .qwen_image import QwenImage
-from .video_vae import encode_picture
+from .shared.editing import Editing, by_size, picture_of
+from .shared.video_vae import encode_picture
 
 if TYPE_CHECKING:
-    from ..sections import ModelSection
+    from ..config.sections import ModelSection
 
 BLANK = " "
 PIXELS = {"shortest_edge": 56**2, "longest_edge": 12845056}  # of a picture that Qwen2.5-VL looks at (its preprocessor_config.json)
@@ -42,7 +42,9 @@ class Cond(NamedTuple):
 def load(section: ModelSection, path: Path, device: torch.device | str) -> QwenEdit:
     """Load the model of a configuration's section onto a device."""
     bf16, length, size = section.dtype == "bf16", section.max_sequence_length, section.reference_size
-    parts, pipeline = from_folder(section, path, device) if "Edit" in folder.pipeline_name(path) else from_files(section, path, device)
+    parts, pipeline = (
+        from_folder(section, path, device) if "Edit" in diffusers_folder.pipeline_name(path) else from_files(section, path, device)
+    )
     policy = QwenEdit(pipeline, guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
     policy.start_from_pictures(size)
     return parts.attach(policy, type(pipeline).__name__, section.dtype, size, section.guidance > 1, parts=PICTURE_PARTS)
@@ -50,7 +52,9 @@ def load(section: ModelSection, path: Path, device: torch.device | str) -> QwenE
 
 def from_folder(section: ModelSection, path: Path, device: torch.device | str) -> tuple[Parts, Any]:
     """Load a pipeline from its own folder, of which files may replace parts."""
-    kind = QwenImageEditPlusPipeline if folder.pipeline_name(path) == QwenImageEditPlusPipeline.__name__ else QwenImageEditPipeline
+    kind = (
+        QwenImageEditPlusPipeline if diffusers_folder.pipeline_name(path) == QwenImageEditPlusPipeline.__name__ else QwenImageEditPipeline
+    )
     parts = Parts(kind, "qwen_image", section, path, device)
     return parts, parts.pipeline({"processor": read_processor(path)})
 
@@ -133,9 +137,13 @@ def read_processor(path: Path) -> PictureReader:
         images, tokenizer = (kind.from_pretrained(place, local_files_only=True) for kind in (picture_processor(), Qwen2Tokenizer))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"model.path {path}: its processor cannot be read ({reason}); {folder.remedy(path, 'processor')}") from error
+        raise ValueError(
+            f"model.path {path}: its processor cannot be read ({reason}); {diffusers_folder.remedy(path, 'processor')}"
+        ) from error
     if len(tokenizer) < 256:
-        raise ValueError(f"model.path {path}: the files of its processor's tokenizer are missing; {folder.remedy(path, 'processor')}")
+        raise ValueError(
+            f"model.path {path}: the files of its processor's tokenizer are missing; {diffusers_folder.remedy(path, 'processor')}"
+        )
     return PictureReader(images, tokenizer)
 
 

@@ -13,14 +13,14 @@ from diffusers import QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import Tensor, nn
 
-from . import folder
-from .adapted import Adapted, cells
+from .files import diffusers_folder
+from .files.parts import Parts
 from .flux import pack, unpack
-from .parts import Parts
-from .video_vae import decode_frames
+from .shared.peft_policy import Adapted, cells
+from .shared.video_vae import decode_frames
 
 if TYPE_CHECKING:
-    from ..sections import ModelSection
+    from ..config.sections import ModelSection
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
@@ -34,7 +34,7 @@ class Cond(NamedTuple):
 
 def load(section: ModelSection, path: Path | None, device: torch.device | str) -> QwenImage:
     """Load the model of a configuration's section onto a device; a folder of Edit as the model that edits a picture."""
-    if section.edits or folder.pipeline_name(path) in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"):
+    if section.edits or diffusers_folder.pipeline_name(path) in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"):
         from . import qwen_edit
 
         return qwen_edit.load(section, path, device)

@@ -11,13 +11,13 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from . import folder
-from .adapted import Adapted, cells
-from .parts import Parts
-from .sd3_merged import Merged
+from .cpu.sd3_forward import Merged
+from .files import diffusers_folder
+from .files.parts import Parts
+from .shared.peft_policy import Adapted, cells
 
 if TYPE_CHECKING:
-    from ..sections import ModelSection
+    from ..config.sections import ModelSection
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -32,7 +32,7 @@ class Cond(NamedTuple):
 
 def load_pipeline(path: str | Path, dtype: torch.dtype) -> StableDiffusion3Pipeline:
     """Load a diffusers folder from this machine alone; a third text encoder that it lacks stays away."""
-    return folder.load_pipeline(StableDiffusion3Pipeline, path, dtype, optional=("text_encoder_3", "tokenizer_3"))
+    return diffusers_folder.load_pipeline(StableDiffusion3Pipeline, path, dtype, optional=("text_encoder_3", "tokenizer_3"))
 
 
 def load(section: ModelSection, path: Path | None, device: torch.device | str) -> SD3:

@@ -11,15 +11,15 @@ from diffusers import WanPipeline
 from torch import Tensor
 from torch.nn.functional import pad
 
-from comfy_g2rpo.lora_keys import WAN
+from comfy_g2rpo.lora.key_names import WAN
 
-from . import folder
-from .adapted import Adapted, cells
-from .parts import Parts
-from .video_vae import decode_frames
+from .files import diffusers_folder
+from .files.parts import Parts
+from .shared.peft_policy import Adapted, cells
+from .shared.video_vae import decode_frames
 
 if TYPE_CHECKING:
-    from ..sections import ModelSection
+    from ..config.sections import ModelSection
 
 ALMOST_ONE = 1 - 2e-6
 
@@ -33,7 +33,7 @@ class Cond(NamedTuple):
 def load(section: ModelSection, path: Path | None, device: torch.device | str) -> Wan:
     """Load the model of a configuration's section onto a device."""
     bf16, length = section.dtype == "bf16", section.max_sequence_length
-    if path and path.is_dir() and folder.components(path, WanPipeline.__name__).get("transformer_2", [None, None])[1]:
+    if path and path.is_dir() and diffusers_folder.components(path, WanPipeline.__name__).get("transformer_2", [None, None])[1]:
         raise ValueError(f"model.path {path}: a Wan of two transformers (2.2 A14B) cannot be trained here; take Wan 2.1 or Wan 2.2 TI2V 5B")
     parts = Parts(WanPipeline, "wan", section, path, device, optional=("transformer_2",))
     settings = {"frames": section.frames, "max_sequence_length": length, "autocast": torch.bfloat16 if bf16 else None}

@@ -11,11 +11,11 @@ from diffusers import ZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 from torch import Tensor
 
-from .adapted import Adapted, cells
-from .parts import Parts
+from .files.parts import Parts
+from .shared.peft_policy import Adapted, cells
 
 if TYPE_CHECKING:
-    from ..sections import ModelSection
+    from ..config.sections import ModelSection
 
 PATCH = 2
 

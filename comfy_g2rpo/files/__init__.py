@@ -1,0 +1,1 @@
+"""Files on disk: safe writing and reading, images, captions, tables."""

@@ -1,0 +1,137 @@
+"""Files that are whole or absent: tensors, JSON and bytes are written beside their target and moved into place."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+HEADER_BYTES = 8 * 2**20
+HEADER_TENSORS = 20_000
+
+
+class FileError(ValueError):
+    """A file that cannot be read or written, in one line that names it and the remedy."""
+
+
+class RunError(FileError):
+    """A run folder that cannot be used as asked."""
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise RunError(f"cannot write {path}: {reason}; make room or choose another folder (--out)") from error
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing, readable by everybody."""
+    path = Path(path)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """Replace what JSON cannot say (NaN, ±∞) by None, at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def spelt_out(part: Any) -> dict[str, Any]:
+    """Name what a section of a configuration holds: its fields, or `place.field` in a list of sections."""
+    if isinstance(part, list) and all(isinstance(item, dict) for item in part):
+        return {f"{place}.{key}": value for place, item in enumerate(part) for key, value in item.items()}
+    return dict(part) if isinstance(part, dict) else {"": part}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all; NaN becomes null."""
+    write_bytes(path, (json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {(error.strerror or str(error)).lower()}; is this a run folder?") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged (not JSON); restore it or start a new run") from error
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a run that holds a table."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is damaged (no table); restore it or start a new run")
+    return content
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all."""
+    ready = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    write_bytes(path, save_tensors(ready, {"format": "pt", **(metadata or {})}))
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Read a safetensors header after capping its size, before anything else of the file is trusted."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= HEADER_BYTES:
+                raise FileError(f"{path} is not a safetensors file (its header claims {length} bytes); choose another file")
+            header = json.loads(file.read(length).decode("utf-8"))
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {(error.strerror or str(error)).lower()}; check the path") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path} is damaged: its header is not JSON; download or save it again") from error
+    if not isinstance(header, dict) or len(header) > HEADER_TENSORS:
+        raise FileError(f"{path} is refused: its header must be a table of at most {HEADER_TENSORS} tensors")
+    return header
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file and its metadata."""
+    header = read_header(path)
+    try:
+        tensors = load_tensors(Path(path).read_bytes())
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise FileError(f"{path} is damaged: {error}; download or save it again") from error
+    return tensors, dict(header.get("__metadata__", {}))
+
+
+def sound(tensor: Tensor, least: float = -math.inf) -> bool:
+    """Say whether a tensor holds finite floating-point numbers, none below `least`."""
+    return tensor.is_floating_point() and bool((tensor.isfinite() & (tensor >= least)).all())

@@ -1,0 +1,250 @@
+"""The forms that LoRA files come in: which tensor is what, by name, and what is wrong with a file that a loader would half read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import MAX_NAME, MODULE, LoraError, check_pair
+from .convert import scaled
+from .key_names import BOTH, FAMILIES, NEW, NONE, Family
+
+PARTS = {
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora_A.default.weight": "down",
+    "lora_B.default.weight": "up",
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora.down.weight": "down",
+    "lora.up.weight": "up",
+    "lora_A": "down",
+    "lora_B": "up",
+    "alpha": "alpha",
+    "dora_scale": "dora",
+    "lora_magnitude_vector": "dora",
+    "lora_magnitude_vector.weight": "dora",
+    "lora_magnitude_vector.default.weight": "dora",
+}
+OTHER = re.compile(
+    r"\.(hada_w\d_[ab]|hada_t\d|lokr_w\d(_[ab])?|lokr_t2|lora_mid\.weight|diff|diff_b|oft_\w+|boft_\w+|lora_[AB]\.bias|reshape_weight)$"
+)
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.base_model.model.", "transformer.", "base_model.model.", "unet.", "")
+KOHYA = ("lora_unet_", "lora_transformer_", "lycoris_")
+TEXT = ("text_encoder", "text_encoders.", "lora_te", "clip_", "t5xxl.", "te1", "te2")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a module was written."""
+
+    prefix: str
+    peft: bool = True
+    """Whether the matrices are called lora_A and lora_B."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a file of any known form holds."""
+
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    alphas: dict[str, float]
+    forms: dict[str, Form]
+    """By module."""
+    missing_alpha: tuple[str, ...] = ()
+    dora: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    """Keys of text encoders, which are left alone."""
+    other: tuple[str, ...] = ()
+    """Keys of other kinds of adapter."""
+    unknown: tuple[str, ...] = ()
+    """Keys or modules that mean nothing here."""
+    incomplete: tuple[str, ...] = ()
+    rslora: bool = False
+    alpha_from: str = ""
+    """Where the missing alphas were found: "" means nowhere, and alpha is taken as rank."""
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def scaled(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the pairs with their scales in the up matrices."""
+        return scaled(self.pairs, self.alphas)
+
+
+def _underscored() -> dict[str, str]:
+    """Map every known module, with `{}` and joined by underscores, to its name."""
+    links = [link for family in FAMILIES.values() for link in family.links]
+    return {name.replace(".", "_"): name for link in links for name in (link.native, *link.diffusers)}
+
+
+UNDERSCORED = _underscored()
+NUMBER = re.compile(r"_(\d+)_")
+
+
+def dotted(name: str) -> str | None:
+    """Return the module that kohya's way of writing joins by underscores."""
+    if name in UNDERSCORED:
+        return UNDERSCORED[name]
+    if found := NUMBER.search(name):
+        pattern = UNDERSCORED.get(f"{name[: found.start()]}_{{}}_{name[found.end() :]}")
+        return pattern and pattern.format(found[1])
+    return None
+
+
+def place(key: str) -> tuple[str, str, str] | None:
+    """Split a key into prefix, module and the part's name; None where it is not of a LoRA's weights."""
+    part = next((part for part in sorted(PARTS, key=len, reverse=True) if key.endswith("." + part)), None)
+    if part is None:
+        return None
+    stem = key[: -len(part) - 1]
+    for prefix in KOHYA:
+        if stem.startswith(prefix):
+            module = dotted(stem[len(prefix) :].lstrip("_"))
+            return (prefix, module, part) if module else None
+    prefix = next(prefix for prefix in PREFIXES if stem.startswith(prefix))
+    module = stem[len(prefix) :]
+    return (prefix, module, part) if MODULE.fullmatch(module) and len(module) <= MAX_NAME else None
+
+
+def understand(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: object, adapter: Mapping[str, Any] | None = None
+) -> Reading:
+    """Sort the tensors of a LoRA file of any known form; `adapter` is the peft configuration that lies beside it."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    forms: dict[str, Form] = {}
+    text, other, unknown = [], [], []
+    for key, tensor in tensors.items():
+        if key.startswith(TEXT):
+            text.append(key)
+        elif OTHER.search(key):
+            other.append(key)
+        elif (found := place(key)) is None:
+            unknown.append(key)
+        else:
+            prefix, module, name = found
+            part = PARTS[name]
+            if part in parts.setdefault(module, {}):
+                raise LoraError(f"{path}: {module} has its {part} matrix twice, in two forms; remove one of them")
+            parts[module][part] = tensor
+            if part == "up":
+                forms[module] = Form(prefix, name == "lora_B.weight")
+    whole = {module: found for module, found in parts.items() if {"down", "up"} <= found.keys()}
+    settings, source = _settings(metadata, adapter)
+    alphas = {module: _alpha(path, module, found, settings) for module, found in whole.items()}
+    for module, found in whole.items():
+        check_pair(path, module, found["down"], found["up"], alphas[module])
+    missing = tuple(module for module, found in whole.items() if "alpha" not in found)
+    return Reading(
+        pairs={module: (found["down"], found["up"]) for module, found in whole.items()},
+        alphas=alphas,
+        forms={module: forms[module] for module in whole},
+        missing_alpha=missing,
+        dora=tuple(module for module, found in parts.items() if "dora" in found),
+        text=tuple(text),
+        other=tuple(other),
+        unknown=tuple(unknown),
+        incomplete=tuple(module for module in parts if module not in whole),
+        rslora=bool(settings.get("use_rslora")),
+        alpha_from=source if missing else "",
+        metadata={key: value for key, value in metadata.items() if key not in ("format", PEFT)},
+    )
+
+
+PEFT = "lora_adapter_metadata"  # where diffusers keeps peft's configuration
+
+
+def _settings(metadata: Mapping[str, str], adapter: Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
+    """Return peft's configuration of the transformer's adapter, and where it was found."""
+    if isinstance(adapter, Mapping) and "lora_alpha" in adapter:
+        return dict(adapter), "adapter_config.json"
+    try:
+        packed = json.loads(metadata.get(PEFT, "{}"))
+    except (ValueError, RecursionError):
+        return {}, ""
+    if not isinstance(packed, dict):
+        return {}, ""
+    flat = {key.removeprefix("transformer."): value for key, value in packed.items()}
+    return (flat, "metadata") if "lora_alpha" in flat else ({}, "")
+
+
+def _alpha(path: object, module: str, found: Mapping[str, Tensor], settings: Mapping[str, Any]) -> float:
+    """Return the alpha by which alpha/rank is the trained scale: the file's own, else peft's, else the rank."""
+    rank = len(found["down"]) if found["down"].ndim else 1
+    if "alpha" in found:
+        if found["alpha"].numel() != 1:
+            raise LoraError(f"{path}: {module}.alpha has {found['alpha'].numel()} values; it must be one number")
+        return float(found["alpha"])
+    alpha = settings.get("lora_alpha", rank)
+    patterns = settings.get("alpha_pattern")
+    for name, value in patterns.items() if isinstance(patterns, Mapping) else ():
+        if module == name or module.endswith(f".{name}"):
+            alpha = value
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise LoraError(f"{path}: lora_alpha of its peft configuration is {str(alpha)[:40]!r}; it must be a number")
+    return float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
+
+
+def in_core(family: Family, module: str, form: Form) -> str:
+    """Say which ComfyUI (both, 0.33 alone, none) takes a module in the form in which it is written."""
+    link = family.find(module)
+    native, mapped = link is not None and module == link.native, family.in_core(module)
+    mmdit, flux, qwen, next_dit = (family.name in names for names in (("sd3",), ("flux", "flux2"), ("qwen_image",), ("z_image", "lumina2")))
+    takes = {
+        "diffusion_model.": BOTH if native else mapped if next_dit else NONE,
+        "transformer.": mapped,
+        "base_model.model.": mapped if mmdit else NONE,
+        "lora_unet_": BOTH if native else NONE,
+        "lora_transformer_": mapped if mmdit or flux else NONE,
+        "lycoris_": mapped,
+        "": mapped if qwen or next_dit else NEW if flux and mapped else NONE,
+    }
+    return takes.get(form.prefix, NONE)
+
+
+def naming_in(family: Family, module: str) -> str:
+    """Say whether a module is named natively, as in diffusers, or the same in both."""
+    link = family.find(module)
+    if link is None:
+        return "unknown"
+    return "diffusers" if module != link.native else "both" if module in link.diffusers else "native"
+
+
+def faults(reading: Reading) -> list[str]:
+    """Say what keeps a file from being exported as it is."""
+    made = []
+    if reading.dora:
+        made.append(f"{_some(reading.dora)}: DoRA (magnitudes beside the pair), which loaders apply in different ways; train without DoRA")
+    if reading.other:
+        made.append(f"{_some(reading.other)}: another kind of adapter (LoHa, LoKr, LoCon, biases …), which is no pair of matrices")
+    if reading.incomplete:
+        made.append(f"{_some(reading.incomplete)}: one of the two matrices is missing; save the file again")
+    if reading.unknown:
+        made.append(f"{_some(reading.unknown)}: no known name of a LoRA's weights")
+    return made
+
+
+def _some(names: Iterable[str]) -> str:
+    """Name the first of several."""
+    listed = list(names)
+    first = listed[0] if len(listed[0]) <= 120 else listed[0][:117] + "…"
+    return f"{len(listed)} × such as {first!a}" if len(listed) > 1 else f"{first!a}"
+
+
+def check_sound(reading: Reading, path: object) -> None:
+    """Refuse a file that cannot be taken over whole."""
+    if problems := faults(reading):
+        raise LoraError(f"{path} is refused: {'; '.join(problems)}")
+    if not reading.pairs:
+        raise LoraError(f"{path} holds no LoRA pair for the model; choose another file")
+
+
+def dtype_of(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> torch.dtype:
+    """Return the dtype that most of the matrices are in."""
+    kinds = [tensor.dtype for pair in pairs.values() for tensor in pair]
+    return max(set(kinds), key=kinds.count)

@@ -1,0 +1,141 @@
+"""Rewards of clips: every frame judged and averaged, the worst frame, or some frames side by side as one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..files.picture_files import strip
+from .protocol import (
+    Reward,
+    canceller,
+    check_prompts,
+    checked,
+    embedder,
+    may_abstain,
+    module_of,
+    needs_group,
+    note_of,
+    runs_elsewhere,
+    settle,
+)
+
+MODES = ("mean", "min", "strip")
+DEFAULT = "mean"
+PIXELS = 2**25  # of frames that a reward is given at once
+Embed = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class OfFrames:
+    """A reward, and how it judges a clip: one of MODES. On pictures, and in every other respect, it is that reward."""
+
+    reward: Reward
+    frames: str = DEFAULT
+
+    def __post_init__(self) -> None:
+        if self.frames not in MODES:
+            raise ValueError(f"frames is {self.frames!a}; choose one of: {', '.join(MODES)}")
+
+    @property
+    def name(self) -> str:
+        """Name the reward."""
+        return self.reward.name
+
+    @property
+    def licence(self) -> str:
+        """Name its licence."""
+        return self.reward.licence
+
+    @property
+    def compares_across_prompts(self) -> bool:
+        """Say whether a score means the same for every prompt."""
+        return self.reward.compares_across_prompts
+
+    @property
+    def note(self) -> str:
+        """Say how it fails as a target."""
+        return note_of(self.reward)
+
+    @property
+    def needs_group(self) -> bool:
+        """Say whether it compares the members of a group."""
+        return needs_group(self.reward)
+
+    @property
+    def runs_elsewhere(self) -> bool:
+        """Say whether it waits for a device or a network."""
+        return runs_elsewhere(self.reward)
+
+    @property
+    def may_abstain(self) -> bool:
+        """Say whether a missing score is an opinion withheld."""
+        return may_abstain(self.reward)
+
+    @property
+    def cancel(self) -> Callable[[], None] | None:
+        """Return what breaks a call off."""
+        return canceller(self.reward)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """Return its weights."""
+        return module_of(self.reward)
+
+    @property
+    def embed(self) -> Embed | None:
+        """Return its function from images to features."""
+        return embedder([self.reward])
+
+    def settle(self) -> None:
+        """Let it stop a run."""
+        settle([self.reward])
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Let it refuse prompts."""
+        check_prompts([self.reward], prompts)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images [B, H, W, 3] by prompts [B]: [B]."""
+        return self.reward.score(images, prompts)
+
+
+def judged(reward: Reward, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Score pictures [B, H, W, 3], or clips [B, F, H, W, 3] as the reward's `frames` says, by prompts [B]: [B] float32 on the CPU.
+
+    Frames that it cannot judge are left out; NaN where it can judge none, or where a frame is broken.
+    """
+    if pictures.ndim != 5:
+        return checked(reward, pictures, prompts)
+    mode = getattr(reward, "frames", DEFAULT)
+    if mode == "strip":
+        return checked(reward, strip(pictures), prompts)
+    scores = by_frame(reward, pictures, prompts)
+    known = ~scores.isnan()
+    found = scores.nanmean(1) if mode == "mean" else torch.where(known, scores, torch.inf).amin(1)
+    whole = ~pictures.flatten(1).isnan().any(1).cpu()
+    return torch.where(known.any(1) & whole, found, torch.nan)
+
+
+def by_frame(reward: Reward, clips: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Score every frame of clips [B, F, H, W, 3]: [B, F]. A reward that compares a group compares frames of one moment."""
+    count, frames, height, width, _ = clips.shape
+    if needs_group(reward):
+        return torch.stack([checked(reward, clips[:, moment], prompts) for moment in range(frames)], 1)
+    flat, texts = clips.flatten(0, 1), [prompt for prompt in prompts for _ in range(frames)]
+    room = max(PIXELS // (height * width), 1)
+    parts = [checked(reward, flat[at : at + room], texts[at : at + room]) for at in range(0, len(flat), room)]
+    return torch.cat(parts).view(count, frames)
+
+
+def described(describe: Callable[[Tensor], dict[str, Tensor]], pictures: Tensor) -> dict[str, Tensor]:
+    """Describe pictures [B, H, W, 3], or clips [B, F, H, W, 3] frame by frame: [B, D] by measure, distances of the same size."""
+    if pictures.ndim != 5:
+        return describe(pictures)
+    found: dict[str, Any] = describe(pictures.flatten(0, 1))
+    frames = pictures.shape[1]
+    return {name: features.view(len(pictures), -1) / frames**0.5 for name, features in found.items()}

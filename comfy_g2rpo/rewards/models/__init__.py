@@ -1,0 +1,1 @@
+"""The field's reward models, loaded from folders of safetensors."""

@@ -1,0 +1,78 @@
+"""Installed model-backed rewards: which there are in a folder, and how one is loaded. Files only; nothing is downloaded here.
+
+    <root>/<name>/reward.json         {"kind": …, "source": …, "revision": …}
+                  config.json         the model's configuration, in transformers' layout
+                  model.safetensors   its weights
+                  tokenizer files; for CLIPScore preprocessor_config.json
+
+A name is that of `KNOWN`, or any other: a CLIP of your own is a folder "clipscore_mine" whose reward.json says {"kind": "clipscore"}.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+
+from ..protocol import RewardError
+from . import aesthetic, aesthetic_v25, clipscore, hpsv2, imagereward, pickscore
+from .catalogue import KNOWN, Known
+from .clip import ModelReward
+from .safe_folder import NAME, Folder
+
+LOADERS: dict[str, Callable[[Folder, str, torch.dtype, int], ModelReward]] = {
+    "pickscore": pickscore.load,
+    "hpsv2": hpsv2.load,
+    "clipscore": clipscore.load,
+    "imagereward": imagereward.load,
+    "aesthetic": aesthetic.load,
+    "aesthetic_v2.5": aesthetic_v25.load,
+}
+
+
+def installed(root: Path) -> list[str]:
+    """List the rewards that lie in a folder, by name; a folder that is not there holds none."""
+    try:
+        names = sorted(os.listdir(root))
+    except OSError:
+        return []
+    return [name for name in names if NAME.fullmatch(name) and kind_of(root, name) in LOADERS]
+
+
+def kind_of(root: Path, name: str) -> str | None:
+    """Say of which kind an installed reward is; None for a folder that is no reward."""
+    try:
+        kind = Folder.of(root, name).json("reward.json").get("kind")
+    except RewardError:
+        return None
+    return kind if isinstance(kind, str) else None
+
+
+def load_installed(
+    root: Path, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, batch: int = 32
+) -> ModelReward:
+    """Load an installed reward: the trunk in `dtype`, the head in float32, at most `batch` pictures at a time."""
+    present = installed(root)
+    if name not in present:
+        raise RewardError(_absent(root, name, present))
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise RewardError(f"reward '{name}' needs transformers: pip install transformers (ComfyUI brings it)") from error
+    return LOADERS[str(kind_of(root, name))](Folder.of(root, name), name, dtype, batch).to(device)
+
+
+def _absent(root: Path, name: str, present: list[str]) -> str:
+    """Say why a reward cannot be loaded, and what to do."""
+    if name in KNOWN:
+        return f"reward '{name}' is not installed in {root}; get it with: {KNOWN[name].how_to_get}"
+    choices = list(dict.fromkeys([*present, *KNOWN]))
+    nearest = "".join(f", did you mean '{near}'?" for near in get_close_matches(name[:80], choices, 1))
+    there = f"installed: {', '.join(present) or 'none'}, known: {', '.join(KNOWN)}"
+    return f"reward {name[:80]!a} is not installed in {root}{nearest or ';'} {there}"
+
+
+__all__ = ["KNOWN", "LOADERS", "Known", "installed", "kind_of", "load_installed"]

@@ -1,0 +1,60 @@
+"""Checkpoints: what a bit-equal continuation needs, written and read."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from .. import lora
+from ..update import swapped
+from .folder import RunFolder, fitting, read_progress, write_state
+from .optimizers import load_optimizer_tensors, optimizer_tensors
+from .setup import Learner, Setup
+from .watch import best_step
+
+
+def averaged(setup: Setup, learner: Learner) -> AbstractContextManager[None]:
+    """Put the moving average, where there is one, in the adapter's place."""
+    return swapped(setup.policy.parameters(), learner.average) if learner.average else nullcontext()
+
+
+def save(setup: Setup, learner: Learner, folder: RunFolder) -> None:
+    """Write a checkpoint: the adapter as a LoRA file, and all that a bit-equal continuation needs. The best one stays beside the newest."""
+    if not setup.world.speaks or (folder.latest() and int(folder.latest().name) == learner.step):
+        return
+    tensors = {f"parameter/{i}": p.detach() for i, p in enumerate(setup.policy.parameters())} | optimizer_tensors(learner.optimizer)
+    tensors |= {f"average/{i}": mean for i, mean in enumerate(learner.average)}
+    progress = {"step": learner.step, "forwards": learner.forwards, "seconds": learner.seconds, "cheap": learner.cheap}
+    metadata = {**setup.metadata, "g2rpo.step": str(learner.step)}
+
+    def write(path: Any) -> None:
+        with averaged(setup, learner):
+            form = {"style": setup.style, "rename": setup.rename, "metadata": metadata}
+            lora.write(path / "lora.safetensors", setup.policy.pairs(), setup.alpha, **form)
+        write_state(path, tensors, progress)
+
+    best = None if setup.pace.watch == "off" else best_step(folder.metrics(), setup.trained, setup.measures)
+    folder.save_checkpoint(learner.step, write, keep_last=setup.pace.keep_checkpoints, keep=best)
+
+
+def restore(setup: Setup, learner: Learner, folder: RunFolder) -> None:
+    """Bring adapter, average, optimizer and metrics back to the newest checkpoint; without one, to the start."""
+    place = folder.latest()
+    if place is None:
+        if setup.world.speaks:
+            folder.truncate_metrics(0)
+        return
+    tensors, progress = read_progress(place, ("forwards", "seconds"))
+    targets = {"parameter": setup.policy.parameters(), "average": learner.average}
+    found = {kind: fitting(tensors, kind, like, place) for kind, like in targets.items()}
+    load_optimizer_tensors(learner.optimizer, tensors)
+    with torch.no_grad():
+        for kind, like in targets.items():
+            for target, value in zip(like, found[kind], strict=True):
+                target.copy_(value)
+    learner.step, learner.forwards, learner.seconds = progress["step"], progress["forwards"], progress["seconds"]
+    learner.cheap = progress.get("cheap", True) is not False
+    if setup.world.speaks:
+        folder.truncate_metrics(learner.step)

@@ -1,0 +1,280 @@
+"""Held-out evaluation: fixed prompts and start noises, no exploration, paired with the untrained model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files.safe import read_json, write_json
+from ..plan import Plan, deterministic
+from ..policy import Policy, Trainee
+from ..prompts import image_of, titled
+from ..recipes import Recipe, build_plan
+from ..rewards import Reward
+from ..rewards.protocol import embedder
+from ..rollout import Rollout, stream
+from ..speed.fitting_batch import Limit
+from .diversity import describe, spread
+from .folder import PREVIEW, RunFolder, Sample
+from .pace import Pace
+from .scorer import Scorer, roll_out_and_score
+
+SHOWN_PROMPTS, SHOWN_NOISES = 8, 3
+PROBED_PROMPTS = 16
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores [R, prompts, noises] of the held-out prompts, some of the pictures, and what the watch needs beside them.
+
+    `spread` holds diversity by prompt [prompts] under "<measure>/group" and "<measure>/set"; `noisy` is by how much the pictures of some
+    prompts score higher with the rollouts' exploration noise than without [R, some prompts]; `kl` is the velocity KL to the model without
+    adapter; `preview` is the same at another size.
+    """
+
+    names: tuple[str, ...]
+    prompts: tuple[str, ...]
+    scores: Tensor
+    samples: tuple[Sample, ...] = field(default=(), repr=False)
+    spread: Mapping[str, Tensor] = field(default_factory=dict)
+    noisy: Tensor | None = None
+    kl: float | None = None
+    preview: Evaluation | None = None
+
+    def means(self) -> dict[str, float]:
+        """Return each reward's mean."""
+        return {name: scores.nanmean().item() for name, scores in zip(self.names, self.scores, strict=True)}
+
+    def metrics(self) -> dict[str, float]:
+        """Return mean and half width of the 95 % interval over prompts, as a row of metrics, and what the watch found."""
+        row = {}
+        for name, scores in zip(self.names, self.scores, strict=True):
+            by_prompt = scores.nanmean(1)
+            by_prompt = by_prompt[~by_prompt.isnan()]
+            row[f"heldout/{name}/mean"] = scores.nanmean().item()
+            row[f"heldout/{name}/ci95"] = 1.96 * by_prompt.std().item() / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else math.nan
+        row |= {f"diversity/{name}": values.nanmean().item() for name, values in self.spread.items()}
+        if self.noisy is not None:
+            row |= {f"noise_gap/{name}": values.nanmean().item() for name, values in zip(self.names, self.noisy, strict=True)}
+        if self.preview is not None:
+            row |= {f"preview/{name}/mean": mean for name, mean in self.preview.means().items()}
+        return row | ({} if self.kl is None else {"kl/heldout": self.kl})
+
+    def save(self, folder: RunFolder, step: int) -> None:
+        """Write the scores, and the pictures, into the run folder."""
+        folder.save_samples(step, self.samples)
+        if self.preview is not None:
+            folder.save_samples(step, self.preview.samples, PREVIEW)
+        write_json(folder.path / "images" / f"{step:06d}" / "scores.json", self.content())
+
+    def content(self) -> dict[str, Any]:
+        """Return all but the pictures, as JSON holds it."""
+        made: dict[str, Any] = {"prompts": self.prompts, "scores": _by_name(self.names, self.scores)}
+        made["diversity"] = {name: values.tolist() for name, values in self.spread.items()}
+        made |= {} if self.noisy is None else {"noise_gap": _by_name(self.names, self.noisy)}
+        return made | {"kl": self.kl, "preview": None if self.preview is None else self.preview.content()}
+
+    @classmethod
+    def read(cls, folder: RunFolder, step: int) -> Evaluation:
+        """Read the scores of a step."""
+        return cls.of(read_json(folder.path / "images" / f"{step:06d}" / "scores.json"))
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Evaluation:
+        """Take what `content` returned; runs of before have scores alone."""
+        spread = {name: _numbers(values) for name, values in content.get("diversity", {}).items()}
+        noisy, preview = content.get("noise_gap"), content.get("preview")
+        return cls(
+            names=tuple(content["scores"]),
+            prompts=tuple(content["prompts"]),
+            scores=_numbers(list(content["scores"].values())) if content["scores"] else torch.empty(0, len(content["prompts"]), 0),
+            spread=spread,
+            noisy=_numbers(list(noisy.values())) if noisy else None,
+            kl=content.get("kl"),
+            preview=cls.of(preview) if preview else None,
+        )
+
+
+def _by_name(names: Sequence[str], tables: Tensor) -> dict[str, Any]:
+    """Write a table per reward."""
+    return {name: table.tolist() for name, table in zip(names, tables, strict=True)}
+
+
+def _numbers(table: Any) -> Tensor:
+    """Read numbers at any depth, null as NaN."""
+
+    def known(value: Any) -> Any:
+        return [known(item) for item in value] if isinstance(value, list) else math.nan if value is None else value
+
+    return torch.tensor(known(table))
+
+
+def evaluate(
+    policy: Trainee,
+    judges: Sequence[Reward],
+    heldout: Sequence[str],
+    pace: Pace,
+    sigmas: Tensor,
+    shape: Sequence[int],
+    check: Callable[[], None] | None = None,
+    *,
+    recipe: Recipe | None = None,
+    preview: Sequence[int] | None = None,
+    preview_sigmas: Tensor | None = None,
+) -> Evaluation:
+    """Score the deterministic samples of the held-out prompts from noises that every evaluation of a run shares.
+
+    With the recipe of the run it measures what the watch needs, too; `preview` is a latent's shape for pictures of a second size,
+    along `preview_sigmas` or the same noise levels.
+    """
+    prompts = tuple(heldout[: pace.eval_prompts or None])
+    rows = [(prompt, noise) for prompt in prompts for noise in range(pace.eval_noises)]
+    seeds = [stream("evaluation", pace.seed, prompt, noise) for prompt, noise in rows]
+    # Evenly spaced over the list, so that nobody chose them for their outcome.
+    chosen = {round(i * len(prompts) / SHOWN_PROMPTS) for i in range(SHOWN_PROMPTS)}
+    shown = {i for i in range(len(rows)) if i // pace.eval_noises in chosen and i % pace.eval_noises < SHOWN_NOISES}
+    look = partial(describe, embed=embedder(judges)) if recipe else None
+    scorer = draw(policy, judges, rows, seeds, sigmas, shape, pace, shown, check, look)
+    names = tuple(judge.name for judge in judges)
+    scores = scorer.scores[:, :, 0].reshape(len(judges), len(prompts), pace.eval_noises)
+    found: dict[str, Any] = {"spread": {}}
+    for measure, features in scorer.features.items():
+        by_prompt = features[:, 0].reshape(len(prompts), pace.eval_noises, -1)
+        found["spread"] |= {f"{measure}/{name}": values for name, values in spread(by_prompt).items()}
+    if recipe:
+        some = sorted({round(i * len(prompts) / PROBED_PROMPTS) for i in range(PROBED_PROMPTS)} & set(range(len(prompts))))
+        first = [p * pace.eval_noises for p in some]
+        texts, at = [prompts[p] for p in some], [seeds[i] for i in first]
+        noisy, found["kl"] = probe(policy, judges, texts, at, recipe, sigmas, shape, pace.slots, pace.decode_batch, check)
+        found["noisy"] = noisy - scorer.scores[:, first, 0]
+    if preview is not None:
+        some = sorted(chosen & set(range(len(prompts))))
+        at = [p * pace.eval_noises for p in some]
+        seen, levels = [rows[i] for i in at], sigmas if preview_sigmas is None else preview_sigmas
+        larger = draw(policy, judges, seen, [seeds[i] for i in at], levels, preview, pace, range(len(at)), check)
+        previews = samples(names, seen, larger)
+        found["preview"] = Evaluation(names, tuple(titled(prompts[p]) for p in some), larger.scores, previews)
+    return Evaluation(names, tuple(map(titled, prompts)), scores, samples(names, rows, scorer), **found)
+
+
+def price(recipe: Recipe, pace: Pace, heldout: int, preview: bool = False) -> dict[str, tuple[int, int]]:
+    """Count forwards and pictures of one evaluation of so many held-out prompts, by part."""
+    prompts = min(pace.eval_prompts or heldout, heldout)
+    parts = {"scores": (prompts * pace.eval_noises * recipe.num_steps, prompts * pace.eval_noises)}
+    if pace.watch != "off":
+        plan, probed = exploring(recipe), min(prompts, PROBED_PROMPTS)
+        parts["watch"] = (probed * (plan.forwards + min(len(plan.forks), FORKS)), probed * len(plan.images))
+    if preview:
+        parts["preview"] = (min(prompts, SHOWN_PROMPTS) * recipe.num_steps, min(prompts, SHOWN_PROMPTS))
+    return parts
+
+
+def draw(
+    policy: Trainee,
+    judges: Sequence[Reward],
+    rows: Sequence[tuple[str, int]],
+    seeds: Sequence[int],
+    sigmas: Tensor,
+    shape: Sequence[int],
+    pace: Pace,
+    shown: Collection[int],
+    check: Callable[[], None] | None,
+    look: Callable[[Tensor], dict[str, Tensor]] | None = None,
+) -> Scorer:
+    """Draw and score one deterministic picture per row (prompt, noise)."""
+    texts = [prompt for prompt, _ in rows]
+    scorer = Scorer(policy.decode, judges, texts, 1, pace.decode_batch, keep=shown, check=check, describe=look)
+    plan = deterministic(len(sigmas) - 1)
+    roll_out_and_score(policy, plan, sigmas, policy.encode(texts), seeds, shape, scorer, pace.slots, check)
+    return scorer
+
+
+def samples(names: Sequence[str], rows: Sequence[tuple[str, int]], scorer: Scorer) -> tuple[Sample, ...]:
+    """Return the pictures that were kept, with their scores."""
+    scores, made = scorer.scores[:, :, 0], []
+    for (i, _), picture in sorted(scorer.pictures.items(), key=lambda item: item[0]):
+        (prompt, noise), image = rows[i], image_of(rows[i][0])
+        by_name = {name: scores[r, i].item() for r, name in enumerate(names)}
+        made.append(Sample(titled(prompt), noise, by_name, picture, start=Path(image) if image else None))
+    return tuple(made)
+
+
+def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
+    """Return the paired gain of each reward: its mean, half width of the 95 % interval, and two-sided p of a t-test over prompts."""
+    from scipy.stats import ttest_rel
+
+    found = {}
+    for name, old, new in zip(before.names, before.scores.nanmean(2), after.scores.nanmean(2), strict=True):
+        valid = ~(old.isnan() | new.isnan())
+        mean, width = interval(new - old)
+        found[name] = {"mean": mean, "ci95": width, "p": math.nan if width != width else float(ttest_rel(new[valid], old[valid]).pvalue)}
+    return found
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """Return the mean of values [n] and the half width of its 95 % interval by Student's t; NaN does not count."""
+    from scipy.stats import t
+
+    known = values[~values.isnan()]
+    count = len(known)
+    width = t.ppf(0.975, count - 1) * known.std().item() / math.sqrt(count) if count > 1 else math.nan
+    return known.mean().item(), float(width)
+
+
+STEPS = 2  # branch steps that are looked at; one picture each
+FORKS = 4  # states of a prompt at which velocities are compared
+
+
+def exploring(recipe: Recipe) -> Plan:
+    """Plan one picture of each kind that the recipe's rollouts judge: the same at every evaluation."""
+    made = dataclasses.replace(recipe, group_size=1, starts=1, antithetic=False)
+    if made.tree == "singular" and made.pick == "every":
+        made = dataclasses.replace(made, pick="random", pick_size=STEPS)
+    return build_plan(made)
+
+
+def probe(
+    policy: Trainee,
+    judges: Sequence[Reward],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    sigmas: Tensor,
+    shape: Sequence[int],
+    slots: int,
+    batch: int,
+    check: Callable[[], None] | None = None,
+) -> tuple[Tensor, float]:
+    """Return scores [R, P] of pictures drawn as rollouts draw them, from the noises of `seeds` [P], and the velocity KL at their states."""
+    plan, conds = exploring(recipe), policy.encode(prompts)
+    scorer = Scorer(policy.decode, judges, prompts, len(plan.images), batch, check=check)
+    rollout = roll_out_and_score(policy, plan, sigmas, conds, seeds, shape, scorer, slots, check)
+    scores = torch.stack([plan.values(scorer.scores[:, p]).flatten(1).nanmean(1) for p in range(len(prompts))], 1)
+    return scores, velocity_distance(policy, rollout, conds, slots, check)
+
+
+@torch.no_grad()
+def velocity_distance(policy: Policy, rollout: Rollout, conds: Sequence[Any], slots: int, check: Callable[[], None] | None = None) -> float:
+    """Return the mean of ‖v − v_ref‖²/D over some states of a rollout, v_ref without the adapter: the velocity KL of the update."""
+    count = len(rollout.plan.forks)
+    chosen = sorted({round(i * (count - 1) / max(FORKS - 1, 1)) for i in range(FORKS)})
+    sigma = rollout.coefficients.sigma[[rollout.plan.forks[f] for f in chosen]].repeat(len(conds)).to(rollout.x.device)
+    x, velocity = rollout.x[:, chosen].flatten(0, 1), rollout.velocity[:, chosen].flatten(0, 1)
+    cond = [one for one in conds for _ in chosen]
+
+    def distances(part: slice) -> Tensor:
+        if check:
+            check()
+        reference = policy.velocity(x[part], sigma[part], cond[part]).float()
+        return (velocity[part] - reference).square().flatten(1).mean(1)
+
+    with policy.reference(), policy.inference():
+        return Limit(slots).parts(distances, len(x)).mean().item()

@@ -1,0 +1,361 @@
+"""The run folder: one layout for the command line, the graph blocks, the page and the tests.
+
+    config.json                     what was asked for
+    metrics.jsonl                   line 1 names the schema, then one row of METRICS per step
+    images/<step>/                  index.json (prompt, seed, scores of each) and 000.png …: the same prompts and seeds at every step;
+                                    of a clip some frames side by side, and all of them in 000.webp;
+                                    of an edit the picture that it starts from in 000-start.png
+    checkpoints/<step>/             lora.safetensors, state.safetensors, state.json
+    summary.json                    what came out
+
+Everything but the metrics is written beside its place and moved there whole, so an interruption at any moment leaves a readable folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..files.picture_files import PictureError, clip_bytes, shown_frames, strip
+from ..files.picture_files import read as read_picture
+from ..files.safe import (
+    RunError,
+    _writing,
+    finite,
+    read_json,
+    read_table,
+    read_tensors,
+    sound,
+    spelt_out,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
+
+SCHEMA = "g2rpo-metrics/1"
+LENGTH = ("steps", "minutes", "eval_every", "checkpoint_every", "keep_checkpoints")
+WATCHING = ("watch", "patience", "min_fall", "min_diversity", "max_dropped", "preview_width", "preview_height")
+ASKING = ("timeout", "retries", "concurrency", "batch", "device")
+AT_ONCE = ("slots", "decode_batch", "micro_batch")
+FITTING = ("block_swap", "gradient_checkpointing", "text_encoders", "rewards_in_turn")
+MAY_CHANGE = {"train": LENGTH + WATCHING + AT_ONCE, "rewards": ASKING, "heldout_rewards": ASKING, "memory": FITTING}
+"""Fields that a resumed run may have otherwise: none of them changes what is learned by more than rounding."""
+PREVIEW = "preview"
+CHECKPOINT_FILES = ("lora.safetensors", "state.safetensors", "state.json")
+
+METRICS = {
+    "step": "Updates made when the row was written; 0 is the untrained model.",
+    "reward/<name>/mean": "Mean training reward over the images of the step.",
+    "reward/<name>/std": "Their standard deviation.",
+    "heldout/<name>/mean": "Mean reward on held-out prompts with fixed noises, without exploration.",
+    "heldout/<name>/ci95": "Half width of its 95 % confidence interval.",
+    "advantage/abs_mean": "Mean absolute advantage.",
+    "zero_std_share": "Share of groups whose rewards are all equal and that therefore teach nothing.",
+    "kl/velocity": "Mean squared difference of the velocities with and without the adapter, over the states that were trained on.",
+    "kl/heldout": "The same over states of held-out prompts: how far the model has moved. Growth without held-out gain is drift.",
+    "diversity/group": "Mean distance of the pictures of a group from one another (RMS of reduced pixels, 0 to 1).",
+    "diversity/<measure>/group": "The same over a held-out prompt's noises; measure: pixels, or the reward tower's embed (0 to 2).",
+    "diversity/<measure>/set": "Mean distance of a held-out prompt's pictures from other prompts' pictures.",
+    "noise_gap/<name>": "How much higher held-out pictures score with the rollouts' exploration noise than without.",
+    "preview/<name>/mean": "Mean reward of some held-out prompts at the preview size.",
+    "dropped_share": "Share of the step's pictures that a reward could not judge.",
+    "alarm/<kind>": "Evaluations in a row that have shown this sign of hacking.",
+    "sign": "What the watch has noticed at this evaluation, in words.",
+    "alarm": "The same, once it has lasted for `patience` evaluations.",
+    "ratio/mean": "Mean probability ratio (clipped objective); 1 at the first update by construction.",
+    "ratio/max_deviation": "Largest distance of a ratio from 1.",
+    "clip_share": "Share of samples whose ratio was clipped.",
+    "grad_norm": "Norm of the gradient before clipping.",
+    "lr": "Learning rate.",
+    "nfe": "Model evaluations of the step.",
+    "time/rollout": "Seconds in the model during the rollout.",
+    "time/decode": "Seconds in the decoder.",
+    "time/reward": "Seconds in the rewards, or waiting for those that run elsewhere.",
+    "time/update": "Seconds in the update.",
+    "memory/peak": "Peak memory in bytes.",
+    "memory/<limit>": "Slots, decode_batch or micro_batch, where memory ran out and brought it down.",
+}
+
+
+def write_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write a checkpoint's state: tensors as safetensors, the rest as JSON."""
+    write_tensors(folder / "state.safetensors", tensors)
+    write_json(folder / "state.json", meta)
+
+
+def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_state` wrote."""
+    return read_tensors(folder / "state.safetensors")[0], read_table(folder / "state.json")
+
+
+def read_progress(folder: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint's state and see that it is of the step that the folder's name says, with the named counts."""
+    tensors, meta = read_state(folder)
+    counts = [meta.get(name) for name in ("step", *names)]
+    if counts[0] != int(folder.name) or not all(type(count) in (int, float) and 0 <= count < math.inf for count in counts):
+        raise RunError(f"{folder / 'state.json'} is damaged: it is no progress of step {int(folder.name)}; remove this checkpoint")
+    return tensors, meta
+
+
+def fitting(tensors: Mapping[str, Tensor], kind: str, like: Sequence[Tensor], place: Path) -> list[Tensor]:
+    """Take the tensors <kind>/0, <kind>/1 … of a checkpoint; RunError unless they are finite and have the shapes of `like`."""
+    found = [tensors.get(f"{kind}/{i}") for i in range(len(like))]
+    if not all(value is not None and value.shape == target.shape and sound(value) for value, target in zip(found, like, strict=True)):
+        raise RunError(
+            f"{place} does not fit this adapter, or is damaged; resume with the run's own configuration, or remove this checkpoint"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture of the fixed prompts and seeds; image: [H, W, 3] in [0, 1] (None once it lies on disk), scores by reward.
+
+    Of a clip: image [F, H, W, 3] of 8-bit levels; the picture at `path` has `frames` of it side by side. Of an edit: `start` is the file
+    of the picture that it starts from.
+    """
+
+    prompt: str
+    seed: int
+    scores: dict[str, float]
+    image: Tensor | None = None
+    path: Path | None = None
+    frames: int = 1
+    start: Path | None = None
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, config: Mapping[str, Any], replace: bool = False) -> RunFolder:
+        """Start a run in a new or empty folder; `replace` removes a former run there, and nothing else."""
+        check_place(path, replace)
+        run = cls(Path(path))
+        if is_run(run.path):
+            with _writing(run.path):
+                shutil.rmtree(run.path)
+        write_json(run.config_file, config)
+        write_bytes(run.metrics_file, (json.dumps({"schema": SCHEMA}) + "\n").encode())
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open an existing run; a last line that an interruption tore off is dropped."""
+        run = cls(Path(path))
+        if not is_run(run.path):
+            raise RunError(f"{run.path} holds no run; check the path (a run has config.json and metrics.jsonl)")
+        content = run.metrics_file.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            write_bytes(run.metrics_file, whole)
+        for leftover in (*run.checkpoints.glob(".filling-*"), *run.checkpoints.glob(".replaced-*")):
+            with _writing(leftover):
+                shutil.rmtree(leftover)
+        return run
+
+    @classmethod
+    def reopen(cls, path: Path, config: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]] | None = None) -> RunFolder:
+        """Open a run and see that the same configuration made it; only length and pace may differ.
+
+        `defaults`, by section and field, stand for fields that the run does not hold because an earlier version made it.
+        """
+        run = cls.open(path)
+        saved = run.config().get("config")
+        if not isinstance(saved, dict):
+            raise RunError(f"{run.config_file} is damaged (no configuration); restore it or start another run")
+        for section, values in finite(config["config"]).items():
+            new, old = spelt_out(values), spelt_out(saved.get(section, {}))
+            known = (defaults or {}).get(section, {})
+            for key in new | old if isinstance(values, list) else new:
+                value, field = new.get(key), key.rpartition(".")[2]
+                before = old[key] if key in old else known.get(field)
+                if value != before and section != "out" and field not in MAY_CHANGE.get(section, ()):
+                    name = f"{section}.{key}".strip(".")
+                    was = f"{path} was made with {name} = {before!a:.80}, not {value!a:.80}"
+                    raise RunError(f"{was}; continue with that, or start another run")
+        return run
+
+    @property
+    def config_file(self) -> Path:
+        """Return where the configuration lies."""
+        return self.path / "config.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """Return where the metrics lie."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        """Return where the summary lies."""
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+    def config(self) -> dict[str, Any]:
+        """Read what was asked for."""
+        return read_table(self.config_file)
+
+    def summary(self) -> dict[str, Any]:
+        """Read what came out; empty while the run is unfinished."""
+        return read_table(self.summary_file) if self.summary_file.exists() else {}
+
+    def save_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write what came out."""
+        write_json(self.summary_file, summary)
+
+    def append(self, metrics: Mapping[str, Any]) -> None:
+        """Add one row of metrics."""
+        line = json.dumps(finite(metrics), ensure_ascii=False, allow_nan=False) + "\n"
+        with _writing(self.metrics_file), open(self.metrics_file, "a", encoding="utf-8") as file:
+            file.write(line)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Read the rows of metrics."""
+        rows = []
+        for number, line in enumerate(self.metrics_file.read_bytes().split(b"\n")[1:-1], start=2):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise RunError(f"{self.metrics_file} is damaged in line {number}; remove that line") from error
+            if not isinstance(row, dict) or not isinstance(row.get("step", 0), int):
+                raise RunError(f"{self.metrics_file} holds no row of metrics in line {number}; remove that line")
+            rows.append(row)
+        return rows
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the rows after a step, which a resumed run will write again."""
+        kept = [json.dumps(row, ensure_ascii=False) for row in self.metrics() if row.get("step", 0) <= step]
+        write_bytes(self.metrics_file, ("\n".join([json.dumps({"schema": SCHEMA}), *kept]) + "\n").encode(errors="replace"))
+
+    def save_checkpoint(self, step: int, write: Callable[[Path], None], keep_last: int = 0, keep: int | None = None) -> Path:
+        """Have `write` fill a folder and move it into place whole; of older ones the last `keep_last` (0 is all) and step `keep` stay."""
+        place = self.checkpoints / f"{step:06d}"
+        with _writing(place):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            filling = Path(tempfile.mkdtemp(dir=self.checkpoints, prefix=".filling-"))
+            try:
+                os.chmod(filling, 0o755)
+                write(filling)
+                if place.exists():
+                    os.replace(place, filling.with_name(f".replaced-{step}"))
+                os.replace(filling, place)
+            finally:
+                shutil.rmtree(filling, ignore_errors=True)
+                shutil.rmtree(filling.with_name(f".replaced-{step}"), ignore_errors=True)
+            for old in self.saved()[:-keep_last] if keep_last else []:
+                if int(old.name) != keep:
+                    shutil.rmtree(old)
+        return place
+
+    def saved(self) -> list[Path]:
+        """List the complete checkpoints, oldest first."""
+        numbered = [path for path in self.checkpoints.glob("[0-9]*") if re.fullmatch("[0-9]{6,12}", path.name)]
+        found = [path for path in numbered if all((path / name).is_file() for name in CHECKPOINT_FILES)]
+        return sorted(found, key=lambda path: int(path.name))
+
+    def latest(self) -> Path | None:
+        """Return the newest complete checkpoint."""
+        return self.saved()[-1] if self.saved() else None
+
+    def outcome(self) -> Path | None:
+        """Return the checkpoint that a finished run recommends (the best one where the watch ended it), else the newest."""
+        newest, summary = self.latest(), self.summary()
+        if newest is None or summary.get("steps") != int(newest.name):
+            return newest
+        return next((place for place in self.saved() if int(place.name) == summary.get("lora_step")), newest)
+
+    def save_samples(self, step: int, samples: Iterable[Sample], kind: str = "") -> None:
+        """Write the pictures of a step and their index; a kind, such as PREVIEW, has a folder of its own beneath."""
+        folder, index = self.path / "images" / f"{step:06d}" / kind, []
+        for i, sample in enumerate(samples):
+            row = {"file": f"{i:03d}.png", "prompt": sample.prompt, "seed": sample.seed, "scores": sample.scores}
+            row |= save_picture(folder / f"{i:03d}.png", sample.image)
+            index.append(row | (save_start(folder / f"{i:03d}-start.png", sample.start) if sample.start else {}))
+        write_json(folder / "index.json", index)
+
+    def samples(self, step: int, kind: str = "") -> list[Sample]:
+        """Read the index of a step's pictures."""
+        folder = self.path / "images" / f"{step:06d}" / kind
+        found = []
+        for row in read_json(folder / "index.json"):
+            start = folder / Path(row["start"]).name if "start" in row else None
+            found.append(Sample(row["prompt"], row["seed"], row["scores"], None, folder / row["file"], row.get("frames", 1), start))
+        return found
+
+    def sampled_steps(self, kind: str = "") -> list[int]:
+        """List the steps that have pictures."""
+        indices = [path / kind / "index.json" for path in (self.path / "images").glob("[0-9]*")]
+        return sorted(int(index.relative_to(self.path / "images").parts[0]) for index in indices if index.is_file())
+
+
+def check_place(path: Path, replace: bool = False) -> None:
+    """Refuse a place where no run may start: another run, unless it is to be replaced, and anything that is not a run."""
+    path = Path(path)
+    if is_run(path):
+        if not replace:
+            raise RunError(f"{path} already holds a run; continue it (--resume), start over (--replace) or choose another folder (--out)")
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(f"{path} exists and is not a run of this program; choose another folder (--out)")
+
+
+def is_run(path: Path) -> bool:
+    """Say whether a folder is a run of this program, by its schema line."""
+    try:
+        with open(path / "metrics.jsonl", "rb") as file:
+            first = json.loads(file.readline(4096))
+        return (path / "config.json").is_file() and isinstance(first, dict) and first.get("schema") == SCHEMA
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def save_picture(path: Path, image: Tensor) -> dict[str, Any]:
+    """Write a picture [H, W, 3] in [0, 1]; a clip [F, H, W, 3] of levels as frames side by side and, beside that, as WebP.
+
+    Return what an index says of a clip beside its picture's name.
+    """
+    if image.ndim == 3:
+        save_png(path, image)
+        return {}
+    save_png(path, strip(image).float() / 255)
+    write_bytes(path.with_suffix(".webp"), clip_bytes(image))
+    return {"clip": path.with_suffix(".webp").name, "frames": len(shown_frames(len(image)))}
+
+
+def save_start(path: Path, start: Path) -> dict[str, Any]:
+    """Keep the picture that an edit starts from; return what an index says of it: nothing where it cannot be read any more."""
+    try:
+        save_png(path, read_picture(start))
+    except PictureError:
+        return {}
+    return {"start": path.name}
+
+
+def save_png(path: Path, image: Tensor) -> None:
+    """Write a picture [H, W, 3] in [0, 1]."""
+    pixels = np.asarray(image.detach().cpu().clamp(0, 1).mul(255).round().to(torch.uint8))
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        Image.fromarray(pixels).save(partial, format="png")
+        os.replace(partial, path)

@@ -1,0 +1,191 @@
+"""A whole run, whoever hosts it: roll out, score, update; evaluate, save, stop, resume. The command line and the graph share it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from ..recipes import build_plan
+from .checkpoint import averaged, save
+from .evaluation import Evaluation, compare, evaluate
+from .folder import RunFolder
+from .iteration import iterate
+from .setup import Check, Learner, Setup
+from .watch import Seen, best_step, blind_spots, evaluated, signs, standing
+
+
+class Watcher(Protocol):
+    """Who is told what happens."""
+
+    def start(self, total_steps: int, first_step: int, plan_line: str) -> None:
+        """Begin at `first_step`."""
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Take the row of a step, as it goes into the run folder."""
+
+    def note(self, text: str) -> None:
+        """Take a remark."""
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """End, with the summary."""
+
+
+def learn(
+    setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, check: Check, stops: tuple[type[BaseException], ...]
+) -> None:
+    """Run up to the budget of steps or minutes; one of `stops` leaves a checkpoint of the last finished step and goes on up."""
+    pace, plan = setup.pace, build_plan(setup.recipe, coarsest=setup.speed.tail_stride if learner.cheap else 1)
+    count = pace.prompts_per_step
+    watcher.start(pace.steps, learner.step, f"{count * plan.forwards} forwards and {count * len(plan.images)} pictures per step")
+    judges = [judge.name for judge in setup.judges]
+    for note in (*setup.prompts.notes, *blind_spots(pace, len(setup.prompts.heldout), judges, setup.trained, setup.measures)):
+        watcher.note(note)
+    try:
+        if learner.step == 0 or (due(pace.eval_every, learner.step) and learner.step < pace.steps):
+            # A run that was stopped while it looked looks again.
+            look(setup, learner, folder, watcher, check)
+        halted = halt(setup, learner, folder, watcher)
+        while learner.step < pace.steps and not halted and not out_of_time(setup, learner):
+            row = iterate(setup, learner, check)
+            if setup.world.speaks:
+                folder.append(row)
+            watcher.step(row)
+            tell(setup, learner, row, watcher)
+            if due(pace.eval_every, learner.step) and learner.step < pace.steps:
+                look(setup, learner, folder, watcher, check)
+                halted = halt(setup, learner, folder, watcher)
+            if due(pace.checkpoint_every, learner.step):
+                save(setup, learner, folder)
+    except stops:
+        if learner.step:
+            save(setup, learner, folder)
+        raise
+    save(setup, learner, folder)
+
+
+def tell(setup: Setup, learner: Learner, row: Mapping[str, Any], watcher: Watcher) -> None:
+    """Say what became of memory and of cheap completions in the iteration that made a row."""
+    if news := learner.limits.news():
+        watcher.note(f"step {row['step']}: {news}")
+    while setup.velocity and setup.velocity.notes:
+        watcher.note(setup.velocity.notes.pop(0))
+    if row.get("guard/on") == 0:
+        much = f"rank rewards as exact ones do to {row['guard/rank']:.3f} only, and speed.guard_rank asks for {setup.speed.guard_rank:g}"
+        watcher.note(f"step {row['step']}: cheap completions {much}; they are switched off, and this step was rolled out exactly")
+
+
+def look(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, check: Check) -> None:
+    """Evaluate on the held-out prompts, unless this step has been; keep scores, pictures and a row of metrics, and the best checkpoint."""
+    if not setup.world.speaks or not setup.prompts.heldout or looked(folder, learner.step):
+        return
+    recipe = None if setup.pace.watch == "off" else setup.recipe
+    with averaged(setup, learner):
+        evaluation = evaluate(
+            setup.policy,
+            setup.judges,
+            setup.prompts.heldout,
+            learner.limits.within(setup.pace),
+            setup.sigmas,
+            setup.shape,
+            partial(check, "evaluate"),
+            recipe=recipe,
+            preview=setup.preview,
+            preview_sigmas=setup.preview_sigmas,
+        )
+    evaluation.save(folder, learner.step)
+    row = {"step": learner.step} | evaluation.metrics()
+    if recipe:
+        row |= notice(setup, folder, evaluation)
+    folder.append(row)
+    if recipe and best_step(folder.metrics(), setup.trained, setup.measures) == learner.step:
+        save(setup, learner, folder)
+    watcher.step(row)
+    if text := row.get("alarm") or row.get("sign"):
+        watcher.note(f"{'ALARM' if 'alarm' in row else 'watch'}, step {learner.step}: {text}")
+
+
+def notice(setup: Setup, folder: RunFolder, now: Evaluation) -> dict[str, Any]:
+    """Compare an evaluation with those before it, which the run folder holds; return what the watch adds to its row."""
+    rows = folder.metrics()
+    looks = evaluated(rows)
+    if not looks:
+        return {}
+    first = int(looks[0]["step"])
+    best = best_step(rows, setup.trained, setup.measures) or first
+    base = Evaluation.read(folder, first)
+    if (base.names, base.prompts) != (now.names, now.prompts):
+        return {}
+    seen = Seen(base, base if best == first else Evaluation.read(folder, best), now, best, setup.trained, setup.pace, rows, setup.measures)
+    return standing(signs(seen), looks[-1], setup.pace.patience)
+
+
+def halt(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher) -> bool:
+    """Say, in every process alike, whether the evaluation of this step raised an alarm that stops the run."""
+    alarm = setup.world.speaks and setup.pace.watch == "stop" and alarm_at(folder.metrics(), learner.step)
+    if not setup.world.gather(torch.tensor([[[float(bool(alarm))]]])).any():
+        return False
+    watcher.note(f"stopped by the watch at step {learner.step}; watch = warn goes on")
+    return True
+
+
+def alarm_at(rows: Sequence[Mapping[str, Any]], step: int) -> str:
+    """Return the alarm of a step's evaluation, or nothing."""
+    return next((str(row["alarm"]) for row in rows if row.get("step") == step and row.get("alarm")), "")
+
+
+def looked(folder: RunFolder, step: int) -> bool:
+    """Say whether a step has its row of held-out metrics."""
+    return any(row.get("step") == step for row in evaluated(folder.metrics()))
+
+
+def finish(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, check: Check, name: str) -> dict[str, Any]:
+    """Evaluate the outcome and write the summary of a run by the recipe `name`."""
+    look(setup, learner, folder, watcher, check)
+    setup.world.wait()
+    if not setup.world.speaks:
+        return {}
+    rows = folder.metrics()
+    steps = [old for old in rows if "nfe" in old]
+    names = [reward.name for reward in setup.rewards]
+    ends = {"before": steps[: max(len(steps) // 10, 1)], "after": steps[-max(len(steps) // 10, 1) :]}
+    summary: dict[str, Any] = {"recipe": name, "steps": learner.step, "seed": setup.pace.seed}
+    for when, part in ends.items():
+        summary[f"reward_{when}"] = {n: sum(old[f"reward/{n}/mean"] for old in part) / len(part) for n in names}
+    summary |= verdict(setup, learner, folder)
+    if setup.prompts.heldout and setup.judges:
+        before, after = Evaluation.read(folder, 0), Evaluation.read(folder, summary["lora_step"])
+        summary |= {"heldout_before": before.means(), "heldout_after": after.means(), "heldout_gain": compare(before, after)}
+    summary |= {"seconds": learner.seconds, "forwards": learner.forwards}
+    folder.save_summary(summary)
+    return summary
+
+
+def verdict(setup: Setup, learner: Learner, folder: RunFolder) -> dict[str, Any]:
+    """Return what ended the run, what the watch saw, and the LoRA to use: the best where the watch ended the run, else the last."""
+    rows = folder.metrics()
+    best = best_step(rows, setup.trained, setup.measures)
+    stopped = setup.pace.watch == "stop" and bool(alarm_at(rows, learner.step))
+    saved = {int(place.name): place for place in folder.saved()}
+    chosen = saved[best] if stopped and best in saved else folder.latest()
+    looks = evaluated(rows)
+    return {
+        "stopped_by": "watch" if stopped else "steps" if learner.step >= setup.pace.steps else "minutes",
+        "best_step": best,
+        "alarms": [{"step": row["step"], "text": row["alarm"]} for row in looks if row.get("alarm")],
+        "sign": looks[-1].get("sign", "") if looks else "",
+        "lora_step": int(chosen.name),
+        "lora": f"{chosen.relative_to(folder.path)}/lora.safetensors",
+    }
+
+
+def due(every: int, step: int) -> bool:
+    """Say whether something that happens every so many steps happens after this one."""
+    return every > 0 and step % every == 0
+
+
+def out_of_time(setup: Setup, learner: Learner) -> bool:
+    """Say whether the budget of training minutes is spent."""
+    return setup.pace.minutes is not None and learner.seconds >= 60 * setup.pace.minutes

@@ -1,0 +1,163 @@
+"""Cheaper completions behind a guard: what they are, and whether they still put a group's pictures in the order of the exact ones.
+
+A cheap completion may change a reward as long as it does not change who is better than whom. Every so many iterations a share of the
+groups is completed exactly, too, from the same noises; where the order of the rewards differs too much, the cheap path is switched off for
+the rest of the run, and the iteration that showed it is rolled out exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..advantages import group_ranks
+from ..options import option
+from ..plan import ROOT, Leaf, Plan, State
+from ..recipes import Recipe, build_plan
+from ..rewards import Reward
+from ..rewards.protocol import needs_group
+from ..rollout import Rollout
+from ..speed.step_cache import Shortcut, Velocity
+from .scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Completions for less; anchors, branch states and updates stay exact. Off unless asked for."""
+
+    precision: str = option(
+        "same", "Precision of the completions' forwards: the model's, or lower.", choices=("same", "bf16", "fp16", "fp8")
+    )
+    compile: bool = option(False, "Compile the transformer's blocks for completions; the first forwards take minutes.")
+    cache: float = option(0.0, "Relative change of the velocity up to which a completion's step is foreseen; 0 runs all, try 0.1.", 0, 1)
+    tail_stride: int = option(
+        1, "Stride of completions at least, by a second-order solver for granularities below it; 1 leaves them as they are.", 1, 1000
+    )
+    guard_every: int = option(25, "Iterations between measurements of the order of rewards against exact completions.", 1, 1_000_000)
+    guard_share: float = option(0.25, "Share of the groups that a measurement completes exactly, too.", 0.001, 1)
+    guard_rank: float = option(0.95, "Rank correlation with the exact rewards below which completions are exact from then on.", 0, 1)
+
+    @property
+    def on(self) -> bool:
+        """Say whether anything is to be cheaper."""
+        return self.precision != "same" or self.compile or self.cache > 0 or self.tail_stride > 1
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Speed)}
+
+Roll = Callable[[Plan, Sequence[int], Sequence[Reward], Shortcut | None], tuple[Scorer, Rollout]]
+"""Roll out a plan for the prompts at the given places, judged by the given rewards."""
+
+
+class Explored(NamedTuple):
+    """An iteration's plan as it was run, its scores and its states; whether cheap completions go on; what was measured."""
+
+    plan: Plan
+    scorer: Scorer
+    rollout: Rollout
+    cheap: bool
+    metrics: dict[str, float]
+
+
+def check(speed: Speed, rewards: Sequence[Reward]) -> None:
+    """Raise ValueError unless some reward can judge the guard's pictures, which are single ones."""
+    if speed.on and all(map(needs_group, rewards)):
+        names = ", ".join(reward.name for reward in rewards)
+        raise ValueError(f"speed: its guard cannot ask {names}, which judge whole groups only; leave the section out, or add a reward")
+
+
+def explore(
+    roll: Roll,
+    recipe: Recipe,
+    speed: Speed,
+    velocity: Velocity | None,
+    cheap: bool,
+    step: int,
+    seed: int,
+    prompts: int,
+    rewards: Sequence[Reward],
+    gather: Callable[[Tensor], Tensor] = lambda found: found,
+) -> Explored:
+    """Roll out iteration `step` (from 0): by cheap completions while these are on, measured where it is time.
+
+    `velocity` stands in for the policy's own in completions, where there is something to make it faster.
+    `gather` stacks [1, 1, 2] over processes along its second dimension. The metrics are guard/rank (mean Spearman correlation over rewards,
+    groups and granularities), guard/on (0 where the cheap path ends here) and guard/nfe (forwards that measuring and doing it again took).
+    """
+    places, exact = range(prompts), build_plan(recipe, step, seed)
+    if not (speed.on and cheap):
+        return Explored(exact, *roll(exact, places, rewards, None), cheap, {})
+    plan = build_plan(recipe, step, seed, speed.tail_stride)
+    scorer, rollout = roll(plan, places, rewards, Shortcut(velocity, speed.cache))
+    if step % speed.guard_every:
+        return Explored(plan, scorer, rollout, cheap, {})
+    judges = [r for r, reward in enumerate(rewards) if not needs_group(reward)]
+    part, some = sample(exact, prompts, speed.guard_share, random.Random(f"guard {seed} {step}"))
+    judged, measured = roll(part, some, [rewards[r] for r in judges], None)
+    found = []
+    for place, p in enumerate(some):
+        true = part.values(judged.scores[:, place])
+        found.append(rank_correlation(plan.values(scorer.scores[judges, p])[:, : true.shape[1]], true).flatten())
+    ranks = torch.cat(found)
+    ranks = ranks[~ranks.isnan()]
+    total, count = gather(torch.tensor([[[ranks.sum().item(), float(len(ranks))]]])).flatten(0, 1).sum(0).tolist()
+    # Groups without any order have nothing to lose.
+    rank = total / count if count else 1.0
+    cheap = rank >= speed.guard_rank
+    spent = measured.nfe if cheap else measured.nfe + rollout.nfe
+    if not cheap:
+        plan, (scorer, rollout) = exact, roll(exact, places, rewards, None)
+    return Explored(plan, scorer, rollout, cheap, {"guard/rank": rank, "guard/on": float(cheap), "guard/nfe": spent})
+
+
+def rank_correlation(cheap: Tensor, exact: Tensor) -> Tensor:
+    """Return Spearman's correlation over the members of rewards [R, K, G, L], as [R, K, L]; ties share their mean rank.
+
+    Members that either side could not judge are left out. Without any order it is NaN, with one that only one side sees 0.
+    """
+    unknown = cheap.isnan() | exact.isnan()
+    known = (~unknown).double()
+    ranks = [group_ranks(scores.masked_fill(unknown, torch.nan)).double().nan_to_num(0.0) for scores in (cheap, exact)]
+    a, b = (known * (rank - rank.sum(2, keepdim=True) / known.sum(2, keepdim=True).clamp_min(1)) for rank in ranks)
+    spread = [rank.square().sum(2) for rank in (a, b)]
+    ordered = torch.stack([s > 1e-9 for s in spread])
+    correlation = (a * b).sum(2) / (spread[0] * spread[1]).sqrt().clamp_min(1e-9)
+    return torch.where(ordered.all(0), correlation, torch.where(ordered.any(0), 0.0, torch.nan))
+
+
+def sample(plan: Plan, prompts: int, share: float, rng: random.Random) -> tuple[Plan, list[int]]:
+    """Choose about a share of the groups, one at least: some branch steps of every prompt, or some prompts where groups share pictures."""
+    units = sorted({first_group(plan, leaf) for leaf in plan.leaves})
+    if len(units) > 1:
+        chosen = rng.sample(units, max(round(share * len(units)), 1))
+        return excerpt(plan, chosen), list(range(prompts))
+    return plan, sorted(rng.sample(range(prompts), max(round(share * prompts), 1)))
+
+
+def first_group(plan: Plan, leaf: Leaf) -> int:
+    """Return the group of the trained edge nearest to the root on the way to a leaf; −1 without any."""
+    at, group = leaf.state, -1
+    while at != ROOT:
+        group = plan.states[at].group if plan.states[at].trained else group
+        at = plan.states[at].parent
+    return group
+
+
+def excerpt(plan: Plan, groups: Collection[int]) -> Plan:
+    """Return the plan of the leaves whose first trained edge is of the given groups; noises and group numbers stay as they were."""
+    leaves = [leaf for leaf in plan.leaves if first_group(plan, leaf) in groups]
+    kept: set[int] = set()
+    for leaf in leaves:
+        at = leaf.state
+        while at != ROOT and at not in kept:
+            kept.add(at)
+            at = plan.states[at].parent
+    number = {old: new for new, old in enumerate(sorted(kept))} | {ROOT: ROOT}
+    states: list[State] = [dataclasses.replace(plan.states[old], parent=number[plan.states[old].parent]) for old in sorted(kept)]
+    return Plan(plan.num_steps, tuple(states), tuple(dataclasses.replace(leaf, state=number[leaf.state]) for leaf in leaves))

@@ -1,0 +1,245 @@
+"""Decode and score finished latents in batches, as the rollout hands them over."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import Plan
+from ..policy import Decoder, Trainee
+from ..rewards import Reward
+from ..rewards.clips import described, judged
+from ..rewards.protocol import canceller, needs_group, runs_elsewhere
+from ..rollout import Rollout, roll_out
+from ..speed.fitting_batch import Limit, limit_of
+from ..speed.step_cache import Shortcut
+
+MAX_WAITING = 2**29  # bytes of pictures that may wait for rewards that run elsewhere, before the rollout waits too
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures [n, H, W, 3], or clips [n, F, H, W, 3], as 8-bit levels, which are free of NaN [n], prompt and image position of each."""
+
+    levels: Tensor
+    whole: Tensor
+    prompts: tuple[int, ...]
+    images: tuple[int, ...]
+
+    def pictures(self) -> Tensor:
+        """Return the pictures as they were judged before: float32 in [0, 1], NaN where something was."""
+        return torch.where(self.whole.view(-1, *[1] * (self.levels.ndim - 1)), self.levels.float() / 255, torch.nan)
+
+
+@dataclass
+class Scorer:
+    """A rollout's sink: fills scores [R, P, images] and keeps the pictures of the prompts (by position) in `keep` alone.
+
+    Rewards that need a group wait, their pictures as 8-bit levels, for all images of a prompt. Within `with scorer:` rewards that run
+    elsewhere score in one thread while decoding and the rollout go on; leaving waits for the rest, and leaving by an exception drops it.
+    """
+
+    decode: Decoder
+    rewards: Sequence[Reward]
+    prompts: Sequence[str]
+    images: int
+    batch: int | Limit = 64
+    keep: Collection[int] = ()
+    check: Callable[[], None] | None = None
+    seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "reward": 0.0})
+    describe: Callable[[Tensor], dict[str, Tensor]] | None = None
+    """Pictures [B, H, W, 3] → features [B, D] by measure, gathered in `features` as [P, images, D]; NaN where no picture came."""
+
+    def __post_init__(self) -> None:
+        self.scores = torch.full((len(self.rewards), len(self.prompts), self.images), torch.nan)
+        self.pictures: dict[tuple[int, int], Tensor] = {}
+        self.features: dict[str, Tensor] = {}
+        self._grouping = [r for r, reward in enumerate(self.rewards) if needs_group(reward)]
+        self._elsewhere = [r for r, reward in enumerate(self.rewards) if runs_elsewhere(reward)]
+        self._here = [r for r in range(len(self.rewards)) if r not in {*self._grouping, *self._elsewhere}]
+        self._groups: dict[int, _Group] = {}
+        self._thread: ThreadPoolExecutor | None = None
+        self._waiting: deque[tuple[int, Batch, Future[Tensor]]] = deque()
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[int], images: list[int], latents: Tensor) -> None:
+        """Score latents [n, …] of the given prompts and image positions; clips [n, F, H, W, 3] are judged by their frames."""
+        limit = limit_of(self.batch)
+        size = limit.rows
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
+            if self.check:
+                self.check()
+            begin = time.perf_counter()
+            pictures = limit.parts(partial(self._decoded, latents[part]), len(prompts[part]))
+            decoded = time.perf_counter()
+            self._score(pictures, prompts[part], images[part])
+            self.seconds["decode"] += decoded - begin
+            for name, found in (described(self.describe, pictures) if self.describe else {}).items():
+                blank = found.new_full((len(self.prompts), self.images, found.shape[1]), torch.nan)
+                self.features.setdefault(name, blank)[prompts[part], images[part]] = found
+            self.seconds["reward"] += time.perf_counter() - decoded
+            for prompt, image, picture in zip(prompts[part], images[part], pictures, strict=True):
+                if prompt in self.keep:
+                    self.pictures[prompt, image] = levels(picture) if picture.ndim == 4 else picture.cpu().clone()
+
+    def _decoded(self, latents: Tensor, part: slice) -> Tensor:
+        """Decode some latents to what a saved file would hold."""
+        return to_8_bit(self.decode(latents[part]))
+
+    def _score(self, pictures: Tensor, prompts: list[int], images: list[int]) -> None:
+        """Score pictures [n, H, W, 3] now, in the thread, or once their group is complete."""
+        texts = [self.prompts[p] for p in prompts]
+        for r in self._here:
+            self.scores[r, prompts, images] = judged(self.rewards[r], pictures, texts)
+        if len(self._here) == len(self.rewards):
+            return
+        batch = _batch(pictures, prompts, images)
+        for r in self._elsewhere:
+            if r not in self._grouping:
+                self._hand_over(r, batch)
+        for group in self._complete(batch) if self._grouping else ():
+            for r in self._grouping:
+                self._hand_over(r, group)
+        self._collect(MAX_WAITING)
+
+    def _complete(self, batch: Batch) -> list[Batch]:
+        """Add pictures to the groups of their prompts; return those that are complete, in the order of the plan."""
+        done = []
+        for row, (prompt, image) in enumerate(zip(batch.prompts, batch.images, strict=True)):
+            if prompt not in self._groups:
+                self._groups[prompt] = _Group(batch.levels.new_empty(self.images, *batch.levels.shape[1:]), {})
+            group = self._groups[prompt]
+            group.levels[image] = batch.levels[row]
+            group.whole[image] = bool(batch.whole[row])
+            if len(group.whole) == self.images:
+                done.append(self._groups.pop(prompt).without_broken(prompt))
+        return [group for group in done if group.images]
+
+    def _hand_over(self, r: int, batch: Batch) -> None:
+        """Score a batch by one reward: in the thread if it runs elsewhere, and there is a thread."""
+        reward, texts = self.rewards[r], [self.prompts[p] for p in batch.prompts]
+        if self._thread and r in self._elsewhere:
+            self._waiting.append((r, batch, self._thread.submit(_judged, reward, batch, texts)))
+        else:
+            self._land(r, batch, _judged(reward, batch, texts))
+
+    def _land(self, r: int, batch: Batch, scores: Tensor) -> None:
+        """Put scores [n] in their places."""
+        self.scores[r, list(batch.prompts), list(batch.images)] = scores
+
+    def _collect(self, limit: int) -> None:
+        """Take what the thread has finished; wait while pictures of more than `limit` bytes are under way."""
+        while self._waiting:
+            r, batch, future = self._waiting[0]
+            pending = sum({id(b): b.levels.nbytes for _, b, _ in self._waiting}.values())
+            while pending > limit and not future.done():
+                wait([future], timeout=POLL_SECONDS)
+                if self.check:
+                    self.check()
+            if not future.done():
+                return
+            self._land(r, batch, future.result())
+            self._waiting.popleft()
+
+    def __enter__(self) -> Scorer:
+        """Let rewards that run elsewhere score in a thread from now on."""
+        if self._elsewhere:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Wait for the rest; after an exception, break off what is under way. Either way the thread ends."""
+        begin = time.perf_counter()
+        try:
+            if kind is None:
+                self._collect(-1)
+        finally:
+            self._close()
+            self.seconds["reward"] += time.perf_counter() - begin
+
+    def _close(self) -> None:
+        """End the thread, and the call that it may be in."""
+        if self._thread is None:
+            return
+        thread, self._thread = self._thread, None
+        waiting = [future for _, _, future in self._waiting]
+        self._waiting.clear()
+        thread.shutdown(wait=False, cancel_futures=True)
+        while not all(future.done() for future in waiting):
+            # Again and again, because the call may have been about to begin.
+            for cancel in filter(None, (canceller(self.rewards[r]) for r in self._elsewhere)):
+                cancel()
+            wait(waiting, timeout=POLL_SECONDS)
+        thread.shutdown(wait=True)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The pictures of one prompt so far: levels [images, H, W, 3], and whether each that has arrived is free of NaN."""
+
+    levels: Tensor
+    whole: dict[int, bool]
+
+    def without_broken(self, prompt: int) -> Batch:
+        """Return the pictures that can be compared."""
+        images = tuple(image for image in sorted(self.whole) if self.whole[image])
+        levels = self.levels if len(images) == len(self.levels) else self.levels[list(images)]
+        return Batch(levels, torch.ones(len(images), dtype=torch.bool), (prompt,) * len(images), images)
+
+
+def _batch(pictures: Tensor, prompts: Sequence[int], images: Sequence[int]) -> Batch:
+    """Pack pictures [n, H, W, 3], which hold nothing but 8-bit levels and NaN, four to one."""
+    return Batch(levels(pictures), ~pictures.isnan().flatten(1).any(1).cpu(), tuple(prompts), tuple(images))
+
+
+def levels(pictures: Tensor) -> Tensor:
+    """Return pictures that hold nothing but 8-bit levels and NaN as those levels, uint8 on the CPU; NaN as 0."""
+    return torch.where(pictures.isnan(), 0.0, pictures * 255).round().byte().cpu()
+
+
+@torch.no_grad()
+def _judged(reward: Reward, batch: Batch, texts: Sequence[str]) -> Tensor:
+    """Score a batch by one reward: [n]. Gradients are switched off anew, because every thread has its own switch."""
+    return judged(reward, batch.pictures(), texts)
+
+
+def to_8_bit(images: Tensor) -> Tensor:
+    """Round images in [0, 1] to what a saved file holds: that is what is judged. Infinite numbers become NaN, not white."""
+    finite = images.float().nan_to_num(torch.nan, torch.nan, torch.nan)  # a copy in any case
+    return finite.clamp_(0, 1).mul_(255).round_().div_(255)
+
+
+def roll_out_and_score(
+    policy: Trainee,
+    plan: Plan,
+    sigmas: Tensor,
+    conds: Sequence[Any],
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    scorer: Scorer,
+    slots: int | Limit,
+    check: Callable[[], None] | None = None,
+    shortcut: Shortcut | None = None,
+) -> Rollout:
+    """Run a plan per prompt and hand every finished latent to the scorer: while rolling, or afterwards where the host wants that."""
+    sink = scorer if policy.decodes_while_rolling else None
+    with scorer:
+        where = {"device": policy.device, "shortcut": shortcut}
+        rollout = roll_out(policy, plan, sigmas, conds, seeds, shape, slots=slots, sink=sink, check=check, **where)
+        if sink:
+            return rollout
+        images = list(range(len(plan.images)))
+        scorer([p for p in range(len(seeds)) for _ in images], images * len(seeds), rollout.latents.flatten(0, 1))
+        return dataclasses.replace(rollout, latents=None)

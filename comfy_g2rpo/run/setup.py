@@ -1,0 +1,139 @@
+"""What a run is made of: the settings that do not change, and what learning changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import lora
+from ..policy import Trainee
+from ..prompts import PromptCursor, Prompts
+from ..recipes import Recipe
+from ..rewards import Reward
+from ..rewards.protocol import embedder
+from .batch_limits import Limits
+from .diversity import measure
+from .optimizers import Optimizers, adamw
+from .pace import Pace
+from .rank_guard import Speed
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that share a run; `gather` stacks scores [R, P, images] over P, `reduce` averages a gradient, `wait` lines them up."""
+
+    index: int = 0
+    count: int = 1
+    gather: Callable[[Tensor], Tensor] = lambda scores: scores
+    reduce: Callable[[Tensor], Tensor] | None = None
+    wait: Callable[[], None] = lambda: None
+
+    @property
+    def speaks(self) -> bool:
+        """Say whether this is the process that writes and shows."""
+        return self.index == 0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything of a run that does not change while it runs."""
+
+    recipe: Recipe
+    pace: Pace
+    policy: Trainee
+    rewards: tuple[Reward, ...]
+    weights: tuple[float, ...]
+    judges: tuple[Reward, ...]
+    prompts: Prompts
+    sigmas: Tensor
+    shape: tuple[int, ...]
+    alpha: float
+    gates: tuple[float | None, ...] = ()
+    style: str = "diffusers"
+    rename: lora.Rename | None = None
+    """Gives the adapter's modules the names that they have in LoRA files, where these differ."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    world: World = field(default_factory=World)
+    preview: tuple[int, ...] | None = None
+    """Shape of a latent at the preview size, where evaluations draw there, too."""
+    preview_sigmas: Tensor | None = None
+    """Noise levels [T+1] at that size; those of training where they do not depend on the size."""
+    speed: Speed = field(default_factory=Speed)
+    velocity: CheapVelocity | None = None
+    """Evaluates completions in the policy's place, where `speed` asks for it."""
+    measures: Mapping[str, float] = field(default_factory=dict)
+    """Say of the rewards that only measure in the watch, by name: 1 where it is left out, 0 is none, below 0 less is better."""
+
+    optimizer: Optimizers = adamw
+    """Makes the recipe's optimizer."""
+
+    @property
+    def trained(self) -> dict[str, float]:
+        """Return the weights of the rewards that are trained on, by name."""
+        return {reward.name: weight for reward, weight in zip(self.rewards, self.weights, strict=True)}
+
+
+@dataclass
+class Learner:
+    """What learning changes: the optimizer over the adapter, the adapter's moving average, and the count of finished steps."""
+
+    optimizer: torch.optim.Optimizer
+    average: list[Tensor]
+    step: int = 0
+    forwards: int = 0
+    seconds: float = 0.0
+    start: list[Tensor] = field(default_factory=list)
+    """The adapter as the run began with it, where the KL is measured against that."""
+    cheap: bool = True
+    """Whether completions may still be cheaper than exact (`Setup.speed`)."""
+    limits: Limits = field(default_factory=lambda: Limits.of(Pace()))
+    """What fits into memory at once; not part of a checkpoint, for results do not depend on it."""
+
+
+class CheapVelocity(Protocol):
+    """A velocity for completions, and what there is to say about it, such as why blocks are not compiled."""
+
+    notes: list[str]
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Sequence[Any]) -> Tensor:
+        """Return v as the policy does."""
+        ...
+
+
+Check = Callable[[str], None]
+"""Called before every forward and every batch of pictures with the phase, one of PHASES; raises to stop."""
+
+PHASES = ("rollout", "update", "evaluate")
+
+
+def preview_shape(pace: Pace, shape_of: Callable[[int, int], tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Return the shape of a latent at the preview size, by the host's own function of (width, height); None without previews."""
+    if not pace.preview_width and not pace.preview_height:
+        return None
+    size = f"preview_width and preview_height are {pace.preview_width}×{pace.preview_height}"
+    if not pace.preview_width or not pace.preview_height:
+        raise ValueError(f"{size}; give both, or 0 for none")
+    try:
+        return shape_of(pace.preview_width, pace.preview_height)
+    except ValueError as error:
+        raise ValueError(f"{size}, which the model cannot draw: {error}") from error
+
+
+def make_learner(setup: Setup) -> Learner:
+    """Set up the recipe's optimizer over the adapter."""
+    measure(embedder(setup.rewards), setup.recipe.diversity_by)
+    parameters = setup.policy.parameters()
+    optimizer = setup.optimizer(parameters, setup.recipe)
+    average, start = setup.recipe.ema, setup.recipe.kl and setup.recipe.kl_reference == "start"
+    average, start = ([p.detach().clone() for p in parameters] if wanted else [] for wanted in (average, start))
+    return Learner(optimizer, average, start=start, limits=Limits.of(setup.pace))
+
+
+def prompts_ahead(prompts: Prompts, pace: Pace) -> tuple[str, ...]:
+    """Return the prompts that a run can come to: those that its steps draw, and those that it is measured on."""
+    drawn = min(pace.steps * pace.prompts_per_step, len(prompts.train))
+    return (*PromptCursor(prompts.train, drawn, pace.seed).batch(0), *prompts.heldout[: pace.eval_prompts or None])

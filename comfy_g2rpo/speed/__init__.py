@@ -1,0 +1,1 @@
+"""What makes completions cheaper or lets them fit."""

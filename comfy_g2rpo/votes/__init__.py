@@ -1,0 +1,1 @@
+"""What people prefer: their ballots, and the strengths that follow from them."""

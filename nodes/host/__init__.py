@@ -1,0 +1,1 @@
+"""What the blocks need of ComfyUI around them."""

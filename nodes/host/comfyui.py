@@ -1,0 +1,138 @@
+"""What a run needs of ComfyUI: its folders, its interruption, its progress bar and its page."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from server import PromptServer
+
+from ...comfy_g2rpo.files.safe import FileError
+from .routes import RUN_ID, runs_root
+
+EVENT = "g2rpo.progress"
+SECONDS_BETWEEN_EVENTS = 0.25
+STOPS = (comfy.model_management.InterruptProcessingException, torch.cuda.OutOfMemoryError)
+
+NAME_TIP = "Letters, digits, dots, dashes and underscores, 64 at most."
+DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # no files on Windows
+check_interrupted: Callable[[], None] = comfy.model_management.throw_exception_if_processing_interrupted
+
+
+def checked_name(name: str, widget: str) -> str:
+    """Return a run's or file's name if it is one: it becomes a folder or file under ours."""
+    name = name.strip() if isinstance(name, str) else ""
+    if not RUN_ID.fullmatch(name) or name.endswith(".") or DEVICES.fullmatch(name):
+        raise ValueError(f"{widget} is {name[:80]!a}; use 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first")
+    return name
+
+
+def contained(root: Path, name: str, widget: str) -> Path:
+    """Return root/name and see that it truly lies in the root, links followed."""
+    base = os.path.realpath(root)
+    place = os.path.realpath(os.path.join(base, name))
+    if os.path.commonpath((base, place)) != base or place == base:
+        raise ValueError(f"{widget} is {name[:80]!a}, which leads out of {base}; choose another name")
+    return Path(place)
+
+
+def run_place(name: str, widget: str = "run") -> Path:
+    """Return where a run of this name lies, or would; a link in it may not lead out of it, for what is written would follow."""
+    place = contained(runs_root(), checked_name(name, widget), widget)
+    for folder, folders, files in os.walk(place):
+        for entry in (*folders, *files):
+            path = os.path.join(folder, entry)
+            if os.path.islink(path) and os.path.commonpath((place, os.path.realpath(path))) != str(place):
+                raise ValueError(f"{widget} is {name[:80]!a}, and its {entry[:80]!a} is a link that leads out of it; remove the link")
+    return place
+
+
+def loras_root() -> Path:
+    """Return the folder of our LoRA files, one that LoraLoader lists."""
+    return Path(folder_paths.get_folder_paths("loras")[0]) / "g2rpo"
+
+
+def fresh_lora(stem: str, widget: str) -> Path:
+    """Return the first LoRA file named stem, stem_00002, … that does not exist yet."""
+    stem = checked_name(stem, widget)
+    for number in range(1, 100_000):
+        place = contained(loras_root(), f"{stem}.safetensors" if number == 1 else f"{stem}_{number:05d}.safetensors", widget)
+        if not place.exists():
+            return place
+    raise FileError(f"{widget} is {stem!r}, and all its numbers are taken; choose another name")
+
+
+def lora_listing(place: Path) -> str:
+    """Return a LoRA file's name as LoraLoader's list shows it."""
+    return os.path.relpath(place, os.path.realpath(folder_paths.get_folder_paths("loras")[0]))
+
+
+class Live:
+    """Tell the page and the progress bar how a run goes (comfy_g2rpo.loop.Watcher), and stop it where the user asks for that."""
+
+    def __init__(self, node: str | None, run: str, rows: int = 0) -> None:
+        self.node, self.run, self.rows = node, run, rows
+        self.total = self.first = self.at = self.done = 0
+        self.phase, self.expected = "", {}
+        self.began = self.sent = 0.0
+        self.bar: Any = None
+
+    def start(self, total_steps: int, first_step: int, plan_line: str) -> None:
+        """Begin at `first_step`; the price of a step goes to the log before anything runs."""
+        self.total, self.first, self.at, self.began = total_steps, first_step, first_step, time.monotonic()
+        self.bar = comfy.utils.ProgressBar(max(total_steps, 1), node_id=self.node)
+        self.bar.update_absolute(first_step, max(total_steps, 1))
+        self.note(f"steps {first_step} to {total_steps}, {plan_line}")
+        self.send("rollout", now=True)
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Take a row that the run folder holds."""
+        self.rows += 1
+        self.phase = ""
+        if metrics["step"] == self.first:
+            # The untrained model was measured: only what follows tells how long a step takes.
+            self.began = time.monotonic()
+        self.at = int(metrics["step"])
+        self.bar.update_absolute(min(self.at, self.total), max(self.total, 1))
+        self.send("rollout")
+
+    def note(self, text: str) -> None:
+        """Put a remark into ComfyUI's log."""
+        logging.info("G²RPO run %s: %s", self.run, text)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Say that the run has ended."""
+        self.at = int(summary.get("steps", self.at))
+        self.send("done", now=True)
+
+    def stopped(self) -> None:
+        """Say that the run was stopped."""
+        self.send("stopped", now=True)
+
+    def check(self, phase: str) -> None:
+        """Raise where the user has pressed the stop button; called before every forward."""
+        check_interrupted()
+        self.done = self.done + 1 if phase == self.phase else 1
+        self.phase = phase
+        self.send(phase)
+
+    def send(self, phase: str, now: bool = False) -> None:
+        """Tell the page, at most four times a second."""
+        clock = time.monotonic()
+        if PromptServer.instance is None or (not now and clock - self.sent < SECONDS_BETWEEN_EVENTS):
+            return
+        self.sent = clock
+        made = self.at - self.first
+        left = (clock - self.began) / made * (self.total - self.at) if made > 0 else None
+        event = {"node": self.node, "run": self.run, "step": self.at, "total": self.total, "phase": phase, "done": self.done}
+        of = max(self.expected[phase], self.done) if phase in self.expected else None
+        PromptServer.instance.send_sync(EVENT, {**event, "of": of, "seconds_left": left, "row": self.rows})

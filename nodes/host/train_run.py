@@ -1,0 +1,305 @@
+"""A run on the MODEL that is on the wire: what was asked for, checked and turned into the loop's setup (comfy_g2rpo.loop), and the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_sampling
+import torch
+from torch import Tensor
+
+from ...comfy_g2rpo import __version__, lora, recipes
+from ...comfy_g2rpo.files.safe import finite, write_bytes
+from ...comfy_g2rpo.prompts import Prompts, prompts_of, refuse_common, split
+from ...comfy_g2rpo.recipes import Recipe, build_plan
+from ...comfy_g2rpo.rewards import RewardError
+from ...comfy_g2rpo.run import settings
+from ...comfy_g2rpo.run.checkpoint import restore
+from ...comfy_g2rpo.run.evaluation import price as look_price
+from ...comfy_g2rpo.run.folder import MAY_CHANGE, RunFolder, is_run
+from ...comfy_g2rpo.run.loop import finish, learn
+from ...comfy_g2rpo.run.pace import Pace
+from ...comfy_g2rpo.run.setup import Setup, make_learner, preview_shape, prompts_ahead
+from ...comfy_g2rpo.schedule import shifted_sigmas
+from ..inputs.judging import checked_prompt
+from ..model.adapter import Adapter, fresh_adapter, is_large
+from ..model.comfy_policy import text_policy
+from ..sampling import check_sigmas
+from ..types import RewardSet
+from .comfyui import STOPS, Live, contained, fresh_lora, loras_root, run_place
+
+MAX_WORK = 10**14  # forwards × pixels of a run
+MAX_STATES = 1_000_000  # of one prompt's tree
+MAX_PROMPTS = 4096  # their encodings are kept
+HELDOUT_SHARE = 0.2
+FINGERPRINTED = 64  # weights that are looked into
+
+
+@dataclass(frozen=True)
+class Request:
+    """What Train LoRA was asked for, in the order of its inputs."""
+
+    model: Any
+    clip: Any
+    vae: Any
+    reward: RewardSet
+    recipe: str
+    steps: int
+    prompts: str
+    heldout_prompts: str
+    negative: str
+    guidance: float
+    width: int
+    height: int
+    learning_rate: float
+    rank: int
+    alpha: float
+    targets: str
+    prompts_per_step: int
+    slots: int
+    eval_every: int
+    seed: int
+    run: str
+    changes: str
+    heldout_reward: RewardSet | None = None
+    sigmas: Tensor | None = None
+
+
+def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tuple[RunFolder, Adapter]:
+    """Run the loop, after saying what it will cost; return the run's folder and the LoRA as it was saved."""
+    # Nodes run in inference mode, where nothing could be learned.
+    with torch.inference_mode(False), torch.enable_grad():
+        setup, config = make_setup(wanted)
+        say(price(setup, wanted.width, wanted.height))
+        name = wanted.run.strip() or name_of(config, wanted.recipe)
+        place = run_place(name)
+        learner = make_learner(setup)
+        folder = RunFolder.reopen(place, config) if is_run(place) else RunFolder.create(place, config)
+        if folder.metrics() or folder.latest():
+            restore(setup, learner, folder)
+        live = Live(node, name, len(folder.metrics()))
+        live.expected = expected(setup)
+        try:
+            learn(setup, learner, folder, live, live.check, (*STOPS, RewardError))
+            summary = finish(setup, learner, folder, live, live.check, wanted.recipe)
+            live.finish(summary)
+        except STOPS:
+            live.stopped()
+            raise
+    if summary["stopped_by"] == "watch":
+        say(f"stopped by the watch, LoRA of step {summary['lora_step']}: {summary['alarms'][-1]['text']}")
+    file = lora.read(folder.outcome() / "lora.safetensors")
+    publish(folder, name)
+    rank = wanted.rank
+    return folder, Adapter({n: file.pairs[n] for n in setup.policy.pairs()}, rank, float(rank), wanted.targets)
+
+
+def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
+    """Check everything, load nothing large, encode the prompts ahead; return the loop's setup and what goes into config.json."""
+    method, train = settings.parse(wanted.changes, "changes")
+    sigmas = checked_schedule(wanted.sigmas) if wanted.sigmas is not None else None
+    made = make_recipe(wanted, method, sigmas)
+    pace = Pace(**{**graph_pace(wanted), **train})
+    prompts = make_prompts(wanted, pace.seed)
+    if (count := len(prompts.train) + len(prompts.heldout)) > MAX_PROMPTS:
+        raise ValueError(f"prompts: there are {count}; at most {MAX_PROMPTS} are allowed, because their encodings are kept in memory")
+    checked_prompt(wanted.negative, "negative")
+    if sigmas is None:
+        sigmas = shifted_sigmas(made.num_steps, made.shift)
+    adapter = fresh_adapter(wanted.model, wanted.rank, wanted.alpha, pace.seed, wanted.targets)
+    saving = is_large(wanted.model)
+    policy = text_policy(wanted.model, wanted.clip, wanted.vae, wanted.guidance, wanted.negative, adapter, checkpoint=saving)
+    with torch.no_grad():
+        policy.encode(prompts_ahead(prompts, pace))
+    held = wanted.heldout_reward or RewardSet((), ())
+    judges = {reward.name: reward for reward in (*wanted.reward.rewards, *held.rewards)}
+    rewards = {reward.name: weight for reward, weight in zip(wanted.reward.rewards, wanted.reward.weights, strict=True)}
+    setup = Setup(
+        recipe=made,
+        pace=pace,
+        policy=policy,
+        rewards=wanted.reward.rewards,
+        weights=wanted.reward.weights,
+        gates=wanted.reward.gates,
+        judges=tuple(judges.values()),
+        measures={reward.name: weight for reward, weight in zip(held.rewards, held.weights, strict=True)},
+        prompts=prompts,
+        sigmas=sigmas,
+        shape=policy.latent_shape(wanted.width, wanted.height),
+        alpha=wanted.alpha,
+        style="native",
+        metadata=metadata(wanted.model, wanted.recipe, rewards),
+        preview=preview_shape(pace, policy.latent_shape),
+    )
+    return setup, describe(wanted, setup, rewards, list(judges))
+
+
+def graph_pace(wanted: Request) -> dict[str, Any]:
+    """Take the pace that the widgets give; what they leave open suits one GPU and large pictures."""
+    return {
+        "steps": wanted.steps,
+        "prompts_per_step": wanted.prompts_per_step,
+        "seed": wanted.seed,
+        "slots": wanted.slots,
+        "decode_batch": min(wanted.slots, 8),
+        "micro_batch": max(wanted.slots // 4, 1),
+        "eval_every": wanted.eval_every,
+        "eval_prompts": 16,
+        "checkpoint_every": 5,
+    }
+
+
+def make_recipe(wanted: Request, changes: dict[str, Any], sigmas: Tensor | None) -> Recipe:
+    """Make the recipe: the named one, the model's own shift, the widgets, then the changes."""
+    mix = {"mix": wanted.reward.mix} if len(wanted.reward.rewards) > 1 else {}
+    fields: dict[str, Any] = {"shift": model_shift(wanted.model), "learning_rate": wanted.learning_rate, **mix, **changes}
+    if sigmas is not None:
+        fields["num_steps"] = len(sigmas) - 1
+    made = recipes.recipe(wanted.recipe, **fields)
+    # A bound before anything is built: what is typed into a line or two could fill the memory.
+    states = made.num_steps * made.group_size * len(recipes.candidate_steps(made)) * made.starts * len(made.granularities)
+    if states > MAX_STATES:
+        raise ValueError(
+            f"changes: a tree of up to {states} states is above the limit of {MAX_STATES}; lower group_size, num_steps or starts"
+        )
+    return made
+
+
+def model_shift(model: Any) -> float:
+    """Return the time shift s of a MODEL's own schedule σ ↦ sσ/(1+(s−1)σ)."""
+    sampling = model.get_model_object("model_sampling")
+    shift = float(getattr(sampling, "shift", 1.0))
+    # FLUX writes it as an exponent.
+    return math.exp(shift) if isinstance(sampling, comfy.model_sampling.ModelSamplingFlux) else shift
+
+
+def checked_schedule(sigmas: Tensor) -> Tensor:
+    """Return noise levels [T+1] that fall from 1 to 0 as float32 on the CPU; refuse any others."""
+    check_sigmas(sigmas)
+    levels = sigmas.detach().to("cpu", torch.float32, copy=True)
+    if not math.isclose(levels[0].item(), 1.0, abs_tol=1e-3) or levels[-1] != 0:
+        ends = f"{levels[0]:.4g} to {levels[-1]:.4g}"
+        raise ValueError(f"sigmas: they run from {ends}; training starts from pure noise: connect 1 to 0 (denoise 1)")
+    return levels
+
+
+def make_prompts(wanted: Request, seed: int) -> Prompts:
+    """Read both prompt fields; without held-out prompts a fifth is set aside, where there are enough."""
+    trained, repeated = prompts_of(wanted.prompts.splitlines(), "prompts")
+    notes = (f"{repeated} repeated prompts were dropped",) if repeated else ()
+    if wanted.heldout_prompts.strip():
+        held, _ = prompts_of(wanted.heldout_prompts.splitlines(), "heldout_prompts")
+        refuse_common(trained, held, "heldout_prompts")
+        return Prompts(tuple(trained), tuple(held), notes)
+    if len(trained) < 1 / HELDOUT_SHARE:
+        return Prompts(tuple(trained), (), (*notes, "too few prompts to set some aside: nothing is held out"))
+    return split(trained, HELDOUT_SHARE, seed, "prompts", notes)
+
+
+def price(setup: Setup, width: int, height: int) -> str:
+    """Say what the run will cost; refuse what nobody can have meant."""
+    pace, plan = setup.pace, build_plan(setup.recipe, 0, setup.pace.seed)
+    groups = pace.steps * pace.prompts_per_step
+    # A forward and backward is worth three forwards.
+    forwards = groups * (plan.forwards + 3 * len(plan.forks))
+    looks = 2 + (pace.steps // pace.eval_every if pace.eval_every else 0)
+    parts = look_parts(setup)
+    seen = sum(count for name, (count, _) in parts.items() if name != "preview") * width * height
+    seen += parts.get("preview", (0, 0))[0] * pace.preview_width * pace.preview_height
+    work = forwards * width * height + looks * seen
+    if work > MAX_WORK:
+        limit = f"{work:.1e} forwards × pixels are above the limit of {MAX_WORK:.0e}"
+        raise ValueError(f"steps: {limit}; lower steps, prompts_per_step or the size")
+    return f"{pace.steps} steps cost {forwards} forwards and {groups * len(plan.images)} pictures of {width}×{height}"
+
+
+def look_parts(setup: Setup) -> dict[str, tuple[int, int]]:
+    """Count forwards and pictures of one evaluation, by part."""
+    return look_price(setup.recipe, setup.pace, len(setup.prompts.heldout), setup.preview is not None)
+
+
+def expected(setup: Setup) -> dict[str, int]:
+    """Count about how often a step asks whether to stop, by phase: once per forward and per batch of pictures."""
+    pace, plan = setup.pace, build_plan(setup.recipe, 0, setup.pace.seed)
+
+    def batches(*parts: tuple[int, int]) -> int:
+        return sum(math.ceil(count / size) for count, size in parts)
+
+    groups = pace.prompts_per_step
+    return {
+        "rollout": batches((groups * plan.forwards, pace.slots), (groups * len(plan.images), pace.decode_batch)),
+        "update": batches((groups * len(plan.forks), pace.micro_batch)),
+        "evaluate": sum(batches((f, pace.slots), (p, pace.decode_batch)) for f, p in look_parts(setup).values()),
+    }
+
+
+def describe(wanted: Request, setup: Setup, rewards: dict[str, float], judges: list[str]) -> dict[str, Any]:
+    """Make a run's config.json: all that its results depend on."""
+    return {
+        "config": {
+            "model": {"fingerprint": fingerprint(wanted.model), "width": wanted.width, "height": wanted.height}
+            | {"guidance": wanted.guidance, "negative": wanted.negative},
+            "lora": {"rank": wanted.rank, "alpha": wanted.alpha, "targets": wanted.targets},
+            "method": {"name": wanted.recipe, **dataclasses.asdict(setup.recipe), "sigmas": setup.sigmas.tolist()},
+            "rewards": [
+                {"name": name, "weight": weight, **({} if gate is None else {"gate": gate})}
+                for (name, weight), gate in zip(rewards.items(), wanted.reward.all_gates, strict=True)
+            ],
+            "heldout_rewards": judges,
+            "prompts": {"train": list(setup.prompts.train), "heldout": list(setup.prompts.heldout)},
+            "train": dataclasses.asdict(setup.pace),
+        },
+        "recipe": dataclasses.asdict(setup.recipe),
+    }
+
+
+def name_of(config: dict[str, Any], recipe: str) -> str:
+    """Name a run by its settings: the same ones go on, others start a new run."""
+    settled = {s: {k: v for k, v in part.items() if k not in MAY_CHANGE.get(s, ())} if isinstance(part, dict) else part
+               for s, part in config["config"].items()}  # fmt: skip
+    return f"{recipe}-{hashlib.blake2b(json.dumps(finite(settled), sort_keys=True).encode(), digest_size=4).hexdigest()}"
+
+
+def fingerprint(model: Any) -> str:
+    """Tell models apart by their class, their shapes and some of their weights."""
+    digest = hashlib.blake2b(digest_size=8)
+    left = FINGERPRINTED
+    for name, weight in model.model.diffusion_model.named_parameters():
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        if weight.ndim == 1 and left:
+            # Not the matrices: whatever LoRA was loaded last may still be merged into them.
+            digest.update(weight.detach()[:16].float().cpu().numpy().tobytes())
+            left -= 1
+    return f"{type(model.model).__name__} {digest.hexdigest()}"
+
+
+def metadata(model: Any, recipe: str, rewards: dict[str, float]) -> dict[str, str]:
+    """Make what a LoRA file says about itself."""
+    return {
+        "g2rpo.version": __version__,
+        "g2rpo.base_model": type(model.model).__name__,
+        "g2rpo.recipe": recipe,
+        "g2rpo.rewards": ", ".join(f"{weight:g} {name}" for name, weight in rewards.items()),
+    }
+
+
+def publish(folder: RunFolder, name: str) -> Path:
+    """Put the run's LoRA where LoraLoader lists it, unless it is there already."""
+    chosen = folder.outcome()
+    content = (chosen / "lora.safetensors").read_bytes()
+    stem = f"{name[:48]}_{int(chosen.name):06d}"
+    place = contained(loras_root(), f"{stem}.safetensors", "run")
+    if place.is_file() and place.read_bytes() == content:
+        return place
+    place = fresh_lora(stem, "run")
+    write_bytes(place, content)
+    logging.info("G²RPO run %s: LoRA %s", name, place)
+    return place

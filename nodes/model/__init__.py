@@ -1,0 +1,1 @@
+"""The MODEL on the wire as a policy that can be trained."""

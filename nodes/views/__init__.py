@@ -1,0 +1,1 @@
+"""What blocks show: tables, curves, drawings."""

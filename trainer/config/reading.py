@@ -1,0 +1,353 @@
+"""A run's configuration: every field has a type, bounds and a sentence; what is unknown is refused with the nearest known name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator
+
+from comfy_g2rpo import options, recipes
+from comfy_g2rpo.run import pace, rank_guard
+
+from .reward_checks import VOTES, check_reward
+from .sections import (
+    HeldoutReward,
+    LoraSection,
+    MemorySection,
+    MethodSection,
+    ModelSection,
+    PromptSection,
+    RewardSection,
+    Section,
+    SpeedSection,
+    TrainedReward,
+    TrainSection,
+)
+
+GATED = ("black-forest-labs/", "stabilityai/")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run, in one line per mistake."""
+
+
+class Config(Section):
+    """All of a run."""
+
+    model: ModelSection
+    memory: MemorySection = MemorySection()
+    lora: LoraSection = LoraSection()
+    method: MethodSection = MethodSection()
+    rewards: tuple[TrainedReward, ...] = Field(min_length=1, description="Rewards to train on.")
+    heldout_rewards: tuple[HeldoutReward, ...] = Field(
+        (), description="Rewards that only measure, by name or as a section; those trained on are measured anyway."
+    )
+    prompts: PromptSection
+    train: TrainSection = TrainSection()
+    speed: SpeedSection = SpeedSection()
+    out: str | None = Field(None, description="Run folder; runs/<recipe> where it is not given.")
+
+    @field_validator("heldout_rewards", mode="before")
+    @classmethod
+    def take_names(cls, value: Any) -> Any:
+        """Take a name for a reward of that name."""
+        return [{"name": item} if isinstance(item, str) else item for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def make_recipe(config: Config) -> recipes.Recipe:
+    """Make the engine's recipe: the named one with the fields that the configuration sets."""
+    changes = {name: value for name, value in config.method if name != "name" and value is not None}
+    try:
+        return recipes.recipe(config.method.name, **changes)
+    except ValueError as error:
+        raise ConfigError(f"method.{error}") from error
+
+
+def make_pace(config: Config) -> pace.Pace:
+    """Make the engine's pace."""
+    return pace.Pace(**dict(config.train))
+
+
+def make_speed(config: Config) -> rank_guard.Speed:
+    """Make the engine's description of cheaper completions."""
+    return rank_guard.Speed(**dict(config.speed))
+
+
+def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Load a recipe by path or by the name of a bundled one, with `section.key=value` overrides."""
+    path = find_recipe(source)
+    return from_dict(apply_overrides(read_yaml(path), overrides), near=path.parent)
+
+
+def from_dict(tree: Mapping[str, Any], near: Path | None = None) -> Config:
+    """Check a nested mapping; relative paths are looked up near the recipe, in the current folder and among the bundled files."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(item) for item in _causes(error.errors()))) from error
+    make_recipe(config)
+    resolved = resolve_paths(config, near or Path())
+    check_rewards(resolved)
+    return resolved
+
+
+def find_recipe(source: str | Path) -> Path:
+    """Return a recipe's file."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    known = {item.stem: item for item in bundled_folder("recipes").glob("*.yaml")}
+    if str(source) in known:
+        return known[str(source)]
+    nearest = options.nearest(str(source), known)
+    raise ConfigError(f"recipe {str(source)!r} is neither a file nor bundled{nearest}; bundled are: {', '.join(sorted(known))}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a recipe file."""
+    try:
+        tree = yaml.safe_load(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {(error.strerror or str(error)).lower()}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path} is not YAML: {_yaml_problem(error)}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} is not a recipe; it must have sections such as model, rewards and prompts")
+    return tree
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the tree with every `a.b=value` set; values are YAML."""
+    changed = dict(tree)
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key.strip():
+            raise ConfigError(f"--set {override!r} has no value; write it as section.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override!r}: the value is not YAML: {_yaml_problem(error)}") from error
+        changed = _replaced(changed, key.strip().split("."), value)
+    return changed
+
+
+def _replaced(tree: Any, names: Sequence[str], value: Any) -> Any:
+    """Copy a tree of mappings and lists with one value replaced."""
+    name, *rest = names
+    if isinstance(tree, list) and name.isdigit() and int(name) < len(tree):
+        at, branch = int(name), list(tree)
+        old = branch[at]
+    else:
+        at, branch = name, dict(tree) if isinstance(tree, Mapping) else {}
+        old = branch.get(name)
+    branch[at] = _replaced(old, rest, value) if rest else value
+    return branch
+
+
+def check_rewards(config: Config) -> None:
+    """Refuse rewards that cannot be there, come twice or weigh nothing."""
+    for part in ("rewards", "heldout_rewards"):
+        names = [reward.name for reward in getattr(config, part)]
+        if len(set(names)) < len(names):
+            remedy = "add up its weights" if part == "rewards" else "remove one, or name it differently"
+            raise ConfigError(f"{part} names {max(names, key=names.count)!r} twice; {remedy}")
+    trained = {reward.name for reward in config.rewards}
+    for reward in config.heldout_rewards:
+        if reward.name in trained and reward != HeldoutReward(name=reward.name):
+            raise ConfigError(f"heldout_rewards describes {reward.name!r}, which is trained on and measured anyway; name it differently")
+    for reward in (*config.rewards, *(reward for reward in config.heldout_rewards if reward.name not in trained)):
+        check_reward(reward)
+    if any(reward.weight == 0 and reward.gate is None for reward in config.rewards):
+        raise ConfigError("rewards has a weight of 0; list that reward under heldout_rewards, where it only measures")
+    if not any(reward.weight for reward in config.rewards):
+        raise ConfigError("rewards are gates alone; give at least one of them a weight")
+    check_votes(config)
+
+
+def check_votes(config: Config) -> None:
+    """Refuse what people cannot be asked: to judge the held-out prompts."""
+    heldout = {reward.name for reward in config.heldout_rewards}
+    voted = [reward for reward in config.rewards if reward.name == VOTES]
+    if voted and config.model.frames > 1 and voted[0].frames != "strip":
+        raise ConfigError(f"rewards has votes, but people are not asked about each of {config.model.frames} frames; set its frames: strip")
+    if VOTES in heldout:
+        raise ConfigError("heldout_rewards names votes, but people vote on groups and not on held-out pictures; remove it there")
+    if {reward.name for reward in config.rewards} == {VOTES} and not heldout and (config.prompts.heldout or config.prompts.heldout_share):
+        raise ConfigError("heldout_rewards is empty, and votes cannot measure the held-out prompts; name a reward there")
+
+
+def resolve_paths(config: Config, near: Path) -> Config:
+    """Replace relative paths by the files they mean."""
+    prompts, changes = config.prompts, {}
+    for name in ("train", "heldout"):
+        if (given := getattr(prompts, name)) is not None:
+            changes[name] = str(find(f"prompts.{name}", given, near))
+    model: dict[str, Any] = {}
+    for name in ("path", "transformer", "vae", "tokenizers"):
+        if (given := getattr(config.model, name)) is not None:
+            model[name] = str(find(f"model.{name}", given, near, hub=name == "path"))
+    if not model.get("path") and not model.get("transformer"):
+        raise ConfigError("model.path is missing; add it to the recipe, or give model.transformer, model.text_encoders and model.vae")
+    files = config.model.text_encoders
+    model["text_encoders"] = tuple(str(find(f"model.text_encoders.{i}", each, near)) for i, each in enumerate(files))
+    if config.model.lora:
+        model["lora"] = tuple(
+            each.model_copy(update={"path": str(find(f"model.lora.{i}.path", each.path, near))}) for i, each in enumerate(config.model.lora)
+        )
+    lora = {"init": str(find("lora.init", config.lora.init, near))} if config.lora.init else {}
+    return config.model_copy(
+        update={
+            "prompts": prompts.model_copy(update=changes),
+            "model": config.model.model_copy(update=model),
+            "lora": config.lora.model_copy(update=lora),
+            "rewards": tuple(_resolved(reward, near) for reward in config.rewards),
+            "heldout_rewards": tuple(_resolved(reward, near) for reward in config.heldout_rewards),
+        }
+    )
+
+
+def _resolved(reward: RewardSection, near: Path) -> RewardSection:
+    """Replace the relative paths of a reward by the files they mean; a module's dotted name stands for itself."""
+    changes, (place, sign, attribute) = {}, (reward.path or "").rpartition(":")
+    if place.endswith(".py"):
+        changes["path"] = f"{find(f'path of reward {reward.name!r}', place, near)}{sign}{attribute}"
+    if reward.reference:
+        changes["reference"] = str(find(f"reference of reward {reward.name!r}", reward.reference, near))
+    return reward.model_copy(update=changes)
+
+
+def find(field: str, given: str, near: Path, hub: bool = False) -> Path | str:
+    """Find a path near the recipe, in the current folder or among the bundled files; `hub` lets an owner/name stand for itself."""
+    for place in places(given, near):
+        if place.exists():
+            return place.resolve()
+    if hub and re.fullmatch(r"(?!models/)[\w.-]+/[\w.-]+", given):
+        return given
+    raise ConfigError(f"{field} is {given!r}, which does not exist; looked beside the recipe, in {Path.cwd()} and among the bundled files")
+
+
+def model_folder(path: str | None, files: bool = False) -> Path | None:
+    """Return the folder or checkpoint of a model, or the folder of one that is given by name if the Hugging Face cache holds it.
+
+    With `files` of its own for the transformer, whoever lacks the folder hears that it may not be needed.
+    """
+    if path is None or Path(path).exists():
+        return Path(path) if path else None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        licence = f" (it may ask for its licence: accept it at https://huggingface.co/{path} and run: hf auth login)"
+        fetch = f"fetch it with: hf download {path}{licence if path.startswith(GATED) else ''}"
+        alone = ", or leave model.path empty and give model.text_encoders and model.vae, too" if files else ""
+        raise ConfigError(f"model.path is {path!r}, which this machine does not have; {fetch}{alone}") from error
+
+
+def places(given: str, near: Path) -> Iterator[Path]:
+    """List where a relative path may lie."""
+    path = Path(given).expanduser()
+    yield near / path
+    yield path
+    kind, *rest = path.parts
+    if kind in ("models", "prompts") and ".." not in rest:
+        yield bundled_folder(kind).joinpath(*rest)
+
+
+def bundled_folder(kind: str) -> Path:
+    """Return where recipes, prompts or models lie: inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).resolve().parent.parent
+    return here / kind if (here / kind).is_dir() else here.parent / kind
+
+
+def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """List every field as dotted name (`0` for a place in a list) and sentence."""
+    for name, field in section.model_fields.items():
+        kind, item = field.annotation, get_args(field.annotation)[:1]
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from fields(kind, f"{prefix}{name}.")
+        elif item and isinstance(item[0], type) and issubclass(item[0], BaseModel):
+            yield from fields(item[0], f"{prefix}{name}.0.")
+        else:
+            yield f"{prefix}{name}", field.description or ""
+
+
+def defaults() -> dict[str, dict[str, Any]]:
+    """Return, as JSON has them, the defaults of every section's fields; a section in a list goes without its list."""
+    found = {}
+    for name, field in Config.model_fields.items():
+        kind = next((kind for kind in (field.annotation, *get_args(field.annotation)) if hasattr(kind, "model_fields")), None)
+        if kind:
+            known = {key: each.default for key, each in kind.model_fields.items() if not each.is_required()}
+            found[name] = TypeAdapter(dict[str, Any]).dump_python(known, mode="json")
+    return found
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """Return what goes into a run's config.json: the configuration and, spelt out, the recipe that it made."""
+    return {"config": config.model_dump(mode="json"), "recipe": dataclasses.asdict(make_recipe(config))}
+
+
+EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "string": "text",
+    "bool": "true or false",
+    "tuple": "a list, such as [1, 2]",
+    "other": "something other than true or false",
+    "model": "a section with keys of its own",
+}
+
+
+def _causes(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Leave out a list that is called empty only because what it holds is wrong."""
+    parents = {error["loc"][:depth] for error in errors for depth in range(len(error["loc"]))}
+    return [error for error in errors if error["type"] != "too_short" or error["loc"] not in parents]
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    """Say in one line which field is wrong, how, and what would be right."""
+    where = ".".join(str(part) for part in error["loc"])
+    kind, context, given = error["type"], error.get("ctx", {}), repr(error["input"])[:80]
+    if kind == "extra_forbidden":
+        return f"{where} is unknown{_nearest_field(where)}; remove it or correct its name"
+    if kind == "missing":
+        return f"{where} is missing; add it to the recipe"
+    if kind == "literal_error":
+        choices = [part.strip(" '") for part in re.split(r", | or ", context["expected"])]
+        return f"{where} is {given}{options.nearest(str(error['input']), choices)}; choose one of: {', '.join(choices)}"
+    for bound, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
+        if bound in context:
+            return f"{where} is {given}; it must be {words} {context[bound]:.10g}"
+    if kind == "too_short":
+        return f"{where} is empty; list at least one"
+    return f"{where} is {given}; it must be {EXPECTED.get(kind.split('_')[0], error['msg'].lower())}"
+
+
+def _nearest_field(where: str) -> str:
+    """Name the field that a misspelt one most likely means: the same name elsewhere, a close one beside it, a close one elsewhere."""
+    known = [*(name for name, _ in fields()), *Config.model_fields]
+    section, _, own = where.rpartition(".")
+    by_name = {name.rpartition(".")[2]: name for name in reversed(known)}
+    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    for choices, likeness in ((by_name, 1.0), (beside, 0.6), (by_name, 0.75)):
+        if close := difflib.get_close_matches(own, list(choices), 1, likeness):
+            return f" (did you mean {choices[close[0]]}?)"
+    return ""
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Say in one line what YAML stumbled over, and where."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or "it cannot be read"
+    return f"{problem}, line {mark.line + 1}, column {mark.column + 1}" if mark else problem

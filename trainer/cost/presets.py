@@ -1,0 +1,157 @@
+"""Presets for cards of a size, and the preflight: what a run needs, what the card has, and which preset would fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from comfy_g2rpo.options import nearest
+
+from ..config.reading import Config, ConfigError, apply_overrides, bundled_folder, find_recipe, from_dict, read_yaml
+
+if TYPE_CHECKING:
+    from .card_memory import Footprint
+
+SIZES = {"8gb": 8, "12gb": 12, "16gb": 16, "24gb": 24, "48gb": 48, "80gb": 80}
+"""GiB of a card, by the preset's name."""
+USABLE = 0.95
+"""Share of a card's memory that a run may count on: allocators leave gaps."""
+SMALL = 0.05
+"""A model whose files are below this share of the computer's memory fits it, and is not asked about on a CPU."""
+
+
+@lru_cache(maxsize=1)
+def presets() -> dict[str, dict[str, dict[str, Any]]]:
+    """Read the settings of every family's presets, dotted names by size."""
+    folder = bundled_folder("recipes") / "presets"
+    return {file.stem: yaml.safe_load(file.read_text("utf-8")) for file in sorted(folder.glob("*.yaml"))}
+
+
+def preset_settings(recipe: str, name: str | None, settings: Sequence[str] = ()) -> list[str]:
+    """Return a preset as the settings that it stands for, in front of those that are given; ConfigError for a name that is none."""
+    if name is None:
+        return list(settings)
+    if name not in SIZES:
+        raise ConfigError(f"--preset {name!r} is unknown{nearest(name, SIZES)}; choose one of: {', '.join(SIZES)}")
+    model = apply_overrides(read_yaml(find_recipe(recipe)), settings).get("model")
+    family = model.get("family", "sd3") if isinstance(model, dict) else "sd3"
+    if family not in presets():
+        raise ConfigError(f"--preset: {family!r} has no presets; those that have are: {', '.join(presets())}")
+    return [*written(presets()[family][name]), *settings]
+
+
+def written(changes: Mapping[str, Any]) -> list[str]:
+    """Write changes as settings of the command line."""
+    return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changes.items()]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a run has: bytes that are free, and their owner's name."""
+
+    name: str
+    free: int
+
+    def fits(self, foreseen: Footprint) -> bool:
+        """Say whether a run fits."""
+        return self.need(foreseen) <= self.free
+
+    def need(self, foreseen: Footprint) -> int:
+        """Return what a run takes here, gaps and libraries among it."""
+        from .card_memory import CARD
+
+        return int((foreseen.need + (CARD if self.name != "memory" else 0)) / USABLE)
+
+
+def this_card(device: torch.device) -> Card:
+    """Look at a device: a GPU's free memory, or the computer's."""
+    if device.type == "cuda":
+        return Card(torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0])
+    if not hasattr(os, "sysconf"):
+        return Card("memory", 2**62)  # Windows does not say, and a run is not refused for that
+    return Card("memory", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def says(card: Card, foreseen: Footprint) -> str:
+    """Say what is needed, and what there is."""
+    from .card_memory import sized
+
+    return f"needs ≈ {sized(card.need(foreseen))} (estimate; most in {foreseen.phase}), you have {sized(card.free)} ({card.name})"
+
+
+def preflight(config: Config, card: Card, force: bool = False) -> str:
+    """Foresee a run's memory and return the sentence; ConfigError where it does not fit, with the preset that would."""
+    from .card_memory import UnforeseenError, footprint
+
+    try:
+        foreseen = footprint(config)
+    except UnforeseenError as error:
+        return str(error)
+    sentence = says(card, foreseen)
+    if force or card.fits(foreseen):
+        return sentence
+    raise ConfigError(f"memory: {sentence}; {remedy(config, card)}, or go on with --force")
+
+
+def remedy(config: Config, card: Card) -> str:
+    """Name the largest preset with which a run would fit."""
+    from .card_memory import footprint, sized
+
+    own = presets().get(str(config.model.family), {})
+    for name in sorted(own, key=lambda name: -SIZES[name]):
+        if SIZES[name] * 2**30 > 1.1 * card.free:
+            continue
+        foreseen = footprint(with_preset(config, own[name]))
+        if card.fits(foreseen):
+            return f"start it with --preset {name} (≈ {sized(card.need(foreseen))})"
+    return "no preset fits: lower model.width and model.height, or take a smaller model"
+
+
+def with_preset(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Return a configuration with a preset's settings."""
+    return from_dict(apply_overrides(config.model_dump(mode="json"), written(changes)))
+
+
+def is_small(config: Config, card: Card) -> bool:
+    """Say whether a model's files are so small that nobody need ask about memory."""
+    places = [config.model.path, config.model.transformer, config.model.vae, *(config.model.text_encoders or ())]
+    files = [file for place in map(Path, filter(None, places)) for file in (place.rglob("*.safetensors") if place.is_dir() else [place])]
+    return bool(files) and all(file.is_file() for file in files) and sum(file.stat().st_size for file in files) < SMALL * card.free
+
+
+def before_training(config: Config, force: bool) -> list[str]:
+    """Say what a run that is about to start needs and has, unless its model is small and on a CPU; ConfigError where that is too little."""
+    from ..model.inference import device
+    from ..model.placing import check_card
+
+    where = device()
+    card, remark = this_card(where), check_card(config.model, config.memory, where)
+    if where.type == "cpu" and is_small(config, card):
+        return []
+    return [*([remark] if remark else []), preflight(config, card, force)]
+
+
+def foreseen(config: Config) -> tuple[list[tuple[str, str]], str]:
+    """Return rows about a run's memory, and why it cannot start here, if so."""
+    from ..model.inference import device
+    from ..model.placing import check_card
+    from .card_memory import UnforeseenError, footprint
+
+    where = device()
+    card = this_card(where)
+    try:
+        check_card(config.model, config.memory, where)
+        found = footprint(config)
+    except UnforeseenError as error:
+        return [("memory", str(error))], ""
+    except (OSError, ValueError) as error:
+        return [], f"the model cannot be loaded here: {error}"
+    rows = [*found.lines(), ("memory", says(card, found))]
+    return rows, "" if card.fits(found) else f"it does not fit; {remedy(config, card)}"

@@ -1,0 +1,1 @@
+"""Forwards that are faster on a CPU."""

@@ -1,0 +1,1 @@
+"""A model's parts from folders, files and checkpoints."""

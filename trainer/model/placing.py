@@ -1,0 +1,149 @@
+"""Where the parts of a model are and how they are kept, so that a run fits its card: encoders first and away, then the transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from comfy_g2rpo.rewards import Reward
+from comfy_g2rpo.rewards.protocol import module_of
+
+from .stored_linear import bitsandbytes, blocks_of, store, stored
+
+if TYPE_CHECKING:
+    from ..config.sections import MemorySection, ModelSection
+    from ..families.shared.peft_policy import Adapted
+import ctypes
+import platform
+
+
+def check_card(model: ModelSection, memory: MemorySection, device: torch.device) -> str:
+    """Refuse a precision that a device cannot keep, with what to take instead; return a remark where it can, but slowly."""
+    if memory.quantization == "nf4":
+        bitsandbytes()
+    if device.type == "mps" and memory.quantization != "none":
+        raise ValueError(f"memory.quantization is {memory.quantization}, which Apple's GPUs do not know; set it to none")
+    if device.type == "mps" and memory.block_swap:
+        raise ValueError("memory.block_swap is for cards with memory of their own; on Apple's GPUs set it to 0")
+    if device.type == "cuda" and model.dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        return f"{name} computes bf16 by detours, slowly; model.dtype: fp32 with memory.quantization: fp8 may be quicker"
+    return ""
+
+
+def move_encoders(policy: Adapted, device: torch.device) -> None:
+    """Move what reads prompts, and the VAE that reads their pictures, to a device; the policy encodes there from now on."""
+    pipeline = policy.pipeline
+    for name in pipeline.components:
+        part = getattr(pipeline, name)
+        if isinstance(part, nn.Module) and part is not policy.transformer:
+            part.to(device)
+    policy.device = device
+
+
+def place(policy: Adapted, memory: MemorySection, device: torch.device) -> None:
+    """Put a loaded policy on its device: the transformer packed as the section says, the VAE, and what has been encoded."""
+    transformer, count = policy.transformer, len(blocks_of(policy.transformer))
+    if memory.block_swap > count:
+        raise ValueError(f"memory.block_swap is {memory.block_swap}, but this model has {count} blocks; set it to {count} at most")
+    if memory.quantization == "nf4":
+        bitsandbytes()
+    policy.packed = memory.quantization != "none" or memory.block_swap > 0
+    store(transformer, memory.quantization, memory.block_swap, device)
+    transformer.to(device)
+    if memory.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if memory.vae_tiling:
+        policy.vae.enable_tiling()
+    move_encoders(policy, device)
+    policy.moved(device)
+
+
+def load_in_stages(load: Callable[[], Adapted], memory: MemorySection, device: torch.device, prompts: Sequence[str]) -> Adapted:
+    """Load a policy, encode the prompts, drop the text encoders, and place the rest: no two large parts are on the device at once.
+
+    Without prompts the text encoders stay, for those who encode later.
+    """
+    policy = load()
+    move_encoders(policy, torch.device("cpu") if memory.text_encoders == "cpu" else device)
+    for prompt in prompts:
+        policy.encode([prompt])
+    if prompts:
+        policy.drop_text_encoders()
+    place(policy, memory, device)
+    return policy
+
+
+def weight_bytes(module: nn.Module, device: torch.device) -> int:
+    """Count the bytes of a module's weights that are on a device, packed ones among them."""
+    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
+    tensors += [tensor for layer in stored(module) for tensor in layer.packed.tensors()]
+    alone = {tensor.untyped_storage()._cdata: tensor for tensor in tensors if tensor.device.type == device.type}
+    return sum(tensor.untyped_storage().nbytes() for tensor in alone.values())
+
+
+class InTurn:
+    """A reward whose weights are on the device while it judges, and in the computer's memory otherwise; all else is the reward's own."""
+
+    def __init__(self, reward: Reward, device: torch.device) -> None:
+        self.reward, self.device = reward, device
+        self.away()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.reward, name)
+
+    @property
+    def runs_elsewhere(self) -> bool:
+        """Say no: a reward that comes and goes takes its turn with the rest."""
+        return False
+
+    def away(self) -> None:
+        """Send the weights to the computer's memory."""
+        module_of(self.reward).to("cpu")
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Bring the weights to the device for a while."""
+        module_of(self.reward).to(self.device)
+        try:
+            yield
+        finally:
+            self.away()
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images [B, H, W, 3] by prompts [B]: [B]."""
+        with self.here():
+            return self.reward.score(images, prompts)
+
+
+class EmbeddingInTurn(InTurn):
+    """The same for a reward that embeds pictures, too."""
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return unit-norm features [B, D] of images [B, H, W, 3]."""
+        with self.here():
+            return self.reward.embed(images)
+
+
+def in_turn(reward: Reward, device: torch.device) -> Reward:
+    """Let a reward with weights on a device share it with others; return any other as it is."""
+    module = module_of(reward)
+    if module is None or next(module.parameters(), torch.empty(0)).device.type == "cpu":
+        return reward
+    return (EmbeddingInTurn if hasattr(reward, "embed") else InTurn)(reward, device)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+LARGEST_KEPT = 2**30
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: it would hand large activations back to the system and fault every page in anew at the next forward."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+        libc.mallopt(M_TRIM_THRESHOLD, LARGEST_KEPT)

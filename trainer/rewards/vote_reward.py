@@ -1,0 +1,59 @@
+"""People as the reward of a headless run: what has no votes yet is shown to them, and the run stops until they have voted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from comfy_g2rpo.prompts import titled
+from comfy_g2rpo.rewards import RewardError
+from comfy_g2rpo.run.folder import RunFolder
+from comfy_g2rpo.votes.ballots import score, write_ballot
+from comfy_g2rpo.votes.strengths import picture_key
+
+NAME = "votes"
+
+
+class UnvotedError(RewardError):
+    """A step whose groups nobody has voted on yet; the run waits, resumable."""
+
+
+@dataclass
+class VoteReward:
+    """Score a group by the votes that its run keeps; groups without any are written into <run>/ballots, and `settle` stops the run."""
+
+    run: Path
+    name: str = NAME
+    licence: str = "yours"
+    compares_across_prompts: bool = False
+    needs_group: bool = True
+    may_abstain: bool = True
+    note: str = "follows whoever votes, and his mood"
+    waiting: list[Path] = field(default_factory=list)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score the pictures [B, H, W, 3] of one prompt's group: [B], NaN for those that nobody compared."""
+        prompt, step = titled(prompts[0]), self.step()
+        if len({picture_key(image) for image in images}) < 2:
+            # Nothing to choose between: a tie, about which nobody need be asked.
+            return torch.zeros(len(images))
+        found = score(self.run, images, prompt, step)
+        if found is None:
+            self.waiting.append(write_ballot(self.run, images, prompt, step))
+            return torch.full((len(images),), torch.nan)
+        return found
+
+    def settle(self) -> None:
+        """Stop the run where the step that was just scored has groups without votes."""
+        waiting, self.waiting = self.waiting, []
+        if waiting:
+            groups = f"{len(waiting)} groups wait for votes" if len(waiting) > 1 else "a group waits for votes"
+            raise UnvotedError(f"{groups} in {self.run / 'ballots'}; vote with: g2rpo vote {self.run}, then resume the run")
+
+    def step(self) -> int:
+        """Return the number of the step that the run is at."""
+        return max((row["step"] for row in RunFolder(self.run).metrics() if "nfe" in row), default=0) + 1
