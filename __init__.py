@@ -1,4 +1,7 @@
-"""The pack's door for ComfyUI. The blocks are imported when ComfyUI asks for them, so that any other import of this folder does nothing."""
+"""The pack's door for ComfyUI.
+
+The blocks are imported when ComfyUI asks for them, so that any other import of this folder does nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,17 @@
-"""What does one prompt cost? Real architectures with random weights: the engine, each way to make it faster, all of them, a plain loop.
+"""What does one prompt cost? Real architectures with random weights: the engine, each way to make it faster,
+all of them, a plain loop.
 
     python benchmarks/gpu.py [MODEL …] [--shrunk] [--json OUT.jsonl]
 
-One iteration of one prompt is rolled out, decoded, judged and learnt from; on a GPU in bf16, at the published sizes. --shrunk runs the same
-code with small models in float32 on the CPU, where seconds are the process's CPU seconds.
+One iteration of one prompt is rolled out, decoded, judged and learnt from; on a GPU in bf16, at the published
+sizes. --shrunk runs the same code with small models in float32 on the CPU, where seconds are the process's
+CPU seconds.
 
-Utilisation is that of the model: FLOPs of the forwards that ran (counted by PyTorch over one), by the seconds of the rollout without
-decoding and judging, by the card's dense peak in bf16 (on other devices: by a large product measured here). The plain loop evaluates one
-latent at a time, shares nothing and decodes one picture at a time, as published code does; its seconds are those of a few forwards,
-pictures and updates, times how many it takes. `rank` is the rank correlation of rewards with the exact completions of the same run: with
+Utilisation is that of the model: FLOPs of the forwards that ran (counted by PyTorch over one), by the seconds
+of the rollout without decoding and judging, by the card's dense peak in bf16 (on other devices: by a large
+product measured here). The plain loop evaluates one latent at a time, shares nothing and decodes one picture
+at a time, as published code does; its seconds are those of a few forwards, pictures and updates, times how
+many it takes. `rank` is the rank correlation of rewards with the exact completions of the same run: with
 random weights and a simple reward it shows that the measurement works, and says little of trained models.
 """
 
@@ -58,7 +61,13 @@ SCHEDULES = {
     "fast": recipe("g2rpo", pick="random", pick_size=4),
 }
 QUICK = {name: replace(made, num_steps=6, group_size=4, pick_size=2) for name, made in SCHEDULES.items()}
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bf16, NVIDIA's data sheets
+PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}  # dense bf16, NVIDIA's data sheets
 PLAIN = 6  # forwards of the plain loop that are timed
 
 
@@ -104,7 +113,9 @@ def prepare(name: str, shrunk: bool) -> Bench:
     cond = random_conds(kind, device, shrunk)[0]
     # Attention by plain products is counted on every device; a CPU's fused kernel is not.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        policy.velocity(seeded_noise((1, *shape), "flops").to(device), torch.full((1,), 0.5, device=device), [cond])
+        policy.velocity(
+            seeded_noise((1, *shape), "flops").to(device), torch.full((1,), 0.5, device=device), [cond]
+        )
     return Bench(name, policy, cond, shape, slots, counter.get_total_flops(), peak_flops(device))
 
 
@@ -114,7 +125,9 @@ def peak_flops(device: torch.device) -> float:
     for name, peak in PEAKS.items():
         if name in card:
             return peak
-    size, dtype, clock = (8192, torch.bfloat16, time.perf_counter) if card else (1024, torch.float32, time.process_time)
+    size, dtype, clock = (
+        (8192, torch.bfloat16, time.perf_counter) if card else (1024, torch.float32, time.process_time)
+    )
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = 0.0
     for _ in range(5):
@@ -140,7 +153,10 @@ def iterate(bench: Bench, made: Recipe, speed: Speed, velocity: Any) -> tuple[di
         scorer(prompts, images, latents)
         judged += bench.now() - start
 
-    sigmas, how = shifted_sigmas(made.num_steps, made.shift), {"slots": bench.slots, "device": policy.device, "shortcut": shortcut}
+    sigmas, how = (
+        shifted_sigmas(made.num_steps, made.shift),
+        {"slots": bench.slots, "device": policy.device, "shortcut": shortcut},
+    )
     rollout = roll_out(policy, plan, sigmas, conds, [0], bench.shape, sink=judge, **how)
     rolled, rewards = bench.now(), plan.values(scorer.scores[:, 0])
     optimizer = torch.optim.AdamW(policy.parameters(), lr=made.learning_rate)
@@ -164,7 +180,10 @@ def iterate(bench: Bench, made: Recipe, speed: Speed, velocity: Any) -> tuple[di
 
 
 def plain(bench: Bench, made: Recipe, sample: int = PLAIN) -> dict[str, Any]:
-    """Time a few forwards, pictures and updates of one latent each; return the figures of the whole iteration."""
+    """Time a few forwards, pictures and updates of one latent each.
+
+    Return the figures of the whole iteration.
+    """
     policy, device = bench.policy, bench.policy.device
     x = seeded_noise((1, *bench.shape), "plain").to(device)
     sigma, reward = torch.full((1,), 0.5, device=device), load_reward("colourfulness")
@@ -179,7 +198,11 @@ def plain(bench: Bench, made: Recipe, sample: int = PLAIN) -> dict[str, Any]:
 
     backward = bench.seconds(learn, max(sample // 3, 1))
     plan = build_plan(made)
-    forwards, images, forks = published_forwards(build_plan(replace(made, terminal="published"))), len(plan.images), len(plan.forks)
+    forwards, images, forks = (
+        published_forwards(build_plan(replace(made, terminal="published"))),
+        len(plan.images),
+        len(plan.forks),
+    )
     rollout, judged, learnt = forward * forwards, picture * images, backward * forks
     return {
         "seconds": rollout + judged + learnt,
@@ -196,7 +219,9 @@ def plain(bench: Bench, made: Recipe, sample: int = PLAIN) -> dict[str, Any]:
 
 
 def published_forwards(plan: Plan) -> int:
-    """Count what the published structure spends: the whole anchor, and every path from the branch state on by itself."""
+    """Count what the published structure spends: the whole anchor, and every path from the branch state on
+    by itself.
+    """
     count, seen = 0, set[int]()
     for leaf in plan.leaves:
         at = leaf.state
@@ -221,11 +246,15 @@ def ways(bench: Bench) -> dict[str, Speed]:
 
 
 def warm_up(bench: Bench, made: Recipe, speed: Speed, velocity: Any) -> None:
-    """Let kernels be chosen and blocks be compiled: for full batches, for what is left at the end, and for one latent, a case apart."""
+    """Let kernels be chosen and blocks be compiled: for full batches, for what is left at the end, and for
+    one latent, a case apart.
+    """
     x = seeded_noise((bench.slots, *bench.shape), "warm").to(bench.policy.device)
     with bench.policy.inference():
         for rows in (bench.slots, bench.slots - 1, 5, 2, 1):
-            (velocity or bench.policy.velocity)(x[:rows], torch.full((rows,), 0.5, device=x.device), [bench.cond] * rows)
+            (velocity or bench.policy.velocity)(
+                x[:rows], torch.full((rows,), 0.5, device=x.device), [bench.cond] * rows
+            )
     iterate(bench, replace(made, group_size=3, pick="random", pick_size=1), speed, velocity)
 
 
@@ -234,7 +263,16 @@ def measure(bench: Bench, schedules: dict[str, Recipe], chosen: Sequence[str] = 
     rows = []
     for schedule, made in schedules.items():
         first = plain(bench, made)
-        rows.append({"model": bench.name, "schedule": schedule, "way": "plain loop", **first, "faster": 1.0, "rank": None})
+        rows.append(
+            {
+                "model": bench.name,
+                "schedule": schedule,
+                "way": "plain loop",
+                **first,
+                "faster": 1.0,
+                "rank": None,
+            }
+        )
         exact = None
         for way, speed in ways(bench).items():
             if chosen and way not in chosen and way != "engine":
@@ -243,22 +281,40 @@ def measure(bench: Bench, schedules: dict[str, Recipe], chosen: Sequence[str] = 
             warm_up(bench, made, speed, velocity)
             figures, rewards = iterate(bench, made, speed, velocity)
             exact = rewards if exact is None else exact
-            figures |= {"faster": first["seconds"] / figures["seconds"], "rank": rank_correlation(rewards, exact).nanmean().item()}
+            figures |= {
+                "faster": first["seconds"] / figures["seconds"],
+                "rank": rank_correlation(rewards, exact).nanmean().item(),
+            }
             row = {"model": bench.name, "schedule": schedule, "way": way, **figures}
             rows.append(row | ({"notes": velocity.notes} if velocity and velocity.notes else {}))
     return rows
 
 
-SHOWN = ("schedule", "way", "seconds", "faster", "forwards", "forwards_per_s", "images_per_s", "utilisation", "peak_gb", "rank")
+SHOWN = (
+    "schedule",
+    "way",
+    "seconds",
+    "faster",
+    "forwards",
+    "forwards_per_s",
+    "images_per_s",
+    "utilisation",
+    "peak_gb",
+    "rank",
+)
 
 
 def main() -> None:
     """Measure, print, and write JSON lines where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(CASES)}; all where none is named")
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help=f"of {', '.join(CASES)}; all where none is named"
+    )
     parser.add_argument("--shrunk", action="store_true", help="small models in float32 on the CPU")
     parser.add_argument("--quick", action="store_true", help="six steps and groups of four: to try it")
-    parser.add_argument("--ways", nargs="*", default=[], help="only these, beside the plain loop and the engine")
+    parser.add_argument(
+        "--ways", nargs="*", default=[], help="only these, beside the plain loop and the engine"
+    )
     parser.add_argument("--schedules", nargs="*", choices=list(SCHEDULES), default=list(SCHEDULES))
     parser.add_argument("--json", type=Path, help="file for the figures, a line each, added at its end")
     options = parser.parse_args()
@@ -270,13 +326,20 @@ def main() -> None:
     if options.shrunk:
         torch.set_num_threads(1)
         keep_freed_memory()
-    machine = {"device": "cpu" if options.shrunk else torch.cuda.get_device_name(), "torch": torch.__version__, "shrunk": options.shrunk}
+    machine = {
+        "device": "cpu" if options.shrunk else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "shrunk": options.shrunk,
+    }
     known = QUICK if options.quick else SCHEDULES
     for name in options.models or CASES:
         bench = prepare(name, options.shrunk)
         rows = measure(bench, {schedule: known[schedule] for schedule in options.schedules}, options.ways)
         size = "shrunk" if options.shrunk else f"{bench.flops / 1e12:.3g} TFLOP a forward"
-        print_table(f"{name}, {machine['device']}, {size}: one prompt", [{key: row[key] for key in SHOWN} for row in rows])
+        print_table(
+            f"{name}, {machine['device']}, {size}: one prompt",
+            [{key: row[key] for key in SHOWN} for row in rows],
+        )
         for row in rows:
             for note in row.get("notes", ()):
                 print(f"{row['way']}: {note}")

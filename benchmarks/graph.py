@@ -1,8 +1,10 @@
-"""Does Train LoRA learn in ComfyUI what the headless demo learns? The recipe of recipes/demo.yaml, on the tiny model, in a real ComfyUI.
+"""Does Train LoRA learn in ComfyUI what the headless demo learns? The recipe of recipes/demo.yaml, on the
+tiny model, in a real ComfyUI.
 
     python benchmarks/graph.py [--steps 240] [--seed 0] [--comfyui ~/comfy/ComfyUI]
 
-Prints the held-out scores before and after, paired by prompt. Compare with `g2rpo train demo --set train.seed=SEED`.
+Prints the held-out scores before and after, paired by prompt. Compare with `g2rpo train demo --set
+train.seed=SEED`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,11 @@ CHILD = Path(__file__).with_name("graph_child.py")
 def widgets(steps: int, seed: int) -> dict[str, Any]:
     """Translate the demo's recipe into Train LoRA's widgets."""
     config = load("demo")
-    method = {name: value for name, value in config.method if value is not None and name not in ("name", "learning_rate")}
+    method = {
+        name: value
+        for name, value in config.method
+        if value is not None and name not in ("name", "learning_rate")
+    }
     kept = ("decode_batch", "micro_batch", "eval_prompts", "eval_noises", "checkpoint_every")
     train = {name: getattr(config.train, name) for name in kept}
     lines = {**{f"method.{k}": v for k, v in method.items()}, **{f"train.{k}": v for k, v in train.items()}}
@@ -51,13 +57,17 @@ def widgets(steps: int, seed: int) -> dict[str, Any]:
         "eval_every": config.train.eval_every,
         "seed": seed,
         "run": "graph",
-        "changes": "\n".join(f"{k} = {', '.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in lines.items()),
+        "changes": "\n".join(
+            f"{k} = {', '.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in lines.items()
+        ),
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=load("demo").train.steps)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--comfyui", type=Path, default=None)
@@ -69,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         base, begin = make_base(Path(tempfile.mkdtemp())), time.monotonic()
         run_script(root, CHILD, base, widgets(options.steps, options.seed), timeout=7200)
         summary = json.loads((base / "output/g2rpo/graph/summary.json").read_text())
-        print(f"{root.name}, {summary['steps']} steps, {summary['seconds']:.0f} s of training, {time.monotonic() - begin:.0f} s in all")
+        print(
+            f"{root.name}, {summary['steps']} steps, {summary['seconds']:.0f} s of training, "
+            f"{time.monotonic() - begin:.0f} s in all"
+        )
         for name, gain in summary["heldout_gain"].items():
             ends = f"{summary['heldout_before'][name]:.3f} → {summary['heldout_after'][name]:.3f}"
             print(f"{name}: {ends}, {gain['mean']:+.3f} ± {gain['ci95']:.3f}, p = {gain['p']:.1g}")

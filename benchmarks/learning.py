@@ -1,8 +1,9 @@
-"""How much do the methods learn? Recipes side by side on the bundled model, at equal CPU time and at equal model work.
+"""How much do the methods learn? Recipes side by side on the bundled model, at equal CPU time and at equal
+model work.
 
-Every arm's learning rate, step weights, prompts per update and moving average are tuned with the same budget on the tuning prompts; the
-final figures are gains over the base model, paired by prompt and noise, on held-out prompts that nothing was tuned on, over seeds. One
-single-thread process per run.
+Every arm's learning rate, step weights, prompts per update and moving average are tuned with the same budget
+on the tuning prompts; the final figures are gains over the base model, paired by prompt and noise, on
+held-out prompts that nothing was tuned on, over seeds. One single-thread process per run.
 
     python benchmarks/learning.py tune   --out results/      # the settings of each arm
     python benchmarks/learning.py final  --out results/      # seeds × arms
@@ -27,7 +28,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"num_steps": 8, "shift": 3.0, "group_size": 8}
 SHARED = {"max_grad_norm": 3e-5}
-"""What all arms share: gradients, whose norms are about 1e-3 and differ between steps and arms, are scaled to one norm."""
+"""What all arms share: gradients, whose norms are about 1e-3 and differ between steps and arms, are scaled
+to one norm.
+"""
 TUNE_SEEDS, NOISES = (1000, 1001, 1002), 3
 ONE_STEP = {"name": "g2rpo", "pick": "random", "pick_size": 1}
 ARMS: dict[str, dict[str, Any]] = {
@@ -45,8 +48,9 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 OWN = "own"
 START = (2e-3, OWN, 2, 0.0)
-"""Tuning starts at this learning rate, step weights (the recipe's own), prompts per update and decay of the adapter's moving average (0 is
-none), unless an earlier tuning has chosen."""
+"""Tuning starts at this learning rate, step weights (the recipe's own), prompts per update and decay of the
+adapter's moving average (0 is none), unless an earlier tuning has chosen.
+"""
 RATES = (2.5e-4, 3.5e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3)
 WEIGHTS, PROMPTS, AVERAGES = (OWN, "balanced"), (1, 2, 4), (0.0, 0.9)
 WORK = 5000
@@ -85,7 +89,10 @@ def configure(job: dict[str, Any]) -> Any:
             "method": {**SMALL, **job["method"], "learning_rate": job["lr"]},
             "rewards": [{"name": "agreement"}],
             "heldout_rewards": ["strict"],
-            "prompts": {"train": str(ROOT / "prompts/shapes_train.txt"), "heldout": str(ROOT / f"prompts/shapes_{job['split']}.txt")},
+            "prompts": {
+                "train": str(ROOT / "prompts/shapes_train.txt"),
+                "heldout": str(ROOT / f"prompts/shapes_{job['split']}.txt"),
+            },
             "train": {
                 "seed": job["seed"],
                 "prompts_per_step": job["prompts"],
@@ -98,7 +105,9 @@ def configure(job: dict[str, Any]) -> Any:
 
 
 EVALUATION_SEED = 77
-"""All runs are measured with the same prompts from the same start noises: what varies between seeds is the training alone."""
+"""All runs are measured with the same prompts from the same start noises: what varies between seeds is the
+training alone.
+"""
 BASE: dict[tuple[str, int], Any] = {}
 """Evaluations of the untrained model by split and noises."""
 
@@ -129,7 +138,9 @@ def run_arm(job: dict[str, Any]) -> dict[str, Any]:
     def look() -> Any:
         work = counted.work
         with averaged(setup, learner):
-            found = evaluate(counted, setup.judges, setup.prompts.heldout, measuring, setup.sigmas, setup.shape)
+            found = evaluate(
+                counted, setup.judges, setup.prompts.heldout, measuring, setup.sigmas, setup.shape
+            )
         counted.work = work
         return found
 
@@ -150,7 +161,9 @@ def run_arm(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_all(jobs: Iterable[dict[str, Any]], path: Path, workers: int) -> list[dict[str, Any]]:
-    """Run what the results file does not hold yet, each result appended as it comes, so that a stopped benchmark goes on."""
+    """Run what the results file does not hold yet, each result appended as it comes, so that a stopped
+    benchmark goes on.
+    """
     done = read(path)
     keys = {json.dumps({k: r[k] for k in r if k not in ("before", "curve")}, sort_keys=True) for r in done}
     left = [job for job in jobs if json.dumps(job, sort_keys=True) not in keys]
@@ -167,13 +180,20 @@ def run_all(jobs: Iterable[dict[str, Any]], path: Path, workers: int) -> list[di
 
 
 Setting = tuple[float, str, int, float]
-"""A learning rate, the step weights, a number of prompts per update, and the decay of the adapter's moving average."""
+"""A learning rate, the step weights, a number of prompts per update, and the decay of the adapter's moving
+average.
+"""
 
 
 def describe(arm: str, setting: Setting, **common: Any) -> dict[str, Any]:
     """Describe a run of an arm at a setting."""
     rate, weights, prompts, average = setting
-    method = {**SHARED, **ARMS[arm], **({} if weights == OWN else {"step_weight": weights}), **({"ema": average} if average else {})}
+    method = {
+        **SHARED,
+        **ARMS[arm],
+        **({} if weights == OWN else {"step_weight": weights}),
+        **({"ema": average} if average else {}),
+    }
     return {"arm": arm, "method": method, "lr": rate, "weights": weights, "prompts": prompts, **common}
 
 
@@ -199,10 +219,14 @@ def tried(results: Sequence[dict[str, Any]], arm: str) -> dict[Setting, float]:
 
 
 def neighbours(setting: Setting, weighted: bool) -> list[Setting]:
-    """List a setting's neighbours: half the prompts, the next rates, other averages, other step weights where they matter, more prompts."""
+    """List a setting's neighbours: half the prompts, the next rates, other averages, other step weights
+    where they matter, more prompts.
+    """
     rate, weights, prompts, average = setting
     place = RATES.index(rate)
-    fewer, more = ([(rate, weights, count, average)] if count in PROMPTS else [] for count in (prompts // 2, prompts * 2))
+    fewer, more = (
+        [(rate, weights, count, average)] if count in PROMPTS else [] for count in (prompts // 2, prompts * 2)
+    )
     rates = [(RATES[i], weights, prompts, average) for i in (place + 1, place - 1) if 0 <= i < len(RATES)]
     averages = [(rate, weights, prompts, other) for other in AVERAGES if other != average]
     others = [(rate, other, prompts, average) for other in WEIGHTS if weighted and other != weights]
@@ -210,13 +234,19 @@ def neighbours(setting: Setting, weighted: bool) -> list[Setting]:
 
 
 def next_setting(gains: dict[Setting, float], weighted: bool, start: Setting) -> Setting:
-    """Climb: the first neighbour of the best setting so far with a value that was never tried, else one that was not tried as a whole."""
+    """Climb: the first neighbour of the best setting so far with a value that was never tried, else one
+    that was not tried as a whole.
+    """
     if not gains:
         return start
     ranked = sorted(gains, key=lambda setting: -gains[setting])
     values = [set(column) for column in zip(*gains, strict=True)]
     near = [neighbour for setting in ranked for neighbour in neighbours(setting, weighted)]
-    new = [setting for setting in neighbours(ranked[0], weighted) if any(v not in known for v, known in zip(setting, values, strict=True))]
+    new = [
+        setting
+        for setting in neighbours(ranked[0], weighted)
+        if any(v not in known for v, known in zip(setting, values, strict=True))
+    ]
     return next(setting for setting in [*new, *near] if setting not in gains)
 
 
@@ -225,8 +255,13 @@ def weighted(arm: str) -> bool:
     return ARMS[arm].get("pick_size") != 1
 
 
-def tune(starts: dict[str, Setting], path: Path, cpu_seconds: float, workers: int, tries: int) -> dict[str, Setting]:
-    """Give every arm the same number of tries, the first at its start, one round after another; return its best setting."""
+def tune(
+    starts: dict[str, Setting], path: Path, cpu_seconds: float, workers: int, tries: int
+) -> dict[str, Setting]:
+    """Give every arm the same number of tries, the first at its start, one round after another.
+
+    Return its best setting.
+    """
     results = read(path)
     for count in range(1, tries + 1):
         short = [arm for arm in starts if len(tried(results, arm)) < count]
@@ -264,32 +299,37 @@ def reached(run: dict[str, Any], budget: str) -> dict[str, float]:
     return next(point for point in run["curve"] if point[budget] >= goal)
 
 
-COLUMNS = {
-    "agreement": ("cpu", "agreement"),
-    "strict": ("cpu", "strict"),
-    "work": ("work", "agreement"),
-}
+COLUMNS = {"agreement": ("cpu", "agreement"), "strict": ("cpu", "strict"), "work": ("work", "agreement")}
 
 
 def report(final: Sequence[dict[str, Any]], out: Path, name: str, leader: str | None = None) -> None:
-    """Print the tables as Markdown and draw the plot; the second table compares the leader, the best arm unless named, with the others."""
+    """Print the tables as Markdown and draw the plot.
+
+    The second table compares the leader, the best arm unless named, with the others.
+    """
     rows = []
     for arm in dict.fromkeys(result["arm"] for result in final):
         runs = [result for result in final if result["arm"] == arm]
-        cells = {name: interval([reached(run, budget)[reward] for run in runs]) for name, (budget, reward) in COLUMNS.items()}
+        cells = {
+            name: interval([reached(run, budget)[reward] for run in runs])
+            for name, (budget, reward) in COLUMNS.items()
+        }
         means = [sum(reached(run, "cpu")[name] for run in runs) / len(runs) for name in ("updates", "work")]
         setting = setting_of(runs[0])
         rows.append((arm, *setting, len(runs), *means, cells))
     rows.sort(key=lambda row: -row[-1]["agreement"][0])
     seconds, work = final[0]["cpu_seconds"], final[0]["work"]
     lines = [
-        f"| arm | lr | weights | prompts | average | seeds | updates | work | agreement, {seconds:g} CPU s | strict, {seconds:g} CPU s "
-        f"| agreement, {work:,} work |",
+        f"| arm | lr | weights | prompts | average | seeds | updates | work | agreement, {seconds:g} CPU s | "
+        f"strict, {seconds:g} CPU s | agreement, {work:,} work |",
         "|---" * 11 + "|",
     ]
     for arm, lr, weights, prompts, average, seeds, updates, spent, cells in rows:
         gains = " | ".join(f"{mean:+.3f} ± {width:.3f}" for mean, width in cells.values())
-        lines.append(f"| {arm} | {lr:g} | {weights} | {prompts} | {average:g} | {seeds} | {updates:.0f} | {spent:,.0f} | {gains} |")
+        lines.append(
+            f"| {arm} | {lr:g} | {weights} | {prompts} | {average:g} | {seeds} | {updates:.0f} | "
+            f"{spent:,.0f} | {gains} |"
+        )
     leader = leader or rows[0][0]
     lines += ["", *differences(final, leader, [row[0] for row in rows if row[0] != leader])]
     print("\n".join(lines))
@@ -300,14 +340,27 @@ def report(final: Sequence[dict[str, Any]], out: Path, name: str, leader: str | 
 def differences(final: Sequence[dict[str, Any]], best: str, others: Sequence[str]) -> list[str]:
     """Compare the best arm with every other on the seeds that both have: same prompts, same start noises."""
     by_seed = {(run["arm"], run["seed"]): run for run in final}
-    lines = [f"| {best} minus | seeds | agreement, equal CPU time | agreement, equal work |", "|---" * 4 + "|"]
+    lines = [
+        f"| {best} minus | seeds | agreement, equal CPU time | agreement, equal work |",
+        "|---" * 4 + "|",
+    ]
     for other in others:
         seeds = [seed for arm, seed in by_seed if arm == best and (other, seed) in by_seed]
         cells = [
-            interval([reached(by_seed[best, s], budget)["agreement"] - reached(by_seed[other, s], budget)["agreement"] for s in seeds])
+            interval(
+                [
+                    reached(by_seed[best, s], budget)["agreement"]
+                    - reached(by_seed[other, s], budget)["agreement"]
+                    for s in seeds
+                ]
+            )
             for budget in ("cpu", "work")
         ]
-        lines.append(f"| {other} | {len(seeds)} | " + " | ".join(f"{mean:+.3f} ± {width:.3f}" for mean, width in cells) + " |")
+        lines.append(
+            f"| {other} | {len(seeds)} | "
+            + " | ".join(f"{mean:+.3f} ± {width:.3f}" for mean, width in cells)
+            + " |"
+        )
     return lines
 
 
@@ -327,7 +380,14 @@ def draw(rows: Sequence[tuple], path: Path, seconds: float, work: int) -> None:
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for place, row in enumerate(reversed(rows)):
             mean, width = row[-1][name]
-            axis.errorbar(mean, place, xerr=width, fmt="o", capsize=3, color="#0072B2" if row[0].startswith("g2rpo") else "#D55E00")
+            axis.errorbar(
+                mean,
+                place,
+                xerr=width,
+                fmt="o",
+                capsize=3,
+                color="#0072B2" if row[0].startswith("g2rpo") else "#D55E00",
+            )
         axis.set_title(title, fontsize=11)
         axis.axvline(0, color="0.7", linewidth=1)
         axis.grid(axis="x", alpha=0.3)
@@ -338,17 +398,25 @@ def draw(rows: Sequence[tuple], path: Path, seconds: float, work: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=("tune", "final", "report"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--cpu-seconds", type=float, default=12.0)
     parser.add_argument("--tries", type=int, default=5, help="settings that each arm's tuning may try")
     parser.add_argument("--tuning", default="refined_tune", help="results file of the tuning, without .jsonl")
-    parser.add_argument("--start", help="results file of an earlier tuning: what it chose is where this one starts")
-    parser.add_argument("--seeds", type=int, nargs=2, help="first seed, and the one after the last (final: 0 5; report: all)")
+    parser.add_argument(
+        "--start", help="results file of an earlier tuning: what it chose is where this one starts"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs=2, help="first seed, and the one after the last (final: 0 5; report: all)"
+    )
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--runs", default="refined_final", help="results file of the final runs, without .jsonl")
+    parser.add_argument(
+        "--runs", default="refined_final", help="results file of the final runs, without .jsonl"
+    )
     parser.add_argument("--leader", choices=list(ARMS), help="arm that the report compares with the others")
     options = parser.parse_args(arguments)
     tuning, finals = options.out / f"{options.tuning}.jsonl", options.out / f"{options.runs}.jsonl"
@@ -359,11 +427,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.stage == "final":
         settings = {arm: best_setting(read(tuning), arm) for arm in options.arms}
         common = {"split": "heldout", "noises": NOISES, "cpu_seconds": options.cpu_seconds, "work": WORK}
-        jobs = [describe(arm, settings[arm], seed=seed, **common) for seed in range(*(options.seeds or (0, 5))) for arm in options.arms]
+        jobs = [
+            describe(arm, settings[arm], seed=seed, **common)
+            for seed in range(*(options.seeds or (0, 5)))
+            for arm in options.arms
+        ]
         run_all(jobs, finals, options.workers)
     else:
         first, end = options.seeds or (0, sys.maxsize)
-        report([run for run in read(finals) if first <= run["seed"] < end], options.out, finals.stem, options.leader)
+        report(
+            [run for run in read(finals) if first <= run["seed"] < end],
+            options.out,
+            finals.stem,
+            options.leader,
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,10 @@ from comfy_g2rpo.run.scorer import to_8_bit
 
 @dataclass
 class PlainLoop:
-    """One prompt group, run by plain loops; `forwards` counts what they spend, `known` holds the states that they share, x [1, …]."""
+    """One prompt group, run by plain loops.
+
+    `forwards` counts what they spend, `known` holds the states that they share, x [1, …].
+    """
 
     policy: Policy
     decode: Decoder
@@ -42,7 +45,8 @@ class PlainLoop:
     def as_published(self) -> Tensor:
         """Score the images [R, images] one sample at a time, as the published code of arXiv 2510.01982 does.
 
-        The anchor runs to its end, every branch evaluates the velocity at its x_k anew, and every granularity is completed by itself.
+        The anchor runs to its end, every branch evaluates the velocity at its x_k anew, and every granularity
+        is completed by itself.
         """
         for root in self.roots():
             self.run_anchor(root)
@@ -60,7 +64,9 @@ class PlainLoop:
 
     @torch.no_grad()
     def batched(self) -> Tensor:
-        """Score the images [R, images] in batches of one group and granularity (singular trees): the anchor is shared, nothing else is."""
+        """Score the images [R, images] in batches of one group and granularity (singular trees): the
+        anchor is shared, nothing else is.
+        """
         velocity = {}
         for root in self.roots():
             for here in self.anchor(root):
@@ -76,7 +82,11 @@ class PlainLoop:
         scores = {}
         for (fork, _), paths in batches.items():
             columns = list(zip(*paths, strict=True))
-            x = self.step(self.known[fork].expand(len(paths), *self.shape), velocity[fork].expand(len(paths), *self.shape), columns[0])
+            x = self.step(
+                self.known[fork].expand(len(paths), *self.shape),
+                velocity[fork].expand(len(paths), *self.shape),
+                columns[0],
+            )
             for here, there in pairwise(columns):
                 x = self.step(x, self.velocity(x, self.plan.states[here[0]].index), there)
             scores |= dict(zip(columns[-1], self.score(x).unbind(1), strict=True))
@@ -91,7 +101,11 @@ class PlainLoop:
     def anchor(self, root: int) -> list[int]:
         """List the states that are reached from a root without noise and that noise leaves further on."""
         states = [root]
-        while calm := [child for child in self.plan.children[states[-1]] if self.plan.trunk[child] and not self.plan.states[child].noise]:
+        while calm := [
+            child
+            for child in self.plan.children[states[-1]]
+            if self.plan.trunk[child] and not self.plan.states[child].noise
+        ]:
             states.append(calm[0])
         return states
 
@@ -122,11 +136,16 @@ class PlainLoop:
 
     def step(self, x: Tensor, velocity: Tensor, states: Sequence[int]) -> Tensor:
         """Take x [B, …] along the edges that lead to `states`."""
-        a, b, std = (over(row[list(states)], x) for row in (self.coefficients.x_coef, self.coefficients.v_coef, self.coefficients.std))
+        a, b, std = (
+            over(row[list(states)], x)
+            for row in (self.coefficients.x_coef, self.coefficients.v_coef, self.coefficients.std)
+        )
         mean = a * x + b * velocity
         if self.plan.states[states[0]].kernel in DETERMINISTIC:
             return mean
-        return mean + std * torch.stack([state_noise(self.plan, state, self.seed, self.shape) for state in states])
+        return mean + std * torch.stack(
+            [state_noise(self.plan, state, self.seed, self.shape) for state in states]
+        )
 
     def score(self, latents: Tensor) -> Tensor:
         """Decode and judge latents [B, …]: [R, B]."""

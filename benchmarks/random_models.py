@@ -1,4 +1,7 @@
-"""Models of published architectures with random weights: at their real size for a GPU, shrunk for a CPU. Nothing is downloaded."""
+"""Models of published architectures with random weights: at their real size for a GPU, shrunk for a CPU.
+
+Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +116,12 @@ ARCHITECTURES = {
         cond=qwen_image.Cond,
         pipeline="QwenImagePipeline",
         transformer="QwenImageTransformer2DModel",
-        real={"num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584},
+        real={
+            "num_layers": 60,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 3584,
+        },
         small={
             "num_layers": 2,
             "attention_head_dim": 32,
@@ -134,7 +142,14 @@ ARCHITECTURES = {
         cond=z_image.Cond,
         pipeline="ZImagePipeline",
         transformer="ZImageTransformer2DModel",
-        real={"dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30, "cap_feat_dim": 2560},
+        real={
+            "dim": 3840,
+            "n_layers": 30,
+            "n_refiner_layers": 2,
+            "n_heads": 30,
+            "n_kv_heads": 30,
+            "cap_feat_dim": 2560,
+        },
         small={
             "dim": 64,
             "n_layers": 2,
@@ -153,7 +168,9 @@ ARCHITECTURES = {
 
 @contextmanager
 def made_in(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Make modules at once where and as they are to be, so that twelve billion weights never stand in float32."""
+    """Make modules at once where and as they are to be, so that twelve billion weights never stand in
+    float32.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -164,7 +181,9 @@ def made_in(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def random_policy(name: str, device: torch.device, dtype: torch.dtype, small: bool) -> Any:
-    """Make a policy of an architecture with untrained weights and a fresh adapter, as its recipe has one (rank 64; shrunk 4)."""
+    """Make a policy of an architecture with untrained weights and a fresh adapter, as its recipe has one
+    (rank 64; shrunk 4).
+    """
     kind = ARCHITECTURES[name]
     published = json.loads((CONFIGS / f"{kind.config}.json").read_text(encoding="utf-8"))
     pipeline_type = getattr(diffusers, kind.pipeline)
@@ -175,9 +194,15 @@ def random_policy(name: str, device: torch.device, dtype: torch.dtype, small: bo
         vae = vae_type.from_config({**published["vae"]["config"], **(kind.small_vae if small else {})})
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(published["scheduler"])
     parts = {"scheduler": scheduler, "vae": vae.to(dtype), "transformer": transformer.to(dtype)}
-    texts = [part for part in pipeline_type._get_signature_keys(pipeline_type)[0] if part.startswith(("text_encoder", "tokenizer"))]
+    texts = [
+        part
+        for part in pipeline_type._get_signature_keys(pipeline_type)[0]
+        if part.startswith(("text_encoder", "tokenizer"))
+    ]
     policy = kind.policy(
-        pipeline_type(**parts, **dict.fromkeys(texts)), autocast=None if dtype == torch.float32 else dtype, **kind.settings
+        pipeline_type(**parts, **dict.fromkeys(texts)),
+        autocast=None if dtype == torch.float32 else dtype,
+        **kind.settings,
     )
     policy.add_lora(*((4, 8) if small else (64, 128)), seed=0)
     if not small:
@@ -191,4 +216,7 @@ def random_conds(name: str, device: torch.device, small: bool, prompts: int = 1)
     sizes: Sequence[int] = [(kind.small if small else kind.real)[width] for width in kind.widths]
     tokens = SMALL_TOKENS if small else kind.tokens
     shapes = [(tokens, sizes[0]), *((size,) for size in sizes[1:])]
-    return [kind.cond(*(seeded_noise(shape, "text", p, i).to(device) for i, shape in enumerate(shapes))) for p in range(prompts)]
+    return [
+        kind.cond(*(seeded_noise(shape, "text", p, i).to(device) for i, shape in enumerate(shapes)))
+        for p in range(prompts)
+    ]

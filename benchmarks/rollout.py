@@ -1,9 +1,11 @@
-"""How fast is the rollout? One prompt group by the engine, and by the plain loops of plain.py: same noise, same numerics, one CPU thread.
+"""How fast is the rollout? One prompt group by the engine, and by the plain loops of plain.py: same noise,
+same numerics, one CPU thread.
 
     python benchmarks/rollout.py [--quick] [--json OUT]
 
-Seconds are the process's CPU seconds in float32, the least of several repeats. In float32 rewards differ where numbers that were summed
-in another order round to another of 256 levels: about one value in 10⁵, by one level. With the model in float64 none does.
+Seconds are the process's CPU seconds in float32, the least of several repeats. In float32 rewards differ
+where numbers that were summed in another order round to another of 256 levels: about one value in 10⁵, by one
+level. With the model in float64 none does.
 """
 
 from __future__ import annotations
@@ -110,7 +112,11 @@ def contiguous_decoder(policy: SD3) -> Callable[[Tensor], Tensor]:
 
     def decode(latents: Tensor) -> Tensor:
         raw = latents / policy.vae.config.scaling_factor + (policy.vae.config.shift_factor or 0.0)
-        return (policy.vae.decode(raw.to(policy.vae_dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        return (
+            (policy.vae.decode(raw.to(policy.vae_dtype), return_dict=False)[0].float() / 2 + 0.5)
+            .clamp(0, 1)
+            .permute(0, 2, 3, 1)
+        )
 
     return decode
 
@@ -122,7 +128,9 @@ def run_engine(policy: SD3, plan: Plan, slots: int = SLOTS) -> Measured:
     policy.vae.to(memory_format=torch.channels_last)
     scorer = Scorer(metered.decode, [metered], [PROMPT], len(plan.images))
     begin = time.process_time()
-    rollout = roll_out(metered, plan, shifted_sigmas(plan.num_steps), cond, [SEED], shape, slots=slots, sink=scorer)
+    rollout = roll_out(
+        metered, plan, shifted_sigmas(plan.num_steps), cond, [SEED], shape, slots=slots, sink=scorer
+    )
     return measured(scorer.scores[:, 0], begin, metered, rollout.nfe)
 
 
@@ -132,14 +140,18 @@ def run_plain(policy: SD3, plan: Plan, way: Callable[[PlainLoop], Tensor]) -> Me
     cond, shape = policy.encode([PROMPT])[0], policy.latent_shape(64, 64)
     policy.vae.to(memory_format=torch.contiguous_format)
     begin = time.process_time()
-    loop = PlainLoop(metered, metered.decode, [metered], plan, shifted_sigmas(plan.num_steps), PROMPT, cond, SEED, shape)
+    loop = PlainLoop(
+        metered, metered.decode, [metered], plan, shifted_sigmas(plan.num_steps), PROMPT, cond, SEED, shape
+    )
     return measured(way(loop), begin, metered, loop.forwards)
 
 
 def measured(scores: Tensor, begin: float, metered: Metered, forwards: int) -> Measured:
     """Close a measurement; what is in none of the parts is the loop's own."""
     seconds = time.process_time() - begin
-    return Measured(scores, seconds, metered.seconds | {"rest": seconds - sum(metered.seconds.values())}, forwards)
+    return Measured(
+        scores, seconds, metered.seconds | {"rest": seconds - sum(metered.seconds.values())}, forwards
+    )
 
 
 WAYS: dict[str, Callable[[SD3, Plan], Measured]] = {
@@ -184,13 +196,24 @@ def differences(policy: SD3, plan: Plan) -> dict[str, float]:
 
 
 def scale(policy: SD3, groups: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """Run the engine on growing groups: time per unit of work, and how far the process's peak memory has grown."""
+    """Run the engine on growing groups: time per unit of work, and how far the process's peak memory has
+    grown.
+    """
     rows: list[dict[str, Any]] = []
     for group in groups:
         plan = singular(8, range(4), group, (1, 2))
-        found = min((run_engine(policy, plan, slots=SMALLEST) for _ in range(repeats)), key=lambda m: m.seconds)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
-        row = {"group_size": group, "forwards": found.forwards, "images": len(plan.images), "seconds": found.seconds}
+        found = min(
+            (run_engine(policy, plan, slots=SMALLEST) for _ in range(repeats)), key=lambda m: m.seconds
+        )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            1024 if sys.platform != "darwin" else 1024**2
+        )
+        row = {
+            "group_size": group,
+            "forwards": found.forwards,
+            "images": len(plan.images),
+            "seconds": found.seconds,
+        }
         row |= {"ms_per_unit": 1000 * found.seconds / (found.forwards + len(plan.images)), "peak_mib": peak}
         rows.append(row | {"growth_mib": peak - (rows[0]["peak_mib"] if rows else peak)})
     return rows
@@ -199,7 +222,10 @@ def scale(policy: SD3, groups: Sequence[int], repeats: int) -> list[dict[str, An
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """Print rows under their keys."""
     print(f"\n{title}")
-    cells = [[f"{v:.3g}" if isinstance(v, float) else "–" if v is None else str(v) for v in row.values()] for row in rows]
+    cells = [
+        [f"{v:.3g}" if isinstance(v, float) else "–" if v is None else str(v) for v in row.values()]
+        for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip([*rows[0]], *cells, strict=True)]
     for line in ([*rows[0]], *cells):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
@@ -211,7 +237,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the smaller case alone, once")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--model", type=Path, default=ROOT / "models/tiny", help="folder of the model")
-    parser.add_argument("--terminal", choices=("published", "exact"), default="published", help="what a stride that misses the end does")
+    parser.add_argument(
+        "--terminal",
+        choices=("published", "exact"),
+        default="published",
+        help="what a stride that misses the end does",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="runs of everything; the fastest counts")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -220,7 +251,11 @@ def main() -> None:
     repeats = 1 if options.quick else options.repeats
     for _ in range(4):  # kernels are chosen, and memory is claimed, in the first runs
         run_engine(policy, singular(8, range(4), GROUPS[0], (1, 2)), slots=SMALLEST)
-    figures: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "cases": {}}
+    figures: dict[str, Any] = {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "cases": {},
+    }
     figures["scaling"] = scale(policy, GROUPS[:2] if options.quick else GROUPS, repeats)
     for name, case in list(CASES.items())[1 if options.quick else 0 :]:
         figures["cases"][name] = compare(policy, case, options.terminal, repeats)
@@ -229,7 +264,9 @@ def main() -> None:
     smallest = list(CASES.values())[1]
     plan = singular(**smallest, granularities=(1, 2), terminal=options.terminal)
     figures["differences_float64"] = differences(load_policy(options.model, torch.float64), plan)
-    print_table("T=8, k=0…3, G=8 in float64: largest difference of a reward", [figures["differences_float64"]])
+    print_table(
+        "T=8, k=0…3, G=8 in float64: largest difference of a reward", [figures["differences_float64"]]
+    )
     print_table("Engine, T=8, k=0…3, Λ={1,2}: growing groups", figures["scaling"])
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")

@@ -1,10 +1,11 @@
-"""How fast are pictures scored? Images per second of every kind of reward, one by one and 32 at once; what overlap with decoding saves.
+"""How fast are pictures scored? Images per second of every kind of reward, one by one and 32 at once; what
+overlap with decoding saves.
 
     python benchmarks/scoring.py [--quick] [--threads 1] [--json OUT]
 
-Reward models have the published sizes and random weights: speed does not depend on what they have learned. In each round every way runs
-once, in turn, and the least time of each counts: CPU seconds on the CPU, which a busy machine hardly changes, elapsed ones on a GPU and
-where something waits.
+Reward models have the published sizes and random weights: speed does not depend on what they have learned. In
+each round every way runs once, in turn, and the least time of each counts: CPU seconds on the CPU, which a
+busy machine hardly changes, elapsed ones on a GPU and where something waits.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from comfy_g2rpo.run.scorer import Scorer
 
 SIDE, BATCH = 512, 32
 VOCABULARY = 49408
-SIZES = {  # width, layers, heads, feed-forward, patch of the vision tower; width, layers, heads of the text tower; of the embedding
+# width, layers, heads, feed-forward, patch of the vision tower; width, layers, heads of the text tower; of
+# the embedding
+SIZES = {
     "ViT-B/32": ((768, 12, 12, 3072, 32), (512, 8, 12), 512),
     "ViT-L/14": ((1024, 24, 16, 4096, 14), (768, 12, 12), 768),
     "ViT-H/14": ((1280, 32, 16, 5120, 14), (1024, 16, 24), 1024),
@@ -42,7 +45,9 @@ WAIT = 0.02  # seconds that a judge elsewhere takes for a picture
 
 @dataclass(frozen=True)
 class Rate:
-    """Images per second, one by one and in batches: of one prompt (a group's), and of as many prompts as images."""
+    """Images per second, one by one and in batches: of one prompt (a group's), and of as many prompts as
+    images.
+    """
 
     name: str
     alone: float
@@ -51,7 +56,10 @@ class Rate:
 
     def line(self) -> str:
         """Write it as a row of a table."""
-        return f"| {self.name} | {self.alone:.3g} | {self.group:.3g} ({self.group / self.alone:.2f}×) | {self.prompts:.3g} ({self.prompts / self.alone:.2f}×) |"  # noqa: E501
+        return (
+            f"| {self.name} | {self.alone:.3g} | {self.group:.3g} ({self.group / self.alone:.2f}×) | "
+            f"{self.prompts:.3g} ({self.prompts / self.alone:.2f}×) |"
+        )
 
 
 class Words:
@@ -59,7 +67,9 @@ class Words:
 
     def __call__(self, prompts: Sequence[str], **how: Any) -> SimpleNamespace:
         """Number the words: [B, 77]."""
-        words = [[sum(map(ord, word)) % 40000 for word in prompt.split()[: CONTEXT - 2]] for prompt in prompts]
+        words = [
+            [sum(map(ord, word)) % 40000 for word in prompt.split()[: CONTEXT - 2]] for prompt in prompts
+        ]
         rows = [[VOCABULARY - 2, *row, VOCABULARY - 1, *[0] * (CONTEXT - 2 - len(row))] for row in words]
         return SimpleNamespace(input_ids=torch.tensor(rows))
 
@@ -67,11 +77,24 @@ class Words:
 def clip(size: str, device: str, dtype: torch.dtype) -> ModelReward:
     """Make CLIPScore of a published size with random weights."""
     (width, layers, heads, inner, patch), (text_width, text_heads, text_layers), embed = SIZES[size]
-    vision = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": inner}
+    vision = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+    }
     text = {"hidden_size": text_width, "num_hidden_layers": text_layers, "num_attention_heads": text_heads}
-    text |= {"intermediate_size": 4 * text_width, "vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT}
+    text |= {
+        "intermediate_size": 4 * text_width,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": CONTEXT,
+    }
     torch.manual_seed(0)
-    config = {"vision_config": {**vision, "image_size": 224, "patch_size": patch}, "text_config": text, "projection_dim": embed}
+    config = {
+        "vision_config": {**vision, "image_size": 224, "patch_size": patch},
+        "text_config": text,
+        "projection_dim": embed,
+    }
     module = Clip(config, Words()).eval().requires_grad_(False)
     return ModelReward.of(KNOWN["clipscore"], size, module, Pictures(224), dtype, BATCH).to(device)
 
@@ -79,10 +102,16 @@ def clip(size: str, device: str, dtype: torch.dtype) -> ModelReward:
 def rate(name: str, reward: Reward, images: Tensor, rounds: int, clock: Callable[[], float]) -> Rate:
     """Time a reward in its three ways; every round runs all of them."""
     count = len(images)
-    one, many = ["a red circle and a blue square"] * count, [f"a picture of {i} red circles" for i in range(count)]
+    one, many = (
+        ["a red circle and a blue square"] * count,
+        [f"a picture of {i} red circles" for i in range(count)],
+    )
 
     def by(size: int, prompts: Sequence[str]) -> Callable[[], None]:
-        return lambda: [reward.score(images[i : i + size], prompts[i : i + size]) for i in range(0, count, size)] and None
+        return lambda: (
+            [reward.score(images[i : i + size], prompts[i : i + size]) for i in range(0, count, size)]
+            and None
+        )
 
     ways = {"alone": by(1, one), "group": by(BATCH, one), "prompts": by(BATCH, many)}
     reward.score(images[:2], one[:2])
@@ -113,7 +142,9 @@ class Elsewhere:
 
 
 def overlap(pictures: int, rounds: int) -> dict[str, float]:
-    """Time decoding and a judge elsewhere, one after the other and beside each other: seconds, and those of each part alone."""
+    """Time decoding and a judge elsewhere, one after the other and beside each other: seconds, and those
+    of each part alone.
+    """
     torch.manual_seed(0)
     weights = torch.randn(1, 1, 512, 512) / 23
 
@@ -149,7 +180,9 @@ def measure(quick: bool, device: str) -> dict[str, Any]:
         for kind, dtype in dtypes.items():
             # One round of the larger ones is minutes on a CPU, and long enough to be steady.
             turns = rounds if device != "cpu" else 3 if size == "ViT-B/32" else 1
-            rates.append(rate(f"{size} ({WHO[size]}), {kind}", clip(size, device, dtype), images, turns, clock))
+            rates.append(
+                rate(f"{size} ({WHO[size]}), {kind}", clip(size, device, dtype), images, turns, clock)
+            )
             print(rates[-1].line(), flush=True)
     if device == "cpu":
         for name in ("colourfulness", "sharpness", "jpeg", "webp", "exposure", "symmetry"):
@@ -163,16 +196,30 @@ def measure(quick: bool, device: str) -> dict[str, Any]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the smallest model and few rounds: half a minute")
+    parser.add_argument(
+        "--quick", action="store_true", help="the smallest model and few rounds: half a minute"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with torch.inference_mode():
-        name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} thread{'s' * (args.threads > 1)}"
-        print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}; images of {SIDE}², images per second")
-        print(f"| reward | one by one | {BATCH} at once, one prompt | {BATCH} at once, {BATCH} prompts |\n|---|---|---|---|")
+        name = (
+            torch.cuda.get_device_name()
+            if args.device == "cuda"
+            else f"CPU, {args.threads} thread{'s' * (args.threads > 1)}"
+        )
+        print(
+            f"{name}, torch {torch.__version__}, Python {platform.python_version()}; images of "
+            f"{SIDE}², images per second"
+        )
+        print(
+            f"| reward | one by one | {BATCH} at once, one prompt | {BATCH} at once, {BATCH} prompts "
+            "|\n|---|---|---|---|"
+        )
         found = measure(args.quick, args.device)
     for way, seconds in found["overlap"].items():
         print(f"64 pictures, {way}: {seconds:.2f} s")

@@ -2,7 +2,8 @@
 
     x′ = a·x + c·v + s·ε
 
-`x` is the latent at σ, `velocity` is v = ε − x₀, `dt` = σ′ − σ < 0. Sigmas are floats or tensors that broadcast against x.
+`x` is the latent at σ, `velocity` is v = ε − x₀, `dt` = σ′ − σ < 0. Sigmas are floats or tensors that
+broadcast against x.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class Step(NamedTuple):
 
 
 def _sde_step(g: Tensor, sigma: Tensor, dt: Tensor) -> Step:
-    """Discretise the reverse SDE with diffusion g that keeps the flow's marginals (Flow-GRPO, arXiv 2505.05470, eq. 9)."""
+    """Discretise the reverse SDE with diffusion g that keeps the flow's marginals (Flow-GRPO, arXiv
+    2505.05470, eq. 9).
+    """
     return Step(1 + g**2 * dt / (2 * sigma), (1 + g**2 * (1 - sigma) / (2 * sigma)) * dt, g * torch.sqrt(-dt))
 
 
@@ -36,7 +39,10 @@ def ode_step(sigma: Tensor, sigma_next: Tensor, eta: float, sigma_max: Sigma) ->
 
 
 def flow_sde_step(sigma: Tensor, sigma_next: Tensor, eta: float, sigma_max: Sigma) -> Step:
-    """Flow-GRPO's noise g = η·√(σ/(1−σ)). Only the first step has σ above sigma_max = σ_1, which then stands in under the root."""
+    """Flow-GRPO's noise g = η·√(σ/(1−σ)).
+
+    Only the first step has σ above sigma_max = σ_1, which then stands in under the root.
+    """
     below_one = torch.minimum(sigma, torch.as_tensor(sigma_max, dtype=sigma.dtype, device=sigma.device))
     return _sde_step(eta * torch.sqrt(sigma / (1 - below_one)), sigma, sigma_next - sigma)
 
@@ -47,7 +53,9 @@ def dance_sde_step(sigma: Tensor, sigma_next: Tensor, eta: float, sigma_max: Sig
 
 
 def cps_step(sigma: Tensor, sigma_next: Tensor, eta: float, sigma_max: Sigma) -> Step:
-    """Coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952): fresh and kept noise together have exactly the level σ′."""
+    """Coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952): fresh and kept noise together have
+    exactly the level σ′.
+    """
     std = sigma_next * math.sin(eta * math.pi / 2)
     kept = sigma_next * math.cos(eta * math.pi / 2)
     clean = 1 - sigma_next
@@ -60,7 +68,9 @@ STEPS = {"ode": ode_step, "flow_sde": flow_sde_step, "dance_sde": dance_sde_step
 def step(kernel: str, sigma: Sigma, sigma_next: Sigma, eta: float, sigma_max: Sigma) -> Step:
     """Return the coefficients of one step of the named kernel."""
     sigma = torch.as_tensor(sigma)
-    return STEPS[kernel](sigma, torch.as_tensor(sigma_next, dtype=sigma.dtype, device=sigma.device), eta, sigma_max)
+    return STEPS[kernel](
+        sigma, torch.as_tensor(sigma_next, dtype=sigma.dtype, device=sigma.device), eta, sigma_max
+    )
 
 
 def _transition(
@@ -76,23 +86,30 @@ def ode(x: Tensor, velocity: Tensor, sigma: Sigma, sigma_next: Sigma) -> tuple[T
     return _transition("ode", x, velocity, sigma, sigma_next, 0.0, 1.0)
 
 
-def flow_sde(x: Tensor, velocity: Tensor, sigma: Sigma, sigma_next: Sigma, eta: float, sigma_max: Sigma) -> tuple[Tensor, Tensor]:
+def flow_sde(
+    x: Tensor, velocity: Tensor, sigma: Sigma, sigma_next: Sigma, eta: float, sigma_max: Sigma
+) -> tuple[Tensor, Tensor]:
     """Return (mean, std) of Flow-GRPO's SDE step; x, velocity: [B, …], sigmas: scalar or [B]."""
     return _transition("flow_sde", x, velocity, sigma, sigma_next, eta, sigma_max)
 
 
-def dance_sde(x: Tensor, velocity: Tensor, sigma: Sigma, sigma_next: Sigma, eta: float, sigma_max: Sigma) -> tuple[Tensor, Tensor]:
+def dance_sde(
+    x: Tensor, velocity: Tensor, sigma: Sigma, sigma_next: Sigma, eta: float, sigma_max: Sigma
+) -> tuple[Tensor, Tensor]:
     """Return (mean, std) of DanceGRPO's SDE step; x, velocity: [B, …], sigmas: scalar or [B]."""
     return _transition("dance_sde", x, velocity, sigma, sigma_next, eta, sigma_max)
 
 
-def cps(x: Tensor, velocity: Tensor, sigma: Sigma, sigma_next: Sigma, eta: float, sigma_max: Sigma) -> tuple[Tensor, Tensor]:
+def cps(
+    x: Tensor, velocity: Tensor, sigma: Sigma, sigma_next: Sigma, eta: float, sigma_max: Sigma
+) -> tuple[Tensor, Tensor]:
     """Return (mean, std) of the coefficients-preserving step; x, velocity: [B, …], sigmas: scalar or [B]."""
     return _transition("cps", x, velocity, sigma, sigma_next, eta, sigma_max)
 
 
 def dpm_2m_step(sigma_before: Sigma, sigma: Sigma, sigma_next: Sigma) -> tuple[Tensor, Tensor, Tensor]:
-    """Return DPM-Solver++(2M)'s coefficients (arXiv 2211.01095, algorithm 2) on x, v and the previous step's denoised x − σv.
+    """Return DPM-Solver++(2M)'s coefficients (arXiv 2211.01095, algorithm 2) on x, v and the previous step's
+    denoised x − σv.
 
     With λ = log((1−σ)/σ) for a flow. First order where λ is infinite: after σ = 1, and into σ′ = 0.
     """
@@ -105,7 +122,10 @@ def dpm_2m_step(sigma_before: Sigma, sigma: Sigma, sigma_next: Sigma) -> tuple[T
 
 
 def log_prob(x_next: Tensor, mean: Tensor, std: Sigma) -> Tensor:
-    """Return the Gaussian log-density of x_next [B, …] as [B]: the mean over elements, not the sum; std is above 0."""
+    """Return the Gaussian log-density of x_next [B, …] as [B]: the mean over elements, not the sum.
+
+    Std is above 0.
+    """
     std = over(torch.as_tensor(std, dtype=x_next.dtype, device=x_next.device), x_next)
     density = -0.5 * ((x_next - mean) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1)

@@ -7,9 +7,17 @@ import difflib
 from typing import Any
 
 
-def option(default: Any, text: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+def option(
+    default: Any,
+    text: str,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
     """Declare a field with its sentence and its bounds or choices."""
-    return dataclasses.field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
+    return dataclasses.field(
+        default=default, metadata={"help": text, "low": low, "high": high, "choices": choices}
+    )
 
 
 def nearest(name: str, known: Any) -> str:

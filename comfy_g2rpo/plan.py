@@ -1,8 +1,9 @@
 """What a rollout runs for one prompt group: a trie of states, known before anything runs.
 
-A state is (schedule index, parent, edge). An edge is deterministic ("ode", "dpm_2m") or stochastic (a kernel, its eta, a noise id).
-A leaf is a finished state to score. Every tree of the literature is such a trie, and each distinct state is evaluated once.
-Stochastic edges that are trained carry their place (group, member) in the comparison that yields their advantage.
+A state is (schedule index, parent, edge). An edge is deterministic ("ode", "dpm_2m") or stochastic (a kernel,
+its eta, a noise id). A leaf is a finished state to score. Every tree of the literature is such a trie, and
+each distinct state is evaluated once. Stochastic edges that are trained carry their place (group, member) in
+the comparison that yields their advantage.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ DETERMINISTIC = ("ode", "dpm_2m")
 
 @dataclass(frozen=True)
 class State:
-    """One state and the edge that leads to it; `noise` is the id of its draw, negative for the mirrored (antithetic) one, 0 for none."""
+    """One state and the edge that leads to it.
+
+    `noise` is the id of its draw, negative for the mirrored (antithetic) one, 0 for none.
+    """
 
     index: int
     parent: int = ROOT
@@ -48,7 +52,8 @@ class Leaf:
 
 
 class Coefficients:
-    """Per-state tensors [N] of the edge x′ = x_coef·x + v_coef·v + past_coef·denoised_before + std·ε, and the state's own sigma.
+    """Per-state tensors [N] of the edge x′ = x_coef·x + v_coef·v + past_coef·denoised_before + std·ε, and the
+    state's own sigma.
 
     A root is pure noise: std 1, the rest 0.
     """
@@ -126,18 +131,27 @@ class Plan:
         trained = [self.states[i] for i in self.transitions]
         if not trained:
             return 0, 0, 0
-        return 1 + max(s.group for s in trained), 1 + max(s.member for s in trained), 1 + max(leaf.granularity for leaf in self.leaves)
+        return (
+            1 + max(s.group for s in trained),
+            1 + max(s.member for s in trained),
+            1 + max(leaf.granularity for leaf in self.leaves),
+        )
 
     def coefficients(self, sigmas: Tensor) -> Coefficients:
         """Compute every edge's coefficients once, for rollout and learner alike; sigmas: [T+1]."""
         if len(sigmas) != self.num_steps + 1:
-            raise ValueError(f"sigmas has {len(sigmas)} levels; a plan of {self.num_steps} steps needs {self.num_steps + 1}")
+            raise ValueError(
+                f"sigmas has {len(sigmas)} levels; a plan of {self.num_steps} steps needs "
+                f"{self.num_steps + 1}"
+            )
         return Coefficients(self, sigmas)
 
     def values(self, scores: Tensor) -> Tensor:
-        """Give each trained edge the mean score of the leaves beneath it: [R, images] → [R, K, G, L]; NaN where there is none.
+        """Give each trained edge the mean score of the leaves beneath it: [R, images] → [R, K, G, L]; NaN
+        where there is none.
 
-        In the singular tree that is one leaf per granularity; in a tree that splits again it is BranchGRPO's fusion (arXiv 2509.06040).
+        In the singular tree that is one leaf per granularity; in a tree that splits again it is BranchGRPO's
+        fusion (arXiv 2509.06040).
         """
         column = {state: i for i, state in enumerate(self.images)}
         places, sources = [], []
@@ -190,7 +204,9 @@ class PlanBuilder:
         return start
 
     def finish(self, start: int, indices: Sequence[int], solver: str) -> int:
-        """Walk on from a state that noise led to: the first step by Euler, for a multistep solver's past would be that before the noise."""
+        """Walk on from a state that noise led to: the first step by Euler, for a multistep solver's past
+        would be that before the noise.
+        """
         return self.follow(self.follow(start, indices[:1]), indices[1:], solver)
 
     def score(self, state: int, granularity: int = 0) -> None:
@@ -217,10 +233,12 @@ def singular(
     anchor_image: bool = False,
     coarsest: int = 1,
 ) -> Plan:
-    """Plan G²RPO's tree: per start noise a deterministic anchor, at each branch step G stochastic branches, each completed per granularity.
+    """Plan G²RPO's tree: per start noise a deterministic anchor, at each branch step G stochastic branches,
+    each completed per granularity.
 
-    `window` > 1 keeps the branches stochastic for further steps (Flow-GRPO-Fast); `antithetic` mirrors every second branch's noise.
-    `coarsest` > 1 approximates the completions of smaller granularities: at that stride, by the second-order solver, from the same noises.
+    `window` > 1 keeps the branches stochastic for further steps (Flow-GRPO-Fast); `antithetic` mirrors every
+    second branch's noise. `coarsest` > 1 approximates the completions of smaller granularities: at that
+    stride, by the second-order solver, from the same noises.
     """
     check_steps(num_steps, branch_steps)
     tree = PlanBuilder(num_steps)
@@ -237,7 +255,12 @@ def singular(
                     noise = -tree._draws if antithetic and window == 1 and member % 2 else tree.draw()
                     state = tree.add(State(j + 1, state, kernel, eta, noise, group + offset, member))
                 for level, stride in enumerate(granularities):
-                    rest = completion_indices(num_steps, steps[-1], max(stride, coarsest), "exact" if stride < coarsest else terminal)[1:]
+                    rest = completion_indices(
+                        num_steps,
+                        steps[-1],
+                        max(stride, coarsest),
+                        "exact" if stride < coarsest else terminal,
+                    )[1:]
                     tree.score(tree.finish(state, rest, "dpm_2m" if stride < coarsest else "ode"), level)
             group += len(steps)
     return tree.build()
@@ -255,10 +278,12 @@ def independent(
     tail: str = "ode",
     coarsest: int = 1,
 ) -> Plan:
-    """Plan G trajectories that are stochastic on the given steps (Flow-GRPO, DanceGRPO, MixGRPO); common prefixes are still run once.
+    """Plan G trajectories that are stochastic on the given steps (Flow-GRPO, DanceGRPO, MixGRPO); common
+    prefixes are still run once.
 
-    `trained_steps` (default: all the stochastic ones) get an advantage; `tail` is the solver of the steps after the last stochastic one.
-    `coarsest` > 1 approximates those steps but the first: at that stride, by the second-order solver.
+    `trained_steps` (default: all the stochastic ones) get an advantage; `tail` is the solver of the steps
+    after the last stochastic one. `coarsest` > 1 approximates those steps but the first: at that stride, by
+    the second-order solver.
     """
     check_steps(num_steps, stochastic_steps)
     trained = sorted(stochastic_steps if trained_steps is None else trained_steps)
@@ -268,11 +293,15 @@ def independent(
         for j in range(num_steps if coarsest == 1 else max(stochastic_steps) + 1):
             if j in stochastic_steps:
                 group = trained.index(j) if j in trained else -1
-                state = tree.add(State(j + 1, state, kernel, eta, tree.draw(), group, member if group >= 0 else -1))
+                state = tree.add(
+                    State(j + 1, state, kernel, eta, tree.draw(), group, member if group >= 0 else -1)
+                )
             else:
                 state = tree.follow(state, [j + 1], tail if j > max(stochastic_steps) else "ode")
         if coarsest > 1:
-            state = tree.finish(state, completion_indices(num_steps, max(stochastic_steps), coarsest)[1:], "dpm_2m")
+            state = tree.finish(
+                state, completion_indices(num_steps, max(stochastic_steps), coarsest)[1:], "dpm_2m"
+            )
         tree.score(state)
     return tree.build()
 
@@ -293,10 +322,15 @@ def count_forwards(
     terminal: Terminal = "exact",
 ) -> int:
     """Count the model evaluations of one G²RPO group, everything shared."""
-    return singular(num_steps, branch_steps, group_size, granularities, terminal=terminal, anchor_image=anchor_image).forwards
+    return singular(
+        num_steps, branch_steps, group_size, granularities, terminal=terminal, anchor_image=anchor_image
+    ).forwards
 
 
 def check_steps(num_steps: int, steps: Sequence[int]) -> None:
     """Raise ValueError unless `steps` is a non-empty choice from 0…num_steps−1."""
     if not len(steps) or min(steps) < 0 or max(steps) >= num_steps:
-        raise ValueError(f"branch steps are {list(steps)}; choose at least one from 0…{num_steps - 1} for {num_steps} steps")
+        raise ValueError(
+            f"branch steps are {list(steps)}; choose at least one from 0…{num_steps - 1} for "
+            f"{num_steps} steps"
+        )

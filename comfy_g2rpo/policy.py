@@ -11,10 +11,16 @@ from torch import Tensor, nn
 
 
 class Policy(Protocol):
-    """A flow model with an adapter. Conditioning is opaque: one object per row, made and understood by the policy alone."""
+    """A flow model with an adapter.
+
+    Conditioning is opaque: one object per row, made and understood by the policy alone.
+    """
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Any]) -> Tensor:
-        """Return v = ε − x₀, guidance included, float32 like x [B, …] in model space; sigma: float32 [B]; cond: B objects."""
+        """Return v = ε − x₀, guidance included, float32 like x [B, …] in model space.
+
+        Sigma: float32 [B]; cond: B objects.
+        """
         ...
 
     def parameters(self) -> list[nn.Parameter]:
@@ -26,7 +32,9 @@ class Policy(Protocol):
         ...
 
     def inference(self) -> AbstractContextManager[None]:
-        """Make velocity fast and without gradients inside the context, for instance with the adapter merged into the weights."""
+        """Make velocity fast and without gradients inside the context, for instance with the adapter
+        merged into the weights.
+        """
         ...
 
 
@@ -35,7 +43,10 @@ class Trainee(Policy, Protocol):
 
     device: torch.device
     decodes_while_rolling: bool
-    """Whether pictures may be decoded between two forwards of a rollout; not where a host moves models on and off the device."""
+    """Whether pictures may be decoded between two forwards of a rollout.
+
+    Not where a host moves models on and off the device.
+    """
 
     def encode(self, prompts: Sequence[str]) -> list[Any]:
         """Return one conditioning object per prompt, computed once per text."""

@@ -14,7 +14,10 @@ from .files.picture_files import PictureError, size_of
 
 MAX_CHARACTERS = 2000
 MAX_COLUMNS, MAX_NAME, MAX_ITEMS, MAX_NUMBER = 32, 64, 64, 1e15
-MIN_SIDE, MAX_RATIO = 32, 8  # of a picture to start from: pixels of the shorter side, longer side over shorter
+MIN_SIDE, MAX_RATIO = (
+    32,
+    8,
+)  # of a picture to start from: pixels of the shorter side, longer side over shorter
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -23,7 +26,10 @@ class PromptError(ValueError):
 
 
 class Prompt(str):
-    """A prompt with the other columns of its row, for rewards that read them; it equals, hashes and is written as its text."""
+    """A prompt with the other columns of its row, for rewards that read them.
+
+    It equals, hashes and is written as its text.
+    """
 
     columns: Mapping[str, Any]
 
@@ -93,25 +99,39 @@ def split(prompts: Sequence[str], share: float, seed: int, name: str, notes: tup
     shuffled = random.Random(f"held-out {seed}").sample(prompts, len(prompts))
     held = set(map(identity, shuffled[: round(share * len(prompts))]))
     if share and not 0 < len(held) < len(prompts):
-        raise PromptError(f"{name}: prompts.heldout_share {share} of {len(prompts)} prompts leaves one side empty; change it")
-    sides = [tuple(prompt for prompt in prompts if (identity(prompt) in held) is side) for side in (False, True)]
+        raise PromptError(
+            f"{name}: prompts.heldout_share {share} of {len(prompts)} prompts leaves one side empty; "
+            "change it"
+        )
+    sides = [
+        tuple(prompt for prompt in prompts if (identity(prompt) in held) is side) for side in (False, True)
+    ]
     return Prompts(*sides, notes)
 
 
 def read(path: Path) -> tuple[list[str], list[str]]:
-    """Read a .txt file (a prompt per line; blank and # lines skipped) or a .jsonl file ({"prompt": …}); return prompts and notes.
+    """Read a .txt file (a prompt per line; blank and # lines skipped) or a .jsonl file ({"prompt": …});
+    return prompts and notes.
 
-    The other keys of a .jsonl row become the prompt's columns; `image` is the path, beside the file, of a picture to start from.
+    The other keys of a .jsonl row become the prompt's columns; `image` is the path, beside the file, of a
+    picture to start from.
     """
     path = Path(path)
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except OSError as error:
-        raise PromptError(f"cannot read prompt file {path}: {(error.strerror or str(error)).lower()}; check the path") from error
+        raise PromptError(
+            f"cannot read prompt file {path}: {(error.strerror or str(error)).lower()}; check the path"
+        ) from error
     except UnicodeDecodeError as error:
-        raise PromptError(f"prompt file {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        raise PromptError(
+            f"prompt file {path} is not UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from error
     found, repeated = numbered(lines, str(path), jsonl=path.suffix == ".jsonl")
-    unique = [starting(beside(prompt, path.parent), path.parent, f"{path}, line {number}") for prompt, number in found]
+    unique = [
+        starting(beside(prompt, path.parent), path.parent, f"{path}, line {number}")
+        for prompt, number in found
+    ]
     return unique, [f"{path}: {repeated} repeated prompts were dropped"] if repeated else []
 
 
@@ -122,21 +142,29 @@ def prompts_of(lines: Sequence[str], name: str, jsonl: bool = False) -> tuple[li
 
 
 def numbered(lines: Sequence[str], name: str, jsonl: bool = False) -> tuple[list[tuple[str, int]], int]:
-    """Take the distinct prompts of some lines, each with its line; a text may come again with another picture to start from."""
+    """Take the distinct prompts of some lines, each with its line.
+
+    A text may come again with another picture to start from.
+    """
     parse = _json_prompt if jsonl else _text_prompt
     found: dict[tuple[str, str | None], tuple[str, int]] = {}
     count = 0
     for number, line in enumerate(lines, start=1):
         prompt = parse(line.strip(), f"{name}, line {number}")
         if len(prompt) > MAX_CHARACTERS:
-            raise PromptError(f"{name}, line {number}: the prompt has {len(prompt)} characters; at most {MAX_CHARACTERS} are allowed")
+            raise PromptError(
+                f"{name}, line {number}: the prompt has {len(prompt)} characters; at most "
+                f"{MAX_CHARACTERS} are allowed"
+            )
         if not prompt:
             continue
         count += 1
         first, line_of_first = found.setdefault(identity(prompt), (prompt, number))
         if columns_of(first) != columns_of(prompt):
             both = f"{name}, lines {line_of_first} and {number}"
-            raise PromptError(f"{both} have the same prompt but different columns; remove one of them or reword it")
+            raise PromptError(
+                f"{both} have the same prompt but different columns; remove one of them or reword it"
+            )
     if not found:
         raise PromptError(f"{name} holds no prompt; write one per line")
     return list(found.values()), count - len(found)
@@ -145,19 +173,31 @@ def numbered(lines: Sequence[str], name: str, jsonl: bool = False) -> tuple[list
 def beside(prompt: str, folder: Path) -> str:
     """Read a prompt's `reference` as a path beside the prompt file."""
     given = columns_of(prompt).get("reference")
-    return Prompt(prompt, {**columns_of(prompt), "reference": str(folder / given)}) if isinstance(given, str) else prompt
+    return (
+        Prompt(prompt, {**columns_of(prompt), "reference": str(folder / given)})
+        if isinstance(given, str)
+        else prompt
+    )
 
 
 def starting(prompt: str, folder: Path, place: str) -> str:
-    """Read a prompt's `image` as the path, beside the prompt file, of a picture to start from; refuse what is none, by its place."""
+    """Read a prompt's `image` as the path, beside the prompt file, of a picture to start from.
+
+    Refuse what is none, by its place.
+    """
     if "image" not in columns_of(prompt):
         return prompt
     given = columns_of(prompt)["image"]
     if not isinstance(given, str) or not given or "://" in given or "\0" in given:
-        raise PromptError(f"{place}, column image is {str(given)[:80]!a}; write the path of a picture on this machine")
+        raise PromptError(
+            f"{place}, column image is {str(given)[:80]!a}; write the path of a picture on this machine"
+        )
     image = folder / given
     if not image.is_file():
-        raise PromptError(f"{place}, column image: {image} is no file; give the path of a picture, looked up beside the prompt file")
+        raise PromptError(
+            f"{place}, column image: {image} is no file; give the path of a picture, looked up beside "
+            "the prompt file"
+        )
     try:
         width, height = size_of(image)
     except PictureError as error:
@@ -184,14 +224,18 @@ def _json_prompt(line: str, place: str) -> str:
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise PromptError(f'{place} has no prompt; write {{"prompt": "…"}}')
-    return with_columns(prompt.strip(), {name: value for name, value in row.items() if name != "prompt"}, place)
+    return with_columns(
+        prompt.strip(), {name: value for name, value in row.items() if name != "prompt"}, place
+    )
 
 
 def with_columns(prompt: str, row: Mapping[str, Any], place: str) -> str:
     """Attach the other columns of a row, if there are any, after checking them."""
     columns = {name: _column(value, f"{place}, column {name[:MAX_NAME]!a}") for name, value in row.items()}
     if len(columns) > MAX_COLUMNS or any(len(name) > MAX_NAME for name in columns):
-        raise PromptError(f"{place}: at most {MAX_COLUMNS} columns with names of {MAX_NAME} characters are allowed")
+        raise PromptError(
+            f"{place}: at most {MAX_COLUMNS} columns with names of {MAX_NAME} characters are allowed"
+        )
     return Prompt(prompt, columns) if columns else prompt
 
 
@@ -203,13 +247,19 @@ def _column(value: Any, place: str, within: bool = False) -> Any:
         return value
     if isinstance(value, (bool, int, float)) and abs(value) <= MAX_NUMBER:
         return value
-    allowed = f"a text of at most {MAX_CHARACTERS} characters, a number, true, false, or a list of at most {MAX_ITEMS} of them"
+    allowed = (
+        f"a text of at most {MAX_CHARACTERS} characters, a number, true, false, or a list of at most "
+        f"{MAX_ITEMS} of them"
+    )
     raise PromptError(f"{place} is {json.dumps(value)[:40]}; write {allowed}")
 
 
 @dataclass(frozen=True)
 class PromptCursor:
-    """Draw prompts in seeded epochs, each prompt once per epoch; a step's batch depends on nothing but (seed, step)."""
+    """Draw prompts in seeded epochs, each prompt once per epoch.
+
+    A step's batch depends on nothing but (seed, step).
+    """
 
     prompts: Sequence[str]
     per_step: int
@@ -220,7 +270,9 @@ class PromptCursor:
         places = range(step * self.per_step, (step + 1) * self.per_step)
         epochs = {place // len(self.prompts) for place in places}
         orders = {epoch: self._order(epoch) for epoch in epochs}
-        return [self.prompts[orders[place // len(self.prompts)][place % len(self.prompts)]] for place in places]
+        return [
+            self.prompts[orders[place // len(self.prompts)][place % len(self.prompts)]] for place in places
+        ]
 
     def _order(self, epoch: int) -> list[int]:
         """Shuffle the prompts of an epoch."""

@@ -1,4 +1,6 @@
-"""Run plans against a policy: one batch of slots with mixed sigmas over prompts, branch steps, branches and granularities."""
+"""Run plans against a policy: one batch of slots with mixed sigmas over prompts, branch steps, branches
+and granularities.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ Sink = Callable[[list[int], list[int], Tensor], None]
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a rollout leaves for the learner: the fork states of every prompt; all noise can be drawn again from the seeds."""
+    """What a rollout leaves for the learner: the fork states of every prompt.
+
+    All noise can be drawn again from the seeds.
+    """
 
     plan: Plan
     coefficients: Coefficients
@@ -40,7 +45,10 @@ class Rollout:
 
 
 class _Value(NamedTuple):
-    """An evaluated state, and the denoised latent of its parent for multistep solvers; what a shortcut remembers of a completion."""
+    """An evaluated state, and the denoised latent of its parent for multistep solvers.
+
+    What a shortcut remembers of a completion.
+    """
 
     x: Tensor
     velocity: Tensor
@@ -83,12 +91,14 @@ def roll_out(
     """Run the plan once per prompt (conds[p], seeds[p]); latents have `shape` [C, H, W].
 
     `start` [P, …] are states to begin with, in place of noise drawn from the seeds.
-    At most `slots` states are evaluated at a time and the deepest go first, so that memory does not grow with the group. Each distinct
-    state is evaluated once. `check` is called before every forward and may raise to stop. Results do not depend on `slots`: where memory
-    runs out, they are halved and the rollout goes on.
-    A `shortcut` says how completions, the states that no noise follows, are evaluated, in batches of their own.
+    At most `slots` states are evaluated at a time and the deepest go first, so that memory does not grow with
+    the group. Each distinct state is evaluated once. `check` is called before every forward and may raise to
+    stop. Results do not depend on `slots`: where memory runs out, they are halved and the rollout goes on. A
+    `shortcut` says how completions, the states that no noise follows, are evaluated, in batches of their own.
     """
-    run = _Run(plan, plan.coefficients(sigmas), tuple(seeds), tuple(shape), torch.device(device), start, shortcut)
+    run = _Run(
+        plan, plan.coefficients(sigmas), tuple(seeds), tuple(shape), torch.device(device), start, shortcut
+    )
     latents = None if sink else torch.empty(len(seeds), len(plan.images), *shape, device=device)
 
     def keep(prompts: list[int], images: list[int], finished: Tensor) -> None:
@@ -99,17 +109,29 @@ def roll_out(
         while run.queue or run.finished:
             if run.queue and (batch := run.take(limit.rows)).edges:
                 rows = [conds[p] for p, _ in batch.edges]
-                sigma, evaluate = run.sigma([state for _, state in batch.edges]), run.evaluator(batch) or policy.velocity
+                sigma, evaluate = (
+                    run.sigma([state for _, state in batch.edges]),
+                    run.evaluator(batch) or policy.velocity,
+                )
                 velocity = limit.parts(partial(_evaluated, evaluate, batch.x, sigma, rows, check), len(rows))
                 nfe += len(batch.edges)
                 run.file(batch, velocity)
             while len(run.finished) >= limit.rows or (run.finished and not run.queue):
                 done, run.finished = run.finished[: limit.rows], run.finished[limit.rows :]
-                (sink or keep)([p for p, _ in done], [run.image[state] for _, state in done], run.advance(done).x)
+                (sink or keep)(
+                    [p for p, _ in done], [run.image[state] for _, state in done], run.advance(done).x
+                )
     return Rollout(plan, run.coefficients, run.seeds, run.fork_x, run.fork_v, latents, nfe)
 
 
-def _evaluated(evaluate: Velocity, x: Tensor, sigma: Tensor, conds: Sequence[Any], check: Callable[[], None] | None, part: slice) -> Tensor:
+def _evaluated(
+    evaluate: Velocity,
+    x: Tensor,
+    sigma: Tensor,
+    conds: Sequence[Any],
+    check: Callable[[], None] | None,
+    part: slice,
+) -> Tensor:
     """Evaluate some rows of a batch, in float32."""
     if check:
         check()
@@ -117,7 +139,9 @@ def _evaluated(evaluate: Velocity, x: Tensor, sigma: Tensor, conds: Sequence[Any
 
 
 class _Batch(NamedTuple):
-    """Edges, the states [B, …] that they lead to, their parents' denoised latents for multistep solvers, and what shortcuts remember."""
+    """Edges, the states [B, …] that they lead to, their parents' denoised latents for multistep solvers,
+    and what shortcuts remember.
+    """
 
     edges: list[tuple[int, int]]
     x: Tensor
@@ -127,7 +151,9 @@ class _Batch(NamedTuple):
     def rows(self, which: Sequence[int]) -> _Batch:
         """Return some of the rows."""
         picked = self.denoised[which] if self.denoised is not None else None
-        return _Batch([self.edges[i] for i in which], self.x[which], picked, [self.memories[i] for i in which])
+        return _Batch(
+            [self.edges[i] for i in which], self.x[which], picked, [self.memories[i] for i in which]
+        )
 
 
 class _Run:
@@ -144,7 +170,13 @@ class _Run:
         shortcut: Shortcut | None,
     ) -> None:
         self.start, self.shortcut = start, shortcut
-        self.plan, self.coefficients, self.seeds, self.shape, self.device = plan, coefficients, seeds, shape, device
+        self.plan, self.coefficients, self.seeds, self.shape, self.device = (
+            plan,
+            coefficients,
+            seeds,
+            shape,
+            device,
+        )
         self.image = {state: i for i, state in enumerate(plan.images)}
         self.fork = {state: i for i, state in enumerate(plan.forks)}
         self.fork_x = torch.zeros(len(seeds), len(plan.forks), *shape, device=device)
@@ -168,7 +200,9 @@ class _Run:
             self.finished.append((p, state))
 
     def take(self, slots: int) -> _Batch:
-        """Compute the next states that must be evaluated, as many as there are slots: with a shortcut, those of one kind alone."""
+        """Compute the next states that must be evaluated, as many as there are slots: with a shortcut,
+        those of one kind alone.
+        """
         if not self.shortcut:
             return self.advance([heappop(self.queue)[1:] for _ in range(min(slots, len(self.queue)))])
         trunk, parts, count = self.queue[0][0][0], [], 0
@@ -180,7 +214,9 @@ class _Run:
             count += len(parts[-1].edges)
         if len(parts) == 1:
             return parts[0]
-        edges, memories = ([one for part in parts for one in getattr(part, name)] for name in ("edges", "memories"))
+        edges, memories = (
+            [one for part in parts for one in getattr(part, name)] for name in ("edges", "memories")
+        )
         denoised = torch.cat([part.denoised for part in parts]) if self.multistep else None
         return _Batch(edges, torch.cat([part.x for part in parts]), denoised, memories)
 
@@ -188,7 +224,9 @@ class _Run:
         """File the states whose velocity a shortcut foresees, and return the others."""
         if not self.shortcut.cache:
             return batch
-        done, velocity = foreseen(batch.memories, batch.x, self.sigma([state for _, state in batch.edges]), self.shortcut.cache)
+        done, velocity = foreseen(
+            batch.memories, batch.x, self.sigma([state for _, state in batch.edges]), self.shortcut.cache
+        )
         if not any(done):
             return batch
         skipped = batch.rows([i for i, known in enumerate(done) if known])
@@ -204,14 +242,18 @@ class _Run:
         return self.coefficients.sigma[states].to(self.device)
 
     def advance(self, edges: list[tuple[int, int]]) -> _Batch:
-        """Compute the states [B, …] that edges lead to, and forget parents that nothing waits for any more."""
+        """Compute the states [B, …] that edges lead to, and forget parents that nothing waits for any
+        more.
+        """
         states = [state for _, state in edges]
         parents = [(p, self.plan.states[state].parent) for p, state in edges]
         before = [self.known[parent] for parent in parents]
         x = torch.stack([value.x for value in before])
         velocity = torch.stack([value.velocity for value in before])
         c = self.coefficients
-        a, b, past, std = (over(row[states].to(self.device), x) for row in (c.x_coef, c.v_coef, c.past_coef, c.std))
+        a, b, past, std = (
+            over(row[states].to(self.device), x) for row in (c.x_coef, c.v_coef, c.past_coef, c.std)
+        )
         out = a * x + b * velocity
         for i, (p, state) in enumerate(edges):
             if self.start is not None and self.plan.states[state].parent == ROOT:
@@ -222,7 +264,12 @@ class _Run:
                 out[i] += past[i] * before[i].denoised_before
         denoised = None
         if self.multistep:
-            sigma = over(torch.stack([c.sigma[s] if s != ROOT else c.sigma.new_ones(()) for _, s in parents]).to(self.device), x)
+            sigma = over(
+                torch.stack([c.sigma[s] if s != ROOT else c.sigma.new_ones(()) for _, s in parents]).to(
+                    self.device
+                ),
+                x,
+            )
             denoised = x - sigma * velocity
         self._release(parents)
         return _Batch(edges, out, denoised, [value.memory for value in before])
@@ -231,7 +278,9 @@ class _Run:
         """Keep evaluated states until their children have been computed, and open those."""
         memories: list[Memory | None] = [None] * len(batch.edges)
         if self.shortcut and self.shortcut.cache and not self.plan.trunk[batch.edges[0][1]]:
-            memories = [*remember(batch.memories, batch.x, velocity, self.sigma([state for _, state in batch.edges]))]
+            memories = [
+                *remember(batch.memories, batch.x, velocity, self.sigma([state for _, state in batch.edges]))
+            ]
         self._keep(batch, velocity, memories)
 
     def _keep(self, batch: _Batch, velocity: Tensor, memories: Sequence[Memory | None]) -> None:

@@ -1,8 +1,10 @@
-"""From advantages to gradients: the exact on-policy cotangent, and the clipped ratio for more than one update per rollout.
+"""From advantages to gradients: the exact on-policy cotangent, and the clipped ratio for more than one update
+per rollout.
 
-A stochastic step is x′ = mean(x, v) + sε with ∂mean/∂v = c. With a density that is averaged over the D elements, ∇_v log p = cε/(sD), so
-the policy gradient of a whole group is one vector–Jacobian product with −(c/(G·s·D))·Σ A_i ε_i. Against an older velocity the log-ratio is
-−(⟨ε, δ⟩ + ½⟨δ, δ⟩)/D with δ = c(v_old − v)/s: exactly 0 at v = v_old, and no next latent has to be stored.
+A stochastic step is x′ = mean(x, v) + sε with ∂mean/∂v = c. With a density that is averaged over the D
+elements, ∇_v log p = cε/(sD), so the policy gradient of a whole group is one vector–Jacobian product with
+−(c/(G·s·D))·Σ A_i ε_i. Against an older velocity the log-ratio is −(⟨ε, δ⟩ + ½⟨δ, δ⟩)/D with δ = c(v_old −
+v)/s: exactly 0 at v = v_old, and no next latent has to be stored.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ from .speed.fitting_batch import Limit, limit_of
 
 @dataclass(frozen=True)
 class Records:
-    """What travels from sampler to learner, one row per fork state; `owner` gives the row of each of the S samples."""
+    """What travels from sampler to learner, one row per fork state.
+
+    `owner` gives the row of each of the S samples.
+    """
 
     x: Tensor  # [N, …]
     direction: Tensor  # [N, …], Σ A ε over the fork's samples
@@ -45,29 +50,51 @@ class Records:
 
     def rows(self, rows: Tensor) -> Records:
         """Return some rows [n] (long) with their samples."""
-        part = {name: getattr(self, name)[rows] for name in ("x", "direction", "sigma", "v_coef", "std", "weight", "step", "prompt")}
+        part = {
+            name: getattr(self, name)[rows]
+            for name in ("x", "direction", "sigma", "v_coef", "std", "weight", "step", "prompt")
+        }
         if self.owner is not None:
-            place = torch.full((len(self),), -1, device=rows.device).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
+            place = torch.full((len(self),), -1, device=rows.device).index_copy_(
+                0, rows, torch.arange(len(rows), device=rows.device)
+            )
             kept = place[self.owner] >= 0
-            part |= {"noise": self.noise[kept], "advantage": self.advantage[kept], "owner": place[self.owner[kept]]}
+            part |= {
+                "noise": self.noise[kept],
+                "advantage": self.advantage[kept],
+                "owner": place[self.owner[kept]],
+            }
         return Records(**part)
 
 
 def step_weights(v_coef: Tensor, std: Tensor, mode: str) -> Tensor:
-    """Weight the steps [N] by nothing, by their noise (TempFlow-GRPO), or by s/|c|, which gives every step's gradient one scale; mean 1."""
+    """Weight the steps [N] by nothing, by their noise (TempFlow-GRPO), or by s/|c|, which gives every
+    step's gradient one scale; mean 1.
+    """
     usable = std > 0
-    raw = {"uniform": torch.ones_like(std), "std": std, "balanced": torch.where(usable, std / v_coef.abs().clamp(min=1e-12), 0.0)}[mode]
+    raw = {
+        "uniform": torch.ones_like(std),
+        "std": std,
+        "balanced": torch.where(usable, std / v_coef.abs().clamp(min=1e-12), 0.0),
+    }[mode]
     return raw / raw.mean().clamp(min=1e-12)
 
 
-def records(rollout: Rollout, advantages: Sequence[Tensor], *, step_weight: str = "uniform", samples: bool = False) -> Records:
-    """Collect the rows of a rollout; advantages: one [K, G] per prompt; `samples` keeps every sample for the clipped form."""
+def records(
+    rollout: Rollout, advantages: Sequence[Tensor], *, step_weight: str = "uniform", samples: bool = False
+) -> Records:
+    """Collect the rows of a rollout.
+
+    Advantages: one [K, G] per prompt; `samples` keeps every sample for the clipped form.
+    """
     plan, c = rollout.plan, rollout.coefficients
     groups, members, _ = plan.shape
     row = {fork: i for i, fork in enumerate(plan.forks)}
     first = {plan.states[child].parent: child for child in plan.transitions}
     child = torch.tensor([first[fork] for fork in plan.forks])
-    per_prompt = step_weights(c.v_coef[child], c.std[child], step_weight) / (members * groups * len(advantages))
+    per_prompt = step_weights(c.v_coef[child], c.std[child], step_weight) / (
+        members * groups * len(advantages)
+    )
     direction = torch.zeros_like(rollout.x)
     noise, advantage, owner = [], [], []
     for p, table in enumerate(advantages):
@@ -97,7 +124,10 @@ def records(rollout: Rollout, advantages: Sequence[Tensor], *, step_weight: str 
         return made
     noise = torch.stack(noise) if noise else rollout.x.new_zeros(0, *rollout.x.shape[2:])
     return dataclasses.replace(
-        made, noise=noise, advantage=torch.tensor(advantage, device=device), owner=torch.tensor(owner, dtype=torch.long, device=device)
+        made,
+        noise=noise,
+        advantage=torch.tensor(advantage, device=device),
+        owner=torch.tensor(owner, dtype=torch.long, device=device),
     )
 
 
@@ -110,9 +140,11 @@ def cotangent(
     kernel: str = "flow_sde",
     sigma_max: Sigma = 1 - 1e-6,
 ) -> Tensor:
-    """Return −(c/(G·s·D))·d on the velocity, for directions d = Σ A_i ε_i [N, …]: the on-policy gradient of the group's mean loss.
+    """Return −(c/(G·s·D))·d on the velocity, for directions d = Σ A_i ε_i [N, …]: the on-policy gradient of
+    the group's mean loss.
 
-    Equal to autograd of the clipped loss at ratio 1 (method of arXiv 2510.01982, algebra in this module's docstring); 0 where s = 0.
+    Equal to autograd of the clipped loss at ratio 1 (method of arXiv 2510.01982, algebra in this module's
+    docstring); 0 where s = 0.
     """
     sigma = torch.as_tensor(sigma, dtype=directions.dtype, device=directions.device)
     _, v_coef, std = step(kernel, sigma, sigma_next, eta, sigma_max)
@@ -127,7 +159,9 @@ def _cotangent(direction: Tensor, v_coef: Tensor, std: Tensor, weight: Tensor) -
 
 def log_ratio(velocity: Tensor, velocity_old: Tensor, made: Records) -> Tensor:
     """Return log p_new/p_old of each sample [S] from the velocities [N, …] of the rows."""
-    delta = over(torch.where(made.std > 0, made.v_coef / made.std.clamp(min=1e-30), 0.0), velocity) * (velocity_old - velocity)
+    delta = over(torch.where(made.std > 0, made.v_coef / made.std.clamp(min=1e-30), 0.0), velocity) * (
+        velocity_old - velocity
+    )
     square = delta.square().flatten(1).mean(1)
     return -((made.noise * delta[made.owner]).flatten(1).mean(1) + 0.5 * square[made.owner])
 
@@ -156,10 +190,11 @@ def backward(
     check: Callable[[], None] | None = None,
     reference: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> dict[str, float]:
-    """Accumulate the gradient of one objective over all rows; `old` [N, …] are the velocities of `snapshot`, needed by the clipped form.
+    """Accumulate the gradient of one objective over all rows; `old` [N, …] are the velocities of `snapshot`,
+    needed by the clipped form.
 
-    The velocity KL adds β·mean‖v − v_ref‖²/D over the rows, v_ref inside the context `reference`: without the adapter where it is not
-    given. Returns sums and extremes that explain the update.
+    The velocity KL adds β·mean‖v − v_ref‖²/D over the rows, v_ref inside the context `reference`: without the
+    adapter where it is not given. Returns sums and extremes that explain the update.
     """
     stats = {"kl": 0.0, "clipped": 0.0, "ratio": 0.0, "ratio_deviation": 0.0}
     for i, part in enumerate(micro_batches(made, micro_batch)):
@@ -167,16 +202,21 @@ def backward(
         if check:
             check()
         if recipe.kl:
-            # First, for a reference may change the adapter's numbers, which the backward pass must find as they were.
+            # First, for a reference may change the adapter's numbers, which the backward pass must find as
+            # they were.
             with torch.no_grad(), (reference or policy.reference)():
                 anchored = policy.velocity(part.x, part.sigma, cond)
         velocity = policy.velocity(part.x, part.sigma, cond)
         if recipe.objective == "clip":
-            loss, ratio = clipped_loss(velocity, old[i * micro_batch : (i + 1) * micro_batch], part, recipe.clip)
+            loss, ratio = clipped_loss(
+                velocity, old[i * micro_batch : (i + 1) * micro_batch], part, recipe.clip
+            )
             deviation = (ratio.detach() - 1).abs()
             stats["clipped"] += (deviation > recipe.clip).sum().item()
             stats["ratio"] += ratio.detach().sum().item()
-            stats["ratio_deviation"] = max(stats["ratio_deviation"], deviation.max().item() if len(deviation) else 0.0)
+            stats["ratio_deviation"] = max(
+                stats["ratio_deviation"], deviation.max().item() if len(deviation) else 0.0
+            )
         else:
             loss = (velocity * _cotangent(part.direction, part.v_coef, part.std, part.weight)).sum()
         if recipe.kl:
@@ -188,7 +228,9 @@ def backward(
 
 
 def snapshot(policy: Policy, made: Records, conds: Sequence[Any], *, micro_batch: int | Limit = 32) -> Tensor:
-    """Compute the old velocities [N, …] in the batches, and with the kernels, that training will use: the first ratio is then exactly 1."""
+    """Compute the old velocities [N, …] in the batches, and with the kernels, that training will use: the
+    first ratio is then exactly 1.
+    """
 
     def velocity(rows: slice) -> Tensor:
         cond = [conds[p] for p in made.prompt[rows].tolist()]
@@ -209,20 +251,31 @@ def update(
     check: Callable[[], None] | None = None,
     reference: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> dict[str, float]:
-    """Take one optimizer step per rollout ("accumulate") or per branch step ("per_step"), `epochs` times over; return the metrics.
+    """Take one optimizer step per rollout ("accumulate") or per branch step ("per_step"), `epochs` times
+    over; return the metrics.
 
-    `reduce` averages a gradient over processes; `check` is called before every forward and may raise; `reference` is as in `backward`. A
-    step whose gradient is not finite is skipped and counted. Where memory runs out, `micro_batch` is halved and the step begun again.
+    `reduce` averages a gradient over processes; `check` is called before every forward and may raise;
+    `reference` is as in `backward`. A step whose gradient is not finite is skipped and counted. Where memory
+    runs out, `micro_batch` is halved and the step begun again.
     """
     limit = limit_of(micro_batch)
     per_step = recipe.update == "per_step"
-    parts = [made.rows((made.step == k).nonzero().flatten()) for k in made.step.unique().tolist()] if per_step else [made]
+    parts = (
+        [made.rows((made.step == k).nonzero().flatten()) for k in made.step.unique().tolist()]
+        if per_step
+        else [made]
+    )
     parts = [dataclasses.replace(part, weight=part.weight * len(parts)) for part in parts]
-    old = [snapshot(policy, part, conds, micro_batch=limit) if recipe.objective == "clip" else None for part in parts]
+    old = [
+        snapshot(policy, part, conds, micro_batch=limit) if recipe.objective == "clip" else None
+        for part in parts
+    ]
 
     def gradient(part: Records, before: Tensor | None) -> dict[str, float]:
         optimizer.zero_grad(set_to_none=True)
-        return backward(policy, part, conds, recipe, micro_batch=limit.rows, old=before, check=check, reference=reference)
+        return backward(
+            policy, part, conds, recipe, micro_batch=limit.rows, old=before, check=check, reference=reference
+        )
 
     totals: dict[str, float] = {}
     samples, norms, skipped = 0, [], 0
@@ -230,7 +283,10 @@ def update(
         for part, before in zip(parts, old, strict=True):
             stats = limit.until(partial(gradient, part, before), len(part))
             samples += len(part.advantage) if part.advantage is not None else 0
-            totals = {key: max(totals.get(key, 0), v) if key == "ratio_deviation" else totals.get(key, 0) + v for key, v in stats.items()}
+            totals = {
+                key: max(totals.get(key, 0), v) if key == "ratio_deviation" else totals.get(key, 0) + v
+                for key, v in stats.items()
+            }
             norm = clip_gradients(policy.parameters(), recipe.max_grad_norm, reduce)
             norms.append(norm)
             if norm == norm and norm != float("inf"):
@@ -239,7 +295,11 @@ def update(
                 skipped += 1
     # Nobody looks at them again, and the next rollout needs the room.
     optimizer.zero_grad(set_to_none=True)
-    metrics = {"grad_norm": sum(norms) / len(norms), "lr": optimizer.param_groups[0]["lr"], "skipped": float(skipped)}
+    metrics = {
+        "grad_norm": sum(norms) / len(norms),
+        "lr": optimizer.param_groups[0]["lr"],
+        "skipped": float(skipped),
+    }
     if recipe.kl:
         metrics["kl/velocity"] = totals["kl"] / len(norms)
     if recipe.objective == "clip" and samples:
@@ -248,7 +308,9 @@ def update(
     return metrics
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, reduce: Callable[[Tensor], Tensor] | None = None) -> float:
+def clip_gradients(
+    parameters: Sequence[nn.Parameter], max_norm: float, reduce: Callable[[Tensor], Tensor] | None = None
+) -> float:
     """Average gradients over processes, scale them down to `max_norm`, and return the norm they had."""
     for parameter in parameters:
         if parameter.grad is None:

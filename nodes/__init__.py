@@ -4,14 +4,38 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import advantages_block, demo, folders, results, reward_blocks, sampling, saving, scoring, training, update_block, voting
+from . import (
+    advantages_block,
+    demo,
+    folders,
+    results,
+    reward_blocks,
+    sampling,
+    saving,
+    scoring,
+    training,
+    update_block,
+    voting,
+)
 
 # Older cores call no on_load: the routes are added by their import.
 from .host import routes as routes
 
 NODES: list[type[io.ComfyNode]] = [
     block
-    for module in (training, update_block, results, sampling, advantages_block, reward_blocks, scoring, voting, folders, saving, demo)
+    for module in (
+        training,
+        update_block,
+        results,
+        sampling,
+        advantages_block,
+        reward_blocks,
+        scoring,
+        voting,
+        folders,
+        saving,
+        demo,
+    )
     for block in module.NODES
 ]
 

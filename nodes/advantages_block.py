@@ -25,24 +25,38 @@ MISLEADING = 0.5  # rank agreement below which a coarse completion is worth a wa
 
 
 def checked_rewards(rollout: RolloutData, scores: ScoresData) -> Tensor:
-    """Lay scores [R, images] out by the rollout's plan: [R, K, G, L]; raise ValueError where they do not belong together."""
+    """Lay scores [R, images] out by the rollout's plan: [R, K, G, L].
+
+    Raise ValueError where they do not belong together.
+    """
     plan, values = rollout.rollout.plan, scores.values
     if values.ndim != 2 or values.shape[0] != len(scores.weights) or values.shape[1] != len(plan.images):
         found = f"{values.shape[-1]} images" if values.ndim else "no images"
-        raise ValueError(f"scores holds {found} and the rollout {len(plan.images)}; connect scores of this very rollout")
+        raise ValueError(
+            f"scores holds {found} and the rollout {len(plan.images)}; connect scores of this very rollout"
+        )
     if not plan.transitions:
-        raise ValueError("rollout has no branches, so nothing can be compared; name at least one branch step in Rollout")
+        raise ValueError(
+            "rollout has no branches, so nothing can be compared; name at least one branch step in Rollout"
+        )
     if values.isinf().any():
         raise ValueError("scores holds an infinite score; use nan for an image that cannot be judged")
     if values.isnan().all():
-        raise ValueError("scores are all nan: nothing could be judged; check the prompt and the reward of Score Rollout")
+        raise ValueError(
+            "scores are all nan: nothing could be judged; check the prompt and the reward of Score Rollout"
+        )
     return plan.values(values.detach().float().cpu())
 
 
-def make_table(rollout: RolloutData, scores: ScoresData, rewards: Tensor, advantages: Tensor, std_floor: float) -> Table:
+def make_table(
+    rollout: RolloutData, scores: ScoresData, rewards: Tensor, advantages: Tensor, std_floor: float
+) -> Table:
     """Collect what the heat map shows."""
     levels = rewards.unbind(3)
-    alone = [mixed([level[..., None]], scores.weights, scores.mix, scores.gates, WITHOUT_CLAMP, std_floor)[0] for level in levels]
+    alone = [
+        mixed([level[..., None]], scores.weights, scores.mix, scores.gates, WITHOUT_CLAMP, std_floor)[0]
+        for level in levels
+    ]
     z = torch.stack(alone, 2)
     missing = rewards.isnan().all(0)
     std = moments(rewards)[1][:, :, 0]
@@ -72,7 +86,11 @@ def make_tiles(rollout: RolloutData, scores: ScoresData, advantages: Tensor) -> 
         strides.setdefault(leaf.state, []).append(rollout.granularities[leaf.granularity])
     places = branch_places(plan)
     overall = standing(scores.values.cpu().float(), scores.weights, scores.mix, scores.gates).tolist()
-    pictures = scores.pictures if scores.pictures is not None and len(scores.pictures) == len(plan.images) else [None] * len(plan.images)
+    pictures = (
+        scores.pictures
+        if scores.pictures is not None and len(scores.pictures) == len(plan.images)
+        else [None] * len(plan.images)
+    )
     tiles = []
     for image, (state, picture, score) in enumerate(zip(plan.images, pictures, overall, strict=True)):
         at = state
@@ -84,24 +102,41 @@ def make_tiles(rollout: RolloutData, scores: ScoresData, advantages: Tensor) -> 
         branch = plan.states[at]
         stride = ", ".join(map(str, strides[state]))
         where = f"step {places[branch.group][0]}, branch {branch.member}"
-        tiles.append(Tile(picture, score, float(advantages[branch.group, branch.member]), (where, f"stride {stride}", f"image {image}")))
+        tiles.append(
+            Tile(
+                picture,
+                score,
+                float(advantages[branch.group, branch.member]),
+                (where, f"stride {stride}", f"image {image}"),
+            )
+        )
     return tiles
 
 
-def summary(rollout: RolloutData, rewards: Tensor, advantages: Tensor, names: tuple[str, ...], std_floor: float) -> str:
+def summary(
+    rollout: RolloutData, rewards: Tensor, advantages: Tensor, names: tuple[str, ...], std_floor: float
+) -> str:
     """Say how much there is to learn, and whether coarse completions mislead."""
     share = zero_std_share(rewards, std_floor)
     lines = [
-        f"{advantages.shape[0]} branch steps × {advantages.shape[1]} branches, mean |advantage| {advantages.abs().mean():.2f}",
+        (
+            f"{advantages.shape[0]} branch steps × {advantages.shape[1]} branches, mean |advantage| "
+            f"{advantages.abs().mean():.2f}"
+        ),
         f"zero_std_share {share:.0%}: groups whose rewards are all equal, which teach nothing",
     ]
     for name, row in zip(names, rewards, strict=True):
         agreement = rank_agreement(row[None])
         for stride, value in list(zip(rollout.granularities, agreement.tolist(), strict=True))[1:]:
             said = "no group to compare" if math.isnan(value) else f"{value:.2f}"
-            lines.append(f"rank_agreement of stride {stride} with stride {rollout.granularities[0]}, {name}: {said}")
+            lines.append(
+                f"rank_agreement of stride {stride} with stride {rollout.granularities[0]}, {name}: {said}"
+            )
             if value < MISLEADING:
-                lines.append(f"Warning: stride {stride} orders the branches differently; its coarse completions may mislead")
+                lines.append(
+                    f"Warning: stride {stride} orders the branches differently; its coarse completions "
+                    "may mislead"
+                )
     if advantages.abs().max() < NOTHING:
         lines.append("Warning: every advantage is 0; an update with these scores changes nothing")
     return "\n".join(lines)
@@ -117,38 +152,54 @@ class Advantages(io.ComfyNode):
             node_id="G2RPO_Advantages",
             display_name="Advantages",
             category=TRAINING,
-            description="Compare every branch with its group: z-scores of the rewards, mixed and summed over granularities. Shows why.",
+            description=(
+                "Compare every branch with its group: z-scores of the rewards, mixed and summed over "
+                "granularities. Shows why."
+            ),
             inputs=[
                 RolloutWire.Input("rollout", tooltip="From Rollout."),
-                ScoresWire.Input("scores", tooltip="Scores of this very rollout, from Score Rollout or Scores From Values."),
+                ScoresWire.Input(
+                    "scores", tooltip="Scores of this very rollout, from Score Rollout or Scores From Values."
+                ),
                 recipe_input("clamp"),
                 recipe_input("std_floor", step=1e-8),
-                io.Boolean.Input("per_branch", default=False, tooltip="Heat map with a row per branch instead of one row per granularity."),
+                io.Boolean.Input(
+                    "per_branch",
+                    default=False,
+                    tooltip="Heat map with a row per branch instead of one row per granularity.",
+                ),
             ],
             outputs=[
                 AdvantagesWire.Output("advantages", display_name="advantages", tooltip="For Update LoRA."),
                 io.Image.Output(
                     "heatmap",
                     display_name="heatmap",
-                    tooltip="Z-score of each step's winner (the branch with the highest advantage) by granularity and branch step: "
-                    "positive where the granularity likes the winner too, negative where it was outvoted, hatched where all rewards tie.",
+                    tooltip="Z-score of each step's winner (the branch with the highest advantage) by "
+                    "granularity and branch step: positive where the granularity likes the winner too, "
+                    "negative where it was outvoted, hatched where all rewards tie.",
                 ),
                 io.Image.Output(
                     "ranked",
                     display_name="ranked",
-                    tooltip="Completions from best to worst with score and advantage; the frame says up or down.",
+                    tooltip=(
+                        "Completions from best to worst with score and advantage; the frame says up or down."
+                    ),
                 ),
                 io.String.Output(
                     "summary",
                     display_name="summary",
-                    tooltip="How much there is to learn, and whether coarse completions agree with fine ones.",
+                    tooltip=(
+                        "How much there is to learn, and whether coarse completions agree with fine ones."
+                    ),
                 ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, rollout: RolloutData, scores: ScoresData, clamp: float, std_floor: float, per_branch: bool) -> io.NodeOutput:
+    def execute(
+        cls, rollout: RolloutData, scores: ScoresData, clamp: float, std_floor: float, per_branch: bool
+    ) -> io.NodeOutput:
         """Integrate and draw."""
         check_inputs(cls, locals())
         for name, value in (("clamp", clamp), ("std_floor", std_floor)):

@@ -1,4 +1,6 @@
-"""The bundled tiny model on core's own wires: MODEL by core's loader, CLIP and VAE as core's classes around narrower networks."""
+"""The bundled tiny model on core's own wires: MODEL by core's loader, CLIP and VAE as core's classes
+around narrower networks.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ from torch import Tensor, nn
 from .types import TRAINING
 
 TINY = Path(__file__).resolve().parent.parent / "models" / "tiny"
-WEIGHTS = ("transformer/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model", "text_encoder_2/model")
+WEIGHTS = (
+    "transformer/diffusion_pytorch_model",
+    "vae/diffusion_pytorch_model",
+    "text_encoder/model",
+    "text_encoder_2/model",
+)
 
 
 class TinyDemoLoader(io.ComfyNode):
@@ -36,24 +43,39 @@ class TinyDemoLoader(io.ComfyNode):
             display_name="Tiny Demo Loader",
             category=TRAINING,
             description=(
-                "Loads the tiny model that comes with this pack: the architecture of Stable Diffusion 3.5 with four million parameters. "
-                "It draws a few coloured shapes at 64×64 pixels ('a red circle and a blue square'), "
-                "so that every graph can be tried in seconds, on any machine."
+                "Loads the tiny model that comes with this pack: the architecture of Stable Diffusion 3.5 "
+                "with four million parameters. It draws a few coloured shapes at 64×64 pixels ('a red circle "
+                "and a blue square'), so that every graph can be tried in seconds, on any machine."
             ),
             inputs=[],
             outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="Tiny flow model with a shift of 3; eight steps at cfg 1 are enough."),
-                io.Clip.Output(display_name="CLIP", tooltip="Its text encoders: colours, shapes, numbers; prompts end at ten words."),
-                io.Vae.Output(display_name="VAE", tooltip="Its encoder and decoder: 16 channels, Stable Diffusion 3's latent format."),
+                io.Model.Output(
+                    display_name="MODEL",
+                    tooltip="Tiny flow model with a shift of 3; eight steps at cfg 1 are enough.",
+                ),
+                io.Clip.Output(
+                    display_name="CLIP",
+                    tooltip="Its text encoders: colours, shapes, numbers; prompts end at ten words.",
+                ),
+                io.Vae.Output(
+                    display_name="VAE",
+                    tooltip="Its encoder and decoder: 16 channels, Stable Diffusion 3's latent format.",
+                ),
             ],
         )
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
         """Load all three."""
-        missing = [f"models/tiny/{name}.safetensors" for name in WEIGHTS if not (TINY / f"{name}.safetensors").is_file()]
+        missing = [
+            f"models/tiny/{name}.safetensors"
+            for name in WEIGHTS
+            if not (TINY / f"{name}.safetensors").is_file()
+        ]
         if missing:
-            raise ValueError(f"Tiny Demo Loader: {missing[0]} is missing from this pack's folder; install the pack again")
+            raise ValueError(
+                f"Tiny Demo Loader: {missing[0]} is missing from this pack's folder; install the pack again"
+            )
         return io.NodeOutput(comfy.sd.load_diffusion_model(str(_weights(0))), tiny_clip(), tiny_vae())
 
 
@@ -66,12 +88,19 @@ def _config(folder: str) -> dict[str, Any]:
 
 
 def tiny_vae() -> comfy.sd.VAE:
-    """Return core's VAE around the narrow autoencoder; the LATENT wire keeps Stable Diffusion 3's latent format."""
+    """Return core's VAE around the narrow autoencoder.
+
+    The LATENT wire keeps Stable Diffusion 3's latent format.
+    """
     # Core's own network is wider: it is built with arbitrary weights, for its settings alone, and replaced.
-    vae = comfy.sd.VAE(sd=TAESD(latent_channels=_config("vae")["latent_channels"]).state_dict(), dtype=torch.float32)
+    vae = comfy.sd.VAE(
+        sd=TAESD(latent_channels=_config("vae")["latent_channels"]).state_dict(), dtype=torch.float32
+    )
     vae.first_stage_model = _autoencoder().to(vae.vae_dtype).eval().requires_grad_(False)
     vae.patcher = comfy.model_patcher.ModelPatcher(
-        vae.first_stage_model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()
+        vae.first_stage_model,
+        load_device=vae.device,
+        offload_device=comfy.model_management.vae_offload_device(),
     )
     return vae
 
@@ -80,10 +109,13 @@ def _autoencoder() -> TAESD:
     config, wire = _config("vae"), comfy.latent_formats.SD3()
     model = TAESD(latent_channels=config["latent_channels"])
     model.taesd_encoder, model.taesd_decoder = _encoder(config), _decoder(config)
-    # Wire to model space is (z - shift) * scale, model space to the network's own m / scaling + shift; both steps in one.
+    # Wire to model space is (z - shift) * scale, model space to the network's own m / scaling + shift; both
+    # steps in one.
     weights = {
         "vae_scale": torch.tensor(wire.scale_factor / config["scaling_factor"]),
-        "vae_shift": torch.tensor(wire.shift_factor - config["shift_factor"] * config["scaling_factor"] / wire.scale_factor),
+        "vae_shift": torch.tensor(
+            wire.shift_factor - config["shift_factor"] * config["scaling_factor"] / wire.scale_factor
+        ),
     }
     for key, tensor in _read(1).items():
         part, _, number, rest = key.split(".", 3)
@@ -99,7 +131,9 @@ def _read(which: int) -> dict[str, Tensor]:
 
 def _encoder(config: dict[str, Any]) -> nn.Sequential:
     layers, before = [], config["in_channels"]
-    for stage, (blocks, width) in enumerate(zip(config["num_encoder_blocks"], config["encoder_block_out_channels"], strict=True)):
+    for stage, (blocks, width) in enumerate(
+        zip(config["num_encoder_blocks"], config["encoder_block_out_channels"], strict=True)
+    ):
         layers += [conv(before, width, stride=2, bias=False) if stage else conv(before, width)]
         layers += [Block(width, width) for _ in range(blocks)]
         before = width
@@ -111,13 +145,18 @@ def _decoder(config: dict[str, Any]) -> nn.Sequential:
     layers: list[nn.Module] = [Clamp(), conv(config["latent_channels"], widths[0]), nn.ReLU()]
     for blocks, width in zip(config["num_decoder_blocks"][:-1], widths[:-1], strict=True):
         layers += [Block(width, width) for _ in range(blocks)]
-        layers += [nn.Upsample(scale_factor=config["upsampling_scaling_factor"]), conv(width, width, bias=False)]
+        layers += [
+            nn.Upsample(scale_factor=config["upsampling_scaling_factor"]),
+            conv(width, width, bias=False),
+        ]
     layers += [Block(widths[-1], widths[-1]) for _ in range(config["num_decoder_blocks"][-1])]
     return nn.Sequential(*layers, conv(widths[-1], config["out_channels"]))
 
 
 def tiny_clip() -> comfy.sd.CLIP:
-    """Return core's CLIP around the two small text encoders, in the way in which core describes Stable Diffusion 3's."""
+    """Return core's CLIP around the two small text encoders, in the way in which core describes Stable
+    Diffusion 3's.
+    """
     target = SimpleNamespace(params={}, clip=_TextEncoders, tokenizer=_Tokenizers)
     clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
     for which, encoder in ((2, clip.cond_stage_model.l), (3, clip.cond_stage_model.g)):
@@ -129,7 +168,10 @@ class _TextEncoders(nn.Module):
     def __init__(self, device: torch.device, dtype: torch.dtype, model_options: dict[str, Any]) -> None:
         super().__init__()
         self.dtypes = {dtype}
-        self.l, self.g = (_text_encoder(folder, device, dtype, model_options) for folder in ("text_encoder", "text_encoder_2"))
+        self.l, self.g = (
+            _text_encoder(folder, device, dtype, model_options)
+            for folder in ("text_encoder", "text_encoder_2")
+        )
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
         for encoder in (self.l, self.g):
@@ -140,11 +182,15 @@ class _TextEncoders(nn.Module):
             encoder.reset_clip_options()
 
     def encode_token_weights(self, tokens: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        (features, pooled), (features_2, pooled_2) = (getattr(self, name).encode_token_weights(tokens[name]) for name in "lg")
+        (features, pooled), (features_2, pooled_2) = (
+            getattr(self, name).encode_token_weights(tokens[name]) for name in "lg"
+        )
         return torch.cat([features, features_2], -1), torch.cat([pooled, pooled_2], -1)
 
 
-def _text_encoder(folder: str, device: torch.device, dtype: torch.dtype, model_options: dict[str, Any]) -> SDClipModel:
+def _text_encoder(
+    folder: str, device: torch.device, dtype: torch.dtype, model_options: dict[str, Any]
+) -> SDClipModel:
     config = _config(folder)
     special = {"start": config["bos_token_id"], "end": config["eos_token_id"], "pad": config["pad_token_id"]}
     model = SDClipModel(
@@ -160,7 +206,9 @@ def _text_encoder(folder: str, device: torch.device, dtype: torch.dtype, model_o
         model_options=model_options,
     )
     # Core's network always has CLIP's vocabulary.
-    words = comfy.ops.manual_cast.Embedding(config["vocab_size"], config["hidden_size"], device=device, dtype=dtype)
+    words = comfy.ops.manual_cast.Embedding(
+        config["vocab_size"], config["hidden_size"], device=device, dtype=dtype
+    )
     model.transformer.text_model.embeddings.token_embedding = words.requires_grad_(False)
     return model
 
@@ -170,13 +218,23 @@ class _Tokenizers:
         # As in core's own tokenizer files, the limit is left to max_length.
         settings = {"local_files_only": True, "model_max_length": 8192}
         self.l, self.g = (
-            SDTokenizer(str(TINY / name), max_length=_config(encoder)["max_position_embeddings"], tokenizer_args=settings)
+            SDTokenizer(
+                str(TINY / name),
+                max_length=_config(encoder)["max_position_embeddings"],
+                tokenizer_args=settings,
+            )
             for name, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
         )
 
-    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> dict[str, Any]:
-        # A prompt that is too long is cut, as in diffusers; core would encode it in pieces. Some nodes ask for a third encoder's tokens.
-        tokens = {name: getattr(self, name).tokenize_with_weights(text, return_word_ids, **options)[:1] for name in "lg"}
+    def tokenize_with_weights(
+        self, text: str, return_word_ids: bool = False, **options: Any
+    ) -> dict[str, Any]:
+        # A prompt that is too long is cut, as in diffusers; core would encode it in pieces. Some nodes ask
+        # for a third encoder's tokens.
+        tokens = {
+            name: getattr(self, name).tokenize_with_weights(text, return_word_ids, **options)[:1]
+            for name in "lg"
+        }
         return {**tokens, "t5xxl": []}
 
     def untokenize(self, tokens: list[tuple[int, float]]) -> list[Any]:

@@ -1,4 +1,6 @@
-"""The block that loads a folder of ComfyUI's input directory: any sizes, names and prompts beside the images, broken files named."""
+"""The block that loads a folder of ComfyUI's input directory: any sizes, names and prompts beside the
+images, broken files named.
+"""
 
 from __future__ import annotations
 
@@ -56,40 +58,76 @@ class LoadImageFolder(io.ComfyNode):
             node_id="G2RPO_LoadImageFolder",
             display_name="Load Image Folder",
             category=SCORING,
-            description="Load the images of a folder in ComfyUI's input directory, one by one: sizes may differ. Finds their prompts, too.",
+            description=(
+                "Load the images of a folder in ComfyUI's input directory, one by one: sizes may differ. "
+                "Finds their prompts, too."
+            ),
             inputs=[
-                io.Combo.Input("folder", options=choices(), tooltip="A folder in the input directory; (input) is that directory itself."),
+                io.Combo.Input(
+                    "folder",
+                    options=choices(),
+                    tooltip="A folder in the input directory; (input) is that directory itself.",
+                ),
                 io.Boolean.Input("deep", default=False, tooltip="Also take the folders in that folder."),
-                io.Int.Input("skip", default=0, min=0, max=1_000_000, tooltip="Leave out so many images at the beginning, by name."),
-                io.Int.Input("most", default=64, min=1, max=MAX_IMAGES, tooltip="Load at most so many images."),
+                io.Int.Input(
+                    "skip",
+                    default=0,
+                    min=0,
+                    max=1_000_000,
+                    tooltip="Leave out so many images at the beginning, by name.",
+                ),
+                io.Int.Input(
+                    "most", default=64, min=1, max=MAX_IMAGES, tooltip="Load at most so many images."
+                ),
                 io.Int.Input(
                     "max_side",
                     default=2048,
                     min=64,
                     max=16384,
-                    tooltip="Larger images are made smaller until their longer side is this, in pixels; that changes what rules measure.",
+                    tooltip=(
+                        "Larger images are made smaller until their longer side is this, in pixels; that "
+                        "changes what rules measure."
+                    ),
                 ),
             ],
             outputs=[
-                io.Image.Output("images", display_name="images", is_output_list=True, tooltip="The images, by name; alpha is left out."),
-                io.String.Output("names", display_name="names", is_output_list=True, tooltip="Their file names."),
+                io.Image.Output(
+                    "images",
+                    display_name="images",
+                    is_output_list=True,
+                    tooltip="The images, by name; alpha is left out.",
+                ),
+                io.String.Output(
+                    "names", display_name="names", is_output_list=True, tooltip="Their file names."
+                ),
                 io.String.Output(
                     "prompts",
                     display_name="prompts",
                     is_output_list=True,
-                    tooltip="Their prompts: from Save Scored Images, a .txt beside the file, or the PNG's own graph; blank if unknown.",
+                    tooltip=(
+                        "Their prompts: from Save Scored Images, a .txt beside the file, or the PNG's own "
+                        "graph; blank if unknown."
+                    ),
                 ),
-                io.String.Output("report", display_name="report", tooltip="How many were loaded, and which could not be read."),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="How many were loaded, and which could not be read.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, deep: bool = False, skip: int = 0, most: int = 64, max_side: int = 2048) -> str:
+    def fingerprint_inputs(
+        cls, folder: str, deep: bool = False, skip: int = 0, most: int = 64, max_side: int = 2048
+    ) -> str:
         """Load again where a file has come, gone or changed."""
         try:
             files = pictures_of(str(folder), bool(deep))
-            seen = [f"{path} {status.st_size} {status.st_mtime_ns}" for path in files if (status := path.stat())]
+            seen = [
+                f"{path} {status.st_size} {status.st_mtime_ns}" for path in files if (status := path.stat())
+            ]
         except (ValueError, OSError) as error:
             seen = [str(error)]
         return hashlib.sha256("\n".join(seen).encode(errors="replace")).hexdigest()
@@ -101,7 +139,10 @@ class LoadImageFolder(io.ComfyNode):
         every = pictures_of(folder, deep)
         chosen = every[skip : skip + most]
         if not chosen:
-            raise ValueError(f"folder {harmless(folder)!a} holds {len(every)} images, and skip leaves none; put images there or lower skip")
+            raise ValueError(
+                f"folder {harmless(folder)!a} holds {len(every)} images, and skip leaves none; put "
+                "images there or lower skip"
+            )
         images, names, prompts, broken = [], [], [], []
         pixels = 0
         bar = comfy.utils.ProgressBar(len(chosen), node_id=node_id(cls))
@@ -114,7 +155,10 @@ class LoadImageFolder(io.ComfyNode):
                 pixels += round(width * shrink) * round(height * shrink)
                 if pixels > MAX_PIXELS:
                     limit = f"{MAX_PIXELS // 10**6} megapixels"
-                    raise ValueError(f"most is {most}, but {len(images) + 1} images are already above {limit}; lower most or max_side")
+                    raise ValueError(
+                        f"most is {most}, but {len(images) + 1} images are already above {limit}; "
+                        "lower most or max_side"
+                    )
                 images.append(smaller(read(path), max_side)[None])
             except PictureError:
                 broken.append(name)
@@ -127,7 +171,11 @@ class LoadImageFolder(io.ComfyNode):
         if not images:
             raise ValueError(f"folder holds no image that can be read: {text}; put PNG or JPEG files there")
         if broken:
-            logging.warning("Load Image Folder: %d files cannot be read: %s", len(broken), [name[:200] for name in broken[:MAX_NAMED]])
+            logging.warning(
+                "Load Image Folder: %d files cannot be read: %s",
+                len(broken),
+                [name[:200] for name in broken[:MAX_NAMED]],
+            )
         return io.NodeOutput(images, names, prompts, text, ui=show(cls, text))
 
 
@@ -136,7 +184,10 @@ def smaller(image: Tensor, side: int) -> Tensor:
     height, width = image.shape[:2]
     if max(height, width) <= side:
         return image
-    size = (max(round(height * side / max(height, width)), 1), max(round(width * side / max(height, width)), 1))
+    size = (
+        max(round(height * side / max(height, width)), 1),
+        max(round(width * side / max(height, width)), 1),
+    )
     shrunk = interpolate(image.movedim(-1, 0)[None], size, mode="bicubic", antialias=True)[0].movedim(0, -1)
     return torch.clamp(shrunk, 0, 1)
 

@@ -44,34 +44,78 @@ class CompareLoRA(io.ComfyNode):
             node_id="G2RPO_CompareLoRA",
             display_name="Compare LoRA",
             category=TRAINING,
-            description="Draw the same prompts from the same noises with two models, score both, and tell the change from chance.",
+            description=(
+                "Draw the same prompts from the same noises with two models, score both, and tell the "
+                "change from chance."
+            ),
             inputs=[
                 io.Model.Input("base", tooltip="The model before training."),
-                io.Model.Input("tuned", tooltip="The model with the LoRA: from Train LoRA, or any LoRA loader."),
+                io.Model.Input(
+                    "tuned", tooltip="The model with the LoRA: from Train LoRA, or any LoRA loader."
+                ),
                 io.Clip.Input("clip", tooltip="Text encoder of both."),
                 io.Vae.Input("vae", tooltip="VAE of both."),
                 RewardWire.Input("reward", tooltip="Rewards that score the pictures."),
                 io.String.Input(
-                    "prompts", multiline=True, default="", tooltip="One prompt per line; best ones that nothing was trained on."
+                    "prompts",
+                    multiline=True,
+                    default="",
+                    tooltip="One prompt per line; best ones that nothing was trained on.",
                 ),
                 io.String.Input(
-                    "negative", multiline=True, default="", tooltip="Negative prompt; it plays a part where guidance is above 1."
+                    "negative",
+                    multiline=True,
+                    default="",
+                    tooltip="Negative prompt; it plays a part where guidance is above 1.",
                 ),
-                io.Float.Input("guidance", default=1.0, min=1.0, max=30.0, step=0.1, tooltip="Classifier-free guidance; 1 is none."),
-                io.Int.Input("width", default=512, min=16, max=4096, step=8, tooltip="Width of the pictures in pixels."),
-                io.Int.Input("height", default=512, min=16, max=4096, step=8, tooltip="Height of the pictures in pixels."),
+                io.Float.Input(
+                    "guidance",
+                    default=1.0,
+                    min=1.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="Classifier-free guidance; 1 is none.",
+                ),
+                io.Int.Input(
+                    "width", default=512, min=16, max=4096, step=8, tooltip="Width of the pictures in pixels."
+                ),
+                io.Int.Input(
+                    "height",
+                    default=512,
+                    min=16,
+                    max=4096,
+                    step=8,
+                    tooltip="Height of the pictures in pixels.",
+                ),
                 io.Int.Input("num_steps", default=16, min=1, max=1000, tooltip="Steps of Euler's solver."),
                 io.Int.Input("noises", default=2, min=1, max=64, tooltip="Start noises per prompt."),
-                io.Int.Input("slots", default=8, min=1, max=4096, tooltip="Latents in one forward; bounds the memory."),
-                io.Int.Input("seed", control_after_generate=False, default=0, min=0, max=2**31 - 1, tooltip="Seed of the start noises."),
+                io.Int.Input(
+                    "slots", default=8, min=1, max=4096, tooltip="Latents in one forward; bounds the memory."
+                ),
+                io.Int.Input(
+                    "seed",
+                    control_after_generate=False,
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    tooltip="Seed of the start noises.",
+                ),
                 io.Sigmas.Input(
-                    "sigmas", optional=True, tooltip="Noise levels from 1 to 0 instead of num_steps with the model's own shift."
+                    "sigmas",
+                    optional=True,
+                    tooltip="Noise levels from 1 to 0 instead of num_steps with the model's own shift.",
                 ),
             ],
             outputs=[
-                io.Image.Output("sheet", display_name="sheet", tooltip="Base above, tuned below, with scores and their change."),
+                io.Image.Output(
+                    "sheet",
+                    display_name="sheet",
+                    tooltip="Base above, tuned below, with scores and their change.",
+                ),
                 io.String.Output(
-                    "summary", display_name="summary", tooltip="Gain of every reward with its 95 % interval and p-value, paired by prompt."
+                    "summary",
+                    display_name="summary",
+                    tooltip="Gain of every reward with its 95 % interval and p-value, paired by prompt.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -107,7 +151,8 @@ class CompareLoRA(io.ComfyNode):
         forwards = 2 * len(texts) * noises * (len(levels) - 1)
         if forwards * width * height > MAX_WORK:
             raise ValueError(
-                f"prompts: {forwards} forwards of {width}×{height} are above the limit; lower prompts, noises, num_steps or the size"
+                f"prompts: {forwards} forwards of {width}×{height} are above the limit; lower prompts, "
+                "noises, num_steps or the size"
             )
         announce(cls, f"{forwards} forwards for {2 * len(texts) * noises} pictures of {width}×{height}")
         pace = Pace(seed=seed, eval_noises=noises, slots=slots, decode_batch=min(slots, 8))
@@ -134,7 +179,11 @@ def gains(before: Evaluation, after: Evaluation) -> str:
     lines = []
     old, new = before.means(), after.means()
     for name, gain in compare(before, after).items():
-        sure = "" if gain["p"] != gain["p"] else f" ± {gain['ci95']:.3f} (95 %, {len(before.prompts)} prompts), p = {gain['p']:.2g}"
+        sure = (
+            ""
+            if gain["p"] != gain["p"]
+            else f" ± {gain['ci95']:.3f} (95 %, {len(before.prompts)} prompts), p = {gain['p']:.2g}"
+        )
         lines.append(f"{name}: {old[name]:.3f} → {new[name]:.3f}, {gain['mean']:+.3f}{sure}")
     return "\n".join(lines)
 
@@ -149,14 +198,25 @@ class RunMonitor(io.ComfyNode):
             node_id="G2RPO_RunMonitor",
             display_name="Run Monitor",
             category=TRAINING,
-            description="Curves and samples of a run, read from its folder: of one that goes on, or of one long ago.",
+            description=(
+                "Curves and samples of a run, read from its folder: of one that goes on, or of one long ago."
+            ),
             inputs=[
-                io.Combo.Input("run", options=[NEWEST, *run_names()], default=NEWEST, tooltip="A run under the output folder's g2rpo.")
+                io.Combo.Input(
+                    "run",
+                    options=[NEWEST, *run_names()],
+                    default=NEWEST,
+                    tooltip="A run under the output folder's g2rpo.",
+                )
             ],
             outputs=[
-                io.Image.Output("curve", display_name="curve", tooltip="Training and held-out rewards over the steps."),
+                io.Image.Output(
+                    "curve", display_name="curve", tooltip="Training and held-out rewards over the steps."
+                ),
                 io.String.Output(
-                    "summary", display_name="summary", tooltip="The last row of its metrics, and what came out if it has ended."
+                    "summary",
+                    display_name="summary",
+                    tooltip="The last row of its metrics, and what came out if it has ended.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -186,7 +246,9 @@ class RunMonitor(io.ComfyNode):
         """Draw what the folder holds."""
         folder = found(run)
         if folder is None:
-            return io.NodeOutput(reward_curve([], "No run yet"), "There is no run yet; train one with Train LoRA.")
+            return io.NodeOutput(
+                reward_curve([], "No run yet"), "There is no run yet; train one with Train LoRA."
+            )
         rows, total = all_rows(folder)
         text = "\n".join(f"{name}: {value}" for name, value in (rows[-1] if rows else {}).items())
         if folder.summary_file.is_file() and folder.summary_file.stat().st_size <= MAX_SUMMARY_BYTES:
@@ -213,7 +275,10 @@ def all_rows(folder: RunFolder) -> tuple[list[dict[str, Any]], int | None]:
 
 
 def found(run: str) -> RunFolder | None:
-    """Return a run by its name, or the newest if there is one yet. It is only read: another process may be writing it."""
+    """Return a run by its name, or the newest if there is one yet.
+
+    It is only read: another process may be writing it.
+    """
     names = run_names()
     if run == NEWEST and not names:
         return None
@@ -233,28 +298,48 @@ class SaveLoRA(io.ComfyNode):
             node_id="G2RPO_SaveLoRA",
             display_name="Save LoRA (G²RPO)",
             category=TRAINING,
-            description="Write a LoRA under models/loras/g2rpo, with scale and notes. Nothing is overwritten.",
+            description=(
+                "Write a LoRA under models/loras/g2rpo, with scale and notes. Nothing is overwritten."
+            ),
             inputs=[
                 io.LoraModel.Input("lora", tooltip="From Train LoRA or Update LoRA."),
-                io.String.Input("name", default="my-lora", tooltip="Name of the file; a number is added where it exists. " + NAME_TIP),
+                io.String.Input(
+                    "name",
+                    default="my-lora",
+                    tooltip="Name of the file; a number is added where it exists. " + NAME_TIP,
+                ),
                 io.Combo.Input(
                     "key_names",
                     options=list(lora.STYLES)[::-1],
                     default="native",
-                    tooltip="native: ComfyUI, every model. diffusers: ComfyUI and diffusers, where the model has exact names there.",
+                    tooltip=(
+                        "native: ComfyUI, every model. diffusers: ComfyUI and diffusers, where the model "
+                        "has exact names there."
+                    ),
                 ),
-                io.Model.Input("model", optional=True, tooltip="The model it was trained on; needed for diffusers' names."),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The model it was trained on; needed for diffusers' names.",
+                ),
                 io.String.Input(
-                    "run", optional=True, force_input=True, tooltip="The run it comes from: recipe, step and rewards are noted in the file."
+                    "run",
+                    optional=True,
+                    force_input=True,
+                    tooltip="The run it comes from: recipe, step and rewards are noted in the file.",
                 ),
             ],
-            outputs=[io.String.Output("file", display_name="file", tooltip="Its name in the list of LoRA loaders.")],
+            outputs=[
+                io.String.Output("file", display_name="file", tooltip="Its name in the list of LoRA loaders.")
+            ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, lora: dict[str, Tensor], name: str, key_names: str, model: Any = None, run: str | None = None) -> io.NodeOutput:
+    def execute(
+        cls, lora: dict[str, Tensor], name: str, key_names: str, model: Any = None, run: str | None = None
+    ) -> io.NodeOutput:
         """Check, rename if asked for, write."""
         check_inputs(cls, locals())
         file = save(lora, name, key_names, model, run)
@@ -266,7 +351,10 @@ def save(wire: dict[str, Tensor], name: str, style: str, model: Any, run: str | 
     with torch.inference_mode(False):
         tensors = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in wire.items()}
     if len(tensors) > HEADER_TENSORS:
-        raise ValueError(f"lora: it has {len(tensors)} tensors, and files of more than {HEADER_TENSORS} are refused; connect a smaller one")
+        raise ValueError(
+            f"lora: it has {len(tensors)} tensors, and files of more than {HEADER_TENSORS} are "
+            "refused; connect a smaller one"
+        )
     read = lora.parse(tensors, {}, "lora")
     folded = lora.fold(read.pairs, read.alphas)
     notes: dict[str, str] = {}
@@ -279,12 +367,22 @@ def save(wire: dict[str, Tensor], name: str, style: str, model: Any, run: str | 
     place = fresh_lora(name, "name")
     if style == "diffusers":
         if model is None:
-            raise ValueError("model: diffusers' names depend on it; connect the model that the LoRA was trained on")
+            raise ValueError(
+                "model: diffusers' names depend on it; connect the model that the LoRA was trained on"
+            )
         folded = diffusers_pairs(Adapter(folded, 0, 0.0, ""), model)
     ranks = {len(down) for down, _ in folded.values()}
     if len(ranks) > 1:
-        raise ValueError(f"lora: its modules have different ranks {sorted(ranks)}; save one that this pack has trained")
-    lora.write(place, folded, float(ranks.pop()), style=style, metadata={k: v for k, v in notes.items() if k.startswith("g2rpo.")})
+        raise ValueError(
+            f"lora: its modules have different ranks {sorted(ranks)}; save one that this pack has trained"
+        )
+    lora.write(
+        place,
+        folded,
+        float(ranks.pop()),
+        style=style,
+        metadata={k: v for k, v in notes.items() if k.startswith("g2rpo.")},
+    )
     return lora_listing(place)
 
 

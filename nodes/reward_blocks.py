@@ -1,4 +1,6 @@
-"""Blocks that make a reward: a rule or an installed model, several with weights and gates, a picture to be like."""
+"""Blocks that make a reward: a rule or an installed model, several with weights and gates, a picture to be
+like.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,17 @@ MAX_BATCH = 256
 MAX_GATES_TEXT = 2000
 MAX_REFERENCE = 2**24  # pixels
 PALETTE = "palette"
-_GATE = re.compile(r"\s*([\w.+-]{1,64})\s*=\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?)\s*", re.ASCII | re.IGNORECASE)
+_GATE = re.compile(
+    r"\s*([\w.+-]{1,64})\s*=\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?)\s*", re.ASCII | re.IGNORECASE
+)
 MIX_TIP = (
-    "How they become one, in training within a group, in Score Images within the images given. zscore: sum of their z-scores, so that no "
-    "unit dominates. sum: of the scores themselves. minimum: the least z-score. rank_product: the product of their ranks."
+    "How they become one, in training within a group, in Score Images within the images given. zscore: sum "
+    "of their z-scores, so that no unit dominates. sum: of the scores themselves. minimum: the least "
+    "z-score. rank_product: the product of their ranks."
 )
 GATES_TIP = (
-    "Lowest score to pass, one 'reward = score' a line, such as: sharpness = 50. What does not pass counts as the worst, whatever the "
+    "Lowest score to pass, one 'reward = score' a line, such as: sharpness = 50. What does not pass "
+    "counts as the worst, whatever the "
     "others say. For a reward of negative weight it is the highest score. Blank: no gates."
 )
 
@@ -44,20 +50,26 @@ class LoadReward(io.ComfyNode):
             node_id="G2RPO_LoadReward",
             display_name="Load Reward",
             category=SCORING,
-            description="Choose what makes an image good: a built-in rule, or a reward model that lies in models/g2rpo_rewards.",
+            description=(
+                "Choose what makes an image good: a built-in rule, or a reward model that lies in "
+                "models/g2rpo_rewards."
+            ),
             inputs=[
                 io.Combo.Input(
                     "reward",
                     options=choices(),
-                    tooltip="What scores images: built-in rules, and reward models that are installed. 'about' says what it measures and "
-                    "how to get more.",
+                    tooltip="What scores images: built-in rules, and reward models that are installed. "
+                    "'about' says what it measures and how to get more.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=list(DTYPES),
                     default="fp32",
                     optional=True,
-                    tooltip="Of a reward model's trunk; its head always computes in fp32. bf16 takes half the memory. Rules ignore it.",
+                    tooltip=(
+                        "Of a reward model's trunk; its head always computes in fp32. bf16 takes half the "
+                        "memory. Rules ignore it."
+                    ),
                 ),
                 io.Int.Input(
                     "batch",
@@ -65,15 +77,25 @@ class LoadReward(io.ComfyNode):
                     min=1,
                     max=MAX_BATCH,
                     optional=True,
-                    tooltip="Images that a reward model judges at once; lower it where memory runs out. Scores do not depend on it.",
+                    tooltip=(
+                        "Images that a reward model judges at once; lower it where memory runs out. Scores "
+                        "do not depend on it."
+                    ),
                 ),
             ],
             outputs=[
-                RewardWire.Output("loaded", display_name="reward", tooltip="For Score Images, Score Rollout, Mix Rewards and Train LoRA."),
+                RewardWire.Output(
+                    "loaded",
+                    display_name="reward",
+                    tooltip="For Score Images, Score Rollout, Mix Rewards and Train LoRA.",
+                ),
                 io.String.Output(
                     "about",
                     display_name="about",
-                    tooltip="What it measures, its licence, how it fails as a target, and how to get more rewards.",
+                    tooltip=(
+                        "What it measures, its licence, how it fails as a target, and how to get more "
+                        "rewards."
+                    ),
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -107,20 +129,31 @@ class MixRewards(io.ComfyNode):
             said = f"Weight of reward {i}; a negative one punishes, 0 leaves its gate alone."
             bounds = {"min": -MAX_WEIGHT, "max": MAX_WEIGHT, "step": 0.05}
             inputs.append(io.Float.Input(f"weight_{i}", default=1.0, optional=i > 2, tooltip=said, **bounds))
-        inputs.append(io.Combo.Input("mix", options=list(MIXES), default="zscore", optional=True, tooltip=MIX_TIP))
+        inputs.append(
+            io.Combo.Input("mix", options=list(MIXES), default="zscore", optional=True, tooltip=MIX_TIP)
+        )
         inputs.append(io.String.Input("gates", default="", multiline=True, optional=True, tooltip=GATES_TIP))
         return io.Schema(
             node_id="G2RPO_MixRewards",
             display_name="Mix Rewards",
             category=SCORING,
-            description="Judge by several rewards at once. A reward that comes twice counts once, with the sum of its weights.",
+            description=(
+                "Judge by several rewards at once. A reward that comes twice counts once, with the sum of "
+                "its weights."
+            ),
             inputs=inputs,
             outputs=[
-                RewardWire.Output("mixed", display_name="reward", tooltip="All of them, for Score Images, Score Rollout and Train LoRA."),
+                RewardWire.Output(
+                    "mixed",
+                    display_name="reward",
+                    tooltip="All of them, for Score Images, Score Rollout and Train LoRA.",
+                ),
                 io.String.Output(
                     "about",
                     display_name="about",
-                    tooltip="The parts with their weights, licences and whether scores compare across prompts.",
+                    tooltip=(
+                        "The parts with their weights, licences and whether scores compare across prompts."
+                    ),
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -150,12 +183,16 @@ class MixRewards(io.ComfyNode):
         weights = (weight_1, weight_2, weight_3, weight_4, weight_5, weight_6)
         mixed = flattened(sets, weights, mix or "zscore", parse_gates(gates or ""))
         lines = zip(mixed.rewards, mixed.weights, mixed.all_gates, strict=True)
-        parts = [f"{weight:g} × {describe(reward)}{gate_text(weight, gate)}" for reward, weight, gate in lines]
+        parts = [
+            f"{weight:g} × {describe(reward)}{gate_text(weight, gate)}" for reward, weight, gate in lines
+        ]
         text = "\n\n".join([f"Mix: {mixed.mix}", *parts])
         return io.NodeOutput(mixed, text, ui=show(cls, text))
 
 
-def flattened(sets: tuple[RewardSet | None, ...], weights: tuple[float, ...], mix: str, gates: dict[str, float]) -> RewardSet:
+def flattened(
+    sets: tuple[RewardSet | None, ...], weights: tuple[float, ...], mix: str, gates: dict[str, float]
+) -> RewardSet:
     """Make one set of several: weights multiply, a reward that comes twice counts once; gates come along."""
     total: dict[str, float] = {}
     rewards: dict[str, Reward] = {}
@@ -165,16 +202,25 @@ def flattened(sets: tuple[RewardSet | None, ...], weights: tuple[float, ...], mi
             continue
         within(f"weight_{i}", weight, -MAX_WEIGHT, MAX_WEIGHT)
         if len(part.rewards) > 1 and part.mix != mix:
-            raise ValueError(f"mix is {mix}, and reward_{i} is itself a mix by {part.mix}; choose the same in both")
+            raise ValueError(
+                f"mix is {mix}, and reward_{i} is itself a mix by {part.mix}; choose the same in both"
+            )
         for reward, own, gate in zip(part.rewards, part.weights, part.all_gates, strict=True):
             rewards[reward.name] = reward
             total[reward.name] = total.get(reward.name, 0.0) + weight * own
             if gate is not None and limits.setdefault(reward.name, gate) != gate:
-                raise ValueError(f"reward_{i} has the gate {gate:g} for {reward.name}, another {limits[reward.name]:g}; keep one of them")
+                raise ValueError(
+                    f"reward_{i} has the gate {gate:g} for {reward.name}, another "
+                    f"{limits[reward.name]:g}; keep one of them"
+                )
     if unknown := [name for name in gates if name not in rewards]:
-        raise ValueError(f"gates names {unknown[0]}, which is not among the rewards; there are: {', '.join(rewards)}")
+        raise ValueError(
+            f"gates names {unknown[0]}, which is not among the rewards; there are: {', '.join(rewards)}"
+        )
     if not any(total.values()):
-        raise ValueError("the weights leave nothing: every reward's weight is 0; set one of them to another number")
+        raise ValueError(
+            "the weights leave nothing: every reward's weight is 0; set one of them to another number"
+        )
     limits |= gates
     found = tuple(limits.get(name) for name in rewards)
     return RewardSet(tuple(rewards.values()), tuple(total.values()), mix, found if limits else ())
@@ -183,7 +229,10 @@ def flattened(sets: tuple[RewardSet | None, ...], weights: tuple[float, ...], mi
 def parse_gates(text: str) -> dict[str, float]:
     """Read 'reward = score' lines."""
     if len(text) > MAX_GATES_TEXT:
-        raise ValueError(f"gates has {len(text)} characters; at most {MAX_GATES_TEXT} are allowed, write one 'reward = score' a line")
+        raise ValueError(
+            f"gates has {len(text)} characters; at most {MAX_GATES_TEXT} are allowed, write one "
+            "'reward = score' a line"
+        )
     found: dict[str, float] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -199,12 +248,18 @@ def parse_gates(text: str) -> dict[str, float]:
 
 def gate_text(weight: float, gate: float | None) -> str:
     """Word a gate."""
-    return "" if gate is None else f"\nPasses {'at most' if weight < 0 else 'from'} {gate:g}{' on' if weight >= 0 else ''}."
+    return (
+        ""
+        if gate is None
+        else f"\nPasses {'at most' if weight < 0 else 'from'} {gate:g}{' on' if weight >= 0 else ''}."
+    )
 
 
 @dataclass(frozen=True)
 class Like:
-    """Judge by the likeness to one reference, whose digest is in the name: another reference is another reward."""
+    """Judge by the likeness to one reference, whose digest is in the name: another reference is another
+    reward.
+    """
 
     likeness: Likeness
     digest: str
@@ -241,25 +296,41 @@ class ReferenceReward(io.ComfyNode):
             node_id="G2RPO_ReferenceReward",
             display_name="Reference Reward",
             category=SCORING,
-            description="Judge by how like a picture of yours, or a palette, an image is. No model, no prompt.",
+            description=(
+                "Judge by how like a picture of yours, or a palette, an image is. No model, no prompt."
+            ),
             inputs=[
                 io.Combo.Input(
                     "kind",
                     options=list(KINDS),
-                    tooltip="phash: the same layout of light and dark. histogram: the same colours, wherever. ssim: the same structure "
-                    "pixel by pixel (needs scikit-image). palette: the colours below in equal shares.",
+                    tooltip="phash: the same layout of light and dark. histogram: the same colours, "
+                    "wherever. ssim: the same structure pixel by pixel (needs scikit-image). palette: the "
+                    "colours below in equal shares.",
                 ),
-                io.Image.Input("reference", optional=True, tooltip="The picture to be like, of any size; palette needs none."),
+                io.Image.Input(
+                    "reference",
+                    optional=True,
+                    tooltip="The picture to be like, of any size; palette needs none.",
+                ),
                 io.String.Input(
                     "colours",
                     default="",
                     optional=True,
-                    tooltip="For palette: up to 16 colours separated by commas or spaces, such as #ff8800, #002244.",
+                    tooltip=(
+                        "For palette: up to 16 colours separated by commas or spaces, such as #ff8800, "
+                        "#002244."
+                    ),
                 ),
             ],
             outputs=[
-                RewardWire.Output("loaded", display_name="reward", tooltip="For Score Images, Score Rollout, Mix Rewards and Train LoRA."),
-                io.String.Output("about", display_name="about", tooltip="What it measures and how it fails as a target."),
+                RewardWire.Output(
+                    "loaded",
+                    display_name="reward",
+                    tooltip="For Score Images, Score Rollout, Mix Rewards and Train LoRA.",
+                ),
+                io.String.Output(
+                    "about", display_name="about", tooltip="What it measures and how it fails as a target."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -287,7 +358,10 @@ def reference_picture(reference: Tensor | None) -> Tensor:
         raise ValueError("reference is not connected; connect an image, or choose the kind palette")
     images = checked_images([reference], "reference")
     if len(images) != 1 or images[0].shape[0] * images[0].shape[1] > MAX_REFERENCE:
-        raise ValueError(f"reference holds {len(images)} images; connect one of at most {MAX_REFERENCE // 10**6} megapixels")
+        raise ValueError(
+            f"reference holds {len(images)} images; connect one of at most {MAX_REFERENCE // 10**6} "
+            "megapixels"
+        )
     made = rounded(images[0][None], 0, "reference")[0].cpu()
     if not made.isfinite().all():
         raise ValueError("reference is a broken image (NaN); connect another one")

@@ -24,7 +24,10 @@ from .model.comfy_policy import check_flow
 from .model.conditioning import Conds, first_row, velocity
 from .types import SAMPLING, RolloutData, RolloutWire
 
-MISFIT = "guider: its model does not take this latent_image with this conditioning; choose another size, or the model's own text encoder"
+MISFIT = (
+    "guider: its model does not take this latent_image with this conditioning; choose another size, or the "
+    "model's own text encoder"
+)
 MAX_STATES = 200_000
 MAX_POSITIONS = 2**22  # of one latent
 MAX_LEVELS = 1001
@@ -36,8 +39,15 @@ DOWNSCALES = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 class _Inside:
     """The policy of a running sampler: core has loaded the model and processed the conditioning already."""
 
-    def __init__(self, guider: Any, extra_args: dict[str, Any], done: Callable[[Tensor, Tensor, Tensor], None]) -> None:
-        self.guider, self.options, self.seed, self.done = guider, extra_args["model_options"], extra_args.get("seed"), done
+    def __init__(
+        self, guider: Any, extra_args: dict[str, Any], done: Callable[[Tensor, Tensor, Tensor], None]
+    ) -> None:
+        self.guider, self.options, self.seed, self.done = (
+            guider,
+            extra_args["model_options"],
+            extra_args.get("seed"),
+            done,
+        )
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -52,10 +62,14 @@ class _Inside:
         return made
 
 
-def start_state(sampler: comfy.samplers.Sampler, guider: Any, sigmas: Tensor, noise: Tensor, latent_image: Tensor) -> Tensor:
+def start_state(
+    sampler: comfy.samplers.Sampler, guider: Any, sigmas: Tensor, noise: Tensor, latent_image: Tensor
+) -> Tensor:
     """Mix noise and latent as core's samplers do at the first noise level."""
     sampling = guider.inner_model.model_sampling
-    return sampling.noise_scaling(sigmas[0], noise.float(), latent_image.float(), sampler.max_denoise(guider, sigmas))
+    return sampling.noise_scaling(
+        sigmas[0], noise.float(), latent_image.float(), sampler.max_denoise(guider, sigmas)
+    )
 
 
 class SingularSDE(comfy.samplers.Sampler):
@@ -65,7 +79,9 @@ class SingularSDE(comfy.samplers.Sampler):
         self.branch_step, self.branch, self.kernel, self.eta = branch_step, branch, kernel, eta
 
     def plan(self, num_steps: int) -> Plan:
-        """Plan the one branch, with the noise that it has in a rollout: there, draw 1 is the start and branches count on from 2."""
+        """Plan the one branch, with the noise that it has in a rollout: there, draw 1 is the start and
+        branches count on from 2.
+        """
         tree = PlanBuilder(num_steps)
         anchor = tree.follow(tree.root(), range(1, self.branch_step + 1))
         branch = tree.add(State(self.branch_step + 1, anchor, self.kernel, self.eta, self.branch + 2, 0, 0))
@@ -87,11 +103,16 @@ class SingularSDE(comfy.samplers.Sampler):
         check_flow(model_wrap.model_patcher)
         check_sigmas(sigmas)
         if denoise_mask is not None:
-            raise ValueError("latent_image: it has a noise mask, and a masked step has no exact probability; remove the mask")
+            raise ValueError(
+                "latent_image: it has a noise mask, and a masked step has no exact probability; remove "
+                "the mask"
+            )
         num_steps, images = len(sigmas) - 1, len(noise)
         check_fit(model_wrap.model_patcher, latent_image)
         if self.branch_step >= num_steps:
-            raise ValueError(f"branch_step is {self.branch_step}; choose from 0 to {num_steps - 1} for {num_steps} steps")
+            raise ValueError(
+                f"branch_step is {self.branch_step}; choose from 0 to {num_steps - 1} for {num_steps} steps"
+            )
         count = iter(range(num_steps))
 
         def done(x: Tensor, sigma: Tensor, made: Tensor) -> None:
@@ -115,7 +136,10 @@ class SingularSDE(comfy.samplers.Sampler):
 
 
 class Tree(comfy.samplers.Sampler):
-    """A rollout of one group as a sampler, so that all that core sets up around one applies; `rollout` holds what it found."""
+    """A rollout of one group as a sampler, so that all that core sets up around one applies.
+
+    `rollout` holds what it found.
+    """
 
     def __init__(self, plan: Plan, slots: int, progress: Progress) -> None:
         self.tree, self.slots, self.progress = plan, slots, progress
@@ -133,7 +157,8 @@ class Tree(comfy.samplers.Sampler):
         disable_pbar: bool = False,
     ) -> Tensor:
         """Return every image of the plan [images, …]."""
-        # The guider was given as many rows as there are slots, so that core makes room for them; they are all the same.
+        # The guider was given as many rows as there are slots, so that core makes room for them; they are all
+        # the same.
         start = start_state(self, model_wrap, sigmas, noise, latent_image)[:1]
         self.rollout = roll_out(
             _Inside(model_wrap, extra_args, lambda x, *_: self.progress.done(len(x))),
@@ -153,22 +178,47 @@ class Tree(comfy.samplers.Sampler):
 def check_sigmas(sigmas: Tensor) -> None:
     """Raise ValueError unless sigmas fall from at most 1 to at least 0."""
     if sigmas.ndim != 1 or len(sigmas) < 2:
-        raise ValueError(f"sigmas: it holds {sigmas.numel()} levels and a trajectory needs 2; connect a scheduler with 1 step or more")
+        raise ValueError(
+            f"sigmas: it holds {sigmas.numel()} levels and a trajectory needs 2; connect a scheduler "
+            "with 1 step or more"
+        )
     if len(sigmas) > MAX_LEVELS:
-        raise ValueError(f"sigmas: it holds {len(sigmas)} levels; at most {MAX_LEVELS} are allowed, connect a scheduler with fewer steps")
+        raise ValueError(
+            f"sigmas: it holds {len(sigmas)} levels; at most {MAX_LEVELS} are allowed, connect a "
+            "scheduler with fewer steps"
+        )
     if not sigmas.isfinite().all() or not (sigmas.diff() < 0).all() or sigmas[0] > 1 + 1e-4 or sigmas[-1] < 0:
-        raise ValueError(f"sigmas: they run from {float(sigmas[0]):.4g} to {float(sigmas[-1]):.4g}; they must fall from 1 or less to 0")
+        raise ValueError(
+            f"sigmas: they run from {float(sigmas[0]):.4g} to {float(sigmas[-1]):.4g}; they must fall "
+            "from 1 or less to 0"
+        )
 
 
 def one_latent(model: Any, latent: dict[str, Any]) -> Tensor:
-    """Return a LATENT's one row [1, …] with the model's channels, as core's samplers would; ValueError where a rollout cannot use it."""
+    """Return a LATENT's one row [1, …] with the model's channels, as core's samplers would.
+
+    ValueError where a rollout cannot use it.
+    """
     samples = latent.get("samples")
     if not isinstance(samples, Tensor) or getattr(samples, "is_nested", False):
-        raise ValueError("latent_image: several streams in one latent (video with sound) are not supported; connect an image latent")
+        raise ValueError(
+            "latent_image: several streams in one latent (video with sound) are not supported; connect "
+            "an image latent"
+        )
     if latent.get("noise_mask") is not None:
-        raise ValueError("latent_image: it has a noise mask, and a masked step has no exact probability; remove the mask")
-    if samples.ndim not in (4, 5) or samples.shape[0] != 1 or not samples.numel() or math.prod(samples.shape[2:]) > MAX_POSITIONS:
-        raise ValueError(f"latent_image: it has the shape {list(samples.shape)}; connect a latent of one image (batch size 1)")
+        raise ValueError(
+            "latent_image: it has a noise mask, and a masked step has no exact probability; remove the mask"
+        )
+    if (
+        samples.ndim not in (4, 5)
+        or samples.shape[0] != 1
+        or not samples.numel()
+        or math.prod(samples.shape[2:]) > MAX_POSITIONS
+    ):
+        raise ValueError(
+            f"latent_image: it has the shape {list(samples.shape)}; connect a latent of one image "
+            "(batch size 1)"
+        )
     given = {key: latent[key] for key in DOWNSCALES if key in latent}
     samples = comfy.sample.fix_empty_latent_channels(model, samples, **given)
     check_fit(model, samples)
@@ -181,7 +231,8 @@ def check_fit(model: Any, latents: Tensor) -> None:
     if latents.ndim != 2 + form.latent_dimensions or latents.shape[1] != form.latent_channels:
         wanted = f"{form.latent_channels} channels and {form.latent_dimensions} dimensions"
         raise ValueError(
-            f"latent_image: it has the shape {list(latents.shape)}, and {name} takes {wanted}; connect a latent of its own kind"
+            f"latent_image: it has the shape {list(latents.shape)}, and {name} takes {wanted}; connect "
+            "a latent of its own kind"
         )
     if not latents.isfinite().all():
         raise ValueError("latent_image: it holds NaN or infinite values; make the latent again")
@@ -190,8 +241,15 @@ def check_fit(model: Any, latents: Tensor) -> None:
 def start_noise(noise: Any, latent: dict[str, Any]) -> Tensor:
     """Draw a NOISE for a LATENT; raise ValueError where it is not one for it."""
     made, shape = noise.generate_noise(latent), latent["samples"].shape
-    if not isinstance(made, Tensor) or made.shape != shape or not made.is_floating_point() or not made.isfinite().all():
-        raise ValueError(f"noise: it made no noise of the shape {list(shape)}, or no finite one; connect RandomNoise")
+    if (
+        not isinstance(made, Tensor)
+        or made.shape != shape
+        or not made.is_floating_point()
+        or not made.isfinite().all()
+    ):
+        raise ValueError(
+            f"noise: it made no noise of the shape {list(shape)}, or no finite one; connect RandomNoise"
+        )
     return made
 
 
@@ -210,7 +268,8 @@ def group_plan(
     most = len(branch_steps) * group_size * len(granularities) * num_steps
     if most > MAX_STATES:
         raise ValueError(
-            f"group_size: a tree of up to {most} states is above the limit of {MAX_STATES}; lower it or name fewer branch_steps"
+            f"group_size: a tree of up to {most} states is above the limit of {MAX_STATES}; lower it "
+            "or name fewer branch_steps"
         )
     plan = singular(
         num_steps,
@@ -225,8 +284,8 @@ def group_plan(
     )
     if plan.forwards * positions > MAX_WORK:
         raise ValueError(
-            f"group_size: {plan.forwards} forwards × {positions} latent positions are above the limit of {MAX_WORK}; "
-            "lower it, name fewer branch_steps, or use a smaller latent"
+            f"group_size: {plan.forwards} forwards × {positions} latent positions are above the limit of "
+            f"{MAX_WORK}; lower it, name fewer branch_steps, or use a smaller latent"
         )
     # The anchor is the tree's first states.
     return dataclasses.replace(plan, leaves=(Leaf(num_steps), *plan.leaves))
@@ -242,21 +301,31 @@ class SingularSDESampler(io.ComfyNode):
             node_id="G2RPO_SingularSDESampler",
             display_name="Singular SDE Sampler",
             category=SAMPLING,
-            description="Samples with Euler's steps and exactly one stochastic step: one branch of what Rollout explores, in any graph.",
+            description=(
+                "Samples with Euler's steps and exactly one stochastic step: one branch of what Rollout "
+                "explores, in any graph."
+            ),
             inputs=[
-                io.Int.Input("branch_step", default=0, min=0, max=999, tooltip="The stochastic step; 0 is the first."),
+                io.Int.Input(
+                    "branch_step", default=0, min=0, max=999, tooltip="The stochastic step; 0 is the first."
+                ),
                 io.Int.Input(
                     "branch",
                     default=0,
                     min=0,
                     max=1_000_000,
-                    tooltip="Which noise the step gets. With the same NOISE it is the branch of this number in Rollout, counted from 0 "
-                    "through all its branch steps (group size 4 and steps 0-3: 5 is the second branch of the second step).",
+                    tooltip="Which noise the step gets. With the same NOISE it is the branch of this number "
+                    "in Rollout, counted from 0 through all its branch steps (group size 4 and steps 0-3: 5 "
+                    "is the second branch of the second step).",
                 ),
                 recipe_input("kernel"),
                 recipe_input("eta"),
             ],
-            outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced and every other node that takes a SAMPLER.")],
+            outputs=[
+                io.Sampler.Output(
+                    tooltip="For SamplerCustomAdvanced and every other node that takes a SAMPLER."
+                )
+            ],
         )
 
     @classmethod
@@ -276,15 +345,28 @@ class RolloutBlock(io.ComfyNode):
             node_id="G2RPO_Rollout",
             display_name="Rollout",
             category=SAMPLING,
-            description="Explores around one image: at every branch step a group of branches leaves the deterministic "
+            description="Explores around one image: at every branch step a group of branches leaves the "
+            "deterministic "
             "trajectory by a single stochastic step and is completed without noise, once per granularity.",
             inputs=[
-                io.Guider.Input("guider", tooltip="Model, conditioning and guidance; from any guider node, with a flow model."),
-                io.Noise.Input("noise", tooltip="The start noise of the anchor; its seed also draws the branches' noise."),
+                io.Guider.Input(
+                    "guider",
+                    tooltip="Model, conditioning and guidance; from any guider node, with a flow model.",
+                ),
+                io.Noise.Input(
+                    "noise", tooltip="The start noise of the anchor; its seed also draws the branches' noise."
+                ),
                 io.Sigmas.Input("sigmas", tooltip="The noise levels of the trajectory, falling to 0."),
-                io.Latent.Input("latent_image", tooltip="An empty latent of one image, or one to start from at a lower first noise level."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip=(
+                        "An empty latent of one image, or one to start from at a lower first noise level."
+                    ),
+                ),
                 io.String.Input(
-                    "branch_steps", default="0-3", tooltip="Steps at which branches leave: numbers with commas, or a range such as 0-3."
+                    "branch_steps",
+                    default="0-3",
+                    tooltip="Steps at which branches leave: numbers with commas, or a range such as 0-3.",
                 ),
                 recipe_input("group_size", default=4, high=256),
                 recipe_input("granularities"),
@@ -297,14 +379,27 @@ class RolloutBlock(io.ComfyNode):
                     default=8,
                     min=1,
                     max=256,
-                    tooltip="Latents evaluated at a time: more are faster until memory is full. With 1 every image equals that of "
+                    tooltip="Latents evaluated at a time: more are faster until memory is full. With 1 every "
+                    "image equals that of "
                     "an ordinary sampler bit by bit; with more it differs by the rounding of batches.",
                 ),
             ],
             outputs=[
-                RolloutWire.Output("rollout", display_name="rollout", tooltip="For Score Rollout, Advantages and Update LoRA."),
-                io.Latent.Output("completions", display_name="completions", tooltip="Every completed branch, in the rollout's order."),
-                io.Latent.Output("anchor", display_name="anchor", tooltip="The deterministic image that the branches leave from."),
+                RolloutWire.Output(
+                    "rollout",
+                    display_name="rollout",
+                    tooltip="For Score Rollout, Advantages and Update LoRA.",
+                ),
+                io.Latent.Output(
+                    "completions",
+                    display_name="completions",
+                    tooltip="Every completed branch, in the rollout's order.",
+                ),
+                io.Latent.Output(
+                    "anchor",
+                    display_name="anchor",
+                    tooltip="The deterministic image that the branches leave from.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -330,17 +425,24 @@ class RolloutBlock(io.ComfyNode):
         check_flow(guider.model_patcher)
         check_sigmas(sigmas)
         if sigmas[-1] != 0:
-            raise ValueError(f"sigmas: they end at {float(sigmas[-1]):.4g}; a rollout completes its images: connect levels that end at 0")
+            raise ValueError(
+                f"sigmas: they end at {float(sigmas[-1]):.4g}; a rollout completes its images: connect "
+                "levels that end at 0"
+            )
         samples = one_latent(guider.model_patcher, latent_image)
         num_steps, positions = len(sigmas) - 1, math.prod(samples.shape[2:])
         steps = tuple(sorted(int_list(branch_steps, "branch_steps", 0, num_steps - 1)))
         strides = int_list(granularities, "granularities", 1, 1000)
         plan = group_plan(num_steps, steps, group_size, strides, kernel, eta, terminal, antithetic, positions)
         size = "×".join(map(str, reversed(samples.shape[2:])))
-        said = f"{plan.forwards} forwards on {size} latents for {len(plan.images) - 1} images and their anchor"
+        said = (
+            f"{plan.forwards} forwards on {size} latents for {len(plan.images) - 1} images and their anchor"
+        )
         announce(cls, said)
         tree = Tree(plan, slots, Progress(cls, plan.forwards))
-        images = _run(tree, guider, noise, sigmas, {**latent_image, "samples": samples}, min(slots, plan.forwards))
+        images = _run(
+            tree, guider, noise, sigmas, {**latent_image, "samples": samples}, min(slots, plan.forwards)
+        )
         data = RolloutData(_without_anchor(tree.rollout), guider, sigmas.clone(), strides, steps)
         return io.NodeOutput(data, {"samples": images[1:]}, {"samples": images[:1]}, ui=ui.PreviewText(said))
 
@@ -351,13 +453,20 @@ def _run(tree: Tree, guider: Any, noise: Any, sigmas: Tensor, latent: dict[str, 
     more = (rows, *[1] * (samples.ndim - 1))
     with blamed(MISFIT):
         images = copy.copy(guider).sample(
-            start_noise(noise, latent).repeat(more), samples.repeat(more), tree, sigmas, disable_pbar=True, seed=noise.seed
+            start_noise(noise, latent).repeat(more),
+            samples.repeat(more),
+            tree,
+            sigmas,
+            disable_pbar=True,
+            seed=noise.seed,
         )
     return images.to(comfy.model_management.intermediate_device())
 
 
 def _without_anchor(rollout: Rollout) -> Rollout:
-    """Drop the anchor's own image, which is the first: what is left are the branches', which are compared with one another."""
+    """Drop the anchor's own image, which is the first: what is left are the branches', which are compared
+    with one another.
+    """
     device = comfy.model_management.intermediate_device()
     # Made outside the executor's inference mode, so that a learner can use them.
     with torch.inference_mode(False):

@@ -1,4 +1,6 @@
-"""The block that saves scored images: PNGs that carry their scores beside ComfyUI's own notes, and a table of them."""
+"""The block that saves scored images: PNGs that carry their scores beside ComfyUI's own notes, and a table
+of them.
+"""
 
 from __future__ import annotations
 
@@ -43,11 +45,17 @@ class SaveScoredImages(io.ComfyNode):
             node_id="G2RPO_SaveScoredImages",
             display_name="Save Scored Images",
             category=SCORING,
-            description="Save images, best first, with their scores in the PNG files and in a CSV table beside them. Overwrites nothing.",
+            description=(
+                "Save images, best first, with their scores in the PNG files and in a CSV table beside "
+                "them. Overwrites nothing."
+            ),
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                io.Image.Input("images", tooltip="The images that were scored, in a batch or in a list; sizes may differ."),
+                io.Image.Input(
+                    "images",
+                    tooltip="The images that were scored, in a batch or in a list; sizes may differ.",
+                ),
                 io.Float.Input(
                     "scores",
                     force_input=True,
@@ -58,20 +66,34 @@ class SaveScoredImages(io.ComfyNode):
                 io.String.Input(
                     "prefix",
                     default="scored/image",
-                    tooltip="Folders and name of the files in the output directory, such as cats/best. Each part: letters, digits, dots, "
-                    "dashes and underscores.",
+                    tooltip="Folders and name of the files in the output directory, such as cats/best. Each "
+                    "part: letters, digits, dots, dashes and underscores.",
                 ),
-                io.Int.Input("most", default=0, min=0, max=MAX_IMAGES, tooltip="Save so many of the best; 0 saves all."),
+                io.Int.Input(
+                    "most", default=0, min=0, max=MAX_IMAGES, tooltip="Save so many of the best; 0 saves all."
+                ),
                 ScoresWire.Input(
-                    "details", optional=True, tooltip="From Score Images: every reward's own score and the prompts are written, too."
+                    "details",
+                    optional=True,
+                    tooltip="From Score Images: every reward's own score and the prompts are written, too.",
                 ),
                 io.String.Input(
-                    "names", optional=True, force_input=True, tooltip="One name per image for the table, such as Load Image Folder gives."
+                    "names",
+                    optional=True,
+                    force_input=True,
+                    tooltip="One name per image for the table, such as Load Image Folder gives.",
                 ),
             ],
             outputs=[
-                io.String.Output("files", display_name="files", is_output_list=True, tooltip="The files under the output directory."),
-                io.String.Output("table", display_name="table", tooltip="The CSV file under the output directory."),
+                io.String.Output(
+                    "files",
+                    display_name="files",
+                    is_output_list=True,
+                    tooltip="The files under the output directory.",
+                ),
+                io.String.Output(
+                    "table", display_name="table", tooltip="The CSV file under the output directory."
+                ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
@@ -91,9 +113,15 @@ class SaveScoredImages(io.ComfyNode):
         pictures = checked_images(images)
         values = [bounded("scores", value) for value in scores]
         if len(values) != len(pictures):
-            raise ValueError(f"scores has {len(values)} entries for {len(pictures)} images; connect the scores of these very images")
+            raise ValueError(
+                f"scores has {len(values)} entries for {len(pictures)} images; connect the scores of "
+                "these very images"
+            )
         if names is not None and len(names) != len(pictures):
-            raise ValueError(f"names has {len(names)} entries for {len(pictures)} images; connect one per image, or nothing")
+            raise ValueError(
+                f"names has {len(names)} entries for {len(pictures)} images; connect one per image, or "
+                "nothing"
+            )
         about = None if details is None else checked_details(one("details", details), len(pictures))
         place = prefix_place(one("prefix", prefix))
         check_number("most", one("most", most), 0, MAX_IMAGES, whole=True)
@@ -108,8 +136,12 @@ class SaveScoredImages(io.ComfyNode):
             file = write_new(place, png_bytes(pictures[i], i, chunks), "_.png")
             files.append(file)
             parts = [] if about is None else about.values[:, i].tolist()
-            rows.append((rank, file.name, "" if names is None else names[i], note["prompt"], values[i], *parts))
-        table = write_new(place, csv_bytes((*HEADER, *(() if about is None else about.names)), rows), "_scores.csv")
+            rows.append(
+                (rank, file.name, "" if names is None else names[i], note["prompt"], values[i], *parts)
+            )
+        table = write_new(
+            place, csv_bytes((*HEADER, *(() if about is None else about.names)), rows), "_scores.csv"
+        )
         return io.NodeOutput(*named(files, table), ui=ui_of(cls, files))
 
 
@@ -117,12 +149,16 @@ def checked_details(details: ScoresData, count: int) -> ScoresData:
     """See that the details belong to as many images."""
     if details.values.ndim != 2 or details.values.shape != (len(details.names), count):
         found = details.values.shape[-1] if details.values.ndim else 0
-        raise ValueError(f"details holds {found} images and images {count}; connect the details of the same Score Images")
+        raise ValueError(
+            f"details holds {found} images and images {count}; connect the details of the same Score Images"
+        )
     return details
 
 
 def prefix_place(prefix: str) -> Path:
-    """Turn a prefix into folder and beginning of the files' names, under the output directory, links followed."""
+    """Turn a prefix into folder and beginning of the files' names, under the output directory, links
+    followed.
+    """
     parts = prefix.strip().split("/")
     if len(parts) > MAX_PARTS:
         raise ValueError(f"prefix has {len(parts)} parts; at most {MAX_PARTS} are allowed, such as cats/best")
@@ -154,18 +190,24 @@ def png_bytes(image: Tensor, number: int, chunks: dict[str, str]) -> bytes:
     for key, text in chunks.items():
         info.add_text(key, text)
     buffer = BytesIO()
-    Image.fromarray((pixels.cpu().numpy() * 255).round().astype(np.uint8)).save(buffer, "PNG", pnginfo=info, compress_level=COMPRESSION)
+    Image.fromarray((pixels.cpu().numpy() * 255).round().astype(np.uint8)).save(
+        buffer, "PNG", pnginfo=info, compress_level=COMPRESSION
+    )
     return buffer.getvalue()
 
 
 def write_new(place: Path, content: bytes, ending: str) -> Path:
-    """Write <place>_<number><ending> under the first number above all that are there; a file of another's is never replaced."""
+    """Write <place>_<number><ending> under the first number above all that are there.
+
+    A file of another's is never replaced.
+    """
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         for number in range(next_number(place), MAX_NUMBER):
             file = place.with_name(f"{place.name}_{number:05d}{ending}")
             try:
-                # The name is taken first, so that nobody else can have it; then the whole content takes its place at once.
+                # The name is taken first, so that nobody else can have it; then the whole content takes its
+                # place at once.
                 os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             except FileExistsError:
                 continue
@@ -176,14 +218,21 @@ def write_new(place: Path, content: bytes, ending: str) -> Path:
                 raise
             return file
     except OSError as error:
-        raise FileError(f"prefix: cannot write {place.name}: {(error.strerror or str(error)).lower()}; choose another prefix") from error
+        raise FileError(
+            f"prefix: cannot write {place.name}: {(error.strerror or str(error)).lower()}; choose "
+            "another prefix"
+        ) from error
     raise FileError(f"prefix: all numbers of {place.name} are taken; choose another prefix")
 
 
 def next_number(place: Path) -> int:
     """Return one more than the highest number of the files that begin alike."""
-    digits = [entry.name[len(place.name) + 1 :].partition("_")[0] for entry in place.parent.glob(f"{place.name}_*")]
-    return 1 + max((int(text) for text in digits if text.isascii() and text.isdigit() and len(text) < 8), default=0)
+    digits = [
+        entry.name[len(place.name) + 1 :].partition("_")[0] for entry in place.parent.glob(f"{place.name}_*")
+    ]
+    return 1 + max(
+        (int(text) for text in digits if text.isascii() and text.isdigit() and len(text) < 8), default=0
+    )
 
 
 def named(files: Sequence[Path], table: Path) -> tuple[list[str], str]:

@@ -1,4 +1,7 @@
-"""Blocks that judge pictures: scores of any images, scores of a rollout. A score belongs to one image, never to a batch."""
+"""Blocks that judge pictures: scores of any images, scores of a rollout.
+
+A score belongs to one image, never to a batch.
+"""
 
 from __future__ import annotations
 
@@ -61,19 +64,27 @@ class ScoreImages(io.ComfyNode):
             node_id="G2RPO_ScoreImages",
             display_name="Score Images",
             category=SCORING,
-            description="Score every image by a reward and rank them: any images, no training needed. Images in a list may differ in size.",
+            description=(
+                "Score every image by a reward and rank them: any images, no training needed. Images in a "
+                "list may differ in size."
+            ),
             is_input_list=True,
             is_output_node=True,
             inputs=[
                 io.Image.Input(
-                    "images", tooltip=f"Images to judge, up to {MAX_IMAGES}. Alpha is ignored; a broken image (NaN) gets the score nan."
+                    "images",
+                    tooltip=(
+                        f"Images to judge, up to {MAX_IMAGES}. Alpha is ignored; a broken image (NaN) gets "
+                        "the score nan."
+                    ),
                 ),
                 RewardWire.Input("reward", tooltip="From Load Reward, or several from Mix Rewards."),
                 io.String.Input(
                     "prompt",
                     default="",
                     multiline=True,
-                    tooltip="What the images should show: one prompt for all, a list with one per image, or one per line if there are as "
+                    tooltip="What the images should show: one prompt for all, a list with one per image, or "
+                    "one per line if there are as "
                     f"many lines as images. At most {MAX_CHARACTERS} characters each.",
                 ),
                 io.String.Input(
@@ -88,7 +99,9 @@ class ScoreImages(io.ComfyNode):
                     "scores",
                     display_name="scores",
                     is_output_list=True,
-                    tooltip="One score per image, in the order of the images; nan where it could not be judged.",
+                    tooltip=(
+                        "One score per image, in the order of the images; nan where it could not be judged."
+                    ),
                 ),
                 io.Int.Output(
                     "best_first",
@@ -96,41 +109,74 @@ class ScoreImages(io.ComfyNode):
                     is_output_list=True,
                     tooltip="Positions of the images (from 0), the best one first.",
                 ),
-                io.Image.Output("ranked", display_name="ranked", tooltip="A sheet of the images from best to worst with their scores."),
-                io.String.Output("table", display_name="table", tooltip="The ranking as text, with each reward's own score."),
+                io.Image.Output(
+                    "ranked",
+                    display_name="ranked",
+                    tooltip="A sheet of the images from best to worst with their scores.",
+                ),
+                io.String.Output(
+                    "table",
+                    display_name="table",
+                    tooltip="The ranking as text, with each reward's own score.",
+                ),
                 ScoresWire.Output(
-                    "details", display_name="details", tooltip="Every reward's own scores and the prompts, for Save Scored Images."
+                    "details",
+                    display_name="details",
+                    tooltip="Every reward's own scores and the prompts, for Save Scored Images.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, images: list[Tensor], reward: list[RewardSet], prompt: list[str], names: list[str] | None = None) -> io.NodeOutput:
+    def execute(
+        cls, images: list[Tensor], reward: list[RewardSet], prompt: list[str], names: list[str] | None = None
+    ) -> io.NodeOutput:
         """Judge and rank."""
         check_inputs(cls, locals())
         rewards, pictures = one("reward", reward), checked_images(images)
-        titles = [f"image {i}" for i in range(len(pictures))] if names is None else [harmless(name) for name in names]
+        titles = (
+            [f"image {i}" for i in range(len(pictures))]
+            if names is None
+            else [harmless(name) for name in names]
+        )
         if len(titles) != len(pictures):
-            raise ValueError(f"names has {len(titles)} entries for {len(pictures)} images; connect one per image, or nothing")
+            raise ValueError(
+                f"names has {len(titles)} entries for {len(pictures)} images; connect one per image, "
+                "or nothing"
+            )
         prompts, notes = prompts_for(prompt, len(pictures))
         channels = {picture.shape[-1] for picture in pictures}
         notes += ["alpha was ignored"] if 4 in channels else []
         notes += ["grey images were judged as grey RGB"] if 1 in channels else []
         if len(set(prompts)) > 1:
             relative = [each.name for each in rewards.rewards if not each.compares_across_prompts]
-            notes += [f"the prompts differ, and {', '.join(relative)} compares only images of one prompt"] if relative else []
-        if (blank := sum(not text.strip() for text in prompts)) and any(embedder([each]) for each in rewards.rewards):
+            notes += (
+                [f"the prompts differ, and {', '.join(relative)} compares only images of one prompt"]
+                if relative
+                else []
+            )
+        if (blank := sum(not text.strip() for text in prompts)) and any(
+            embedder([each]) for each in rewards.rewards
+        ):
             notes.append(f"{blank} images have no prompt: a judge that reads it judged them by an empty one")
         if len(rewards.rewards) > 1 and rewards.mix != "sum":
-            notes.append(f"a mix by {rewards.mix} says how an image stands among these ones, not how good it is by itself")
+            notes.append(
+                f"a mix by {rewards.mix} says how an image stands among these ones, not how good it is "
+                "by itself"
+            )
         scores = judge(rewards, pictures, prompts)
         mixed = overall(rewards, scores)
-        tiles = [Tile(picture, score, lines=(title,)) for picture, score, title in zip(pictures, mixed, titles, strict=True)]
+        tiles = [
+            Tile(picture, score, lines=(title,))
+            for picture, score, title in zip(pictures, mixed, titles, strict=True)
+        ]
         text = score_table(rewards, scores, notes, "images", titles)
         grid = ranked_grid(tiles, "Images from best to worst")
         judges = tuple(each.name for each in rewards.rewards)
-        details = ScoresData(judges, rewards.weights, scores, mix=rewards.mix, gates=rewards.gates, prompts=tuple(prompts))
+        details = ScoresData(
+            judges, rewards.weights, scores, mix=rewards.mix, gates=rewards.gates, prompts=tuple(prompts)
+        )
         return io.NodeOutput(mixed, best_first(mixed), grid, text, details, ui=show(cls, text))
 
 
@@ -144,7 +190,10 @@ class SelectBest(io.ComfyNode):
             node_id="G2RPO_SelectBest",
             display_name="Select Best",
             category=SCORING,
-            description="Keep the images with the best scores, best first, of all or of every prompt. Images without a score are dropped.",
+            description=(
+                "Keep the images with the best scores, best first, of all or of every prompt. Images "
+                "without a score are dropped."
+            ),
             is_input_list=True,
             inputs=[
                 io.Image.Input("images", tooltip="The images that were scored."),
@@ -156,31 +205,55 @@ class SelectBest(io.ComfyNode):
                     tooltip="One score per image in the same order, from Score Images.",
                 ),
                 io.Int.Input("k", default=1, min=1, max=MAX_IMAGES, tooltip="Keep at most so many images."),
-                io.Boolean.Input("use_threshold", default=False, tooltip="Also drop images whose score lies below the threshold."),
+                io.Boolean.Input(
+                    "use_threshold",
+                    default=False,
+                    tooltip="Also drop images whose score lies below the threshold.",
+                ),
                 io.Float.Input(
                     "threshold",
                     default=0.5,
                     min=-MAX_SCORE,
                     max=MAX_SCORE,
                     step=0.01,
-                    tooltip="Lowest score to keep, in the reward's own units; counts only with use_threshold.",
+                    tooltip=(
+                        "Lowest score to keep, in the reward's own units; counts only with use_threshold."
+                    ),
                 ),
                 io.String.Input(
                     "prompts",
                     optional=True,
                     force_input=True,
-                    tooltip="One prompt per image, as Load Image Folder gives them: then k images of every prompt are kept.",
+                    tooltip=(
+                        "One prompt per image, as Load Image Folder gives them: then k images of every "
+                        "prompt are kept."
+                    ),
                 ),
             ],
             outputs=[
-                io.Image.Output("best", display_name="images", tooltip="What was kept, best first, as one batch: all of one size."),
+                io.Image.Output(
+                    "best",
+                    display_name="images",
+                    tooltip="What was kept, best first, as one batch: all of one size.",
+                ),
                 io.Int.Output(
-                    "kept", display_name="kept", is_output_list=True, tooltip="Positions (from 0) of the kept images, best first."
+                    "kept",
+                    display_name="kept",
+                    is_output_list=True,
+                    tooltip="Positions (from 0) of the kept images, best first.",
                 ),
                 io.Image.Output(
-                    "image_list", display_name="image_list", is_output_list=True, tooltip="What was kept one by one: of any sizes."
+                    "image_list",
+                    display_name="image_list",
+                    is_output_list=True,
+                    tooltip="What was kept one by one: of any sizes.",
                 ),
-                io.Float.Output("kept_scores", display_name="kept_scores", is_output_list=True, tooltip="The scores of what was kept."),
+                io.Float.Output(
+                    "kept_scores",
+                    display_name="kept_scores",
+                    is_output_list=True,
+                    tooltip="The scores of what was kept.",
+                ),
             ],
         )
 
@@ -199,22 +272,34 @@ class SelectBest(io.ComfyNode):
         pictures = checked_images(images)
         values = [bounded("scores", value) for value in scores]
         if len(values) != len(pictures):
-            raise ValueError(f"scores has {len(values)} entries for {len(pictures)} images; connect the scores of these very images")
+            raise ValueError(
+                f"scores has {len(values)} entries for {len(pictures)} images; connect the scores of "
+                "these very images"
+            )
         check_number("k", one("k", k), 1, MAX_IMAGES, whole=True)
         order = [i for i in best_first(values) if not math.isnan(values[i])]
         if not order:
-            raise ValueError("scores are all nan: nothing could be judged; check the prompt and the images of Score Images")
+            raise ValueError(
+                "scores are all nan: nothing could be judged; check the prompt and the images of Score Images"
+            )
         if one("use_threshold", use_threshold):
             lowest = within("threshold", one("threshold", threshold), -MAX_SCORE, MAX_SCORE)
             if values[order[0]] < lowest:
-                raise ValueError(f"threshold {lowest:g} is above the best score {number(values[order[0]])}; lower it")
+                raise ValueError(
+                    f"threshold {lowest:g} is above the best score {number(values[order[0]])}; lower it"
+                )
             order = [i for i in order if values[i] >= lowest]
         groups = [""] * len(pictures) if prompts is None else prompts
         if len(groups) != len(pictures):
-            raise ValueError(f"prompts has {len(groups)} texts for {len(pictures)} images; connect one per image, or nothing")
+            raise ValueError(
+                f"prompts has {len(groups)} texts for {len(pictures)} images; connect one per image, "
+                "or nothing"
+            )
         kept = best_of_each(order, groups, k[0])
         chosen = [pictures[i] for i in kept]
-        return io.NodeOutput(one_batch(chosen), kept, [image[None] for image in chosen], [values[i] for i in kept])
+        return io.NodeOutput(
+            one_batch(chosen), kept, [image[None] for image in chosen], [values[i] for i in kept]
+        )
 
 
 def best_of_each(order: Sequence[int], groups: Sequence[str], count: int) -> list[int]:
@@ -229,10 +314,15 @@ def best_of_each(order: Sequence[int], groups: Sequence[str], count: int) -> lis
 
 
 def one_batch(images: Sequence[Tensor]) -> Tensor | ExecutionBlocker:
-    """Put images of one size into a batch; of several sizes there is none, and whoever wants it is told so."""
+    """Put images of one size into a batch.
+
+    Of several sizes there is none, and whoever wants it is told so.
+    """
     sizes = sorted({tuple(image.shape) for image in images})
     if len(sizes) > 1:
-        return ExecutionBlocker(f"images to keep differ in size ({sizes[0]}, {sizes[1]}); use image_list, or set k to 1")
+        return ExecutionBlocker(
+            f"images to keep differ in size ({sizes[0]}, {sizes[1]}); use image_list, or set k to 1"
+        )
     return torch.stack(list(images))
 
 
@@ -255,13 +345,24 @@ class ScoreRollout(io.ComfyNode):
                     "prompt",
                     default="",
                     multiline=True,
-                    tooltip=f"The prompt that the rollout was made with, at most {MAX_CHARACTERS} characters; rewards read it.",
+                    tooltip=(
+                        f"The prompt that the rollout was made with, at most {MAX_CHARACTERS} characters; "
+                        "rewards read it."
+                    ),
                 ),
             ],
             outputs=[
                 ScoresWire.Output("scores", display_name="scores", tooltip="For Advantages."),
-                io.Image.Output("pictures", display_name="pictures", tooltip="The decoded completions, in the order of the rollout."),
-                io.String.Output("table", display_name="table", tooltip="The ranking as text, with each reward's own score."),
+                io.Image.Output(
+                    "pictures",
+                    display_name="pictures",
+                    tooltip="The decoded completions, in the order of the rollout.",
+                ),
+                io.String.Output(
+                    "table",
+                    display_name="table",
+                    tooltip="The ranking as text, with each reward's own score.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -284,7 +385,9 @@ class ScoreRollout(io.ComfyNode):
         pictures = torch.stack([scorer.pictures[0, i] for i in range(len(latents))])
         names = tuple(each.name for each in reward.rewards)
         found = scorer.scores[:, 0]
-        scores = ScoresData(names, reward.weights, found, text, pictures.nan_to_num(0.0), reward.mix, reward.gates)
+        scores = ScoresData(
+            names, reward.weights, found, text, pictures.nan_to_num(0.0), reward.mix, reward.gates
+        )
         table = score_table(reward, scores.values, [], "completions")
         return io.NodeOutput(scores, scores.pictures, table, ui=show(cls, table))
 
@@ -299,7 +402,10 @@ class ScoresFromValues(io.ComfyNode):
             node_id="G2RPO_ScoresFromValues",
             display_name="Scores From Values",
             category=SCORING,
-            description="Let any graph, or your own votes, judge a rollout: one number per completion, higher is better.",
+            description=(
+                "Let any graph, or your own votes, judge a rollout: one number per completion, higher is "
+                "better."
+            ),
             is_input_list=True,
             inputs=[
                 RolloutWire.Input("rollout", tooltip="The rollout that is judged."),
@@ -307,7 +413,8 @@ class ScoresFromValues(io.ComfyNode):
                     "votes",
                     default="",
                     multiline=True,
-                    tooltip="One number per completion in the order of the rollout, separated by commas, spaces or new lines; "
+                    tooltip="One number per completion in the order of the rollout, separated by commas, "
+                    "spaces or new lines; "
                     "nan where you have no opinion. Leave empty if values are connected.",
                 ),
                 io.Float.Input(
@@ -318,14 +425,22 @@ class ScoresFromValues(io.ComfyNode):
                     max=MAX_SCORE,
                     tooltip="The same numbers as a list from any other block, such as Score Images.",
                 ),
-                io.Image.Input("pictures", optional=True, tooltip="The decoded completions, if the ranked grid is to show them."),
+                io.Image.Input(
+                    "pictures",
+                    optional=True,
+                    tooltip="The decoded completions, if the ranked grid is to show them.",
+                ),
             ],
             outputs=[ScoresWire.Output("made", display_name="scores", tooltip="For Advantages.")],
         )
 
     @classmethod
     def execute(
-        cls, rollout: list[RolloutData], votes: list[str], values: list[float] | None = None, pictures: list[Tensor] | None = None
+        cls,
+        rollout: list[RolloutData],
+        votes: list[str],
+        values: list[float] | None = None,
+        pictures: list[Tensor] | None = None,
     ) -> io.NodeOutput:
         """Check the numbers."""
         check_inputs(cls, locals())
@@ -335,14 +450,20 @@ class ScoresFromValues(io.ComfyNode):
         name = "votes" if values is None else "values"
         found = parse_votes(text) if values is None else [bounded("values", value) for value in values]
         if len(found) != count:
-            raise ValueError(f"{name} holds {len(found)} numbers and the rollout {count} completions; give one number for each")
+            raise ValueError(
+                f"{name} holds {len(found)} numbers and the rollout {count} completions; give one "
+                "number for each"
+            )
         images = None if pictures is None else checked_images(pictures, "pictures")
         if images is not None and (len(images) != count or len({image.shape for image in images}) > 1):
             raise ValueError(
-                f"pictures holds {len(images)} images, the rollout {count} completions; connect the decoded completions, or nothing"
+                f"pictures holds {len(images)} images, the rollout {count} completions; connect the "
+                "decoded completions, or nothing"
             )
         shown = None if images is None else torch.stack(images)[..., :3].float().expand(-1, -1, -1, 3)
-        return io.NodeOutput(ScoresData((name,), (1.0,), torch.tensor([found], dtype=torch.float32), "", shown))
+        return io.NodeOutput(
+            ScoresData((name,), (1.0,), torch.tensor([found], dtype=torch.float32), "", shown)
+        )
 
 
 NODES: list[type[io.ComfyNode]] = [ScoreImages, SelectBest, ScoreRollout, ScoresFromValues]

@@ -24,7 +24,9 @@ SCORING = "image/scoring"
 
 @dataclass(frozen=True)
 class RewardSet:
-    """Rewards with their weights and gates, and how they become one: one from Load Reward, several from Mix Rewards."""
+    """Rewards with their weights and gates, and how they become one: one from Load Reward, several from
+    Mix Rewards.
+    """
 
     rewards: tuple[Reward, ...]
     weights: tuple[float, ...]
@@ -50,7 +52,10 @@ class RolloutData:
 
 @dataclass(frozen=True)
 class ScoresData:
-    """Scores [R, images] in the order of the plan's images, or of any images; pictures [images, H, W, 3] where they were decoded."""
+    """Scores [R, images] in the order of the plan's images, or of any images.
+
+    Pictures [images, H, W, 3] where they were decoded.
+    """
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
@@ -74,7 +79,9 @@ class AdvantagesData:
 
 @dataclass(frozen=True)
 class PolicyData:
-    """A LoRA in training on a MODEL: weights, AdamW's state, how far it is, and the run that keeps it (blank: none)."""
+    """A LoRA in training on a MODEL: weights, AdamW's state, how far it is, and the run that keeps it
+    (blank: none).
+    """
 
     model: Any
     adapter: Any

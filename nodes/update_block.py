@@ -1,4 +1,7 @@
-"""The graph as the loop: LoRA Policy → Rollout → Score Rollout → Advantages → Update LoRA. Every run of the graph is one update."""
+"""The graph as the loop: LoRA Policy → Rollout → Score Rollout → Advantages → Update LoRA.
+
+Every run of the graph is one update.
+"""
 
 from __future__ import annotations
 
@@ -38,22 +41,49 @@ class LoRAPolicy(io.ComfyNode):
             node_id="G2RPO_LoRAPolicy",
             display_name="LoRA Policy",
             category=TRAINING,
-            description="A LoRA in training on the model. A named run keeps it, and every run of the graph goes on from there.",
+            description=(
+                "A LoRA in training on the model. A named run keeps it, and every run of the graph goes on "
+                "from there."
+            ),
             inputs=[
                 io.Model.Input("model", tooltip="The flow model that is aligned. It is not changed."),
                 io.Int.Input("rank", default=16, min=1, max=512, tooltip="Rank of the LoRA."),
-                io.Float.Input("alpha", default=16.0, min=0.01, max=4096.0, step=1.0, tooltip="The LoRA's scale is alpha / rank."),
-                io.Combo.Input("targets", options=list(TARGETS), default=TARGETS[0], tooltip="Layers that get a LoRA."),
+                io.Float.Input(
+                    "alpha",
+                    default=16.0,
+                    min=0.01,
+                    max=4096.0,
+                    step=1.0,
+                    tooltip="The LoRA's scale is alpha / rank.",
+                ),
+                io.Combo.Input(
+                    "targets", options=list(TARGETS), default=TARGETS[0], tooltip="Layers that get a LoRA."
+                ),
                 recipe_input("learning_rate", step=1e-6),
                 io.Int.Input(
-                    "seed", control_after_generate=False, default=0, min=0, max=2**31 - 1, tooltip="Seed of a fresh LoRA's weights."
+                    "seed",
+                    control_after_generate=False,
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    tooltip="Seed of a fresh LoRA's weights.",
                 ),
-                io.String.Input("run", default="", tooltip="Run that keeps the LoRA; blank keeps nothing. " + NAME_TIP),
+                io.String.Input(
+                    "run", default="", tooltip="Run that keeps the LoRA; blank keeps nothing. " + NAME_TIP
+                ),
             ],
             outputs=[
                 PolicyWire.Output("policy", display_name="policy", tooltip="For Update LoRA."),
-                io.Model.Output("tuned", display_name="model", tooltip="The model with the LoRA as it stands: for the guider of Rollout."),
-                io.Int.Output("step", display_name="step", tooltip="Updates made so far: a seed that differs at every one."),
+                io.Model.Output(
+                    "tuned",
+                    display_name="model",
+                    tooltip="The model with the LoRA as it stands: for the guider of Rollout.",
+                ),
+                io.Int.Output(
+                    "step",
+                    display_name="step",
+                    tooltip="Updates made so far: a seed that differs at every one.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -76,7 +106,9 @@ class LoRAPolicy(io.ComfyNode):
         return str(newest) if newest else "new"
 
     @classmethod
-    def execute(cls, model: Any, rank: int, alpha: float, targets: str, learning_rate: float, seed: int, run: str) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, rank: int, alpha: float, targets: str, learning_rate: float, seed: int, run: str
+    ) -> io.NodeOutput:
         """Make the policy, or read it from its run."""
         check_inputs(cls, locals())
         check_flow(model)
@@ -104,7 +136,9 @@ def continued(fresh: PolicyData, run: str, seed: int) -> PolicyData:
         folder.truncate_metrics(0)
         return dataclasses.replace(fresh, run=run)
     tensors, progress = read_progress(newest, ())
-    numbers = fitting(tensors, "parameter", [part for pair in adapter.pairs.values() for part in pair], newest)
+    numbers = fitting(
+        tensors, "parameter", [part for pair in adapter.pairs.values() for part in pair], newest
+    )
     pairs = {name: (numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(adapter.pairs)}
     state = {key: tensor for key, tensor in tensors.items() if key.startswith("optimizer/")}
     with torch.inference_mode(False):
@@ -130,19 +164,33 @@ class UpdateLoRA(io.ComfyNode):
             node_id="G2RPO_UpdateLoRA",
             display_name="Update LoRA",
             category=TRAINING,
-            description="One update of the LoRA from one group's advantages: the exact policy gradient, by AdamW.",
+            description=(
+                "One update of the LoRA from one group's advantages: the exact policy gradient, by AdamW."
+            ),
             inputs=[
                 PolicyWire.Input("policy", tooltip="From LoRA Policy, or from another Update LoRA."),
-                AdvantagesWire.Input("advantages", tooltip="Of a rollout that was made with this policy's model."),
+                AdvantagesWire.Input(
+                    "advantages", tooltip="Of a rollout that was made with this policy's model."
+                ),
                 recipe_input("kl"),
                 recipe_input("step_weight"),
                 recipe_input("max_grad_norm"),
                 recipe_input("weight_decay", step=1e-5),
-                io.Int.Input("micro_batch", default=1, min=1, max=256, tooltip="Branch steps in one forward and backward; bounds memory."),
+                io.Int.Input(
+                    "micro_batch",
+                    default=1,
+                    min=1,
+                    max=256,
+                    tooltip="Branch steps in one forward and backward; bounds memory.",
+                ),
             ],
             outputs=[
                 PolicyWire.Output("updated", display_name="policy", tooltip="The policy after the update."),
-                io.LoraModel.Output("lora", display_name="lora", tooltip="Its LoRA alone, for Save LoRA and core's Load LoRA Model."),
+                io.LoraModel.Output(
+                    "lora",
+                    display_name="lora",
+                    tooltip="Its LoRA alone, for Save LoRA and core's Load LoRA Model.",
+                ),
                 io.Model.Output("tuned", display_name="model", tooltip="The model with the updated LoRA."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -163,20 +211,31 @@ class UpdateLoRA(io.ComfyNode):
         """Take the step, and keep it in the policy's run."""
         check_inputs(cls, locals())
         rate = policy.learning_rate
-        made = recipe("g2rpo", kl=kl, step_weight=step_weight, max_grad_norm=max_grad_norm, weight_decay=weight_decay, learning_rate=rate)
+        made = recipe(
+            "g2rpo",
+            kl=kl,
+            step_weight=step_weight,
+            max_grad_norm=max_grad_norm,
+            weight_decay=weight_decay,
+            learning_rate=rate,
+        )
         check_current(policy)
         with torch.inference_mode(False), torch.enable_grad():
             trained, optimizer = trainee(policy, advantages, weight_decay)
             rows = records(advantages.rollout.rollout, [advantages.table], step_weight=step_weight)
             announce(cls, f"step {policy.step + 1}: {len(rows)} branch steps, forward and backward")
             with trained.training():
-                stats = update(trained, rows, [None], optimizer, made, micro_batch=micro_batch, check=check_interrupted)
+                stats = update(
+                    trained, rows, [None], optimizer, made, micro_batch=micro_batch, check=check_interrupted
+                )
             adapter = trained.adapter()
             state = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer).items()}
             after = dataclasses.replace(policy, adapter=adapter, optimizer=state, step=policy.step + 1)
             if policy.run:
                 keep(after, advantages, trained, optimizer, stats)
-        return io.NodeOutput(after, lora_model(adapter), with_adapter(policy.model, adapter), ui={"g2rpo_run": [policy.run]})
+        return io.NodeOutput(
+            after, lora_model(adapter), with_adapter(policy.model, adapter), ui={"g2rpo_run": [policy.run]}
+        )
 
 
 def check_current(policy: PolicyData) -> None:
@@ -190,19 +249,30 @@ def check_current(policy: PolicyData) -> None:
         raise ValueError(f"policy: {stands}; run the graph again from LoRA Policy on")
 
 
-def trainee(policy: PolicyData, advantages: AdvantagesData, weight_decay: float) -> tuple[GraphPolicy, torch.optim.AdamW]:
-    """Put the policy's LoRA on its own model under the rollout's conditioning and guidance, with AdamW where it stood."""
+def trainee(
+    policy: PolicyData, advantages: AdvantagesData, weight_decay: float
+) -> tuple[GraphPolicy, torch.optim.AdamW]:
+    """Put the policy's LoRA on its own model under the rollout's conditioning and guidance, with AdamW
+    where it stood.
+    """
     rollout = advantages.rollout
     if rollout.guider.model_patcher.model is not policy.model.model:
-        raise ValueError("advantages: their rollout was made with another model; connect LoRA Policy's model to the guider of Rollout")
+        raise ValueError(
+            "advantages: their rollout was made with another model; connect LoRA Policy's model to the "
+            "guider of Rollout"
+        )
     if advantages.table.shape != rollout.rollout.plan.shape[:2]:
         raise ValueError(
-            f"advantages: they are a table of {list(advantages.table.shape)}, not of their rollout's branches; make them again"
+            f"advantages: they are a table of {list(advantages.table.shape)}, not of their rollout's "
+            "branches; make them again"
         )
     if not (advantages.table.isfinite().all() and rollout.rollout.x.isfinite().all()):
         raise ValueError("advantages: they hold NaN or infinite values; look at the scores")
     if not all(part.isfinite().all() for pair in policy.adapter.pairs.values() for part in pair):
-        raise ValueError("policy: its LoRA holds NaN or infinite values; training has diverged, start again at a lower learning rate")
+        raise ValueError(
+            "policy: its LoRA holds NaN or infinite values; training has diverged, start again at a "
+            "lower learning rate"
+        )
     guider = copy.copy(rollout.guider)
     guider.model_patcher, guider.model_options = policy.model, policy.model.model_options
     trained = GraphPolicy(guider, policy.adapter, checkpoint=is_large(policy.model))
@@ -212,7 +282,11 @@ def trainee(policy: PolicyData, advantages: AdvantagesData, weight_decay: float)
 
 
 def keep(
-    policy: PolicyData, advantages: AdvantagesData, trained: GraphPolicy, optimizer: torch.optim.AdamW, stats: dict[str, float]
+    policy: PolicyData,
+    advantages: AdvantagesData,
+    trained: GraphPolicy,
+    optimizer: torch.optim.AdamW,
+    stats: dict[str, float],
 ) -> None:
     """Write the update into the policy's run: a row of metrics, then a checkpoint."""
     folder = RunFolder.open(run_place(policy.run))

@@ -1,4 +1,6 @@
-"""The block that asks people: it shows a rollout's pictures, and until somebody has voted nothing below it runs."""
+"""The block that asks people: it shows a rollout's pictures, and until somebody has voted nothing below it
+runs.
+"""
 
 from __future__ import annotations
 
@@ -34,32 +36,49 @@ class VoteRollout(io.ComfyNode):
             node_id="G2RPO_VoteRollout",
             display_name="Vote",
             category=SCORING,
-            description="Let people judge a rollout: click the best picture first, then run again. Without votes nothing below runs.",
+            description=(
+                "Let people judge a rollout: click the best picture first, then run again. Without votes "
+                "nothing below runs."
+            ),
             inputs=[
                 RolloutWire.Input("rollout", tooltip="The rollout that is judged."),
                 io.Image.Input(
                     "pictures",
-                    tooltip=f"Its decoded completions, {MAX_PICTURES} at most: from VAE Decode, or the pictures of Score Rollout.",
+                    tooltip=(
+                        f"Its decoded completions, {MAX_PICTURES} at most: from VAE Decode, or the "
+                        "pictures of Score Rollout."
+                    ),
                 ),
                 io.String.Input(
                     "prompt",
                     default="",
-                    tooltip=f"The prompt that the rollout was made with, at most {MAX_CHARACTERS} characters; votes are kept with it.",
+                    tooltip=(
+                        f"The prompt that the rollout was made with, at most {MAX_CHARACTERS} characters; "
+                        "votes are kept with it."
+                    ),
                 ),
                 io.String.Input(
                     "votes",
                     default="",
-                    tooltip="Votes on the pictures that are shown, as the page writes them (JSON); those on other pictures do not count.",
+                    tooltip=(
+                        "Votes on the pictures that are shown, as the page writes them (JSON); those on "
+                        "other pictures do not count."
+                    ),
                 ),
                 io.String.Input(
-                    "run", default="", tooltip="Run that keeps the votes: the same as in LoRA Policy. Blank keeps none. " + NAME_TIP
+                    "run",
+                    default="",
+                    tooltip="Run that keeps the votes: the same as in LoRA Policy. Blank keeps none. "
+                    + NAME_TIP,
                 ),
             ],
             outputs=[
                 ScoresWire.Output(
                     "scores",
                     display_name="scores",
-                    tooltip="Bradley–Terry strengths, for Advantages; nan for a picture that nobody compared.",
+                    tooltip=(
+                        "Bradley–Terry strengths, for Advantages; nan for a picture that nobody compared."
+                    ),
                 )
             ],
             hidden=[io.Hidden.unique_id],
@@ -67,7 +86,9 @@ class VoteRollout(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, rollout: Any = None, pictures: Any = None, prompt: str = "", votes: str = "", run: str = "") -> str:
+    def fingerprint_inputs(
+        cls, rollout: Any = None, pictures: Any = None, prompt: str = "", votes: str = "", run: str = ""
+    ) -> str:
         """Change when the run has other votes, which may come from elsewhere."""
         if not isinstance(run, str) or not run.strip():
             return ""
@@ -75,7 +96,9 @@ class VoteRollout(io.ComfyNode):
         return f"{kept.stat().st_mtime_ns} {kept.stat().st_size}" if kept.is_file() else ""
 
     @classmethod
-    def execute(cls, rollout: RolloutData, pictures: Tensor, prompt: str, votes: str, run: str) -> io.NodeOutput:
+    def execute(
+        cls, rollout: RolloutData, pictures: Tensor, prompt: str, votes: str, run: str
+    ) -> io.NodeOutput:
         """Show the pictures; hand on their scores, or nothing."""
         check_inputs(cls, locals())
         text, place = checked_prompt(prompt), run_of(run)
@@ -83,7 +106,10 @@ class VoteRollout(io.ComfyNode):
         keys = [picture_key(image) for image in images]
         shown = {key: image for key, image in zip(keys, images, strict=True) if key}
         if len(shown) < 2:
-            raise ValueError("pictures are all the same, or broken, so there is nothing to compare; look at the model and at group_size")
+            raise ValueError(
+                "pictures are all the same, or broken, so there is nothing to compare; look at the "
+                "model and at group_size"
+            )
         mine = dataclasses.replace(parse(votes), prompt=text) if votes.strip() else None
         # Votes on another group are of no use here, and do no harm.
         mine = mine if mine and set(mine.pictures) == set(shown) and mine.outcomes() else None
@@ -95,7 +121,9 @@ class VoteRollout(io.ComfyNode):
             logging.info("Vote: %d pictures wait for votes; nothing below runs until then", len(shown))
             return io.NodeOutput(ExecutionBlocker(None), ui=page)
         values = scores(keys, found)
-        return io.NodeOutput(ScoresData(("votes",), (1.0,), values[None], text, images.nan_to_num(0.0)), ui=page)
+        return io.NodeOutput(
+            ScoresData(("votes",), (1.0,), values[None], text, images.nan_to_num(0.0)), ui=page
+        )
 
 
 def run_of(run: str) -> Path | None:
@@ -104,7 +132,9 @@ def run_of(run: str) -> Path | None:
         return None
     place = run_place(run)
     if not is_run(place):
-        raise ValueError(f"run: there is no run named {run[:80]!a}; write the one of LoRA Policy, or leave it blank")
+        raise ValueError(
+            f"run: there is no run named {run[:80]!a}; write the one of LoRA Policy, or leave it blank"
+        )
     return place
 
 
@@ -112,9 +142,15 @@ def group_of(rollout: RolloutData, pictures: Tensor) -> Tensor:
     """Return a rollout's pictures [images, H, W, 3] as their saved files would be."""
     images, count = checked_images([pictures], "pictures"), len(rollout.rollout.plan.images)
     if len(images) != count:
-        raise ValueError(f"pictures holds {len(images)} images, the rollout {count} completions; connect its decoded completions")
+        raise ValueError(
+            f"pictures holds {len(images)} images, the rollout {count} completions; connect its "
+            "decoded completions"
+        )
     if count > MAX_PICTURES:
-        raise ValueError(f"pictures holds {count} images; people vote on at most {MAX_PICTURES}, lower group_size or branch_steps")
+        raise ValueError(
+            f"pictures holds {count} images; people vote on at most {MAX_PICTURES}, lower group_size "
+            "or branch_steps"
+        )
     return rounded(torch.stack(images), 0).cpu()
 
 
@@ -130,7 +166,9 @@ def kept(place: Path, mine: Votes | None, shown: dict[str, Tensor], prompt: str)
 def ballot(shown: dict[str, Tensor], prompt: str, found: list[Votes]) -> dict[str, Any]:
     """Save the pictures where the page finds them, and say which votes count."""
     images = list(shown.values())
-    files = ui.ImageSaveHelper.save_images(images, f"g2rpo_vote_{next(iter(shown))}", io.FolderType.temp, None, 1)
+    files = ui.ImageSaveHelper.save_images(
+        images, f"g2rpo_vote_{next(iter(shown))}", io.FolderType.temp, None, 1
+    )
     pictures = [{"key": key, **file} for key, file in zip(shown, files, strict=True)]
     own = next((votes.table() for votes in found if set(votes.pictures) == set(shown)), None)
     return {"prompt": prompt[:SHOWN_PROMPT], "pictures": pictures, "votes": own}

@@ -1,4 +1,6 @@
-"""A custom node of the browser tests only: lets a test send events to the page as a node in the middle of its work would."""
+"""A custom node of the browser tests only: lets a test send events to the page as a node in the middle of
+its work would.
+"""
 
 from aiohttp import web
 from server import PromptServer

@@ -1,4 +1,6 @@
-"""Run inside ComfyUI by test_comfyui.py: velocities of a transformer file, alone and with a LoRA, as core's own loaders make them."""
+"""Run inside ComfyUI by test_comfyui.py: velocities of a transformer file, alone and with a LoRA, as
+core's own loaders make them.
+"""
 
 import logging
 
@@ -36,6 +38,10 @@ with torch.no_grad():
     base = velocity(model)
     heard = Warnings()
     logging.getLogger().addHandler(heard)
-    tuned_model, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(files["lora"]), 1.0, 0.0)
+    tuned_model, _ = comfy.sd.load_lora_for_models(
+        model, None, comfy.utils.load_torch_file(files["lora"]), 1.0, 0.0
+    )
     tuned = velocity(tuned_model)
-comfy_side.answer({"patched": len(tuned_model.patches), "warnings": heard.messages}, {"base": base, "tuned": tuned})
+comfy_side.answer(
+    {"patched": len(tuned_model.patches), "warnings": heard.messages}, {"base": base, "tuned": tuned}
+)

@@ -23,7 +23,14 @@ features = comfy_side.run_prompt({**loader, **texts}, {name: (name, 0) for name 
 assert features.ok, features
 conds = [features.values[name][0] for name in texts]
 
-sampling = {"seed": given["seed"], "steps": 8, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+sampling = {
+    "seed": given["seed"],
+    "steps": 8,
+    "cfg": 1.0,
+    "sampler_name": "euler",
+    "scheduler": "simple",
+    "denoise": 1.0,
+}
 words = dict.fromkeys(("clip_l", "clip_g", "t5xxl"), given["drawn"])
 strengths = {"strength_model": 1.0, "strength_clip": 1.0}
 tiling = {"tile_size": 64, "overlap": 16, "temporal_size": 64, "temporal_overlap": 8}
@@ -33,7 +40,13 @@ drawing = {
     "2": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 3}},
     "3": {
         "class_type": "KSampler",
-        "inputs": {**sampling, "model": ["1", 0], "positive": ["text0", 0], "negative": ["text0", 0], "latent_image": ["2", 0]},
+        "inputs": {
+            **sampling,
+            "model": ["1", 0],
+            "positive": ["text0", 0],
+            "negative": ["text0", 0],
+            "latent_image": ["2", 0],
+        },
     },
     "4": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["1", 2]}},
     "5": {"class_type": "VAEEncode", "inputs": {"pixels": ["4", 0], "vae": ["1", 2]}},
@@ -41,7 +54,10 @@ drawing = {
     "7": {"class_type": "CLIPSetLastLayer", "inputs": {"clip": ["1", 1], "stop_at_clip_layer": -1}},
     "8": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["7", 0], "text": "(a red circle:1.2)"}},
     "9": {"class_type": "CLIPTextEncodeSD3", "inputs": {"clip": ["1", 1], **words, "empty_padding": "none"}},
-    "10": {"class_type": "LoraLoader", "inputs": {"model": ["1", 0], "clip": ["1", 1], "lora_name": "a.safetensors", **strengths}},
+    "10": {
+        "class_type": "LoraLoader",
+        "inputs": {"model": ["1", 0], "clip": ["1", 1], "lora_name": "a.safetensors", **strengths},
+    },
     "11": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["10", 1], "text": given["drawn"]}},
 }
 want = {"latent": ("3", 0), "image": ("4", 0), "encoded": ("5", 0), "tiled": ("6", 0), "weighted": ("8", 0)}

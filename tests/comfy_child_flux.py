@@ -1,4 +1,6 @@
-"""Run inside ComfyUI by test_flux.py: velocities of a FLUX file, alone, with a picture to edit, and through LoraLoaderModelOnly."""
+"""Run inside ComfyUI by test_flux.py: velocities of a FLUX file, alone, with a picture to edit, and
+through LoraLoaderModelOnly.
+"""
 
 import logging
 
@@ -25,7 +27,9 @@ class Warnings(logging.Handler):
 
 
 def velocity(model: object, pictures: list[torch.Tensor] | None = None) -> torch.Tensor:
-    """Return the velocity of a loaded model at the given inputs, with latents of pictures as ReferenceLatent gives them."""
+    """Return the velocity of a loaded model at the given inputs, with latents of pictures as
+    ReferenceLatent gives them.
+    """
     comfy.model_management.load_models_gpu([model], force_patch_weights=True)
     x, sigma = given["x"], given["sigma"]
     guidance = torch.full_like(sigma, 3.5)
@@ -42,4 +46,6 @@ with torch.no_grad():
     (tuned_model,) = nodes.LoraLoaderModelOnly().load_lora_model_only(model, files["lora"], 1.0)
     tuned = velocity(tuned_model)
 mapped = sum(len(patches) for patches in tuned_model.patches.values())
-comfy_side.answer({"mapped": mapped, "warnings": heard.messages}, {"base": base, "edited": edited, "tuned": tuned})
+comfy_side.answer(
+    {"mapped": mapped, "warnings": heard.messages}, {"base": base, "edited": edited, "tuned": tuned}
+)

@@ -1,4 +1,6 @@
-"""Run inside ComfyUI by test_hostile.py: every input of every block gets what nobody should send, by hand and through core's validation."""
+"""Run inside ComfyUI by test_hostile.py: every input of every block gets what nobody should send, by hand
+and through core's validation.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +47,21 @@ GRAPH: dict[str, Any] = {
     "load": {"class_type": "G2RPO_TinyDemoLoader", "inputs": {}},
     "text": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["load", 1], "text": "a red circle"}},
     "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": 3}},
-    "sigmas": {"class_type": "BasicScheduler", "inputs": {"model": ["load", 0], "scheduler": "simple", "steps": 3, "denoise": 1.0}},
+    "sigmas": {
+        "class_type": "BasicScheduler",
+        "inputs": {"model": ["load", 0], "scheduler": "simple", "steps": 3, "denoise": 1.0},
+    },
     "empty": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
-    "guider": {"class_type": "BasicGuider", "inputs": {"model": ["LoRAPolicy", 1], "conditioning": ["text", 0]}},
+    "guider": {
+        "class_type": "BasicGuider",
+        "inputs": {"model": ["LoRAPolicy", 1], "conditioning": ["text", 0]},
+    },
     "draw": {
         "class_type": "SamplerCustomAdvanced",
-        "inputs": {name: [node, 0] for name, node in (("noise", "noise"), ("guider", "guider"), ("sampler", "SingularSDESampler"))}
+        "inputs": {
+            name: [node, 0]
+            for name, node in (("noise", "noise"), ("guider", "guider"), ("sampler", "SingularSDESampler"))
+        }
         | {"sigmas": ["sigmas", 0], "latent_image": ["empty", 0]},
     },
     "picture": {"class_type": "VAEDecode", "inputs": {"samples": ["draw", 0], "vae": ["load", 2]}},
@@ -59,9 +70,29 @@ MODEL, CLIP, VAE = (["load", i] for i in range(3))
 INPUTS: dict[str, dict[str, Any]] = {
     "TinyDemoLoader": {},
     "SingularSDESampler": {"branch_step": 1, "branch": 0, "kernel": "flow_sde", "eta": 0.7},
-    "LoRAPolicy": {"model": MODEL, "rank": 2, "alpha": 2.0, "targets": "attention", "learning_rate": 1e-3, "seed": 0, "run": ""},
-    "Rollout": {"guider": ["guider", 0], "noise": ["noise", 0], "sigmas": ["sigmas", 0], "latent_image": ["empty", 0]}
-    | {"branch_steps": "0,1", "group_size": 2, "granularities": "1", "kernel": "flow_sde", "eta": 0.7, "terminal": "exact"}
+    "LoRAPolicy": {
+        "model": MODEL,
+        "rank": 2,
+        "alpha": 2.0,
+        "targets": "attention",
+        "learning_rate": 1e-3,
+        "seed": 0,
+        "run": "",
+    },
+    "Rollout": {
+        "guider": ["guider", 0],
+        "noise": ["noise", 0],
+        "sigmas": ["sigmas", 0],
+        "latent_image": ["empty", 0],
+    }
+    | {
+        "branch_steps": "0,1",
+        "group_size": 2,
+        "granularities": "1",
+        "kernel": "flow_sde",
+        "eta": 0.7,
+        "terminal": "exact",
+    }
     | {"antithetic": False, "slots": 4},
     "LoadReward": {"reward": "colourfulness", "precision": "fp32", "batch": 4},
     "ReferenceReward": {"kind": "phash", "reference": ["picture", 0], "colours": ""},
@@ -69,31 +100,107 @@ INPUTS: dict[str, dict[str, Any]] = {
     | {f"weight_{i}": 1.0 for i in range(1, 7)}
     | {"mix": "zscore", "gates": ""},
     "LoadImageFolder": {"folder": "(input)", "deep": False, "skip": 0, "most": 4, "max_side": 64},
-    "ScoreRollout": {"rollout": ["Rollout", 0], "vae": VAE, "reward": ["LoadReward", 0], "prompt": "a red circle"},
+    "ScoreRollout": {
+        "rollout": ["Rollout", 0],
+        "vae": VAE,
+        "reward": ["LoadReward", 0],
+        "prompt": "a red circle",
+    },
     "ScoreImages": {"images": ["ScoreRollout", 1], "reward": ["LoadReward", 0], "prompt": "a red circle"}
     | {"names": ["LoadImageFolder", 1]},
-    "SelectBest": {"images": ["ScoreRollout", 1], "scores": ["ScoreImages", 0], "k": 2, "use_threshold": True, "threshold": 0.0}
+    "SelectBest": {
+        "images": ["ScoreRollout", 1],
+        "scores": ["ScoreImages", 0],
+        "k": 2,
+        "use_threshold": True,
+        "threshold": 0.0,
+    }
     | {"prompts": ["LoadImageFolder", 2]},
-    "SaveScoredImages": {"images": ["ScoreRollout", 1], "scores": ["ScoreImages", 0], "prefix": "scored/image", "most": 0}
+    "SaveScoredImages": {
+        "images": ["ScoreRollout", 1],
+        "scores": ["ScoreImages", 0],
+        "prefix": "scored/image",
+        "most": 0,
+    }
     | {"details": ["ScoreImages", 4], "names": ["LoadImageFolder", 1]},
-    "VoteRollout": {"rollout": ["Rollout", 0], "pictures": ["ScoreRollout", 1], "prompt": "a red circle", "votes": "", "run": ""},
-    "ScoresFromValues": {"rollout": ["Rollout", 0], "votes": "", "values": ["ScoreImages", 0], "pictures": ["ScoreRollout", 1]},
-    "Advantages": {"rollout": ["Rollout", 0], "scores": ["ScoresFromValues", 0], "clamp": 5.0, "std_floor": 1e-8, "per_branch": False},
-    "UpdateLoRA": {"policy": ["LoRAPolicy", 0], "advantages": ["Advantages", 0], "kl": 0.01, "step_weight": "uniform"}
+    "VoteRollout": {
+        "rollout": ["Rollout", 0],
+        "pictures": ["ScoreRollout", 1],
+        "prompt": "a red circle",
+        "votes": "",
+        "run": "",
+    },
+    "ScoresFromValues": {
+        "rollout": ["Rollout", 0],
+        "votes": "",
+        "values": ["ScoreImages", 0],
+        "pictures": ["ScoreRollout", 1],
+    },
+    "Advantages": {
+        "rollout": ["Rollout", 0],
+        "scores": ["ScoresFromValues", 0],
+        "clamp": 5.0,
+        "std_floor": 1e-8,
+        "per_branch": False,
+    },
+    "UpdateLoRA": {
+        "policy": ["LoRAPolicy", 0],
+        "advantages": ["Advantages", 0],
+        "kl": 0.01,
+        "step_weight": "uniform",
+    }
     | {"max_grad_norm": 1.0, "weight_decay": 0.0, "micro_batch": 2},
-    "TrainLoRA": {"model": MODEL, "clip": CLIP, "vae": VAE, "reward": ["LoadReward", 0], "recipe": "g2rpo", "steps": 1, **SMALL}
-    | {"prompts": "a red circle\na blue square", "heldout_prompts": "a green circle", "learning_rate": 1e-3, "rank": 2, "alpha": 2.0}
-    | {"targets": "attention", "prompts_per_step": 1, "slots": 8, "eval_every": 0, "run": "", "heldout_reward": ["LoadReward", 0]}
+    "TrainLoRA": {
+        "model": MODEL,
+        "clip": CLIP,
+        "vae": VAE,
+        "reward": ["LoadReward", 0],
+        "recipe": "g2rpo",
+        "steps": 1,
+        **SMALL,
+    }
+    | {
+        "prompts": "a red circle\na blue square",
+        "heldout_prompts": "a green circle",
+        "learning_rate": 1e-3,
+        "rank": 2,
+        "alpha": 2.0,
+    }
+    | {
+        "targets": "attention",
+        "prompts_per_step": 1,
+        "slots": 8,
+        "eval_every": 0,
+        "run": "",
+        "heldout_reward": ["LoadReward", 0],
+    }
     | {"changes": "group_size = 2\ngranularities = 1\neval_noises = 1", "sigmas": ["sigmas", 0]},
-    "CompareLoRA": {"base": MODEL, "tuned": ["LoRAPolicy", 1], "clip": CLIP, "vae": VAE, "reward": ["LoadReward", 0], **SMALL}
+    "CompareLoRA": {
+        "base": MODEL,
+        "tuned": ["LoRAPolicy", 1],
+        "clip": CLIP,
+        "vae": VAE,
+        "reward": ["LoadReward", 0],
+        **SMALL,
+    }
     | {"prompts": "a red circle", "num_steps": 1, "noises": 1, "slots": 2, "sigmas": ["sigmas", 0]},
     "RunMonitor": {"run": "newest"},
-    "SaveLoRA": {"lora": ["UpdateLoRA", 1], "name": "saved", "key_names": "native", "model": MODEL, "run": ["TrainLoRA", 4]},
+    "SaveLoRA": {
+        "lora": ["UpdateLoRA", 1],
+        "name": "saved",
+        "key_names": "native",
+        "model": MODEL,
+        "run": ["TrainLoRA", 4],
+    },
 }
-assert INPUTS.keys() == BLOCKS.keys(), f"blocks that nobody attacks, or that are gone: {INPUTS.keys() ^ BLOCKS.keys()}"
+assert INPUTS.keys() == BLOCKS.keys(), (
+    f"blocks that nobody attacks, or that are gone: {INPUTS.keys() ^ BLOCKS.keys()}"
+)
 for name, inputs in INPUTS.items():
     declared = {one.id for one in BLOCKS[name].define_schema().inputs}
-    assert inputs.keys() == declared, f"{name}: inputs that nobody attacks, or that are gone: {inputs.keys() ^ declared}"
+    assert inputs.keys() == declared, (
+        f"{name}: inputs that nobody attacks, or that are gone: {inputs.keys() ^ declared}"
+    )
     GRAPH[name] = {"class_type": f"G2RPO_{name}", "inputs": inputs}
 NAMED = {"ValueError", "FileError", "RunError", "LoraError", "PromptError", "RewardError", "VoteError"}
 HEAVY = {"TrainLoRA", "CompareLoRA"}
@@ -114,11 +221,15 @@ def real_inputs() -> dict[str, dict[str, Any]]:
     # Run Monitor refuses to look before there is a run.
     assert comfy_side.run_prompt(needed("TrainLoRA")).ok
     links = {tuple(v) for inputs in INPUTS.values() for v in inputs.values() if isinstance(v, list)}
-    ran = comfy_side.run_prompt(GRAPH, {f"{node} {slot}": (node, slot) for node, slot in links} | {"picture": ("picture", 0)})
+    ran = comfy_side.run_prompt(
+        GRAPH, {f"{node} {slot}": (node, slot) for node, slot in links} | {"picture": ("picture", 0)}
+    )
     assert ran.ok, ran
     made: dict[str, dict[str, Any]] = {}
     for name, inputs in INPUTS.items():
-        values = {key: ran.values[f"{v[0]} {v[1]}"] if isinstance(v, list) else v for key, v in inputs.items()}
+        values = {
+            key: ran.values[f"{v[0]} {v[1]}"] if isinstance(v, list) else v for key, v in inputs.items()
+        }
         if name in LIST_BLOCKS:
             values = {key: [value] for key, value in values.items()}
             values |= {key: [0.1, 0.4, 0.2, 0.3] for key in values.keys() & {"scores", "values"}}
@@ -135,23 +246,50 @@ def execute(name: str, inputs: Mapping[str, Any]) -> Any:
 def allowed_number(one: Any, value: Any) -> bool:
     """Say whether a widget's schema allows a number."""
     whole = isinstance(one, io.Int.Input)
-    return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and one.min <= value <= one.max
+    return (
+        isinstance(value, int if whole else (int, float))
+        and not isinstance(value, bool)
+        and one.min <= value <= one.max
+    )
 
 
 def hostile_values(one: Any) -> list[tuple[Any, bool | None]]:
     """List what a widget gets, and whether it must be refused."""
     junk: list[Any] = [None, True, [1], {}, b"1", 1j, object()]
     if isinstance(one, (io.Int.Input, io.Float.Input)):
-        near = [math.nextafter(one.min, -math.inf), math.nextafter(one.max, math.inf), one.min - 1, one.max + 1]
+        near = [
+            math.nextafter(one.min, -math.inf),
+            math.nextafter(one.max, math.inf),
+            one.min - 1,
+            one.max + 1,
+        ]
         values = [*given["numbers"], *near, "7", *junk]
-        return [(value, True) for value in values if not allowed_number(one, value) and not (value is None and one.optional)]
+        return [
+            (value, True)
+            for value in values
+            if not allowed_number(one, value) and not (value is None and one.optional)
+        ]
     if isinstance(one, io.Boolean.Input):
-        return [(value, True) for value in ("true", 2, 0.0, math.nan, *junk) if value is not True and not (value is None and one.optional)]
+        return [
+            (value, True)
+            for value in ("true", 2, 0.0, math.nan, *junk)
+            if value is not True and not (value is None and one.optional)
+        ]
     if isinstance(one, io.Combo.Input):
-        return [(value, True) for value in (*given["strings"], *junk) if value != "newest" and not (value is None and one.optional)]
+        return [
+            (value, True)
+            for value in (*given["strings"], *junk)
+            if value != "newest" and not (value is None and one.optional)
+        ]
     if isinstance(one, io.String.Input):
-        texts = [(text, True if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text) else None) for text in given["strings"]]
-        return [*texts, *((value, True) for value in (*junk, 7, math.nan) if not (value is None and one.optional))]
+        texts = [
+            (text, True if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text) else None)
+            for text in given["strings"]
+        ]
+        return [
+            *texts,
+            *((value, True) for value in (*junk, 7, math.nan) if not (value is None and one.optional)),
+        ]
     return []
 
 
@@ -162,15 +300,24 @@ def attack_widgets(real: Mapping[str, Mapping[str, Any]]) -> None:
             values = hostile_values(one)
             if name in HEAVY:
                 # Texts that are taken run a whole training or comparison.
-                values = [(value, refuse) for i, (value, refuse) in enumerate(values) if refuse or i % 12 == 0]
+                values = [
+                    (value, refuse) for i, (value, refuse) in enumerate(values) if refuse or i % 12 == 0
+                ]
             if (name in LIST_BLOCKS and isinstance(one, io.Boolean.Input)) or name == "RunMonitor":
-                # Lists' switches may be anything that is true or false; the run may be one that an attack has made.
+                # Lists' switches may be anything that is true or false; the run may be one that an attack has
+                # made.
                 values = [(value, None) for value, _ in values]
             for value, refuse in values:
                 changed = {**inputs, one.id: [value] if name in LIST_BLOCKS else value}
                 if one.id == "votes" and "values" in inputs:
                     changed["values"] = None
-                court.attack(name, f"{one.id} = {value!a:.60}", [one.id], lambda n=name, c=changed: execute(n, c), refuse)
+                court.attack(
+                    name,
+                    f"{one.id} = {value!a:.60}",
+                    [one.id],
+                    lambda n=name, c=changed: execute(n, c),
+                    refuse,
+                )
 
 
 def attack_through_core() -> None:
@@ -180,13 +327,20 @@ def attack_through_core() -> None:
         for one in BLOCKS[name].define_schema().inputs:
             if isinstance(one, (io.Int.Input, io.Float.Input)) and not isinstance(INPUTS[name][one.id], list):
                 values: list[Any] = [one.min - 1, one.max + 1, math.nan, -math.inf]
-            elif isinstance(one, (io.String.Input, io.Combo.Input)) and not isinstance(INPUTS[name][one.id], list):
+            elif isinstance(one, (io.String.Input, io.Combo.Input)) and not isinstance(
+                INPUTS[name][one.id], list
+            ):
                 values = ["../../x", "\ud800", "a\0b"]
             else:
                 continue
             for value in values:
                 graph[name]["inputs"][one.id] = value
-                court.attack(name, f"{one.id} = {value!a} in a graph", [one.id], lambda n=name, g=graph, w=one.id: refused(n, g, w))
+                court.attack(
+                    name,
+                    f"{one.id} = {value!a} in a graph",
+                    [one.id],
+                    lambda n=name, g=graph, w=one.id: refused(n, g, w),
+                )
             graph[name]["inputs"][one.id] = INPUTS[name][one.id]
 
 
@@ -198,30 +352,47 @@ def refused(name: str, graph: Mapping[str, Any], widget: str) -> None:
     words = repr(ran.problems) if ran.problems else ran.error
     if not ran.problems:
         kind = words.partition(": ")[0].rpartition(".")[2]
-        assert kind in NAMED and ran.error_node == name and "\n" not in words.strip(), f"{ran.error_node}: {words}"
+        assert kind in NAMED and ran.error_node == name and "\n" not in words.strip(), (
+            f"{ran.error_node}: {words}"
+        )
     assert widget in words, f"{widget} is not named: {words[:300]}"
 
 
 @torch.inference_mode()
 def portrait(real: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Use the very objects that are attacked as a user would: draw with core's sampler, roll out, update; and look at their weights."""
+    """Use the very objects that are attacked as a user would: draw with core's sampler, roll out, update.
+
+    And look at their weights.
+    """
     found = {}
     rollout = real["Rollout"]
     plain = comfy.samplers.CFGGuider(real["TrainLoRA"]["model"])
     plain.original_conds = rollout["guider"].original_conds
     for name, guider in (("plain", plain), ("tuned", rollout["guider"])):
-        noise = rollout["noise"].generate_noise(rollout["latent_image"]).repeat(1, 16 // rollout["latent_image"]["samples"].shape[1], 1, 1)
+        noise = (
+            rollout["noise"]
+            .generate_noise(rollout["latent_image"])
+            .repeat(1, 16 // rollout["latent_image"]["samples"].shape[1], 1, 1)
+        )
         sampler, empty = comfy.samplers.sampler_object("euler"), torch.zeros_like(noise)
-        latent = guider.sample(noise, empty, sampler, rollout["sigmas"], disable_pbar=True, seed=rollout["noise"].seed)
+        latent = guider.sample(
+            noise, empty, sampler, rollout["sigmas"], disable_pbar=True, seed=rollout["noise"].seed
+        )
         found[f"{name} picture"] = real["TrainLoRA"]["vae"].decode(latent)
     rolled = execute("Rollout", rollout).args
     found["completions"] = rolled[1]["samples"]
-    found |= {f"update {key}": tensor for key, tensor in execute("UpdateLoRA", real["UpdateLoRA"]).args[1].items()}
+    found |= {
+        f"update {key}": tensor for key, tensor in execute("UpdateLoRA", real["UpdateLoRA"]).args[1].items()
+    }
     clip = real["TrainLoRA"]["clip"]
     found["text"] = clip.encode_from_tokens_scheduled(clip.tokenize("a red circle"))[0][0]
     comfy.model_management.unload_all_models()
     model = real["TrainLoRA"]["model"].model
-    layers = [layer for layer in model.modules() if getattr(layer, "weight_function", None) or getattr(layer, "bias_function", None)]
+    layers = [
+        layer
+        for layer in model.modules()
+        if getattr(layer, "weight_function", None) or getattr(layer, "bias_function", None)
+    ]
     assert not layers, f"functions left on {len(layers)} layers"
     return found | {f"weight {key}": tensor.clone() for key, tensor in model.state_dict().items()}
 

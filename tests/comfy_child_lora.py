@@ -1,5 +1,6 @@
-"""Run inside ComfyUI by test_lora_comfyui.py: what core's own key map and adapters make of LoRA files, for every architecture, and the
-velocities of tiny models through core's loaders."""
+"""Run inside ComfyUI by test_lora_comfyui.py: what core's own key map and adapters make of LoRA files, for
+every architecture, and the velocities of tiny models through core's loaders.
+"""
 
 import logging
 from types import SimpleNamespace
@@ -63,20 +64,35 @@ def flux_like(config: dict) -> tuple[type, torch.nn.Module, dict]:
     }
     config = {**shared, **config}
     known = __import__("comfy.ldm.flux.model", fromlist=["FluxParams"]).FluxParams.__dataclass_fields__
-    return comfy.model_base.Flux, Flux(**{key: value for key, value in config.items() if key in known}, **MAKE), config
+    return (
+        comfy.model_base.Flux,
+        Flux(**{key: value for key, value in config.items() if key in known}, **MAKE),
+        config,
+    )
 
 
 def flux2() -> tuple[type, torch.nn.Module, dict]:
     """FLUX.2: a gated feed-forward layer, modulations that the blocks share, no pooled text."""
-    own = {"vec_in_dim": None, "mlp_ratio": 3.0, "patch_size": 1, "in_channels": 128, "out_channels": 128, "axes_dim": [32, 32, 32, 32]}
-    return flux_like({**own, "qkv_bias": False, "global_modulation": True, "mlp_silu_act": True, "ops_bias": False})
+    own = {
+        "vec_in_dim": None,
+        "mlp_ratio": 3.0,
+        "patch_size": 1,
+        "in_channels": 128,
+        "out_channels": 128,
+        "axes_dim": [32, 32, 32, 32],
+    }
+    return flux_like(
+        {**own, "qkv_bias": False, "global_modulation": True, "mlp_silu_act": True, "ops_bias": False}
+    )
 
 
 def qwen_image() -> tuple[type, torch.nn.Module, dict]:
     """Qwen-Image."""
     from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 
-    made = QwenImageTransformer2DModel(num_layers=2, attention_head_dim=128, num_attention_heads=1, joint_attention_dim=32, **MAKE)
+    made = QwenImageTransformer2DModel(
+        num_layers=2, attention_head_dim=128, num_attention_heads=1, joint_attention_dim=32, **MAKE
+    )
     return comfy.model_base.QwenImage, made, {}
 
 
@@ -84,7 +100,9 @@ def wan() -> tuple[type, torch.nn.Module, dict]:
     """Wan 2.1, image to video."""
     from comfy.ldm.wan.model import WanModel
 
-    made = WanModel(model_type="i2v", dim=64, ffn_dim=96, freq_dim=256, text_dim=32, num_heads=2, num_layers=2, **MAKE)
+    made = WanModel(
+        model_type="i2v", dim=64, ffn_dim=96, freq_dim=256, text_dim=32, num_heads=2, num_layers=2, **MAKE
+    )
     return comfy.model_base.WAN21, made, {}
 
 
@@ -92,7 +110,14 @@ def next_dit(config: dict) -> tuple[type, torch.nn.Module, dict]:
     """Lumina Image 2.0 or Z-Image."""
     from comfy.ldm.lumina.model import NextDiT
 
-    config = {"in_channels": 16, "n_layers": 2, "n_refiner_layers": 2, "cap_feat_dim": 32, "qk_norm": True, **config}
+    config = {
+        "in_channels": 16,
+        "n_layers": 2,
+        "n_refiner_layers": 2,
+        "cap_feat_dim": 32,
+        "qk_norm": True,
+        **config,
+    }
     return comfy.model_base.Lumina2, NextDiT(**config, **MAKE), config
 
 
@@ -103,7 +128,14 @@ ARCHITECTURES = {
     "qwen_image": qwen_image,
     "wan": wan,
     "z_image": lambda: next_dit(
-        {"dim": 256, "n_heads": 2, "n_kv_heads": 2, "z_image_modulation": True, "multiple_of": 1, "ffn_dim_multiplier": 8 / 3}
+        {
+            "dim": 256,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "z_image_modulation": True,
+            "multiple_of": 1,
+            "ffn_dim_multiplier": 8 / 3,
+        }
     ),
     "lumina2": lambda: next_dit({"dim": 144, "n_heads": 3, "n_kv_heads": 1, "axes_dims": [16, 16, 16]}),
 }
@@ -143,7 +175,8 @@ for name, (family, file, wants_tensors) in asked["files"].items():
     weights = {key: value.shape for key, value in model.state_dict().items()}
     # As comfy.sd.load_lora_for_models and ModelPatcher.add_patches do.
     loaded = comfy.lora.load_lora(
-        comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(file)), comfy.lora.model_lora_keys_unet(model, {})
+        comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(file)),
+        comfy.lora.model_lora_keys_unet(model, {}),
     )
     patches: dict = {}
     for target, adapter in loaded.items():
@@ -156,7 +189,9 @@ for name, (family, file, wants_tensors) in asked["files"].items():
     if wants_tensors:
         answers[name]["shapes"] = {key: list(shape) for key, shape in weights.items()}
         for key in patches.keys() & weights.keys():
-            tensors[f"{name}|{key}"] = comfy.lora.calculate_weight(patches[key], torch.zeros(weights[key]), key)
+            tensors[f"{name}|{key}"] = comfy.lora.calculate_weight(
+                patches[key], torch.zeros(weights[key]), key
+            )
     answers[name]["errors"] = [message for message in heard.messages if message.startswith("ERROR")]
 answers["new"] = hasattr(comfy.utils, "z_image_to_diffusers")
 if block := getattr(nodes_flux, "Flux2Scheduler", None):
@@ -182,7 +217,10 @@ def outputs(name: str, file: str, loras: dict[str, str]) -> dict[str, object]:
         heard.messages.clear()
         (tuned,) = nodes.LoraLoaderModelOnly().load_lora_model_only(model, lora_name, 1.0)
         tensors[f"output|{name}|{form}"] = velocity(tuned, inputs)
-        said[form] = {"warnings": list(heard.messages), "mapped": sum(len(patches) for patches in tuned.patches.values())}
+        said[form] = {
+            "warnings": list(heard.messages),
+            "mapped": sum(len(patches) for patches in tuned.patches.values()),
+        }
     return said
 
 

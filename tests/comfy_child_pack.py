@@ -24,16 +24,25 @@ def router() -> UrlDispatcher:
 
 def object_info() -> dict:
     """Ask the server's own handler what the page is told about every node."""
-    handler = next(route.handler for route in router().routes() if route.resource and route.resource.canonical == "/object_info")
+    handler = next(
+        route.handler
+        for route in router().routes()
+        if route.resource and route.resource.canonical == "/object_info"
+    )
     return json.loads(asyncio.run(handler(None)).body)
 
 
 def seconds_to_import(folder: Path) -> float:
-    """Import the pack once more under another name, everything beneath it being loaded; return the CPU time, the best of three."""
+    """Import the pack once more under another name, everything beneath it being loaded.
+
+    Return the CPU time, the best of three.
+    """
     best = 60.0
     for turn in range(3):
         name = f"g2rpo_again_{turn}"
-        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+        spec = importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         before = time.process_time()
         spec.loader.exec_module(module)

@@ -1,4 +1,6 @@
-"""Run inside ComfyUI by test_nodes_saving.py: folders of images, installed reward models, mixes, references, saved scores."""
+"""Run inside ComfyUI by test_nodes_saving.py: folders of images, installed reward models, mixes,
+references, saved scores.
+"""
 
 import csv
 import dataclasses
@@ -18,7 +20,9 @@ from PIL import Image
 import nodes
 
 given, tensors = comfy_side.given(), comfy_side.given_tensors()
-types, saving, library = (comfy_side.pack_module(f"nodes.{name}") for name in ("types", "saving", "library"))
+types, saving, library = (
+    comfy_side.pack_module(f"nodes.{name}") for name in ("types", "saving", "host.reward_models")
+)
 rewards = comfy_side.pack_module("comfy_g2rpo.rewards")
 installed = comfy_side.pack_module("comfy_g2rpo.rewards.models.installed")
 INPUT, OUTPUT = Path(folder_paths.get_input_directory()), Path(folder_paths.get_output_directory())
@@ -53,7 +57,9 @@ class GiveList(Give):
 class Collect:
     """Keep a whole list."""
 
-    INPUT_TYPES = classmethod(lambda cls: {"required": {"value": (Anything("*"), {}), "name": ("STRING", {})}})
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"value": (Anything("*"), {}), "name": ("STRING", {})}}
+    )
     RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE, INPUT_IS_LIST = (), "keep", "tests", True, True
     seen: ClassVar[dict[str, list[Any]]] = {}
 
@@ -80,7 +86,8 @@ def lists(graph: dict[str, Any], **want: tuple[str, int]) -> dict[str, list[Any]
     """Run a graph and return whole outputs."""
     Collect.seen.clear()
     collectors = {
-        f"collect {name}": {"class_type": "TestCollect", "inputs": {"value": list(at), "name": name}} for name, at in want.items()
+        f"collect {name}": {"class_type": "TestCollect", "inputs": {"value": list(at), "name": name}}
+        for name, at in want.items()
     }
     ran = comfy_side.run_prompt({**graph, **collectors})
     assert ran.ok, ran
@@ -101,8 +108,18 @@ folder_graph = {
     "folder": block("LoadImageFolder", folder="cats", deep=False, skip=0, most=64, max_side=2048),
     "first": block("LoadReward", reward="colourfulness"),
     "second": block("LoadReward", reward="jpeg"),
-    "mix": block("MixRewards", reward_1=["first", 0], reward_2=["second", 0], weight_1=1.0, weight_2=0.5, mix="zscore", gates=""),
-    "score": block("ScoreImages", images=["folder", 0], reward=["mix", 0], prompt=["folder", 2], names=["folder", 1]),
+    "mix": block(
+        "MixRewards",
+        reward_1=["first", 0],
+        reward_2=["second", 0],
+        weight_1=1.0,
+        weight_2=0.5,
+        mix="zscore",
+        gates="",
+    ),
+    "score": block(
+        "ScoreImages", images=["folder", 0], reward=["mix", 0], prompt=["folder", 2], names=["folder", 1]
+    ),
     "save": block(
         "SaveScoredImages",
         images=["folder", 0],
@@ -136,12 +153,21 @@ for name in found["files"]:
         answers["chunks"].append(dict(image.text))
 before = {path.name: path.read_bytes() for path in (OUTPUT / "cats").iterdir()}
 again = lists(folder_graph, files=("save", 0))["files"]
-answers["again"] = {"files": again, "untouched": all((OUTPUT / "cats" / name).read_bytes() == content for name, content in before.items())}
+answers["again"] = {
+    "files": again,
+    "untouched": all((OUTPUT / "cats" / name).read_bytes() == content for name, content in before.items()),
+}
 ran = comfy_side.run_prompt(folder_graph)
 answers["ui"] = ran.ui["save"]["images"]
 shrunk = {**folder_graph["folder"]["inputs"], "max_side": 64, "skip": 1, "most": 2}
-answers["shrunk"] = [list(image.shape) for image in lists({"folder": block("LoadImageFolder", **shrunk)}, images=("folder", 0))["images"]]
-deep = lists({"folder": block("LoadImageFolder", **{**folder_graph["folder"]["inputs"], "deep": True})}, names=("folder", 1))
+answers["shrunk"] = [
+    list(image.shape)
+    for image in lists({"folder": block("LoadImageFolder", **shrunk)}, images=("folder", 0))["images"]
+]
+deep = lists(
+    {"folder": block("LoadImageFolder", **{**folder_graph["folder"]["inputs"], "deep": True})},
+    names=("folder", 1),
+)
 answers["deep"] = deep["names"]
 answers["choices"] = comfy_side.node_class("G2RPO_LoadImageFolder").define_schema().inputs[0].options
 
@@ -166,7 +192,9 @@ expected = direct.score((images * 255).round() / 255, ["a red cube"] * len(image
 ran = comfy_side.run_prompt(clip_graph, {"about": ("load", 1), "reward": ("load", 0)})
 assert ran.ok, ran
 managed = ran.values["reward"].rewards[0]
-holders = [loaded.model.model for loaded in comfy.model_management.current_loaded_models if loaded.model is not None]
+holders = [
+    loaded.model.model for loaded in comfy.model_management.current_loaded_models if loaded.model is not None
+]
 answers["model"] = {
     "expected": expected.tolist(),
     "scores": lists(clip_graph, scores=("score", 0))["scores"],
@@ -176,7 +204,9 @@ answers["model"] = {
     "threads": rewards.protocol.runs_elsewhere(managed),
 }
 comfy.model_management.unload_all_models()
-answers["model"]["after unloading"] = managed.score((images * 255).round() / 255, ["a red cube"] * len(images)).tolist()
+answers["model"]["after unloading"] = managed.score(
+    (images * 255).round() / 255, ["a red cube"] * len(images)
+).tolist()
 answers["model"]["shared"] = library.find("clipscore", "fp32", 16) is managed
 answers["model"]["embeds"] = list(managed.embed(images).shape)
 block_class = comfy_side.node_class("G2RPO_LoadReward")
@@ -186,15 +216,33 @@ os.utime(weights, (1, 1))
 answers["model"]["seen again"] = block_class.fingerprint_inputs(reward="clipscore") != stamp
 answers["model"]["loaded again"] = library.find("clipscore", "fp32", 16) is not managed
 answers["model"]["listed"] = block_class.define_schema().inputs[0].options
-answers["model"]["bf16"] = str(next(library.find("clipscore", "bf16", 2).inner.module.vision_model.parameters()).dtype)
+answers["model"]["bf16"] = str(
+    next(library.find("clipscore", "bf16", 2).inner.module.vision_model.parameters()).dtype
+)
 
 # Mixes with gates, and likeness to a picture.
-colour = {"images": thing("images", images), "c": block("LoadReward", reward="colourfulness"), "j": block("LoadReward", reward="jpeg")}
+colour = {
+    "images": thing("images", images),
+    "c": block("LoadReward", reward="colourfulness"),
+    "j": block("LoadReward", reward="jpeg"),
+}
 answers["mixes"] = {}
 for mix in ("zscore", "sum", "minimum", "rank_product"):
     for gates in ("", "colourfulness = 50"):
-        made = block("MixRewards", reward_1=["c", 0], reward_2=["j", 0], weight_1=1.0, weight_2=2.0, mix=mix, gates=gates)
-        graph = {**colour, "mix": made, "score": block("ScoreImages", images=["images", 0], reward=["mix", 0], prompt="")}
+        made = block(
+            "MixRewards",
+            reward_1=["c", 0],
+            reward_2=["j", 0],
+            weight_1=1.0,
+            weight_2=2.0,
+            mix=mix,
+            gates=gates,
+        )
+        graph = {
+            **colour,
+            "mix": made,
+            "score": block("ScoreImages", images=["images", 0], reward=["mix", 0], prompt=""),
+        }
         answers["mixes"][f"{mix} {gates}".strip()] = lists(graph, scores=("score", 0))["scores"]
 like = {
     "images": thing("images", images),
@@ -212,11 +260,21 @@ select = {
     "scores": thing("scores", [0.1, 0.9, 0.5, 0.7]),
     "prompts": thing("prompts", ["a", "a", "b", "b"]),
     "best": block(
-        "SelectBest", images=["images", 0], scores=["scores", 0], k=1, use_threshold=False, threshold=0.0, prompts=["prompts", 0]
+        "SelectBest",
+        images=["images", 0],
+        scores=["scores", 0],
+        k=1,
+        use_threshold=False,
+        threshold=0.0,
+        prompts=["prompts", 0],
     ),
 }
 chosen = lists(select, kept=("best", 1), scores=("best", 3), images=("best", 2))
-answers["best"] = {"kept": chosen["kept"], "scores": chosen["scores"], "sizes": [list(image.shape) for image in chosen["images"]]}
+answers["best"] = {
+    "kept": chosen["kept"],
+    "scores": chosen["scores"],
+    "sizes": [list(image.shape) for image in chosen["images"]],
+}
 # The page is told why the batch is missing; whoever does not use it never hears of it.
 sent: list[Any] = []
 server = comfy_side.server()
@@ -227,7 +285,13 @@ answers["best"]["batch"] = "out" in ran.values
 answers["best"]["said"] = [data["exception_message"] for event, data in sent if event == "execution_error"]
 
 # A rollout, and a training, judged by a mix of a model and a rule with a gate.
-GATED = {"reward_1": ["clip", 0], "reward_2": ["rule", 0], "weight_1": 1.0, "weight_2": 0.5, "gates": "jpeg = -2.6"}
+GATED = {
+    "reward_1": ["clip", 0],
+    "reward_2": ["rule", 0],
+    "weight_1": 1.0,
+    "weight_2": 0.5,
+    "gates": "jpeg = -2.6",
+}
 train_graph = {
     "load": block("TinyDemoLoader"),
     "clip": block("LoadReward", reward="clipscore", batch=8),
@@ -236,7 +300,10 @@ train_graph = {
     "text": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["load", 1], "text": "a red circle"}},
     "guider": {"class_type": "BasicGuider", "inputs": {"model": ["load", 0], "conditioning": ["text", 0]}},
     "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": 3}},
-    "sigmas": {"class_type": "BasicScheduler", "inputs": {"model": ["load", 0], "scheduler": "simple", "steps": 4, "denoise": 1.0}},
+    "sigmas": {
+        "class_type": "BasicScheduler",
+        "inputs": {"model": ["load", 0], "scheduler": "simple", "steps": 4, "denoise": 1.0},
+    },
     "empty": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
     "rollout": block(
         "Rollout",
@@ -251,8 +318,12 @@ train_graph = {
         antithetic=False,
         slots=12,
     ),
-    "scores": block("ScoreRollout", rollout=["rollout", 0], vae=["load", 2], reward=["mix", 0], prompt="a red circle"),
-    "advantages": block("Advantages", rollout=["rollout", 0], scores=["scores", 0], clamp=5.0, std_floor=1e-8, per_branch=True),
+    "scores": block(
+        "ScoreRollout", rollout=["rollout", 0], vae=["load", 2], reward=["mix", 0], prompt="a red circle"
+    ),
+    "advantages": block(
+        "Advantages", rollout=["rollout", 0], scores=["scores", 0], clamp=5.0, std_floor=1e-8, per_branch=True
+    ),
     "train": block(
         "TrainLoRA",
         model=["load", 0],
@@ -279,11 +350,18 @@ train_graph = {
         changes="num_steps = 4\ngroup_size = 4\ngranularities = 1",
     ),
 }
-ran = comfy_side.run_prompt(train_graph, {"scores": ("scores", 0), "advantages": ("advantages", 0), "lora": ("train", 1)})
+ran = comfy_side.run_prompt(
+    train_graph, {"scores": ("scores", 0), "advantages": ("advantages", 0), "lora": ("train", 1)}
+)
 assert ran.ok, ran
-pictures |= {"rollout scores": ran.values["scores"].values, "rollout advantages": ran.values["advantages"].table}
+pictures |= {
+    "rollout scores": ran.values["scores"].values,
+    "rollout advantages": ran.values["advantages"].table,
+}
 answers["trained"] = json.loads((OUTPUT / "g2rpo/mixed/config.json").read_text("utf-8"))["config"]
-answers["moved"] = max(float(tensor.abs().max()) for name, tensor in ran.values["lora"].items() if "up" in name)
+answers["moved"] = max(
+    float(tensor.abs().max()) for name, tensor in ran.values["lora"].items() if "up" in name
+)
 
 # What nobody should send.
 good = images[:2]
@@ -300,10 +378,22 @@ hostile: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "scores of another length": ("SaveScoredImages", save, {"scores": [0.5]}),
     "names of another length": ("SaveScoredImages", save, {"names": ["a"]}),
     "names of numbers": ("SaveScoredImages", save, {"names": [1, 2]}),
-    "details of others": ("SaveScoredImages", save, {"details": dataclasses.replace(details, values=torch.zeros(1, 3))}),
-    "details without axes": ("SaveScoredImages", save, {"details": dataclasses.replace(details, values=torch.tensor(1.0))}),
+    "details of others": (
+        "SaveScoredImages",
+        save,
+        {"details": dataclasses.replace(details, values=torch.zeros(1, 3))},
+    ),
+    "details without axes": (
+        "SaveScoredImages",
+        save,
+        {"details": dataclasses.replace(details, values=torch.tensor(1.0))},
+    ),
     "images to 255": ("SaveScoredImages", save, {"images": good * 255}),
-    "images without end": ("SaveScoredImages", save, {"images": torch.zeros(1, 1, 1, 3).expand(1025, 1, 1, 3)}),
+    "images without end": (
+        "SaveScoredImages",
+        save,
+        {"images": torch.zeros(1, 1, 1, 3).expand(1025, 1, 1, 3)},
+    ),
     "most below none": ("SaveScoredImages", save, {"most": -1}),
     "names for others": ("ScoreImages", {"images": good, "reward": one, "prompt": "", "names": ["a"]}, {}),
     "folder of a path": ("LoadImageFolder", folder, {"folder": "../../secret"}),
@@ -343,8 +433,8 @@ for name, (node, inputs, changes) in hostile.items():
     graph["block"] = block(node, **{key: [key, 0] for key in graph})
     answers["hostile"][name] = spoken(graph, "block")
 answers["outside"] = sorted(str(path.relative_to(OUTPUT.parent)) for path in OUTPUT.parent.glob("*.png"))
-kept = lists({"save": block("SaveScoredImages", images=["i", 0], scores=["s", 0], prefix="odd", most=0, details=["d", 0]),
-              "i": thing("i", torch.cat([good[:1], good[:1] * torch.nan])), "s": thing("s", [float("nan"), 1.0]), "d": thing("d", details)},
+kept = lists({"save": block((((((("SaveScoredImages")))))), images=["i", 0], scores=["s", 0], prefix="odd", most=0, details=["d", 0]),  # noqa: E501
+              "i": thing("i", torch.cat([good[:1], good[:1] * torch.nan])), "s": thing("s", [float("nan"), 1.0]), "d": thing("d", details)},  # noqa: E501
              files=("save", 0), table=("save", 1))  # fmt: skip
 answers["odd"] = {"files": kept["files"], "csv": (OUTPUT / kept["table"][0]).read_text("utf-8")}
 comfy_side.answer(answers, pictures)

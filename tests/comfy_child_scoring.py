@@ -1,4 +1,6 @@
-"""Run inside ComfyUI by test_nodes_scoring.py: the scoring blocks in graphs of core nodes, and what they do with hostile inputs."""
+"""Run inside ComfyUI by test_nodes_scoring.py: the scoring blocks in graphs of core nodes, and what they
+do with hostile inputs.
+"""
 
 import dataclasses
 import math
@@ -75,7 +77,8 @@ def plain(values: dict[str, Any]) -> dict[str, Any]:
 answers: dict[str, Any] = {}
 pictures: dict[str, torch.Tensor] = {}
 
-# A rollout of the bundled model, judged in the graph and, picture by picture, by core's decoder and Score Images.
+# A rollout of the bundled model, judged in the graph and, picture by picture, by core's decoder and Score
+# Images.
 rollout_graph = {
     "load": block("TinyDemoLoader"),
     "text": core("CLIPTextEncode", clip=["load", 1], text=given["prompt"]),
@@ -104,14 +107,26 @@ mix_graph["mix"] = block("MixRewards", reward_1=["r1", 0], reward_2=["r2", 0], w
 judged_graph = {
     **rollout_graph,
     **mix_graph,
-    "score": block("ScoreRollout", rollout=["rollout", 0], vae=["load", 2], reward=["mix", 0], prompt=given["prompt"]),
-    "advantages": block("Advantages", rollout=["rollout", 0], scores=["score", 0], clamp=2.0, std_floor=1e-8, per_branch=False),
-    "branches": block("Advantages", rollout=["rollout", 0], scores=["score", 0], clamp=2.0, std_floor=1e-8, per_branch=True),
+    "score": block(
+        "ScoreRollout", rollout=["rollout", 0], vae=["load", 2], reward=["mix", 0], prompt=given["prompt"]
+    ),
+    "advantages": block(
+        "Advantages", rollout=["rollout", 0], scores=["score", 0], clamp=2.0, std_floor=1e-8, per_branch=False
+    ),
+    "branches": block(
+        "Advantages", rollout=["rollout", 0], scores=["score", 0], clamp=2.0, std_floor=1e-8, per_branch=True
+    ),
     "decode": core("VAEDecode", samples=["rollout", 1], vae=["load", 2]),
     "images": block("ScoreImages", images=["decode", 0], reward=["mix", 0], prompt=given["prompt"]),
-    "best": block("SelectBest", images=["decode", 0], scores=["images", 0], k=3, use_threshold=False, threshold=0.0),
-    "voted": block("ScoresFromValues", rollout=["rollout", 0], votes="", values=["images", 0], pictures=["decode", 0]),
-    "voted_advantages": block("Advantages", rollout=["rollout", 0], scores=["voted", 0], clamp=5.0, std_floor=1e-8, per_branch=False),
+    "best": block(
+        "SelectBest", images=["decode", 0], scores=["images", 0], k=3, use_threshold=False, threshold=0.0
+    ),
+    "voted": block(
+        "ScoresFromValues", rollout=["rollout", 0], votes="", values=["images", 0], pictures=["decode", 0]
+    ),
+    "voted_advantages": block(
+        "Advantages", rollout=["rollout", 0], scores=["voted", 0], clamp=5.0, std_floor=1e-8, per_branch=False
+    ),
 }
 want = {
     "rollout": ("rollout", 0),
@@ -147,7 +162,10 @@ answers["judged"] = {
     "images": len(rollout.rollout.plan.images),
     "learnable": not (advantages.table.is_inference() or advantages.rewards.is_inference()),
 }
-pictures |= {name: judged.values[name] for name in ("heatmap", "ranked", "per_branch", "image_ranked", "best", "pictures", "decoded")}
+pictures |= {
+    name: judged.values[name]
+    for name in ("heatmap", "ranked", "per_branch", "image_ranked", "best", "pictures", "decoded")
+}
 pictures |= {
     "scores": scores.values,
     "table": advantages.table,
@@ -162,18 +180,31 @@ free_graph = {
     "images": thing("free", tensors["images"]),
     "reward": reward("colourfulness"),
     "score": block("ScoreImages", images=["images", 0], reward=["reward", 0], prompt=""),
-    "best": block("SelectBest", images=["images", 0], scores=["score", 0], k=2, use_threshold=False, threshold=0.0),
-    "above": block("SelectBest", images=["images", 0], scores=["score", 0], k=100, use_threshold=True, threshold=given["threshold"]),
+    "best": block(
+        "SelectBest", images=["images", 0], scores=["score", 0], k=2, use_threshold=False, threshold=0.0
+    ),
+    "above": block(
+        "SelectBest",
+        images=["images", 0],
+        scores=["score", 0],
+        k=100,
+        use_threshold=True,
+        threshold=given["threshold"],
+    ),
     "sizes": thing("sizes", [tensors["wide"], tensors["tall"], tensors["grey"], tensors["alpha"]], many=True),
     "mixed_sizes": block("ScoreImages", images=["sizes", 0], reward=["reward", 0], prompt=""),
-    "one_of_sizes": block("SelectBest", images=["sizes", 0], scores=["mixed_sizes", 0], k=1, use_threshold=False, threshold=0.0),
+    "one_of_sizes": block(
+        "SelectBest", images=["sizes", 0], scores=["mixed_sizes", 0], k=1, use_threshold=False, threshold=0.0
+    ),
     "agreement": reward("agreement"),
     "scenes": thing("scenes", tensors["scenes"]),
     "lines": block("ScoreImages", images=["scenes", 0], reward=["agreement", 0], prompt=given["lines"]),
     "all": block("ScoreImages", images=["scenes", 0], reward=["agreement", 0], prompt=given["scene"]),
 }
 kept = {name: tensor.clone() for name, tensor in tensors.items()}
-outputs = {f"{node} {slot}": (node, slot) for node in ("score", "mixed_sizes", "lines", "all") for slot in (1, 3)}
+outputs = {
+    f"{node} {slot}": (node, slot) for node in ("score", "mixed_sizes", "lines", "all") for slot in (1, 3)
+}
 
 
 def caught_list(node: str) -> dict[str, Any]:
@@ -198,7 +229,9 @@ def caught_list(node: str) -> dict[str, Any]:
     return found
 
 
-free = comfy_side.run_prompt(free_graph, {"best": ("best", 0), "above": ("above", 0), "one_of_sizes": ("one_of_sizes", 0), **outputs})
+free = comfy_side.run_prompt(
+    free_graph, {"best": ("best", 0), "above": ("above", 0), "one_of_sizes": ("one_of_sizes", 0), **outputs}
+)
 assert free.ok, free
 answers["free"] = {
     "score": caught_list("score"),
@@ -208,9 +241,15 @@ answers["free"] = {
     "kept": caught_list("best")["1"],
     "above_kept": caught_list("above")["1"],
     "tables": {node: free.values[f"{node} 3"] for node in ("score", "mixed_sizes", "lines", "all")},
-    "unchanged": all(torch.equal(tensors[name].nan_to_num(7.0), kept[name].nan_to_num(7.0)) for name in tensors),
+    "unchanged": all(
+        torch.equal(tensors[name].nan_to_num(7.0), kept[name].nan_to_num(7.0)) for name in tensors
+    ),
 }
-pictures |= {"free_best": free.values["best"], "free_above": free.values["above"], "one_of_sizes": free.values["one_of_sizes"]}
+pictures |= {
+    "free_best": free.values["best"],
+    "free_above": free.values["above"],
+    "one_of_sizes": free.values["one_of_sizes"],
+}
 
 # Interruption: the judge presses the button, and must not be asked again.
 
@@ -241,7 +280,9 @@ for name, graph in {
         "rollout": thing("rollout", rollout),
         # Core's own VAE hears the button as well; this one leaves it to the block.
         "vae": thing("vae", fake_vae([8, 8, 3])),
-        "score": block("ScoreRollout", rollout=["rollout", 0], vae=["vae", 0], reward=["presser", 0], prompt=""),
+        "score": block(
+            "ScoreRollout", rollout=["rollout", 0], vae=["vae", 0], reward=["presser", 0], prompt=""
+        ),
     },
 }.items():
     presser = Presser()
@@ -259,7 +300,13 @@ ran = comfy_side.run_prompt(
     {
         **score_graph,
         "rollout": thing("broken", broken),
-        "score": block("ScoreRollout", rollout=["rollout", 0], vae=["vae", 0], reward=["agreement", 0], prompt=given["prompt"]),
+        "score": block(
+            "ScoreRollout",
+            rollout=["rollout", 0],
+            vae=["vae", 0],
+            reward=["agreement", 0],
+            prompt=given["prompt"],
+        ),
     },
     {"scores": ("score", 0), "pictures": ("score", 1)},
 )
@@ -270,8 +317,12 @@ pictures |= {"broken_scores": ran.values["scores"].values, "broken_pictures": ra
 # Votes that are all the same: nothing to learn, whatever the rounding says.
 tie_graph = {
     "rollout": thing("rollout", rollout),
-    "votes": block("ScoresFromValues", rollout=["rollout", 0], votes="0.9 " * len(rollout.rollout.plan.images)),
-    "tie": block("Advantages", rollout=["rollout", 0], scores=["votes", 0], clamp=5.0, std_floor=0.0, per_branch=False),
+    "votes": block(
+        "ScoresFromValues", rollout=["rollout", 0], votes="0.9 " * len(rollout.rollout.plan.images)
+    ),
+    "tie": block(
+        "Advantages", rollout=["rollout", 0], scores=["votes", 0], clamp=5.0, std_floor=0.0, per_branch=False
+    ),
 }
 tie = comfy_side.run_prompt(tie_graph, {"heatmap": ("tie", 1), "summary": ("tie", 3)})
 assert tie.ok, tie
@@ -299,12 +350,24 @@ hostile: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "images without pixels": ("ScoreImages", score_images, {"images": torch.zeros(1, 0, 8, 3)}),
     "images of five channels": ("ScoreImages", score_images, {"images": torch.zeros(1, 8, 8, 5)}),
     "images of three axes": ("ScoreImages", score_images, {"images": torch.zeros(8, 8, 3)}),
-    "images of whole numbers": ("ScoreImages", score_images, {"images": torch.zeros(1, 8, 8, 3, dtype=torch.uint8)}),
+    "images of whole numbers": (
+        "ScoreImages",
+        score_images,
+        {"images": torch.zeros(1, 8, 8, 3, dtype=torch.uint8)},
+    ),
     "images of text": ("ScoreImages", score_images, {"images": "picture.png"}),
     "images from -1": ("ScoreImages", score_images, {"images": good * 2 - 1}),
     "images to 255": ("ScoreImages", score_images, {"images": good * 255}),
-    "images without end": ("ScoreImages", score_images, {"images": torch.zeros(1, 1, 1, 3).expand(1025, 1, 1, 3)}),
-    "images of a huge size": ("ScoreImages", score_images, {"images": torch.zeros(1, 1, 1, 3).expand(1, 2**16, 2**16, 3)}),
+    "images without end": (
+        "ScoreImages",
+        score_images,
+        {"images": torch.zeros(1, 1, 1, 3).expand(1025, 1, 1, 3)},
+    ),
+    "images of a huge size": (
+        "ScoreImages",
+        score_images,
+        {"images": torch.zeros(1, 1, 1, 3).expand(1, 2**16, 2**16, 3)},
+    ),
     "prompt too long": ("ScoreImages", score_images, {"prompt": "x" * 100_000}),
     "prompt with NUL": ("ScoreImages", score_images, {"prompt": "a\0b"}),
     "prompt with half a character": ("ScoreImages", score_images, {"prompt": "a\ud800b"}),
@@ -320,8 +383,16 @@ hostile: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "threshold above all": ("SelectBest", select, {"use_threshold": True, "threshold": 0.75}),
     "threshold of nan": ("SelectBest", select, {"use_threshold": True, "threshold": math.nan}),
     "rollout without latents": ("ScoreRollout", score_rollout, {"rollout": odd(latents=None)}),
-    "rollout of two prompts": ("ScoreRollout", score_rollout, {"rollout": odd(latents=rollout.rollout.latents.expand(2, -1, -1, -1, -1))}),
-    "rollout of video": ("ScoreRollout", score_rollout, {"rollout": odd(latents=torch.zeros(1, count, 16, 5, 8, 8))}),
+    "rollout of two prompts": (
+        "ScoreRollout",
+        score_rollout,
+        {"rollout": odd(latents=rollout.rollout.latents.expand(2, -1, -1, -1, -1))},
+    ),
+    "rollout of video": (
+        "ScoreRollout",
+        score_rollout,
+        {"rollout": odd(latents=torch.zeros(1, count, 16, 5, 8, 8))},
+    ),
     "vae of another model": ("ScoreRollout", score_rollout, {"vae": SimpleNamespace(latent_channels=4)}),
     "vae of video": ("ScoreRollout", score_rollout, {"vae": fake_vae([5, 8, 8, 3])}),
     "vae of one channel": ("ScoreRollout", score_rollout, {"vae": fake_vae([8, 8, 1])}),
@@ -333,11 +404,27 @@ hostile: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "votes beyond float": ("ScoresFromValues", from_values, {"votes": votes.replace("0", "1e39", 1)}),
     "votes without end": ("ScoresFromValues", from_values, {"votes": "1," * 100_000}),
     "votes and values": ("ScoresFromValues", from_values, {"values": [1.0] * count}),
-    "values of infinity": ("ScoresFromValues", {"rollout": rollout, "votes": " "}, {"values": [math.inf] * count}),
+    "values of infinity": (
+        "ScoresFromValues",
+        {"rollout": rollout, "votes": " "},
+        {"values": [math.inf] * count},
+    ),
     "pictures of another count": ("ScoresFromValues", from_values, {"pictures": good}),
-    "scores of another rollout": ("Advantages", to_advantages, {"scores": dataclasses.replace(scores, values=scores.values[:, :-1])}),
-    "scores that judge nothing": ("Advantages", to_advantages, {"scores": dataclasses.replace(scores, values=scores.values * math.nan)}),
-    "infinite scores": ("Advantages", to_advantages, {"scores": dataclasses.replace(scores, values=scores.values / 0.0)}),
+    "scores of another rollout": (
+        "Advantages",
+        to_advantages,
+        {"scores": dataclasses.replace(scores, values=scores.values[:, :-1])},
+    ),
+    "scores that judge nothing": (
+        "Advantages",
+        to_advantages,
+        {"scores": dataclasses.replace(scores, values=scores.values * math.nan)},
+    ),
+    "infinite scores": (
+        "Advantages",
+        to_advantages,
+        {"scores": dataclasses.replace(scores, values=scores.values / 0.0)},
+    ),
     "rollout without branches": (
         "Advantages",
         to_advantages,
@@ -362,12 +449,19 @@ for name, (node, inputs, changes) in hostile.items():
     spoken[name] = ran.error or str(ran.problems or "")
 answers["hostile"] = spoken
 
-# And the widgets themselves. Core refuses numbers out of bounds, but 0.3.64 lets any text pass as a choice: the block must refuse it.
+# And the widgets themselves. Core refuses numbers out of bounds, but 0.3.64 lets any text pass as a choice:
+# the block must refuse it.
 refused = {}
 for name, (node, widgets) in {
     "reward": ("LoadReward", {"reward": "../../secret"}),
-    "k": ("SelectBest", {"k": 0, "use_threshold": False, "threshold": 0.0, "images": ["images", 0], "scores": ["scores", 0]}),
-    "clamp": ("Advantages", {"rollout": ["r", 0], "scores": ["s", 0], "clamp": -1.0, "std_floor": 0.0, "per_branch": False}),
+    "k": (
+        "SelectBest",
+        {"k": 0, "use_threshold": False, "threshold": 0.0, "images": ["images", 0], "scores": ["scores", 0]},
+    ),
+    "clamp": (
+        "Advantages",
+        {"rollout": ["r", 0], "scores": ["s", 0], "clamp": -1.0, "std_floor": 0.0, "per_branch": False},
+    ),
 }.items():
     graph = {
         "images": thing("images", good),
@@ -402,16 +496,23 @@ def random_text() -> str:
 
 def random_number() -> Any:
     """Make something like a number."""
-    return rng.choice([0, 1, 1, 1, 2, 3, 0.5, 0.25, -1, math.nan, math.inf, 1e300, -1e10, True, None, "1", 2**70])
+    return rng.choice(
+        [0, 1, 1, 1, 2, 3, 0.5, 0.25, -1, math.nan, math.inf, 1e300, -1e10, True, None, "1", 2**70]
+    )
 
 
 BLOCKS = {
-    name: comfy_side.node_class(f"G2RPO_{name}") for name in ("ScoreImages", "SelectBest", "ScoresFromValues", "MixRewards", "Advantages")
+    name: comfy_side.node_class(f"G2RPO_{name}")
+    for name in ("ScoreImages", "SelectBest", "ScoresFromValues", "MixRewards", "Advantages")
 }
 for _ in range(given["random"]):
     name = rng.choice(list(BLOCKS))
     calls = {
-        "ScoreImages": lambda: ([random_images() for _ in range(rng.choice([1, 1, 2, 0]))], [one_reward], [random_text()]),
+        "ScoreImages": lambda: (
+            [random_images() for _ in range(rng.choice([1, 1, 2, 0]))],
+            [one_reward],
+            [random_text()],
+        ),
         "SelectBest": lambda: (
             [good],
             [random_number() for _ in range(rng.choice([2, 2, 1]))],

@@ -1,4 +1,6 @@
-"""Run inside ComfyUI by test_nodes_voting.py: the block Vote in a graph that trains, with votes as the page would write them."""
+"""Run inside ComfyUI by test_nodes_voting.py: the block Vote in a graph that trains, with votes as the
+page would write them.
+"""
 
 import json
 import random
@@ -25,26 +27,44 @@ def core(name: str, /, **inputs: Any) -> dict[str, Any]:
     return {"class_type": name, "inputs": inputs}
 
 
-def graph(votes: str, run: str = "", kept_in: str | None = None, prompt: str = PROMPT, tail: bool = True) -> dict[str, Any]:
-    """Return a graph that trains on votes; `run` is LoRA Policy's, `kept_in` the one that keeps the votes if it is another."""
+def graph(
+    votes: str, run: str = "", kept_in: str | None = None, prompt: str = PROMPT, tail: bool = True
+) -> dict[str, Any]:
+    """Return a graph that trains on votes.
+
+    `run` is LoRA Policy's, `kept_in` the one that keeps the votes if it is another.
+    """
     rolling = {"kernel": "flow_sde", "eta": 0.9, "terminal": "exact", "antithetic": False, "slots": 8}
     made = {
         "load": block("TinyDemoLoader"),
-        "policy": block("LoRAPolicy", model=["load", 0], rank=4, alpha=4.0, targets="attention", learning_rate=1e-3, seed=0, run=run),
+        "policy": block((((((("LoRAPolicy")))))), model=["load", 0], rank=4, alpha=4.0, targets="attention", learning_rate=1e-3, seed=0, run=run),  # noqa: E501
         "text": core("CLIPTextEncode", clip=["load", 1], text=PROMPT),
         "guider": core("BasicGuider", model=["policy", 1], conditioning=["text", 0]),
         "noise": core("RandomNoise", noise_seed=["policy", 2]),
         "sigmas": core("BasicScheduler", model=["load", 0], scheduler="simple", steps=4, denoise=1.0),
         "empty": core("EmptySD3LatentImage", width=64, height=64, batch_size=1),
-        "rollout": block("Rollout", guider=["guider", 0], noise=["noise", 0], sigmas=["sigmas", 0], latent_image=["empty", 0],
+        "rollout": block((((((("Rollout")))))), guider=["guider", 0], noise=["noise", 0], sigmas=["sigmas", 0], latent_image=["empty", 0],  # noqa: E501
                          branch_steps="0,1", group_size=4, granularities="1", **rolling),
         "decode": core("VAEDecode", samples=["rollout", 1], vae=["load", 2]),
         VOTE: block("VoteRollout", rollout=["rollout", 0], pictures=["decode", 0], prompt=prompt, votes=votes,
                     run=run if kept_in is None else kept_in),
     }  # fmt: skip
     if tail:
-        made["advantages"] = block("Advantages", rollout=["rollout", 0], scores=[VOTE, 0], clamp=5.0, std_floor=1e-8, per_branch=False)
-        settings = {"kl": 0.0, "step_weight": "uniform", "max_grad_norm": 1.0, "weight_decay": 0.0, "micro_batch": 4}
+        made["advantages"] = block(
+            "Advantages",
+            rollout=["rollout", 0],
+            scores=[VOTE, 0],
+            clamp=5.0,
+            std_floor=1e-8,
+            per_branch=False,
+        )
+        settings = {
+            "kl": 0.0,
+            "step_weight": "uniform",
+            "max_grad_norm": 1.0,
+            "weight_decay": 0.0,
+            "micro_batch": 4,
+        }
         made[UPDATE] = block("UpdateLoRA", policy=["policy", 0], advantages=["advantages", 0], **settings)
     return made
 
@@ -68,7 +88,10 @@ def run(votes: str, fresh: bool = False, **changes: Any) -> dict[str, Any]:
 
 def redness(picture: dict[str, str]) -> float:
     """Look at a picture that the page would show."""
-    pixels = np.asarray(Image.open(Path(folder_paths.get_temp_directory()) / picture["subfolder"] / picture["filename"]), float)
+    pixels = np.asarray(
+        Image.open(Path(folder_paths.get_temp_directory()) / picture["subfolder"] / picture["filename"]),
+        float,
+    )
     return float(pixels[..., 0].mean() - pixels[..., 1:].mean())
 
 
@@ -76,7 +99,10 @@ def ranked(ballot: dict[str, Any]) -> dict[str, Any]:
     """Vote for the redder pictures."""
     pictures = ballot["pictures"]
     order = sorted(pictures, key=redness, reverse=True)
-    return {"pictures": [picture["key"] for picture in pictures], "ranking": [picture["key"] for picture in order]}
+    return {
+        "pictures": [picture["key"] for picture in pictures],
+        "ranking": [picture["key"] for picture in order],
+    }
 
 
 def kept(name: str) -> list[str]:
@@ -97,13 +123,25 @@ def story() -> dict[str, Any]:
 
 
 def without_run() -> dict[str, Any]:
-    """Vote where nothing is kept, then take the votes back; and vote where a run keeps them, then forget them in the page."""
+    """Vote where nothing is kept, then take the votes back.
+
+    And vote where a run keeps them, then forget them in the page.
+    """
     first = run("")
     votes = json.dumps(ranked(first["ballot"]))
     keys = [picture["key"] for picture in first["ballot"]["pictures"]]
-    some = json.dumps({"pictures": keys, "pairs": [[keys[0], keys[1]], [keys[0], keys[1]], [keys[2], keys[1]]]})
+    some = json.dumps(
+        {"pictures": keys, "pairs": [[keys[0], keys[1]], [keys[0], keys[1]], [keys[2], keys[1]]]}
+    )
     other = json.dumps({"pictures": [key[::-1] for key in keys], "ranking": [key[::-1] for key in keys]})
-    answers = {"first": first, "voted": run(votes), "again": run(""), "pairs": run(some), "other": run(other), "votes": json.loads(votes)}
+    answers = {
+        "first": first,
+        "voted": run(votes),
+        "again": run(""),
+        "pairs": run(some),
+        "other": run(other),
+        "votes": json.loads(votes),
+    }
     answers["kept"] = run(votes, kept_in="voted", tail=False)
     answers["replayed"] = run("", kept_in="voted", tail=False, fresh=True)
     answers["another prompt"] = run("", kept_in="voted", tail=False, prompt="two blue squares")
@@ -113,22 +151,31 @@ def without_run() -> dict[str, Any]:
 def hostile(keys: list[str]) -> dict[str, dict[str, Any]]:
     """Try what a stranger's workflow may hold."""
     good = {"pictures": keys, "ranking": keys}
-    tried = {name: text if isinstance(text, str) else json.dumps(text) for name, text in given["texts"].items()}
+    tried = {
+        name: text if isinstance(text, str) else json.dumps(text) for name, text in given["texts"].items()
+    }
     tried |= {name: json.dumps({**good, **change}) for name, change in given["changes"].items()}
     tried["a picture twice"] = json.dumps({**good, "ranking": [keys[0], keys[0]]})
     tried["a picture of no group"] = json.dumps({**good, "winners": ["0123456789abcdef"]})
     tried["a picture against itself"] = json.dumps({**good, "pairs": [[keys[0], keys[0]]]})
     tried["three in a pair"] = json.dumps({**good, "pairs": [keys[:3]]})
-    tried["a name twice"] = f'{{"pictures": {json.dumps(keys)}, "ranking": [], "ranking": {json.dumps(keys)}}}'
+    tried["a name twice"] = (
+        f'{{"pictures": {json.dumps(keys)}, "ranking": [], "ranking": {json.dumps(keys)}}}'
+    )
     found = {name: run(text, tail=False) for name, text in tried.items()}
     found |= {f"run {name}": run("", kept_in=name, tail=False) for name in given["runs"]}
     return found
 
 
 def noise(keys: list[str], count: int) -> list[str]:
-    """Change single characters of good votes at random; list the answers that are neither votes nor a named error."""
+    """Change single characters of good votes at random.
+
+    List the answers that are neither votes nor a named error.
+    """
     chance, strange = random.Random(0), []
-    good = json.dumps({"pictures": keys, "ranking": keys[:3], "winners": keys[:3], "pairs": [[keys[0], keys[1]]]})
+    good = json.dumps(
+        {"pictures": keys, "ranking": keys[:3], "winners": keys[:3], "pairs": [[keys[0], keys[1]]]}
+    )
     parse = comfy_side.pack_module("comfy_g2rpo.votes.strengths").parse
     for _ in range(count):
         text = list(good)

@@ -1,8 +1,10 @@
-"""Run tests inside real ComfyUIs: scripts in a booted one, or a server over HTTP. The pack is linked under a base directory of its own.
+"""Run tests inside real ComfyUIs: scripts in a booted one, or a server over HTTP. The pack is linked under a
+base directory of its own.
 
-ComfyUI's root has a module `nodes` and so has ours, therefore nothing here imports ComfyUI: its own Python does, in a child process that
-starts in its root. `run_script` boots it once and runs a script file there (comfy_side.py is the script's half), forked from a process
-that has its libraries loaded (comfy_nursery.py); `server` starts main.py on a free port.
+ComfyUI's root has a module `nodes` and so has ours, therefore nothing here imports ComfyUI: its own Python
+does, in a child process that starts in its root. `run_script` boots it once and runs a script file there
+(comfy_side.py is the script's half), forked from a process that has its libraries loaded (comfy_nursery.py);
+`server` starts main.py on a free port.
 """
 
 from __future__ import annotations
@@ -32,16 +34,26 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 SIDE, NURSERY = (Path(__file__).with_name(f"comfy_{name}.py") for name in ("side", "nursery"))
 FLAGS = ("--cpu", "--disable-api-nodes", "--database-url", "sqlite:///:memory:")
-MISSING = "no ComfyUI found: set COMFYUI_PATH to its folder, or put it at ~/comfy/ComfyUI, with its venv/ inside"
+MISSING = (
+    "no ComfyUI found: set COMFYUI_PATH to its folder, or put it at ~/comfy/ComfyUI, with its venv/ inside"
+)
 BOOT_SECONDS = 180
-SERVED = "another-odd_name"  # without a space: ComfyUI itself does not serve the web files of a pack whose folder name has one
+# without a space: ComfyUI itself does not serve the web files of a pack whose folder name has one
+SERVED = "another-odd_name"
 
 
 def comfyui_roots() -> list[Path]:
-    """List the ComfyUI folders to test in: COMFYUI_PATH alone where it is set; else ~/comfy/ComfyUI*, newest last, and that around us."""
+    """List the ComfyUI folders to test in: COMFYUI_PATH alone where it is set.
+
+    Else ~/comfy/ComfyUI*, newest last, and that around us.
+    """
     named = os.environ.get("COMFYUI_PATH")
     around = [ROOT.parent.parent] if ROOT.parent.name == "custom_nodes" else []
-    candidates = [Path(named).expanduser().resolve()] if named else [*sorted(Path.home().glob("comfy/ComfyUI*"), key=version), *around]
+    candidates = (
+        [Path(named).expanduser().resolve()]
+        if named
+        else [*sorted(Path.home().glob("comfy/ComfyUI*"), key=version), *around]
+    )
     return [path for path in candidates if (path / "comfy/sd.py").is_file()]
 
 
@@ -54,24 +66,47 @@ def version(comfyui: Path) -> list[int]:
 
 EVERY = bool(os.environ.get("G2RPO_EVERY_COMFYUI"))
 ROOTS = comfyui_roots() if EVERY else comfyui_roots()[-1:]
-COMFYUIS = [pytest.param(root, id=root.name) for root in ROOTS] or [pytest.param(None, id="none", marks=pytest.mark.skip(reason=MISSING))]
-"""Where is tested: the ComfyUI around the pack or else the newest that is found; every one with G2RPO_EVERY_COMFYUI=1."""
+COMFYUIS = [pytest.param(root, id=root.name) for root in ROOTS] or [
+    pytest.param(None, id="none", marks=pytest.mark.skip(reason=MISSING))
+]
+"""Where is tested: the ComfyUI around the pack or else the newest that is found.
+
+Every one with G2RPO_EVERY_COMFYUI=1.
+"""
 
 
 def python_of(comfyui: Path) -> str:
     """Return the interpreter that a ComfyUI folder brings, or ours."""
-    candidates = [comfyui / folder / name for folder in ("venv", ".venv") for name in ("bin/python", "Scripts/python.exe")]
+    candidates = [
+        comfyui / folder / name
+        for folder in ("venv", ".venv")
+        for name in ("bin/python", "Scripts/python.exe")
+    ]
     return str(next((path for path in candidates if path.is_file()), sys.executable))
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a child: offline, one thread, and without a path that leads to this repository."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "COVERAGE_PROCESS_START")}
-    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    """Return the environment of a child: offline, one thread, and without a path that leads to this
+    repository.
+    """
+    kept = {
+        key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "COVERAGE_PROCESS_START")
+    }
+    return {
+        **kept,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
 
 
-def make_base(folder: Path, name: str | None = "an odd.name-of 2026", others: Mapping[str, Path] | None = None) -> Path:
-    """Make a base directory with this pack linked as custom_nodes/<name> (None: without it), and other packs beside it."""
+def make_base(
+    folder: Path, name: str | None = "an odd.name-of 2026", others: Mapping[str, Path] | None = None
+) -> Path:
+    """Make a base directory with this pack linked as custom_nodes/<name> (None: without it), and other
+    packs beside it.
+    """
     for part in ("custom_nodes", "models/loras", "input", "output", "temp", "user/default"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     packs = {**({name: ROOT} if name else {}), **(others or {})}
@@ -97,11 +132,17 @@ def run_script(
     tensors: Mapping[str, Tensor] | None = None,
     timeout: float = 600,
 ) -> Answer:
-    """Run a script file in a booted ComfyUI; it reads `data` and `tensors` with comfy_side.given() and replies with comfy_side.answer()."""
+    """Run a script file in a booted ComfyUI.
+
+    It reads `data` and `tensors` with comfy_side.given() and replies with comfy_side.answer().
+    """
     exchange = base / "exchange" / f"{time.monotonic_ns()}"
     exchange.mkdir(parents=True)
     (exchange / "given.json").write_text(json.dumps(data), "utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in (tensors or {}).items()}, exchange / "given.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in (tensors or {}).items()},
+        exchange / "given.safetensors",
+    )
     log = exchange / "log.txt"
     command = [str(SIDE), str(exchange), str(script), *FLAGS, "--base-directory", str(base)]
     code = (_run_forked if sys.platform == "linux" else _run)(comfyui, command, log, timeout)
@@ -110,26 +151,36 @@ def run_script(
     reply = exchange / "answer.json"
     replied = exchange / "answer.safetensors"
     return Answer(
-        json.loads(reply.read_text("utf-8")) if reply.is_file() else None, load_file(replied) if replied.is_file() else {}, printed
+        json.loads(reply.read_text("utf-8")) if reply.is_file() else None,
+        load_file(replied) if replied.is_file() else {},
+        printed,
     )
 
 
 def _run(comfyui: Path, command: list[str], log: Path, timeout: float) -> int:
     with log.open("wb") as out:
         whole = [python_of(comfyui), *command]
-        return subprocess.run(whole, cwd=comfyui, env=environment(), stdout=out, stderr=subprocess.STDOUT, timeout=timeout).returncode
+        return subprocess.run(
+            whole, cwd=comfyui, env=environment(), stdout=out, stderr=subprocess.STDOUT, timeout=timeout
+        ).returncode
 
 
 @cache
 def _nursery(comfyui: Path) -> subprocess.Popen[str]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen([python_of(comfyui), str(NURSERY)], cwd=comfyui, env=environment(), text=True, **pipes)
+    return subprocess.Popen(
+        [python_of(comfyui), str(NURSERY)], cwd=comfyui, env=environment(), text=True, **pipes
+    )
 
 
 def _run_forked(comfyui: Path, command: list[str], log: Path, timeout: float) -> int:
     """Do as _run does, with a third of the start's work; a child that runs out of time ends with -9."""
     nursery = _nursery(comfyui)
-    print(json.dumps({"command": command, "folder": str(comfyui), "log": str(log)}), file=nursery.stdin, flush=True)
+    print(
+        json.dumps({"command": command, "folder": str(comfyui), "log": str(log)}),
+        file=nursery.stdin,
+        flush=True,
+    )
     late = threading.Timer(timeout, os.kill, (int(nursery.stdout.readline()), signal.SIGKILL))
     late.start()
     try:
@@ -157,10 +208,14 @@ class Server:
         """GET a JSON document."""
         return json.loads(self.request("GET", path)[1])
 
-    def request(self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
+    def request(
+        self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, bytes]:
         """Send any request; return its status and its body."""
         content = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json", **(headers or {})}, method=method)
+        request = urllib.request.Request(
+            self.url + path, content, {"Content-Type": "application/json", **(headers or {})}, method=method
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
                 return response.status, response.read()
@@ -197,9 +252,22 @@ def server(comfyui: Path, base: Path, flags: tuple[str, ...] = ()) -> Iterator[S
     """Start main.py on a free port; leave when it is gone."""
     port = free_port()
     running = Server(comfyui, f"http://127.0.0.1:{port}", base, base / f"server-{port}.log")
-    command = [python_of(comfyui), "main.py", *FLAGS, "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base), *flags]
+    command = [
+        python_of(comfyui),
+        "main.py",
+        *FLAGS,
+        "--listen",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--base-directory",
+        str(base),
+        *flags,
+    ]
     with running.log_path.open("wb") as log:
-        child = subprocess.Popen(command, cwd=comfyui, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(
+            command, cwd=comfyui, env=environment(), stdout=log, stderr=subprocess.STDOUT
+        )
     running = replace(running, pid=child.pid)
     try:
         _wait_until_ready(running, child)

@@ -1,4 +1,6 @@
-"""Poisoned run folders, for comfy_child_hostile.py: damaged, foreign and lying files, and links that lead outside."""
+"""Poisoned run folders, for comfy_child_hostile.py: damaged, foreign and lying files, and links that lead
+outside.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from safetensors.torch import load, save
 
 Poison = Callable[[Path], None]
 Case = tuple[str, Poison, str]
-"""What it is, what is done to a run folder, and who must refuse it: (T)rain LoRA, LoRA (P)olicy, Run (M)onitor, (S)ave LoRA."""
+"""What it is, what is done to a run folder, and who must refuse it: (T)rain LoRA, LoRA (P)olicy, Run
+(M)onitor, (S)ave LoRA.
+"""
 
 DEEP = "[" * 100_000
 STATE, LORA = "checkpoints/000001/state.safetensors", "checkpoints/000001/lora.safetensors"
@@ -54,7 +58,10 @@ def tensors(name: str, change: Mapping[str, Any], drop: str = "") -> Poison:
 
 def every_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Poison:
     """Change all tensors of a file."""
-    return lambda run: (run / name).write_bytes(save({key: change(t) for key, t in load((run / name).read_bytes()).items()})) and None
+    return lambda run: (
+        (run / name).write_bytes(save({key: change(t) for key, t in load((run / name).read_bytes()).items()}))
+        and None
+    )
 
 
 def linked(name: str, target: str) -> Poison:
@@ -105,7 +112,9 @@ def folder_for(name: str) -> Poison:
 
 def edited(name: str, change: Callable[[Any], Any]) -> Poison:
     """Change a JSON file."""
-    return lambda run: (run / name).write_text(json.dumps(change(json.loads((run / name).read_text("utf-8"))))) and None
+    return lambda run: (
+        (run / name).write_text(json.dumps(change(json.loads((run / name).read_text("utf-8"))))) and None
+    )
 
 
 def row(text: str) -> Poison:
@@ -126,12 +135,20 @@ def checkpoint_named(name: str) -> Poison:
 def checkpoints() -> list[Case]:
     """List poisoned checkpoints."""
     nan, one = (lambda t: t * torch.nan), "optimizer/0/exp_avg"
-    cases: list[Case] = [(f"state.safetensors: {what}", written(STATE, content), "TP") for what, content in HEADERS.items()]
+    cases: list[Case] = [
+        (f"state.safetensors: {what}", written(STATE, content), "TP") for what, content in HEADERS.items()
+    ]
     cases += [(f"lora.safetensors: {what}", written(LORA, content), "S") for what, content in HEADERS.items()]
     many = {f"x{i}": torch.zeros(1) for i in range(20_001)}
     for file, who in ((STATE, "TP"), (LORA, "S")):
         cases.append((f"{file}: 20 001 tensors", tensors(file, many), who))
-        cases.append((f"{file}: cut", lambda run, f=file: (run / f).write_bytes((run / f).read_bytes()[:-100]) and None, who))
+        cases.append(
+            (
+                f"{file}: cut",
+                lambda run, f=file: (run / f).write_bytes((run / f).read_bytes()[:-100]) and None,
+                who,
+            )
+        )
         cases.append((f"{file}: gone", lambda run, f=file: (run / f).unlink(), ""))
     cases += [
         ("state.safetensors: NaN weights", tensors(STATE, {"parameter/1": nan}), "TP"),
@@ -140,10 +157,18 @@ def checkpoints() -> list[Case]:
         ("state.safetensors: no parameters", tensors(STATE, {}, "parameter/1"), "TP"),
         ("state.safetensors: NaN in the optimizer", tensors(STATE, {one: nan}), "TP"),
         ("state.safetensors: half an optimizer", tensors(STATE, {}, "exp_avg_sq"), "TP"),
-        ("state.safetensors: a negative square", tensors(STATE, {"optimizer/0/exp_avg_sq": lambda t: t - 1}), "TP"),
+        (
+            "state.safetensors: a negative square",
+            tensors(STATE, {"optimizer/0/exp_avg_sq": lambda t: t - 1}),
+            "TP",
+        ),
         ("state.safetensors: an optimizer of another shape", tensors(STATE, {one: torch.zeros(2)}), "TP"),
         ("state.safetensors: a lone number for a moment", tensors(STATE, {one: torch.tensor(0.0)}), "TP"),
-        ("state.safetensors: a step that is none", tensors(STATE, {"optimizer/0/step": torch.tensor(-5.0)}), "TP"),
+        (
+            "state.safetensors: a step that is none",
+            tensors(STATE, {"optimizer/0/step": torch.tensor(-5.0)}),
+            "TP",
+        ),
     ]
     for key in (
         "optimizer/x/exp_avg",
@@ -153,7 +178,13 @@ def checkpoints() -> list[Case]:
         "optimizer/-1/exp_avg",
         "foreign",
     ):
-        cases.append((f"state.safetensors: the key {key}", tensors(STATE, {key: torch.zeros(1)}), "" if key == "foreign" else "TP"))
+        cases.append(
+            (
+                f"state.safetensors: the key {key}",
+                tensors(STATE, {key: torch.zeros(1)}),
+                "" if key == "foreign" else "TP",
+            )
+        )
     cases += [("lora.safetensors: NaN weights", every_tensor(LORA, nan), "S")]
     cases += [("lora.safetensors: foreign keys", tensors(LORA, {"../../x": torch.zeros(1)}), "S")]
     broken = [
@@ -170,34 +201,77 @@ def checkpoints() -> list[Case]:
         DEEP,
         "\ud800",
     ]
-    cases += [(f"state.json: {text!a:.20}", written("checkpoints/000001/state.json", text), "TP") for text in broken]
+    cases += [
+        (f"state.json: {text!a:.20}", written("checkpoints/000001/state.json", text), "TP") for text in broken
+    ]
     names = ["12abc", "1²", "9" * 200, "000001.bak", ".DS_Store"]
     return [*cases, *((f"checkpoints: one named {name:.12}", checkpoint_named(name), "") for name in names)]
 
 
 def documents() -> list[Case]:
     """List poisoned configurations, metrics and summaries."""
-    broken = ["{", "[]", "null", "7", '"x"', '{"config": []}', '{"config": {"lora": 7}}', '{"config": null}', DEEP, "\ud800", ""]
-    cases: list[Case] = [(f"config.json: {text!a:.30}", written("config.json", text), "TP") for text in broken]
+    broken = [
+        "{",
+        "[]",
+        "null",
+        "7",
+        '"x"',
+        '{"config": []}',
+        '{"config": {"lora": 7}}',
+        '{"config": null}',
+        DEEP,
+        "\ud800",
+        "",
+    ]
+    cases: list[Case] = [
+        (f"config.json: {text!a:.30}", written("config.json", text), "TP") for text in broken
+    ]
     cases += [
-        ("config.json: another model's", edited("config.json", lambda c: c["config"]["model"].update(fingerprint="x" * 10**5) or c), "TP")
+        (
+            "config.json: another model's",
+            edited("config.json", lambda c: c["config"]["model"].update(fingerprint="x" * 10**5) or c),
+            "TP",
+        )
     ]
     for steps in ("a", -1, 1e308, [1], {}, True, 10**30):
-        change = lambda c, s=steps: {**c, "config": {**c["config"], "train": {**c["config"].get("train", {}), "steps": s}}}  # noqa: E731
+
+        def change(c, steps=steps):
+            train = {**c["config"].get("train", {}), "steps": steps}
+            return {**c, "config": {**c["config"], "train": train}}
+
         cases.append((f"config.json: {steps!r:.20} steps", edited("config.json", change), ""))
     cases += [
-        (f"summary.json: {text!a:.20}", written("summary.json", text), "") for text in ("{", "[]", DEEP, '{"a": "\\ud800"}', "x" * 2**21)
+        (f"summary.json: {text!a:.20}", written("summary.json", text), "")
+        for text in ("{", "[]", DEEP, '{"a": "\\ud800"}', "x" * 2**21)
     ]
-    lines = ["[]\n", "7\n", "null\n", "{\n", DEEP + "\n", '{"step": "x"}\n', '{"step": 1e400, "reward/a/mean": NaN}\n', '{"step": null}\n']
+    lines = [
+        "[]\n",
+        "7\n",
+        "null\n",
+        "{\n",
+        DEEP + "\n",
+        '{"step": "x"}\n',
+        '{"step": 1e400, "reward/a/mean": NaN}\n',
+        '{"step": null}\n',
+    ]
     lines += [
         '{"step": 1, "reward/<script>alert(1)</script>/mean": 1e308}\n',
         '{"step": 1, "reward/\\ud800/mean": 1, "a\\u0000": -1e308}\n',
     ]
-    lines += [json.dumps({"step": 1, f"reward/{'x' * 10**5}/mean": 0.5}) + "\n", '{"step": 99999999999999999999999, "heldout/a/mean": 1}\n']
-    lines += ['{"step": -1, "reward/a/mean": 1}\n{"step": 1e300, "reward/a/mean": -1}\n', '{"step": 1, "reward/torn']
+    lines += [
+        json.dumps({"step": 1, f"reward/{'x' * 10**5}/mean": 0.5}) + "\n",
+        '{"step": 99999999999999999999999, "heldout/a/mean": 1}\n',
+    ]
+    lines += [
+        '{"step": -1, "reward/a/mean": 1}\n{"step": 1e300, "reward/a/mean": -1}\n',
+        '{"step": 1, "reward/torn',
+    ]
     cases += [(f"metrics.jsonl: {text!a:.30}", row(text), "") for text in lines]
     first = ["", "{}\n", DEEP[:4000] + "\n", '{"schema": "other/1"}\n', "[]\n", "\ud800\n"]
-    return [*cases, *((f"metrics.jsonl begins {text!a:.20}", written("metrics.jsonl", text), "TPMS") for text in first)]
+    return [
+        *cases,
+        *((f"metrics.jsonl begins {text!a:.20}", written("metrics.jsonl", text), "TPMS") for text in first),
+    ]
 
 
 def places() -> list[Case]:
@@ -218,7 +292,12 @@ def places() -> list[Case]:
     return cases
 
 
-def attack_files(court: Court, real: Mapping[str, Mapping[str, Any]], execute: Callable[[str, Mapping[str, Any]], Any], runs: Path) -> None:
+def attack_files(
+    court: Court,
+    real: Mapping[str, Mapping[str, Any]],
+    execute: Callable[[str, Mapping[str, Any]], Any],
+    runs: Path,
+) -> None:
     """Make a run of each kind, and poison copies of it for every block that opens one."""
     outside = runs.parents[1] / "outside"
     trained = runs / "trained"
@@ -241,10 +320,18 @@ def attack_files(court: Court, real: Mapping[str, Mapping[str, Any]], execute: C
             names = [
                 "run",
                 "checkpoint",
-                *(name for name in ("config.json", "metrics.jsonl", "state.json", "lora.safetensors") if name in what),
+                *(
+                    name
+                    for name in ("config.json", "metrics.jsonl", "state.json", "lora.safetensors")
+                    if name in what
+                ),
             ]
             court.attack(
-                block, f"run: {what}", names, lambda b=block, c=changed: execute(b, {**real[b], **c}), True if letter in who else None
+                block,
+                f"run: {what}",
+                names,
+                lambda b=block, c=changed: execute(b, {**real[b], **c}),
+                True if letter in who else None,
             )
             if contents(outside) != before:
                 court.faults.append(f"{block}, run: {what}: files outside were changed")

@@ -1,4 +1,6 @@
-"""What comfy_child_hostile.py judges with: an audit hook on files, network and processes, and the verdict on an attack's outcome."""
+"""What comfy_child_hostile.py judges with: an audit hook on files, network and processes, and the verdict
+on an attack's outcome.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,36 @@ from typing import Any
 import torch
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-CHANGES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "os.link", "os.symlink", "os.chmod", "os.chown", "os.utime")
-CHANGES_WHOLE = ("shutil.rmtree", "shutil.move", "shutil.copyfile", "shutil.copytree", "shutil.chown", "shutil.make_archive")
-FORBIDDEN = ("socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo", "subprocess.", "os.system", "os.exec", "os.fork")
+CHANGES = (
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "os.remove",
+    "os.truncate",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+    "os.chown",
+    "os.utime",
+)
+CHANGES_WHOLE = (
+    "shutil.rmtree",
+    "shutil.move",
+    "shutil.copyfile",
+    "shutil.copytree",
+    "shutil.chown",
+    "shutil.make_archive",
+)
+FORBIDDEN = (
+    "socket.connect",
+    "socket.bind",
+    "socket.sendto",
+    "socket.getaddrinfo",
+    "subprocess.",
+    "os.system",
+    "os.exec",
+    "os.fork",
+)
 FORBIDDEN += ("os.posix_spawn", "os.spawn", "pickle.find_class", "ftplib.", "urllib.Request", "webbrowser.")
 LONGEST = 700  # characters of an error
 SLOW = 3.0  # seconds after which something small has become something large
@@ -52,7 +81,12 @@ class Watch:
         elif event in CHANGES or event in CHANGES_WHOLE:
             self.events += 1
             # Renaming and linking change two places; of the others the second argument is no path.
-            count = 2 if event in ("os.rename", "os.link", "os.symlink", "shutil.move", "shutil.copyfile", "shutil.copytree") else 1
+            count = (
+                2
+                if event
+                in ("os.rename", "os.link", "os.symlink", "shutil.move", "shutil.copyfile", "shutil.copytree")
+                else 1
+            )
             for path in args[:count]:
                 self.changed(event, path)
 
@@ -67,18 +101,30 @@ class Watch:
             self.seen.append(f"read {path}")
 
     def changed(self, event: str, path: Any) -> None:
-        """See that a changed place is one of ours; a link itself may be removed, what it points to may not be touched."""
+        """See that a changed place is one of ours.
+
+        A link itself may be removed, what it points to may not be touched.
+        """
         if isinstance(path, int):
             return
         name = os.path.abspath(os.fsdecode(path))
         # What opens or makes something follows links; removing and renaming work on the name itself.
-        place = os.path.realpath(name) if event == "open" else os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
-        if place != os.devnull and not any(place == root or place.startswith(root + os.sep) for root in self.allowed):
+        place = (
+            os.path.realpath(name)
+            if event == "open"
+            else os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
+        )
+        if place != os.devnull and not any(
+            place == root or place.startswith(root + os.sep) for root in self.allowed
+        ):
             self.seen.append(f"{event} {place}")
 
 
 def wrong_error(error: BaseException, names: Sequence[str], pack: Sequence[str]) -> str:
-    """Say why an exception is no named error; blank if it is one: a ValueError in one line that names a culprit, raised by the pack."""
+    """Say why an exception is no named error.
+
+    Blank if it is one: a ValueError in one line that names a culprit, raised by the pack.
+    """
     text = str(error)
     frames = traceback.extract_tb(error.__traceback__)
     where = f"{frames[-1].filename}:{frames[-1].lineno}"
@@ -96,7 +142,9 @@ def wrong_error(error: BaseException, names: Sequence[str], pack: Sequence[str])
 
 
 def wrong_value(value: Any, place: str = "result") -> str:
-    """Say why a result is no correct one: a tensor that is not finite, an IMAGE out of range, a text that no file can hold."""
+    """Say why a result is no correct one: a tensor that is not finite, an IMAGE out of range, a text that
+    no file can hold.
+    """
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() and not value.isfinite().all():
             return f"{place} holds NaN or infinite values"
@@ -123,9 +171,17 @@ class Court:
         self.last = ""
 
     def attack(
-        self, block: str, what: str, names: Sequence[str], act: Callable[[], Any], refuse: bool | None = None, allow_nan: bool = False
+        self,
+        block: str,
+        what: str,
+        names: Sequence[str],
+        act: Callable[[], Any],
+        refuse: bool | None = None,
+        allow_nan: bool = False,
     ) -> None:
-        """Run an attack: `refuse` says whether it must be (True), must not be (False) or may be refused (None)."""
+        """Run an attack: `refuse` says whether it must be (True), must not be (False) or may be refused
+        (None).
+        """
         counts = self.counts.setdefault(block, {"attacks": 0, "refused": 0})
         counts["attacks"] += 1
         fault = ""
@@ -137,7 +193,9 @@ class Court:
         except BaseException as error:
             counts["refused"] += 1
             self.last = f"{type(error).__name__}: {error}"
-            fault = wrong_error(error, names, self.pack) or ("a correct input was refused: " + self.last[:200] if refuse is False else "")
+            fault = wrong_error(error, names, self.pack) or (
+                "a correct input was refused: " + self.last[:200] if refuse is False else ""
+            )
         else:
             result = getattr(made, "args", made)
             fault = "it was taken" if refuse else "" if allow_nan else wrong_value(result)

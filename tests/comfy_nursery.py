@@ -1,7 +1,10 @@
-"""Run by a ComfyUI's own Python: imports once what every start of ComfyUI imports first, then forks a child for each job that it reads.
+"""Run by a ComfyUI's own Python: imports once what every start of ComfyUI imports first, then forks a child
+for each job that it reads.
 
-A job is a line of JSON: `command` (a script and its arguments), `folder` to start in, `log` for all that it prints. The answers are two
-lines: the child's process id, and its exit code when it has ended. Nothing of ComfyUI itself is imported before the fork.
+A job is a line of JSON: `command` (a script and its arguments), `folder` to start in, `log` for all that it
+prints. The answers are two
+lines: the child's process id, and its exit code when it has ended. Nothing of ComfyUI itself is imported
+before the fork.
 """
 
 import gc
@@ -14,15 +17,18 @@ import traceback
 from contextlib import suppress
 
 LIBRARIES = (
-    "torch torch._dynamo torchvision.transforms torchaudio torchsde transformers transformers.modeling_utils scipy.stats "
-    "scipy.ndimage scipy.integrate scipy.optimize aiohttp.web alembic.config av comfy_kitchen einops kornia.color OpenGL.GL "
-    "PIL.Image pydantic safetensors.torch spandrel sqlalchemy.orm yaml"
+    "torch torch._dynamo torchvision.transforms torchaudio torchsde transformers transformers.modeling_utils "
+    "scipy.stats scipy.ndimage scipy.integrate scipy.optimize aiohttp.web alembic.config av comfy_kitchen "
+    "einops kornia.color OpenGL.GL PIL.Image pydantic safetensors.torch spandrel sqlalchemy.orm yaml"
 )
 
 
 def run(command: list[str], folder: str, log: str) -> None:
     """Become the job: a Python that has just started the script."""
-    for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):
+    for number, path, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+    ):
         os.dup2(os.open(path, flags, 0o600), number)
     os.dup2(1, 2)
     os.chdir(folder)

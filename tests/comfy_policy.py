@@ -1,4 +1,6 @@
-"""Script of test_nodes_policy.py, inside ComfyUI: the bundled model on the wire, everything that the tests ask about it."""
+"""Script of test_nodes_policy.py, inside ComfyUI: the bundled model on the wire, everything that the tests
+ask about it.
+"""
 
 from __future__ import annotations
 
@@ -35,21 +37,41 @@ widgets_module = comfy_side.pack_module("nodes.inputs.widgets")
 
 GIVEN, DATA = comfy_side.given_tensors(), comfy_side.given()
 X, SIGMA, COTANGENT = GIVEN["x"], GIVEN["sigma"], GIVEN["cotangent"]
-ROWS = [{"positive": [[GIVEN["tokens"][i : i + 1], {"pooled_output": GIVEN["pooled"][i : i + 1]}]]} for i in range(len(X))]
+ROWS = [
+    {"positive": [[GIVEN["tokens"][i : i + 1], {"pooled_output": GIVEN["pooled"][i : i + 1]}]]}
+    for i in range(len(X))
+]
 BLANK = [[GIVEN["blank_tokens"], {"pooled_output": GIVEN["blank_pooled"]}]]
 
 GRAPH = {
     "model": {"class_type": "G2RPO_TinyDemoLoader", "inputs": {}},
-    "text": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["model", 1], "text": "a red circle and a blue square"}},
+    "text": {
+        "class_type": "CLIPTextEncode",
+        "inputs": {"clip": ["model", 1], "text": "a red circle and a blue square"},
+    },
     "blank": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["model", 1], "text": ""}},
-    "guider": {"class_type": "CFGGuider", "inputs": {"model": ["model", 0], "positive": ["text", 0], "negative": ["blank", 0], "cfg": 2.0}},
+    "guider": {
+        "class_type": "CFGGuider",
+        "inputs": {"model": ["model", 0], "positive": ["text", 0], "negative": ["blank", 0], "cfg": 2.0},
+    },
     "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": 2**63 + 7}},
-    "sigmas": {"class_type": "BasicScheduler", "inputs": {"model": ["model", 0], "scheduler": "simple", "steps": 5, "denoise": 1.0}},
+    "sigmas": {
+        "class_type": "BasicScheduler",
+        "inputs": {"model": ["model", 0], "scheduler": "simple", "steps": 5, "denoise": 1.0},
+    },
     "latent": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
     "euler": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
-    "singular": {"class_type": "G2RPO_SingularSDESampler", "inputs": {"branch_step": 2, "branch": 4, "kernel": "cps", "eta": 0.6}},
+    "singular": {
+        "class_type": "G2RPO_SingularSDESampler",
+        "inputs": {"branch_step": 2, "branch": 4, "kernel": "cps", "eta": 0.6},
+    },
 }
-WIRES = {"noise": ["noise", 0], "guider": ["guider", 0], "sigmas": ["sigmas", 0], "latent_image": ["latent", 0]}
+WIRES = {
+    "noise": ["noise", 0],
+    "guider": ["guider", 0],
+    "sigmas": ["sigmas", 0],
+    "latent_image": ["latent", 0],
+}
 ROLLOUT = {
     **WIRES,
     "branch_steps": "0,2",
@@ -66,7 +88,13 @@ GRAPH |= {
     "branch": {"class_type": "SamplerCustomAdvanced", "inputs": {**WIRES, "sampler": ["singular", 0]}},
     "rollout": {"class_type": "G2RPO_Rollout", "inputs": ROLLOUT},
 }
-WANT = {"image": ("image", 0), "branch": ("branch", 0), "data": ("rollout", 0), "completions": ("rollout", 1), "anchor": ("rollout", 2)}
+WANT = {
+    "image": ("image", 0),
+    "branch": ("branch", 0),
+    "data": ("rollout", 0),
+    "completions": ("rollout", 1),
+    "anchor": ("rollout", 2),
+}
 
 
 def changed_graph(node: str, **inputs: object) -> dict[str, Any]:
@@ -86,31 +114,47 @@ def sampling() -> dict[str, Any]:
     alone = run(GRAPH)
     rolled = alone["data"].rollout
     first_level = [
-        i for i, state in enumerate(rolled.plan.images) if any(leaf.state == state and leaf.granularity == 0 for leaf in rolled.plan.leaves)
+        i
+        for i, state in enumerate(rolled.plan.images)
+        if any(leaf.state == state and leaf.granularity == 0 for leaf in rolled.plan.leaves)
     ]
     batched = run(changed_graph("rollout", slots=16), "completions", "anchor")
     partly = run(changed_graph("sigmas", denoise=0.6), "image", "anchor")
     started = changed_graph("sigmas", denoise=0.6)
     started["latent"] = {"class_type": "VAEEncode", "inputs": {"vae": ["model", 2], "pixels": ["picture", 0]}}
-    started["picture"] = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0x80FF20}}
+    started["picture"] = {
+        "class_type": "EmptyImage",
+        "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0x80FF20},
+    }
     begun = run(started)
     split = changed_graph("rollout")
     split["halves"] = {"class_type": "SplitSigmas", "inputs": {"sigmas": ["sigmas", 0], "step": 3}}
     for sampler in ("image", "branch"):
         split[sampler] = {**GRAPH[sampler], "inputs": {**GRAPH[sampler]["inputs"], "sigmas": ["halves", 0]}}
-    split["singular"] = {**GRAPH["singular"], "inputs": {"branch_step": 2, "branch": 4, "kernel": "cps", "eta": 0.0}}
+    split["singular"] = {
+        **GRAPH["singular"],
+        "inputs": {"branch_step": 2, "branch": 4, "kernel": "cps", "eta": 0.0},
+    }
     halves = run(split, "image", "branch")
     return {
         "anchor": torch.equal(alone["image"]["samples"], alone["anchor"]["samples"]),
         "branch": torch.equal(alone["branch"]["samples"][0], alone["completions"]["samples"][first_level[4]]),
         "branch differs": not torch.equal(alone["branch"]["samples"], alone["image"]["samples"]),
-        "images": [list(alone["completions"]["samples"].shape), len(rolled.plan.images), list(rolled.latents.shape)],
+        "images": [
+            list(alone["completions"]["samples"].shape),
+            len(rolled.plan.images),
+            list(rolled.latents.shape),
+        ],
         "slots": max((batched[key]["samples"] - alone[key]["samples"]).abs().max().item() for key in batched),
         "partial anchor": torch.equal(partly["image"]["samples"], partly["anchor"]["samples"]),
         "img2img anchor": torch.equal(begun["image"]["samples"], begun["anchor"]["samples"]),
-        "img2img branch": torch.equal(begun["branch"]["samples"][0], begun["completions"]["samples"][first_level[4]]),
+        "img2img branch": torch.equal(
+            begun["branch"]["samples"][0], begun["completions"]["samples"][first_level[4]]
+        ),
         "split": (halves["image"]["samples"] - halves["branch"]["samples"]).abs().max().item(),
-        "ordinary tensors": not any(tensor.is_inference() for tensor in (rolled.x, rolled.velocity, rolled.latents)),
+        "ordinary tensors": not any(
+            tensor.is_inference() for tensor in (rolled.x, rolled.velocity, rolled.latents)
+        ),
     }
 
 
@@ -127,7 +171,11 @@ def interruption() -> dict[str, Any]:
     widgets_module.Progress.done = interrupting
     ran = comfy_side.run_prompt(GRAPH, want={"data": WANT["data"]})
     widgets_module.Progress.done = done
-    return {"error": ran.error, "forwards": next(count) - 1, "same": torch.equal(before, run(GRAPH, "image")["image"]["samples"])}
+    return {
+        "error": ran.error,
+        "forwards": next(count) - 1,
+        "same": torch.equal(before, run(GRAPH, "image")["image"]["samples"]),
+    }
 
 
 def guider_of(model: Any, cfg: float = 1.0) -> Any:
@@ -151,18 +199,29 @@ def counted(model: Any, work: Callable[[], Tensor]) -> tuple[Tensor, int]:
 
 def velocities(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Take velocities: plain and guided, batched and row by row, with a schedule in the conditioning."""
-    plain, guided = policy_module.GraphPolicy(guider_of(model)), policy_module.GraphPolicy(guider_of(model, 3.0))
+    plain, guided = (
+        policy_module.GraphPolicy(guider_of(model)),
+        policy_module.GraphPolicy(guider_of(model, 3.0)),
+    )
     with plain.inference():
         base, forwards = counted(model, lambda: plain.velocity(X, SIGMA, ROWS))
-        alone = torch.cat([plain.velocity(X[i : i + 1], SIGMA[i : i + 1], ROWS[i : i + 1]) for i in range(len(X))])
+        alone = torch.cat(
+            [plain.velocity(X[i : i + 1], SIGMA[i : i + 1], ROWS[i : i + 1]) for i in range(len(X))]
+        )
     with guided.inference():
         with_guidance, guided_forwards = counted(model, lambda: guided.velocity(X, SIGMA, ROWS))
-    early = [[cond, {**options, "start_percent": 0.0, "end_percent": 0.5}] for cond, options in ROWS[0]["positive"]]
-    late = [[cond, {**options, "start_percent": 0.5, "end_percent": 1.0}] for cond, options in ROWS[1]["positive"]]
+    early = [
+        [cond, {**options, "start_percent": 0.0, "end_percent": 0.5}] for cond, options in ROWS[0]["positive"]
+    ]
+    late = [
+        [cond, {**options, "start_percent": 0.5, "end_percent": 1.0}] for cond, options in ROWS[1]["positive"]
+    ]
     scheduled = [{"positive": early + late}] * len(X)
     with plain.inference():
         together = plain.velocity(X, SIGMA, scheduled)
-        apart = torch.cat([plain.velocity(X[i : i + 1], SIGMA[i : i + 1], scheduled[:1]) for i in range(len(X))])
+        apart = torch.cat(
+            [plain.velocity(X[i : i + 1], SIGMA[i : i + 1], scheduled[:1]) for i in range(len(X))]
+        )
     own = policy_module.GraphPolicy(guider_of(model))
     pair = {"positive": [[GIVEN["tokens"][:2], {"pooled_output": GIVEN["pooled"][:2]}]]}
     with own.inference():
@@ -179,13 +238,17 @@ def velocities(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def training(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Differentiate: against differences, with checkpoints, and for the test to compare with diffusers and peft."""
+    """Differentiate: against differences, with checkpoints, and for the test to compare with diffusers and
+    peft.
+    """
     adapter = trained_adapter(model, "attention+feed_forward")
     policy = policy_module.GraphPolicy(guider_of(model), adapter)
     grads = gradient(policy, X, SIGMA, ROWS, COTANGENT)
     names = [f"{name}/{part}" for name in policy.pairs() for part in ("down", "up")]
     by_module = dict(zip(names, grads, strict=True))
-    as_adapter = policy_module.Adapter({name: (by_module[f"{name}/down"], by_module[f"{name}/up"]) for name in policy.pairs()}, 4, 4.0, "")
+    as_adapter = policy_module.Adapter(
+        {name: (by_module[f"{name}/down"], by_module[f"{name}/up"]) for name in policy.pairs()}, 4, 4.0, ""
+    )
     tensors = {}
     for kind, made in (("pair", adapter), ("gradient", as_adapter)):
         for name, (down, up) in policy_module.diffusers_pairs(made, model).items():
@@ -196,7 +259,9 @@ def training(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     numbers = {
         "difference": difference_error(policy, X, SIGMA, ROWS, COTANGENT),
-        "guided difference": difference_error(make(False), X, SIGMA, [{**row, "negative": BLANK} for row in ROWS], COTANGENT),
+        "guided difference": difference_error(
+            make(False), X, SIGMA, [{**row, "negative": BLANK} for row in ROWS], COTANGENT
+        ),
         "checkpoint": checkpoint_error(make, X, SIGMA, ROWS, COTANGENT),
         "alpha": adapter.alpha,
     }
@@ -210,19 +275,30 @@ def records(model: Any, clip: Any, vae: Any) -> tuple[dict[str, Any], dict[str, 
     plan = plan_module.singular(5, [0, 1], 4, (1, 2))
     conds = policy.encode(DATA["prompts"])
     sigmas = schedule_module.shifted_sigmas(5, 3.0)
-    rollout = rollout_module.roll_out(policy, plan, sigmas, conds, DATA["seeds"], policy.latent_shape(64, 64), slots=8)
+    rollout = rollout_module.roll_out(
+        policy, plan, sigmas, conds, DATA["seeds"], policy.latent_shape(64, 64), slots=8
+    )
     with policy.training():
         made = update_module.records(rollout, list(GIVEN["advantages"]), samples=True)
         old = update_module.snapshot(policy, made, conds, micro_batch=3).split(3)
         ratios = [
-            update_module.log_ratio(policy.velocity(part.x, part.sigma, [conds[p] for p in part.prompt.tolist()]), before, part)
+            update_module.log_ratio(
+                policy.velocity(part.x, part.sigma, [conds[p] for p in part.prompt.tolist()]), before, part
+            )
             for part, before in zip(update_module.micro_batches(made, 3), old, strict=True)
         ]
     images = policy.decode(rollout.latents[:, 0])
     pairs = policy_module.diffusers_pairs(adapter, model).items()
-    adapters = {f"records/{name}/{part}": tensor for name, pair in pairs for part, tensor in zip(("down", "up"), pair, strict=True)}
+    adapters = {
+        f"records/{name}/{part}": tensor
+        for name, pair in pairs
+        for part, tensor in zip(("down", "up"), pair, strict=True)
+    }
     tensors = {"x": made.x, "direction": made.direction, "images": images, **adapters}
-    return {"ratio": max(ratio.detach().abs().max().item() for ratio in ratios), "samples": len(made.advantage)}, tensors
+    return {
+        "ratio": max(ratio.detach().abs().max().item() for ratio in ratios),
+        "samples": len(made.advantage),
+    }, tensors
 
 
 def saved(model: Any) -> dict[str, Any]:
@@ -236,7 +312,9 @@ def saved(model: Any) -> dict[str, Any]:
     folder = Path(folder_paths.get_folder_paths("loras")[0])
     native, renamed = folder / "native.safetensors", folder / "diffusers.safetensors"
     lora_module.write(native, adapter.pairs, adapter.alpha, style="native")
-    lora_module.write(renamed, policy_module.diffusers_pairs(adapter, model), adapter.alpha, style="diffusers")
+    lora_module.write(
+        renamed, policy_module.diffusers_pairs(adapter, model), adapter.alpha, style="diffusers"
+    )
     found: dict[str, Any] = {"effect": (seen - base).abs().max().item(), "modules": len(adapter.pairs)}
     loaded = {
         "native": core_node("LoraLoaderModelOnly", model, native.name, 1.0),
@@ -254,7 +332,10 @@ def saved(model: Any) -> dict[str, Any]:
 
 
 def on_top(model: Any) -> float:
-    """Train on a MODEL that carries another LoRA already; return how far that is from core's two LoRAs in a row."""
+    """Train on a MODEL that carries another LoRA already.
+
+    Return how far that is from core's two LoRAs in a row.
+    """
     lower, upper = trained_adapter(model), trained_adapter(model, "attention+feed_forward", 0.05)
     below = policy_module.with_adapter(model, lower)
     policy = policy_module.GraphPolicy(guider_of(below), upper)
@@ -266,7 +347,9 @@ def on_top(model: Any) -> float:
 
 
 def precisions(path: str) -> dict[str, list[float]]:
-    """Train a model kept in fewer bits: gradient's cosine with the exact one, and how far core's merged LoRA is from what training saw."""
+    """Train a model kept in fewer bits: gradient's cosine with the exact one, and how far core's merged
+    LoRA is from what training saw.
+    """
     found = {}
     exact = None
     for name, dtype in {"float32": None, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}.items():
@@ -350,7 +433,11 @@ def refusal(work: Callable[[], object]) -> str:
 def refusals(model: Any) -> dict[str, str]:
     """Give the blocks what they cannot use."""
     eps = core_node("ModelSamplingDiscrete", model, "eps", False)
-    start, sigmas, latent = core_node("RandomNoise", 3), torch.tensor([1.0, 0.6, 0.2, 0.0]), torch.zeros(1, 16, 8, 8)
+    start, sigmas, latent = (
+        core_node("RandomNoise", 3),
+        torch.tensor([1.0, 0.6, 0.2, 0.0]),
+        torch.zeros(1, 16, 8, 8),
+    )
     usual = {
         "guider": guider_of(model),
         "noise": start,
@@ -358,7 +445,16 @@ def refusals(model: Any) -> dict[str, str]:
         "latent_image": {"samples": latent},
         **{
             name: ROLLOUT[name]
-            for name in ("branch_steps", "group_size", "granularities", "kernel", "eta", "terminal", "antithetic", "slots")
+            for name in (
+                "branch_steps",
+                "group_size",
+                "granularities",
+                "kernel",
+                "eta",
+                "terminal",
+                "antithetic",
+                "slots",
+            )
         },
     }
     cases: dict[str, dict[str, Any]] = {
@@ -380,9 +476,32 @@ def refusals(model: Any) -> dict[str, str]:
         "too much": {"branch_steps": "0-2", "group_size": 256, "granularities": "1-500"},
         "too large": {"latent_image": {"samples": torch.zeros(1, 16, 2048, 2048)}, "group_size": 64},
     }
-    words = {name: refusal(lambda case=case: sampling_module.RolloutBlock.execute(**{**usual, **case})) for name, case in cases.items()}
-    texts = ["", " ", "x", "-1", "3-1", "0-", "1.5", "٣", "0\x000", "<b>", "../..", "9" * 100000, "0-999999", "0," * 30000, "\ud800", "1;2"]
-    lists = {text[:20]: refusal(lambda text=text: widgets_module.int_list(text, "branch_steps", 0, 2)) for text in texts}
+    words = {
+        name: refusal(lambda case=case: sampling_module.RolloutBlock.execute(**{**usual, **case}))
+        for name, case in cases.items()
+    }
+    texts = [
+        "",
+        " ",
+        "x",
+        "-1",
+        "3-1",
+        "0-",
+        "1.5",
+        "٣",
+        "0\x000",
+        "<b>",
+        "../..",
+        "9" * 100000,
+        "0-999999",
+        "0," * 30000,
+        "\ud800",
+        "1;2",
+    ]
+    lists = {
+        text[:20]: refusal(lambda text=text: widgets_module.int_list(text, "branch_steps", 0, 2))
+        for text in texts
+    }
     alone = policy_module.GraphPolicy(guider_of(model))
     words["outside"] = refusal(lambda: alone.velocity(X, SIGMA, ROWS))
     words["targets"] = refusal(lambda: policy_module.fresh_adapter(model, 4, 4, 0, "all"))
@@ -392,17 +511,28 @@ def refusals(model: Any) -> dict[str, str]:
 
 def main() -> None:
     """Do it all, in the executor's mode, and reply."""
-    numbers: dict[str, Any] = {"lists": [list(widgets_module.int_list(text, "x", 0, 9)) for text in ("0-3", "2, 0,2", "7", "1 - 2,5")]}
+    numbers: dict[str, Any] = {
+        "lists": [
+            list(widgets_module.int_list(text, "x", 0, 9)) for text in ("0-3", "2, 0,2", "7", "1 - 2,5")
+        ]
+    }
     with torch.inference_mode():
         model, clip, vae = comfy_side.node_class("G2RPO_TinyDemoLoader").execute().result
     assert next(model.model.parameters()).is_inference()
     numbers["sampling"], numbers["interruption"] = sampling(), interruption()
     with torch.inference_mode():
         numbers["velocities"], tensors = velocities(model)
-        for name, work in {"training": lambda: training(model), "records": lambda: records(model, clip, vae)}.items():
+        for name, work in {
+            "training": lambda: training(model),
+            "records": lambda: records(model, clip, vae),
+        }.items():
             numbers[name], more = work()
             tensors |= more
-        numbers["saved"], numbers["unchanged"], numbers["refusals"] = saved(model), unchanged(model), refusals(model)
+        numbers["saved"], numbers["unchanged"], numbers["refusals"] = (
+            saved(model),
+            unchanged(model),
+            refusals(model),
+        )
         numbers["on top"], numbers["precisions"] = on_top(model), precisions(DATA["transformer"])
     comfy_side.answer(numbers, tensors)
 

@@ -1,4 +1,6 @@
-"""For the scripts of test_nodes_policy.py, inside ComfyUI: the pack's modules, gradients against differences, portraits of a MODEL."""
+"""For the scripts of test_nodes_policy.py, inside ComfyUI: the pack's modules, gradients against
+differences, portraits of a MODEL.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,13 @@ def gradient(policy: Any, x: Tensor, sigma: Tensor, conds: list[Any], cotangent:
         return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in policy.parameters()]
 
 
-def difference_error(policy: Any, x: Tensor, sigma: Tensor, conds: list[Any], cotangent: Tensor, step: float = 0.5) -> float:
-    """Compare the gradient with central differences along each module's own part of it; return the largest relative error."""
+def difference_error(
+    policy: Any, x: Tensor, sigma: Tensor, conds: list[Any], cotangent: Tensor, step: float = 0.5
+) -> float:
+    """Compare the gradient with central differences along each module's own part of it.
+
+    Return the largest relative error.
+    """
     found = gradient(policy, x, sigma, conds, cotangent)
     largest = max(part.norm().item() for part in found)
     worst = 0.0
@@ -68,7 +75,9 @@ def difference_error(policy: Any, x: Tensor, sigma: Tensor, conds: list[Any], co
     return worst
 
 
-def checkpoint_error(make: Callable[[bool], Any], x: Tensor, sigma: Tensor, conds: list[Any], cotangent: Tensor) -> float:
+def checkpoint_error(
+    make: Callable[[bool], Any], x: Tensor, sigma: Tensor, conds: list[Any], cotangent: Tensor
+) -> float:
     """Return the largest relative difference between the gradients with and without checkpoints."""
     plain, again = (gradient(make(checkpoint), x, sigma, conds, cotangent) for checkpoint in (False, True))
     largest = max(part.norm() for part in plain)
@@ -81,16 +90,32 @@ def portrait(model: Any) -> dict[str, Any]:
     parameters = dict(inner.named_parameters())
     return {
         "weights": {name: tensor.clone() for name, tensor in inner.state_dict().items()},
-        "objects": {name: (id(tensor), tensor.is_inference(), tensor.requires_grad) for name, tensor in parameters.items()},
-        "functions": [list(module.weight_function) for module in inner.modules() if hasattr(module, "weight_function")],
+        "objects": {
+            name: (id(tensor), tensor.is_inference(), tensor.requires_grad)
+            for name, tensor in parameters.items()
+        },
+        "functions": [
+            list(module.weight_function) for module in inner.modules() if hasattr(module, "weight_function")
+        ],
         "forwards": [name for name, module in inner.named_modules() if "forward" in module.__dict__],
-        "patches": (dict(model.patches), model.patches_uuid, dict(model.object_patches), dict(model.weight_wrapper_patches)),
+        "patches": (
+            dict(model.patches),
+            model.patches_uuid,
+            dict(model.object_patches),
+            dict(model.weight_wrapper_patches),
+        ),
         "wrappers": (repr(model.wrappers), repr(model.callbacks), repr(model.model_options), model.hook_mode),
-        "state": (inner.current_patcher, getattr(comfy.model_management, "in_training", None), torch.is_inference_mode_enabled()),
+        "state": (
+            inner.current_patcher,
+            getattr(comfy.model_management, "in_training", None),
+            torch.is_inference_mode_enabled(),
+        ),
     }
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Name what differs between two portraits."""
     same = {name: torch.equal(tensor, after["weights"][name]) for name, tensor in before["weights"].items()}
-    return [name for name, equal in same.items() if not equal] + [key for key in before if key != "weights" and before[key] != after[key]]
+    return [name for name, equal in same.items() if not equal] + [
+        key for key in before if key != "weights" and before[key] != after[key]
+    ]

@@ -1,7 +1,9 @@
-"""The half of comfy_host.py that runs inside ComfyUI, with ComfyUI's own Python: boots it, then runs a script file.
+"""The half of comfy_host.py that runs inside ComfyUI, with ComfyUI's own Python: boots it, then runs a script
+file.
 
-A script does `import comfy_side`, reads `comfy_side.given()`, runs graphs with `comfy_side.run_prompt(...)` and replies with
-`comfy_side.answer(...)`. It may import comfy, nodes, folder_paths …: everything is loaded as the server loads it, custom nodes included.
+A script does `import comfy_side`, reads `comfy_side.given()`, runs graphs with `comfy_side.run_prompt(...)`
+and replies with `comfy_side.answer(...)`. It may import comfy, nodes, folder_paths …: everything is loaded as
+the server loads it, custom nodes included.
 """
 
 from __future__ import annotations
@@ -73,8 +75,12 @@ def node_class(node_id: str) -> Any:
 
 
 def pack_module(name: str) -> ModuleType:
-    """Return a module of the pack as ComfyUI has loaded it: pack_module("nodes.model.comfy_policy"), pack_module("comfy_g2rpo.lora")."""
-    root = next(key for key in sys.modules if "custom_nodes" in key and key.endswith(".nodes.demo")).removesuffix(".nodes.demo")
+    """Return a module of the pack as ComfyUI has loaded it: pack_module("nodes.model.comfy_policy"),
+    pack_module("comfy_g2rpo.lora").
+    """
+    root = next(
+        key for key in sys.modules if "custom_nodes" in key and key.endswith(".nodes.demo")
+    ).removesuffix(".nodes.demo")
     return importlib.import_module(f"{root}.{name}")
 
 
@@ -86,7 +92,9 @@ class _Anything(str):
 class _Catch:
     """An output node that keeps whatever arrives."""
 
-    INPUT_TYPES = classmethod(lambda cls: {"required": {"value": (_Anything("*"), {}), "name": ("STRING", {"default": ""})}})
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"value": (_Anything("*"), {}), "name": ("STRING", {"default": ""})}}
+    )
     RETURN_TYPES = ()
     FUNCTION = "keep"
     CATEGORY = "tests"
@@ -100,7 +108,9 @@ class _Catch:
 
 @dataclass(frozen=True)
 class Ran:
-    """The end of a prompt: refused (problems), failed (error) or done (values asked for by name, and nodes' ui outputs by node id)."""
+    """The end of a prompt: refused (problems), failed (error) or done (values asked for by name, and
+    nodes' ui outputs by node id).
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     ui: dict[str, Any] = field(default_factory=dict)
@@ -114,11 +124,13 @@ class Ran:
         return not (self.error or self.problems)
 
 
-def run_prompt(graph: Mapping[str, Any], want: Mapping[str, tuple[str, int]] | None = None, fresh: bool = True) -> Ran:
+def run_prompt(
+    graph: Mapping[str, Any], want: Mapping[str, tuple[str, int]] | None = None, fresh: bool = True
+) -> Ran:
     """Validate and run an API graph: {"1": {"class_type": …, "inputs": {"seed": 0, "model": ["2", 0]}}}.
 
-    `want` names node outputs whose values shall come back: {"image": ("7", 0)}. `fresh` forgets the results of earlier prompts; without it
-    they stay cached as in the server.
+    `want` names node outputs whose values shall come back: {"image": ("7", 0)}. `fresh` forgets the results
+    of earlier prompts; without it they stay cached as in the server.
     """
     whole = {key: dict(node) for key, node in graph.items()}
     for name, (node_id, slot) in (want or {}).items():
@@ -136,9 +148,18 @@ async def _run(graph: dict[str, Any], fresh: bool) -> Ran:
         return Ran(problems={"error": error, "nodes": problems})
     executor = _executor_for(fresh)
     await executor.execute_async(graph, prompt_id, {}, outputs)
-    failure = next((data for event, data in executor.status_messages if event in ("execution_error", "execution_interrupted")), None)
+    failure = next(
+        (
+            data
+            for event, data in executor.status_messages
+            if event in ("execution_error", "execution_interrupted")
+        ),
+        None,
+    )
     if failure is not None:
-        words = f"{failure.get('exception_type', 'interrupted')}: {failure.get('exception_message', '')}".strip()
+        words = (
+            f"{failure.get('exception_type', 'interrupted')}: {failure.get('exception_message', '')}".strip()
+        )
         return Ran(dict(_Catch.caught), error=words, error_node=str(failure.get("node_id")))
     return Ran(dict(_Catch.caught), ui=dict(executor.history_result.get("outputs", {})))
 
@@ -150,7 +171,9 @@ def _executor_for(fresh: bool) -> Any:
     if fresh or _executor is None:
         sizes = {"cache_args": {"lru": 0, "ram": 0, "ram_inactive": 0}}
         newer = "cache_args" in inspect.signature(execution.PromptExecutor).parameters
-        _executor = execution.PromptExecutor(_server, cache_type=execution.CacheType.CLASSIC, **(sizes if newer else {}))
+        _executor = execution.PromptExecutor(
+            _server, cache_type=execution.CacheType.CLASSIC, **(sizes if newer else {})
+        )
     return _executor
 
 

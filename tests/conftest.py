@@ -1,10 +1,14 @@
-"""Settings that every test shares: one thread per process, no network, reproducible hypothesis, and gpu tests where a GPU is."""
+"""Settings that every test shares: one thread per process, no network, reproducible hypothesis, and gpu
+tests where a GPU is.
+"""
 
 import os
 
 # Before the first import of torch; child processes inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("MKL_CBWR", "AUTO")  # MKL may else sum in another order where a weight lies at another address, on some processors
+os.environ.setdefault(
+    "MKL_CBWR", "AUTO"
+)  # MKL may else sum in another order where a weight lies at another address, on some processors
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
@@ -23,4 +27,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="no CUDA device: run `pytest -m gpu` on a machine that has one"))
+            item.add_marker(
+                pytest.mark.skip(reason="no CUDA device: run `pytest -m gpu` on a machine that has one")
+            )

@@ -8,19 +8,28 @@ from torch import Tensor
 from comfy_g2rpo.rewards.shapes.vocabulary import BACKGROUND, COLOURS
 
 
-def draw(*objects: tuple[str, str, float, float, float], background: tuple[int, int, int] = BACKGROUND) -> Tensor:
+def draw(
+    *objects: tuple[str, str, float, float, float], background: tuple[int, int, int] = BACKGROUND
+) -> Tensor:
     """Draw objects (colour, shape, x, y, size) anti-aliased: [1, 64, 64, 3] in [0, 1]."""
     picture = Image.new("RGB", (512, 512), background)
     canvas = ImageDraw.Draw(picture)
     for colour, shape, x, y, size in objects:
-        left, top, right, bottom = 8 * x - 4 * size, 8 * y - 4 * size, 8 * x + 4 * size - 1, 8 * y + 4 * size - 1
+        left, top, right, bottom = (
+            8 * x - 4 * size,
+            8 * y - 4 * size,
+            8 * x + 4 * size - 1,
+            8 * y + 4 * size - 1,
+        )
         if shape == "circle":
             canvas.ellipse((left, top, right, bottom), fill=COLOURS[colour])
         elif shape == "square":
             canvas.rectangle((left, top, right, bottom), fill=COLOURS[colour])
         else:
             canvas.polygon(((left, bottom), (right, bottom), ((left + right) / 2, top)), fill=COLOURS[colour])
-    return torch.from_numpy(np.asarray(picture.resize((64, 64), Image.Resampling.BOX)) / np.float32(255))[None]
+    return torch.from_numpy(np.asarray(picture.resize((64, 64), Image.Resampling.BOX)) / np.float32(255))[
+        None
+    ]
 
 
 def circles(number: int) -> Tensor:

@@ -1,10 +1,25 @@
-"""A FLUX.1 of diffusers' and transformers' own classes, random and too small to cost anything, in a folder as it is published."""
+"""A FLUX.1 of diffusers' and transformers' own classes, random and too small to cost anything, in a folder
+as it is published.
+"""
 
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 TINY = Path(__file__).parent.parent / "models/tiny"
 TOKENS = 24
@@ -16,7 +31,9 @@ SCHEDULERS = {
 
 
 def transformer(kind: str = "dev") -> FluxTransformer2DModel:
-    """Make the transformer: two double and two single blocks of one head, the smallest that ComfyUI can load."""
+    """Make the transformer: two double and two single blocks of one head, the smallest that ComfyUI can
+    load.
+    """
     return FluxTransformer2DModel(
         num_layers=2,
         num_single_layers=2,
@@ -32,16 +49,32 @@ def t5_tokenizer() -> T5TokenizerFast:
     """Make a tokenizer that knows letters."""
     letters = [chr(code) for code in range(33, 127)]
     words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -3.0) for letter in ["▁", *letters])]
-    return T5TokenizerFast(vocab=[*words, *((f"word{number}", -5.0) for number in range(300 - len(words)))], extra_ids=0)
+    return T5TokenizerFast(
+        vocab=[*words, *((f"word{number}", -5.0) for number in range(300 - len(words)))], extra_ids=0
+    )
 
 
 def pipeline(kind: str = "dev") -> FluxPipeline:
     """Make a whole pipeline with random weights."""
     torch.manual_seed(0)
     clip_tokens = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
-    clip = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 12}
-    marks = {"bos_token_id": clip_tokens.bos_token_id, "eos_token_id": clip_tokens.eos_token_id, "pad_token_id": clip_tokens.pad_token_id}
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": [8] * 4}
+    clip = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 12,
+    }
+    marks = {
+        "bos_token_id": clip_tokens.bos_token_id,
+        "eos_token_id": clip_tokens.eos_token_id,
+        "pad_token_id": clip_tokens.pad_token_id,
+    }
+    blocks = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [8] * 4,
+    }
     made = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULERS[kind]),
         vae=AutoencoderKL(
@@ -56,7 +89,9 @@ def pipeline(kind: str = "dev") -> FluxPipeline:
         ),
         text_encoder=CLIPTextModel(CLIPTextConfig(**clip, **marks, vocab_size=len(clip_tokens))),
         tokenizer=clip_tokens,
-        text_encoder_2=T5EncoderModel(T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)),
+        text_encoder_2=T5EncoderModel(
+            T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+        ),
         tokenizer_2=t5_tokenizer(),
         transformer=transformer(kind),
     )
@@ -70,7 +105,8 @@ def save(folder: Path, kind: str = "dev", shard: str = "10GB") -> Path:
     return folder
 
 
-# The published single file by name: where its weights stand in diffusers' model. Several names: their rows one after the other.
+# The published single file by name: where its weights stand in diffusers' model. Several names: their rows
+# one after the other.
 DOUBLE = {
     "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
     "img_attn.proj": ["attn.to_out.0"],
@@ -83,7 +119,11 @@ DOUBLE = {
     "txt_mlp.2": ["ff_context.net.2"],
     "txt_mod.lin": ["norm1_context.linear"],
 }
-SINGLE = {"linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"], "linear2": ["proj_out"], "modulation.lin": ["norm.linear"]}
+SINGLE = {
+    "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
+    "linear2": ["proj_out"],
+    "modulation.lin": ["norm.linear"],
+}
 WHOLE = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -109,7 +149,11 @@ def published(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Name a transformer's weights as its published single file does."""
     made = {}
     for leaf in ("weight", "bias"):
-        made |= {f"{name}.{leaf}": weights[f"{theirs}.{leaf}"] for name, theirs in WHOLE.items() if f"{theirs}.{leaf}" in weights}
+        made |= {
+            f"{name}.{leaf}": weights[f"{theirs}.{leaf}"]
+            for name, theirs in WHOLE.items()
+            if f"{theirs}.{leaf}" in weights
+        }
         shift_last = weights[f"norm_out.linear.{leaf}"]
         made[f"final_layer.adaLN_modulation.1.{leaf}"] = torch.cat(shift_last.chunk(2)[::-1])
         for kind, theirs, names in (

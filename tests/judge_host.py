@@ -1,4 +1,6 @@
-"""A judge to be judged: a local server that speaks OpenAI's chat completions and misbehaves as it is told to."""
+"""A judge to be judged: a local server that speaks OpenAI's chat completions and misbehaves as it is told
+to.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ Misbehaviour = Callable[["JudgeHost", web.Request, dict[str, Any]], Any]
 def section(**changes: Any) -> SimpleNamespace:
     """Describe a judge as a recipe does, with little patience."""
     about = {"name": "judge", "url": "", "protocol": "yes_no", "model": "toy", "question": None}
-    return SimpleNamespace(**(about | {"timeout": 2.0, "retries": 3, "concurrency": 8, "batch": 32} | changes))
+    return SimpleNamespace(
+        **(about | {"timeout": 2.0, "retries": 3, "concurrency": 8, "batch": 32} | changes)
+    )
 
 
 def pictures_of(body: dict[str, Any]) -> list[np.ndarray]:
@@ -50,19 +54,27 @@ def brightness(image: np.ndarray) -> float:
 
 def completion(chances: dict[str, float], blank: bool = False) -> dict[str, Any]:
     """Answer as chat completions do, with the probabilities of the first word."""
-    top = [{"token": word, "logprob": math.log(p) if p else -9999.0, "bytes": None} for word, p in chances.items()]
+    top = [
+        {"token": word, "logprob": math.log(p) if p else -9999.0, "bytes": None}
+        for word, p in chances.items()
+    ]
     word = max(chances, key=chances.get)
     content = [{"token": word, "logprob": top[0]["logprob"], "top_logprobs": top}]
     if blank:
         content.insert(0, {"token": "▁", "logprob": 0.0, "top_logprobs": [{"token": "▁", "logprob": 0.0}]})
     return {
         "object": "chat.completion",
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": word}, "logprobs": {"content": content}}],
+        "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": word}, "logprobs": {"content": content}}
+        ],
     }
 
 
 def sound(body: dict[str, Any]) -> dict[str, Any]:
-    """Answer soundly: yes as likely as the picture is bright; the brighter of two, with a liking for the first."""
+    """Answer soundly: yes as likely as the picture is bright.
+
+    The brighter of two, with a liking for the first.
+    """
     shown = [brightness(image) for image in pictures_of(body)]
     if len(shown) == 2:
         first = 1 / (1 + math.exp(-20 * (shown[0] - shown[1]) - 0.5))
@@ -153,7 +165,9 @@ async def hang(host: JudgeHost, request: web.Request, body: dict[str, Any]) -> N
 async def close_mid_body(host: JudgeHost, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
     """Promise more than is sent, and hang up."""
     content = json.dumps(sound(body)).encode()
-    response = web.StreamResponse(headers={"Content-Length": str(len(content)), "Content-Type": "application/json"})
+    response = web.StreamResponse(
+        headers={"Content-Length": str(len(content)), "Content-Type": "application/json"}
+    )
     await response.prepare(request)
     with suppress(ConnectionError):
         await response.write(content[: len(content) // 2])

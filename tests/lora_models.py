@@ -60,9 +60,18 @@ TINY = {
     ),
     "flux2": Tiny(
         "Flux2Transformer2DModel",
-        {**TEXT, "attention_head_dim": 128, "num_attention_heads": 1, "num_layers": 2, "num_single_layers": 2},
+        {
+            **TEXT,
+            "attention_head_dim": 128,
+            "num_attention_heads": 1,
+            "num_layers": 2,
+            "num_single_layers": 2,
+        },
     ),
-    "qwen_image": Tiny("QwenImageTransformer2DModel", {**TEXT, "attention_head_dim": 128, "num_attention_heads": 1, "num_layers": 2}),
+    "qwen_image": Tiny(
+        "QwenImageTransformer2DModel",
+        {**TEXT, "attention_head_dim": 128, "num_attention_heads": 1, "num_layers": 2},
+    ),
     "wan": Tiny(
         "WanTransformer3DModel",
         {
@@ -76,7 +85,8 @@ TINY = {
         },
     ),
     "z_image": Tiny(
-        "ZImageTransformer2DModel", {"n_layers": 2, "n_refiner_layers": 2, "dim": 256, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32}
+        "ZImageTransformer2DModel",
+        {"n_layers": 2, "n_refiner_layers": 2, "dim": 256, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32},
     ),
     "lumina2": Tiny(
         "Lumina2Transformer2DModel",
@@ -92,16 +102,30 @@ TINY = {
     ),
 }
 RANK, ALPHA = 3, 5.0
-PREFIXES = ("diffusion_model.", "transformer.", "base_model.model.", "lora_unet_", "lora_transformer_", "lycoris_", "")
+PREFIXES = (
+    "diffusion_model.",
+    "transformer.",
+    "base_model.model.",
+    "lora_unet_",
+    "lora_transformer_",
+    "lycoris_",
+    "",
+)
 
 
 def layers(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the weights that can carry a LoRA."""
     kinds = nn.Linear | nn.Conv2d | nn.Conv3d
-    return {name: tuple(module.weight.shape) for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {
+        name: tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+    }
 
 
-def random_pairs(shapes: Mapping[str, tuple[int, ...]], rank: int = RANK, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+def random_pairs(
+    shapes: Mapping[str, tuple[int, ...]], rank: int = RANK, seed: int = 0
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Draw a LoRA on weights of the given shapes."""
     noise = torch.Generator().manual_seed(seed)
     return {
@@ -115,7 +139,10 @@ def random_pairs(shapes: Mapping[str, tuple[int, ...]], rank: int = RANK, seed: 
 
 def deltas(pairs: Mapping[str, tuple[Tensor, Tensor]], scale: float = ALPHA / RANK) -> dict[str, Tensor]:
     """Compute the changes of weights."""
-    return {name: scale * (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:]) for name, (down, up) in pairs.items()}
+    return {
+        name: scale * (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:])
+        for name, (down, up) in pairs.items()
+    }
 
 
 def change(model: nn.Module) -> dict[str, Tensor]:
@@ -127,5 +154,11 @@ def change(model: nn.Module) -> dict[str, Tensor]:
 def pipeline_of(name: str, transformer: nn.Module) -> diffusers.DiffusionPipeline:
     """Make a pipeline of a transformer alone."""
     cls = getattr(diffusers, PIPELINES[name])
-    parts = {part: None for part, value in signature(cls.__init__).parameters.items() if part != "self" and value.default is value.empty}
-    return cls(**parts | {"transformer": transformer, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()})
+    parts = {
+        part: None
+        for part, value in signature(cls.__init__).parameters.items()
+        if part != "self" and value.default is value.empty
+    }
+    return cls(
+        **parts | {"transformer": transformer, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
+    )

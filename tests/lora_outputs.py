@@ -1,4 +1,6 @@
-"""Tiny models that real ComfyUIs load, with a LoRA as a run leaves it: files for ComfyUI, inputs, and the velocities that we expect."""
+"""Tiny models that real ComfyUIs load, with a LoRA as a run leaves it: files for ComfyUI, inputs, and the
+velocities that we expect.
+"""
 
 from __future__ import annotations
 
@@ -59,8 +61,18 @@ class Case:
     """How many pairs every LoRA file has."""
 
 
-def case(name: str, folder: Path, policy: Any, cond: Sequence[Any], native: dict[str, Tensor], x: Tensor, more: dict[str, Tensor]) -> Case:
-    """Put a LoRA on every target of a policy, write it as a run does, and compute velocities without and with it."""
+def case(
+    name: str,
+    folder: Path,
+    policy: Any,
+    cond: Sequence[Any],
+    native: dict[str, Tensor],
+    x: Tensor,
+    more: dict[str, Tensor],
+) -> Case:
+    """Put a LoRA on every target of a policy, write it as a run does, and compute velocities without and
+    with it.
+    """
     given = x[:, :, 0] if x.ndim == 5 and x.shape[2] == 1 else x  # a clip of one frame is a picture
     with torch.no_grad():
         base = policy.velocity(given, SIGMA, cond)
@@ -68,13 +80,21 @@ def case(name: str, folder: Path, policy: Any, cond: Sequence[Any], native: dict
         for module, (_, up) in policy.pairs().items():
             up.copy_(0.05 * seeded_noise(up.shape, "up", module))
         tuned = policy.velocity(given, SIGMA, cond)
-    save_file({key: value.detach().contiguous().clone() for key, value in native.items()}, folder / f"{name}.safetensors")
+    save_file(
+        {key: value.detach().contiguous().clone() for key, value in native.items()},
+        folder / f"{name}.safetensors",
+    )
     loras = {"run": folder / f"{name}-run.safetensors", "diffusers": folder / f"{name}-diffusers.safetensors"}
     lora.write(loras["run"], policy.pairs(), ALPHA, style=policy.lora_style, rename=policy.rename)
     lora.write(loras["diffusers"], policy.pairs(), ALPHA)
     inputs = {"x": x, "sigma": SIGMA.clone(), "context": torch.stack([c.tokens for c in cond]), **more}
     return Case(
-        folder / f"{name}.safetensors", loras, inputs, base, tuned, {form: len(lora.read(file).pairs) for form, file in loras.items()}
+        folder / f"{name}.safetensors",
+        loras,
+        inputs,
+        base,
+        tuned,
+        {form: len(lora.read(file).pairs) for form, file in loras.items()},
     )
 
 
@@ -83,11 +103,21 @@ def flux2(folder: Path) -> Case:
     policy = Flux2(flux2_folder.pipeline("dev"), guidance=3.5, max_sequence_length=TOKENS)
     native = flux2_folder.published(policy.transformer.state_dict())
     cond = [Flux2Cond(seeded_noise((TOKENS, 96), "text", row)) for row in range(2)]
-    return case("flux2", folder, policy, cond, native, seeded_noise((2, 128, 4, 6), "x"), {"guidance": torch.full((2,), 3.5)})
+    return case(
+        "flux2",
+        folder,
+        policy,
+        cond,
+        native,
+        seeded_noise((2, 128, 4, 6), "x"),
+        {"guidance": torch.full((2,), 3.5)},
+    )
 
 
 def wan(folder: Path, kind: str = "2.1") -> Case:
-    """Wan with a head of the published width and texts of the published width, which an older ComfyUI takes for granted."""
+    """Wan with a head of the published width and texts of the published width, which an older ComfyUI
+    takes for granted.
+    """
     pipeline, channels = wan_folder.pipeline(kind), wan_folder.KINDS[kind][0]
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 1, "attention_head_dim": 128, "ffn_dim": 192, "num_layers": 2}
@@ -100,7 +130,9 @@ def wan(folder: Path, kind: str = "2.1") -> Case:
             name = name.replace(old, new)
         native["head.modulation" if name == "modulation" else name] = value
     cond = [WanCond(seeded_noise((TOKENS, 4096), "text", row)) for row in range(2)]
-    return case(f"wan {kind}", folder, policy, cond, native, seeded_noise((2, channels, FRAMES[kind], 8, 12), "x"), {})
+    return case(
+        f"wan {kind}", folder, policy, cond, native, seeded_noise((2, channels, FRAMES[kind], 8, 12), "x"), {}
+    )
 
 
 def sd3(folder: Path) -> Case:
@@ -108,7 +140,15 @@ def sd3(folder: Path) -> Case:
     policy = SD3(load_pipeline(Path(__file__).parent.parent / "models/tiny", torch.float32), guidance=1.0)
     cond = policy.encode(["two red circles", "a green square left of a blue triangle"])
     pooled = {"pooled": torch.stack([c.pooled for c in cond])}
-    return case("sd3", folder, policy, cond, dict(policy.transformer.state_dict()), seeded_noise((2, 16, 8, 8), "x"), pooled)
+    return case(
+        "sd3",
+        folder,
+        policy,
+        cond,
+        dict(policy.transformer.state_dict()),
+        seeded_noise((2, 16, 8, 8), "x"),
+        pooled,
+    )
 
 
 CASES = {"sd3": sd3, "flux2": flux2, "wan 2.1": wan, "wan 2.2 5B": lambda folder: wan(folder, "2.2 5B")}

@@ -1,9 +1,16 @@
-"""A Lumina-Image 2.0 of diffusers' and transformers' own classes, random and too small to cost anything, in a folder as it is published."""
+"""A Lumina-Image 2.0 of diffusers' and transformers' own classes, random and too small to cost anything,
+in a folder as it is published.
+"""
 
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+)
 from tokenizers.processors import TemplateProcessing
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
@@ -15,16 +22,37 @@ def tokenizer() -> GemmaTokenizer:
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *(chr(code) for code in range(33, 127))]
     words += [f"word{number}" for number in range(300 - len(words))]
     made = GemmaTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
-    made.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 2)]
+    )
     return made
 
 
 def pipeline() -> Lumina2Pipeline:
-    """Make a whole pipeline with random weights; three heads of queries share one of keys and values, as published."""
+    """Make a whole pipeline with random weights.
+
+    Three heads of queries share one of keys and values, as published.
+    """
     torch.manual_seed(0)
-    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": [8] * 4}
-    sizes = {"latent_channels": 16, "layers_per_block": 1, "norm_num_groups": 4, "use_quant_conv": False, "use_post_quant_conv": False}
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    blocks = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [8] * 4,
+    }
+    sizes = {
+        "latent_channels": 16,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
     made = Lumina2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
         vae=AutoencoderKL(**blocks, **sizes, scaling_factor=0.3611, shift_factor=0.1159),

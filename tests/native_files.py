@@ -1,4 +1,5 @@
-"""Models of every family at the smallest size that keeps the published heads, as a diffusers folder and as the files that ComfyUI has.
+"""Models of every family at the smallest size that keeps the published heads, as a diffusers folder and as
+the files that ComfyUI has.
 
 The names of the files' weights are written out by hand, from what was published.
 """
@@ -44,18 +45,34 @@ def clip(width: int, act: str, kind: Any = transformers.CLIPTextModelWithProject
 
 def t5(kind: str, width: int) -> nn.Module:
     """Make the encoder of a T5 or UMT5."""
-    sizes = {"d_model": width, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
-    return getattr(transformers, f"{kind}EncoderModel")(getattr(transformers, f"{kind}Config")(vocab_size=300, **sizes))
+    sizes = {
+        "d_model": width,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+    }
+    return getattr(transformers, f"{kind}EncoderModel")(
+        getattr(transformers, f"{kind}Config")(vocab_size=300, **sizes)
+    )
 
 
 def qwen_vl() -> nn.Module:
     """Make a Qwen2.5-VL with its tower."""
-    text = {"hidden_size": 128, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1}
+    text = {
+        "hidden_size": 128,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    }
     marks = {"bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 256}
     rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
     vision = {"depth": 1, "hidden_size": 80, "intermediate_size": 32, "num_heads": 1, "out_hidden_size": 128}
     config = transformers.Qwen2_5_VLConfig(
-        text_config={**text, **marks, "rope_parameters": rope, "vocab_size": 260, "rms_norm_eps": 1e-6}, vision_config=vision
+        text_config={**text, **marks, "rope_parameters": rope, "vocab_size": 260, "rms_norm_eps": 1e-6},
+        vision_config=vision,
     )
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
@@ -99,7 +116,9 @@ def flux(kind: str) -> Any:
     made = flux_folder.pipeline(kind)
     torch.manual_seed(1)
     made.text_encoder, made.text_encoder_2 = clip(64, "quick_gelu", transformers.CLIPTextModel), t5("T5", 32)
-    made.transformer = diffusers.FluxTransformer2DModel.from_config(made.transformer.config, pooled_projection_dim=64)
+    made.transformer = diffusers.FluxTransformer2DModel.from_config(
+        made.transformer.config, pooled_projection_dim=64
+    )
     made.vae = kl(0.3611, 0.1159)
     return made
 
@@ -124,7 +143,9 @@ def wan(kind: str) -> Any:
         # What latents are normalised by no file of weights tells.
         published = json.loads((configs / "wan_5b.json").read_text("utf-8"))["vae"]["config"]
         made.vae.register_to_config(**{name: published[name] for name in ("latents_mean", "latents_std")})
-    made.scheduler = diffusers.UniPCMultistepScheduler(**{**wan_folder.SCHEDULER, "flow_shift": 3.0 if kind == "2.1" else 5.0})
+    made.scheduler = diffusers.UniPCMultistepScheduler(
+        **{**wan_folder.SCHEDULER, "flow_shift": 3.0 if kind == "2.1" else 5.0}
+    )
     return made
 
 
@@ -132,9 +153,22 @@ def z_image() -> Any:
     """Make a Z-Image."""
     made = z_image_folder.pipeline()
     torch.manual_seed(1)
-    sizes = {"dim": 128, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 1, "n_kv_heads": 1, "cap_feat_dim": 32}
-    made.transformer, made.vae = diffusers.ZImageTransformer2DModel(**sizes, axes_lens=[1536, 512, 512]), kl(0.3611, 0.1159)
-    config = {**made.text_encoder.config.to_dict(), "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    sizes = {
+        "dim": 128,
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "n_heads": 1,
+        "n_kv_heads": 1,
+        "cap_feat_dim": 32,
+    }
+    made.transformer, made.vae = (
+        diffusers.ZImageTransformer2DModel(**sizes, axes_lens=[1536, 512, 512]),
+        kl(0.3611, 0.1159),
+    )
+    config = {
+        **made.text_encoder.config.to_dict(),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
     made.text_encoder = transformers.Qwen3Model(transformers.Qwen3Config.from_dict(config))
     return made
 
@@ -144,12 +178,21 @@ def klein() -> Any:
     made = flux2_folder.pipeline("klein base")
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     vae = diffusers.AutoencoderKLFlux2(
-        **blocks, block_out_channels=[32, 32, 64, 64], decoder_block_out_channels=[32, 32, 32, 64], layers_per_block=1
+        **blocks,
+        block_out_channels=[32, 32, 64, 64],
+        decoder_block_out_channels=[32, 32, 32, 64],
+        layers_per_block=1,
     )
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
-    config = {**made.text_encoder.config.to_dict(), "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-    made.vae, made.text_encoder = vae, transformers.Qwen3ForCausalLM(transformers.Qwen3Config.from_dict(config))
+    config = {
+        **made.text_encoder.config.to_dict(),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
+    made.vae, made.text_encoder = (
+        vae,
+        transformers.Qwen3ForCausalLM(transformers.Qwen3Config.from_dict(config)),
+    )
     return made
 
 
@@ -157,10 +200,25 @@ def lumina2() -> Any:
     """Make a Lumina-Image 2.0, three of whose heads of queries share one of keys and values."""
     made = lumina2_folder.pipeline()
     torch.manual_seed(1)
-    sizes = {"hidden_size": 288, "num_layers": 1, "num_refiner_layers": 1, "num_attention_heads": 3, "num_kv_heads": 1, "cap_feat_dim": 32}
-    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {
+        "hidden_size": 288,
+        "num_layers": 1,
+        "num_refiner_layers": 1,
+        "num_attention_heads": 3,
+        "num_kv_heads": 1,
+        "cap_feat_dim": 32,
+    }
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     made.transformer, made.vae = diffusers.Lumina2Transformer2DModel(**sizes), kl(0.3611, 0.1159)
-    made.text_encoder = transformers.Gemma2Model(transformers.Gemma2Config(**text, head_dim=256, vocab_size=300))
+    made.text_encoder = transformers.Gemma2Model(
+        transformers.Gemma2Config(**text, head_dim=256, vocab_size=300)
+    )
     return made
 
 
@@ -182,7 +240,9 @@ def fused(weights: Weights, groups: Mapping[str, tuple[str, ...]]) -> dict[str, 
             for leaf in ("weight", "bias"):
                 if name.endswith(f".{parts[0]}.{leaf}"):
                     prefix = name.removesuffix(f"{parts[0]}.{leaf}")
-                    made[f"{prefix}{whole}.{leaf}"] = torch.cat([made.pop(f"{prefix}{part}.{leaf}") for part in parts])
+                    made[f"{prefix}{whole}.{leaf}"] = torch.cat(
+                        [made.pop(f"{prefix}{part}.{leaf}") for part in parts]
+                    )
     return made
 
 
@@ -224,8 +284,13 @@ def native_sd3(weights: Weights) -> dict[str, Tensor]:
     for old, new in (("qkv", "qkv"), ("to_out.0", "proj"), ("norm_q", "ln_q"), ("norm_k", "ln_k")):
         pattern, ours = rf"^(joint_blocks\.\d+)\.(attn2?)\.{old}\.", rf"\1.x_block.\2.{new}."
         made = {re.sub(pattern, ours, name): value for name, value in made.items()}
-    made = {name if not name.startswith("proj_out") else f"final_layer.linear{name[8:]}": value for name, value in made.items()}
-    return swapped(swapped(made, "final_layer.adaLN_modulation.1"), "joint_blocks.1.context_block.adaLN_modulation.1")
+    made = {
+        name if not name.startswith("proj_out") else f"final_layer.linear{name[8:]}": value
+        for name, value in made.items()
+    }
+    return swapped(
+        swapped(made, "final_layer.adaLN_modulation.1"), "joint_blocks.1.context_block.adaLN_modulation.1"
+    )
 
 
 def native_wan(weights: Weights) -> dict[str, Tensor]:
@@ -262,7 +327,10 @@ def native_z_image(weights: Weights) -> dict[str, Tensor]:
         (".attention.to_out.0", ".attention.out"),
     )
     groups = {"attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v")}
-    return {**renamed(fused(weights, groups), names), "norm_final.weight": torch.ones(weights["x_pad_token"].shape[-1])}
+    return {
+        **renamed(fused(weights, groups), names),
+        "norm_final.weight": torch.ones(weights["x_pad_token"].shape[-1]),
+    }
 
 
 def native_lumina2(weights: Weights) -> dict[str, Tensor]:
@@ -294,11 +362,23 @@ def native_kl(weights: Weights) -> dict[str, Tensor]:
     for name, value in weights.items():
         name = re.sub(r"(encoder\.down)_blocks\.(\d)\.resnets\.(\d)", r"\1.\2.block.\3", name)
         name = re.sub(r"encoder\.down_blocks\.(\d)\.downsamplers\.0", r"encoder.down.\1.downsample", name)
-        name = re.sub(r"decoder\.up_blocks\.(\d)\.resnets", lambda found: f"decoder.up.{3 - int(found[1])}.block", name)
-        name = re.sub(r"decoder\.up_blocks\.(\d)\.upsamplers\.0", lambda found: f"decoder.up.{3 - int(found[1])}.upsample", name)
-        name = name.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
+        name = re.sub(
+            r"decoder\.up_blocks\.(\d)\.resnets", lambda found: f"decoder.up.{3 - int(found[1])}.block", name
+        )
+        name = re.sub(
+            r"decoder\.up_blocks\.(\d)\.upsamplers\.0",
+            lambda found: f"decoder.up.{3 - int(found[1])}.upsample",
+            name,
+        )
+        name = name.replace("mid_block.resnets.0", "mid.block_1").replace(
+            "mid_block.resnets.1", "mid.block_2"
+        )
         if "attentions" in name:
-            name = re.sub(r"\.to_([qkv])\.", r".\1.", name.replace("mid_block.attentions.0", "mid.attn_1").replace("to_out.0", "proj_out"))
+            name = re.sub(
+                r"\.to_([qkv])\.",
+                r".\1.",
+                name.replace("mid_block.attentions.0", "mid.attn_1").replace("to_out.0", "proj_out"),
+            )
             name = name.replace("group_norm", "norm")
             value = value[:, :, None, None] if value.dim() == 2 else value
         made[name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")] = value
@@ -307,12 +387,18 @@ def native_kl(weights: Weights) -> dict[str, Tensor]:
 
 def native_flux2_vae(weights: Weights) -> dict[str, Tensor]:
     """Name an autoencoder's weights as the FLUX.2 file does."""
-    pairs = (("post_quant_conv", "decoder.post_conv"), ("quant_conv", "encoder.quant_conv"), ("post_conv", "post_quant_conv"))
+    pairs = (
+        ("post_quant_conv", "decoder.post_conv"),
+        ("quant_conv", "encoder.quant_conv"),
+        ("post_conv", "post_quant_conv"),
+    )
     return renamed(native_kl(weights), pairs)
 
 
 def native_wan_vae(weights: Weights, nested: bool) -> dict[str, Tensor]:
-    """Name an autoencoder's weights as Wan does: with one residual block per stage of the encoder, two of the decoder."""
+    """Name an autoencoder's weights as Wan does: with one residual block per stage of the encoder, two of
+    the decoder.
+    """
     made = {}
     for name, value in weights.items():
         if nested:
@@ -321,18 +407,31 @@ def native_wan_vae(weights: Weights, nested: bool) -> dict[str, Tensor]:
             name = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)", r"upsamples.\1.upsamples.\2", name)
             name = re.sub(r"up_blocks\.(\d)\.upsampler", r"upsamples.\1.upsamples.2", name)
         name = name.replace("encoder.down_blocks", "encoder.downsamples")
-        name = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)", lambda found: f"upsamples.{3 * int(found[1]) + int(found[2])}", name)
-        name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"upsamples.{3 * int(found[1]) + 2}", name)
+        name = re.sub(
+            r"up_blocks\.(\d)\.resnets\.(\d)",
+            lambda found: f"upsamples.{3 * int(found[1]) + int(found[2])}",
+            name,
+        )
+        name = re.sub(
+            r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"upsamples.{3 * int(found[1]) + 2}", name
+        )
         for old, new in (("resnets.0", "middle.0"), ("attentions.0", "middle.1"), ("resnets.1", "middle.2")):
             name = name.replace(f"mid_block.{old}", new)
         if name.startswith(("quant_conv", "post_quant_conv")):
             name = name.replace("post_quant_conv", "conv2").replace("quant_conv", "conv1")
         elif name.split(".")[1] in ("downsamples", "upsamples") or ".middle.0" in name or ".middle.2" in name:
-            for old, new in (("norm1.", "residual.0."), ("conv1.", "residual.2."), ("norm2.", "residual.3."), ("conv2.", "residual.6.")):
+            for old, new in (
+                ("norm1.", "residual.0."),
+                ("conv1.", "residual.2."),
+                ("norm2.", "residual.3."),
+                ("conv2.", "residual.6."),
+            ):
                 name = name.replace(old, new)
             name = name.replace("conv_shortcut", "shortcut")
         else:
-            name = name.replace("conv_in", "conv1").replace("norm_out", "head.0").replace("conv_out", "head.2")
+            name = (
+                name.replace("conv_in", "conv1").replace("norm_out", "head.0").replace("conv_out", "head.2")
+            )
         made[name] = value
     return made
 
@@ -340,7 +439,10 @@ def native_wan_vae(weights: Weights, nested: bool) -> dict[str, Tensor]:
 def native_clip(weights: Weights) -> dict[str, Tensor]:
     """Name a CLIP's weights as ComfyUI's files do; versions of transformers differ in the prefix."""
     bare = {name.removeprefix("text_model."): value for name, value in weights.items()}
-    return {name if name == "text_projection.weight" else f"text_model.{name}": value for name, value in bare.items()}
+    return {
+        name if name == "text_projection.weight" else f"text_model.{name}": value
+        for name, value in bare.items()
+    }
 
 
 def native_t5(weights: Weights) -> dict[str, Tensor]:
@@ -351,7 +453,10 @@ def native_t5(weights: Weights) -> dict[str, Tensor]:
 def native_qwen(weights: Weights) -> dict[str, Tensor]:
     """Name a Qwen's weights as ComfyUI's files do."""
     made = renamed(weights, (("model.language_model.", "model."), ("model.visual.", "visual.")))
-    return {name if name.startswith(("model.", "visual.", "lm_head.")) else f"model.{name}": value for name, value in made.items()}
+    return {
+        name if name.startswith(("model.", "visual.", "lm_head.")) else f"model.{name}": value
+        for name, value in made.items()
+    }
 
 
 def wan_21_vae(weights: Weights) -> dict[str, Tensor]:
@@ -370,25 +475,53 @@ def same(weights: Weights) -> dict[str, Tensor]:
 
 
 Native = Callable[[Weights], dict[str, Tensor]]
-FLUX = {"transformer": flux_folder.published, "vae": native_kl, "text_encoder": native_clip, "text_encoder_2": native_t5}
+FLUX = {
+    "transformer": flux_folder.published,
+    "vae": native_kl,
+    "text_encoder": native_clip,
+    "text_encoder_2": native_t5,
+}
 WAN = {"transformer": native_wan, "text_encoder": native_t5}
 SD3 = {"transformer": native_sd3, "vae": native_kl}
 FAMILIES: dict[str, tuple[str, Callable[[], Any], dict[str, Native]]] = {
-    "sd3": ("sd3", sd3, {**SD3, "text_encoder": native_clip, "text_encoder_2": native_clip, "text_encoder_3": native_t5}),
+    "sd3": (
+        "sd3",
+        sd3,
+        {**SD3, "text_encoder": native_clip, "text_encoder_2": native_clip, "text_encoder_3": native_t5},
+    ),
     "flux dev": ("flux", lambda: flux("dev"), FLUX),
     "flux schnell": ("flux", lambda: flux("schnell"), FLUX),
-    "flux2 klein": ("flux2", klein, {"transformer": flux2_folder.published, "vae": native_flux2_vae, "text_encoder": native_qwen}),
-    "qwen_image": ("qwen_image", qwen_image, {"transformer": same, "vae": wan_21_vae, "text_encoder": native_qwen}),
+    "flux2 klein": (
+        "flux2",
+        klein,
+        {"transformer": flux2_folder.published, "vae": native_flux2_vae, "text_encoder": native_qwen},
+    ),
+    "qwen_image": (
+        "qwen_image",
+        qwen_image,
+        {"transformer": same, "vae": wan_21_vae, "text_encoder": native_qwen},
+    ),
     "wan 2.1": ("wan", lambda: wan("2.1"), {**WAN, "vae": wan_21_vae}),
     "wan 5B": ("wan", lambda: wan("2.2 5B"), {**WAN, "vae": wan_22_vae}),
-    "lumina2": ("lumina2", lumina2, {"transformer": native_lumina2, "vae": native_kl, "text_encoder": native_qwen}),
-    "z_image": ("z_image", z_image, {"transformer": native_z_image, "vae": native_kl, "text_encoder": native_qwen}),
+    "lumina2": (
+        "lumina2",
+        lumina2,
+        {"transformer": native_lumina2, "vae": native_kl, "text_encoder": native_qwen},
+    ),
+    "z_image": (
+        "z_image",
+        z_image,
+        {"transformer": native_z_image, "vae": native_kl, "text_encoder": native_qwen},
+    ),
 }
 """Every model: its family, how it is made, and what its parts are called in files."""
 
 
 def whole(pipeline: Any) -> Any:
-    """Move norms off 1 and biases off 0, so that no weight can pass for another; round all to what 16 bit hold."""
+    """Move norms off 1 and biases off 0, so that no weight can pass for another.
+
+    Round all to what 16 bit hold.
+    """
     with torch.no_grad():
         for name, part in pipeline.components.items():
             for key, value in part.named_parameters() if isinstance(part, nn.Module) else ():
@@ -399,16 +532,22 @@ def whole(pipeline: Any) -> Any:
 
 
 def write(root: Path, model: str) -> dict[str, Path]:
-    """Write a model as a folder and as files, and the transformer, VAE and text encoders together as a checkpoint."""
+    """Write a model as a folder and as files, and the transformer, VAE and text encoders together as a
+    checkpoint.
+    """
     _, make, layouts = FAMILIES[model]
     pipeline = whole(make())
     pipeline.save_pretrained(root / "folder")
     found, checkpoint = {"folder": root / "folder"}, {}
     for part, native in layouts.items():
-        weights = native({name: value.detach().clone() for name, value in getattr(pipeline, part).state_dict().items()})
+        weights = native(
+            {name: value.detach().clone() for name, value in getattr(pipeline, part).state_dict().items()}
+        )
         found[part] = root / f"{part}.safetensors"
         save_file({name: value.contiguous() for name, value in weights.items()}, found[part])
-        prefix = {"transformer": "model.diffusion_model.", "vae": "first_stage_model."}.get(part, f"text_encoders.{part}.transformer.")
+        prefix = {"transformer": "model.diffusion_model.", "vae": "first_stage_model."}.get(
+            part, f"text_encoders.{part}.transformer."
+        )
         checkpoint |= {f"{prefix}{name}": value.contiguous() for name, value in weights.items()}
     save_file(checkpoint, root / "checkpoint.safetensors")
     return {**found, "checkpoint": root / "checkpoint.safetensors"}
@@ -422,5 +561,7 @@ def sentencepiece(words: int = 300) -> bytes:
     text = [" ".join("".join(draw.choices("abcdefgÄö", k=4)) for _ in range(8)) for _ in range(200)]
     made = io.BytesIO()
     marks = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
-    SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=made, vocab_size=words, **marks, minloglevel=2)
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=made, vocab_size=words, **marks, minloglevel=2
+    )
     return made.getvalue()

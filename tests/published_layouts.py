@@ -1,4 +1,6 @@
-"""open_clip's CLIP and ImageReward, written out from their published layouts alone: what a conversion is checked against."""
+"""open_clip's CLIP and ImageReward, written out from their published layouts alone: what a conversion is
+checked against.
+"""
 
 import math
 from collections.abc import Mapping
@@ -27,14 +29,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | float = 0
     return (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-def open_clip_blocks(weights: Weights, prefix: str, x: Tensor, heads: int, mask: Tensor | float = 0.0) -> Tensor:
+def open_clip_blocks(
+    weights: Weights, prefix: str, x: Tensor, heads: int, mask: Tensor | float = 0.0
+) -> Tensor:
     """Run the residual blocks of one of open_clip's towers."""
     for i in range(sum(key.startswith(prefix) and key.endswith("ln_1.weight") for key in weights)):
         name = f"{prefix}.resblocks.{i}"
         seen = norm(weights, f"{name}.ln_1", x, 1e-5)
-        q, k, v = linear(seen, weights[f"{name}.attn.in_proj_weight"], weights[f"{name}.attn.in_proj_bias"]).chunk(3, -1)
+        q, k, v = linear(
+            seen, weights[f"{name}.attn.in_proj_weight"], weights[f"{name}.attn.in_proj_bias"]
+        ).chunk(3, -1)
         x = x + dense(weights, f"{name}.attn.out_proj", attend(q, k, v, heads, mask))
-        x = x + dense(weights, f"{name}.mlp.c_proj", gelu(dense(weights, f"{name}.mlp.c_fc", norm(weights, f"{name}.ln_2", x, 1e-5))))
+        x = x + dense(
+            weights,
+            f"{name}.mlp.c_proj",
+            gelu(dense(weights, f"{name}.mlp.c_fc", norm(weights, f"{name}.ln_2", x, 1e-5))),
+        )
     return x
 
 
@@ -43,7 +53,12 @@ def open_clip_image(weights: Weights, pixels: Tensor, heads: int) -> Tensor:
     kernel = weights["visual.conv1.weight"]
     patches = torch.nn.functional.conv2d(pixels, kernel, stride=kernel.shape[-1]).flatten(2).transpose(1, 2)
     first = weights["visual.class_embedding"].expand(len(pixels), 1, -1)
-    x = norm(weights, "visual.ln_pre", torch.cat([first, patches], 1) + weights["visual.positional_embedding"], 1e-5)
+    x = norm(
+        weights,
+        "visual.ln_pre",
+        torch.cat([first, patches], 1) + weights["visual.positional_embedding"],
+        1e-5,
+    )
     x = open_clip_blocks(weights, "visual.transformer", x, heads)
     embedded = norm(weights, "visual.ln_post", x[:, 0], 1e-5) @ weights["visual.proj"]
     return embedded / embedded.norm(dim=-1, keepdim=True)
@@ -59,7 +74,9 @@ def open_clip_text(weights: Weights, tokens: Tensor, heads: int) -> Tensor:
     return embedded / embedded.norm(dim=-1, keepdim=True)
 
 
-def imagereward(weights: Weights, pixels: Tensor, tokens: Tensor, mask: Tensor, heads: int, text_heads: int) -> Tensor:
+def imagereward(
+    weights: Weights, pixels: Tensor, tokens: Tensor, mask: Tensor, heads: int, text_heads: int
+) -> Tensor:
     """Score pictures [B, 3, H, W] by tokens [B, 35] and their mask: [B], standardised as published."""
     seen = imagereward_image(weights, pixels, heads)
     x = imagereward_text(weights, tokens, mask, seen, text_heads)[:, 0]
@@ -72,13 +89,21 @@ def imagereward_image(weights: Weights, pixels: Tensor, heads: int) -> Tensor:
     """Run BLIP's ViT: states of all patches [B, N, D]."""
     vit = "blip.visual_encoder"
     kernel = weights[f"{vit}.patch_embed.proj.weight"]
-    patches = torch.nn.functional.conv2d(pixels, kernel, weights[f"{vit}.patch_embed.proj.bias"], stride=kernel.shape[-1])
-    x = torch.cat([weights[f"{vit}.cls_token"].expand(len(pixels), 1, -1), patches.flatten(2).transpose(1, 2)], 1)
+    patches = torch.nn.functional.conv2d(
+        pixels, kernel, weights[f"{vit}.patch_embed.proj.bias"], stride=kernel.shape[-1]
+    )
+    x = torch.cat(
+        [weights[f"{vit}.cls_token"].expand(len(pixels), 1, -1), patches.flatten(2).transpose(1, 2)], 1
+    )
     x = x + weights[f"{vit}.pos_embed"]
     for i in range(sum(key.startswith(vit) and key.endswith("norm1.weight") for key in weights)):
-        q, k, v = dense(weights, f"{vit}.blocks.{i}.attn.qkv", norm(weights, f"{vit}.blocks.{i}.norm1", x, 1e-6)).chunk(3, -1)
+        q, k, v = dense(
+            weights, f"{vit}.blocks.{i}.attn.qkv", norm(weights, f"{vit}.blocks.{i}.norm1", x, 1e-6)
+        ).chunk(3, -1)
         x = x + dense(weights, f"{vit}.blocks.{i}.attn.proj", attend(q, k, v, heads))
-        hidden = gelu(dense(weights, f"{vit}.blocks.{i}.mlp.fc1", norm(weights, f"{vit}.blocks.{i}.norm2", x, 1e-6)))
+        hidden = gelu(
+            dense(weights, f"{vit}.blocks.{i}.mlp.fc1", norm(weights, f"{vit}.blocks.{i}.norm2", x, 1e-6))
+        )
         x = x + dense(weights, f"{vit}.blocks.{i}.mlp.fc2", hidden)
     return norm(weights, f"{vit}.norm", x, 1e-6)
 
@@ -90,7 +115,9 @@ def imagereward_text(weights: Weights, tokens: Tensor, mask: Tensor, seen: Tenso
     x = x + weights[f"{bert}.embeddings.position_embeddings.weight"][: tokens.shape[1]]
     x = norm(weights, f"{bert}.embeddings.LayerNorm", x, 1e-12)
     hidden = torch.zeros(mask.shape).masked_fill(mask == 0, -10000.0)[:, None, None]
-    for i in range(sum(key.startswith(bert) and key.endswith("intermediate.dense.weight") for key in weights)):
+    for i in range(
+        sum(key.startswith(bert) and key.endswith("intermediate.dense.weight") for key in weights)
+    ):
         layer = f"{bert}.encoder.layer.{i}"
         for attention, source, bias in (("attention", None, hidden), ("crossattention", seen, 0.0)):
             name, read = f"{layer}.{attention}", x if source is None else source
@@ -98,6 +125,8 @@ def imagereward_text(weights: Weights, tokens: Tensor, mask: Tensor, seen: Tenso
             k, v = (dense(weights, f"{name}.self.{part}", read) for part in ("key", "value"))
             crossed = dense(weights, f"{name}.output.dense", attend(q, k, v, heads, bias))
             x = norm(weights, f"{name}.output.LayerNorm", crossed + x, 1e-12)
-        widened = dense(weights, f"{layer}.output.dense", gelu(dense(weights, f"{layer}.intermediate.dense", x)))
+        widened = dense(
+            weights, f"{layer}.output.dense", gelu(dense(weights, f"{layer}.intermediate.dense", x))
+        )
         x = norm(weights, f"{layer}.output.LayerNorm", widened + x, 1e-12)
     return x

@@ -1,4 +1,6 @@
-"""A Qwen-Image-Edit of diffusers' and transformers' own classes, random and too small to cost anything, in a folder as it is published."""
+"""A Qwen-Image-Edit of diffusers' and transformers' own classes, random and too small to cost anything, in
+a folder as it is published.
+"""
 
 import json
 from pathlib import Path
@@ -18,7 +20,11 @@ KINDS = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
 def tokenizer() -> Qwen2Tokenizer:
     """Make a tokenizer that knows bytes and pictures."""
     words = [*sorted(ByteLevel.alphabet()), *MARKS]
-    return Qwen2Tokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], extra_special_tokens=list(MARKS[1:]))
+    return Qwen2Tokenizer(
+        vocab={word: number for number, word in enumerate(words)},
+        merges=[],
+        extra_special_tokens=list(MARKS[1:]),
+    )
 
 
 def text_encoder() -> Qwen2_5_VLForConditionalGeneration:
@@ -31,7 +37,10 @@ def text_encoder() -> Qwen2_5_VLForConditionalGeneration:
 
 
 def save(folder: Path, kind: str = KINDS[0]) -> Path:
-    """Write a folder with an index as it is published; the 2511 of Plus looks at its picture as at one without noise."""
+    """Write a folder with an index as it is published.
+
+    The 2511 of Plus looks at its picture as at one without noise.
+    """
     torch.manual_seed(0)
     size = {"num_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1, "joint_attention_dim": 128}
     plus = kind == KINDS[1]

@@ -1,4 +1,6 @@
-"""Reward models of the published architectures, too small to cost anything, in folders as `g2rpo rewards fetch` leaves them."""
+"""Reward models of the published architectures, too small to cost anything, in folders as `g2rpo rewards
+fetch` leaves them.
+"""
 
 import json
 from pathlib import Path
@@ -32,12 +34,21 @@ def pictures(count: int = 5, height: int = 40, width: int = 50, seed: int = 0) -
 
 
 def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
-    """Return CLIP's byte alphabet, two merges and the two marks of start and end, as numbers and as merges."""
+    """Return CLIP's byte alphabet, two merges and the two marks of start and end, as numbers and as
+    merges.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in printable]
     letters = [chr(byte) for byte in printable] + [chr(256 + place) for place in range(len(rest))]
     merges = ["r e", "re d</w>"]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
+    words = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        "re",
+        "red</w>",
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     return {word: number for number, word in enumerate(words)}, merges
 
 
@@ -50,11 +61,31 @@ CLIP_TEXT = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 77,
 }
-BERT_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cube", "on", "the", "table", ",", "##s", "b", "##l", "##u", "##e"]
+BERT_WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "a",
+    "red",
+    "cube",
+    "on",
+    "the",
+    "table",
+    ",",
+    "##s",
+    "b",
+    "##l",
+    "##u",
+    "##e",
+]
 
 
 def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter a random value of a useful size, norms and biases too, so that no tensor may be forgotten unseen."""
+    """Give every parameter a random value of a useful size, norms and biases too, so that no tensor may be
+    forgotten unseen.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -67,17 +98,33 @@ def clip_model(act: str = "gelu", seed: int = 0) -> nn.Module:
     """Make transformers' own CLIP with random weights."""
     from transformers import CLIPConfig, CLIPModel
 
-    text = {**CLIP_TEXT, "hidden_act": act, "bos_token_id": VOCABULARY - 2, "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}
-    return shaken(CLIPModel(CLIPConfig(text_config=text, vision_config={**VISION, "hidden_act": act}, projection_dim=EMBED)), seed)
+    text = {
+        **CLIP_TEXT,
+        "hidden_act": act,
+        "bos_token_id": VOCABULARY - 2,
+        "eos_token_id": VOCABULARY - 1,
+        "pad_token_id": VOCABULARY - 1,
+    }
+    return shaken(
+        CLIPModel(
+            CLIPConfig(text_config=text, vision_config={**VISION, "hidden_act": act}, projection_dim=EMBED)
+        ),
+        seed,
+    )
 
 
-def write_folder(root: Path, name: str, kind: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+def write_folder(
+    root: Path, name: str, kind: str, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> Path:
     """Write a reward's folder."""
     folder = root / name
     folder.mkdir(parents=True)
     (folder / "reward.json").write_text(json.dumps({"kind": kind, "source": "test", "revision": "0"}))
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()},
+        folder / "model.safetensors",
+    )
     return folder
 
 
@@ -90,14 +137,24 @@ def write_clip_tokenizer(folder: Path) -> None:
 
 def clip_config(act: str = "gelu") -> dict[str, Any]:
     """Return what a tiny CLIP's config.json says."""
-    return {"projection_dim": EMBED, "vision_config": {**VISION, "hidden_act": act}, "text_config": {**CLIP_TEXT, "hidden_act": act}}
+    return {
+        "projection_dim": EMBED,
+        "vision_config": {**VISION, "hidden_act": act},
+        "text_config": {**CLIP_TEXT, "hidden_act": act},
+    }
 
 
-def clip_folder(root: Path, name: str, kind: str, model: nn.Module, preprocessor: dict[str, Any] | None = None) -> Path:
+def clip_folder(
+    root: Path, name: str, kind: str, model: nn.Module, preprocessor: dict[str, Any] | None = None
+) -> Path:
     """Write a CLIP reward."""
-    folder = write_folder(root, name, kind, clip_config(model.config.vision_config.hidden_act), model.state_dict())
+    folder = write_folder(
+        root, name, kind, clip_config(model.config.vision_config.hidden_act), model.state_dict()
+    )
     write_clip_tokenizer(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor or {"size": {"shortest_edge": IMAGE}}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(preprocessor or {"size": {"shortest_edge": IMAGE}})
+    )
     return folder
 
 
@@ -123,7 +180,11 @@ def open_clip_weights(seed: int = 0) -> dict[str, Tensor]:
             "mlp.c_proj.weight": (width, 4 * width),
             "mlp.c_proj.bias": (width,),
         }
-        return {f"{prefix}.resblocks.{i}.{key}": draw(*shape) for i in range(LAYERS) for key, shape in shapes.items()}
+        return {
+            f"{prefix}.resblocks.{i}.{key}": draw(*shape)
+            for i in range(LAYERS)
+            for key, shape in shapes.items()
+        }
 
     patches = (IMAGE // PATCH) ** 2
     return {
@@ -131,7 +192,11 @@ def open_clip_weights(seed: int = 0) -> dict[str, Tensor]:
         "visual.positional_embedding": draw(patches + 1, WIDTH),
         "visual.proj": draw(WIDTH, EMBED),
         "visual.conv1.weight": draw(WIDTH, 3, PATCH, PATCH),
-        **{f"visual.{norm}.{part}": draw(WIDTH) + (part == "weight") for norm in ("ln_pre", "ln_post") for part in ("weight", "bias")},
+        **{
+            f"visual.{norm}.{part}": draw(WIDTH) + (part == "weight")
+            for norm in ("ln_pre", "ln_post")
+            for part in ("weight", "bias")
+        },
         **blocks("visual.transformer", WIDTH),
         "token_embedding.weight": draw(VOCABULARY, TEXT_WIDTH),
         "positional_embedding": draw(77, TEXT_WIDTH),
@@ -144,7 +209,9 @@ def open_clip_weights(seed: int = 0) -> dict[str, Tensor]:
 
 def hps_folder(root: Path, name: str, weights: dict[str, Tensor]) -> Path:
     """Write HPS from weights in open_clip's layout, as fetching does."""
-    folder = write_folder(root, name, "hpsv2", clip_config(), rewrite_weights.ready(rewrite_weights.open_clip(weights)))
+    folder = write_folder(
+        root, name, "hpsv2", clip_config(), rewrite_weights.ready(rewrite_weights.open_clip(weights))
+    )
     write_clip_tokenizer(folder)
     return folder
 
@@ -172,17 +239,29 @@ def imagereward_weights(seed: int = 0) -> dict[str, Tensor]:
         }
 
     def norm(name: str, width: int) -> dict[str, Tensor]:
-        return {key: value + key.endswith("weight") for key, value in linear(name, width, 1).items() if value.ndim == 1} | {
-            f"{name}.weight": 1 + 0.3 * torch.randn(width, generator=generator)
-        }
+        return {
+            key: value + key.endswith("weight")
+            for key, value in linear(name, width, 1).items()
+            if value.ndim == 1
+        } | {f"{name}.weight": 1 + 0.3 * torch.randn(width, generator=generator)}
 
     vit, bert, wide = "blip.visual_encoder", "blip.text_encoder", TEXT_WIDTH
-    found = linear(f"{vit}.patch_embed.proj", WIDTH, 3 * PATCH**2) | norm(f"{vit}.norm", WIDTH) | norm(f"{bert}.embeddings.LayerNorm", wide)
-    found[f"{vit}.patch_embed.proj.weight"] = found[f"{vit}.patch_embed.proj.weight"].view(WIDTH, 3, PATCH, PATCH)
+    found = (
+        linear(f"{vit}.patch_embed.proj", WIDTH, 3 * PATCH**2)
+        | norm(f"{vit}.norm", WIDTH)
+        | norm(f"{bert}.embeddings.LayerNorm", wide)
+    )
+    found[f"{vit}.patch_embed.proj.weight"] = found[f"{vit}.patch_embed.proj.weight"].view(
+        WIDTH, 3, PATCH, PATCH
+    )
     found[f"{vit}.cls_token"] = torch.randn(1, 1, WIDTH, generator=generator)
     found[f"{vit}.pos_embed"] = torch.randn(1, (IMAGE // PATCH) ** 2 + 1, WIDTH, generator=generator)
-    found[f"{bert}.embeddings.word_embeddings.weight"] = torch.randn(BLIP_TEXT["vocab_size"], wide, generator=generator)
-    found[f"{bert}.embeddings.position_embeddings.weight"] = torch.randn(BLIP_TEXT["max_position_embeddings"], wide, generator=generator)
+    found[f"{bert}.embeddings.word_embeddings.weight"] = torch.randn(
+        BLIP_TEXT["vocab_size"], wide, generator=generator
+    )
+    found[f"{bert}.embeddings.position_embeddings.weight"] = torch.randn(
+        BLIP_TEXT["max_position_embeddings"], wide, generator=generator
+    )
     found[f"{bert}.embeddings.position_ids"] = torch.arange(BLIP_TEXT["max_position_embeddings"])[None]
     for i in range(LAYERS):
         block, layer = f"{vit}.blocks.{i}", f"{bert}.encoder.layer.{i}"
@@ -190,26 +269,41 @@ def imagereward_weights(seed: int = 0) -> dict[str, Tensor]:
         found |= linear(f"{block}.attn.qkv", 3 * WIDTH, WIDTH) | linear(f"{block}.attn.proj", WIDTH, WIDTH)
         found |= linear(f"{block}.mlp.fc1", 4 * WIDTH, WIDTH) | linear(f"{block}.mlp.fc2", WIDTH, 4 * WIDTH)
         for attention, source in (("attention", wide), ("crossattention", WIDTH)):
-            found |= linear(f"{layer}.{attention}.self.query", wide, wide) | norm(f"{layer}.{attention}.output.LayerNorm", wide)
-            found |= linear(f"{layer}.{attention}.self.key", wide, source) | linear(f"{layer}.{attention}.self.value", wide, source)
+            found |= linear(f"{layer}.{attention}.self.query", wide, wide) | norm(
+                f"{layer}.{attention}.output.LayerNorm", wide
+            )
+            found |= linear(f"{layer}.{attention}.self.key", wide, source) | linear(
+                f"{layer}.{attention}.self.value", wide, source
+            )
             found |= linear(f"{layer}.{attention}.output.dense", wide, wide)
-        found |= linear(f"{layer}.intermediate.dense", 4 * wide, wide) | linear(f"{layer}.output.dense", wide, 4 * wide)
+        found |= linear(f"{layer}.intermediate.dense", 4 * wide, wide) | linear(
+            f"{layer}.output.dense", wide, 4 * wide
+        )
         found |= norm(f"{layer}.output.LayerNorm", wide)
-    for place, (of, out) in zip((0, 2, 4, 6, 7), ((wide, 1024), (1024, 128), (128, 64), (64, 16), (16, 1)), strict=True):
+    for place, (of, out) in zip(
+        (0, 2, 4, 6, 7), ((wide, 1024), (1024, 128), (128, 64), (64, 16), (16, 1)), strict=True
+    ):
         found |= linear(f"mlp.layers.{place}", out, of)
     return found | linear("blip.vision_proj", 8, WIDTH) | linear("blip.text_proj", 8, wide)
 
 
 def imagereward_folder(root: Path, name: str, weights: dict[str, Tensor]) -> Path:
     """Write ImageReward from weights in their published layout, as fetching does."""
-    config = {"vision_config": {**VISION, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}, "text_config": BLIP_TEXT}
-    folder = write_folder(root, name, "imagereward", config, rewrite_weights.ready(rewrite_weights.imagereward(weights)))
+    config = {
+        "vision_config": {**VISION, "layer_norm_eps": 1e-6, "hidden_act": "gelu"},
+        "text_config": BLIP_TEXT,
+    }
+    folder = write_folder(
+        root, name, "imagereward", config, rewrite_weights.ready(rewrite_weights.imagereward(weights))
+    )
     (folder / "vocab.txt").write_text("\n".join(BERT_WORDS) + "\n")
     return folder
 
 
 def head_weights(width: int, layout: str, widths: tuple[int, ...] = HEAD, seed: int = 3) -> dict[str, Tensor]:
-    """Make a head's weights as published: `layout` names its layers by their place, for instance "layers.{}" or "" for a single layer."""
+    """Make a head's weights as published: `layout` names its layers by their place, for instance
+    "layers.{}" or "" for a single layer.
+    """
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Tensor] = {}
     for place, (of, out) in enumerate(zip((width, *widths), widths, strict=False)):
@@ -219,11 +313,19 @@ def head_weights(width: int, layout: str, widths: tuple[int, ...] = HEAD, seed: 
     return found
 
 
-def aesthetic_folder(root: Path, name: str, model: nn.Module, head: dict[str, Tensor], widths: tuple[int, ...]) -> Path:
+def aesthetic_folder(
+    root: Path, name: str, model: nn.Module, head: dict[str, Tensor], widths: tuple[int, ...]
+) -> Path:
     """Write a LAION predictor from CLIP and a head, as fetching does."""
     tower = rewrite_weights.tower(model.state_dict(), ("vision_model.", "visual_projection."))
-    config = {"projection_dim": EMBED, "vision_config": {**VISION, "hidden_act": "quick_gelu"}, "head": list(widths)}
-    return write_folder(root, name, "aesthetic", config, rewrite_weights.ready(tower | rewrite_weights.head(head)))
+    config = {
+        "projection_dim": EMBED,
+        "vision_config": {**VISION, "hidden_act": "quick_gelu"},
+        "head": list(widths),
+    }
+    return write_folder(
+        root, name, "aesthetic", config, rewrite_weights.ready(tower | rewrite_weights.head(head))
+    )
 
 
 def siglip_vision(seed: int = 0) -> nn.Module:
@@ -233,8 +335,17 @@ def siglip_vision(seed: int = 0) -> nn.Module:
     return shaken(SiglipVisionModel(SiglipVisionConfig(**VISION)), seed)
 
 
-def aesthetic_v25_folder(root: Path, name: str, model: nn.Module, head: dict[str, Tensor], widths: tuple[int, ...]) -> Path:
-    """Write Aesthetic Predictor v2.5 from SigLIP, named as in the published SiglipModel, and a head, as fetching does."""
-    published = {f"vision_model.{key.removeprefix('vision_model.')}": tensor for key, tensor in model.state_dict().items()}
+def aesthetic_v25_folder(
+    root: Path, name: str, model: nn.Module, head: dict[str, Tensor], widths: tuple[int, ...]
+) -> Path:
+    """Write Aesthetic Predictor v2.5 from SigLIP, named as in the published SiglipModel, and a head, as
+    fetching does.
+    """
+    published = {
+        f"vision_model.{key.removeprefix('vision_model.')}": tensor
+        for key, tensor in model.state_dict().items()
+    }
     config = {"vision_config": VISION, "head": list(widths)}
-    return write_folder(root, name, "aesthetic_v2.5", config, rewrite_weights.ready(published | rewrite_weights.head(head)))
+    return write_folder(
+        root, name, "aesthetic_v2.5", config, rewrite_weights.ready(published | rewrite_weights.head(head))
+    )

@@ -44,7 +44,9 @@ def test_equal_rewards_teach_nothing_whatever_rounding_leaves(value, group, floo
 
 
 def test_two_members_are_enough():
-    assert torch.allclose(integrate(torch.tensor([0.0, 1.0]).reshape(1, 1, 2, 1)), torch.tensor([[-(2**-0.5), 2**-0.5]]))
+    assert torch.allclose(
+        integrate(torch.tensor([0.0, 1.0]).reshape(1, 1, 2, 1)), torch.tensor([[-(2**-0.5), 2**-0.5]])
+    )
 
 
 def test_a_nan_reward_drops_the_sample_alone():

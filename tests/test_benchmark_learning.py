@@ -1,4 +1,6 @@
-"""The learning benchmark counts all model work, tunes every arm by the same rule, and compares arms on the seeds they share."""
+"""The learning benchmark counts all model work, tunes every arm by the same rule, and compares arms on the
+seeds they share.
+"""
 
 import pytest
 import torch
@@ -48,7 +50,12 @@ def climb(gain, tries, weighted=True):
 def test_tuning_climbs_from_its_start_and_tries_every_kind_of_neighbour():
     rate = START[0]
     up, down = (RATES[RATES.index(rate) + i] for i in (1, -1))
-    tries = climb(lambda lr, weights, prompts, average: 1.0 if (lr, prompts) == (rate, 1) else 0.5 if lr == rate else 0.0, 7)
+    tries = climb(
+        lambda lr, weights, prompts, average: (
+            1.0 if (lr, prompts) == (rate, 1) else 0.5 if lr == rate else 0.0
+        ),
+        7,
+    )
     single = (rate, OWN, 1, 0.0)
     assert tries[:4] == [START, single, (up, *single[1:]), (down, *single[1:])]
     assert tries[4:6] == [(rate, OWN, 1, 0.9), (rate, "balanced", 1, 0.0)]
@@ -78,21 +85,36 @@ def test_a_setting_counts_with_the_mean_of_all_tuning_seeds():
 
     other = (START[0], "balanced", 2, 0.9)
     first, second, third = TUNE_SEEDS
-    results = [result(START, first, 0.1), result(START, second, 0.3), result(START, third, 0.5), result(other, first, 9.0)]
+    results = [
+        result(START, first, 0.1),
+        result(START, second, 0.3),
+        result(START, third, 0.5),
+        result(other, first, 9.0),
+    ]
     assert tried(results, "mix_grpo") == {START: pytest.approx(0.3)}
-    assert best_setting([*results, result(other, second, 0.0), result(other, third, 0.0)], "mix_grpo") == other
+    assert (
+        best_setting([*results, result(other, second, 0.0), result(other, third, 0.0)], "mix_grpo") == other
+    )
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_is_a_recipe_with_the_shared_gradient_norm(arm):
     for setting in (START, (START[0], "balanced", 2, 0.9)):
         settings = tuning_jobs(arm, setting, 1.0)[0]["method"]
-        made = recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+        made = recipe(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+        )
         assert made.max_grad_norm < 1e-3
 
 
 def test_step_weights_matter_where_an_update_has_several_steps():
-    assert [arm for arm in ARMS if not weighted(arm)] == ["g2rpo {1}", "g2rpo {2}", "g2rpo {1,2}", "g2rpo {1,3}", "g2rpo {2,4}"]
+    assert [arm for arm in ARMS if not weighted(arm)] == [
+        "g2rpo {1}",
+        "g2rpo {2}",
+        "g2rpo {1,2}",
+        "g2rpo {1,3}",
+        "g2rpo {2,4}",
+    ]
 
 
 def run(arm, seed, gain, work=10):

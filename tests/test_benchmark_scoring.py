@@ -1,4 +1,6 @@
-"""The scoring benchmark times what it says: every picture in every way, and a judge elsewhere beside the decoder."""
+"""The scoring benchmark times what it says: every picture in every way, and a judge elsewhere beside the
+decoder.
+"""
 
 from collections.abc import Sequence
 

@@ -22,10 +22,14 @@ def decode(latents):
 
 
 def loop(plan):
-    return PlainLoop(ToyPolicy(), decode, [BRIGHTNESS], plan, shifted_sigmas(plan.num_steps), "a prompt", 0.3, 11, SHAPE)
+    return PlainLoop(
+        ToyPolicy(), decode, [BRIGHTNESS], plan, shifted_sigmas(plan.num_steps), "a prompt", 0.3, 11, SHAPE
+    )
 
 
-@pytest.mark.parametrize("granularities, forwards", [((1,), 1216), ((1, 2), 1792), ((1, 3), 1612), ((1, 2, 3), 2188)])
+@pytest.mark.parametrize(
+    "granularities, forwards", [((1,), 1216), ((1, 2), 1792), ((1, 3), 1612), ((1, 2, 3), 2188)]
+)
 def test_the_published_loop_spends_what_the_published_code_spends(granularities, forwards):
     plain = loop(singular(16, range(8), 12, granularities, terminal="published"))
     plain.as_published()

@@ -1,4 +1,5 @@
-"""The live curve in the real page: both renderers, events, reload, keyboard, theme, and a real training that is run and interrupted.
+"""The live curve in the real page: both renderers, events, reload, keyboard, theme, and a real training that
+is run and interrupted.
 
 Screenshots stay in pytest's temporary folder (see the path that -rP prints).
 """
@@ -19,7 +20,9 @@ from comfy_host import COMFYUIS, Server, make_base, server
 
 from comfy_g2rpo.run.folder import RunFolder, Sample
 
-playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright, and a Chromium, to test the page")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="no playwright: pip install playwright, and a Chromium, to test the page"
+)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -29,7 +32,13 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium, to test the page"),
 ]
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 FLAGS += ["--no-first-run", "--disable-dev-shm-usage"]
 RENDERERS = ["classic", "nodes2"]
 NODES2_SINCE = (1, 33)
@@ -38,9 +47,20 @@ NUMBERS = itertools.count()
 CHART = ".g2rpo-chart[role=slider]"
 NOW = "([chart, step]) => Number(document.querySelector(chart).getAttribute('aria-valuenow')) === step"
 HOSTILE = "<img src=x onerror='window.hit=1'>&lt;b&gt;"
-SHORT = {"recipe": "g2rpo", "steps": 3, "width": 64, "height": 64, "rank": 4, "slots": 16, "eval_every": 1, "learning_rate": 1e-3}
+SHORT = {
+    "recipe": "g2rpo",
+    "steps": 3,
+    "width": 64,
+    "height": 64,
+    "rank": 4,
+    "slots": 16,
+    "eval_every": 1,
+    "learning_rate": 1e-3,
+}
 SHORT["changes"] = "num_steps = 4\ngroup_size = 4\ngranularities = 1\neval_prompts = 2\ncheckpoint_every = 1"
-PROMPTS = "a red circle\na blue square\na green triangle\na yellow circle\ntwo red squares\nthree blue circles"
+PROMPTS = (
+    "a red circle\na blue square\na green triangle\na yellow circle\ntwo red squares\nthree blue circles"
+)
 
 
 @pytest.fixture(scope="module", params=COMFYUIS)
@@ -82,7 +102,9 @@ class Ours:
 
     def wait_until_ready(self) -> None:
         """Wait until the page can be worked with."""
-        self.page.wait_for_function("Boolean(window.app?.extensionManager && window.app.canvas?.ds)", timeout=90_000)
+        self.page.wait_for_function(
+            "Boolean(window.app?.extensionManager && window.app.canvas?.ds)", timeout=90_000
+        )
         self.page.wait_for_function("'G2RPO_TrainLoRA' in LiteGraph.registered_node_types", timeout=60_000)
         self.page.wait_for_timeout(1500)
 
@@ -91,7 +113,7 @@ class Ours:
         self.page.evaluate(
             """(types) => { app.graph.clear(); app.canvas.ds.reset();
             types.forEach((type, i) => { const node = LiteGraph.createNode(type); node.pos = [80 + 560 * i, 130]; app.graph.add(node); });
-            app.canvas.setDirty(true, true); }""",
+            app.canvas.setDirty(true, true); }""",  # noqa: E501
             list(nodes),
         )
         self.page.wait_for_selector(".g2rpo", state="visible")
@@ -121,13 +143,19 @@ class Ours:
 
     def set(self, setting: str, value: object) -> None:
         """Change a setting in the open page."""
-        self.page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [setting, value])
+        self.page.evaluate(
+            "([name, value]) => app.extensionManager.setting.set(name, value)", [setting, value]
+        )
 
 
 @pytest.fixture(scope="module", params=RENDERERS)
 def opened(request: pytest.FixtureRequest, host: Server, chromium: Any, pictures: Path) -> Iterator[Ours]:
     """Open the page with a renderer."""
-    settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": request.param == "nodes2", "Comfy.ColorPalette": "dark"}
+    settings = {
+        "Comfy.TutorialCompleted": True,
+        "Comfy.VueNodes.Enabled": request.param == "nodes2",
+        "Comfy.ColorPalette": "dark",
+    }
     host.request("POST", "/settings", settings)
     context = chromium.new_context(viewport={"width": 1280, "height": 1250})
     made = Ours(context.new_page(), host, pictures, request.param)
@@ -167,7 +195,10 @@ class Story:
         for name, scale in {"agreement": 1.0, "brightness": 0.2}.items():
             value = scale * (0.3 + 0.4 * (1 - math.exp(-step / 15)))
             if step:
-                made |= {f"reward/{name}/mean": value + 0.02 * scale * math.sin(7 * step), f"reward/{name}/std": 0.08 * scale}
+                made |= {
+                    f"reward/{name}/mean": value + 0.02 * scale * math.sin(7 * step),
+                    f"reward/{name}/std": 0.08 * scale,
+                }
             if step % 10 == 0:
                 made |= {f"heldout/{name}/mean": 0.97 * value, f"heldout/{name}/ci95": 0.02 * scale}
         return made
@@ -179,14 +210,30 @@ class Story:
             self.rows += 1
             if step % 10 == 0:
                 self.run.save_samples(step, [self.sample(step, i) for i in range(6)])
-        event = {"node": node, "run": self.run.path.name, "step": last, "total": TOTAL, "phase": phase, "done": 310, "of": 544}
+        event = {
+            "node": node,
+            "run": self.run.path.name,
+            "step": last,
+            "total": TOTAL,
+            "phase": phase,
+            "done": 310,
+            "of": 544,
+        }
         self.ours.tell("g2rpo.progress", {**event, "seconds_left": 7.2 * (TOTAL - last), "row": self.rows})
 
     def sample(self, step: int, i: int) -> Sample:
         """Make a picture that changes with the step."""
         ramp = torch.linspace(0, 1, 32)
-        red, green = ramp[None].expand(32, 32) * (0.3 + 0.1 * i), ramp[:, None].expand(32, 32) * (step + 10) / 60
-        return Sample(HOSTILE if i == 0 else f"picture {i}", i, {"agreement": 0.3 + 0.01 * step}, torch.stack([red, green, 1 - green], -1))
+        red, green = (
+            ramp[None].expand(32, 32) * (0.3 + 0.1 * i),
+            ramp[:, None].expand(32, 32) * (step + 10) / 60,
+        )
+        return Sample(
+            HOSTILE if i == 0 else f"picture {i}",
+            i,
+            {"agreement": 0.3 + 0.01 * step},
+            torch.stack([red, green, 1 - green], -1),
+        )
 
 
 @pytest.fixture
@@ -206,9 +253,17 @@ def test_the_curve_moves_while_a_run_goes_and_survives_a_reload(ours: Ours, stor
     story.until(33)
     ours.wait_for_step(33)
     assert ours.page.locator("path[data-series='reward/agreement']").first.get_attribute("d") != before
-    assert "step 33 of 40 · rolling out 310 / 544 · 51 s left" in ours.page.locator(".g2rpo-status").first.inner_text()
-    ours.page.wait_for_function("document.querySelectorAll('.g2rpo').length === 2 && document.querySelectorAll('.g2rpo-pair').length >= 12")
-    ours.page.wait_for_function("[...document.querySelectorAll('.g2rpo-pair img')].slice(0, 4).every((i) => i.naturalWidth > 0)")
+    assert (
+        "step 33 of 40 · rolling out 310 / 544 · 51 s left"
+        in ours.page.locator(".g2rpo-status").first.inner_text()
+    )
+    ours.page.wait_for_function(
+        "document.querySelectorAll('.g2rpo').length === 2 && "
+        "document.querySelectorAll('.g2rpo-pair').length >= 12"
+    )
+    ours.page.wait_for_function(
+        "[...document.querySelectorAll('.g2rpo-pair img')].slice(0, 4).every((i) => i.naturalWidth > 0)"
+    )
     ours.shoot("moving")
     ours.page.wait_for_timeout(1500)
     ours.page.reload()
@@ -252,11 +307,15 @@ def test_the_keyboard_reads_the_curve_and_hides_it(ours: Ours, story: Story) -> 
     for key, step in {"ArrowLeft": 30, "Home": 0, "ArrowRight": 1, "PageDown": 11, "End": 30}.items():
         ours.page.keyboard.press(key)
         ours.page.wait_for_function(
-            "([c, s]) => document.querySelector(c).getAttribute('aria-valuenow') == s", arg=[CHART, step], timeout=5000
+            "([c, s]) => document.querySelector(c).getAttribute('aria-valuenow') == s",
+            arg=[CHART, step],
+            timeout=5000,
         )
     ours.page.keyboard.press("PageUp")
     ours.page.wait_for_function(NOW, arg=[CHART, 20])
-    assert (ours.page.locator(CHART).get_attribute("aria-valuetext") or "").startswith("step 20, agreement 0.")
+    assert (ours.page.locator(CHART).get_attribute("aria-valuetext") or "").startswith(
+        "step 20, agreement 0."
+    )
     ours.shoot("cursor")
     button = ours.page.locator("button[data-series='heldout/agreement']")
     button.focus()
@@ -276,7 +335,7 @@ def test_the_theme_is_followed(ours: Ours, story: Story) -> None:
         """() => { const brush = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
         const style = getComputedStyle(document.querySelector(".g2rpo"));
         return [style.backgroundColor, style.color].map((colour) => { brush.fillStyle = colour; brush.fillRect(0, 0, 1, 1);
-          const [r, g, b] = brush.getImageData(0, 0, 1, 1).data; return (0.21 * r + 0.72 * g + 0.07 * b) / 255; }); }"""
+          const [r, g, b] = brush.getImageData(0, 0, 1, 1).data; return (0.21 * r + 0.72 * g + 0.07 * b) / 255; }); }"""  # noqa: E501
     )
     ground, text = luminance()
     assert ground < 0.3 and text - ground > 0.5
@@ -300,19 +359,30 @@ def test_a_server_without_our_routes_does_no_harm(ours: Ours, story: Story) -> N
     ours.page.route(re.compile(r"/g2rpo/"), lambda route: route.fulfill(status=404, body="nothing"))
     ours.add("G2RPO_TrainLoRA")
     story.until(3)
-    ours.page.wait_for_function("document.querySelector('.g2rpo-note').textContent.includes('does not answer')")
+    ours.page.wait_for_function(
+        "document.querySelector('.g2rpo-note').textContent.includes('does not answer')"
+    )
     assert "step 3 of 40" in ours.page.locator(".g2rpo-status").inner_text()
     assert ours.page.evaluate("app.graphToPrompt().then(() => true)")
 
 
 def test_run_monitor_shows_the_newest_run_and_then_the_chosen_one(ours: Ours, story: Story) -> None:
     story.until(5)
-    RunFolder.create(story.run.path.with_name("story-0-other"), {"config": {"train": {"steps": 9}}}).append(story.row(7))
+    RunFolder.create(story.run.path.with_name("story-0-other"), {"config": {"train": {"steps": 9}}}).append(
+        story.row(7)
+    )
     ours.add("G2RPO_RunMonitor")
     ours.wait_for_step(7)
-    ours.page.evaluate("(run) => { app.graph._nodes[0].widgets.find((w) => w.name === 'run').value = run; }", story.run.path.name)
-    ours.page.wait_for_function("(run) => document.querySelector('.g2rpo-run').textContent === run", arg=story.run.path.name)
-    ours.page.wait_for_function("(c) => document.querySelector(c)?.getAttribute('aria-valuemax') === '5'", arg=CHART)
+    ours.page.evaluate(
+        "(run) => { app.graph._nodes[0].widgets.find((w) => w.name === 'run').value = run; }",
+        story.run.path.name,
+    )
+    ours.page.wait_for_function(
+        "(run) => document.querySelector('.g2rpo-run').textContent === run", arg=story.run.path.name
+    )
+    ours.page.wait_for_function(
+        "(c) => document.querySelector(c)?.getAttribute('aria-valuemax') === '5'", arg=CHART
+    )
     shutil.rmtree(story.run.path.with_name("story-0-other"))
 
 
@@ -324,7 +394,9 @@ def test_a_template_opens_from_the_template_browser(ours: Ours) -> None:
     page.locator("[data-testid=template-workflow-g2rpo_train_lora_tiny]").click()
     page.wait_for_function("app.graph._nodes.some((node) => node.type === 'G2RPO_TrainLoRA')")
     page.wait_for_selector(".g2rpo", state="attached")
-    assert page.evaluate("app.graph._nodes.filter((node) => node.has_errors || node.type === null).length") == 0
+    assert (
+        page.evaluate("app.graph._nodes.filter((node) => node.has_errors || node.type === null).length") == 0
+    )
     ours.shoot("template")
 
 
@@ -339,7 +411,7 @@ def workflow(ours: Ours) -> dict[str, Any]:
         for (const [name, value] of Object.entries(values)) train.widgets.find((w) => w.name === name).value = value;
         train.widgets.find((w) => w.name === "prompts").value = prompts;
         for (const widget of train.widgets) if (widget.name === "control_after_generate") widget.value = "fixed";
-        return JSON.parse(JSON.stringify(app.graph.serialize())); }""",
+        return JSON.parse(JSON.stringify(app.graph.serialize())); }""",  # noqa: E501
         [SHORT, PROMPTS],
     )
 
@@ -349,7 +421,7 @@ def drop(ours: Ours, file: dict[str, Any]) -> None:
     ours.page.evaluate("app.graph.clear()")
     transfer = ours.page.evaluate_handle(
         """(text) => { const transfer = new DataTransfer();
-        transfer.items.add(new File([text], "train.json", { type: "application/json" })); return transfer; }""",
+        transfer.items.add(new File([text], "train.json", { type: "application/json" })); return transfer; }""",  # noqa: E501
         json.dumps(file),
     )
     ours.page.dispatch_event("#graph-canvas", "drop", {"dataTransfer": transfer, "bubbles": True})
@@ -362,8 +434,14 @@ def test_a_dropped_workflow_trains_with_a_live_curve_and_can_be_interrupted(ours
     drop(ours, file)
     train = "app.graph._nodes.find((node) => node.type === 'G2RPO_TrainLoRA')"
     ours.page.evaluate(f"(run) => {{ {train}.widgets.find((w) => w.name === 'run').value = run; }}", run)
-    ours.page.evaluate("window.ended = []; for (const e of ['execution_success', 'execution_error', 'execution_interrupted']) "
-                       "app.api.addEventListener(e, ({ detail }) => ended.push([e, detail?.exception_message]))")  # fmt: skip
+    ours.page.evaluate("window.ended = []; for (const e of ['execution_success', 'execution_error', "
+                                                                                                      "'execution_interrupted']) "  # noqa: E501
+                                                                                                      "app.api.addEventListener(e, "  # noqa: E501
+                                                                                                      "({ "
+                                                                                                      "detail "  # noqa: E501
+                                                                                                      "}) => "
+                                                                                                      "ended.push([e, "  # noqa: E501
+                                                                                                      "detail?.exception_message]))")  # fmt: skip  # noqa: E501
     ours.page.locator("[data-testid=queue-button]").first.click()
     ours.wait_for_step(1, timeout=120_000)
     ours.page.wait_for_function("ended.length > 0", timeout=180_000)
@@ -371,7 +449,9 @@ def test_a_dropped_workflow_trains_with_a_live_curve_and_can_be_interrupted(ours
     ours.wait_for_step(3)
     assert "step 3 of 3 · finished" in ours.page.locator(".g2rpo-status").inner_text()
     ours.shoot("trained")
-    ours.page.evaluate(f"() => {{ {train}.widgets.find((w) => w.name === 'steps').value = 1000; ended.length = 0; }}")
+    ours.page.evaluate(
+        f"() => {{ {train}.widgets.find((w) => w.name === 'steps').value = 1000; ended.length = 0; }}"
+    )
     ours.page.locator("[data-testid=queue-button]").first.click()
     ours.wait_for_step(4, timeout=120_000)
     ours.page.evaluate("app.extensionManager.command.execute('Comfy.Interrupt')")

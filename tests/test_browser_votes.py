@@ -1,4 +1,5 @@
-"""Voting in the real page, in both renderers: click, type, take back, go on; and on the page that `g2rpo vote` writes, offline.
+"""Voting in the real page, in both renderers: click, type, take back, go on; and on the page that `g2rpo
+vote` writes, offline.
 
 Screenshots stay in pytest's temporary folder (see the path that -rP prints).
 """
@@ -19,13 +20,18 @@ from comfy_g2rpo.votes import ballots
 from comfy_g2rpo.votes.strengths import Votes, from_table
 from g2rpo_trainer import cli
 
-playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright, and a Chromium, to test the page")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="no playwright: pip install playwright, and a Chromium, to test the page"
+)
 workflow_page = pytest.importorskip("workflow_page")
 
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.xdist_group("served"),
-    pytest.mark.skipif(not Path(workflow_page.CHROMIUM).exists(), reason="no Chromium: apt-get install chromium, to test the page"),
+    pytest.mark.skipif(
+        not Path(workflow_page.CHROMIUM).exists(),
+        reason="no Chromium: apt-get install chromium, to test the page",
+    ),
 ]
 
 WORKFLOW = ROOT / "workflows/g2rpo_vote_and_train_tiny.json"
@@ -33,14 +39,17 @@ NODES2_SINCE = (1, 33)
 CHOICE = ".g2rpo-choice"
 VOTE = "app.graph.nodes.find((node) => node.type === 'G2RPO_VoteRollout')"
 SHOWN = "[...document.querySelectorAll('.g2rpo-choice')].map((choice) => choice.dataset.key)"
-OTHER = f"([count, but]) => {{ const keys = {SHOWN}; return keys.length === count && !keys.some((key) => but.includes(key)); }}"
+OTHER = (
+    f"([count, but]) => {{ const keys = {SHOWN}; return keys.length === count && !keys.some((key) => "
+    f"but.includes(key)); }}"
+)
 PREPARE = f"""(run) => {{
     for (const node of app.graph.nodes) for (const widget of node.widgets ?? []) if (widget.name === "run") widget.value = run;
     const [x, y] = {VOTE}.pos, view = app.canvas.ds;
     view.scale = 1;
     view.offset = [120 - x, 160 - y];
     app.canvas.setDirty(true, true);
-}}"""
+}}"""  # noqa: E501
 HOSTILE = "</script><img src=x onerror='window.hit=1'><b>"
 
 
@@ -67,7 +76,9 @@ class Page:
     def group(self, count: int = 12, but: list[str] | None = None) -> list[str]:
         """Wait for a group, and for another than `but`; return its keys."""
         self.page.wait_for_function(OTHER, arg=[count, but or []], timeout=180_000)
-        self.page.wait_for_function("[...document.querySelectorAll('.g2rpo-choice img')].every((image) => image.naturalWidth > 0)")
+        self.page.wait_for_function(
+            "[...document.querySelectorAll('.g2rpo-choice img')].every((image) => image.naturalWidth > 0)"
+        )
         return list(self.page.evaluate(SHOWN))
 
     def votes(self) -> dict[str, Any] | None:
@@ -116,7 +127,9 @@ def opened(host: Server, renderer: str, shots: Path) -> Iterator[Page]:
 
 @pytest.mark.comfyui
 @pytest.mark.parametrize("renderer", ["classic", "nodes2"])
-def test_a_group_is_clicked_through_and_the_model_learns_from_it(host: Server, renderer: str, tmp_path: Path) -> None:
+def test_a_group_is_clicked_through_and_the_model_learns_from_it(
+    host: Server, renderer: str, tmp_path: Path
+) -> None:
     with opened(host, renderer, tmp_path) as ours:
         page = ours.page
         assert "Press Run" in page.locator(".g2rpo-choices").inner_text()
@@ -129,7 +142,11 @@ def test_a_group_is_clicked_through_and_the_model_learns_from_it(host: Server, r
         page.keyboard.press("ArrowRight")
         page.keyboard.press("Enter")
         page.keyboard.press("7")
-        assert ours.votes() == {"pictures": keys, "ranking": [keys[i] for i in (4, 2, 3, 6)], "winners": [keys[i] for i in (4, 2, 3, 6)]}
+        assert ours.votes() == {
+            "pictures": keys,
+            "ranking": [keys[i] for i in (4, 2, 3, 6)],
+            "winners": [keys[i] for i in (4, 2, 3, 6)],
+        }
         page.keyboard.press("Backspace")
         ours.click(2)
         assert (ours.votes() or {})["ranking"] == [keys[4], keys[3]]
@@ -146,7 +163,9 @@ def test_a_group_is_clicked_through_and_the_model_learns_from_it(host: Server, r
         prompt = page.evaluate(f"app.graphToPrompt().then((made) => made.output[{VOTE}.id].inputs)")
         assert len(saved) == 3 and json.loads(saved[1]) == ours.votes() == json.loads(prompt["votes"])
         assert not [name for name in prompt if "g2rpo" in name]
-        assert page.evaluate("app.graph.nodes.length") == len(json.loads(WORKFLOW.read_text("utf-8"))["nodes"])
+        assert page.evaluate("app.graph.nodes.length") == len(
+            json.loads(WORKFLOW.read_text("utf-8"))["nodes"]
+        )
 
         # One button: an update from these votes, then the next group, whose votes are blank.
         given = ours.votes() or {}
@@ -188,22 +207,31 @@ def voted_page(tmp_path: Path) -> Iterator[tuple[Any, Path, list[str]]]:
     """Open the page that the command writes, from a file."""
     run = RunFolder.create(tmp_path / "run", {"config": {}}).path
     for i, prompt in enumerate(("a red cat", HOSTILE)):
-        ballots.write_ballot(run, torch.rand(5, 24, 24, 3, generator=torch.Generator().manual_seed(i)), prompt, 1)
+        ballots.write_ballot(
+            run, torch.rand(5, 24, 24, 3, generator=torch.Generator().manual_seed(i)), prompt, 1
+        )
     with pytest.raises(SystemExit):
         cli.main(["vote", str(run)])
     asked: list[str] = []
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=workflow_page.CHROMIUM, args=workflow_page.ARGUMENTS)
+        browser = started.chromium.launch(
+            executable_path=workflow_page.CHROMIUM, args=workflow_page.ARGUMENTS
+        )
         page = browser.new_page(viewport={"width": 1100, "height": 900})
         page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: asked.append(f"console: {message.text}") if message.type == "error" else None)
+        page.on(
+            "console",
+            lambda message: asked.append(f"console: {message.text}") if message.type == "error" else None,
+        )
         page.goto((run / "vote.html").as_uri())
         page.wait_for_selector(CHOICE)
         yield page, run, asked
         browser.close()
 
 
-def test_the_offline_page_saves_votes_that_the_run_takes(voted_page: tuple[Any, Path, list[str]], tmp_path: Path) -> None:
+def test_the_offline_page_saves_votes_that_the_run_takes(
+    voted_page: tuple[Any, Path, list[str]], tmp_path: Path
+) -> None:
     page, run, asked = voted_page
     assert page.locator("h2").all_inner_texts() == ["1 of 2: a red cat", f"2 of 2: {HOSTILE}"]
     assert page.evaluate("window.hit") is None

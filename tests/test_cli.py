@@ -17,7 +17,16 @@ from comfy_g2rpo.run.folder import RunFolder
 from g2rpo_trainer import cli
 from g2rpo_trainer.config.reading import load
 from g2rpo_trainer.cost import estimate
-from g2rpo_trainer.reports.progress import History, Lines, LiveDisplay, clock, for_terminal, outcome, panel, sparkline
+from g2rpo_trainer.reports.progress import (
+    History,
+    Lines,
+    LiveDisplay,
+    clock,
+    for_terminal,
+    outcome,
+    panel,
+    sparkline,
+)
 from g2rpo_trainer.reports.report import curves, reward_groups
 
 pytestmark = pytest.mark.xdist_group("cli")  # one process makes what they share
@@ -56,8 +65,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_answers_without_loading_pytorch() -> None:
-    probe = "import sys; from g2rpo_trainer import cli; print(sorted({'torch', 'diffusers', 'pydantic'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout == "[]\n"
+    probe = (
+        "import sys; from g2rpo_trainer import cli; print(sorted({'torch', 'diffusers', 'pydantic'} & "
+        "set(sys.modules)))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
 
 
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +92,17 @@ def test_a_run_leaves_all_its_files(run: Path) -> None:
     folder = RunFolder.open(run)
     for name in ("config.json", "metrics.jsonl", "summary.json", "curves.png", "before_after.png"):
         assert (run / name).is_file()
-    wanted = {"heldout_before", "heldout_after", "reward_before", "reward_after", "seconds", "forwards", "seed", "lora", "steps"}
+    wanted = {
+        "heldout_before",
+        "heldout_after",
+        "reward_before",
+        "reward_after",
+        "seconds",
+        "forwards",
+        "seed",
+        "lora",
+        "steps",
+    }
     assert wanted <= set(folder.summary())
     assert (run / folder.summary()["lora"]).is_file()
 
@@ -90,7 +115,9 @@ def test_an_existing_run_is_not_touched(run: Path, capsys: pytest.CaptureFixture
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_pictures_are_drawn_with_a_runs_newest_lora(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures_are_drawn_with_a_runs_newest_lora(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tuned, base = tmp_path / "tuned.png", tmp_path / "base.png"
     assert leave(capsys, "sample", run, "--prompt", "a red circle", "--out", tuned)[0] == 0
     assert leave(capsys, "sample", "demo", *SMALL, "--prompt", "a red circle", "--out", base)[0] == 0
@@ -102,12 +129,26 @@ def test_pictures_are_drawn_with_a_runs_newest_lora(run: Path, tmp_path: Path, c
 def test_an_existing_picture_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.png").write_text("mine")
     code, _, error = leave(capsys, "sample", "--prompt", "a red circle", "--out", tmp_path / "a.png")
-    assert (code, error) == (2, f"error: {tmp_path / 'a.png'} exists; choose another --out, or give --replace\n")
+    assert (code, error) == (
+        2,
+        f"error: {tmp_path / 'a.png'} exists; choose another --out, or give --replace\n",
+    )
 
 
-def test_a_lora_of_another_model_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lora_of_another_model_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"not a file of tensors")
-    arguments = ["sample", run, "--lora", tmp_path / "bad.safetensors", "--prompt", "a red circle", "--out", tmp_path / "a.png"]
+    arguments = [
+        "sample",
+        run,
+        "--lora",
+        tmp_path / "bad.safetensors",
+        "--prompt",
+        "a red circle",
+        "--out",
+        tmp_path / "a.png",
+    ]
     code, _, error = leave(capsys, *arguments)
     assert code == 2
     assert error.startswith(f"error: {tmp_path / 'bad.safetensors'} is not a safetensors file")
@@ -118,7 +159,14 @@ def test_pictures_are_judged_best_first(tmp_path: Path, capsys: pytest.CaptureFi
     noise.save(tmp_path / "busy.png")
     Image.new("RGB", (64, 64)).save(tmp_path / "blank.png")
     code, text, _ = leave(
-        capsys, "score", "jpeg,agreement", tmp_path / "busy.png", tmp_path / "blank.png", "--prompt", "something else", "--json"
+        capsys,
+        "score",
+        "jpeg,agreement",
+        tmp_path / "busy.png",
+        tmp_path / "blank.png",
+        "--prompt",
+        "something else",
+        "--json",
     )
     rows = json.loads(text)
     assert code == 0
@@ -155,15 +203,33 @@ def test_the_price_is_told_without_the_model_too(tmp_path: Path, capsys: pytest.
 
 
 MISTAKES = {
-    "unknown recipe": (["train", "dmeo"], "recipe 'dmeo' is neither a file nor bundled (did you mean 'demo'?)"),
-    "unknown key": (["train", "demo", "--set", "train.stepz=1"], "train.stepz is unknown (did you mean train.steps?)"),
+    "unknown recipe": (
+        ["train", "dmeo"],
+        "recipe 'dmeo' is neither a file nor bundled (did you mean 'demo'?)",
+    ),
+    "unknown key": (
+        ["train", "demo", "--set", "train.stepz=1"],
+        "train.stepz is unknown (did you mean train.steps?)",
+    ),
     "unknown reward": (["score", "agrement", "a.png", "--prompt", "x"], "reward 'agrement' is unknown"),
-    "missing picture": (["score", "jpeg", "nowhere.png", "--prompt", "x"], "cannot read nowhere.png: no such file"),
-    "missing prompts": (["train", "demo", "--set", "prompts.train=nowhere.txt"], "prompts.train is 'nowhere.txt', which does not exist"),
+    "missing picture": (
+        ["score", "jpeg", "nowhere.png", "--prompt", "x"],
+        "cannot read nowhere.png: no such file",
+    ),
+    "missing prompts": (
+        ["train", "demo", "--set", "prompts.train=nowhere.txt"],
+        "prompts.train is 'nowhere.txt', which does not exist",
+    ),
     "missing run": (["report", "nowhere"], "nowhere holds no run"),
     "nothing to resume": (["train", "demo", "--resume", "--out", "nowhere"], "nowhere holds no run"),
-    "contradiction": (["train", "demo", "--resume", "--replace"], "--resume and --replace exclude each other"),
-    "prompt count": (["score", "jpeg", "a", "b", "c", "--prompt", "x", "--prompt", "y"], "2 prompts for 3 pictures"),
+    "contradiction": (
+        ["train", "demo", "--resume", "--replace"],
+        "--resume and --replace exclude each other",
+    ),
+    "prompt count": (
+        ["score", "jpeg", "a", "b", "c", "--prompt", "x", "--prompt", "y"],
+        "2 prompts for 3 pictures",
+    ),
 }
 
 
@@ -188,26 +254,44 @@ BAD_PROMPTS = {
 
 
 @pytest.mark.parametrize("name", BAD_PROMPTS)
-def test_bad_prompts_cost_no_former_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_bad_prompts_cost_no_former_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     content, words = BAD_PROMPTS[name]
     (tmp_path / "a.txt").write_bytes(content)
     before = (run / "metrics.jsonl").read_bytes()
-    code, _, error = leave(capsys, "train", "demo", "--out", run, "--replace", *SMALL, "--set", f"prompts.train={tmp_path / 'a.txt'}")
+    code, _, error = leave(
+        capsys,
+        "train",
+        "demo",
+        "--out",
+        run,
+        "--replace",
+        *SMALL,
+        "--set",
+        f"prompts.train={tmp_path / 'a.txt'}",
+    )
     assert code == 2
     assert words in error
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_corrupt_model_is_one_line_and_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_corrupt_model_is_one_line_and_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model_index.json").write_text("{")
-    code, _, error = leave(capsys, "train", "demo", "--out", tmp_path / "run", "--set", f"model.path={tmp_path / 'model'}")
+    code, _, error = leave(
+        capsys, "train", "demo", "--out", tmp_path / "run", "--set", f"model.path={tmp_path / 'model'}"
+    )
     assert code == 2
     assert "model_index.json" in error
     assert not (tmp_path / "run").exists()
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_place_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     code, _, error = leave(capsys, "train", "demo", *SMALL, "--out", tmp_path / "file" / "run")
     assert code == 2
@@ -232,7 +316,9 @@ def test_ctrl_c_says_how_to_go_on_and_the_run_does(
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Lines, "step", press)
-    code, _, errors = leave(capsys, "train", "demo", "--out", tmp_path / "run", *SMALL, "--set", "train.steps=9")
+    code, _, errors = leave(
+        capsys, "train", "demo", "--out", tmp_path / "run", *SMALL, "--set", "train.steps=9"
+    )
     assert code == 130, errors
     hint = re.search(r"interrupted; continue with: g2rpo (train demo --out \S+ --resume .*)", errors).group(1)
     assert RunFolder.open(tmp_path / "run").latest().name == "000002"
@@ -241,7 +327,14 @@ def test_ctrl_c_says_how_to_go_on_and_the_run_does(
 
 
 ROWS = [{"step": 0, "heldout/agreement/mean": 0.5, "heldout/agreement/ci95": 0.1}] + [
-    {"step": step, "reward/agreement/mean": step / 10, "reward/jpeg/mean": -3.0, "time/rollout": 3.0, "time/update": 1.0, "grad_norm": None}
+    {
+        "step": step,
+        "reward/agreement/mean": step / 10,
+        "reward/jpeg/mean": -3.0,
+        "time/rollout": 3.0,
+        "time/update": 1.0,
+        "grad_norm": None,
+    }
     for step in range(1, 5)
 ]
 
@@ -293,12 +386,16 @@ def test_a_quiet_display_says_nothing(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3725, "1:02:05"), (float("nan"), "–:––")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3725, "1:02:05"), (float("nan"), "–:––")]
+)
 def test_durations_read_as_clocks(seconds: float, text: str) -> None:
     assert clock(seconds) == text
 
 
-@pytest.mark.parametrize(("values", "text"), [([], ""), ([1, 1], "▁▁"), ([0, 1], "▁█"), (list(range(64)), None)])
+@pytest.mark.parametrize(
+    ("values", "text"), [([], ""), ([1, 1], "▁▁"), ([0, 1], "▁█"), (list(range(64)), None)]
+)
 def test_a_sparkline_goes_from_low_to_high(values: list[float], text: str | None) -> None:
     drawn = sparkline(values)
     assert drawn == text if text is not None else len(drawn) == 32

@@ -1,4 +1,6 @@
-"""The bundled transformer and our LoRA files mean in ComfyUI what they mean in diffusers: core's own loaders, in a real ComfyUI."""
+"""The bundled transformer and our LoRA files mean in ComfyUI what they mean in diffusers: core's own
+loaders, in a real ComfyUI.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,10 @@ class Expected:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
-    """Make the inputs and write a LoRA file; compute both velocities with diffusers and peft. Its alpha is not its rank, on purpose."""
+    """Make the inputs and write a LoRA file; compute both velocities with diffusers and peft.
+
+    Its alpha is not its rank, on purpose.
+    """
     model = diffusers.SD3Transformer2DModel.from_pretrained(TRANSFORMER, torch_dtype=torch.float32).eval()
     noise = torch.Generator().manual_seed(0)
     given = {
@@ -47,7 +52,11 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
 
     base = velocity()
     torch.manual_seed(0)
-    model.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=[*ATTENTION, *FEED_FORWARD], init_lora_weights=False))
+    model.add_adapter(
+        peft.LoraConfig(
+            r=4, lora_alpha=8, target_modules=[*ATTENTION, *FEED_FORWARD], init_lora_weights=False
+        )
+    )
     file = tmp_path_factory.mktemp("adapter") / "lora.safetensors"
     write_adapter(model, file)
     return Expected(given, file, base, velocity())
@@ -62,9 +71,14 @@ def write_adapter(model: torch.nn.Module, path: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=COMFYUIS)
-def core(request: pytest.FixtureRequest, expected: Expected, tmp_path_factory: pytest.TempPathFactory) -> Answer:
+def core(
+    request: pytest.FixtureRequest, expected: Expected, tmp_path_factory: pytest.TempPathFactory
+) -> Answer:
     """Compute the same in a ComfyUI."""
-    files = {"transformer": str(TRANSFORMER / "diffusion_pytorch_model.safetensors"), "lora": str(expected.lora)}
+    files = {
+        "transformer": str(TRANSFORMER / "diffusion_pytorch_model.safetensors"),
+        "lora": str(expected.lora),
+    }
     return run_script(request.param, CHILD, make_base(tmp_path_factory.mktemp("base")), files, expected.given)
 
 

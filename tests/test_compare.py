@@ -1,4 +1,6 @@
-"""`g2rpo compare`: paired by prompt, with honest intervals, in one page that needs nothing from elsewhere and trusts no text."""
+"""`g2rpo compare`: paired by prompt, with honest intervals, in one page that needs nothing from elsewhere
+and trusts no text.
+"""
 
 import json
 import math
@@ -27,7 +29,9 @@ def leave(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
     return int(exit_.value.code or 0), printed.out, printed.err
 
 
-def make_run(place: Path, gains: dict[int, float], seed: int = 0, prompts: tuple[str, ...] = ("a cat", "a dog", EVIL)) -> Path:
+def make_run(
+    place: Path, gains: dict[int, float], seed: int = 0, prompts: tuple[str, ...] = ("a cat", "a dog", EVIL)
+) -> Path:
     """Make a run folder whose evaluation at each step lies by a gain above a fixed table."""
     run = RunFolder.create(place, {"config": {"train": {"seed": seed}}})
     table = torch.arange(2.0 * len(prompts) * 2).reshape(2, len(prompts), 2) / 10
@@ -36,7 +40,12 @@ def make_run(place: Path, gains: dict[int, float], seed: int = 0, prompts: tuple
         scores[1, 0, 0] = torch.nan
         image = torch.full((8, 8, 3), 0.2 + gain / 10)
         samples = tuple(
-            Sample(prompt, noise, {"jpeg": float(scores[0, i, noise]), "strict": float(scores[1, i, noise])}, image)
+            Sample(
+                prompt,
+                noise,
+                {"jpeg": float(scores[0, i, noise]), "strict": float(scores[1, i, noise])},
+                image,
+            )
             for i, prompt in enumerate(prompts)
             for noise in range(2)
         )
@@ -57,7 +66,11 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         """Take a tag."""
         self.tags.append(tag)
-        self.links += [value or "" for name, value in attributes if name in ("src", "href", "action", "style") or name.startswith("on")]
+        self.links += [
+            value or ""
+            for name, value in attributes
+            if name in ("src", "href", "action", "style") or name.startswith("on")
+        ]
 
     def handle_data(self, data: str) -> None:
         """Take text."""
@@ -74,7 +87,12 @@ def test_a_prompt_counts_once_however_many_pictures_it_has() -> None:
 
 
 def test_ties_are_half_wins_and_what_was_not_judged_is_left_out() -> None:
-    pairs = [Pair("0", "", {"r": (0.0, 1.0)}), Pair("1", "", {"r": (1.0, 1.0)}), Pair("2", "", {"r": (math.nan, 9.0)}), Pair("3", "", {})]
+    pairs = [
+        Pair("0", "", {"r": (0.0, 1.0)}),
+        Pair("1", "", {"r": (1.0, 1.0)}),
+        Pair("2", "", {"r": (math.nan, 9.0)}),
+        Pair("3", "", {}),
+    ]
     made = change("r", pairs)
     assert (made.count, made.gain, made.win_rate) == (2, 0.5, 0.75)
 
@@ -101,7 +119,9 @@ def test_the_interval_is_the_same_every_time_and_knows_its_limits() -> None:
 
 
 def test_shown_pairs_go_from_the_best_to_the_worst() -> None:
-    pairs = [Pair(str(i), "", {"r": (0.0, float(i))}) for i in range(100)] + [Pair("nan", "", {"r": (0.0, math.nan)})]
+    pairs = [Pair(str(i), "", {"r": (0.0, float(i))}) for i in range(100)] + [
+        Pair("nan", "", {"r": (0.0, math.nan)})
+    ]
     assert [pair.label for pair in to_show(pairs, "r", 3)] == ["99", "49", "nan"]
     assert len(to_show(pairs, "r", 1000)) == 101
     assert to_show([], "r", 5) == [] == to_show(pairs, "r", 0)
@@ -147,11 +167,15 @@ def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
 # The page
 
 
-def test_the_page_needs_nothing_and_trusts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_needs_nothing_and_trusts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one, other = make_run(tmp_path / "<b>one", {5: 1.0}), make_run(tmp_path / "other", {7: 3.0})
     code, text, _ = leave(capsys, "compare", one, other, "--out", tmp_path / "a.html")
     assert code == 0
-    assert re.search(r"^jpeg  .* gain \+2 \[\+2, \+2\]  wins 100% \[100%, 100%\]  3 prompts$", text, re.MULTILINE)
+    assert re.search(
+        r"^jpeg  .* gain \+2 \[\+2, \+2\]  wins 100% \[100%, 100%\]  3 prompts$", text, re.MULTILINE
+    )
     content = (tmp_path / "a.html").read_text("utf-8")
     page = Page(content)
     assert not {"script", "iframe", "object", "link", "form"} & set(page.tags)
@@ -167,7 +191,9 @@ def test_folders_are_paired_by_name(tmp_path: Path, capsys: pytest.CaptureFixtur
         (tmp_path / name).mkdir()
         for i in range(6):
             noise = np.random.default_rng(i).random((16, 16, 3)) * strength
-            Image.fromarray(noise.astype(np.uint8)).save(tmp_path / name / f"{i}{'.png' if name == 'before' else '.bmp'}")
+            Image.fromarray(noise.astype(np.uint8)).save(
+                tmp_path / name / f"{i}{'.png' if name == 'before' else '.bmp'}"
+            )
     (tmp_path / "after/alone.png").write_bytes((tmp_path / "before/0.png").read_bytes())
     (tmp_path / "before/5.png").write_bytes(b"broken")
     arguments = [

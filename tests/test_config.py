@@ -29,7 +29,9 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_bundled_recipes_load_from_anywhere(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundled_recipes_load_from_anywhere(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     loaded = reading.load(name)
     assert Path(loaded.prompts.train).is_file()
@@ -56,9 +58,17 @@ def test_every_field_of_a_method_can_be_set_and_explains_itself() -> None:
 
 
 def test_settings_override_the_recipe(recipe: Path) -> None:
-    loaded = reading.load(recipe, ["method.eta=0.5", "method.granularities=[1, 3]", "method.learning_rate=1e-3", "rewards.0.weight=2"])
+    loaded = reading.load(
+        recipe,
+        ["method.eta=0.5", "method.granularities=[1, 3]", "method.learning_rate=1e-3", "rewards.0.weight=2"],
+    )
     made = reading.make_recipe(loaded)
-    assert (made.eta, made.granularities, made.learning_rate, loaded.rewards[0].weight) == (0.5, (1, 3), 1e-3, 2.0)
+    assert (made.eta, made.granularities, made.learning_rate, loaded.rewards[0].weight) == (
+        0.5,
+        (1, 3),
+        1e-3,
+        2.0,
+    )
 
 
 def test_what_a_run_records_makes_the_same_configuration_again(recipe: Path) -> None:
@@ -72,23 +82,34 @@ WRONG = {
     "trian.steps=3": "trian is unknown (did you mean train?); remove it or correct its name",
     "shift=2": "shift is unknown (did you mean method.shift?); remove it or correct its name",
     "zzz=1": "zzz is unknown; remove it or correct its name",
-    "rewards=[{name: agreement, weigth: 2}]": "rewards.0.weigth is unknown (did you mean rewards.0.weight?); remove it or correct its name",
+    "rewards=[{name: agreement, weigth: 2}]": (
+        "rewards.0.weigth is unknown (did you mean rewards.0.weight?); remove it or correct its name"
+    ),
     "method.eta=-1": "method.eta is -1; it must be at least 0",
     "method.granularities=[0]": "method.granularities.0 is 0; it must be at least 1",
     "method.granularities=[]": "method.granularities is empty; list at least one",
     "method.granularities=3": "method.granularities is 3; it must be a list, such as [1, 2]",
-    "method.kernel=flowsde": "method.kernel is 'flowsde' (did you mean 'flow_sde'?); choose one of: flow_sde, dance_sde, cps",
-    "method.epochs=2": "method.epochs above 1 and update per_step leave the rollout's policy; choose objective: clip",
+    "method.kernel=flowsde": (
+        "method.kernel is 'flowsde' (did you mean 'flow_sde'?); choose one of: flow_sde, dance_sde, cps"
+    ),
+    "method.epochs=2": (
+        "method.epochs above 1 and update per_step leave the rollout's policy; choose objective: clip"
+    ),
     "train.steps=ten": "train.steps is 'ten'; it must be a whole number",
     "train.steps=2.5": "train.steps is 2.5; it must be a whole number",
     "train.steps=true": "train.steps is True; it must be something other than true or false",
     "train.seed=99999999999": "train.seed is 99999999999; it must be at most 2147483647",
     "lora.alpha=.nan": "lora.alpha is nan; it must be a finite number",
     "lora=3": "lora is 3; it must be a section with keys of its own",
-    "model={}": "model.path is missing; add it to the recipe, or give model.transformer, model.text_encoders and model.vae",
+    "model={}": (
+        "model.path is missing; add it to the recipe, or give model.transformer, model.text_encoders and "
+        "model.vae"
+    ),
     "rewards=[]": "rewards is empty; list at least one",
     "rewards=[{name: jpeg}, {name: jpeg}]": "rewards names 'jpeg' twice; add up its weights",
-    "rewards=[{name: jpeg, weight: 0}]": "rewards has a weight of 0; list that reward under heldout_rewards, where it only measures",
+    "rewards=[{name: jpeg, weight: 0}]": (
+        "rewards has a weight of 0; list that reward under heldout_rewards, where it only measures"
+    ),
     "train.steps": "--set 'train.steps' has no value; write it as section.key=value",
 }
 
@@ -112,7 +133,9 @@ def test_an_unknown_reward_names_the_nearest(recipe: Path) -> None:
 
 @pytest.mark.parametrize("field", ["model.path", "prompts.train", "prompts.heldout", "lora.init"])
 def test_a_path_that_does_not_exist_is_named(recipe: Path, field: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^{field} is 'nowhere', which does not exist; looked beside the recipe"):
+    with pytest.raises(
+        ConfigError, match=rf"^{field} is 'nowhere', which does not exist; looked beside the recipe"
+    ):
         reading.load(recipe, [f"{field}=nowhere"])
 
 
@@ -145,7 +168,9 @@ def test_yaml_cannot_make_objects(tmp_path: Path) -> None:
 
 
 def test_prompts_come_from_text_lines(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf# a comment\r\n\r\n a red circle \r\ntwo blue squares\r\na red circle\n")
+    (tmp_path / "a.txt").write_bytes(
+        b"\xef\xbb\xbf# a comment\r\n\r\n a red circle \r\ntwo blue squares\r\na red circle\n"
+    )
     assert prompts.read(tmp_path / "a.txt") == (
         ["a red circle", "two blue squares"],
         [f"{tmp_path / 'a.txt'}: 1 repeated prompts were dropped"],
@@ -169,7 +194,9 @@ def test_prompts_come_from_json_lines(tmp_path: Path) -> None:
         ("a.jsonl", b'{"prompt": " "}\n', "line 1 has no prompt"),
     ],
 )
-def test_a_prompt_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
+def test_a_prompt_file_that_cannot_be_used_is_named(
+    tmp_path: Path, name: str, content: bytes | None, words: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(PromptError, match=words) as error:
@@ -185,7 +212,9 @@ def test_training_on_held_out_prompts_is_refused(tmp_path: Path) -> None:
 
 
 @given(st.integers(2, 60), st.floats(0.1, 0.9), st.integers(0, 9))
-def test_one_file_splits_by_a_seeded_share(tmp_path_factory: pytest.TempPathFactory, count: int, share: float, seed: int) -> None:
+def test_one_file_splits_by_a_seeded_share(
+    tmp_path_factory: pytest.TempPathFactory, count: int, share: float, seed: int
+) -> None:
     path = tmp_path_factory.mktemp("split") / "a.txt"
     path.write_text("\n".join(f"prompt {i}" for i in range(count)))
     if not 0 < round(share * count) < count:

@@ -1,4 +1,6 @@
-"""A run folder that somebody else wrote, or that a disk has damaged, is refused in one line that names the file."""
+"""A run folder that somebody else wrote, or that a disk has damaged, is refused in one line that names the
+file.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,9 @@ def optimizer() -> torch.optim.AdamW:
     return made
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "7", "null", DEEP, '{"config": []}', '{"config": null}', "{}"])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "7", "null", DEEP, '{"config": []}', '{"config": null}', "{}"]
+)
 def test_a_configuration_of_another_kind_is_refused(run: RunFolder, content: str) -> None:
     run.config_file.write_text(content)
     with pytest.raises(RunError, match=r"config\.json"):
@@ -43,7 +47,9 @@ def test_a_difference_is_shown_in_short(run: RunFolder) -> None:
     assert len(str(refused.value)) < 500
 
 
-@pytest.mark.parametrize("line", ["[]", "7", "null", DEEP, '{"step": "1"}', '{"step": null}', '{"step": 1e400}'])
+@pytest.mark.parametrize(
+    "line", ["[]", "7", "null", DEEP, '{"step": "1"}', '{"step": null}', '{"step": 1e400}']
+)
 def test_a_row_that_is_none_is_named_by_its_line(run: RunFolder, line: str) -> None:
     run.append({"step": 1})
     with run.metrics_file.open("a") as file:
@@ -91,7 +97,9 @@ def test_progress_with_a_strange_count_is_refused(tmp_path: Path, count: Any) ->
         read_progress(place, ("forwards",))
 
 
-@pytest.mark.parametrize("bad", [None, torch.zeros(3), torch.zeros(2, 2, dtype=torch.long), torch.full((2, 2), torch.nan)])
+@pytest.mark.parametrize(
+    "bad", [None, torch.zeros(3), torch.zeros(2, 2, dtype=torch.long), torch.full((2, 2), torch.nan)]
+)
 def test_parameters_that_do_not_fit_are_refused(bad: torch.Tensor | None) -> None:
     tensors = {} if bad is None else {"parameter/0": bad}
     with pytest.raises(RunError, match="does not fit"):

@@ -1,4 +1,6 @@
-"""Tiny Demo Loader: ordinary graphs of core nodes draw with the bundled model what the diffusers pipeline draws with it."""
+"""Tiny Demo Loader: ordinary graphs of core nodes draw with the bundled model what the diffusers pipeline
+draws with it.
+"""
 
 import re
 from dataclasses import dataclass
@@ -40,14 +42,27 @@ class Expected:
 
 @pytest.fixture(scope="module")
 def expected() -> Expected:
-    pipe = StableDiffusion3Pipeline.from_pretrained(FOLDER, text_encoder_3=None, tokenizer_3=None, local_files_only=True)
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        FOLDER, text_encoder_3=None, tokenizer_3=None, local_files_only=True
+    )
     pipe.set_progress_bar_config(disable=True)
-    encoded = [pipe.encode_prompt(text, None, None, do_classifier_free_guidance=False, max_sequence_length=0) for text in PROMPTS]
+    encoded = [
+        pipe.encode_prompt(text, None, None, do_classifier_free_guidance=False, max_sequence_length=0)
+        for text in PROMPTS
+    ]
     noise = torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(SEED))
-    size = {"height": 64, "width": 64, "num_images_per_prompt": 3, "guidance_scale": 1.0, "max_sequence_length": 0}
+    size = {
+        "height": 64,
+        "width": 64,
+        "num_images_per_prompt": 3,
+        "guidance_scale": 1.0,
+        "max_sequence_length": 0,
+    }
     latent = pipe(DRAWN, sigmas=np.linspace(1, 1 / 8, 8), latents=noise, output_type="latent", **size).images
     with torch.no_grad():
-        pixels = pipe.vae.decode(latent / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor).sample
+        pixels = pipe.vae.decode(
+            latent / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        ).sample
         image = (pixels / 2 + 0.5).clamp(0, 1)
         raw = pipe.vae.encode(image * 2 - 1).latents
     return Expected(
@@ -60,7 +75,9 @@ def expected() -> Expected:
 
 
 @pytest.fixture(scope="module", params=COMFYUIS)
-def core(request: pytest.FixtureRequest, expected: Expected, tmp_path_factory: pytest.TempPathFactory) -> Answer:
+def core(
+    request: pytest.FixtureRequest, expected: Expected, tmp_path_factory: pytest.TempPathFactory
+) -> Answer:
     base = make_base(tmp_path_factory.mktemp("demo"))
     pairs = {"transformer_blocks.0.attn.to_q": (torch.ones(2, 192), torch.ones(192, 2))}
     lora.write(base / "models/loras/a.safetensors", pairs, alpha=2.0, metadata={})
@@ -104,4 +121,8 @@ def test_other_nodes_and_a_second_run_work(core: Answer) -> None:
 def test_loading_says_nothing_worrying(core: Answer) -> None:
     since = core.log.partition("comfy_side: booted")[2]
     assert since
-    assert [line for line in since.splitlines() if re.search("warning|error|missing|unexpected|token indices", line, re.IGNORECASE)] == []
+    assert [
+        line
+        for line in since.splitlines()
+        if re.search("warning|error|missing|unexpected|token indices", line, re.IGNORECASE)
+    ] == []

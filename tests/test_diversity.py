@@ -1,4 +1,6 @@
-"""Distances between pictures, and SetPO's credit for being unlike the rest, against values computed by hand."""
+"""Distances between pictures, and SetPO's credit for being unlike the rest, against values computed by
+hand.
+"""
 
 import math
 
@@ -7,7 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_g2rpo.run.diversity import describe, marginals, mean_distance, measure, pixel_features, shaping, spread
+from comfy_g2rpo.run.diversity import (
+    describe,
+    marginals,
+    mean_distance,
+    measure,
+    pixel_features,
+    shaping,
+    spread,
+)
 
 
 def features(*shape, seed=0):
@@ -24,7 +34,9 @@ def test_the_pixel_distance_is_the_root_mean_square_difference():
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 64), (1, 1), (37, 200)])
 def test_pictures_of_any_size_are_described_alike(height, width):
-    assert torch.allclose(pixel_features(torch.full((2, height, width, 3), 0.25)), torch.full((2, 192), 0.25 / math.sqrt(192)))
+    assert torch.allclose(
+        pixel_features(torch.full((2, height, width, 3), 0.25)), torch.full((2, 192), 0.25 / math.sqrt(192))
+    )
 
 
 def test_the_mean_distance_runs_over_the_pairs():
@@ -77,7 +89,11 @@ def test_shaping_sums_to_zero_over_those_that_were_judged(seed, size, levels, we
     found = shaping(group, rewards, weight)
     assert found.shape == (3, size) and found.isfinite().all() and found.sum(1).abs().max() < 1e-4
     assert found[1, 0] == 0
-    assert torch.allclose(shaping(group, rewards, 2 * weight, clamp=1e9), 2 * shaping(group, rewards, weight, clamp=1e9), atol=1e-4)
+    assert torch.allclose(
+        shaping(group, rewards, 2 * weight, clamp=1e9),
+        2 * shaping(group, rewards, weight, clamp=1e9),
+        atol=1e-4,
+    )
 
 
 def test_a_group_of_equal_pictures_is_not_shaped():
@@ -95,6 +111,10 @@ def test_a_broken_picture_is_described_as_unknown():
 
 def test_what_pictures_are_compared_by():
     embed = pixel_features
-    assert (measure(embed, "auto"), measure(None, "auto"), measure(embed, "pixels")) == ("embed", "pixels", "pixels")
+    assert (measure(embed, "auto"), measure(None, "auto"), measure(embed, "pixels")) == (
+        "embed",
+        "pixels",
+        "pixels",
+    )
     with pytest.raises(ValueError, match="diversity_by is embed, but no reward"):
         measure(None, "embed")

@@ -1,4 +1,6 @@
-"""`g2rpo export` and `g2rpo check-lora`: what they write, say and refuse, on tiny models of diffusers' own classes."""
+"""`g2rpo export` and `g2rpo check-lora`: what they write, say and refuse, on tiny models of diffusers' own
+classes.
+"""
 
 from __future__ import annotations
 
@@ -38,15 +40,23 @@ def run(*words: object) -> int:
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor], atol: float = 1e-6) -> bool:
     """Say whether changes of weights are equal."""
-    return one.keys() == other.keys() and all(torch.allclose(one[key], other[key], rtol=0, atol=atol) for key in one)
+    return one.keys() == other.keys() and all(
+        torch.allclose(one[key], other[key], rtol=0, atol=atol) for key in one
+    )
 
 
 @pytest.fixture
 def attention(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
-    """Write a LoRA on the tiny SD3's blocks as peft does: base_model.model., no alpha, its configuration beside it."""
+    """Write a LoRA on the tiny SD3's blocks as peft does: base_model.model., no alpha, its configuration
+    beside it.
+    """
     shapes = {name: shape for name, shape in layers(TINY["sd3"].make()).items() if "blocks" in name}
     pairs = random_pairs(shapes)
-    named = {f"base_model.model.{name}.lora_{part}.weight": pairs[name][i] for name in pairs for i, part in enumerate("AB")}
+    named = {
+        f"base_model.model.{name}.lora_{part}.weight": pairs[name][i]
+        for name in pairs
+        for i, part in enumerate("AB")
+    }
     (tmp_path / "peft").mkdir()
     save_file(named, tmp_path / "peft/adapter_model.safetensors")
     (tmp_path / "peft/adapter_config.json").write_text(json.dumps({"lora_alpha": ALPHA, "r": 3}))
@@ -75,12 +85,17 @@ def test_diffusers_reads_the_exported_file_by_both_of_its_loaders(name: str, tmp
     pairs = random_pairs(layers(base))
     native = renamed(FAMILIES[name], scaled(pairs, dict.fromkeys(pairs, ALPHA)), "native")
     tensors = {
-        key: value for module, pair in native.items() for key, value in lora.named({module: pair}, len(pair[0]), "", "native").items()
+        key: value
+        for module, pair in native.items()
+        for key, value in lora.named({module: pair}, len(pair[0]), "", "native").items()
     }
     save_file(tensors, tmp_path / "native.safetensors")
     plain, bare = tmp_path / "plain.safetensors", tmp_path / "bare.safetensors"
     assert run("export", tmp_path / "native.safetensors", "--form", "diffusers", "--out", plain) == 0
-    assert run("export", tmp_path / "native.safetensors", "--form", "diffusers", "--no-alpha", "--out", bare) == 0
+    assert (
+        run("export", tmp_path / "native.safetensors", "--form", "diffusers", "--no-alpha", "--out", bare)
+        == 0
+    )
     by_model, by_pipeline = copy.deepcopy(base), copy.deepcopy(base)
     by_model.load_lora_adapter(plain)
     pipeline_of(name, by_pipeline).load_lora_weights(plain if FAMILIES[name].pipeline_takes_alpha else bare)
@@ -89,15 +104,23 @@ def test_diffusers_reads_the_exported_file_by_both_of_its_loaders(name: str, tmp
     for file in (plain, bare):
         taken = in_diffusers(load_file(file), read_any(file), FAMILIES[name])
         assert taken.adapter == pairs.keys()
-        assert taken.pipeline == (pairs.keys() if file == bare or FAMILIES[name].pipeline_takes_alpha else set())
+        assert taken.pipeline == (
+            pairs.keys() if file == bare or FAMILIES[name].pipeline_takes_alpha else set()
+        )
 
 
 def test_the_exported_file_gives_diffusers_the_output_of_training(tmp_path: Path) -> None:
     base = TINY["sd3"].make("cpu")
-    pairs = random_pairs({name: shape for name, shape in layers(base).items() if ".attn" in name or ".ff" in name})
+    pairs = random_pairs(
+        {name: shape for name, shape in layers(base).items() if ".attn" in name or ".ff" in name}
+    )
     native = renamed(SD3, pairs, "native")
     save_file(
-        {f"lora_unet_{k.replace('.', '_')}.lora_{n}.weight": t for k, p in native.items() for n, t in zip(("down", "up"), p, strict=True)},
+        {
+            f"lora_unet_{k.replace('.', '_')}.lora_{n}.weight": t
+            for k, p in native.items()
+            for n, t in zip(("down", "up"), p, strict=True)
+        },
         tmp_path / "kohya.safetensors",
     )
     assert run("export", tmp_path / "kohya.safetensors", "--out", tmp_path / "a.safetensors") == 0
@@ -109,12 +132,18 @@ def test_the_exported_file_gives_diffusers_the_output_of_training(tmp_path: Path
     noise = torch.Generator().manual_seed(1)
     given = [torch.randn(shape, generator=noise) for shape in ((2, 16, 8, 8), (2, 5, 32), (2, 32))]
     with torch.no_grad():
-        plain, one, other = (model(*given, torch.tensor([900.0, 200.0])).sample for model in (base, merged, loaded))
+        plain, one, other = (
+            model(*given, torch.tensor([900.0, 200.0])).sample for model in (base, merged, loaded)
+        )
     assert (one - plain).abs().max() > 1e-2 and torch.allclose(one, other, atol=1e-5)
 
 
-def test_the_rank_is_cut_with_the_error_stated(tmp_path: Path, attention: tuple[Path, dict[str, Tensor]], capsys) -> None:
-    assert run("export", attention[0], "--family", "sd3", "--rank", 2, "--out", tmp_path / "a.safetensors") == 0
+def test_the_rank_is_cut_with_the_error_stated(
+    tmp_path: Path, attention: tuple[Path, dict[str, Tensor]], capsys
+) -> None:
+    assert (
+        run("export", attention[0], "--family", "sd3", "--rank", 2, "--out", tmp_path / "a.safetensors") == 0
+    )
     made = lora.read(tmp_path / "a.safetensors")
     missed = sum(float((made.delta(name) - attention[1][name]).square().sum()) for name in made.pairs)
     error = (missed / sum(float(delta.square().sum()) for delta in attention[1].values())) ** 0.5
@@ -131,21 +160,51 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def test_a_lora_is_merged_into_a_sharded_model(tmp_path: Path, base: Path, attention: tuple[Path, dict[str, Tensor]], capsys) -> None:
-    assert run("export", attention[0], "--merge", base, "--strength", 0.5, "--out", tmp_path / "merged.safetensors") == 0
+def test_a_lora_is_merged_into_a_sharded_model(
+    tmp_path: Path, base: Path, attention: tuple[Path, dict[str, Tensor]], capsys
+) -> None:
+    assert (
+        run(
+            "export",
+            attention[0],
+            "--merge",
+            base,
+            "--strength",
+            0.5,
+            "--out",
+            tmp_path / "merged.safetensors",
+        )
+        == 0
+    )
     assert "lost" in capsys.readouterr().out
     before, after = TINY["sd3"].make("cpu").state_dict(), load_file(tmp_path / "merged.safetensors")
     assert before.keys() == after.keys()
     for key, weight in before.items():
         delta = attention[1].get(key.removesuffix(".weight"))
-        assert torch.equal(after[key], weight) if delta is None else torch.allclose(after[key], weight + 0.5 * delta, atol=1e-6)
+        assert (
+            torch.equal(after[key], weight)
+            if delta is None
+            else torch.allclose(after[key], weight + 0.5 * delta, atol=1e-6)
+        )
 
 
-def test_a_native_checkpoint_keeps_its_names_and_everything_else(tmp_path: Path, attention: tuple[Path, dict[str, Tensor]]) -> None:
+def test_a_native_checkpoint_keeps_its_names_and_everything_else(
+    tmp_path: Path, attention: tuple[Path, dict[str, Tensor]]
+) -> None:
     weights = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in native_shapes().items()}
     weights["first_stage_model.conv.weight"] = torch.ones(3, dtype=torch.float8_e4m3fn)
     save_file(weights, tmp_path / "base.safetensors")
-    assert run("export", attention[0], "--merge", tmp_path / "base.safetensors", "--out", tmp_path / "merged.safetensors") == 0
+    assert (
+        run(
+            "export",
+            attention[0],
+            "--merge",
+            tmp_path / "base.safetensors",
+            "--out",
+            tmp_path / "merged.safetensors",
+        )
+        == 0
+    )
     after = load_file(tmp_path / "merged.safetensors")
     qkv = torch.cat([attention[1][f"transformer_blocks.0.attn.to_{part}"] for part in "qkv"])
     key = "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
@@ -160,14 +219,30 @@ def test_a_merge_into_fp8_rounds_to_the_nearest_and_states_what_it_lost(
     tmp_path: Path, attention: tuple[Path, dict[str, Tensor]], dtype: torch.dtype, name: str | None, capsys
 ) -> None:
     noise, scale = torch.Generator().manual_seed(2), 0.25 if name else 1.0
-    weights = {key: (torch.randn(shape, generator=noise) / scale).to(dtype) for key, shape in native_shapes().items()}
+    weights = {
+        key: (torch.randn(shape, generator=noise) / scale).to(dtype) for key, shape in native_shapes().items()
+    }
     scales = {key.replace("weight", name): torch.tensor(scale) for key in weights} if name else {}
     save_file(weights | scales, tmp_path / "base.safetensors")
-    assert run("export", attention[0], "--merge", tmp_path / "base.safetensors", "--out", tmp_path / "merged.safetensors") == 0
+    assert (
+        run(
+            "export",
+            attention[0],
+            "--merge",
+            tmp_path / "base.safetensors",
+            "--out",
+            tmp_path / "merged.safetensors",
+        )
+        == 0
+    )
     after, said = load_file(tmp_path / "merged.safetensors"), capsys.readouterr()
     numbers = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     numbers = numbers[numbers.isfinite()].unique()
-    native = renamed(SD3, {key: (torch.eye(delta.shape[1]), delta) for key, delta in attention[1].items() if delta.ndim == 2}, "native")
+    native = renamed(
+        SD3,
+        {key: (torch.eye(delta.shape[1]), delta) for key, delta in attention[1].items() if delta.ndim == 2},
+        "native",
+    )
     lost = whole = 0.0
     for module, (down, up) in native.items():
         key, change = f"model.diffusion_model.{module}.weight", up @ down
@@ -180,16 +255,29 @@ def test_a_merge_into_fp8_rounds_to_the_nearest_and_states_what_it_lost(
     assert all(torch.equal(after[key], value) for key, value in scales.items())
 
 
-def test_a_change_that_is_finer_than_fp8_is_noted_and_one_beyond_its_range_stays_finite(tmp_path: Path, base: Path, capsys) -> None:
-    weights = {key: torch.full(shape, 440.0).to(torch.float8_e4m3fn) for key, shape in native_shapes().items()}
+def test_a_change_that_is_finer_than_fp8_is_noted_and_one_beyond_its_range_stays_finite(
+    tmp_path: Path, base: Path, capsys
+) -> None:
+    weights = {
+        key: torch.full(shape, 440.0).to(torch.float8_e4m3fn) for key, shape in native_shapes().items()
+    }
     save_file(weights, tmp_path / "fp8.safetensors")
     key = "joint_blocks.0.x_block.attn.proj"
     for size, merged, note in ((0.1, 448.0, True), (100.0, 448.0, True), (-100.0, 352.0, False)):
         pair = torch.full((1, 128), 1.0), torch.full((128, 1), size)
         lora.write(tmp_path / f"{size}.safetensors", {key: pair}, 1, style="native")
-        words = ("export", tmp_path / f"{size}.safetensors", "--family", "sd3", "--merge", tmp_path / "fp8.safetensors")
+        words = (
+            "export",
+            tmp_path / f"{size}.safetensors",
+            "--family",
+            "sd3",
+            "--merge",
+            tmp_path / "fp8.safetensors",
+        )
         assert run(*words, "--out", tmp_path / f"merged{size}.safetensors") == 0
-        after = load_file(tmp_path / f"merged{size}.safetensors")[f"model.diffusion_model.{key}.weight"].float()
+        after = load_file(tmp_path / f"merged{size}.safetensors")[
+            f"model.diffusion_model.{key}.weight"
+        ].float()
         assert (after == merged).all() and ("too coarse" in capsys.readouterr().err) == note
 
 
@@ -201,29 +289,54 @@ def test_a_change_that_is_finer_than_fp8_is_noted_and_one_beyond_its_range_stays
         (torch.float32, (3, 3), None, "another size"),
     ],
 )
-def test_what_cannot_take_a_lora_is_refused(tmp_path: Path, attention, dtype, shape, scales, words: str, capsys) -> None:
+def test_what_cannot_take_a_lora_is_refused(
+    tmp_path: Path, attention, dtype, shape, scales, words: str, capsys
+) -> None:
     weights = {name: torch.zeros(shape or own).to(dtype) for name, own in native_shapes().items()}
-    weights |= {name.replace("weight", "weight_scale"): torch.ones(scales) for name in weights} if scales else {}
+    weights |= (
+        {name.replace("weight", "weight_scale"): torch.ones(scales) for name in weights} if scales else {}
+    )
     save_file(weights, tmp_path / "base.safetensors")
-    assert run("export", attention[0], "--merge", tmp_path / "base.safetensors", "--out", tmp_path / "a.safetensors") == 2
+    assert (
+        run(
+            "export",
+            attention[0],
+            "--merge",
+            tmp_path / "base.safetensors",
+            "--out",
+            tmp_path / "a.safetensors",
+        )
+        == 2
+    )
     assert words in capsys.readouterr().err and not (tmp_path / "a.safetensors").exists()
 
 
 def native_shapes() -> dict[str, tuple[int, ...]]:
     """Return the weights of the tiny SD3 as a published single file has them."""
     pairs = renamed(SD3, random_pairs(layers(TINY["sd3"].make())), "native")
-    return {f"model.diffusion_model.{name}.weight": (len(up), *down.shape[1:]) for name, (down, up) in pairs.items()}
+    return {
+        f"model.diffusion_model.{name}.weight": (len(up), *down.shape[1:])
+        for name, (down, up) in pairs.items()
+    }
 
 
 def test_a_planted_update_is_extracted_with_the_error_stated(tmp_path: Path, base: Path, capsys) -> None:
     tuned = TINY["sd3"].make("cpu")
-    planted = deltas(random_pairs({name: shape for name, shape in layers(tuned).items() if ".attn" in name or ".ff" in name}, rank=8), 1.0)
+    planted = deltas(
+        random_pairs(
+            {name: shape for name, shape in layers(tuned).items() if ".attn" in name or ".ff" in name}, rank=8
+        ),
+        1.0,
+    )
     with torch.no_grad():
         for name, delta in planted.items():
             tuned.get_submodule(name).weight += delta
         tuned.proj_out.bias += 1
     tuned.save_pretrained(tmp_path / "tuned")
-    assert run("export", tmp_path / "tuned", "--extract", base, "--rank", 8, "--out", tmp_path / "a.safetensors") == 0
+    assert (
+        run("export", tmp_path / "tuned", "--extract", base, "--rank", 8, "--out", tmp_path / "a.safetensors")
+        == 0
+    )
     said = capsys.readouterr().out
     assert "rank 8: relative error" in said and float(said.split("relative error ")[1].split()[0]) <= 1e-4
     assert "left out: 1 changed tensors" in said and "proj_out.bias" in said
@@ -232,7 +345,9 @@ def test_a_planted_update_is_extracted_with_the_error_stated(tmp_path: Path, bas
     assert all((made.delta(name) - delta).norm() <= 1e-4 * delta.norm() for name, delta in planted.items())
 
 
-def test_nothing_is_overwritten(tmp_path: Path, base: Path, attention: tuple[Path, dict[str, Tensor]], capsys) -> None:
+def test_nothing_is_overwritten(
+    tmp_path: Path, base: Path, attention: tuple[Path, dict[str, Tensor]], capsys
+) -> None:
     taken = tmp_path / "taken.safetensors"
     taken.write_bytes(b"mine")
     for more in ((), ("--merge", base), ("--extract", base)):
@@ -246,8 +361,12 @@ def test_check_lora_names_what_is_wrong_and_what_mends_it(
 ) -> None:
     assert run("check-lora", attention[0], "--against", base) == 1
     said = capsys.readouterr().out
-    assert "family: Stable Diffusion 3 and 3.5" in said and "base_model.model." in said and "modules fit" in said
-    assert "lack their alpha" in said and "adapter_config.json says 1.66667" in said and "g2rpo export" in said
+    assert (
+        "family: Stable Diffusion 3 and 3.5" in said and "base_model.model." in said and "modules fit" in said
+    )
+    assert (
+        "lack their alpha" in said and "adapter_config.json says 1.66667" in said and "g2rpo export" in said
+    )
     assert run("export", attention[0], "--family", "sd3", "--out", tmp_path / "good.safetensors") == 0
     assert run("check-lora", tmp_path / "good.safetensors", "--against", base) == 0
     assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("!")]
@@ -263,19 +382,34 @@ def test_check_lora_names_what_is_wrong_and_what_mends_it(
         ("flux2", "transformer.", "load from ComfyUI 0.33 on only"),
     ],
 )
-def test_check_lora_says_what_loads_where(tmp_path: Path, family: str, prefix: str, words: str, capsys) -> None:
+def test_check_lora_says_what_loads_where(
+    tmp_path: Path, family: str, prefix: str, words: str, capsys
+) -> None:
     pairs = random_pairs(layers(TINY[family].make()))
     save_file(
-        {f"{prefix}{n}.lora_{p}.weight": t for n, pair in pairs.items() for p, t in zip("AB", pair, strict=True)},
+        {
+            f"{prefix}{n}.lora_{p}.weight": t
+            for n, pair in pairs.items()
+            for p, t in zip("AB", pair, strict=True)
+        },
         tmp_path / "a.safetensors",
     )
     run("check-lora", tmp_path / "a.safetensors")
     assert words in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("family", "naming", "said"), [("wan", "native", 20), ("qwen_image", "native", 16), ("z_image", "diffusers", 24)])
-def test_check_lora_knows_that_diffusers_loads_the_form_of_a_run(tmp_path: Path, family: str, naming: str, said: int, capsys) -> None:
-    attention = {name: shape for name, shape in layers(TINY[family].make()).items() if re.search(r"attn|attention\.", name)}
+@pytest.mark.parametrize(
+    ("family", "naming", "said"),
+    [("wan", "native", 20), ("qwen_image", "native", 16), ("z_image", "diffusers", 24)],
+)
+def test_check_lora_knows_that_diffusers_loads_the_form_of_a_run(
+    tmp_path: Path, family: str, naming: str, said: int, capsys
+) -> None:
+    attention = {
+        name: shape
+        for name, shape in layers(TINY[family].make()).items()
+        if re.search(r"attn|attention\.", name)
+    }
     pairs = renamed(FAMILIES[family], random_pairs(attention), naming)
     lora.write(tmp_path / "a.safetensors", pairs, ALPHA, style="native")
     run("check-lora", tmp_path / "a.safetensors", "--family", family)
@@ -283,18 +417,28 @@ def test_check_lora_knows_that_diffusers_loads_the_form_of_a_run(tmp_path: Path,
 
 
 def test_check_lora_recognises_other_adapters_and_other_models(tmp_path: Path, base: Path, capsys) -> None:
-    pair = {f"transformer.{TO_Q}.lora_A.weight": torch.ones(2, 64), f"transformer.{TO_Q}.lora_B.weight": torch.ones(64, 2)}
+    pair = {
+        f"transformer.{TO_Q}.lora_A.weight": torch.ones(2, 64),
+        f"transformer.{TO_Q}.lora_B.weight": torch.ones(64, 2),
+    }
     save_file(pair | {f"transformer.{TO_Q}.dora_scale": torch.ones(64, 1)}, tmp_path / "a.safetensors")
     assert run("check-lora", tmp_path / "a.safetensors", "--against", base) == 1
     said = capsys.readouterr().out
     assert "DoRA" in said and "have another size in the model" in said
-    assert run("export", tmp_path / "a.safetensors", "--family", "sd3", "--out", tmp_path / "b.safetensors") == 2
+    assert (
+        run("export", tmp_path / "a.safetensors", "--family", "sd3", "--out", tmp_path / "b.safetensors") == 2
+    )
     assert "DoRA" in capsys.readouterr().err and not (tmp_path / "b.safetensors").exists()
 
 
 def test_two_models_of_different_kinds_are_not_compared(tmp_path: Path, base: Path, capsys) -> None:
-    save_file({name: torch.zeros(shape) for name, shape in native_shapes().items()}, tmp_path / "native.safetensors")
-    assert run("export", tmp_path / "native.safetensors", "--extract", base, "--out", tmp_path / "a.safetensors") == 2
+    save_file(
+        {name: torch.zeros(shape) for name, shape in native_shapes().items()}, tmp_path / "native.safetensors"
+    )
+    assert (
+        run("export", tmp_path / "native.safetensors", "--extract", base, "--out", tmp_path / "a.safetensors")
+        == 2
+    )
     assert "is sd3 (native) and" in capsys.readouterr().err
     assert run("export", base, "--extract", base, "--out", tmp_path / "a.safetensors") == 2
     assert "differ in no matrix" in capsys.readouterr().err
@@ -312,12 +456,22 @@ def damaged(path: Path) -> None:
         (damaged, "damaged"),
         (lambda path: path.unlink(), "cannot read"),
         (lambda path: path.with_name("adapter_config.json").write_text("{"), "no JSON"),
-        (lambda path: path.with_name("adapter_config.json").write_text('{"lora_alpha": "x"}'), "must be a number"),
-        (lambda path: save_file({"a.lora_A.weight": torch.full((1, 1), torch.nan), "a.lora_B.weight": torch.ones(1, 1)}, path), "NaN"),
+        (
+            lambda path: path.with_name("adapter_config.json").write_text('{"lora_alpha": "x"}'),
+            "must be a number",
+        ),
+        (
+            lambda path: save_file(
+                {"a.lora_A.weight": torch.full((1, 1), torch.nan), "a.lora_B.weight": torch.ones(1, 1)}, path
+            ),
+            "NaN",
+        ),
         (lambda path: save_file({"unet.lora": torch.ones(1)}, path), "no known name"),
     ],
 )
-def test_hostile_files_are_one_clear_line(tmp_path: Path, attention: tuple[Path, dict[str, Tensor]], spoil, words: str, capsys) -> None:
+def test_hostile_files_are_one_clear_line(
+    tmp_path: Path, attention: tuple[Path, dict[str, Tensor]], spoil, words: str, capsys
+) -> None:
     spoil(attention[0])
     assert run("export", attention[0], "--family", "sd3", "--out", tmp_path / "a.safetensors") == 2
     said = capsys.readouterr().err
@@ -329,9 +483,16 @@ def test_hostile_files_are_one_clear_line(tmp_path: Path, attention: tuple[Path,
     [
         (lambda folder: next(folder.glob("*-00002-*")).unlink(), "finish the download"),
         (lambda folder: damaged(next(folder.glob("*-00002-*"))), "damaged"),
-        (lambda folder: next(folder.glob("*.json.index.json"), next(folder.glob("*.index.json"))).write_text("[]"), "no index of shards"),
         (
-            lambda folder: next(folder.glob("*.index.json")).write_text('{"weight_map": {"a": "../../x.safetensors"}}'),
+            lambda folder: next(
+                folder.glob("*.json.index.json"), next(folder.glob("*.index.json"))
+            ).write_text("[]"),
+            "no index of shards",
+        ),
+        (
+            lambda folder: next(folder.glob("*.index.json")).write_text(
+                '{"weight_map": {"a": "../../x.safetensors"}}'
+            ),
             "which is no file beside it",
         ),
     ],
@@ -344,7 +505,9 @@ def test_a_damaged_model_is_one_clear_line(
     assert words in capsys.readouterr().err and not (tmp_path / "a.safetensors").exists()
 
 
-def test_a_run_starts_from_any_form_and_pads_the_rank(tmp_path: Path, attention: tuple[Path, dict[str, Tensor]]) -> None:
+def test_a_run_starts_from_any_form_and_pads_the_rank(
+    tmp_path: Path, attention: tuple[Path, dict[str, Tensor]]
+) -> None:
     file, wanted = attention
     native = tmp_path / "native.safetensors"
     assert run("export", file, "--family", "sd3", "--form", "native", "--out", native) == 0
@@ -367,10 +530,21 @@ def test_an_exported_lora_is_trained_on_and_exported_again(tmp_path: Path) -> No
         torch.nn.init.normal_(up, std=0.02)
     lora.write(tmp_path / "one.safetensors", one.pairs(), 8)
     for source, target in (("one", "native"), ("native", "bare")):
-        words = ["export", tmp_path / f"{source}.safetensors", "--family", "sd3", "--form", target if target == "native" else "diffusers"]
+        words = [
+            "export",
+            tmp_path / f"{source}.safetensors",
+            "--family",
+            "sd3",
+            "--form",
+            target if target == "native" else "diffusers",
+        ]
         assert run(*words, "--out", tmp_path / f"{target}.safetensors") == 0
     continue_from(other, tmp_path / "native.safetensors", 4 / 16, "sd3")
-    x, sigma, cond = torch.randn(2, 16, 8, 8), torch.tensor([0.9, 0.3]), one.encode(["a red circle", "a blue square"])
+    x, sigma, cond = (
+        torch.randn(2, 16, 8, 8),
+        torch.tensor([0.9, 0.3]),
+        one.encode(["a red circle", "a blue square"]),
+    )
     assert torch.allclose(one.velocity(x, sigma, cond), other.velocity(x, sigma, cond), atol=1e-5)
     assert all(down[4:].any() for down, _ in other.pairs().values())  # the ranks that were added can learn
     lora.write(tmp_path / "two.safetensors", other.pairs(), 4)
@@ -380,17 +554,36 @@ def test_an_exported_lora_is_trained_on_and_exported_again(tmp_path: Path) -> No
 
 
 def test_a_run_stands_on_a_frozen_lora(tmp_path: Path) -> None:
-    worn, bare = SD3Policy(load_pipeline(BUNDLED, torch.float32)), SD3Policy(load_pipeline(BUNDLED, torch.float32))
+    worn, bare = (
+        SD3Policy(load_pipeline(BUNDLED, torch.float32)),
+        SD3Policy(load_pipeline(BUNDLED, torch.float32)),
+    )
     worn.add_lora(4, 4, seed=0)
     for up in (up for _, up in worn.pairs().values()):
         torch.nn.init.normal_(up, std=0.02)
     lora.write(tmp_path / "one.safetensors", worn.pairs(), 4)
-    assert run("export", tmp_path / "one.safetensors", "--family", "sd3", "--form", "native", "--out", tmp_path / "native.safetensors") == 0
+    assert (
+        run(
+            "export",
+            tmp_path / "one.safetensors",
+            "--family",
+            "sd3",
+            "--form",
+            "native",
+            "--out",
+            tmp_path / "native.safetensors",
+        )
+        == 0
+    )
     overrides = ["model.lora=[{path: native.safetensors, strength: 1}]", "lora.rank=2"]
     config = from_dict(apply_overrides(read_yaml(find_recipe("demo")), overrides), near=tmp_path)
     policy = load_policy(config, "cpu")
     policy.add_lora(2, 2, seed=1)
-    x, sigma, cond = torch.randn(2, 16, 8, 8), torch.tensor([0.9, 0.3]), worn.encode(["a red circle", "a blue square"])
+    x, sigma, cond = (
+        torch.randn(2, 16, 8, 8),
+        torch.tensor([0.9, 0.3]),
+        worn.encode(["a red circle", "a blue square"]),
+    )
     wanted = worn.velocity(x, sigma, cond)
     with policy.reference():
         assert torch.allclose(policy.velocity(x, sigma, cond), wanted, atol=1e-5)

@@ -1,4 +1,6 @@
-"""The flux family on a tiny model of the real architecture: velocity, schedule, pictures, prompts on disk, LoRA files, whole runs."""
+"""The flux family on a tiny model of the real architecture: velocity, schedule, pictures, prompts on disk,
+LoRA files, whole runs.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +41,17 @@ MODULES = 2 * (8 + 4) + 2 * (3 + 2)
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Write a dev, in shards, and a schnell."""
     root = tmp_path_factory.mktemp("flux")
-    return {"dev": flux_folder.save(root / "dev", shard="2MB"), "schnell": flux_folder.save(root / "schnell", "schnell")}
+    return {
+        "dev": flux_folder.save(root / "dev", shard="2MB"),
+        "schnell": flux_folder.save(root / "schnell", "schnell"),
+    }
 
 
 def section(folder: Path, **changes: object) -> ModelSection:
     """Describe a tiny model as a recipe does."""
-    return ModelSection(**{"family": "flux", "path": str(folder), "guidance": 3.5, "max_sequence_length": TOKENS, **changes})
+    return ModelSection(
+        **{"family": "flux", "path": str(folder), "guidance": 3.5, "max_sequence_length": TOKENS, **changes}
+    )
 
 
 def loaded(folder: Path, **changes: object) -> Flux:
@@ -102,7 +109,9 @@ def test_the_velocity_is_the_transformers_own_with_noise_levels_per_sample(folde
             guidance=torch.full((2,), guidance),
             pooled_projections=torch.stack([c.pooled for c in cond]),
             encoder_hidden_states=torch.stack([c.tokens for c in cond]),
-            img_ids=FluxPipeline._prepare_latent_image_ids(2, SHAPE[1] // 2, SHAPE[2] // 2, "cpu", torch.float32),
+            img_ids=FluxPipeline._prepare_latent_image_ids(
+                2, SHAPE[1] // 2, SHAPE[2] // 2, "cpu", torch.float32
+            ),
             txt_ids=torch.zeros(TOKENS, 3),
             return_dict=False,
         )[0]
@@ -133,7 +142,9 @@ def test_dev_is_shifted_by_resolution_and_schnell_not(folders, dev):
     small, large = (dev.pipeline_sigmas(8, dev.latent_shape(side, side)) for side in (256, 1024))
     for sigmas, mu in ((small, 0.5), (large, 1.15)):
         assert torch.allclose(sigmas, shifted_sigmas(8, math.exp(mu)), atol=1e-6)
-    assert torch.allclose(loaded(folders["schnell"], guidance=1).pipeline_sigmas(4, SHAPE), shifted_sigmas(4, 1.0), atol=1e-6)
+    assert torch.allclose(
+        loaded(folders["schnell"], guidance=1).pipeline_sigmas(4, SHAPE), shifted_sigmas(4, 1.0), atol=1e-6
+    )
 
 
 def test_a_schedule_is_the_methods_or_comfyuis_where_the_recipe_says_so(folders, dev):
@@ -172,7 +183,9 @@ def test_sizes_between_tokens_and_settings_that_the_model_does_not_take_are_refu
     assert dev.latent_shape(96, 64) == SHAPE
     with pytest.raises(ValueError, match="72×64; both must be multiples of 16"):
         dev.latent_shape(72, 64)
-    with pytest.raises(ValueError, match=r"model\.guidance is 3\.5, but this FLUX\.1 \(schnell\) takes no guidance"):
+    with pytest.raises(
+        ValueError, match=r"model\.guidance is 3\.5, but this FLUX\.1 \(schnell\) takes no guidance"
+    ):
         loaded(folders["schnell"])
     with pytest.raises(ValueError, match=r"max_sequence_length is 512; FLUX\.1 schnell takes 256"):
         loaded(folders["schnell"], guidance=1, max_sequence_length=512)
@@ -206,8 +219,14 @@ def test_a_damaged_prompt_is_encoded_again(folders, dev, on_disk):
 
 
 def test_other_encoders_and_other_settings_have_prompts_of_their_own(folders, on_disk):
-    caches = [prompt_cache.for_model(folders["dev"], "flux", dtype, length) for dtype in ("fp32", "bf16") for length in (24, 32)]
-    (folders["schnell"] / "text_encoder/config.json").write_text((folders["schnell"] / "text_encoder/config.json").read_text() + " ")
+    caches = [
+        prompt_cache.for_model(folders["dev"], "flux", dtype, length)
+        for dtype in ("fp32", "bf16")
+        for length in (24, 32)
+    ]
+    (folders["schnell"] / "text_encoder/config.json").write_text(
+        (folders["schnell"] / "text_encoder/config.json").read_text() + " "
+    )
     caches.append(prompt_cache.for_model(folders["schnell"], "flux", "fp32", 24))
     assert len({cache.folder for cache in caches}) == 5
     assert caches[0].folder == prompt_cache.for_model(folders["dev"], "flux", "fp32", 24).folder
@@ -243,10 +262,32 @@ def test_a_lora_of_another_model_is_refused(dev, tmp_path):
 
 def train(folder: Path, out: Path, *settings: str, recipe: str = "flux_dev") -> int:
     """Run the bundled recipe on a tiny model, two steps of it."""
-    small = ("model.dtype=fp32", "model.width=64", "model.height=64", f"model.max_sequence_length={TOKENS}", "method.num_steps=4")
-    short = ("method.group_size=3", "train.steps=2", "train.prompts_per_step=1", "train.eval_every=0", "train.eval_prompts=1")
-    quick = ("prompts.heldout_share=0.1", "lora.rank=4", "lora.alpha=8", "method.learning_rate=0.01", "train.slots=16")
-    changes = [part for setting in (f"model.path={folder}", *small, *short, *quick, *settings) for part in ("--set", setting)]
+    small = (
+        "model.dtype=fp32",
+        "model.width=64",
+        "model.height=64",
+        f"model.max_sequence_length={TOKENS}",
+        "method.num_steps=4",
+    )
+    short = (
+        "method.group_size=3",
+        "train.steps=2",
+        "train.prompts_per_step=1",
+        "train.eval_every=0",
+        "train.eval_prompts=1",
+    )
+    quick = (
+        "prompts.heldout_share=0.1",
+        "lora.rank=4",
+        "lora.alpha=8",
+        "method.learning_rate=0.01",
+        "train.slots=16",
+    )
+    changes = [
+        part
+        for setting in (f"model.path={folder}", *small, *short, *quick, *settings)
+        for part in ("--set", setting)
+    ]
     with pytest.raises(SystemExit) as exit_:
         cli.main(["train", recipe, "--out", str(out), "--quiet", *changes])
     return int(exit_.value.code or 0)
@@ -273,7 +314,16 @@ def test_a_run_on_a_single_file_names_it_in_its_lora(folders, weights, tmp_path)
 
 
 def test_schnell_trains_by_its_own_schedule(folders, tmp_path):
-    assert train(folders["schnell"], tmp_path / "run", "model.guidance=1", "model.schedule=pipeline", "train.steps=1") == 0
+    assert (
+        train(
+            folders["schnell"],
+            tmp_path / "run",
+            "model.guidance=1",
+            "model.schedule=pipeline",
+            "train.steps=1",
+        )
+        == 0
+    )
 
 
 def test_the_bundled_recipe_is_the_published_one() -> None:
@@ -293,17 +343,23 @@ def test_a_missing_or_unfinished_shard_is_named_with_the_command_that_mends_it(f
     whole = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-10])
     mends = r"; fetch it again with: hf download owner/a\.model --include 'transformer/\*'$"
-    with pytest.raises(ValueError, match=rf"transformer/{shard.name} has {whole - 10:,} of {whole:,} bytes{mends}"):
+    with pytest.raises(
+        ValueError, match=rf"transformer/{shard.name} has {whole - 10:,} of {whole:,} bytes{mends}"
+    ):
         load_pipeline(FluxPipeline, model, torch.float32)
     shard.unlink()
-    with pytest.raises(ValueError, match=rf"transformer lacks 1 of its 4 weight files, {shard.name} first{mends}"):
+    with pytest.raises(
+        ValueError, match=rf"transformer lacks 1 of its 4 weight files, {shard.name} first{mends}"
+    ):
         load_pipeline(FluxPipeline, model, torch.float32)
 
 
 def test_a_component_that_is_not_there_is_named(folders, tmp_path):
     model = copy(folders["dev"], tmp_path)
     shutil.rmtree(model / "text_encoder_2")
-    with pytest.raises(ValueError, match=r"it lacks the folder text_encoder_2 \(T5EncoderModel\); fetch it again"):
+    with pytest.raises(
+        ValueError, match=r"it lacks the folder text_encoder_2 \(T5EncoderModel\); fetch it again"
+    ):
         load_pipeline(FluxPipeline, model, torch.float32)
 
 
@@ -313,9 +369,13 @@ def test_a_folder_of_another_family_says_which_to_choose():
 
 
 def test_gated_weights_that_are_not_here_are_named_with_the_way_to_them():
-    with pytest.raises(ConfigError, match=r"hf download black-forest-labs/FLUX\.1-dev \(.*licence.*hf auth login"):
+    with pytest.raises(
+        ConfigError, match=r"hf download black-forest-labs/FLUX\.1-dev \(.*licence.*hf auth login"
+    ):
         model_folder("black-forest-labs/FLUX.1-dev")
-    with pytest.raises(ConfigError, match=r"or leave model\.path empty and give model\.text_encoders and model\.vae, too$"):
+    with pytest.raises(
+        ConfigError, match=r"or leave model\.path empty and give model\.text_encoders and model\.vae, too$"
+    ):
         model_folder("black-forest-labs/FLUX.1-dev", files=True)
 
 
@@ -323,14 +383,18 @@ def test_gated_weights_that_are_not_here_are_named_with_the_way_to_them():
 def weights(dev: Flux) -> dict[str, Tensor]:
     """Return a dev's weights by diffusers' names, norms off their usual 1."""
     found = {name: value.detach().clone() for name, value in dev.transformer.state_dict().items()}
-    return {name: seeded_noise(value.shape, name) if "norm_" in name else value for name, value in found.items()}
+    return {
+        name: seeded_noise(value.shape, name) if "norm_" in name else value for name, value in found.items()
+    }
 
 
 @pytest.mark.parametrize("form", ["published", "diffusers", "checkpoint"])
 def test_a_single_file_gives_the_weights_of_the_folder(folders, weights, tmp_path, form):
     given = weights if form == "diffusers" else flux_folder.published(weights)
     if form == "checkpoint":
-        given = {f"model.diffusion_model.{name}": value for name, value in given.items()} | {"vae.decoder.bias": torch.ones(1)}
+        given = {f"model.diffusion_model.{name}": value for name, value in given.items()} | {
+            "vae.decoder.bias": torch.ones(1)
+        }
     save_file({name: value.contiguous() for name, value in given.items()}, tmp_path / "flux.safetensors")
     model = copy(folders["dev"], tmp_path)
     for shard in (model / "transformer").glob("*.safetensors"):
@@ -343,31 +407,47 @@ def test_plain_fp8_is_read(folders, weights, tmp_path):
     given = {name: value.to(torch.float8_e4m3fn) for name, value in flux_folder.published(weights).items()}
     save_file(given, tmp_path / "fp8.safetensors")
     got = loaded(folders["dev"], transformer=str(tmp_path / "fp8.safetensors")).transformer.state_dict()
-    assert all(torch.equal(got[name], value.to(torch.float8_e4m3fn).float()) for name, value in weights.items())
+    assert all(
+        torch.equal(got[name], value.to(torch.float8_e4m3fn).float()) for name, value in weights.items()
+    )
 
 
 def test_a_single_file_that_is_not_the_folders_model_is_refused(folders, weights, tmp_path):
     file = tmp_path / "flux.safetensors"
     given = {name: value.contiguous() for name, value in flux_folder.published(weights).items()}
     save_file(given, file)
-    with pytest.raises(ValueError, match=r"4 of its weights, guidance_in\.in_layer\.bias first, are not in the model"):
+    with pytest.raises(
+        ValueError, match=r"4 of its weights, guidance_in\.in_layer\.bias first, are not in the model"
+    ):
         loaded(folders["schnell"], guidance=1, transformer=str(file))
     save_file({name: value for name, value in given.items() if name != "img_in.weight"}, file)
     with pytest.raises(ValueError, match=r"it lacks x_embedder\.weight of a FLUX\.1"):
         loaded(folders["dev"], transformer=str(file))
     save_file(given | {"img_in.weight": torch.ones(128, 32)}, file)
-    with pytest.raises(ValueError, match=r"img_in\.weight is \[128, 32\], which does not give x_embedder\.weight \[128, 64\]"):
+    with pytest.raises(
+        ValueError, match=r"img_in\.weight is \[128, 32\], which does not give x_embedder\.weight \[128, 64\]"
+    ):
         loaded(folders["dev"], transformer=str(file))
 
 
 @pytest.mark.comfyui
 @pytest.mark.xdist_group("scripts in comfyui")
 @pytest.mark.parametrize("comfyui", COMFYUIS)
-def test_comfyui_takes_every_key_of_the_lora_and_answers_the_same(comfyui, folders, dev, tuned, adapter, batch, tmp_path):
+def test_comfyui_takes_every_key_of_the_lora_and_answers_the_same(
+    comfyui, folders, dev, tuned, adapter, batch, tmp_path
+):
     if "context_in_dim" not in (comfyui / "comfy/model_detection.py").read_text().partition("txt_in_key")[2]:
         pytest.skip("this ComfyUI loads FLUX at its published size only; a tiny one cannot be tried there")
-    (x, sigma, cond), weights = batch, {name: tensor.contiguous() for name, tensor in dev.transformer.state_dict().items()}
-    given = {"x": x, "sigma": sigma, "context": torch.stack([c.tokens for c in cond]), "pooled": torch.stack([c.pooled for c in cond])}
+    (x, sigma, cond), weights = (
+        batch,
+        {name: tensor.contiguous() for name, tensor in dev.transformer.state_dict().items()},
+    )
+    given = {
+        "x": x,
+        "sigma": sigma,
+        "context": torch.stack([c.tokens for c in cond]),
+        "pooled": torch.stack([c.pooled for c in cond]),
+    }
     given["picture"] = seeded_noise((len(cond), 16, 6, 10), "pictures")
     editor = loaded(folders["dev"], edits="kontext")
     edits = [editor.cond(*c, picture) for c, picture in zip(cond, given["picture"], strict=True)]
@@ -375,7 +455,13 @@ def test_comfyui_takes_every_key_of_the_lora_and_answers_the_same(comfyui, folde
     save_file(weights, tmp_path / "flux.safetensors")
     base = make_base(tmp_path / "base")
     (base / "models/loras/g2rpo.safetensors").write_bytes(adapter.read_bytes())
-    answer = run_script(comfyui, child, base, {"transformer": str(tmp_path / "flux.safetensors"), "lora": "g2rpo.safetensors"}, given)
+    answer = run_script(
+        comfyui,
+        child,
+        base,
+        {"transformer": str(tmp_path / "flux.safetensors"), "lora": "g2rpo.safetensors"},
+        given,
+    )
     assert answer.data["warnings"] == [] and answer.data["mapped"] == MODULES
     with torch.no_grad():
         assert difference(answer.tensors["base"], dev.velocity(*batch)) <= 1e-5

@@ -1,4 +1,6 @@
-"""The flux2 family on tiny random models against diffusers' own pipelines, and a run of it from the recipe to the LoRA file."""
+"""The flux2 family on tiny random models against diffusers' own pipelines, and a run of it from the recipe
+to the LoRA file.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,13 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 def load(folders: dict[str, Path], kind: str, lora_seed: int | None = None, **more: object) -> Flux2:
     """Load a model as a run does; a LoRA that is asked for has moved away from zero."""
-    section = {"family": "flux2", "path": str(folders[kind]), "width": WIDTH, "height": HEIGHT, "max_sequence_length": LENGTHS[kind]}
+    section = {
+        "family": "flux2",
+        "path": str(folders[kind]),
+        "width": WIDTH,
+        "height": HEIGHT,
+        "max_sequence_length": LENGTHS[kind],
+    }
     policy = families.load(ModelSection(**section | more), folders[kind], "cpu")
     if lora_seed is not None:
         policy.add_lora(4, 8, lora_seed, feed_forward=True)
@@ -63,7 +71,9 @@ def load(folders: dict[str, Path], kind: str, lora_seed: int | None = None, **mo
 @pytest.fixture(scope="module")
 def bases(folders) -> dict[str, Flux2]:
     """Models without adapter; tests leave them as they are."""
-    return {kind: load(folders, kind, guidance=1.0 if kind == "klein" else 4.0) for kind in flux2_folder.KINDS}
+    return {
+        kind: load(folders, kind, guidance=1.0 if kind == "klein" else 4.0) for kind in flux2_folder.KINDS
+    }
 
 
 @pytest.fixture
@@ -74,7 +84,11 @@ def base(bases: dict[str, Flux2], kind: str) -> Flux2:
 
 def batch(policy: Flux2) -> tuple[Tensor, Tensor, list]:
     """Give three latents at three noise levels, with three prompts."""
-    return seeded_noise((3, *SHAPE), "latents"), torch.tensor([1.0, 0.6, 0.123]), policy.encode([SHORT, LONG, "a dog"])
+    return (
+        seeded_noise((3, *SHAPE), "latents"),
+        torch.tensor([1.0, 0.6, 0.123]),
+        policy.encode([SHORT, LONG, "a dog"]),
+    )
 
 
 def plain(policy: Flux2, x: Tensor, sigma: float, tokens: Tensor) -> Tensor:
@@ -128,7 +142,10 @@ def test_latents_stand_as_the_pipeline_cuts_them_and_pictures_are_whole(base):
     assert pictures.shape == (2, HEIGHT, WIDTH, 3) and pictures.is_contiguous()
 
 
-@pytest.mark.parametrize(("steps", "shape", "mu"), [(50, (128, 32, 32), 1.7020), (10, (128, 32, 32), 1.9878), (28, (128, 64, 128), 1.8433)])
+@pytest.mark.parametrize(
+    ("steps", "shape", "mu"),
+    [(50, (128, 32, 32), 1.7020), (10, (128, 32, 32), 1.9878), (28, (128, 64, 128), 1.8433)],
+)
 def test_its_schedule_is_shifted_by_resolution_and_steps(bases, steps, shape, mu):
     exponential = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     exponential.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=mu)
@@ -137,7 +154,9 @@ def test_its_schedule_is_shifted_by_resolution_and_steps(bases, steps, shape, mu
 
 def test_in_16_bit_the_model_still_sees_the_exact_noise_level_and_guidance(folders):
     policy, seen = load(folders, "dev", dtype="bf16", guidance=3.3), []
-    policy.transformer.time_guidance_embed.time_proj.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    policy.transformer.time_guidance_embed.time_proj.register_forward_pre_hook(
+        lambda module, given: seen.append(given[0].clone())
+    )
     sigma = torch.tensor([0.9545454, 0.1234567])
     with policy.inference():
         policy.velocity(seeded_noise((2, *SHAPE), "x"), sigma, policy.encode([SHORT, LONG]))
@@ -150,13 +169,17 @@ def test_the_cache_gives_the_same_features_and_spares_the_encoder(folders, tmp_p
     first, again = load(folders, "klein base").encode([SHORT, LONG]), load(folders, "klein base")
     again.drop_text_encoders()
     assert again.pipeline.text_encoder is None
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, again.encode([SHORT, LONG]), strict=True))
+    assert all(
+        torch.equal(a.tokens, b.tokens) for a, b in zip(first, again.encode([SHORT, LONG]), strict=True)
+    )
 
 
 def test_guidance_needs_no_text_encoder_once_it_is_dropped(folders, bases):
     fresh = load(folders, "klein base", guidance=4.0)
     fresh.drop_text_encoders()
-    assert torch.equal(fresh.velocity(*batch(bases["klein base"])), bases["klein base"].velocity(*batch(bases["klein base"])))
+    assert torch.equal(
+        fresh.velocity(*batch(bases["klein base"])), bases["klein base"].velocity(*batch(bases["klein base"]))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +188,23 @@ def tuned(folders) -> Flux2:
     return load(folders, "dev", lora_seed=0, guidance=4.0)
 
 
-def test_the_adapter_sits_on_both_kinds_of_blocks_and_the_reference_is_the_model_without_it(folders, bases, tuned):
-    double = "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj attn.add_v_proj attn.to_add_out"
-    single = {f"single_transformer_blocks.{block}.attn.{name}" for block in range(2) for name in ("to_qkv_mlp_proj", "to_out")}
+def test_the_adapter_sits_on_both_kinds_of_blocks_and_the_reference_is_the_model_without_it(
+    folders, bases, tuned
+):
+    double = (
+        "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj attn.add_v_proj "
+        "attn.to_add_out"
+    )
+    single = {
+        f"single_transformer_blocks.{block}.attn.{name}"
+        for block in range(2)
+        for name in ("to_qkv_mlp_proj", "to_out")
+    }
     attention = {f"transformer_blocks.0.{name}" for name in double.split()} | single
-    more = {f"transformer_blocks.0.{name}" for name in ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")}
+    more = {
+        f"transformer_blocks.0.{name}"
+        for name in ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
+    }
     assert set(tuned.pairs()) == attention | more and len(attention | more) == MODULES
     fresh = load(folders, "klein base")
     fresh.add_lora(4, 8, 0)
@@ -182,12 +217,17 @@ def test_the_adapter_sits_on_both_kinds_of_blocks_and_the_reference_is_the_model
 
 
 def test_what_the_models_do_not_take_is_refused(folders, bases):
-    assert bases["klein"].latent_shape(WIDTH, HEIGHT) == SHAPE and bases["dev"].comfyui_shift == math.exp(2.02)
+    assert bases["klein"].latent_shape(WIDTH, HEIGHT) == SHAPE and bases["dev"].comfyui_shift == math.exp(
+        2.02
+    )
     with pytest.raises(ValueError, match="72×64; both must be multiples of 16"):
         bases["dev"].latent_shape(72, 64)
     with pytest.raises(ValueError, match="max_sequence_length is 0"):
         load(folders, "dev", max_sequence_length=0)
-    with pytest.raises(ValueError, match=r"model\.guidance is 4, but this FLUX\.2 \(klein, distilled\) takes no guidance; set it to 1"):
+    with pytest.raises(
+        ValueError,
+        match=r"model\.guidance is 4, but this FLUX\.2 \(klein, distilled\) takes no guidance; set it to 1",
+    ):
         load(folders, "klein", guidance=4.0)
 
 
@@ -196,7 +236,9 @@ def test_dev_says_that_its_published_tokenizer_needs_torchvision(folders, tmp_pa
     (tmp_path / "model_index.json").write_text(
         (folders["dev"] / "model_index.json").read_text().replace("Qwen2Tokenizer", "PixtralProcessor")
     )
-    with pytest.raises(ValueError, match=r"by a PixtralProcessor, which needs torchvision: pip install torchvision"):
+    with pytest.raises(
+        ValueError, match=r"by a PixtralProcessor, which needs torchvision: pip install torchvision"
+    ):
         families.load(ModelSection(family="flux2", path=str(tmp_path)), tmp_path, "cpu")
 
 
@@ -210,13 +252,38 @@ def test_a_folder_is_known_to_have_diffusers_names_and_a_file_native_ones(bases)
 def run(folders, tmp_path_factory) -> Path:
     """One whole step of the bundled recipe on the tiny klein base, all targets."""
     place = tmp_path_factory.mktemp("run") / "run"
-    small = ("model.dtype=fp32", f"model.width={WIDTH}", f"model.height={HEIGHT}", "model.max_sequence_length=64", "method.num_steps=4")
-    short = ("method.group_size=3", "train.steps=1", "train.prompts_per_step=1", "train.eval_every=0", "train.eval_prompts=1")
-    quick = ("prompts.heldout_share=0.1", "lora.rank=4", "lora.alpha=8", "method.learning_rate=0.01", "train.slots=16")
+    small = (
+        "model.dtype=fp32",
+        f"model.width={WIDTH}",
+        f"model.height={HEIGHT}",
+        "model.max_sequence_length=64",
+        "method.num_steps=4",
+    )
+    short = (
+        "method.group_size=3",
+        "train.steps=1",
+        "train.prompts_per_step=1",
+        "train.eval_every=0",
+        "train.eval_prompts=1",
+    )
+    quick = (
+        "prompts.heldout_share=0.1",
+        "lora.rank=4",
+        "lora.alpha=8",
+        "method.learning_rate=0.01",
+        "train.slots=16",
+    )
     more = (f"model.path={folders['klein base']}", "lora.targets=attention+feed_forward")
     with pytest.raises(SystemExit) as end:
         cli.main(
-            ["train", "flux2_klein", "--out", str(place), "--quiet", *(p for s in (*small, *short, *quick, *more) for p in ("--set", s))]
+            [
+                "train",
+                "flux2_klein",
+                "--out",
+                str(place),
+                "--quiet",
+                *(p for s in (*small, *short, *quick, *more) for p in ("--set", s)),
+            ]
         )
     assert not end.value.code
     return place
@@ -226,15 +293,29 @@ def test_a_run_learns_and_names_its_modules_as_every_comfyui_that_has_the_model(
     file = RunFolder.open(run).latest() / "lora.safetensors"
     keys, written = read_tensors(file)[0], lora.read(file)
     assert any(row.get("grad_norm", 0) > 0 for row in RunFolder.open(run).metrics())
-    assert len(written.pairs) == 2 + 2 + 4 + 2 * 2 and all(up.any() for _, up in written.pairs.values())  # q, k and v are one
+    assert len(written.pairs) == 2 + 2 + 4 + 2 * 2 and all(
+        up.any() for _, up in written.pairs.values()
+    )  # q, k and v are one
     assert all(f"diffusion_model.{module}.alpha" in keys for module in written.pairs)
     assert {in_core(FLUX2, module, Form("diffusion_model.")) for module in written.pairs} == {BOTH}
 
 
-def test_the_exported_lora_of_a_run_has_the_same_effect_in_diffusers_and_in_the_next_run(run, folders, bases, tmp_path):
+def test_the_exported_lora_of_a_run_has_the_same_effect_in_diffusers_and_in_the_next_run(
+    run, folders, bases, tmp_path
+):
     file, base = RunFolder.open(run).latest() / "lora.safetensors", bases["klein base"]
     with pytest.raises(SystemExit):
-        cli.main(["export", str(file), "--form", "diffusers", "--no-alpha", "--out", str(tmp_path / "diffusers.safetensors")])
+        cli.main(
+            [
+                "export",
+                str(file),
+                "--form",
+                "diffusers",
+                "--no-alpha",
+                "--out",
+                str(tmp_path / "diffusers.safetensors"),
+            ]
+        )
     ours, theirs, continued = (load(folders, "klein base", guidance=4.0) for _ in range(3))
     ours.load_lora(file)
     theirs.pipeline.load_lora_weights(tmp_path / "diffusers.safetensors")
@@ -245,13 +326,23 @@ def test_the_exported_lora_of_a_run_has_the_same_effect_in_diffusers_and_in_the_
         changed = ours.velocity(x, sigma, cond)
         assert torch.allclose(continued.velocity(x, sigma, cond), changed, rtol=0, atol=1e-5)
         for row in range(3):
-            assert torch.allclose(plain(theirs, x[row], sigma[row].item(), cond[row].tokens), changed[row], rtol=0, atol=1e-5)
+            assert torch.allclose(
+                plain(theirs, x[row], sigma[row].item(), cond[row].tokens), changed[row], rtol=0, atol=1e-5
+            )
     assert not torch.allclose(changed, base.velocity(x, sigma, cond), atol=1e-4)
 
 
-@pytest.mark.parametrize(("recipe", "guidance", "model"), [("flux2_klein", 4.0, "FLUX.2-klein-base-4B"), ("flux2_dev", 4.0, "FLUX.2-dev")])
+@pytest.mark.parametrize(
+    ("recipe", "guidance", "model"),
+    [("flux2_klein", 4.0, "FLUX.2-klein-base-4B"), ("flux2_dev", 4.0, "FLUX.2-dev")],
+)
 def test_the_bundled_recipes_are_the_published_ones(recipe, guidance, model):
     config = load_recipe(recipe)
     assert config.model.path == f"black-forest-labs/{model}" and config.model.guidance == guidance
-    assert (config.model.family, config.model.max_sequence_length, config.lora.rank, config.lora.alpha) == ("flux2", 512, 64, 128)
+    assert (config.model.family, config.model.max_sequence_length, config.lora.rank, config.lora.alpha) == (
+        "flux2",
+        512,
+        64,
+        128,
+    )
     assert json.loads(config.model_dump_json())["method"]["group_size"] == 12

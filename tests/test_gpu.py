@@ -1,4 +1,6 @@
-"""One training iteration on the device: the bundled model, and real architectures with random weights, at their real size or shrunk."""
+"""One training iteration on the device: the bundled model, and real architectures with random weights, at
+their real size or shrunk.
+"""
 
 import time
 
@@ -21,7 +23,17 @@ from g2rpo_trainer.families.sd3 import SD3, load_pipeline
 from g2rpo_trainer.model.cheap_forward import completions
 
 SHORT = recipe("g2rpo", num_steps=8, group_size=6, pick="random", pick_size=2)
-FIGURES = {"seconds", "forwards", "images", "forwards_per_s", "images_per_s", "utilisation", "peak_gb", "faster", "rank"}
+FIGURES = {
+    "seconds",
+    "forwards",
+    "images",
+    "forwards_per_s",
+    "images_per_s",
+    "utilisation",
+    "peak_gb",
+    "faster",
+    "rank",
+}
 
 
 def iterate(policy, conds, made, side, slots, speed=None):
@@ -36,18 +48,31 @@ def iterate(policy, conds, made, side, slots, speed=None):
     rewards = [plan.values(scorer.scores[:, p]) for p in range(len(conds))]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=made.learning_rate)
     before = [p.detach().clone() for p in policy.parameters()]
-    metrics = update(policy, records(rollout, [integrate(one) for one in rewards]), conds, optimizer, made, micro_batch=1)
+    metrics = update(
+        policy, records(rollout, [integrate(one) for one in rewards]), conds, optimizer, made, micro_batch=1
+    )
     assert scorer.scores.isfinite().all() and 0 < metrics["grad_norm"] < float("inf")
     assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
     memory = torch.cuda.max_memory_allocated() / 2**30 if policy.device.type == "cuda" else 0.0
-    known = {"seconds": time.perf_counter() - begin, "nfe": rollout.nfe, "images": len(plan.images), "memory GiB": memory}
+    known = {
+        "seconds": time.perf_counter() - begin,
+        "nfe": rollout.nfe,
+        "images": len(plan.images),
+        "memory GiB": memory,
+    }
     return metrics | known | {"rewards": torch.stack(rewards)}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_same_iteration_on_the_cpu_at_a_small_size(name):
     policy = random_policy(name, torch.device("cpu"), torch.float32, small=True)
-    iterate(policy, random_conds(name, "cpu", small=True), recipe("g2rpo", num_steps=3, group_size=2), side=SMALL_SIDE // 2, slots=8)
+    iterate(
+        policy,
+        random_conds(name, "cpu", small=True),
+        recipe("g2rpo", num_steps=3, group_size=2),
+        side=SMALL_SIDE // 2,
+        slots=8,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +82,10 @@ def bench():
 
 def test_the_plain_loop_is_counted_as_the_published_code_spends():
     # The table of the method's description: Λ={1}, {1,2}, {1,2,3} at T=16, k=0…7, G=12.
-    counted = [gpu.published_forwards(singular(16, range(8), 12, range(1, n + 1), terminal="published")) for n in (1, 2, 3)]
+    counted = [
+        gpu.published_forwards(singular(16, range(8), 12, range(1, n + 1), terminal="published"))
+        for n in (1, 2, 3)
+    ]
     assert counted == [1216, 1792, 2188]
 
 
@@ -67,14 +95,20 @@ def test_the_benchmark_measures_every_way_against_the_plain_loop_of_the_same_run
     rows = gpu.measure(bench, tried, ["bf16", "tail stride 2"])
     assert [row["way"] for row in rows] == ["plain loop", "engine", "bf16", "tail stride 2"]
     assert all(row.keys() >= FIGURES and row["forwards"] > 0 and 0 < row["utilisation"] < 1.5 for row in rows)
-    assert rows[0]["forwards"] > rows[1]["forwards"] > rows[3]["forwards"] and rows[1]["rank"] == pytest.approx(1)
+    assert rows[0]["forwards"] > rows[1]["forwards"] > rows[3]["forwards"] and rows[1][
+        "rank"
+    ] == pytest.approx(1)
 
 
 def test_flops_are_those_of_the_products_in_a_forward(bench):
     config, tokens, text = bench.policy.transformer.config, 64, 32  # Z-Image pads texts to a multiple of 32
     layer = 2 * config.dim * (4 * config.dim + 3 * int(config.dim / 3 * 8))
     refiners = config.n_refiner_layers * layer * (tokens + text)
-    attention = 4 * config.dim * (config.n_layers * (tokens + text) ** 2 + config.n_refiner_layers * (tokens**2 + text**2))
+    attention = (
+        4
+        * config.dim
+        * (config.n_layers * (tokens + text) ** 2 + config.n_refiner_layers * (tokens**2 + text**2))
+    )
     products = config.n_layers * layer * (tokens + text) + refiners + attention
     assert products < bench.flops < 1.12 * products  # the rest: adapter, embeddings, modulation
 
@@ -83,7 +117,15 @@ def test_flops_are_those_of_the_products_in_a_forward(bench):
 def test_the_bundled_model_trains_in_bf16():
     policy = SD3(load_pipeline("models/tiny", torch.bfloat16).to("cuda"), autocast=torch.bfloat16)
     policy.add_lora(16, 16, seed=0)
-    print(iterate(policy, policy.encode(["a red circle", "two blue squares"]), recipe("g2rpo", num_steps=8, group_size=8), 64, 64))
+    print(
+        iterate(
+            policy,
+            policy.encode(["a red circle", "two blue squares"]),
+            recipe("g2rpo", num_steps=8, group_size=8),
+            64,
+            64,
+        )
+    )
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -98,17 +140,28 @@ def real(request):
 def test_a_real_size_trains_in_bf16(real, side):
     name, policy = real
     torch.cuda.reset_peak_memory_stats()
-    # 720 is no multiple of what SD3.5's and the others' tokens span, but for FLUX.1, which was published at that size.
+    # 720 is no multiple of what SD3.5's and the others' tokens span, but for FLUX.1, which was published at
+    # that size.
     side = side if name == "flux" or side == 512 else 768
     print(name, side, iterate(policy, random_conds(name, "cuda", small=False), SHORT, side, slots=8))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("speed", [Speed(cache=0.05), Speed(compile=True), Speed(precision="fp8")], ids=lambda speed: str(speed.precision))
+@pytest.mark.parametrize(
+    "speed",
+    [Speed(cache=0.05), Speed(compile=True), Speed(precision="fp8")],
+    ids=lambda speed: str(speed.precision),
+)
 def test_a_real_size_trains_by_cheaper_completions(real, speed):
     name, policy = real
     if speed.precision == "fp8" and gpu.multiplies_fp8(policy.device):
         pytest.skip("this card has no products in 8 bit")
     conds = random_conds(name, "cuda", small=False)
     exact, cheap = (iterate(policy, conds, SHORT, 512, 8, how) for how in (Speed(), speed))
-    print(name, speed, cheap, "rank", rank_correlation(cheap["rewards"][0], exact["rewards"][0]).nanmean().item())
+    print(
+        name,
+        speed,
+        cheap,
+        "rank",
+        rank_correlation(cheap["rewards"][0], exact["rewards"][0]).nanmean().item(),
+    )

@@ -1,4 +1,6 @@
-"""Cheaper completions: exact where the learner looks, each state by itself, and gone where they would change who is better than whom."""
+"""Cheaper completions: exact where the learner looks, each state by itself, and gone where they would
+change who is better than whom.
+"""
 
 from itertools import pairwise
 
@@ -57,7 +59,9 @@ JUDGES = (Brightness(),)
 def run(plan, shortcut=None, policy=None, slots=7, prompts=(0, 1)):
     policy = policy or ToyPolicy(dtype=torch.float64)
     conds, seeds = ([part[p] for p in prompts] for part in (CONDS, SEEDS))
-    return roll_out(policy, plan, shifted_sigmas(plan.num_steps), conds, seeds, SHAPE, slots=slots, shortcut=shortcut)
+    return roll_out(
+        policy, plan, shifted_sigmas(plan.num_steps), conds, seeds, SHAPE, slots=slots, shortcut=shortcut
+    )
 
 
 def close(one, two):
@@ -72,7 +76,9 @@ def exact():
 @given(st.data())
 def test_the_rank_correlation_is_spearmans_with_ties_at_their_mean(data):
     scores = [data.draw(st.lists(st.integers(0, 4), min_size=6, max_size=6)) for _ in range(2)]
-    found = rank_correlation(*(torch.tensor(row, dtype=torch.float32).view(1, 1, 6, 1) for row in scores)).item()
+    found = rank_correlation(
+        *(torch.tensor(row, dtype=torch.float32).view(1, 1, 6, 1) for row in scores)
+    ).item()
     flat = [len(set(row)) == 1 for row in scores]
     if any(flat):
         assert found != found if all(flat) else found == 0
@@ -86,7 +92,9 @@ def test_members_that_could_not_be_judged_are_left_out_of_the_rank_correlation()
     assert found.item() == pytest.approx(spearmanr([1, 3, 2], [1, 3, 4])[0])
 
 
-@pytest.mark.parametrize("shortcut", [Shortcut(cache=0.5), Shortcut(velocity=Painter().spoilt)], ids=["foreseen", "spoilt"])
+@pytest.mark.parametrize(
+    "shortcut", [Shortcut(cache=0.5), Shortcut(velocity=Painter().spoilt)], ids=["foreseen", "spoilt"]
+)
 def test_anchors_and_branch_states_stay_exact(exact, shortcut):
     cheap = run(PLAN, shortcut)
     assert close(cheap.x, exact.x) and close(cheap.velocity, exact.velocity)
@@ -97,20 +105,29 @@ def test_a_longer_stride_leaves_the_branch_states_as_they_are(exact):
     cheap = run(singular(STEPS, [0, 3, 5], 4, (1, 2), coarsest=2))
     assert close(cheap.x, exact.x) and close(cheap.velocity, exact.velocity)
     for member in range(12):
-        assert torch.equal(cheap.noise(0, cheap.plan.transitions[member]), exact.noise(0, PLAN.transitions[member]))
+        assert torch.equal(
+            cheap.noise(0, cheap.plan.transitions[member]), exact.noise(0, PLAN.transitions[member])
+        )
 
 
 def test_a_longer_stride_replaces_the_finer_granularities_alone(exact):
     plan = singular(STEPS, [0, 3, 5], 4, (1, 2), coarsest=2)
     cheap = run(plan)
-    drawn = [{leaf: made.latents[0, made.plan.images.index(leaf.state)] for leaf in made.plan.leaves} for made in (cheap, exact)]
-    pairs = [(one, drawn[0][one], drawn[1][other]) for one, other in zip(plan.leaves, PLAN.leaves, strict=True)]
+    drawn = [
+        {leaf: made.latents[0, made.plan.images.index(leaf.state)] for leaf in made.plan.leaves}
+        for made in (cheap, exact)
+    ]
+    pairs = [
+        (one, drawn[0][one], drawn[1][other]) for one, other in zip(plan.leaves, PLAN.leaves, strict=True)
+    ]
     assert all(close(a, b) for leaf, a, b in pairs if leaf.granularity == 1)
     assert not any(close(a, b) for leaf, a, b in pairs if leaf.granularity == 0)
     assert plan.forwards < 0.75 * PLAN.forwards
 
 
-@pytest.mark.parametrize("plan", [singular(STEPS, [0, 3], 2, (1, 4), coarsest=3), independent(STEPS, [1, 2], 2, coarsest=3)])
+@pytest.mark.parametrize(
+    "plan", [singular(STEPS, [0, 3], 2, (1, 4), coarsest=3), independent(STEPS, [1, 2], 2, coarsest=3)]
+)
 def test_a_longer_stride_is_the_second_order_solver_from_the_first_step_after_the_noise(plan):
     sigmas, rollout = shifted_sigmas(STEPS), run(plan)
     policy = ToyPolicy(dtype=torch.float64)
@@ -133,7 +150,9 @@ def test_a_longer_stride_is_the_second_order_solver_from_the_first_step_after_th
                 noise = made.std[there] * rollout.noise(0, there) if plan.states[there].noise else 0
                 x = made.x_coef[there] * x + made.v_coef[there] * v + noise
             past, before = denoised, sigma
-        assert {plan.states[s].kernel for s in path[fork + 2 :]} == {"dpm_2m" if leaf.granularity == 0 else "ode"}
+        assert {plan.states[s].kernel for s in path[fork + 2 :]} == {
+            "dpm_2m" if leaf.granularity == 0 else "ode"
+        }
         assert close(rollout.latents[0, plan.images.index(leaf.state)], x.float())
 
 
@@ -183,7 +202,9 @@ def test_an_excerpt_draws_what_the_whole_draws(name):
     kept = [leaf for leaf in whole.leaves if first_group(whole, leaf) in groups]
     assert kept and len(kept) == len(part.leaves)
     for one, other in zip(kept, part.leaves, strict=True):
-        pictures = (drawn[p].latents[0, p.images.index(leaf.state)] for p, leaf in ((whole, one), (part, other)))
+        pictures = (
+            drawn[p].latents[0, p.images.index(leaf.state)] for p, leaf in ((whole, one), (part, other))
+        )
         assert close(*pictures)
         assert whole.states[one.state].index == part.states[other.state].index
 
@@ -196,14 +217,20 @@ def explored(speed, velocity=None, step=0, cheap=True, made=MADE, rewards=JUDGES
         plans.append((plan, list(places), shortcut))
         scorer = Scorer(policy.decode, judges, ["a", "b"], len(plan.images))
         conds, seeds = ([part[p] for p in places] for part in (CONDS, SEEDS))
-        return scorer, roll_out_and_score(policy, plan, shifted_sigmas(STEPS), conds, seeds, SHAPE, scorer, 16, None, shortcut)
+        return scorer, roll_out_and_score(
+            policy, plan, shifted_sigmas(STEPS), conds, seeds, SHAPE, scorer, 16, None, shortcut
+        )
 
     return explore(roll, made, speed, velocity, cheap, step, 0, 2, rewards), plans
 
 
 def test_nothing_is_cheap_or_measured_unless_it_is_asked_for():
     found, plans = explored(Speed(guard_every=1))
-    assert [(len(places), shortcut) for _, places, shortcut in plans] == [(2, None)] and found.metrics == {} and found.cheap
+    assert (
+        [(len(places), shortcut) for _, places, shortcut in plans] == [(2, None)]
+        and found.metrics == {}
+        and found.cheap
+    )
 
 
 def test_a_share_of_the_groups_is_measured_every_so_many_iterations():
@@ -230,7 +257,9 @@ def test_what_turns_the_order_round_is_switched_off_and_done_again_exactly():
     assert found.metrics["guard/rank"] < 0.95 and found.metrics["guard/on"] == 0 and not found.cheap
     assert found.plan == exact.plan and torch.equal(found.scorer.scores, exact.scorer.scores)
     assert torch.equal(found.rollout.x, exact.rollout.x) and plans[-1][2] is None
-    assert found.metrics["guard/nfe"] > 2 * plans[1][0].forwards  # measuring, and the rollout that was thrown away
+    assert (
+        found.metrics["guard/nfe"] > 2 * plans[1][0].forwards
+    )  # measuring, and the rollout that was thrown away
 
 
 def test_once_off_it_stays_off():
@@ -243,7 +272,9 @@ def test_the_processes_of_a_run_decide_together():
 
     def roll(plan, places, judges, shortcut):
         scorer = Scorer(policy.decode, judges, ["a", "b"], len(plan.images))
-        return scorer, roll_out_and_score(policy, plan, shifted_sigmas(STEPS), CONDS, SEEDS, SHAPE, scorer, 16, None, shortcut)
+        return scorer, roll_out_and_score(
+            policy, plan, shifted_sigmas(STEPS), CONDS, SEEDS, SHAPE, scorer, 16, None, shortcut
+        )
 
     def with_a_bad_one(found):
         return torch.cat([found, torch.tensor([[[-4.0, 4.0]]])], 1)
@@ -258,5 +289,8 @@ def test_rewards_that_see_whole_groups_are_not_asked_by_the_guard():
     assert len(plans) == 2
     check(Speed(), [Crowd()])
     check(Speed(cache=0.1), [Crowd(), Brightness()])
-    with pytest.raises(ValueError, match="speed: its guard cannot ask crowd, which judge whole groups only; leave the section out"):
+    with pytest.raises(
+        ValueError,
+        match="speed: its guard cannot ask crowd, which judge whole groups only; leave the section out",
+    ):
         check(Speed(cache=0.1), [Crowd()])

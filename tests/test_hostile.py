@@ -1,4 +1,6 @@
-"""Every input of every block gets what a stranger's workflow, a broken file or a careless hand could send, inside real ComfyUIs."""
+"""Every input of every block gets what a stranger's workflow, a broken file or a careless hand could send,
+inside real ComfyUIs.
+"""
 
 from __future__ import annotations
 
@@ -50,15 +52,37 @@ STRINGS = [
     "steps = 1e9",
     "unknown = 1",
 ]
-NUMBERS: list[Any] = [0, -1, 2**31, 2**63, -(2**63), 2**64, 10**400, float("nan"), float("inf"), -float("inf"), 1e308, -0.5, 5e-324, 0.5]
+NUMBERS: list[Any] = [
+    0,
+    -1,
+    2**31,
+    2**63,
+    -(2**63),
+    2**64,
+    10**400,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    1e308,
+    -0.5,
+    5e-324,
+    0.5,
+]
 
 
 def drawn(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
-    """Have hypothesis draw examples, the same ones every time: ComfyUI's own Python, which runs them, has no hypothesis."""
+    """Have hypothesis draw examples, the same ones every time: ComfyUI's own Python, which runs them, has
+    no hypothesis.
+    """
     found: list[Any] = []
 
     @settings(
-        max_examples=count, derandomize=True, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
     )
     @given(strategy)
     def draw(example: Any) -> None:
@@ -77,7 +101,9 @@ def answer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         "numbers": [*NUMBERS, *drawn(st.integers() | st.floats(width=64), 40)],
     }
     base = make_base(tmp_path_factory.mktemp("hostile"))
-    return run_script(request.param, Path(__file__).with_name("comfy_child_hostile.py"), base, data=data, timeout=300)
+    return run_script(
+        request.param, Path(__file__).with_name("comfy_child_hostile.py"), base, data=data, timeout=300
+    )
 
 
 def test_every_attack_ends_in_a_named_error_or_a_correct_result(answer: Answer) -> None:
@@ -88,7 +114,9 @@ def test_every_attack_ends_in_a_named_error_or_a_correct_result(answer: Answer) 
 def test_every_block_was_attacked(answer: Answer) -> None:
     counts = answer.data["counts"]
     # The loader has no inputs: it was attacked once.
-    attacked = {name for name, count in counts.items() if count["refused"] >= (1 if name == "TinyDemoLoader" else 40)}
+    attacked = {
+        name for name, count in counts.items() if count["refused"] >= (1 if name == "TinyDemoLoader" else 40)
+    }
     assert attacked == set(answer.data["blocks"])
     assert sum(count["attacks"] for count in counts.values()) > 2000
 

@@ -1,4 +1,6 @@
-"""Judges over HTTP, against a local one that is slow, flaky, hangs, talks nonsense and hangs up: never a wrong score, never a leak."""
+"""Judges over HTTP, against a local one that is slow, flaky, hangs, talks nonsense and hangs up: never a
+wrong score, never a leak.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _quick(make):
-    return lambda self, **given: make(self, **({"first_wait": 0.01, "longest_wait": 0.05, "longest_asked_wait": 0.3} | given))
+    return lambda self, **given: make(
+        self, **({"first_wait": 0.01, "longest_wait": 0.05, "longest_asked_wait": 0.3} | given)
+    )
 
 
 def images_of(count: int, seed: int = 0, size: int = 8) -> Tensor:
@@ -65,7 +69,9 @@ def test_yes_or_no_is_a_probability_of_the_words_that_were_asked_for() -> None:
         scores = checked(judge, images, ["a cat"] * 20)
     assert torch.allclose(scores, truth(images), atol=1e-5)
     assert host.bodies[1]["logprobs"] is True and host.bodies[1]["temperature"] == 0
-    assert {judge_host.text_of(body) for body in host.bodies[1:]} == {KINDS["yes_no"].question.format(prompt="a cat")}
+    assert {judge_host.text_of(body) for body in host.bodies[1:]} == {
+        KINDS["yes_no"].question.format(prompt="a cat")
+    }
 
 
 def test_a_rating_is_expected_over_its_digits() -> None:
@@ -119,7 +125,9 @@ NONSENSE = {
     "a chance in words": with_logprob("-0.1"),
     "a number too large for any": with_logprob(10**400),
     "chances that add up to two": completion({"yes": 1.0, "Yes": 1.0}),
-    "tokens that are none": {"choices": [WORDS | {"logprobs": {"content": [{"token": 3, "top_logprobs": []}]}}]},
+    "tokens that are none": {
+        "choices": [WORDS | {"logprobs": {"content": [{"token": 3, "top_logprobs": []}]}}]
+    },
     "deep": json.loads("[" * 500 + "]" * 500),
 }
 
@@ -129,7 +137,11 @@ def test_nonsense_is_no_score_and_spoils_no_other(name: str, caplog: pytest.LogC
     dark = lambda body: judge_host.brightness(judge_host.pictures_of(body)[0]) < 0.5  # noqa: E731
 
     def behave(host: JudgeHost, request: web.Request, body: dict) -> web.Response | None:
-        return web.Response(text=json.dumps(NONSENSE[name]), content_type="application/json") if dark(body) else None
+        return (
+            web.Response(text=json.dumps(NONSENSE[name]), content_type="application/json")
+            if dark(body)
+            else None
+        )
 
     with JudgeHost(after(1, behave)) as host:
         judge, images = connect(section(url=host.url)), images_of(40)
@@ -149,11 +161,17 @@ def test_a_rating_in_words_is_one_of_five_digits(text: str) -> None:
         assert judge.chat.words and judge.score(images_of(1), ["x"]).isnan().all()
 
 
-def test_a_server_without_probabilities_is_named_and_its_words_count(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_without_probabilities_is_named_and_its_words_count(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def behave(host: JudgeHost, request: web.Request, body: dict) -> object:
         if "logprobs" in body:
             return web.json_response({"error": "logprobs are not supported"}, status=400)
-        return {"choices": [{"message": {"content": "No" if judge_host.pictures_of(body)[0].mean() < 128 else "Yes"}}]}
+        return {
+            "choices": [
+                {"message": {"content": "No" if judge_host.pictures_of(body)[0].mean() < 128 else "Yes"}}
+            ]
+        }
 
     with JudgeHost(behave) as host:
         judge, images = connect(section(url=host.url)), images_of(10)
@@ -173,12 +191,24 @@ def test_a_server_that_names_the_bound_of_an_answer_otherwise_is_understood() ->
 # What is broken before a run begins
 
 BROKEN = {
-    "no server": (section(url="http://127.0.0.1:9/v1"), None, "judge 'judge' at http://127.0.0.1:9/v1: connection failed"),
+    "no server": (
+        section(url="http://127.0.0.1:9/v1"),
+        None,
+        "judge 'judge' at http://127.0.0.1:9/v1: connection failed",
+    ),
     "no key": (section(), lambda *_: web.Response(status=401), "HTTP 401; put its key into G2RPO_JUDGE_KEY"),
     "no such address": (section(), lambda *_: web.Response(status=404), "HTTP 404; check url and model"),
-    "led elsewhere": (section(), lambda *_: web.Response(status=302, headers={"Location": "http://127.0.0.1:9/"}), "HTTP 302"),
+    "led elsewhere": (
+        section(),
+        lambda *_: web.Response(status=302, headers={"Location": "http://127.0.0.1:9/"}),
+        "HTTP 302",
+    ),
     "another word": (section(), lambda *_: completion({"<think>": 0.99}), "the answer is none of yes, no"),
-    "another protocol": (section(protocol="g2rpo"), lambda *_: {"hello": 1}, "start it with g2rpo rewards serve"),
+    "another protocol": (
+        section(protocol="g2rpo"),
+        lambda *_: {"hello": 1},
+        "start it with g2rpo rewards serve",
+    ),
     "several models": (
         section(model=None),
         lambda *_: {"data": [{"id": "a"}, {"id": "b"}]},
@@ -289,7 +319,11 @@ def test_only_what_may_pass_is_asked_again(status: int) -> None:
 
 
 def test_the_judge_says_how_long_to_wait_up_to_a_limit() -> None:
-    with JudgeHost(lambda host, *_: web.Response(status=429, headers={"Retry-After": "3600"}) if host.asked == 2 else None) as host:
+    with JudgeHost(
+        lambda host, *_: (
+            web.Response(status=429, headers={"Retry-After": "3600"}) if host.asked == 2 else None
+        )
+    ) as host:
         judge = connect(section(url=host.url))
         begin = time.perf_counter()
         assert judge.score(images_of(1), ["x"]).isfinite().all()
@@ -303,7 +337,9 @@ def test_retry_after_is_read_as_seconds_or_as_a_date() -> None:
 
 
 def test_waits_double_up_to_a_limit_and_are_spread_by_a_seed() -> None:
-    first, second = (Client("a", "http://a", limits=Limits(first_wait=1, longest_wait=4), seed=3) for _ in range(2))
+    first, second = (
+        Client("a", "http://a", limits=Limits(first_wait=1, longest_wait=4), seed=3) for _ in range(2)
+    )
     waits = [first._wait(attempt, 0) for attempt in range(5)]
     assert waits == [second._wait(attempt, 0) for attempt in range(5)]
     assert all(top / 2 <= wait <= top for wait, top in zip(waits, (1, 2, 4, 4, 4), strict=True))
@@ -356,8 +392,14 @@ def resident() -> int:
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files in /proc")
 def test_a_thousand_pictures_at_concurrency_8_leave_nothing_behind() -> None:
     with JudgeHost(keep=False) as host:
-        judge, first, images = connect(section(url=host.url)), images_of(1000, seed=1, size=32), images_of(1000, seed=2, size=32)
-        judge.score(first, ["x"] * 1000)  # what is loaded once, and the memory that is needed for so many, is there now
+        judge, first, images = (
+            connect(section(url=host.url)),
+            images_of(1000, seed=1, size=32),
+            images_of(1000, seed=2, size=32),
+        )
+        judge.score(
+            first, ["x"] * 1000
+        )  # what is loaded once, and the memory that is needed for so many, is there now
         gc.collect()
         before = open_files(), threading.active_count(), len(gc.get_objects()), resident()
         scores = judge.score(images, ["x"] * 1000)
@@ -394,11 +436,16 @@ def test_a_failure_is_not_remembered() -> None:
         assert judge.score(images_of(2), ["x"] * 2).isfinite().all()
 
 
-def test_scores_survive_in_a_folder_but_not_under_another_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_survive_in_a_folder_but_not_under_another_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("G2RPO_JUDGE_CACHE", str(tmp_path / "cache"))
     with JudgeHost() as host:
         first = connect(section(url=host.url)).score(images_of(5), ["x"] * 5)
-        assert torch.equal(connect(section(url=host.url)).score(images_of(5), ["x"] * 5), first) and host.asked == 1 + 5 + 1
+        assert (
+            torch.equal(connect(section(url=host.url)).score(images_of(5), ["x"] * 5), first)
+            and host.asked == 1 + 5 + 1
+        )
         connect(section(url=host.url, question="Is it bright?")).score(images_of(5), ["x"] * 5)
         assert host.asked == 1 + 5 + 1 + 1 + 5
 
@@ -426,7 +473,9 @@ def test_memory_of_scores_is_bounded() -> None:
     assert list(cache.scores.values()) == [7, 8, 9]
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cache_that_cannot_be_written_is_said_and_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("")
     cache = Cache(tmp_path / "file" / "folder") if os.name == "nt" else Cache(None)
     cache.path = tmp_path / "file" / "folder" / "scores.jsonl"
@@ -450,7 +499,9 @@ def test_a_win_rate_orders_a_group_and_cancels_the_liking_for_a_place() -> None:
 def test_equal_pictures_are_not_asked_about_and_win_one_half() -> None:
     with JudgeHost() as host:
         judge = connect(section(url=host.url, protocol="pairwise"))
-        assert judge.score(images_of(1).repeat(4, 1, 1, 1), ["x"] * 4).tolist() == [0.5] * 4 and host.asked == 1
+        assert (
+            judge.score(images_of(1).repeat(4, 1, 1, 1), ["x"] * 4).tolist() == [0.5] * 4 and host.asked == 1
+        )
         assert judge.score(images_of(1), ["x"]).isnan().all()
 
 
@@ -477,8 +528,12 @@ def test_a_picture_without_half_of_its_comparisons_has_no_win_rate() -> None:
 
 
 def test_failed_comparisons_drop_pictures_and_never_turn_one_round() -> None:
-    with JudgeHost(after(1, lambda host, *_: web.Response(status=400) if host.random.random() < 0.3 else None)) as host:
+    with JudgeHost(
+        after(1, lambda host, *_: web.Response(status=400) if host.random.random() < 0.3 else None)
+    ) as host:
         judge, images = connect(section(url=host.url, protocol="pairwise")), images_of(12, size=2)
         scores, again = judge.score(images, ["x"] * 12), judge.score(images, ["x"] * 12)
     logging.getLogger(__name__).info("win rates %s, and with the missing asked again %s", scores, again)
-    assert (scores.isnan() | ((scores >= 0) & (scores <= 1))).all() and again.isnan().sum() <= scores.isnan().sum()
+    assert (
+        scores.isnan() | ((scores >= 0) & (scores <= 1))
+    ).all() and again.isnan().sum() <= scores.isnan().sum()

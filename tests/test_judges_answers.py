@@ -1,4 +1,7 @@
-"""Whatever a judge answers, in whatever place: a score in its range, or nonsense; never another error, never another number."""
+"""Whatever a judge answers, in whatever place: a score in its range, or nonsense.
+
+Never another error, never another number.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,18 @@ from g2rpo_trainer.rewards.judges.client import Nonsense
 from g2rpo_trainer.rewards.judges.judge_protocol import read as read_scores
 from g2rpo_trainer.rewards.judges.openai import KINDS, read
 
-SIMPLE = st.none() | st.booleans() | st.floats() | st.integers() | st.sampled_from(["1", "5", "yes", "", "NaN"]) | st.text(max_size=5)
+SIMPLE = (
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.integers()
+    | st.sampled_from(["1", "5", "yes", "", "NaN"])
+    | st.text(max_size=5)
+)
 JSON = st.recursive(
-    SIMPLE, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=9
+    SIMPLE,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=9,
 )
 WORTH = KINDS["rating"].worth
 
@@ -26,7 +38,9 @@ WORTH = KINDS["rating"].worth
 def places(tree: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """List the paths to everything in an answer."""
     yield at
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+    for key, value in (
+        tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    ):
         yield from places(value, (*at, key))
 
 
@@ -59,13 +73,21 @@ def test_a_chat_completion_with_anything_in_any_place(at: tuple[Any, ...], value
     assert score is None or 1 <= score <= 5
 
 
-@given(st.dictionaries(st.sampled_from(["1", " 2", "3", "▁4", "5", "6", "12", "five", ""]), st.floats(0, 1), min_size=1))
-def test_a_rating_is_the_mean_of_the_digits_that_hold_most_of_the_probability(chances: dict[str, float]) -> None:
+@given(
+    st.dictionaries(
+        st.sampled_from(["1", " 2", "3", "▁4", "5", "6", "12", "five", ""]), st.floats(0, 1), min_size=1
+    )
+)
+def test_a_rating_is_the_mean_of_the_digits_that_hold_most_of_the_probability(
+    chances: dict[str, float],
+) -> None:
     masses = {word.strip(" ▁"): chance for word, chance in chances.items() if word.strip(" ▁") in WORTH}
     total = sum(masses.values())
     score = score_of(lambda: read(completion(chances), WORTH, False))
     if 0.51 < total < 1:
-        assert math.isclose(score, sum(float(digit) * mass for digit, mass in masses.items()) / total, rel_tol=1e-6)
+        assert math.isclose(
+            score, sum(float(digit) * mass for digit, mass in masses.items()) / total, rel_tol=1e-6
+        )
     elif total < 0.49 or total > 1.02:
         assert score is None
 
@@ -74,7 +96,9 @@ def test_a_rating_is_the_mean_of_the_digits_that_hold_most_of_the_probability(ch
 def test_served_scores_with_anything_in_any_place(at: tuple[Any, ...], value: Any) -> None:
     answer = changed({"scores": [0.5, None]}, at, value)
     scores = score_of(lambda: read_scores(2, answer))
-    assert scores is None or (len(scores) == 2 and all(math.isnan(score) or abs(score) <= 1e30 for score in scores))
+    assert scores is None or (
+        len(scores) == 2 and all(math.isnan(score) or abs(score) <= 1e30 for score in scores)
+    )
 
 
 @given(JSON)

@@ -1,4 +1,7 @@
-"""Whole runs of the bundled model under a judge that misbehaves: they end, or stop resumable and say why; no picture is mis-scored."""
+"""Whole runs of the bundled model under a judge that misbehaves: they end, or stop resumable and say why.
+
+No picture is mis-scored.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,11 @@ from g2rpo_trainer.rewards.judges.client import Limits
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait little between attempts, and take no key from the environment."""
     make = Limits.__init__
-    monkeypatch.setattr(Limits, "__init__", lambda self, **given: make(self, **({"first_wait": 0.01, "longest_wait": 0.05} | given)))
+    monkeypatch.setattr(
+        Limits,
+        "__init__",
+        lambda self, **given: make(self, **({"first_wait": 0.01, "longest_wait": 0.05} | given)),
+    )
     for name in [name for name in os.environ if name.startswith("G2RPO_JUDGE")]:
         monkeypatch.delenv(name)
 
@@ -41,7 +48,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
 
     def leave(scorer: Scorer, *error: Any) -> None:
         finish(scorer, *error)
-        pairs.extend((scorer.pictures[p, i].mean().item(), scorer.scores[0, p, i].item()) for p, i in sorted(scorer.pictures))
+        pairs.extend(
+            (scorer.pictures[p, i].mean().item(), scorer.scores[0, p, i].item())
+            for p, i in sorted(scorer.pictures)
+        )
 
     make = Scorer.__init__
 
@@ -55,8 +65,17 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
 
 def made(tmp_path: Path, host: JudgeHost, train: dict[str, Any] | None = None, **reward: Any) -> Any:
     """Configure two small steps under a judge."""
-    judge = {"name": "bright", "url": host.url, "protocol": "yes_no", "model": "toy", "timeout": 5.0, "retries": 3} | reward
-    return config(tmp_path, rewards=[judge], train={"steps": 2, "prompts_per_step": 1, "eval_noises": 1} | (train or {}))
+    judge = {
+        "name": "bright",
+        "url": host.url,
+        "protocol": "yes_no",
+        "model": "toy",
+        "timeout": 5.0,
+        "retries": 3,
+    } | reward
+    return config(
+        tmp_path, rewards=[judge], train={"steps": 2, "prompts_per_step": 1, "eval_noises": 1} | (train or {})
+    )
 
 
 def nonsense(host: JudgeHost, request: Any, body: dict[str, Any]) -> dict[str, Any] | None:
@@ -96,14 +115,18 @@ def test_a_judge_that_dies_stops_the_run_which_goes_on_when_it_is_back(tmp_path:
         run = made(tmp_path, host, train=train, retries=0, timeout=2.0)
         learn = training.learn
 
-        def die_after_a_step(setup: Any, learner: Any, folder: Any, progress: Any, check: Any, stops: Any) -> None:
+        def die_after_a_step(
+            setup: Any, learner: Any, folder: Any, progress: Any, check: Any, stops: Any
+        ) -> None:
             step = progress.step
             progress.step = lambda row: step(row) or ("nfe" in row and setattr(host, "behave", hang))
             learn(setup, learner, folder, progress, check, stops)
 
         with (
             pytest.MonkeyPatch.context() as patch,
-            pytest.raises(RewardError, match=r"judged none of the 9 pictures of step 2; .* and resume the run"),
+            pytest.raises(
+                RewardError, match=r"judged none of the 9 pictures of step 2; .* and resume the run"
+            ),
         ):
             patch.setattr(training, "learn", die_after_a_step)
             training.train(run, tmp_path / "run", progress=Silent())
@@ -113,7 +136,9 @@ def test_a_judge_that_dies_stops_the_run_which_goes_on_when_it_is_back(tmp_path:
         # What a run without any trouble gives, bit for bit.
         training.train(run, tmp_path / "whole", progress=Silent())
     states = [read_state(RunFolder.open(tmp_path / name).latest())[0] for name in ("run", "whole")]
-    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][key], states[1][key]) for key in states[0]
+    )
 
 
 def test_ctrl_c_while_a_judge_hangs_stops_at_once_and_leaves_no_thread(tmp_path: Path) -> None:
@@ -133,7 +158,9 @@ def test_ctrl_c_while_a_judge_hangs_stops_at_once_and_leaves_no_thread(tmp_path:
             training.train(run, tmp_path / "run", progress=Silent())
         presser.join()
         assert time.perf_counter() - begin < 60
-    assert not [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("rewards")]
+    assert not [
+        thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("rewards")
+    ]
 
 
 def test_a_judge_that_is_not_there_starts_no_run(tmp_path: Path) -> None:
@@ -150,7 +177,11 @@ def test_win_rates_alone_train_and_measure_nothing_they_cannot(tmp_path: Path) -
         summary = training.train(run, tmp_path / "run", progress=Silent())
         shown = {len(pictures_of(body)) for body in host.bodies}
     rows = RunFolder.open(tmp_path / "run").metrics()
-    assert summary["steps"] == 2 and shown == {2} and not any(key.startswith("heldout/better") for row in rows for key in row)
+    assert (
+        summary["steps"] == 2
+        and shown == {2}
+        and not any(key.startswith("heldout/better") for row in rows for key in row)
+    )
     assert [row["reward/better/mean"] for row in rows if "nfe" in row] == pytest.approx([0.5, 0.5], abs=1e-6)
 
 
@@ -158,5 +189,7 @@ def test_a_held_out_reward_must_measure_single_pictures(tmp_path: Path) -> None:
     with JudgeHost() as host:
         pair = {"name": "better", "url": host.url, "protocol": "pairwise", "model": "toy"}
         run = config(tmp_path, heldout_rewards=[pair])
-        with pytest.raises(RewardError, match="heldout_rewards names 'better', which only compares the pictures of one group"):
+        with pytest.raises(
+            RewardError, match="heldout_rewards names 'better', which only compares the pictures of one group"
+        ):
             training.train(run, tmp_path / "run", progress=Silent())

@@ -15,7 +15,9 @@ steps = st.integers(0, 15)
 
 def pair(seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, 4, 5, 5, generator=generator).to(dtype), torch.randn(2, 4, 5, 5, generator=generator).to(dtype)
+    return torch.randn(2, 4, 5, 5, generator=generator).to(dtype), torch.randn(
+        2, 4, 5, 5, generator=generator
+    ).to(dtype)
 
 
 @pytest.mark.parametrize("kernel", STOCHASTIC)
@@ -36,7 +38,9 @@ def test_ode_is_euler_bit_for_bit():
 def test_the_first_flow_sde_step_has_std_eta(eta, shift, num_steps):
     sigmas = shifted_sigmas(num_steps, shift).double()
     x, v = pair(dtype=torch.float64)
-    assert kernels.flow_sde(x, v, sigmas[0], sigmas[1], eta, sigmas[1])[1].item() == pytest.approx(eta, rel=1e-12)
+    assert kernels.flow_sde(x, v, sigmas[0], sigmas[1], eta, sigmas[1])[1].item() == pytest.approx(
+        eta, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("kernel", STOCHASTIC)
@@ -62,7 +66,9 @@ def test_dance_sde_is_the_score_form():
     score = -(x + (1 - sigma) * v) / sigma
     expected = x + (v - 0.5 * eta**2 * score) * (sigma_next - sigma)
     mean, std = kernels.dance_sde(x, v, sigma, sigma_next, eta, SIGMAS[1])
-    assert (mean - expected).abs().max() < 1e-15 and std.item() == pytest.approx(eta * math.sqrt(sigma - sigma_next), rel=1e-12)
+    assert (mean - expected).abs().max() < 1e-15 and std.item() == pytest.approx(
+        eta * math.sqrt(sigma - sigma_next), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("kernel", STOCHASTIC)
@@ -81,7 +87,9 @@ def test_log_prob_is_the_mean_over_elements():
 
 
 def test_dpm_2m_is_exact_where_the_denoised_latent_is_linear_in_the_log_snr():
-    """The second-order step integrates x₀(λ) = α + βλ exactly in the limit of its midpoint rule: error falls with the cube of the step."""
+    """The second-order step integrates x₀(λ) = α + βλ exactly in the limit of its midpoint rule: error
+    falls with the cube of the step.
+    """
     errors = []
     for width in (0.2, 0.1):
         lam = torch.tensor([0.0, width, 2 * width], dtype=torch.float64)
@@ -101,4 +109,6 @@ def test_dpm_2m_is_exact_where_the_denoised_latent_is_linear_in_the_log_snr():
 
 @pytest.mark.parametrize("k", [0, 15])
 def test_dpm_2m_is_defined_at_both_ends(k):
-    assert all(torch.isfinite(coef) for coef in kernels.dpm_2m_step(SIGMAS[max(k - 1, 0)], SIGMAS[k], SIGMAS[k + 1]))
+    assert all(
+        torch.isfinite(coef) for coef in kernels.dpm_2m_step(SIGMAS[max(k - 1, 0)], SIGMAS[k], SIGMAS[k + 1])
+    )

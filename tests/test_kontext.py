@@ -1,4 +1,6 @@
-"""FLUX.1 Kontext on a tiny random model: its velocity and its pictures against diffusers' own pipeline, and a run that edits."""
+"""FLUX.1 Kontext on a tiny random model: its velocity and its pictures against diffusers' own pipeline,
+and a run that edits.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,12 @@ def base(folder) -> Kontext:
 @pytest.fixture
 def prompts(pictures) -> list[str]:
     """Prompts with a wide, a tall and no picture, the first one twice."""
-    return [starting(TEXT, pictures["wide"]), starting(OTHER, pictures["tall"]), TEXT, starting(OTHER, pictures["wide"])]
+    return [
+        starting(TEXT, pictures["wide"]),
+        starting(OTHER, pictures["tall"]),
+        TEXT,
+        starting(OTHER, pictures["wide"]),
+    ]
 
 
 def plain(policy: Kontext, x: Tensor, sigma: float, prompt: str, latent: Tensor | None) -> Tensor:
@@ -79,17 +86,32 @@ def plain(policy: Kontext, x: Tensor, sigma: float, prompt: str, latent: Tensor 
     ids = pipeline._prepare_latent_image_ids(1, x.shape[1] // 2, x.shape[2] // 2, "cpu", torch.float32)
     hidden = FluxKontextPipeline._pack_latents(x[None], 1, *x.shape)
     if latent is not None:
-        more = pipeline._prepare_latent_image_ids(1, latent.shape[1] // 2, latent.shape[2] // 2, "cpu", torch.float32)
+        more = pipeline._prepare_latent_image_ids(
+            1, latent.shape[1] // 2, latent.shape[2] // 2, "cpu", torch.float32
+        )
         more[..., 0] = 1
         ids = torch.cat([ids, more])
         hidden = torch.cat([hidden, FluxKontextPipeline._pack_latents(latent[None], 1, *latent.shape)], 1)
-    rest = {"encoder_hidden_states": tokens, "pooled_projections": pooled, "txt_ids": text_ids, "img_ids": ids}
-    out = policy.transformer(hidden, timestep=torch.tensor([sigma]), guidance=torch.tensor([2.5]), **rest, return_dict=False)[0]
-    return FluxKontextPipeline._unpack_latents(out[:, : x[0].numel() // 4], 8 * x.shape[1], 8 * x.shape[2], 8)[0]
+    rest = {
+        "encoder_hidden_states": tokens,
+        "pooled_projections": pooled,
+        "txt_ids": text_ids,
+        "img_ids": ids,
+    }
+    out = policy.transformer(
+        hidden, timestep=torch.tensor([sigma]), guidance=torch.tensor([2.5]), **rest, return_dict=False
+    )[0]
+    return FluxKontextPipeline._unpack_latents(
+        out[:, : x[0].numel() // 4], 8 * x.shape[1], 8 * x.shape[2], 8
+    )[0]
 
 
 def test_the_velocity_is_diffusers_own_whatever_pictures_are_in_the_batch(base, prompts):
-    x, sigma, cond = seeded_noise((4, *SHAPE), "latents"), torch.tensor([1.0, 0.6, 0.123, 0.6]), base.encode(prompts)
+    x, sigma, cond = (
+        seeded_noise((4, *SHAPE), "latents"),
+        torch.tensor([1.0, 0.6, 0.123, 0.6]),
+        base.encode(prompts),
+    )
     assert [tuple(c.picture.shape[1:]) for c in cond] == [(6, 10), (12, 6), (0, 0), (6, 10)]
     with torch.no_grad():
         together = base.velocity(x, sigma, cond)
@@ -103,23 +125,37 @@ def test_the_velocity_is_diffusers_own_whatever_pictures_are_in_the_batch(base, 
 def test_a_picture_teaches_whatever_else_is_in_the_batch(folder, prompts):
     policy = load(folder)
     policy.add_lora(4, 8, 0)
-    x, sigma, cond = seeded_noise((4, *SHAPE), "latents"), torch.tensor([1.0, 0.6, 0.123, 0.6]), policy.encode(prompts)
+    x, sigma, cond = (
+        seeded_noise((4, *SHAPE), "latents"),
+        torch.tensor([1.0, 0.6, 0.123, 0.6]),
+        policy.encode(prompts),
+    )
 
     def gradient(rows: list[int]) -> Tensor:
         policy.transformer.zero_grad()
         policy.velocity(x[rows], sigma[rows], [cond[row] for row in rows]).square().sum().backward()
         return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
-    assert torch.allclose(gradient([0, 1, 2, 3]), sum(gradient([row]) for row in range(4)), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(
+        gradient([0, 1, 2, 3]), sum(gradient([row]) for row in range(4)), rtol=1e-4, atol=1e-5
+    )
 
 
-def test_a_deterministic_rollout_is_the_pipelines_own_edit_at_the_size_that_the_model_has_learnt(folder, pictures):
+def test_a_deterministic_rollout_is_the_pipelines_own_edit_at_the_size_that_the_model_has_learnt(
+    folder, pictures
+):
     policy = load(folder, reference_size=1024)
     cond = policy.encode([starting(TEXT, pictures["tall"])])
     assert cond[0].picture.shape == (16, 196, 84)
     sigmas = policy.pipeline_sigmas(2, SHAPE)
     rollout = roll_out(policy, deterministic(2), sigmas, cond, [5], SHAPE)
-    asked = {"height": HEIGHT, "width": WIDTH, "max_area": WIDTH * HEIGHT, "num_inference_steps": 2, "guidance_scale": 2.5}
+    asked = {
+        "height": HEIGHT,
+        "width": WIDTH,
+        "max_area": WIDTH * HEIGHT,
+        "num_inference_steps": 2,
+        "guidance_scale": 2.5,
+    }
     asked |= {"latents": pack(rollout.noise(0, 0)[None]), "max_sequence_length": flux_folder.TOKENS}
     with Image.open(pictures["tall"]) as image:
         latents = policy.pipeline(image.convert("RGB"), TEXT, **asked, output_type="latent").images
@@ -128,8 +164,12 @@ def test_a_deterministic_rollout_is_the_pipelines_own_edit_at_the_size_that_the_
 
 
 def test_a_picture_is_brought_to_a_size_that_the_model_has_learnt_or_to_that_shape_in_fewer_pixels():
-    assert {size_of(width / height) for width, height in PREFERRED_KONTEXT_RESOLUTIONS} == set(PREFERRED_KONTEXT_RESOLUTIONS)
-    assert size_of(1.0, 512) == (512, 512) and size_of(1.6, 512) == (672, 400) and size_of(9.0, 64) == (96, 48)
+    assert {size_of(width / height) for width, height in PREFERRED_KONTEXT_RESOLUTIONS} == set(
+        PREFERRED_KONTEXT_RESOLUTIONS
+    )
+    assert (
+        size_of(1.0, 512) == (512, 512) and size_of(1.6, 512) == (672, 400) and size_of(9.0, 64) == (96, 48)
+    )
 
 
 def test_features_are_kept_by_text_and_content_of_the_picture(folder, pictures, tmp_path, monkeypatch):
@@ -137,10 +177,17 @@ def test_features_are_kept_by_text_and_content_of_the_picture(folder, pictures, 
     monkeypatch.setattr(prompt_cache, "SMALL", 0)
     copy = tmp_path / "other name.png"
     copy.write_bytes(pictures["wide"].read_bytes())
-    asked = [starting(TEXT, pictures["wide"]), starting(TEXT, pictures["tall"]), TEXT, starting(OTHER, pictures["wide"])]
+    asked = [
+        starting(TEXT, pictures["wide"]),
+        starting(TEXT, pictures["tall"]),
+        TEXT,
+        starting(OTHER, pictures["wide"]),
+    ]
     first = load(folder).encode([*asked, starting(TEXT, copy)])
     assert len(list((tmp_path / "prompts").rglob("*.safetensors"))) == 4
-    assert torch.equal(first[0].picture, first[4].picture) and first[0].picture.shape != first[1].picture.shape
+    assert (
+        torch.equal(first[0].picture, first[4].picture) and first[0].picture.shape != first[1].picture.shape
+    )
     again = load(folder)
     again.drop_text_encoders()
     again.load_text_encoders = again.pipeline.image_processor = None
@@ -154,19 +201,29 @@ def test_its_transformers_file_is_enough_beside_the_parts_of_another_flux(base, 
     policy = load(dev, transformer=str(tmp_path / "kontext.safetensors"), edits="kontext")
     x, sigma = seeded_noise((4, *SHAPE), "latents"), torch.tensor([1.0, 0.6, 0.123, 0.6])
     with torch.no_grad():
-        assert torch.equal(policy.velocity(x, sigma, policy.encode(prompts)), base.velocity(x, sigma, base.encode(prompts)))
-    with pytest.raises(ValueError, match=r"model\.edits is kontext, which is no Wan 2\.1 and 2\.2; set model\.family: flux"):
+        assert torch.equal(
+            policy.velocity(x, sigma, policy.encode(prompts)), base.velocity(x, sigma, base.encode(prompts))
+        )
+    with pytest.raises(
+        ValueError, match=r"model\.edits is kontext, which is no Wan 2\.1 and 2\.2; set model\.family: flux"
+    ):
         families.load(ModelSection(family="wan", path=str(dev), edits="kontext"), dev, "cpu")
 
 
 def test_a_model_that_takes_no_picture_refuses_a_prompt_with_one(tmp_path, pictures):
     dev = load(flux_folder.save(tmp_path / "dev"))
-    with pytest.raises(ValueError, match=r"has an image to start from, but this model takes none; .* choose FLUX\.1 Kontext"):
+    with pytest.raises(
+        ValueError, match=r"has an image to start from, but this model takes none; .* choose FLUX\.1 Kontext"
+    ):
         dev.encode([starting(TEXT, pictures["wide"])])
 
 
 def test_a_run_learns_to_edit_and_shows_which_picture_it_started_from(folder, pictures, tmp_path, capsys):
-    rows = [{"prompt": TEXT, "image": str(pictures["wide"])}, {"prompt": TEXT, "image": str(pictures["tall"])}, {"prompt": "a dog"}]
+    rows = [
+        {"prompt": TEXT, "image": str(pictures["wide"])},
+        {"prompt": TEXT, "image": str(pictures["tall"])},
+        {"prompt": "a dog"},
+    ]
     for name, part in (("train", rows[1:]), ("heldout", rows[:1])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
     tree = {
@@ -180,16 +237,33 @@ def test_a_run_learns_to_edit_and_shows_which_picture_it_started_from(folder, pi
     train(from_dict(tree), tmp_path / "run", progress=Silent())
     run = RunFolder.open(tmp_path / "run")
     assert any(row.get("grad_norm", 0) > 0 for row in run.metrics())
-    assert Evaluation.read(run, 1).prompts == (f"{TEXT} (wide.png)",) == tuple(sample.prompt for sample in run.samples(1))
+    assert (
+        Evaluation.read(run, 1).prompts
+        == (f"{TEXT} (wide.png)",)
+        == tuple(sample.prompt for sample in run.samples(1))
+    )
     start = run.samples(1)[0].start
     assert start.parent == run.path / "images/000001" and torch.equal(read(start), read(pictures["wide"]))
     with Image.open(run.path / "before_after.png") as report:
-        beside = MARGIN + 64 + TILE + GAP + TILE // 2  # where nothing would be without the picture that the edit starts from
-        assert {report.getpixel((beside, y)) for y in range(5 * MARGIN, 5 * MARGIN + TILE // 2)} != {report.getpixel((0, 0))}
+        beside = (
+            MARGIN + 64 + TILE + GAP + TILE // 2
+        )  # where nothing would be without the picture that the edit starts from
+        assert {report.getpixel((beside, y)) for y in range(5 * MARGIN, 5 * MARGIN + TILE // 2)} != {
+            report.getpixel((0, 0))
+        }
     file = run.latest() / "lora.safetensors"
     assert any(up.any() for _, up in lora.read(file).pairs.values())
     assert all(key.startswith("transformer.") for key in read_tensors(file)[0])
-    arguments = ["sample", tmp_path / "run", "--prompt", TEXT, "--image", pictures["tall"], "--out", tmp_path / "edit.png"]
+    arguments = [
+        "sample",
+        tmp_path / "run",
+        "--prompt",
+        TEXT,
+        "--image",
+        pictures["tall"],
+        "--out",
+        tmp_path / "edit.png",
+    ]
     with pytest.raises(SystemExit) as left:
         cli.main([str(argument) for argument in arguments])
     assert left.value.code == 0 and size_on_disk(tmp_path / "edit.png") == (WIDTH, HEIGHT)

@@ -1,4 +1,6 @@
-"""Running out of memory: slots, decoding batches and micro-batches are halved, the run goes on with the same results and says so."""
+"""Running out of memory: slots, decoding batches and micro-batches are halved, the run goes on with the
+same results and says so.
+"""
 
 from contextlib import contextmanager
 
@@ -49,7 +51,9 @@ def test_a_rollout_that_runs_out_of_memory_halves_its_slots_and_finds_the_same()
     small, large = rolled_out(policy, slots), rolled_out(ToyPolicy(), 16)
     assert slots.rows <= 3 and slots.halvings and max(policy.calls) <= 3
     assert small.nfe == large.nfe and torch.allclose(small.latents, large.latents, atol=1e-5)
-    assert torch.allclose(small.x, large.x, atol=1e-5) and torch.allclose(small.velocity, large.velocity, atol=1e-5)
+    assert torch.allclose(small.x, large.x, atol=1e-5) and torch.allclose(
+        small.velocity, large.velocity, atol=1e-5
+    )
 
 
 def test_a_single_latent_that_does_not_fit_ends_the_run():
@@ -57,7 +61,10 @@ def test_a_single_latent_that_does_not_fit_ends_the_run():
         rolled_out(SmallCard(0), Limit(16))
 
 
-@pytest.mark.parametrize("changes", [{}, {"kl": 0.1}, {"objective": "clip", "epochs": 2}, {"objective": "clip", "update": "per_step"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"kl": 0.1}, {"objective": "clip", "epochs": 2}, {"objective": "clip", "update": "per_step"}],
+)
 def test_an_update_that_runs_out_of_memory_halves_its_micro_batch_and_learns_the_same(changes):
     made = recipe("g2rpo", num_steps=6, group_size=4, learning_rate=1e-2, **changes)
     rollout, advantages = rolled(made)
@@ -118,7 +125,10 @@ def test_what_has_come_down_is_said_once():
     assert not limits.lowered() and limits.news() == "" and limits.within(Pace()) == Pace()
     assert limits.slots.attempt(out_of_memory, 8) is None
     assert limits.lowered() == {"slots": 4} and limits.within(Pace()).slots == 4
-    assert limits.news() == "memory ran out: slots is 4 from now on; results stay the same" and limits.news() == ""
+    assert (
+        limits.news() == "memory ran out: slots is 4 from now on; results stay the same"
+        and limits.news() == ""
+    )
 
 
 def out_of_memory():
@@ -161,14 +171,23 @@ def test_a_whole_run_goes_on_with_what_fits_and_says_so_in_notes_and_metrics(tmp
             learn(setup, make_learner(setup), folder, notes, lambda phase: None, ())
         runs.append(([row for row in RunFolder.open(tmp_path / name).metrics() if "nfe" in row], notes.said))
     (large, quiet), (small, said) = runs
-    assert not any("memory ran out" in text for text in quiet) and not any("memory/slots" in row for row in large)
-    assert any(text.startswith("step 1: memory ran out: slots is 4 from now on, micro_batch is 1 from now on") for text in said)
+    assert not any("memory ran out" in text for text in quiet) and not any(
+        "memory/slots" in row for row in large
+    )
+    assert any(
+        text.startswith("step 1: memory ran out: slots is 4 from now on, micro_batch is 1 from now on")
+        for text in said
+    )
     assert sum("memory ran out" in text for text in said) == 1
-    assert [row["memory/slots"] for row in small] == [4, 4] and [row["memory/micro_batch"] for row in small] == [1, 1]
+    assert [row["memory/slots"] for row in small] == [4, 4] and [
+        row["memory/micro_batch"] for row in small
+    ] == [1, 1]
     for one, other in zip(large, small, strict=True):
         assert one["nfe"] == other["nfe"] and one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
 def test_the_distance_from_the_reference_is_measured_in_what_fits():
-    large, small = (velocity_distance(policy, rolled_out(policy, 16), CONDS, 8) for policy in (ToyPolicy(), SmallCard(3)))
+    large, small = (
+        velocity_distance(policy, rolled_out(policy, 16), CONDS, 8) for policy in (ToyPolicy(), SmallCard(3))
+    )
     assert large > 0 and small == pytest.approx(large, rel=1e-5)

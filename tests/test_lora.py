@@ -13,7 +13,10 @@ from comfy_g2rpo import lora
 from comfy_g2rpo.lora import LoraError
 
 PAIRS = {
-    "transformer_blocks.0.attn.to_q": (torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), torch.ones(5, 4)),
+    "transformer_blocks.0.attn.to_q": (
+        torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),
+        torch.ones(5, 4),
+    ),
     "transformer_blocks.0.attn.to_out.0": (torch.ones(4, 3), torch.full((2, 4), 0.5)),
 }
 
@@ -29,18 +32,24 @@ def test_a_file_has_the_change_of_weight_that_was_trained(tmp_path: Path, style:
 
 
 @pytest.mark.parametrize(
-    ("style", "names"), [("diffusers", {"lora_A.weight", "lora_B.weight"}), ("native", {"lora_down.weight", "lora_up.weight"})]
+    ("style", "names"),
+    [("diffusers", {"lora_A.weight", "lora_B.weight"}), ("native", {"lora_down.weight", "lora_up.weight"})],
 )
 def test_every_pair_has_its_alpha_and_needs_no_scale(tmp_path: Path, style: str, names: set[str]) -> None:
     lora.write(tmp_path / "a.safetensors", PAIRS, 8.0, style=style)
     prefix = lora.STYLES[style][0]
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
-        assert set(file.keys()) == {f"{prefix}{module}.{name}" for module in PAIRS for name in (*names, "alpha")}
+        assert set(file.keys()) == {
+            f"{prefix}{module}.{name}" for module in PAIRS for name in (*names, "alpha")
+        }
         assert all(file.get_tensor(f"{prefix}{module}.alpha") == 4 for module in PAIRS)
 
 
 def test_a_foreign_alpha_is_kept_and_a_missing_one_means_rank(tmp_path: Path) -> None:
-    weights = {"transformer.a.lora_A.weight": torch.ones(4, 2), "transformer.a.lora_B.weight": torch.ones(2, 4)}
+    weights = {
+        "transformer.a.lora_A.weight": torch.ones(4, 2),
+        "transformer.a.lora_B.weight": torch.ones(2, 4),
+    }
     save_file(weights, tmp_path / "without.safetensors")
     save_file(weights | {"transformer.a.alpha": torch.tensor(2.0)}, tmp_path / "with.safetensors")
     assert lora.read(tmp_path / "without.safetensors").alphas == {"a": 4.0}
@@ -79,7 +88,9 @@ PAIR = {"transformer.a.lora_A.weight": ONE, "transformer.a.lora_B.weight": ONE}
         (PAIR | {"transformer.a.alpha": torch.ones(2)}, "one number"),
     ],
 )
-def test_what_no_loader_could_apply_is_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], words: str) -> None:
+def test_what_no_loader_could_apply_is_refused(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], words: str
+) -> None:
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "a.safetensors")
     with pytest.raises(LoraError, match=rf"a\.safetensors.*{words}"):
         lora.read(tmp_path / "a.safetensors")
@@ -113,14 +124,25 @@ def inputs() -> dict[str, torch.Tensor]:
     }
 
 
-def test_diffusers_loads_the_strength_that_was_trained(tmp_path: Path, inputs: dict[str, torch.Tensor]) -> None:
+def test_diffusers_loads_the_strength_that_was_trained(
+    tmp_path: Path, inputs: dict[str, torch.Tensor]
+) -> None:
     diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
     torch.manual_seed(0)
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 64, "caption_projection_dim": 128, "sample_size": 8}
+    sizes = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 64,
+        "caption_projection_dim": 128,
+        "sample_size": 8,
+    }
     sizes |= {"joint_attention_dim": 32, "pooled_projection_dim": 32, "pos_embed_max_size": 8}
     base = diffusers.SD3Transformer2DModel(in_channels=16, num_layers=2, **sizes)
     trained = copy.deepcopy(base)
-    trained.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v", "to_out.0"], init_lora_weights=False))
+    trained.add_adapter(
+        peft.LoraConfig(
+            r=4, lora_alpha=8, target_modules=["to_q", "to_v", "to_out.0"], init_lora_weights=False
+        )
+    )
     weights = peft.get_peft_model_state_dict(trained)
     modules = {key.removesuffix(".lora_A.weight") for key in weights if key.endswith(".lora_A.weight")}
     pairs = {name: (weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"]) for name in modules}
@@ -128,8 +150,12 @@ def test_diffusers_loads_the_strength_that_was_trained(tmp_path: Path, inputs: d
 
     by_file, by_pipeline = copy.deepcopy(base), copy.deepcopy(base)
     by_file.load_lora_adapter(tmp_path / "a.safetensors")
-    parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"))
-    pipeline = diffusers.StableDiffusion3Pipeline(by_pipeline, diffusers.FlowMatchEulerDiscreteScheduler(), **parts)
+    parts = dict.fromkeys(
+        ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    )
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        by_pipeline, diffusers.FlowMatchEulerDiscreteScheduler(), **parts
+    )
     pipeline.load_lora_weights(lora.read(tmp_path / "a.safetensors").state_dict())
     with torch.no_grad():
         wanted, plain = trained(**inputs).sample, base(**inputs).sample
@@ -139,6 +165,11 @@ def test_diffusers_loads_the_strength_that_was_trained(tmp_path: Path, inputs: d
 
 
 def test_metadata_is_readable_without_loading_tensors(tmp_path: Path) -> None:
-    lora.write(tmp_path / "a.safetensors", PAIRS, 8.0, metadata={"recipe": "g2rpo", "rewards": json.dumps(["agreement"])})
+    lora.write(
+        tmp_path / "a.safetensors",
+        PAIRS,
+        8.0,
+        metadata={"recipe": "g2rpo", "rewards": json.dumps(["agreement"])},
+    )
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "recipe": "g2rpo", "rewards": '["agreement"]'}

@@ -1,4 +1,6 @@
-"""Every LoRA form that we write and every claim of check-lora, against the key maps of real ComfyUIs, for every family."""
+"""Every LoRA form that we write and every claim of check-lora, against the key maps of real ComfyUIs, for
+every family.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ CONVERTERS = {
 def trained() -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
     """Draw, for every family, a LoRA on every layer of diffusers' tiny model; its alpha is not its rank."""
     shapes = {name: layers(tiny.make()) for name, tiny in TINY.items()}
-    shapes["z_image"] |= {"t_embedder.mlp.0": (256, 256), "t_embedder.mlp.2": (256, 256)}  # in core no wider than the model
+    shapes["z_image"] |= {
+        "t_embedder.mlp.0": (256, 256),
+        "t_embedder.mlp.2": (256, 256),
+    }  # in core no wider than the model
     return {name: random_pairs(shape) for name, shape in shapes.items()}
 
 
@@ -47,12 +52,16 @@ def write_form(path: Path, pairs: dict[str, tuple[Tensor, Tensor]], prefix: str)
     for module, (down, up) in pairs.items():
         name = module.replace(".", "_") if prefix.endswith("_") else module
         names = (f"{prefix}{name}.lora_A.weight", f"{prefix}{name}.lora_B.weight", f"{prefix}{name}.alpha")
-        tensors |= dict(zip(names, (down.contiguous(), up.contiguous(), torch.tensor(float(len(down)))), strict=True))
+        tensors |= dict(
+            zip(names, (down.contiguous(), up.contiguous(), torch.tensor(float(len(down)))), strict=True)
+        )
     save_file(tensors, path)
 
 
 @pytest.fixture(scope="module")
-def files(trained: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str, bool]]:
+def files(
+    trained: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[str, str, bool]]:
     """Write our two forms for every family, and every form that check-lora speaks of."""
     folder, made = tmp_path_factory.mktemp("loras"), {}
     for name, pairs in trained.items():
@@ -60,7 +69,14 @@ def files(trained: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
         for style in lora.STYLES:
             path = folder / f"{name}-{style}.safetensors"
             ours = renamed(FAMILIES[name], folded, style)
-            save_file({k: v for m, p in ours.items() for k, v in lora.named({m: p}, len(p[0]), path, style).items()}, path)
+            save_file(
+                {
+                    k: v
+                    for m, p in ours.items()
+                    for k, v in lora.named({m: p}, len(p[0]), path, style).items()
+                },
+                path,
+            )
             made[f"{name}/{style}"] = (name, str(path), True)
             for prefix in PREFIXES:
                 path = folder / f"{name}-{style}-{prefix}.safetensors"
@@ -77,13 +93,22 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
 
 
 @pytest.fixture(scope="module", params=COMFYUIS)
-def core(request: pytest.FixtureRequest, files: dict[str, Any], cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Answer:
+def core(
+    request: pytest.FixtureRequest,
+    files: dict[str, Any],
+    cases: dict[str, Case],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Answer:
     """Load all files in a ComfyUI."""
     base, outputs = make_base(tmp_path_factory.mktemp("base"), None), {}
     for name, case in cases.items():
         for file in case.loras.values():
             (base / "models/loras" / file.name).write_bytes(file.read_bytes())
-        outputs[name] = (name.split()[0], str(case.transformer), {form: file.name for form, file in case.loras.items()})
+        outputs[name] = (
+            name.split()[0],
+            str(case.transformer),
+            {form: file.name for form, file in case.loras.items()},
+        )
     inputs = {f"{name}|{key}": value for name, case in cases.items() for key, value in case.inputs.items()}
     return run_script(request.param, CHILD, base, {"files": files, "outputs": outputs}, inputs)
 
@@ -94,10 +119,18 @@ def old(core: Answer) -> bool:
 
 
 def of_core(core: Answer, name: str) -> dict[str, Tensor]:
-    """Return the changes of weights that core computed for a file, by native key; of what it leaves alone, zeros."""
-    changed = {key.partition("|")[2]: value for key, value in core.tensors.items() if key.startswith(f"{name}|")}
+    """Return the changes of weights that core computed for a file, by native key.
+
+    Of what it leaves alone, zeros.
+    """
+    changed = {
+        key.partition("|")[2]: value for key, value in core.tensors.items() if key.startswith(f"{name}|")
+    }
     shapes = core.data[name]["shapes"]
-    return {key.removeprefix("diffusion_model."): changed.get(key, torch.zeros(shape)) for key, shape in shapes.items()}
+    return {
+        key.removeprefix("diffusion_model."): changed.get(key, torch.zeros(shape))
+        for key, shape in shapes.items()
+    }
 
 
 def taken(core: Answer, name: str) -> bool:
@@ -115,7 +148,9 @@ def in_diffusers_names(family: str, native: dict[str, Tensor]) -> dict[str, Tens
         if (link := FAMILIES[family].find(key.removesuffix(".weight"))) is not None:
             rows = [len(value) * share // sum(link.shares) for share in link.shares]
             whole = torch.cat(value.chunk(2)[::-1]) if link.swaps else value
-            made |= {f"{name}.weight": part for name, part in zip(link.diffusers, whole.split(rows), strict=True)}
+            made |= {
+                f"{name}.weight": part for name, part in zip(link.diffusers, whole.split(rows), strict=True)
+            }
     return made
 
 
@@ -133,7 +168,9 @@ def test_core_takes_every_key_of_the_native_form(core: Answer, family: str) -> N
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_core_changes_the_weights_by_what_was_trained(core: Answer, family: str, trained: dict[str, Any]) -> None:
+def test_core_changes_the_weights_by_what_was_trained(
+    core: Answer, family: str, trained: dict[str, Any]
+) -> None:
     skip_unknown(core, family)
     computed = in_diffusers_names(family, of_core(core, f"{family}/native"))
     wanted = {f"{module}.weight": change for module, change in deltas(trained[family]).items()}
@@ -143,9 +180,12 @@ def test_core_changes_the_weights_by_what_was_trained(core: Answer, family: str,
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [("sd3", "run"), ("flux2", "run"), ("flux2", "diffusers"), ("wan 2.1", "run"), ("wan 2.2 5B", "run")]
+    ("name", "form"),
+    [("sd3", "run"), ("flux2", "run"), ("flux2", "diffusers"), ("wan 2.1", "run"), ("wan 2.2 5B", "run")],
 )
-def test_core_answers_the_same_with_the_lora_that_a_run_leaves(core: Answer, cases: dict[str, Case], name: str, form: str) -> None:
+def test_core_answers_the_same_with_the_lora_that_a_run_leaves(
+    core: Answer, cases: dict[str, Case], name: str, form: str
+) -> None:
     skip_unknown(core, name.split()[0])
     case, said = cases[name], core.data[f"output {name}"][form]
     unpacked = case.base.reshape(case.inputs["x"].shape) if case.inputs["x"].ndim == 5 else case.base
@@ -162,27 +202,39 @@ def test_flux2s_block_for_noise_levels_has_those_of_the_pipeline(core: Answer) -
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.core])
-def test_unfused_names_mean_the_same_where_core_maps_them(core: Answer, family: str, trained: dict[str, Any]) -> None:
+def test_unfused_names_mean_the_same_where_core_maps_them(
+    core: Answer, family: str, trained: dict[str, Any]
+) -> None:
     skip_unknown(core, family)
     mapped = {module for module in trained[family] if FAMILIES[family].in_core(module)}
-    assert mapped >= {module for module in trained[family] if re.search(r"to_q|to_out|ff|mlp|feed_forward", module)}
+    assert mapped >= {
+        module for module in trained[family] if re.search(r"to_q|to_out|ff|mlp|feed_forward", module)
+    }
     computed = in_diffusers_names(family, of_core(core, f"{family}/diffusers"))
     wanted = deltas(trained[family])
     assert max((computed[f"{module}.weight"] - wanted[module]).abs().max() for module in mapped) <= 1e-6
-    assert {key for key, value in computed.items() if value.any()} == {f"{module}.weight" for module in mapped}
+    assert {key for key, value in computed.items() if value.any()} == {
+        f"{module}.weight" for module in mapped
+    }
 
 
 @pytest.mark.parametrize("prefix", PREFIXES, ids=lambda prefix: prefix or "no prefix")
 @pytest.mark.parametrize("style", lora.STYLES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_check_lora_says_what_core_ignores(core: Answer, files: dict[str, Any], family: str, style: str, prefix: str) -> None:
+def test_check_lora_says_what_core_ignores(
+    core: Answer, files: dict[str, Any], family: str, style: str, prefix: str
+) -> None:
     skip_unknown(core, family)
     from safetensors.torch import load_file
 
     name = f"{family}/{style}/{prefix}"
     reading = understand(load_file(files[name][1]), {}, name)
     takes = {"both"} if old(core) else {"both", "0.33"}
-    said = {module for module, form in reading.forms.items() if in_core(FAMILIES[family], module, form) not in takes}
+    said = {
+        module
+        for module, form in reading.forms.items()
+        if in_core(FAMILIES[family], module, form) not in takes
+    }
     ignored = {understood for key in core.data[name]["ignored"] if (understood := module_of(key, reading))}
     assert not reading.unknown and said == ignored
 

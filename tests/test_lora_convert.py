@@ -19,14 +19,18 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Pairs]:
-    """Draw, for every family, a LoRA on every layer of diffusers' tiny model, its scale in the up matrices."""
+    """Draw, for every family, a LoRA on every layer of diffusers' tiny model, its scale in the up
+    matrices.
+    """
     drawn = {name: random_pairs(layers(tiny.make())) for name, tiny in TINY.items()}
     return {name: scaled(pairs, dict.fromkeys(pairs, ALPHA)) for name, pairs in drawn.items()}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Say whether changes of weights are equal to 1e-6."""
-    return one.keys() == other.keys() and all(torch.allclose(one[key], other[key], rtol=0, atol=1e-6) for key in one)
+    return one.keys() == other.keys() and all(
+        torch.allclose(one[key], other[key], rtol=0, atol=1e-6) for key in one
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -39,18 +43,27 @@ def test_there_and_back_again_gives_the_same_pairs(name: str, trained: dict[str,
     native = renamed(FAMILIES[name], trained[name], "native")
     back = renamed(FAMILIES[name], native, "diffusers")
     assert back.keys() == trained[name].keys()
-    assert all(torch.equal(one, other) for key in back for one, other in zip(back[key], trained[name][key], strict=True))
+    assert all(
+        torch.equal(one, other)
+        for key in back
+        for one, other in zip(back[key], trained[name][key], strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_native_lora_keeps_its_rank_there_and_back_again(name: str, trained: dict[str, Pairs]) -> None:
-    shapes = {key: (len(up), *down.shape[1:]) for key, (down, up) in renamed(FAMILIES[name], trained[name], "native").items()}
+    shapes = {
+        key: (len(up), *down.shape[1:])
+        for key, (down, up) in renamed(FAMILIES[name], trained[name], "native").items()
+    }
     native = random_pairs(shapes, seed=1)
     there = renamed(FAMILIES[name], native, "diffusers")
     back = renamed(FAMILIES[name], there, "native")
     assert all(len(down) == RANK for down, _ in there.values())
     assert back.keys() == native.keys()
-    assert all(torch.equal(one, other) for key in back for one, other in zip(back[key], native[key], strict=True))
+    assert all(
+        torch.equal(one, other) for key in back for one, other in zip(back[key], native[key], strict=True)
+    )
 
 
 def test_fusing_triples_the_rank_and_stacks_the_parts() -> None:
@@ -62,7 +75,9 @@ def test_fusing_triples_the_rank_and_stacks_the_parts() -> None:
 
 
 def test_a_part_that_was_not_trained_changes_nothing() -> None:
-    pairs = random_pairs({"single_transformer_blocks.3.attn.to_k": (4, 4), "single_transformer_blocks.3.proj_mlp": (16, 4)})
+    pairs = random_pairs(
+        {"single_transformer_blocks.3.attn.to_k": (4, 4), "single_transformer_blocks.3.proj_mlp": (16, 4)}
+    )
     native = renamed(FLUX, pairs, "native")
     down, up = native["single_blocks.3.linear1"]
     whole = up @ down
@@ -91,7 +106,10 @@ def test_the_names_tell_the_family(name: str, trained: dict[str, Pairs]) -> None
     assert family_of(renamed(FAMILIES[name], trained[name], "native"), "file").name == name
 
 
-@pytest.mark.parametrize(("width", "blocks", "name"), [(1536, 24, "sd3"), (3072, 19, "flux"), (3072, 60, "qwen_image"), (6144, 8, "flux2")])
+@pytest.mark.parametrize(
+    ("width", "blocks", "name"),
+    [(1536, 24, "sd3"), (3072, 19, "flux"), (3072, 60, "qwen_image"), (6144, 8, "flux2")],
+)
 def test_attention_alone_is_told_apart_by_published_sizes(width: int, blocks: int, name: str) -> None:
     one = (torch.zeros(1, width), torch.zeros(width, 1))
     assert family_of({f"transformer_blocks.{i}.attn.to_q": one for i in range(blocks)}, "file").name == name
@@ -99,7 +117,9 @@ def test_attention_alone_is_told_apart_by_published_sizes(width: int, blocks: in
 
 def test_what_could_be_several_families_asks_which() -> None:
     pairs = random_pairs({"transformer_blocks.0.attn.to_q": (4, 4)})
-    with pytest.raises(LoraError, match="fits sd3 and flux and flux2 and qwen_image; say which with --family"):
+    with pytest.raises(
+        LoraError, match="fits sd3 and flux and flux2 and qwen_image; say which with --family"
+    ):
         family_of(pairs, "file")
     assert family_of(pairs, "file", "flux") is FLUX
     with pytest.raises(LoraError, match="is no module of Wan"):
@@ -108,7 +128,9 @@ def test_what_could_be_several_families_asks_which() -> None:
 
 def test_a_module_that_nobody_knows_is_named() -> None:
     with pytest.raises(LoraError, match=r"down_blocks\.0\.attn is no module of a family"):
-        family_of(random_pairs({"transformer_blocks.0.attn.to_q": (4, 4), "down_blocks.0.attn": (4, 4)}), "file")
+        family_of(
+            random_pairs({"transformer_blocks.0.attn.to_q": (4, 4), "down_blocks.0.attn": (4, 4)}), "file"
+        )
 
 
 def test_cutting_the_rank_is_the_best_approximation_and_says_what_it_lost() -> None:
@@ -129,7 +151,9 @@ def test_a_rank_that_is_small_already_is_left_alone() -> None:
     assert error == 0 and torch.equal(cut["a"][0], pairs["a"][0])
 
 
-@pytest.mark.parametrize("shape", [(40, 30), (1500, 1200), (12, 4, 3, 3)], ids=["full SVD", "randomised SVD", "convolution"])
+@pytest.mark.parametrize(
+    "shape", [(40, 30), (1500, 1200), (12, 4, 3, 3)], ids=["full SVD", "randomised SVD", "convolution"]
+)
 def test_extraction_finds_a_planted_update_of_rank_8(shape: tuple[int, ...]) -> None:
     change = deltas(random_pairs({"": shape}, rank=8), 0.01)[""]
     pair, missed, whole = extracted(change, 8)
@@ -168,14 +192,20 @@ NAME = "transformer_blocks.0.attn.to_q"
     ],
 )
 def test_every_form_is_understood(stem: str, parts: tuple[str, str]) -> None:
-    reading = understand({f"{stem}.{part}": ONE for part in parts} | {f"{stem}.alpha": torch.tensor(2.0)}, {}, "file")
+    reading = understand(
+        {f"{stem}.{part}": ONE for part in parts} | {f"{stem}.alpha": torch.tensor(2.0)}, {}, "file"
+    )
     assert list(reading.pairs) == [NAME] and reading.alphas == {NAME: 2.0} and not faults(reading)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_kohyas_names_are_undone_for_every_module(name: str, trained: dict[str, Pairs]) -> None:
     native = renamed(FAMILIES[name], trained[name], "native")
-    tensors = {f"lora_unet_{key.replace('.', '_')}.lora_{part}.weight": ONE for key in native for part in ("down", "up")}
+    tensors = {
+        f"lora_unet_{key.replace('.', '_')}.lora_{part}.weight": ONE
+        for key in native
+        for part in ("down", "up")
+    }
     reading = understand(tensors, {}, "file")
     assert reading.pairs.keys() == native.keys() and not reading.unknown
 
@@ -184,10 +214,16 @@ def test_peft_keeps_the_alpha_that_its_file_lacks() -> None:
     tensors = {f"base_model.model.{NAME}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
     assert understand(tensors, {}, "file").alphas == {NAME: 4.0}
     plain = understand(tensors, {}, "file", {"lora_alpha": 8})
-    assert plain.alphas == {NAME: 8.0} and plain.missing_alpha == (NAME,) and plain.alpha_from == "adapter_config.json"
+    assert (
+        plain.alphas == {NAME: 8.0}
+        and plain.missing_alpha == (NAME,)
+        and plain.alpha_from == "adapter_config.json"
+    )
     stable = understand(tensors, {}, "file", {"lora_alpha": 8, "use_rslora": True})
     assert stable.alphas[NAME] / 4 == 8 / math.sqrt(4)  # rsLoRA: alpha over the root of the rank
-    packed = understand(tensors, {"lora_adapter_metadata": '{"transformer.lora_alpha": 6, "transformer.r": 4}'}, "file")
+    packed = understand(
+        tensors, {"lora_adapter_metadata": '{"transformer.lora_alpha": 6, "transformer.r": 4}'}, "file"
+    )
     assert packed.alphas == {NAME: 6.0} and packed.alpha_from == "metadata"
     own = understand(tensors, {}, "file", {"lora_alpha": 8, "alpha_pattern": {"attn.to_q": 2}})
     assert own.alphas == {NAME: 2.0}
@@ -200,7 +236,10 @@ def test_peft_keeps_the_alpha_that_its_file_lacks() -> None:
         ({f"transformer.{NAME}.lora_magnitude_vector": ONE}, "DoRA"),
         ({f"transformer.{NAME}.hada_w1_a": ONE}, "another kind of adapter"),
         ({f"transformer.{NAME}.lokr_w1": ONE}, "another kind of adapter"),
-        ({"transformer.transformer_blocks.0.attn.to_k.lora_A.weight": ONE}, "one of the two matrices is missing"),
+        (
+            {"transformer.transformer_blocks.0.attn.to_k.lora_A.weight": ONE},
+            "one of the two matrices is missing",
+        ),
         ({"strange": ONE}, "no known name"),
         ({"transformer.a b.lora_A.weight": ONE}, "no known name"),
     ],
@@ -211,7 +250,9 @@ def test_what_no_conversion_could_keep_is_named(extra: dict[str, Tensor], words:
 
 
 def test_text_encoders_are_left_alone() -> None:
-    tensors = {f"transformer.{NAME}.lora_{part}.weight": ONE for part in "AB"} | {"lora_te1_text_model_encoder.lora_down.weight": ONE}
+    tensors = {f"transformer.{NAME}.lora_{part}.weight": ONE for part in "AB"} | {
+        "lora_te1_text_model_encoder.lora_down.weight": ONE
+    }
     reading = understand(tensors, {}, "file")
     assert len(reading.text) == 1 and not faults(reading)
 

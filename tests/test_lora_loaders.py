@@ -1,4 +1,6 @@
-"""What loads a LoRA file: diffusers, as check-lora says it does, and our own drawing of pictures, whatever the file's form."""
+"""What loads a LoRA file: diffusers, as check-lora says it does, and our own drawing of pictures, whatever
+the file's form.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,11 @@ FORMS = [
 @pytest.mark.parametrize("name", FAMILIES)
 def test_check_lora_says_what_diffusers_loads(name: str, style: str) -> None:
     base = TINY[name].make("cpu")
-    shapes = {key: shape for key, shape in layers(base).items() if re.match(r"(transformer_blocks|blocks|layers)\.0\.", key)}
+    shapes = {
+        key: shape
+        for key, shape in layers(base).items()
+        if re.match(r"(transformer_blocks|blocks|layers)\.0\.", key)
+    }
     ours = renamed(FAMILIES[name], random_pairs(shapes), style)
     loaded = 0
     for prefix, (down, up), alpha in FORMS:
@@ -49,7 +55,11 @@ def test_check_lora_says_what_diffusers_loads(name: str, style: str) -> None:
         said = in_diffusers(tensors, reading, FAMILIES[name]).pipeline
         changed = by_pipeline(name, base, tensors)
         scales = {module: ALPHA / len(pair[0]) if alpha else 1.0 for module, pair in ours.items()}
-        true = {module for module, pair in ours.items() if is_there(FAMILIES[name], module, pair, scales[module], changed)}
+        true = {
+            module
+            for module, pair in ours.items()
+            if is_there(FAMILIES[name], module, pair, scales[module], changed)
+        }
         assert said == true, (prefix, down, alpha)
         loaded += len(said) == len(ours)
     assert loaded or (name, style) in (("sd3", "native"), ("flux", "native"), ("lumina2", "native"))
@@ -65,10 +75,14 @@ def by_pipeline(name: str, base: nn.Module, tensors: Mapping[str, Tensor]) -> di
     return change(model)
 
 
-def is_there(family: Family, module: str, pair: tuple[Tensor, Tensor], scale: float, changed: Mapping[str, Tensor]) -> bool:
+def is_there(
+    family: Family, module: str, pair: tuple[Tensor, Tensor], scale: float, changed: Mapping[str, Tensor]
+) -> bool:
     """Say whether a module of a file is in a model as it was trained."""
     wanted = deltas(renamed(family, {module: pair}, "diffusers"), scale)
-    return all(key in changed and torch.allclose(changed[key], delta, atol=1e-5) for key, delta in wanted.items())
+    return all(
+        key in changed and torch.allclose(changed[key], delta, atol=1e-5) for key, delta in wanted.items()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -91,25 +105,41 @@ def worn(tmp_path_factory: pytest.TempPathFactory) -> tuple[SD3Policy, Path]:
         for name, pair in named.items():
             key = form + (name.replace(".", "_") if form.endswith("_") else name)
             tensors |= {f"{key}.lora_{part}.weight": tensor for part, tensor in zip(parts, pair, strict=True)}
-            tensors |= {} if alpha is None else {f"{key}.alpha": torch.tensor(float(len(pair[0]) if alpha < 0 else alpha))}
+            tensors |= (
+                {}
+                if alpha is None
+                else {f"{key}.alpha": torch.tensor(float(len(pair[0]) if alpha < 0 else alpha))}
+            )
         (folder / form.strip("._")).mkdir()
-        save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, folder / form.strip("._") / "lora.safetensors")
+        save_file(
+            {key: tensor.contiguous().clone() for key, tensor in tensors.items()},
+            folder / form.strip("._") / "lora.safetensors",
+        )
     (folder / "base_model.model/adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "r": 4}))
     return policy, folder
 
 
-@pytest.mark.parametrize("form", ["transformer", "base_model.model", "lora_unet", "diffusion_model", "lora_transformer"])
+@pytest.mark.parametrize(
+    "form", ["transformer", "base_model.model", "lora_unet", "diffusion_model", "lora_transformer"]
+)
 def test_pictures_are_drawn_with_a_lora_of_any_form(worn: tuple[SD3Policy, Path], form: str) -> None:
     policy, drawing = worn[0], SD3Policy(load_pipeline(BUNDLED, torch.float32))
     drawing.load_lora(worn[1] / form / "lora.safetensors")
-    x, sigma, cond = torch.randn(2, 16, 8, 8), torch.tensor([0.9, 0.3]), policy.encode(["a red circle", "a blue square"])
+    x, sigma, cond = (
+        torch.randn(2, 16, 8, 8),
+        torch.tensor([0.9, 0.3]),
+        policy.encode(["a red circle", "a blue square"]),
+    )
     with torch.no_grad():
         assert torch.allclose(drawing.velocity(x, sigma, cond), policy.velocity(x, sigma, cond), atol=1e-5)
 
 
 def test_a_lora_that_does_not_fit_draws_no_picture(worn: tuple[SD3Policy, Path], tmp_path: Path) -> None:
     one = (torch.ones(1, 3), torch.ones(5, 1))
-    for name, words in (("single_blocks.0.linear1", "fits no module"), (TO_Q, f"1 of its modules, such as {TO_Q}, are absent or of anot")):
+    for name, words in (
+        ("single_blocks.0.linear1", "fits no module"),
+        (TO_Q, f"1 of its modules, such as {TO_Q}, are absent or of anot"),
+    ):
         lora.write(tmp_path / f"{name}.safetensors", {name: one}, 1)
         with pytest.raises(lora.LoraError, match=words):
             worn[0].load_lora(tmp_path / f"{name}.safetensors")

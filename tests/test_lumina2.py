@@ -1,4 +1,6 @@
-"""The lumina2 family on a tiny random model against diffusers' own pipeline, and a run of it from the recipe to the LoRA file."""
+"""The lumina2 family on a tiny random model against diffusers' own pipeline, and a run of it from the
+recipe to the LoRA file.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, **more: object) -> Lumina2:
     """Load the model as a run does."""
-    section = {"family": "lumina2", "path": str(folder), "width": WIDTH, "height": HEIGHT, "max_sequence_length": 256}
+    section = {
+        "family": "lumina2",
+        "path": str(folder),
+        "width": WIDTH,
+        "height": HEIGHT,
+        "max_sequence_length": 256,
+    }
     return families.load(ModelSection(**section | more), folder, "cpu")
 
 
@@ -48,7 +56,11 @@ def base(folder: Path) -> Lumina2:
 @pytest.fixture
 def batch(base: Lumina2) -> tuple[Tensor, Tensor, list]:
     """Three latents at three noise levels, with prompts of different lengths."""
-    return seeded_noise((3, *SHAPE), "latents"), torch.tensor([1.0, 0.6, 0.123]), base.encode([SHORT, LONG, "a dog"])
+    return (
+        seeded_noise((3, *SHAPE), "latents"),
+        torch.tensor([1.0, 0.6, 0.123]),
+        base.encode([SHORT, LONG, "a dog"]),
+    )
 
 
 def plain(policy: Lumina2, x: Tensor, sigma: float, prompt: str) -> Tensor:
@@ -56,7 +68,8 @@ def plain(policy: Lumina2, x: Tensor, sigma: float, prompt: str) -> Tensor:
     tokens, mask, empty, empty_mask = policy.pipeline.encode_prompt(prompt, max_sequence_length=256)
     time = torch.tensor([1 - sigma])
     given, without = (
-        policy.transformer(x[None], time, text, seen, return_dict=False)[0] for text, seen in ((tokens, mask), (empty, empty_mask))
+        policy.transformer(x[None], time, text, seen, return_dict=False)[0]
+        for text, seen in ((tokens, mask), (empty, empty_mask))
     )
     guided = without + policy.guidance * (given - without)
     return -(guided * given.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))[0]
@@ -68,7 +81,9 @@ def test_the_velocity_is_diffusers_own_at_every_noise_level_whatever_else_is_in_
     with torch.no_grad():
         together = base.velocity(x, sigma, cond)
         for row, prompt in enumerate((SHORT, LONG, "a dog")):
-            assert torch.allclose(together[row], plain(base, x[row], sigma[row].item(), prompt), rtol=0, atol=1e-5)
+            assert torch.allclose(
+                together[row], plain(base, x[row], sigma[row].item(), prompt), rtol=0, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -76,20 +91,32 @@ def test_a_deterministic_rollout_is_the_pipelines_own_sampling(folder, guidance)
     policy = load(folder, guidance=guidance)
     sigmas = policy.pipeline_sigmas(4, SHAPE)
     rollout = roll_out(policy, deterministic(4), sigmas, policy.encode([LONG]), [5], SHAPE)
-    asked = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 4, "guidance_scale": guidance, "latents": rollout.noise(0, 0)[None]}
+    asked = {
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_inference_steps": 4,
+        "guidance_scale": guidance,
+        "latents": rollout.noise(0, 0)[None],
+    }
     picture = policy.pipeline(LONG, **asked, output_type="pt").images
     assert torch.equal(sigmas, policy.pipeline.scheduler.sigmas)
-    assert torch.allclose(policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), rtol=0, atol=1e-5)
+    assert torch.allclose(
+        policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("steps", [2, 30])
 def test_its_schedule_is_shifted_as_comfyuis_is(base, steps):
-    assert torch.allclose(base.pipeline_sigmas(steps, SHAPE), shifted_sigmas(steps, base.comfyui_shift), rtol=0, atol=1e-6)
+    assert torch.allclose(
+        base.pipeline_sigmas(steps, SHAPE), shifted_sigmas(steps, base.comfyui_shift), rtol=0, atol=1e-6
+    )
 
 
 def test_in_16_bit_the_model_still_sees_the_exact_noise_level(folder):
     policy, seen = load(folder, dtype="bf16"), []
-    policy.transformer.time_caption_embed.time_proj.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    policy.transformer.time_caption_embed.time_proj.register_forward_pre_hook(
+        lambda module, given: seen.append(given[0].clone())
+    )
     sigma = torch.tensor([0.9545, 0.954])
     with torch.no_grad():
         policy.velocity(seeded_noise((2, *SHAPE), "latents"), sigma, policy.encode([SHORT, LONG]))
@@ -100,7 +127,9 @@ def test_the_cache_gives_the_same_features_and_the_encoder_stays_on_the_disk(fol
     monkeypatch.setenv("G2RPO_PROMPTS", str(tmp_path / "prompts"))
     monkeypatch.setattr(prompt_cache, "SMALL", 0)
     first, again = load(folder).encode([SHORT, LONG, ""]), load(folder)
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, again.encode([SHORT, LONG, ""]), strict=True))
+    assert all(
+        torch.equal(a.tokens, b.tokens) for a, b in zip(first, again.encode([SHORT, LONG, ""]), strict=True)
+    )
     assert again.pipeline.text_encoder is None
 
 
@@ -116,24 +145,60 @@ def test_what_the_model_does_not_take_is_refused(base, folder):
 def run(folder, tmp_path_factory) -> Path:
     """One whole step of the bundled recipe on the tiny model, all targets."""
     place = tmp_path_factory.mktemp("run") / "run"
-    small = ("model.dtype=fp32", f"model.width={WIDTH}", f"model.height={HEIGHT}", f"model.path={folder}", "method.num_steps=4")
-    short = ("method.group_size=3", "train.steps=1", "train.prompts_per_step=1", "train.eval_every=0", "train.eval_prompts=1")
-    quick = ("prompts.heldout_share=0.1", "lora.rank=4", "lora.alpha=8", "method.learning_rate=0.01", "train.slots=16")
-    words = [word for setting in (*small, *short, *quick, "lora.targets=attention+feed_forward") for word in ("--set", setting)]
+    small = (
+        "model.dtype=fp32",
+        f"model.width={WIDTH}",
+        f"model.height={HEIGHT}",
+        f"model.path={folder}",
+        "method.num_steps=4",
+    )
+    short = (
+        "method.group_size=3",
+        "train.steps=1",
+        "train.prompts_per_step=1",
+        "train.eval_every=0",
+        "train.eval_prompts=1",
+    )
+    quick = (
+        "prompts.heldout_share=0.1",
+        "lora.rank=4",
+        "lora.alpha=8",
+        "method.learning_rate=0.01",
+        "train.slots=16",
+    )
+    words = [
+        word
+        for setting in (*small, *short, *quick, "lora.targets=attention+feed_forward")
+        for word in ("--set", setting)
+    ]
     with pytest.raises(SystemExit) as end:
         cli.main(["train", "lumina2", "--out", str(place), "--quiet", *words])
     assert not end.value.code
     return place
 
 
-def test_a_run_learns_and_leaves_a_lora_that_comfyui_maps_and_diffusers_loads_once_it_is_exported(run, folder, base, batch, tmp_path):
+def test_a_run_learns_and_leaves_a_lora_that_comfyui_maps_and_diffusers_loads_once_it_is_exported(
+    run, folder, base, batch, tmp_path
+):
     file = RunFolder.open(run).latest() / "lora.safetensors"
     written = lora.read(file)
     assert any(row.get("grad_norm", 0) > 0 for row in RunFolder.open(run).metrics())
-    assert len(written.pairs) == 4 * 5 and all(up.any() for _, up in written.pairs.values())  # q, k and v are one
+    assert len(written.pairs) == 4 * 5 and all(
+        up.any() for _, up in written.pairs.values()
+    )  # q, k and v are one
     assert {in_core(LUMINA2, module, Form("diffusion_model.")) for module in written.pairs} == {BOTH}
     with pytest.raises(SystemExit):
-        cli.main(["export", str(file), "--form", "diffusers", "--no-alpha", "--out", str(tmp_path / "diffusers.safetensors")])
+        cli.main(
+            [
+                "export",
+                str(file),
+                "--form",
+                "diffusers",
+                "--no-alpha",
+                "--out",
+                str(tmp_path / "diffusers.safetensors"),
+            ]
+        )
     ours, theirs = load(folder, guidance=4.0), load(folder, guidance=4.0)
     ours.load_lora(file)
     theirs.pipeline.load_lora_weights(tmp_path / "diffusers.safetensors")
@@ -142,5 +207,7 @@ def test_a_run_learns_and_leaves_a_lora_that_comfyui_maps_and_diffusers_loads_on
     with torch.no_grad():
         changed = ours.velocity(x, sigma, cond)
         for row, prompt in enumerate((SHORT, LONG, "a dog")):
-            assert torch.allclose(plain(theirs, x[row], sigma[row].item(), prompt), changed[row], rtol=0, atol=1e-5)
+            assert torch.allclose(
+                plain(theirs, x[row], sigma[row].item(), prompt), changed[row], rtol=0, atol=1e-5
+            )
     assert not torch.allclose(changed, base.velocity(*batch), atol=1e-4)

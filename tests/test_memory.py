@@ -1,4 +1,6 @@
-"""How a model is kept: packed and swapped weights with their gradients, placing in stages, and the memory of a run foreseen."""
+"""How a model is kept: packed and swapped weights with their gradients, placing in stages, and the memory
+of a run foreseen.
+"""
 
 from pathlib import Path
 
@@ -34,12 +36,25 @@ def config(folder: Path, family: str, tmp_path: Path, **sections: dict):
     (tmp_path / "train.txt").write_text("a red circle on a table\ntwo blue squares\n")
     (tmp_path / "heldout.txt").write_text("a yellow circle\n")
     tree = {
-        "model": {"family": family, "path": str(folder), "width": 64, "height": 64, "max_sequence_length": 0 if family == "sd3" else 24},
+        "model": {
+            "family": family,
+            "path": str(folder),
+            "width": 64,
+            "height": 64,
+            "max_sequence_length": 0 if family == "sd3" else 24,
+        },
         "lora": {"rank": 4, "alpha": 8},
         "method": {"name": "g2rpo", "num_steps": 2, "group_size": 2, "learning_rate": 1e-3},
         "rewards": [{"name": "colourfulness"}],
         "prompts": {"train": str(tmp_path / "train.txt"), "heldout": str(tmp_path / "heldout.txt")},
-        "train": {"steps": 1, "prompts_per_step": 2, "slots": 4, "micro_batch": 2, "decode_batch": 2, "watch": "off"},
+        "train": {
+            "steps": 1,
+            "prompts_per_step": 2,
+            "slots": 4,
+            "micro_batch": 2,
+            "decode_batch": 2,
+            "watch": "off",
+        },
     }
     for section, values in sections.items():
         tree[section] = {**tree.get(section, {}), **values}
@@ -70,7 +85,9 @@ def test_packed_weights_take_what_is_counted(weights, quantization, size):
 
 @pytest.mark.parametrize("quantization", PACKINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_stored_layer_computes_and_differentiates_as_a_plain_one_with_its_weight(weights, quantization, dtype):
+def test_a_stored_layer_computes_and_differentiates_as_a_plain_one_with_its_weight(
+    weights, quantization, dtype
+):
     plain = nn.Linear(128, 96).to(dtype)
     plain.load_state_dict(weights.state_dict())
     layer = StoredLinear(plain, quantization, CPU, CPU)
@@ -102,11 +119,15 @@ def test_the_weights_of_swapped_blocks_come_to_the_device_in_both_passes():
     assert weight_bytes(model, CPU) == 4 * 2 * 8 * 16
 
 
-@pytest.mark.parametrize(("family", "memory"), [("flux", {"block_swap": 2}), ("qwen_image", {"gradient_checkpointing": True})])
+@pytest.mark.parametrize(
+    ("family", "memory"), [("flux", {"block_swap": 2}), ("qwen_image", {"gradient_checkpointing": True})]
+)
 def test_swapping_and_checkpointing_change_no_number(folders, tmp_path, family, memory):
     found = []
     for section in ({}, memory):
-        setup = training.prepare(config(folders[family], family, tmp_path, memory=section), Accelerator(cpu=True))
+        setup = training.prepare(
+            config(folders[family], family, tmp_path, memory=section), Accelerator(cpu=True)
+        )
         learner = make_learner(setup)
         row = iterate(setup, learner, lambda phase: None)
         found.append(([p.detach().clone() for p in setup.policy.parameters()], row["grad_norm"]))
@@ -116,7 +137,9 @@ def test_swapping_and_checkpointing_change_no_number(folders, tmp_path, family, 
 @pytest.mark.parametrize("quantization", ["fp8", "nf4"])
 def test_a_quantized_model_learns_in_fp32_and_its_velocity_is_near(folders, tmp_path, quantization):
     plain, packed = (
-        training.prepare(config(folders["flux"], "flux", tmp_path, memory={"quantization": kind}), Accelerator(cpu=True)).policy
+        training.prepare(
+            config(folders["flux"], "flux", tmp_path, memory={"quantization": kind}), Accelerator(cpu=True)
+        ).policy
         for kind in ("none", quantization)
     )
     x, sigma = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.8])
@@ -130,7 +153,9 @@ def test_a_quantized_model_learns_in_fp32_and_its_velocity_is_near(folders, tmp_
 
 
 def test_more_swapped_blocks_than_there_are_are_refused(folders, tmp_path):
-    with pytest.raises(ValueError, match=r"memory\.block_swap is 5, but this model has 4 blocks; set it to 4 at most"):
+    with pytest.raises(
+        ValueError, match=r"memory\.block_swap is 5, but this model has 4 blocks; set it to 4 at most"
+    ):
         training.load_policy(config(folders["flux"], "flux", tmp_path, memory={"block_swap": 5}), "cpu")
 
 
@@ -138,11 +163,27 @@ def test_more_swapped_blocks_than_there_are_are_refused(folders, tmp_path):
     ("family", "changes"),
     [
         ("flux", {"model": {"dtype": "bf16"}, "memory": {"quantization": "fp8"}}),
-        ("flux", {"memory": {"gradient_checkpointing": True}, "method": {"optimizer": "prodigy", "learning_rate": 1.0, "ema": 0.9}}),
+        (
+            "flux",
+            {
+                "memory": {"gradient_checkpointing": True},
+                "method": {"optimizer": "prodigy", "learning_rate": 1.0, "ema": 0.9},
+            },
+        ),
         ("qwen_image", {"model": {"guidance": 4.0}}),
-        ("qwen_image", {"memory": {"quantization": "nf4", "gradient_checkpointing": True}, "model": {"dtype": "bf16"}}),
+        (
+            "qwen_image",
+            {"memory": {"quantization": "nf4", "gradient_checkpointing": True}, "model": {"dtype": "bf16"}},
+        ),
         ("wan", {"model": {"guidance": 4.0}, "train": {"micro_batch": 4}}),
-        ("wan", {"method": {"optimizer": "adamw_8bit"}, "lora": {"targets": "attention+feed_forward"}, "train": {"decode_batch": 6}}),
+        (
+            "wan",
+            {
+                "method": {"optimizer": "adamw_8bit"},
+                "lora": {"targets": "attention+feed_forward"},
+                "train": {"decode_batch": 6},
+            },
+        ),
         ("sd3", {}),
     ],
 )
@@ -152,9 +193,16 @@ def test_the_estimate_is_within_15_per_cent_of_what_a_step_takes(folders, tmp_pa
     setup = training.prepare(made, Accelerator(cpu=True))
     learner = make_learner(setup)
     iterate(setup, learner, lambda phase: None)  # after it the optimizer has its state
-    state = [tensor for values in learner.optimizer.state.values() for tensor in values.values() if isinstance(tensor, torch.Tensor)]
+    state = [
+        tensor
+        for values in learner.optimizer.state.values()
+        for tensor in values.values()
+        if isinstance(tensor, torch.Tensor)
+    ]
     there = [*weights_of(setup.policy), *state, *learner.average]
-    resident = sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in there}.values())
+    resident = sum(
+        {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in there}.values()
+    )
     with Live(there) as live:
         iterate(setup, learner, lambda phase: None)
     measured = resident + live.peak

@@ -42,7 +42,10 @@ def test_the_default_is_integrate_bit_for_bit(problem, everywhere):
     groups = [rewards, rewards * 3 + 1]
     std = global_std(groups) if everywhere else None
     made = mixed(groups, weights, clamp=2.0, floor=1e-3, everywhere=groups if everywhere else None)
-    assert all(torch.equal(one, integrate(group, weights, 2.0, 1e-3, std)) for one, group in zip(made, groups, strict=True))
+    assert all(
+        torch.equal(one, integrate(group, weights, 2.0, 1e-3, std))
+        for one, group in zip(made, groups, strict=True)
+    )
 
 
 def test_the_recipe_s_default_is_zscore():
@@ -52,7 +55,9 @@ def test_the_recipe_s_default_is_zscore():
 @given(problems(), st.sampled_from(MIXES), st.booleans())
 def test_advantages_are_finite_and_sum_to_zero_over_the_group(problem, mode, everywhere):
     rewards, weights, gates = problem
-    made = mixed([rewards], weights, mode, gates, everywhere=[rewards, rewards + 1] if everywhere else None)[0]
+    made = mixed([rewards], weights, mode, gates, everywhere=[rewards, rewards + 1] if everywhere else None)[
+        0
+    ]
     assert made.isfinite().all()
     assert made.sum(1).abs().max() < 1e-4
 
@@ -96,7 +101,10 @@ def test_the_units_of_a_reward_do_not_matter_but_to_the_sum(problem, mode):
 @given(problems(gates=False, missing=False))
 def test_a_rank_product_asks_for_the_order_alone(problem):
     rewards, weights, _ = problem
-    assert torch.equal(mixed([rewards**3 + rewards], weights, "rank_product")[0], mixed([rewards], weights, "rank_product")[0])
+    assert torch.equal(
+        mixed([rewards**3 + rewards], weights, "rank_product")[0],
+        mixed([rewards], weights, "rank_product")[0],
+    )
 
 
 @given(problems(gates=False), st.sampled_from(MIXES))
@@ -213,7 +221,10 @@ def test_a_gate_of_weight_0_lets_the_others_order_what_passes(mode):
 def test_the_gate_of_a_negative_weight_is_an_upper_one(mode):
     made = advantage(table([0.1, 0.2, 0.8], [1.0, 2.0, 9.0]), [-1.0, 1.0], mode, [0.5, None])
     assert made.argmin() == 2
-    assert advantage(table([0.1, 0.2, 0.8], [1.0, 2.0, 9.0]), [-1.0, 9.0], mode).argmax() == 2 or mode in ("minimum", "rank_product")
+    assert advantage(table([0.1, 0.2, 0.8], [1.0, 2.0, 9.0]), [-1.0, 9.0], mode).argmax() == 2 or mode in (
+        "minimum",
+        "rank_product",
+    )
 
 
 @every_mix
@@ -227,9 +238,13 @@ def test_a_member_that_a_gate_cannot_judge_is_left_out_unless_it_judges_nobody(m
     rewards = table([0.9, NAN, 0.6, 0.7], [1.0, 9.0, 2.0, 3.0])
     made = advantage(rewards, mode=mode, gates=[0.5, None])
     assert made[1] == 0
-    assert torch.allclose(made[[0, 2, 3]], advantage(rewards[:, :, [0, 2, 3]], mode=mode, gates=[0.5, None]), atol=1e-5)
+    assert torch.allclose(
+        made[[0, 2, 3]], advantage(rewards[:, :, [0, 2, 3]], mode=mode, gates=[0.5, None]), atol=1e-5
+    )
     mute = table([NAN] * 4, [1.0, 9.0, 2.0, 3.0])
-    assert torch.allclose(advantage(mute, mode=mode, gates=[0.5, None]), advantage(mute, mode=mode), atol=1e-5)
+    assert torch.allclose(
+        advantage(mute, mode=mode, gates=[0.5, None]), advantage(mute, mode=mode), atol=1e-5
+    )
 
 
 @every_mix

@@ -35,7 +35,15 @@ from comfy_g2rpo.rewards.protocol import checked
 
 pytest.importorskip("transformers", reason="model-backed rewards need transformers: pip install '.[rewards]'")
 
-NAMES = ["pickscore", "hpsv2.1", "clipscore", "imagereward", "aesthetic", "aesthetic_linear", "aesthetic_v2.5"]
+NAMES = [
+    "pickscore",
+    "hpsv2.1",
+    "clipscore",
+    "imagereward",
+    "aesthetic",
+    "aesthetic_linear",
+    "aesthetic_v2.5",
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +56,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     imagereward_folder(root, "imagereward", imagereward_weights())
     aesthetic_folder(root, "aesthetic", clip_model("quick_gelu"), head_weights(EMBED, "layers.{}"), HEAD)
     aesthetic_folder(root, "aesthetic_linear", clip_model("quick_gelu"), head_weights(EMBED, "", (1,)), (1,))
-    aesthetic_v25_folder(root, "aesthetic_v2.5", siglip_vision(), head_weights(WIDTH, "scoring_head.{}"), HEAD)
+    aesthetic_v25_folder(
+        root, "aesthetic_v2.5", siglip_vision(), head_weights(WIDTH, "scoring_head.{}"), HEAD
+    )
     return root
 
 
@@ -59,7 +69,10 @@ def reward(request: pytest.FixtureRequest, root: Path) -> ModelReward:
 
 
 def prepared(reward: ModelReward, images: Tensor) -> Tensor:
-    """Prepare pictures as the reward does; test_model_rewards_pictures.py compares that with the originals."""
+    """Prepare pictures as the reward does.
+
+    Test_model_rewards_pictures.py compares that with the originals.
+    """
     return reward.pictures(images)
 
 
@@ -71,7 +84,9 @@ def test_every_known_reward_is_tested_here(root: Path) -> None:
 @torch.no_grad()
 def test_pickscore_is_transformers_own_temperature_times_cosine(root: Path) -> None:
     reward, model = load_installed(root, "pickscore"), clip_model(seed=1)
-    tokens = reward.module.tokenizer(PROMPTS, padding=True, truncation=True, max_length=77, return_tensors="pt")
+    tokens = reward.module.tokenizer(
+        PROMPTS, padding=True, truncation=True, max_length=77, return_tensors="pt"
+    )
     published = model(pixel_values=prepared(reward, pictures()), **tokens).logits_per_image.diagonal()
     torch.testing.assert_close(reward.score(pictures(), PROMPTS), published, atol=1e-5, rtol=1e-5)
     assert published.std() > 0.01
@@ -80,7 +95,9 @@ def test_pickscore_is_transformers_own_temperature_times_cosine(root: Path) -> N
 @torch.no_grad()
 def test_clipscore_is_a_hundred_times_the_cosine(root: Path) -> None:
     reward, model = load_installed(root, "clipscore"), clip_model("quick_gelu", seed=2)
-    tokens = reward.module.tokenizer(PROMPTS, padding=True, truncation=True, max_length=77, return_tensors="pt")
+    tokens = reward.module.tokenizer(
+        PROMPTS, padding=True, truncation=True, max_length=77, return_tensors="pt"
+    )
     output = model(pixel_values=prepared(reward, pictures()), **tokens)
     published = 100 * (output.image_embeds * output.text_embeds).sum(-1)
     torch.testing.assert_close(reward.score(pictures(), PROMPTS), published, atol=1e-5, rtol=1e-5)
@@ -103,30 +120,48 @@ def test_hps_is_open_clips_cosine_on_the_weights_as_published(root: Path) -> Non
 
 @torch.no_grad()
 def test_hps_is_what_open_clip_itself_gives(root: Path) -> None:
-    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install --no-deps open_clip_torch ftfy")
-    sides = {"image_size": IMAGE, "layers": 2, "width": WIDTH, "head_width": WIDTH // HEADS, "patch_size": VISION["patch_size"]}
+    open_clip = pytest.importorskip(
+        "open_clip", reason="open_clip is not installed: pip install --no-deps open_clip_torch ftfy"
+    )
+    sides = {
+        "image_size": IMAGE,
+        "layers": 2,
+        "width": WIDTH,
+        "head_width": WIDTH // HEADS,
+        "patch_size": VISION["patch_size"],
+    }
     text = {"context_length": 77, "vocab_size": VOCABULARY, "width": 16, "heads": 2, "layers": 2}
     model = open_clip.CLIP(EMBED, sides, text).eval()
     assert not model.load_state_dict(open_clip_weights(), strict=False).unexpected_keys
     reward = load_installed(root, "hpsv2.1")
     seen = model.encode_image(prepared(reward, pictures()), normalize=True)
     read = model.encode_text(open_clip_tokens(reward, PROMPTS), normalize=True)
-    torch.testing.assert_close(reward.score(pictures(), PROMPTS), (seen @ read.T).diagonal(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        reward.score(pictures(), PROMPTS), (seen @ read.T).diagonal(), atol=1e-5, rtol=1e-5
+    )
 
 
 @torch.no_grad()
 def test_imagereward_is_its_own_architecture_on_the_weights_as_published(root: Path) -> None:
     reward = load_installed(root, "imagereward")
-    text = reward.module.tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+    text = reward.module.tokenizer(
+        PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
+    )
     assert text.input_ids.shape == (5, 35) and text.attention_mask.sum(1).max() == 35
-    published = imagereward(imagereward_weights(), prepared(reward, pictures()), text.input_ids, text.attention_mask, HEADS, 2)
+    published = imagereward(
+        imagereward_weights(), prepared(reward, pictures()), text.input_ids, text.attention_mask, HEADS, 2
+    )
     torch.testing.assert_close(reward.score(pictures(), PROMPTS), published, atol=1e-5, rtol=1e-5)
     assert published.std() > 1e-3
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "layout", "widths"), [("aesthetic", "layers.{}", HEAD), ("aesthetic_linear", "", (1,))])
-def test_laion_aesthetic_is_its_head_on_the_unit_norm_embedding(root: Path, name: str, layout: str, widths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("name", "layout", "widths"), [("aesthetic", "layers.{}", HEAD), ("aesthetic_linear", "", (1,))]
+)
+def test_laion_aesthetic_is_its_head_on_the_unit_norm_embedding(
+    root: Path, name: str, layout: str, widths: tuple[int, ...]
+) -> None:
     reward, model = load_installed(root, name), clip_model("quick_gelu")
     x = model.visual_projection(model.vision_model(prepared(reward, pictures())).pooler_output)
     published = through_head(x / x.norm(dim=-1, keepdim=True), head_weights(EMBED, layout, widths), layout)
@@ -171,7 +206,9 @@ def test_a_picture_with_nan_cannot_be_judged_and_spoils_no_other(reward: ModelRe
     images[1, 3, 3, 0] = torch.nan
     scores = checked(reward, images, PROMPTS)
     assert scores.isnan().tolist() == [False, True, False, False, False]
-    torch.testing.assert_close(scores[[0, 2, 3, 4]], reward.score(pictures(), PROMPTS)[[0, 2, 3, 4]], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        scores[[0, 2, 3, 4]], reward.score(pictures(), PROMPTS)[[0, 2, 3, 4]], atol=1e-5, rtol=0
+    )
     assert reward.score(images, PROMPTS).isnan().tolist() == [False, True, False, False, False]
 
 
@@ -183,11 +220,18 @@ def test_pictures_of_odd_sizes_are_judged(reward: ModelReward, shape: tuple[int,
 
 @pytest.mark.parametrize(
     ("shape", "said"),
-    [((2, 8, 8, 4), r"give .*\[B, H, W, 3\]"), ((2, 8, 8, 1), r"give .*\[B, H, W, 3\]"), ((2, 8, 264, 3), "no side may be over 32")],
+    [
+        ((2, 8, 8, 4), r"give .*\[B, H, W, 3\]"),
+        ((2, 8, 8, 1), r"give .*\[B, H, W, 3\]"),
+        ((2, 8, 264, 3), "no side may be over 32"),
+    ],
     ids=["RGBA", "greyscale", "a ribbon"],
 )
 def test_other_pictures_are_refused_by_name(reward: ModelReward, shape: tuple[int, ...], said: str) -> None:
-    for call in (lambda images: checked(reward, images, ["a"] * 2), lambda images: reward.score(images, ["a"] * 2)):
+    for call in (
+        lambda images: checked(reward, images, ["a"] * 2),
+        lambda images: reward.score(images, ["a"] * 2),
+    ):
         with pytest.raises(ValueError, match=said):
             call(torch.zeros(shape))
 
@@ -211,16 +255,26 @@ def test_embeddings_have_unit_norm_and_tell_pictures_apart(reward: ModelReward) 
 def test_a_reward_says_what_it_is(reward: ModelReward) -> None:
     known = KNOWN[reward.name]
     assert (reward.licence, reward.note) == (known.licence, known.note)
-    assert reward.compares_across_prompts == (reward.name == "clipscore" or reward.name.startswith("aesthetic"))
-    assert isinstance(reward.module, nn.Module) and not any(parameter.requires_grad for parameter in reward.module.parameters())
+    assert reward.compares_across_prompts == (
+        reward.name == "clipscore" or reward.name.startswith("aesthetic")
+    )
+    assert isinstance(reward.module, nn.Module) and not any(
+        parameter.requires_grad for parameter in reward.module.parameters()
+    )
     assert not reward.runs_elsewhere and reward.to("cpu") is reward
 
 
-def test_the_trunk_runs_in_the_dtype_asked_for_and_the_head_in_float32(root: Path, reward: ModelReward) -> None:
+def test_the_trunk_runs_in_the_dtype_asked_for_and_the_head_in_float32(
+    root: Path, reward: ModelReward
+) -> None:
     half = load_installed(root, reward.name, dtype=torch.bfloat16)
     trunks = tuple(f"{name}." for name in half.module.trunks)
-    assert {p.dtype for name, p in half.module.named_parameters() if name.startswith(trunks)} == {torch.bfloat16}
-    assert {p.dtype for name, p in half.module.named_parameters() if not name.startswith(trunks)} == {torch.float32}
+    assert {p.dtype for name, p in half.module.named_parameters() if name.startswith(trunks)} == {
+        torch.bfloat16
+    }
+    assert {p.dtype for name, p in half.module.named_parameters() if not name.startswith(trunks)} == {
+        torch.float32
+    }
     exact, near = reward.score(pictures(), PROMPTS), half.score(pictures(), PROMPTS)
     assert near.dtype == torch.float32
     assert (near - exact).abs().max() < 0.05 * exact.abs().max() + 0.05
@@ -237,4 +291,6 @@ def test_on_a_gpu_a_bf16_trunk_with_a_float32_head_keeps_the_scores(root: Path, 
 @pytest.mark.gpu
 def test_on_a_gpu_float32_scores_are_the_cpus(root: Path, reward: ModelReward) -> None:
     there = load_installed(root, reward.name, device="cuda")
-    torch.testing.assert_close(there.score(pictures().cuda(), PROMPTS), reward.score(pictures(), PROMPTS), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        there.score(pictures().cuda(), PROMPTS), reward.score(pictures(), PROMPTS), atol=1e-3, rtol=1e-3
+    )

@@ -1,4 +1,6 @@
-"""A reward's folder is read without trust: nothing is unpickled, nothing outside of it is read, and what does not fit is named."""
+"""A reward's folder is read without trust: nothing is unpickled, nothing outside of it is read, and what
+does not fit is named.
+"""
 
 import json
 import os
@@ -12,7 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from reward_folders import EMBED, HEAD, aesthetic_folder, clip_folder, clip_model, head_weights, imagereward_folder, imagereward_weights
+from reward_folders import (
+    EMBED,
+    HEAD,
+    aesthetic_folder,
+    clip_folder,
+    clip_model,
+    head_weights,
+    imagereward_folder,
+    imagereward_weights,
+)
 from safetensors.torch import load_file, save_file
 
 from comfy_g2rpo.rewards.models.installed import installed, load_installed
@@ -63,11 +74,15 @@ def test_a_missing_reward_says_how_to_get_it(tmp_path: Path) -> None:
 
 
 def test_a_misspelt_reward_names_the_nearest(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"did you mean 'clipscore_mine'\? installed: clipscore_mine, known: pickscore, "):
+    with pytest.raises(
+        ValueError, match=r"did you mean 'clipscore_mine'\? installed: clipscore_mine, known: pickscore, "
+    ):
         load_installed(folder.parent, "clipscore_mime")
 
 
-@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../rewards/clipscore_mine", "/etc", "clipscore_mine/", "x\x00", "-" * 80])
+@pytest.mark.parametrize(
+    "name", ["..", ".", "", "a/b", "../rewards/clipscore_mine", "/etc", "clipscore_mine/", "x\x00", "-" * 80]
+)
 def test_a_name_is_never_a_path(folder: Path, name: str) -> None:
     with pytest.raises(ValueError, match="is not installed"):
         load_installed(folder.parent, name)
@@ -106,7 +121,15 @@ def with_header(header: Any, rest: bytes = b"") -> bytes:
         with_header({"logit_scale": 1}),
         with_header({"logit_scale": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}),
     ],
-    ids=["empty", "endless header", "no JSON", "no table", "too many tensors", "no entry", "one tensor without its data"],
+    ids=[
+        "empty",
+        "endless header",
+        "no JSON",
+        "no table",
+        "too many tensors",
+        "no entry",
+        "one tensor without its data",
+    ],
 )
 def test_a_forged_safetensors_is_refused(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").write_bytes(content)
@@ -127,8 +150,19 @@ def rewrite(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> Non
 
 
 def test_missing_tensors_are_named(folder: Path) -> None:
-    rewrite(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if key.startswith("text_model.encoder.layers.1.")])
-    refused(folder, r"of another architecture than its config\.json: text_model\.encoder\.layers\.1\.\S+, .* and 13 more missing")
+    rewrite(
+        folder,
+        lambda tensors: [
+            tensors.pop(key) for key in list(tensors) if key.startswith("text_model.encoder.layers.1.")
+        ],
+    )
+    refused(
+        folder,
+        (
+            r"of another architecture than its config\.json: text_model\.encoder\.layers\.1\.\S+, .* and "
+            r"13 more missing"
+        ),
+    )
 
 
 def test_surplus_tensors_are_named(folder: Path) -> None:
@@ -142,8 +176,15 @@ def test_another_shape_is_named(folder: Path) -> None:
 
 
 def test_positions_that_older_files_store_are_passed_over(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.update({"text_model.embeddings.position_ids": torch.arange(77)[None]}))
-    assert load_installed(folder.parent, folder.name).score(torch.zeros(1, 8, 8, 3), ["a red cube"]).isfinite().all()
+    rewrite(
+        folder, lambda tensors: tensors.update({"text_model.embeddings.position_ids": torch.arange(77)[None]})
+    )
+    assert (
+        load_installed(folder.parent, folder.name)
+        .score(torch.zeros(1, 8, 8, 3), ["a red cube"])
+        .isfinite()
+        .all()
+    )
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -157,7 +198,9 @@ def test_whole_numbers_are_no_weights(folder: Path) -> None:
     refused(folder, "logit_scale holds NaN, infinite or non-float values")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "reward.json", "vocab.json", "preprocessor_config.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "reward.json", "vocab.json", "preprocessor_config.json"]
+)
 def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
     (folder / name).rename(tmp_path / name)
     (folder / name).symlink_to(tmp_path / name)
@@ -179,7 +222,9 @@ def test_a_pipe_is_not_waited_for(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{", '"x"', "[" * 100_000, " " * 2**20 + "{}"], ids=["empty", "list", "torn", "text", "deep", "large"]
+    "content",
+    ["", "[]", "{", '"x"', "[" * 100_000, " " * 2**20 + "{}"],
+    ids=["empty", "list", "torn", "text", "deep", "large"],
 )
 def test_a_damaged_config_is_refused(folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content)
@@ -208,7 +253,12 @@ def test_a_config_out_of_bounds_is_refused_before_anything_is_built(folder: Path
 
 
 def test_a_config_cannot_name_code(folder: Path) -> None:
-    change(folder / "config.json", auto_map={"AutoModel": "evil.Model"}, torch_dtype="float64", _attn_implementation="x")
+    change(
+        folder / "config.json",
+        auto_map={"AutoModel": "evil.Model"},
+        torch_dtype="float64",
+        _attn_implementation="x",
+    )
     change(folder / "preprocessor_config.json", auto_map={"AutoImageProcessor": "evil.Processor"})
     assert load_installed(folder.parent, folder.name).module.visual_projection.weight.dtype == torch.float32
 
@@ -226,7 +276,9 @@ def test_a_tokenizer_that_counts_beyond_the_model_is_refused(folder: Path) -> No
 
 @pytest.mark.parametrize("head", [None, [], [8, "x", 1], [10**9, 1], list(range(1, 12)), {"0": 1}], ids=str)
 def test_a_head_out_of_bounds_is_refused(tmp_path: Path, head: Any) -> None:
-    folder = aesthetic_folder(tmp_path, "aesthetic", clip_model("quick_gelu"), head_weights(EMBED, "layers.{}"), HEAD)
+    folder = aesthetic_folder(
+        tmp_path, "aesthetic", clip_model("quick_gelu"), head_weights(EMBED, "layers.{}"), HEAD
+    )
     change(folder / "config.json", head=head)
     refused(folder, r"config\.json: head is")
 
@@ -245,7 +297,11 @@ def test_a_folder_of_an_unknown_kind_is_no_reward(folder: Path, kind: Any) -> No
     assert installed(folder.parent) == []
 
 
-@pytest.mark.parametrize(("options", "said"), [({"batch": 0}, "batch is 0"), ({"dtype": torch.int8}, "dtype is torch.int8")], ids=str)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"batch": 0}, "batch is 0"), ({"dtype": torch.int8}, "dtype is torch.int8")],
+    ids=str,
+)
 def test_options_out_of_bounds_are_refused(folder: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         load_installed(folder.parent, folder.name, **options)
@@ -259,7 +315,10 @@ def test_without_transformers_it_says_what_to_install(folder: Path, monkeypatch:
 def test_listing_rewards_does_not_load_transformers(folder: Path) -> None:
     root = str(folder.parent)
     words = (
-        f"from comfy_g2rpo.rewards.models.installed import installed; import sys; print(installed({root!r}), 'transformers' in sys.modules)"
+        "from comfy_g2rpo.rewards.models.installed import installed; import sys; "
+        f"print(installed({root!r}), 'transformers' in sys.modules)"
     )
-    said = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True, timeout=120).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", words], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
     assert said.strip() == "['clipscore_mine'] False"

@@ -1,4 +1,6 @@
-"""The policy over a MODEL and the sampling blocks, in real ComfyUIs: against diffusers and peft, core's sampler, and differences."""
+"""The policy over a MODEL and the sampling blocks, in real ComfyUIs: against diffusers and peft, core's
+sampler, and differences.
+"""
 
 from __future__ import annotations
 
@@ -46,11 +48,19 @@ def given(trainer: SD3) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module", params=COMFYUIS)
-def comfy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, given: dict[str, Tensor]) -> Answer:
+def comfy(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, given: dict[str, Tensor]
+) -> Answer:
     """Run the script in a ComfyUI."""
     transformer = TINY / "transformer" / "diffusion_pytorch_model.safetensors"
     data = {"prompts": PROMPTS, "seeds": SEEDS, "guidance": GUIDANCE, "transformer": str(transformer)}
-    return run_script(request.param, Path(__file__).with_name("comfy_policy.py"), make_base(tmp_path_factory.mktemp("policy")), data, given)
+    return run_script(
+        request.param,
+        Path(__file__).with_name("comfy_policy.py"),
+        make_base(tmp_path_factory.mktemp("policy")),
+        data,
+        given,
+    )
 
 
 def error(one: Tensor, other: Tensor) -> float:
@@ -72,8 +82,12 @@ def with_adapter(pairs: dict[str, tuple[Tensor, Tensor]], alpha: float, feed_for
 
 def pairs_of(answer: Answer, kind: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Collect (down, up) by diffusers' module names."""
-    names = [key.split("/")[1] for key in answer.tensors if key.startswith(f"{kind}/") and key.endswith("/down")]
-    return {name: (answer.tensors[f"{kind}/{name}/down"], answer.tensors[f"{kind}/{name}/up"]) for name in names}
+    names = [
+        key.split("/")[1] for key in answer.tensors if key.startswith(f"{kind}/") and key.endswith("/down")
+    ]
+    return {
+        name: (answer.tensors[f"{kind}/{name}/down"], answer.tensors[f"{kind}/{name}/up"]) for name in names
+    }
 
 
 def conds_of(given: dict[str, Tensor]) -> list[Cond]:
@@ -81,10 +95,14 @@ def conds_of(given: dict[str, Tensor]) -> list[Cond]:
     return [Cond(tokens, pooled) for tokens, pooled in zip(given["tokens"], given["pooled"], strict=True)]
 
 
-def test_velocity_on_the_wire_is_that_of_diffusers(comfy: Answer, trainer: SD3, given: dict[str, Tensor]) -> None:
+def test_velocity_on_the_wire_is_that_of_diffusers(
+    comfy: Answer, trainer: SD3, given: dict[str, Tensor]
+) -> None:
     with torch.no_grad():
         plain = trainer.velocity(given["x"], given["sigma"], conds_of(given))
-        blank = trainer.velocity(given["x"], given["sigma"], [Cond(given["blank_tokens"][0], given["blank_pooled"][0])] * 4)
+        blank = trainer.velocity(
+            given["x"], given["sigma"], [Cond(given["blank_tokens"][0], given["blank_pooled"][0])] * 4
+        )
     assert error(comfy.tensors["base"], plain) < 1e-5
     assert error(comfy.tensors["guided"], blank + 3 * (plain - blank)) < 1e-5
 
@@ -144,7 +162,9 @@ def test_the_first_ratio_is_exactly_one(comfy: Answer) -> None:
 
 
 def test_the_gradient_is_that_of_diffusers_and_peft(comfy: Answer, given: dict[str, Tensor]) -> None:
-    """Fused projections share one down matrix: its gradient is the sum of those of q, k and v, which start from the same matrix here."""
+    """Fused projections share one down matrix: its gradient is the sum of those of q, k and v, which start
+    from the same matrix here.
+    """
     policy = with_adapter(pairs_of(comfy, "pair"), comfy.data["training"]["alpha"], feed_forward=True)
     (policy.velocity(given["x"], given["sigma"], conds_of(given)) * given["cotangent"]).sum().backward()
     found, owners = pairs_of(comfy, "gradient"), pairs_of(comfy, "pair")
@@ -168,7 +188,15 @@ def test_checkpoints_are_exact(comfy: Answer) -> None:
 
 def test_the_graph_makes_the_records_of_the_headless_trainer(comfy: Answer, given: dict[str, Tensor]) -> None:
     policy = with_adapter(pairs_of(comfy, "records"), 8.0, feed_forward=False)
-    rollout = roll_out(policy, singular(5, [0, 1], 4, (1, 2)), shifted_sigmas(5, 3.0), policy.encode(PROMPTS), SEEDS, SHAPE, slots=8)
+    rollout = roll_out(
+        policy,
+        singular(5, [0, 1], 4, (1, 2)),
+        shifted_sigmas(5, 3.0),
+        policy.encode(PROMPTS),
+        SEEDS,
+        SHAPE,
+        slots=8,
+    )
     made = records(rollout, list(given["advantages"]))
     assert error(comfy.tensors["x"], made.x) < 1e-5
     assert error(comfy.tensors["direction"], made.direction) < 1e-5
@@ -190,7 +218,8 @@ def test_a_model_that_carries_a_lora_can_be_trained_on_top_of_it(comfy: Answer) 
 def test_models_in_fewer_bits_train(comfy: Answer) -> None:
     found = comfy.data["precisions"]
     assert found["float32"][1] == 0
-    # Core merges in the bits that weights are kept in, training adds in those that it computes in: here float32, as on every CPU.
+    # Core merges in the bits that weights are kept in, training adds in those that it computes in: here
+    # float32, as on every CPU.
     assert found["bfloat16"][0] > 0.99 and found["bfloat16"][1] < 2e-3
     assert found["float8"][0] > 0.9 and found["float8"][1] < 0.05
 
@@ -209,14 +238,28 @@ def test_lists_of_numbers_are_read(comfy: Answer) -> None:
 
 
 def test_what_cannot_be_used_is_refused_in_one_line_that_names_the_input(comfy: Answer) -> None:
-    inputs = ("model", "guider", "latent_image", "sigmas", "branch_steps", "group_size", "granularities", "policy", "targets")
+    inputs = (
+        "model",
+        "guider",
+        "latent_image",
+        "sigmas",
+        "branch_steps",
+        "group_size",
+        "granularities",
+        "policy",
+        "targets",
+    )
     for case, words in comfy.data["refusals"].items():
-        assert words.startswith(tuple(f"{name}: " for name in inputs) + tuple(f"{name} is " for name in inputs)), (case, words)
+        assert words.startswith(
+            tuple(f"{name}: " for name in inputs) + tuple(f"{name} is " for name in inputs)
+        ), (case, words)
         assert "\n" not in words and len(words) < 250, (case, words)
 
 
 @pytest.fixture(
-    scope="module", params=[root for root in COMFYUIS if "0.33" in str(root.id)] or [pytest.param(None, marks=pytest.mark.skip)]
+    scope="module",
+    params=[root for root in COMFYUIS if "0.33" in str(root.id)]
+    or [pytest.param(None, marks=pytest.mark.skip)],
 )
 def others(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answer:
     """Train other architectures, which newer versions load at this size."""

@@ -1,4 +1,6 @@
-"""Inside the real ComfyUI: a folder of images is loaded, scored by rules and installed models, and saved with its scores."""
+"""Inside the real ComfyUI: a folder of images is loaded, scored by rules and installed models, and saved
+with its scores.
+"""
 
 import json
 import re
@@ -23,7 +25,23 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("scripts in comfyui")
 CHILD = Path(__file__).with_name("comfy_child_saving.py")
 EVIL = "<img src=x onerror=alert(1)>.png"
 PREFIXES = [
-    *("../x", "..", "a/../../x", "/tmp/x", "a//b", "C:\\x", "a\\..\\x", "~x", "", " ", "x" * 65, "a/b/c/d/e", "nul", "a/CON.png", "x."),
+    *(
+        "../x",
+        "..",
+        "a/../../x",
+        "/tmp/x",
+        "a//b",
+        "C:\\x",
+        "a\\..\\x",
+        "~x",
+        "",
+        " ",
+        "x" * 65,
+        "a/b/c/d/e",
+        "nul",
+        "a/CON.png",
+        "x.",
+    ),
     *("a\0b", "\ud800", "%year%", ".hidden", "out/x"),
 ]
 
@@ -71,7 +89,9 @@ HOSTILE = {
 
 def noise(strength: int, size: tuple[int, int], seed: int = 0) -> Image.Image:
     """Make noise whose colourfulness grows with its strength."""
-    return Image.fromarray((np.random.default_rng(seed).random((size[1], size[0], 3)) * strength).astype(np.uint8))
+    return Image.fromarray(
+        (np.random.default_rng(seed).random((size[1], size[0], 3)) * strength).astype(np.uint8)
+    )
 
 
 def fill(base: Path) -> None:
@@ -103,7 +123,9 @@ def fill(base: Path) -> None:
 
 
 IMAGES = (
-    torch.rand(5, 40, 44, 3, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.2, 1, 5)[:, None, None, None] * 255
+    torch.rand(5, 40, 44, 3, generator=torch.Generator().manual_seed(1))
+    * torch.linspace(0.2, 1, 5)[:, None, None, None]
+    * 255
 ).round() / 255
 
 
@@ -158,7 +180,9 @@ def test_scores_are_written_into_the_files_beside_cores_notes(core: Answer) -> N
         assert (note["rank"], note["of"], note["mix"], note["weights"]) == (rank, 5, "zscore", [1.0, 0.5])
         assert set(note["scores"]) == {"colourfulness", "jpeg"}
         assert json.loads(chunk["prompt"])["save"]["class_type"] == "G2RPO_SaveScoredImages"
-    assert [json.loads(chunk[CHUNK])["score"] for chunk in chunks] == sorted(core.data["folder"]["scores"], reverse=True)[:3]
+    assert [json.loads(chunk[CHUNK])["score"] for chunk in chunks] == sorted(
+        core.data["folder"]["scores"], reverse=True
+    )[:3]
     best = Path(core.data["base"]) / "output" / core.data["folder"]["files"][0]
     assert caption_of(best)[1] in ("note", "")
     assert core.data["core notes"] == {"prompt": '{"1": "\\u00e9"}', "workflow": '{"nodes": []}'}
@@ -180,7 +204,9 @@ def test_the_table_says_what_the_files_say(core: Answer) -> None:
     assert [float(row["score"]) for row in rows] == pytest.approx(
         [json.loads(chunk[CHUNK])["score"] for chunk in core.data["chunks"]], rel=1e-5
     )
-    assert all(row["name"] in found["names"] or row["name"].removeprefix("'") in found["names"] for row in rows)
+    assert all(
+        row["name"] in found["names"] or row["name"].removeprefix("'") in found["names"] for row in rows
+    )
     assert {"colourfulness", "jpeg"} <= rows[0].keys()
 
 
@@ -197,7 +223,10 @@ def test_without_metadata_the_files_say_nothing(core: Answer) -> None:
 
 def test_broken_images_and_formulas_are_written_safely(core: Answer) -> None:
     assert core.data["odd"]["files"] == ["odd_00001_.png", "odd_00002_.png"]
-    assert core.data["odd"]["csv"] == "rank,file,name,prompt,score,x\n1,odd_00001_.png,,'=1,1,0\n2,odd_00002_.png,,<b>,,0\n"
+    assert (
+        core.data["odd"]["csv"]
+        == "rank,file,name,prompt,score,x\n1,odd_00001_.png,,'=1,1,0\n2,odd_00002_.png,,<b>,,0\n"
+    )
 
 
 # Reward models
@@ -236,7 +265,9 @@ def test_a_mix_ranks_as_it_says(core: Answer) -> None:
     table = score_all([load("colourfulness"), load("jpeg")], IMAGES, [""] * 5)
     for name, scores in core.data["mixes"].items():
         mix, _, gate = name.partition(" ")
-        assert scores == pytest.approx(standing(table, [1.0, 2.0], mix, [50.0, None] if gate else ()).tolist(), rel=1e-3), name
+        assert scores == pytest.approx(
+            standing(table, [1.0, 2.0], mix, [50.0, None] if gate else ()).tolist(), rel=1e-3
+        ), name
     plain, gated = core.data["mixes"]["sum"], core.data["mixes"]["sum colourfulness = 50"]
     below = [i for i in range(5) if table[0, i] < 50]
     assert 0 < len(below) < 5
@@ -254,7 +285,11 @@ def test_a_picture_is_most_like_itself(core: Answer) -> None:
 
 def test_the_best_of_every_prompt_may_differ_in_size(core: Answer) -> None:
     best = core.data["best"]
-    assert (best["kept"], best["scores"], best["sizes"]) == ([1, 3], [0.9, 0.7], [[1, 12, 44, 3], [1, 20, 44, 3]])
+    assert (best["kept"], best["scores"], best["sizes"]) == (
+        [1, 3],
+        [0.9, 0.7],
+        [[1, 12, 44, 3], [1, 20, 44, 3]],
+    )
     assert not best["batch"]
     assert len(best["said"]) == 1
     assert "images to keep differ in size" in best["said"][0] and "use image_list" in best["said"][0]
@@ -266,7 +301,10 @@ def test_the_mix_and_its_gates_reach_advantages_and_training(core: Answer) -> No
     assert torch.equal(core.tensors["rollout advantages"], mixed([scores], weights, "rank_product", gates)[0])
     assert not torch.allclose(core.tensors["rollout advantages"], mixed([scores], weights)[0])
     assert core.data["trained"]["method"]["mix"] == "rank_product"
-    assert core.data["trained"]["rewards"] == [{"name": "clipscore", "weight": 1.0}, {"name": "jpeg", "weight": 0.5, "gate": -2.6}]
+    assert core.data["trained"]["rewards"] == [
+        {"name": "clipscore", "weight": 1.0},
+        {"name": "jpeg", "weight": 0.5, "gate": -2.6},
+    ]
     assert core.data["moved"] > 0
 
 

@@ -1,4 +1,6 @@
-"""The scoring blocks and Advantages inside the real ComfyUI: right numbers, per image, and a named error for whatever is wrong."""
+"""The scoring blocks and Advantages inside the real ComfyUI: right numbers, per image, and a named error
+for whatever is wrong.
+"""
 
 import math
 from pathlib import Path
@@ -81,7 +83,10 @@ HOSTILE = {
 
 
 def make_images() -> dict[str, torch.Tensor]:
-    """Make images whose colourfulness is known beforehand to fall in BEST_ORDER; the third and the last are broken."""
+    """Make images whose colourfulness is known beforehand to fall in BEST_ORDER.
+
+    The third and the last are broken.
+    """
     generator = torch.Generator().manual_seed(0)
     strength = torch.tensor([0.2, 0.9, 0.6, 1.0, 0.5, 0.7])[:, None, None, None]
     images = torch.rand(6, 16, 16, 3, generator=generator) * strength
@@ -91,7 +96,11 @@ def make_images() -> dict[str, torch.Tensor]:
     for scene, colour in enumerate(((220, 40, 40), (220, 40, 40), (45, 85, 220))):
         scenes[scene, 20:40, 20:40] = torch.tensor(colour) / 255
     sizes = {"wide": (1, 8, 20, 3), "tall": (2, 20, 8, 3), "grey": (1, 8, 8, 1), "alpha": (1, 8, 8, 4)}
-    return {"images": images, "scenes": scenes, **{name: torch.rand(size, generator=generator) for name, size in sizes.items()}}
+    return {
+        "images": images,
+        "scenes": scenes,
+        **{name: torch.rand(size, generator=generator) for name, size in sizes.items()},
+    }
 
 
 IMAGES = make_images()
@@ -131,12 +140,21 @@ def test_threshold_drops_the_rest_and_what_was_not_judged(core: Answer) -> None:
 
 
 def test_images_in_a_list_may_differ_in_size_and_channels(core: Answer) -> None:
-    pictures = [*IMAGES["wide"], *IMAGES["tall"], IMAGES["grey"][0].expand(8, 8, 3), IMAGES["alpha"][0, ..., :3]]
-    expected = [score_all([load("colourfulness")], to_8_bit(picture[None]), [""])[0].item() for picture in pictures]
+    pictures = [
+        *IMAGES["wide"],
+        *IMAGES["tall"],
+        IMAGES["grey"][0].expand(8, 8, 3),
+        IMAGES["alpha"][0, ..., :3],
+    ]
+    expected = [
+        score_all([load("colourfulness")], to_8_bit(picture[None]), [""])[0].item() for picture in pictures
+    ]
     assert core.data["free"]["mixed_sizes"]["0"] == pytest.approx(expected, abs=1e-4)
     assert "alpha was ignored" in core.data["free"]["tables"]["mixed_sizes"]
     assert "grey" in core.data["free"]["tables"]["mixed_sizes"]
-    best = [*IMAGES["wide"], *IMAGES["tall"], *IMAGES["grey"], *IMAGES["alpha"]][max(range(5), key=expected.__getitem__)]
+    best = [*IMAGES["wide"], *IMAGES["tall"], *IMAGES["grey"], *IMAGES["alpha"]][
+        max(range(5), key=expected.__getitem__)
+    ]
     assert torch.equal(core.tensors["one_of_sizes"], best[None])
 
 
@@ -175,7 +193,9 @@ def test_advantages_are_the_engines(core: Answer) -> None:
 
 
 def test_any_graph_can_be_the_judge(core: Answer) -> None:
-    assert torch.allclose(core.tensors["voted_scores"][0], standing(core.tensors["scores"], WEIGHTS), atol=0.02)
+    assert torch.allclose(
+        core.tensors["voted_scores"][0], standing(core.tensors["scores"], WEIGHTS), atol=0.02
+    )
     expected = integrate(singular(6, [0, 2], 5, (1, 2)).values(core.tensors["voted_scores"]), None, 5.0, 1e-8)
     assert torch.allclose(core.tensors["voted_table"], expected, atol=1e-6)
     assert torch.equal(core.tensors["voted_pictures"], core.tensors["decoded"])

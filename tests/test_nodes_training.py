@@ -1,4 +1,7 @@
-"""Training in a real ComfyUI: one block, or the graph as the loop; stopped, killed, continued; and what it leaves for core's loaders."""
+"""Training in a real ComfyUI: one block, or the graph as the loop.
+
+Stopped, killed, continued; and what it leaves for core's loaders.
+"""
 
 import json
 import os
@@ -21,7 +24,9 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("training in comfyui"
 
 PROMPTS = ["a red circle", "two blue squares", "a green triangle above a red square", "three yellow circles"]
 HELDOUT = ["a yellow circle and a blue square", "two red triangles"]
-CHANGES = "num_steps = 4\ngroup_size = 4\ngranularities = 1, 2\nshift = 3\ncheckpoint_every = 1\neval_noises = "
+CHANGES = (
+    "num_steps = 4\ngroup_size = 4\ngranularities = 1, 2\nshift = 3\ncheckpoint_every = 1\neval_noises = "
+)
 TRAIN = {
     "recipe": "g2rpo",
     "steps": 4,
@@ -43,8 +48,15 @@ TRAIN = {
     "changes": f"{CHANGES}1",
 }
 STOPS = [1, 14, 19, 34, 46]  # looks at the stop button; the 19th and 46th are in updates
-THINGS = [f"a {colour} {shape}" for colour in ("red", "green", "blue", "yellow", "purple") for shape in ("circle", "square", "triangle")]
-GAMED = {"heldout_prompts": "\n".join(thing for thing in THINGS if thing not in PROMPTS), "changes": f"{CHANGES}2\npatience = 1"}
+THINGS = [
+    f"a {colour} {shape}"
+    for colour in ("red", "green", "blue", "yellow", "purple")
+    for shape in ("circle", "square", "triangle")
+]
+GAMED = {
+    "heldout_prompts": "\n".join(thing for thing in THINGS if thing not in PROMPTS),
+    "changes": f"{CHANGES}2\npatience = 1",
+}
 LOADERS = {
     "1": {"class_type": "G2RPO_TinyDemoLoader", "inputs": {}},
     "2": {"class_type": "G2RPO_LoadReward", "inputs": {"reward": "agreement"}},
@@ -84,7 +96,11 @@ def test_the_monitor_waits_for_the_first_run(done: Answer) -> None:
 
 
 def test_the_wires_and_every_saved_file_draw_the_trained_picture(done: Answer) -> None:
-    assert set(done.data["loras"]) == {"g2rpo/whole_000004.safetensors", "g2rpo/saved.safetensors", "g2rpo/split.safetensors"}
+    assert set(done.data["loras"]) == {
+        "g2rpo/whole_000004.safetensors",
+        "g2rpo/saved.safetensors",
+        "g2rpo/split.safetensors",
+    }
     assert done.data["patched"][0] == done.data["patched"][1] > 0
     for name in done.data["loras"]:
         assert (done.tensors[f"image {name}"] - done.tensors["tuned"]).abs().max() <= 1e-5, name
@@ -93,14 +109,22 @@ def test_the_wires_and_every_saved_file_draw_the_trained_picture(done: Answer) -
 def test_files_say_where_they_come_from(done: Answer, base: Path) -> None:
     for name in ("whole_000004", "saved"):
         file = lora.read(base / f"models/loras/g2rpo/{name}.safetensors")
-        assert file.style == "native" and file.metadata["g2rpo.recipe"] == "g2rpo" and file.metadata["g2rpo.step"] == "4"
+        assert (
+            file.style == "native"
+            and file.metadata["g2rpo.recipe"] == "g2rpo"
+            and file.metadata["g2rpo.step"] == "4"
+        )
         assert file.metadata["g2rpo.rewards"] == "1 agreement"
     assert lora.read(base / "models/loras/g2rpo/split.safetensors").style == "diffusers"
 
 
 def test_events_are_few_and_tell_the_end(done: Answer) -> None:
     events = done.data["events"]
-    assert events[-1]["phase"] == "done" and events[-1]["step"] == events[-1]["total"] == 4 and events[-1]["run"] == "whole"
+    assert (
+        events[-1]["phase"] == "done"
+        and events[-1]["step"] == events[-1]["total"] == 4
+        and events[-1]["run"] == "whole"
+    )
     assert {event["phase"] for event in events} <= {"rollout", "update", "evaluate", "done", "stopped"}
     assert all(event["node"] == "3" for event in events)
 
@@ -109,7 +133,13 @@ def test_events_are_few_and_tell_the_end(done: Answer) -> None:
 def test_stopped_anywhere_and_run_again_is_as_if_never_stopped(done: Answer, call: int) -> None:
     stop = done.data["stops"][str(call)]
     assert "nterrupt" in stop["stopped"]
-    assert stop == {"stopped": stop["stopped"], "phase": stop["phase"], "picture": True, "again": [True, ""], "same": True}
+    assert stop == {
+        "stopped": stop["stopped"],
+        "phase": stop["phase"],
+        "picture": True,
+        "again": [True, ""],
+        "same": True,
+    }
 
 
 def test_the_stops_were_in_every_phase(done: Answer) -> None:
@@ -135,7 +165,9 @@ def test_more_steps_continue_a_run_and_other_settings_are_refused(done: Answer) 
 def test_every_run_of_the_loop_graph_is_one_update_and_no_wire_changes(done: Answer) -> None:
     steps = [(old, new) for _, _, old, new, _, _ in done.data["loop"]]
     assert steps == [(0, 1), (1, 2), (2, 3)] and all(ok for ok, *_ in done.data["loop"])
-    for (_, _, _, _, _, new), (_, _, _, _, old, _) in zip(done.data["loop"], done.data["loop"][1:], strict=False):
+    for (_, _, _, _, _, new), (_, _, _, _, old, _) in zip(
+        done.data["loop"], done.data["loop"][1:], strict=False
+    ):
         assert new == old
     assert len({row[4] for row in done.data["loop"]}) == 3
     assert done.data["loop rows"] == [1, 2, 3]
@@ -143,13 +175,21 @@ def test_every_run_of_the_loop_graph_is_one_update_and_no_wire_changes(done: Ans
 
 
 def test_graph_and_command_line_make_the_same_steps(done: Answer, tmp_path: Path) -> None:
-    """Same prompts, seeds and model: the same pictures, scores and gradients, step by step, to the rounding of batches."""
+    """Same prompts, seeds and model: the same pictures, scores and gradients, step by step, to the
+    rounding of batches.
+    """
     (tmp_path / "train.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "heldout.txt").write_text("\n".join(HELDOUT))
     tree = {
         "model": {"path": "models/tiny", "width": 64, "height": 64, "max_sequence_length": 0},
         "lora": {"rank": 4, "alpha": 8},
-        "method": {"name": "g2rpo", "num_steps": 4, "group_size": 4, "granularities": [1, 2], "learning_rate": 1e-3},
+        "method": {
+            "name": "g2rpo",
+            "num_steps": 4,
+            "group_size": 4,
+            "granularities": [1, 2],
+            "learning_rate": 1e-3,
+        },
         "rewards": [{"name": "agreement"}],
         "prompts": {"train": str(tmp_path / "train.txt"), "heldout": str(tmp_path / "heldout.txt")},
         "train": {"steps": 1, "prompts_per_step": 2, "eval_noises": 1},
@@ -167,7 +207,14 @@ def test_a_killed_server_goes_on_from_the_last_finished_step(
     comfyui: Path, done: Answer, base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     other = make_base(tmp_path_factory.mktemp("killed"))
-    inputs = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "reward": ["2", 0], **TRAIN, "run": "killed"}
+    inputs = {
+        "model": ["1", 0],
+        "clip": ["1", 1],
+        "vae": ["1", 2],
+        "reward": ["2", 0],
+        **TRAIN,
+        "run": "killed",
+    }
     graph = {**LOADERS, "3": {"class_type": "G2RPO_TrainLoRA", "inputs": inputs}}
     run = other / "output/g2rpo/killed"
     with server(comfyui, other) as first:
@@ -186,4 +233,6 @@ def test_a_killed_server_goes_on_from_the_last_finished_step(
     kept = {k: v for k, v in rows[-2].items() if not k.startswith(("time/", "memory/"))}
     assert kept == done.data["rows"][-2]
     uninterrupted = load_file(base / "output/g2rpo/stop1/checkpoints/000004/lora.safetensors")
-    assert one.keys() == uninterrupted.keys() and all(torch.equal(one[key], uninterrupted[key]) for key in one)
+    assert one.keys() == uninterrupted.keys() and all(
+        torch.equal(one[key], uninterrupted[key]) for key in one
+    )

@@ -1,4 +1,6 @@
-"""The block Vote in the real ComfyUI: nothing runs until somebody votes, votes belong to these very pictures, hostile ones are named."""
+"""The block Vote in the real ComfyUI: nothing runs until somebody votes, votes belong to these very
+pictures, hostile ones are named.
+"""
 
 import json
 import math
@@ -72,7 +74,12 @@ def test_a_picture_that_nobody_compared_has_no_score(core: Answer) -> None:
 def test_every_update_brings_a_new_group_on_which_former_votes_do_not_count(core: Answer) -> None:
     looks = core.data["story"]["looks"]
     groups = [set(keys_of(look)) for look in looks]
-    assert groups[0] == groups[1] and groups[2] == groups[3] and not groups[0] & groups[2] and not groups[2] & groups[4]
+    assert (
+        groups[0] == groups[1]
+        and groups[2] == groups[3]
+        and not groups[0] & groups[2]
+        and not groups[2] & groups[4]
+    )
     assert [look["updated"] for look in looks] == [False, True, False, True, False]
     assert [look["error"] for look in looks] == [""] * 5
     assert looks[4]["ballot"]["votes"] is None

@@ -42,7 +42,11 @@ def test_a_continued_optimizer_takes_the_same_steps_bit_for_bit(tmp_path, name):
     weights = parameters()
     optimizer = made(name, weights)
     steps(optimizer, 3, 1)
-    write_state(tmp_path, {f"p{i}": weight.detach() for i, weight in enumerate(weights)} | optimizer_tensors(optimizer), {})
+    write_state(
+        tmp_path,
+        {f"p{i}": weight.detach() for i, weight in enumerate(weights)} | optimizer_tensors(optimizer),
+        {},
+    )
     steps(optimizer, 3, 2)
 
     tensors, _ = read_state(tmp_path)
@@ -60,7 +64,9 @@ def test_state_that_the_optimizer_would_not_have_left_is_refused(name):
     optimizer = made(name, parameters())
     steps(optimizer, 1, 1)
     state = optimizer_tensors(optimizer)
-    largest = max((key for key in state if key.startswith("optimizer/0/")), key=lambda key: state[key].numel())
+    largest = max(
+        (key for key in state if key.startswith("optimizer/0/")), key=lambda key: state[key].numel()
+    )
     for broken in (
         {largest: torch.zeros(2)},
         {"optimizer/9/step": state["optimizer/0/step"]},
@@ -71,7 +77,9 @@ def test_state_that_the_optimizer_would_not_have_left_is_refused(name):
         with pytest.raises(RunError, match="resume with the run's own configuration"):
             load_optimizer_tensors(made(name, parameters()), {**state, **broken})
     with pytest.raises(RunError, match="is incomplete"):
-        load_optimizer_tensors(made(name, parameters()), {key: value for key, value in state.items() if key != largest})
+        load_optimizer_tensors(
+            made(name, parameters()), {key: value for key, value in state.items() if key != largest}
+        )
 
 
 def test_the_state_of_another_optimizer_is_refused():

@@ -1,4 +1,7 @@
-"""Rewards from a configuration: your own file, references, columns, gates; what is refused, and what a run records of them."""
+"""Rewards from a configuration: your own file, references, columns, gates.
+
+What is refused, and what a run records of them.
+"""
 
 import ast
 import json
@@ -40,7 +43,7 @@ def redness(images, prompts):
     """Score images [B, H, W, 3] in [0, 1] by prompts [B]: [B], higher is better, None where it cannot judge."""
     excess = images[..., 0].mean((1, 2)) - images.mean((1, 2, 3))
     return [None if columns_of(p).get("skip") else float(score) for score, p in zip(excess, prompts)]
-'''
+'''  # noqa: E501
 
 AS_AN_OBJECT = """\
 class Blue:
@@ -57,14 +60,20 @@ blue, Bluer = Blue(), Blue
 def recipe(tmp_path: Path) -> Path:
     """Write a recipe for the bundled model with a reward file, prompts with columns, and a gate."""
     (tmp_path / "my_rewards.py").write_text(TEN_LINES)
-    rows = [{"prompt": "a red circle", "why": "plain"}, {"prompt": "some things", "target_count": 2, "colour": "red"}]
+    rows = [
+        {"prompt": "a red circle", "why": "plain"},
+        {"prompt": "some things", "target_count": 2, "colour": "red"},
+    ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "heldout.jsonl").write_text(json.dumps({"prompt": "a blue square", "skip": True}) + "\n")
     tree = {
         "model": {"path": "models/tiny", "width": 64, "height": 64, "max_sequence_length": 0},
         "lora": {"rank": 2},
         "method": {"num_steps": 2, "group_size": 2, "mix": "rank_product", "granularities": [1]},
-        "rewards": [{"name": "redness", "path": "my_rewards.py:redness", "weight": 2}, {"name": "agreement", "weight": 0, "gate": 0.01}],
+        "rewards": [
+            {"name": "redness", "path": "my_rewards.py:redness", "weight": 2},
+            {"name": "agreement", "weight": 0, "gate": 0.01},
+        ],
         "heldout_rewards": ["exposure", {"name": "palette", "palette": ["#dc2828"]}],
         "prompts": {"train": "train.jsonl", "heldout": "heldout.jsonl"},
         "train": {"steps": 1, "prompts_per_step": 2},
@@ -108,7 +117,9 @@ CHANGED = {
 def test_a_changed_reward_is_not_resumed(recipe: Path, change: str) -> None:
     (recipe.parent / "other.py").write_text(TEN_LINES)
     RunFolder.create(recipe.parent / "run", reading.dump(reading.load(recipe)))
-    with pytest.raises(RunError, match=rf"was made with {CHANGED[change]} = .*; continue with that, or start another run"):
+    with pytest.raises(
+        RunError, match=rf"was made with {CHANGED[change]} = .*; continue with that, or start another run"
+    ):
         RunFolder.reopen(recipe.parent / "run", reading.dump(reading.load(recipe, [change])))
 
 
@@ -116,10 +127,15 @@ def test_how_a_judge_is_asked_may_change(recipe: Path) -> None:
     judge = "rewards=[{name: judge, url: 'http://127.0.0.1:1/v1', protocol: rating, model: m}]"
     RunFolder.create(recipe.parent / "run", reading.dump(reading.load(recipe, [judge])))
     pace = ["timeout=5", "retries=9", "concurrency=2", "batch=4", "device=cpu"]
-    RunFolder.reopen(recipe.parent / "run", reading.dump(reading.load(recipe, [judge, *(f"rewards.0.{one}" for one in pace)])))
+    RunFolder.reopen(
+        recipe.parent / "run",
+        reading.dump(reading.load(recipe, [judge, *(f"rewards.0.{one}" for one in pace)])),
+    )
     for change in ("url=http://127.0.0.1:2/v1", "model=n", "question=Is it?", "protocol=yes_no"):
         with pytest.raises(RunError, match=r"was made with rewards\.0"):
-            RunFolder.reopen(recipe.parent / "run", reading.dump(reading.load(recipe, [judge, f"rewards.0.{change}"])))
+            RunFolder.reopen(
+                recipe.parent / "run", reading.dump(reading.load(recipe, [judge, f"rewards.0.{change}"]))
+            )
 
 
 def test_reading_a_recipe_runs_and_loads_nothing_of_yours(recipe: Path) -> None:
@@ -128,25 +144,43 @@ def test_reading_a_recipe_runs_and_loads_nothing_of_yours(recipe: Path) -> None:
 
 
 MISTAKES = {
-    "rewards.0.path=my_rewards.py": "path is 'my_rewards.py'; write it as my_rewards.py:function or package.module:object",
-    "rewards.0.path=nowhere.py:redness": "path of reward 'redness' is 'nowhere.py', which does not exist; looked beside the recipe",
-    "rewards.0.path=no_such_package.rewards:redness": "path names the module 'no_such_package.rewards', which is not installed",
+    "rewards.0.path=my_rewards.py": (
+        "path is 'my_rewards.py'; write it as my_rewards.py:function or package.module:object"
+    ),
+    "rewards.0.path=nowhere.py:redness": (
+        "path of reward 'redness' is 'nowhere.py', which does not exist; looked beside the recipe"
+    ),
+    "rewards.0.path=no_such_package.rewards:redness": (
+        "path names the module 'no_such_package.rewards', which is not installed"
+    ),
     "rewards.0.path='../x:redness'": "path names the module '../x', which is not installed",
     "rewards.0.url=http://localhost:8": "reward 'redness' has a path and a url; give one of them",
     "rewards.0.name=jpeg": "reward 'jpeg' is built in; give your own another name",
     "rewards.0.name='a/b'": "reward 'a/b': its name must be 1 to 64 letters, digits and _ . + -",
     "rewards.0.device=gpu": "device is 'gpu'; choose auto, cpu, cuda",
-    "rewards.0.reference=my_rewards.py": "reward 'redness' takes no reference; leave it out, it is for phash, histogram, ssim",
+    "rewards.0.reference=my_rewards.py": (
+        "reward 'redness' takes no reference; leave it out, it is for phash, histogram, ssim"
+    ),
     "rewards.1.palette=['#000000']": "reward 'agreement' takes no palette; leave it out, it is for palette",
     "heldout_rewards.1.palette=[red]": "palette has the colour 'red'; write it as #ff8800",
     "rewards.0={name: judge, url: 'ftp://host'}": "url is 'ftp://host'; write it as http://host:port/",
     "rewards.0={name: judge, url: 'http://host:99999'}": "url is 'http://host:99999'; write it",
-    "rewards.0={name: judge, url: 'http://me:secret@host/'}": "url holds a user, password, query or fragment; leave them out",
-    "rewards.0={name: judge, url: 'http://host/?key=secret'}": "url holds a user, password, query or fragment; leave them out",
-    "rewards=[{name: agreement, weight: 0, gate: 1}]": "rewards are gates alone; give at least one of them a weight",
+    "rewards.0={name: judge, url: 'http://me:secret@host/'}": (
+        "url holds a user, password, query or fragment; leave them out"
+    ),
+    "rewards.0={name: judge, url: 'http://host/?key=secret'}": (
+        "url holds a user, password, query or fragment; leave them out"
+    ),
+    "rewards=[{name: agreement, weight: 0, gate: 1}]": (
+        "rewards are gates alone; give at least one of them a weight"
+    ),
     "rewards.1.gate=null": "rewards has a weight of 0; list that reward under heldout_rewards",
-    "heldout_rewards=[exposure, exposure]": "heldout_rewards names 'exposure' twice; remove one, or name it differently",
-    "heldout_rewards=[{name: redness, path: 'other.py:redness'}]": "heldout_rewards describes 'redness', which is trained on and measured",
+    "heldout_rewards=[exposure, exposure]": (
+        "heldout_rewards names 'exposure' twice; remove one, or name it differently"
+    ),
+    "heldout_rewards=[{name: redness, path: 'other.py:redness'}]": (
+        "heldout_rewards describes 'redness', which is trained on and measured"
+    ),
     "rewards.0.gate=high": "rewards.0.gate is 'high'; it must be a number",
     "method.mix=max": "method.mix is 'max'; choose one of: zscore, sum, minimum, rank_product",
 }
@@ -184,12 +218,19 @@ def test_your_own_may_be_an_object_or_lie_in_an_installed_module(tmp_path: Path)
     assert torch.equal(checked(blue, IMAGES, ["", ""]), IMAGES[..., 2].mean((1, 2)))
     section = RewardSection(name="saturation", path="comfy_g2rpo.rewards.pixels:colourfulness")
     check_reward(section)
-    assert torch.equal(build(section).score(IMAGES, ["", ""]), built_in.load("colourfulness").score(IMAGES, ["", ""]))
+    assert torch.equal(
+        build(section).score(IMAGES, ["", ""]), built_in.load("colourfulness").score(IMAGES, ["", ""])
+    )
 
 
 @pytest.mark.parametrize(
     "answer",
-    ["images.mean((1, 2, 3))", "images.mean((1, 2, 3)).numpy()", "images.mean((1, 2, 3)).tolist()", "images.double().mean((1, 2, 3))"],
+    [
+        "images.mean((1, 2, 3))",
+        "images.mean((1, 2, 3)).numpy()",
+        "images.mean((1, 2, 3)).tolist()",
+        "images.double().mean((1, 2, 3))",
+    ],
 )
 def test_your_own_may_answer_in_any_form(tmp_path: Path, answer: str) -> None:
     mine = own(tmp_path, f"def mean(images, prompts):\n    return {answer}\n", "mean", "mine")
@@ -199,20 +240,29 @@ def test_your_own_may_answer_in_any_form(tmp_path: Path, answer: str) -> None:
 def test_your_own_may_count_and_may_be_unable_to_judge(tmp_path: Path) -> None:
     mine = own(tmp_path, "def count(images, prompts):\n    return [3, None]\n", "count", "mine")
     assert checked(mine, IMAGES, ["", ""])[0] == 3 and checked(mine, IMAGES, ["", ""])[1].isnan()
-    ints = own(tmp_path, "def count(images, prompts):\n    return (images > 0.5).sum((1, 2, 3))\n", "count", "mine")
+    ints = own(
+        tmp_path, "def count(images, prompts):\n    return (images > 0.5).sum((1, 2, 3))\n", "count", "mine"
+    )
     assert checked(ints, IMAGES, ["", ""]).dtype == torch.float32
 
 
 def test_the_line_that_fails_is_named(tmp_path: Path) -> None:
     mine = own(tmp_path, "def f(images, prompts):\n    images + 1\n    return prompts[7]\n", "f", "mine")
-    with pytest.raises(RewardError, match=r"reward 'mine' failed with IndexError in .*own\.py, line 3: list index out of range"):
+    with pytest.raises(
+        RewardError,
+        match=r"reward 'mine' failed with IndexError in .*own\.py, line 3: list index out of range",
+    ):
         checked(mine, IMAGES, ["", ""])
 
 
 @pytest.mark.parametrize(
     ("source", "attribute", "words"),
     [
-        ("import no_such_thing", "f", "cannot import .*own.py: ModuleNotFoundError: No module named 'no_such_thing'"),
+        (
+            "import no_such_thing",
+            "f",
+            "cannot import .*own.py: ModuleNotFoundError: No module named 'no_such_thing'",
+        ),
         ("def f(:", "f", "cannot import .*own.py: SyntaxError: .*line 1"),
         ("g = 1", "f", "has no 'f'; check the end of path"),
         ("f = 1", "f", "is no function and lacks name, licence, compares_across_prompts, score"),
@@ -220,7 +270,9 @@ def test_the_line_that_fails_is_named(tmp_path: Path) -> None:
         (AS_AN_OBJECT, "blue", "calls itself 'blue'; write that under name"),
     ],
 )
-def test_a_file_of_yours_that_cannot_be_used_is_named(tmp_path: Path, source: str, attribute: str, words: str) -> None:
+def test_a_file_of_yours_that_cannot_be_used_is_named(
+    tmp_path: Path, source: str, attribute: str, words: str
+) -> None:
     with pytest.raises(RewardError, match=words):
         own(tmp_path, source, attribute, "mine")
 
@@ -235,24 +287,48 @@ LOADERS = {"importlib", "imp", "runpy", "pkgutil", "zipimport", "code", "codeop"
 
 
 def test_no_node_can_reach_a_file_of_python() -> None:
-    """The pack has nothing that imports by name or runs source, and no wire, widget or setting that names your file."""
+    """The pack has nothing that imports by name or runs source, and no wire, widget or setting that names
+    your file.
+    """
     sources = [ROOT / "__init__.py", *(ROOT / "comfy_g2rpo").rglob("*.py"), *(ROOT / "nodes").rglob("*.py")]
     assert len(sources) > 30
     for path in sources:
         tree = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-        names = {alias.name.partition(".")[0] for node in tree if isinstance(node, ast.Import) for alias in node.names}
-        names |= {str(node.module).partition(".")[0] for node in tree if isinstance(node, ast.ImportFrom) and not node.level}
-        called = {node.func.attr for node in tree if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)}
-        assert not names & LOADERS and not called & {"import_module", "exec_module", "run_path", "run_module"}, path
+        names = {
+            alias.name.partition(".")[0]
+            for node in tree
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        names |= {
+            str(node.module).partition(".")[0]
+            for node in tree
+            if isinstance(node, ast.ImportFrom) and not node.level
+        }
+        called = {
+            node.func.attr
+            for node in tree
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        }
+        assert not names & LOADERS and not called & {
+            "import_module",
+            "exec_module",
+            "run_path",
+            "run_module",
+        }, path
 
 
-@pytest.mark.parametrize("line", ["path = own.py:redness", "rewards.0.path = own.py:redness", "url = http://host", "gate = 1"])
+@pytest.mark.parametrize(
+    "line", ["path = own.py:redness", "rewards.0.path = own.py:redness", "url = http://host", "gate = 1"]
+)
 def test_the_settings_of_a_node_know_no_path(line: str) -> None:
     with pytest.raises(ValueError, match="is unknown"):
         settings.parse(line)
 
 
-@pytest.mark.parametrize("name", ["my_rewards.py:redness", "comfy_g2rpo.rewards.pixels:jpeg", "../my_rewards"])
+@pytest.mark.parametrize(
+    "name", ["my_rewards.py:redness", "comfy_g2rpo.rewards.pixels:jpeg", "../my_rewards"]
+)
 def test_the_names_that_nodes_load_are_no_paths(tmp_path: Path, name: str) -> None:
     (tmp_path / "my_rewards.py").write_text(TEN_LINES)
     with pytest.raises(RewardError, match="unknown"):
@@ -274,7 +350,9 @@ RED, BLUE = torch.tensor([1.0, 0, 0]).expand(1, 32, 32, 3), torch.tensor([0, 0, 
 def test_a_reference_comes_from_the_recipe_or_from_the_prompt_s_row(tmp_path: Path) -> None:
     picture(tmp_path / "red.png", (255, 0, 0))
     picture(tmp_path / "pictures" / "blue.png", (0, 0, 255))
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "sea", "reference": "pictures/blue.png"}\n{"prompt": "fire"}\n')
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"prompt": "sea", "reference": "pictures/blue.png"}\n{"prompt": "fire"}\n'
+    )
     sea, fire = read(tmp_path / "prompts.jsonl")[0]
     both = build(RewardSection(name="histogram", reference=str(tmp_path / "red.png")))
     check_prompts([both], [sea, fire])
@@ -292,7 +370,14 @@ def test_a_palette_comes_from_the_prompt_s_row() -> None:
 @pytest.mark.parametrize(
     ("name", "columns", "words"),
     [
-        ("ssim", {}, "reward 'ssim' has nothing to compare with; give it a reference, or the prompts a column of that name"),
+        (
+            "ssim",
+            {},
+            (
+                "reward 'ssim' has nothing to compare with; give it a reference, or the prompts a column "
+                "of that name"
+            ),
+        ),
         ("palette", {}, "reward 'palette' has nothing to compare with; give it a palette"),
         ("ssim", {"reference": 3}, "column reference of 'sea' is '3'; write the path of a picture"),
         ("palette", {"palette": "#0000ff"}, "column palette of 'sea' is '#0000ff'; write a list of colours"),
@@ -300,7 +385,9 @@ def test_a_palette_comes_from_the_prompt_s_row() -> None:
         ("phash", {"reference": "nowhere.png"}, "cannot read nowhere.png"),
     ],
 )
-def test_a_reference_that_is_not_there_is_named_before_anything_runs(name: str, columns: dict[str, object], words: str) -> None:
+def test_a_reference_that_is_not_there_is_named_before_anything_runs(
+    name: str, columns: dict[str, object], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         check_prompts([build(RewardSection(name=name))], [Prompt("sea", columns)])
 
@@ -310,9 +397,22 @@ def test_pictures_on_disk_are_judged_by_the_columns_of_their_rows(tmp_path: Path
     picture(tmp_path / "b.png", (255, 0, 0))
 
     def scores(*rows: dict[str, object]) -> list[float]:
-        (tmp_path / "list.jsonl").write_text("\n".join(json.dumps({"prompt": "the sea"} | row) for row in rows))
-        command = ["score", str(tmp_path), "--reward", "palette", "--prompts", str(tmp_path / "list.jsonl"), "--json", "--quiet"]
-        found = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out"), "--sort", "file"], catch_exceptions=False)
+        (tmp_path / "list.jsonl").write_text(
+            "\n".join(json.dumps({"prompt": "the sea"} | row) for row in rows)
+        )
+        command = [
+            "score",
+            str(tmp_path),
+            "--reward",
+            "palette",
+            "--prompts",
+            str(tmp_path / "list.jsonl"),
+            "--json",
+            "--quiet",
+        ]
+        found = CliRunner().invoke(
+            app, [*command, "--out", str(tmp_path / "out"), "--sort", "file"], catch_exceptions=False
+        )
         return [row["scores"]["palette"] for row in json.loads(found.stdout)]
 
     red, both = {"palette": ["#ff0000"]}, {"palette": ["#ff0000", "#0000ff"]}
@@ -333,7 +433,12 @@ def test_a_recipe_s_reference_lies_beside_it(recipe: Path) -> None:
 
 def test_a_prompt_with_columns_is_its_text() -> None:
     prompt = Prompt("a fox", {"target_count": 2})
-    assert prompt == "a fox" and hash(prompt) == hash("a fox") and json.dumps([prompt]) == '["a fox"]' and repr(prompt) == "'a fox'"
+    assert (
+        prompt == "a fox"
+        and hash(prompt) == hash("a fox")
+        and json.dumps([prompt]) == '["a fox"]'
+        and repr(prompt) == "'a fox'"
+    )
     assert columns_of(prompt) == {"target_count": 2} and columns_of("a fox") == {}
     with pytest.raises(TypeError):
         columns_of(prompt)["target_count"] = 3
@@ -346,21 +451,38 @@ def rows_of(folder: Path, *rows: str) -> list[str]:
 
 
 def test_the_other_keys_of_a_row_become_columns(tmp_path: Path) -> None:
-    row = '{"prompt": " a fox ", "target_count": 3, "colour": "red", "share": 0.5, "wild": true, "palette": ["#ff8800", "#000000"]}'
+    row = (
+        '{"prompt": " a fox ", "target_count": 3, "colour": "red", "share": 0.5, "wild": true, "palette": '
+        '["#ff8800", "#000000"]}'
+    )
     (prompt,) = rows_of(tmp_path, row)
     assert prompt == "a fox"
-    assert columns_of(prompt) == {"target_count": 3, "colour": "red", "share": 0.5, "wild": True, "palette": ["#ff8800", "#000000"]}
+    assert columns_of(prompt) == {
+        "target_count": 3,
+        "colour": "red",
+        "share": 0.5,
+        "wild": True,
+        "palette": ["#ff8800", "#000000"],
+    }
 
 
 def test_a_row_that_comes_twice_is_one_and_one_that_differs_is_an_error(tmp_path: Path) -> None:
     assert len(rows_of(tmp_path, '{"prompt": "a", "n": 1}', '{"n": 1, "prompt": "a"}')) == 1
-    with pytest.raises(PromptError, match="lines 1 and 3 have the same prompt but different columns; remove one of them or reword it"):
+    with pytest.raises(
+        PromptError,
+        match="lines 1 and 3 have the same prompt but different columns; remove one of them or reword it",
+    ):
         rows_of(tmp_path, '{"prompt": "a", "n": 1}', '{"prompt": "b"}', '{"prompt": "a", "n": 2}')
 
 
-@pytest.mark.parametrize("value", ["null", "NaN", "1e400", '{"a": 1}', "[[1]]", "[null]", f'"{"x" * 2001}"', str([0] * 65), "1" * 400])
+@pytest.mark.parametrize(
+    "value",
+    ["null", "NaN", "1e400", '{"a": 1}', "[[1]]", "[null]", f'"{"x" * 2001}"', str([0] * 65), "1" * 400],
+)
 def test_a_column_of_another_kind_is_named(tmp_path: Path, value: str) -> None:
-    with pytest.raises(PromptError, match=r"line 1, column 'n' is .*; write a text of at most 2000 characters, a number") as error:
+    with pytest.raises(
+        PromptError, match=r"line 1, column 'n' is .*; write a text of at most 2000 characters, a number"
+    ) as error:
         rows_of(tmp_path, f'{{"prompt": "a", "n": {value}}}')
     assert len(str(error.value)) < 500
 

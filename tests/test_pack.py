@@ -1,5 +1,6 @@
-"""The pack as ComfyUI sees it: it starts under any folder name, changes nothing that is not its own, explains and bounds every input,
-and keeps its schema."""
+"""The pack as ComfyUI sees it: it starts under any folder name, changes nothing that is not its own, explains
+and bounds every input, and keeps its schema.
+"""
 
 import json
 import os
@@ -56,13 +57,21 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     base = make_base(tmp_path_factory.mktemp("with"), FOLDER, {"zz_dummy": dummy})
     bare = make_base(tmp_path_factory.mktemp("without"), None, {"zz_dummy": dummy})
     given = {"pack": str(base / "custom_nodes" / FOLDER)}
-    return Pair(request.param.name, run_script(request.param, CHILD, base, given), run_script(request.param, CHILD, bare, {"pack": None}))
+    return Pair(
+        request.param.name,
+        run_script(request.param, CHILD, base, given),
+        run_script(request.param, CHILD, bare, {"pack": None}),
+    )
 
 
 def inputs_of(info: dict[str, Any]) -> list[tuple[str, str, Any, dict[str, Any]]]:
     """List a node's inputs: group, id, type (a list of choices where it is a combo), options."""
     groups = [(group, info["input"].get(group, {})) for group in ("required", "optional")]
-    return [(group, key, spec[0], spec[1] if len(spec) > 1 else {}) for group, specs in groups for key, spec in specs.items()]
+    return [
+        (group, key, spec[0], spec[1] if len(spec) > 1 else {})
+        for group, specs in groups
+        for key, spec in specs.items()
+    ]
 
 
 def schema_of(info: dict[str, Any]) -> dict[str, Any]:
@@ -70,10 +79,19 @@ def schema_of(info: dict[str, Any]) -> dict[str, Any]:
     inputs = []
     for group, key, kind, options in inputs_of(info):
         choices = None if key in FROM_A_FOLDER else kind if isinstance(kind, list) else options.get("options")
-        kept = {name: options[name] for name in ("default", "min", "max", "multiline", "forceInput") if options.get(name) is not None}
+        kept = {
+            name: options[name]
+            for name in ("default", "min", "max", "multiline", "forceInput")
+            if options.get(name) is not None
+        }
         kept |= {"options": choices} if choices else {}
-        inputs.append({"id": key, "type": "COMBO" if isinstance(kind, list) else kind, "group": group, **kept})
-    outputs = [f"{kind} list" if many else kind for kind, many in zip(info["output"], info["output_is_list"], strict=True)]
+        inputs.append(
+            {"id": key, "type": "COMBO" if isinstance(kind, list) else kind, "group": group, **kept}
+        )
+    outputs = [
+        f"{kind} list" if many else kind
+        for kind, many in zip(info["output"], info["output_is_list"], strict=True)
+    ]
     return {"name": info["display_name"], "inputs": inputs, "outputs": outputs}
 
 
@@ -82,13 +100,22 @@ def one_line_per_input(blocks: dict[str, Any]) -> str:
     words = {}
     for node_id, block in blocks.items():
         inputs = ",\n   ".join(json.dumps(entry, ensure_ascii=False) for entry in block["inputs"])
-        rest = f'"name": {json.dumps(block["name"], ensure_ascii=False)},\n  "outputs": {json.dumps(block["outputs"])}'
-        words[node_id] = f' "{node_id}": {{\n  {rest},\n  "inputs": [' + (f"\n   {inputs}\n  " if inputs else "") + "]\n }"
+        rest = (
+            f'"name": {json.dumps(block["name"], ensure_ascii=False)},\n  "outputs": '
+            f"{json.dumps(block['outputs'])}"
+        )
+        words[node_id] = (
+            f' "{node_id}": {{\n  {rest},\n  "inputs": [' + (f"\n   {inputs}\n  " if inputs else "") + "]\n }"
+        )
     return "{\n" + ",\n".join(words.values()) + "\n}\n"
 
 
 def test_every_node_of_the_pack_is_there(pair: Pair) -> None:
-    listed = {node_id for path in (ROOT / "nodes").glob("*.py") for node_id in re.findall(r'node_id="(\w+)"', path.read_text("utf-8"))}
+    listed = {
+        node_id
+        for path in (ROOT / "nodes").glob("*.py")
+        for node_id in re.findall(r'node_id="(\w+)"', path.read_text("utf-8"))
+    }
     assert len(listed) >= 10
     assert set(pair.ours) == listed
 
@@ -101,7 +128,9 @@ def test_the_start_says_nothing_worrying_about_us(pair: Pair) -> None:
 
 
 def test_other_nodes_are_as_they_are_without_us(pair: Pair) -> None:
-    others = {key: info for key, info in pair.pack.data["object_info"].items() if not key.startswith("G2RPO_")}
+    others = {
+        key: info for key, info in pair.pack.data["object_info"].items() if not key.startswith("G2RPO_")
+    }
     assert "DummyOfAnotherPack" in others
     assert others == pair.bare.data["object_info"]
 
@@ -119,9 +148,17 @@ def test_importing_the_pack_takes_less_than_half_a_second(pair: Pair) -> None:
 
 def test_our_routes_can_only_be_read(pair: Pair) -> None:
     before = {tuple(route) for route in pair.bare.data["routes"]}
-    new = [(method, path) for method, path in map(tuple, pair.pack.data["routes"]) if (method, path) not in before]
+    new = [
+        (method, path)
+        for method, path in map(tuple, pair.pack.data["routes"])
+        if (method, path) not in before
+    ]
     # Core itself serves the files of a pack's web folder and workflows there.
-    ours = [route for route in new if not re.match(r"(/api)?/(extensions|workflow_templates|api/workflow_templates)/", route[1])]
+    ours = [
+        route
+        for route in new
+        if not re.match(r"(/api)?/(extensions|workflow_templates|api/workflow_templates)/", route[1])
+    ]
     assert {path.removeprefix("/api").split("/")[1] for _, path in ours} == {"g2rpo"}
     # aiohttp adds a HEAD to every GET.
     assert {method for method, _ in ours} == {"GET", "HEAD"}
@@ -130,9 +167,17 @@ def test_our_routes_can_only_be_read(pair: Pair) -> None:
 def test_every_node_input_and_output_is_explained(pair: Pair) -> None:
     silent = []
     for node_id, info in pair.ours.items():
-        silent += [f"{node_id}.{key}" for _, key, _, options in inputs_of(info) if len(options.get("tooltip") or "") < 10]
+        silent += [
+            f"{node_id}.{key}"
+            for _, key, _, options in inputs_of(info)
+            if len(options.get("tooltip") or "") < 10
+        ]
         tooltips = info.get("output_tooltips") or [None] * len(info["output"])
-        silent += [f"{node_id} -> {name}" for name, text in zip(info["output_name"], tooltips, strict=True) if len(text or "") < 5]
+        silent += [
+            f"{node_id} -> {name}"
+            for name, text in zip(info["output_name"], tooltips, strict=True)
+            if len(text or "") < 5
+        ]
         silent += [node_id] if len(info["description"]) < 20 or info["display_name"] in ("", node_id) else []
     assert silent == []
 
@@ -143,7 +188,11 @@ def test_every_number_is_bounded_and_starts_within_its_bounds(pair: Pair) -> Non
         for _, key, kind, options in inputs_of(info):
             if kind in ("INT", "FLOAT") and not options.get("forceInput"):
                 low, start, high = (options.get(name) for name in ("min", "default", "max"))
-                loose += [] if None not in (low, start, high) and low <= start <= high and low < high else [f"{node_id}.{key}"]
+                loose += (
+                    []
+                    if None not in (low, start, high) and low <= start <= high and low < high
+                    else [f"{node_id}.{key}"]
+                )
     assert loose == []
 
 
@@ -156,20 +205,30 @@ def test_every_choice_starts_with_one_of_its_options(pair: Pair) -> None:
 
 
 def test_no_widget_takes_an_address_a_path_or_code(pair: Pair) -> None:
-    widgets = [(node_id, key) for node_id, info in pair.ours.items() for _, key, kind, _ in inputs_of(info) if kind == "STRING"]
+    widgets = [
+        (node_id, key)
+        for node_id, info in pair.ours.items()
+        for _, key, kind, _ in inputs_of(info)
+        if kind == "STRING"
+    ]
     assert [(node_id, key) for node_id, key in widgets if WIDGETS_NOT_OFFERED.search(key)] == []
 
 
 def test_blocks_lie_where_users_look(pair: Pair) -> None:
-    assert {info["category"] for info in pair.ours.values()} <= {"model/training/G²RPO", "sampling/G²RPO", "image/scoring"}
+    assert {info["category"] for info in pair.ours.values()} <= {
+        "model/training/G²RPO",
+        "sampling/G²RPO",
+        "image/scoring",
+    }
     assert len({info["display_name"] for info in pair.ours.values()}) == len(pair.ours)
 
 
 def test_saved_workflows_keep_loading(pair: Pair) -> None:
     """Compare ids, input order, types, defaults and bounds with the snapshot.
 
-    A changed or removed line means that graphs saved before may not load: rename or remove nothing that has been released. After an
-    addition, renew it with G2RPO_RENEW_SNAPSHOT=1 pytest tests/test_pack.py and look at the difference before committing.
+    A changed or removed line means that graphs saved before may not load: rename or remove nothing that has
+    been released. After an addition, renew it with G2RPO_RENEW_SNAPSHOT=1 pytest tests/test_pack.py and look
+    at the difference before committing.
     """
     now = {node_id: schema_of(info) for node_id, info in sorted(pair.ours.items())}
     if os.environ.get(RENEW):

@@ -1,4 +1,6 @@
-"""What the files of the pack can do, read from their text, so that no stranger's workflow can make them do more; and what is published."""
+"""What the files of the pack can do, read from their text, so that no stranger's workflow can make them do
+more; and what is published.
+"""
 
 import ast
 import json
@@ -13,16 +15,45 @@ import tomllib
 from comfy_host import ROOT
 from PIL import Image
 
-SHIPPED_CODE = [ROOT / "__init__.py", *sorted((ROOT / "nodes").rglob("*.py")), *sorted((ROOT / "comfy_g2rpo").rglob("*.py"))]
-PROGRAMS = {"subprocess", "multiprocessing", "pty", "ctypes", "cffi", "code", "codeop", "runpy", "pip", "ensurepip"}
-CONNECTIONS = {"socket", "socketserver", "ssl", "http", "urllib", "urllib3", "requests", "httpx", "ftplib", "smtplib", "webbrowser"}
+SHIPPED_CODE = [
+    ROOT / "__init__.py",
+    *sorted((ROOT / "nodes").rglob("*.py")),
+    *sorted((ROOT / "comfy_g2rpo").rglob("*.py")),
+]
+PROGRAMS = {
+    "subprocess",
+    "multiprocessing",
+    "pty",
+    "ctypes",
+    "cffi",
+    "code",
+    "codeop",
+    "runpy",
+    "pip",
+    "ensurepip",
+}
+CONNECTIONS = {
+    "socket",
+    "socketserver",
+    "ssl",
+    "http",
+    "urllib",
+    "urllib3",
+    "requests",
+    "httpx",
+    "ftplib",
+    "smtplib",
+    "webbrowser",
+}
 DOWNLOADS_AND_PICKLES = {"huggingface_hub", "pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 CALLS_NOT_MADE = {"eval", "exec", "compile", "__import__", "breakpoint", "importlib.import_module"}
 METHODS_NOT_CALLED = re.compile(
     r"(os\.(system|popen|exec\w*|spawn\w*|fork\w*|kill\w*|startfile)|torch\.(load|hub\.\w+|jit\.\w+)|(np|numpy)\.load"
     r"|asyncio\.(create_subprocess|start_server)\w*)"
 )
-OTHER_THAN_GET = re.compile(r"\broutes\.(?!get$)\w+$(?<!\.register)|\.add_(post|put|patch|delete|route|view|static)$")
+OTHER_THAN_GET = re.compile(
+    r"\broutes\.(?!get$)\w+$(?<!\.register)|\.add_(post|put|patch|delete|route|view|static)$"
+)
 
 
 def findings(source: str) -> list[str]:
@@ -30,22 +61,34 @@ def findings(source: str) -> list[str]:
     tree = list(ast.walk(ast.parse(source)))
     froms = [node for node in tree if isinstance(node, ast.ImportFrom) and node.level == 0]
     members = [(str(node.module), alias.name) for node in froms for alias in node.names]
-    modules = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names} | {module for module, _ in members}
+    modules = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names} | {
+        module for module, _ in members
+    }
     calls = [node for node in tree if isinstance(node, ast.Call)]
     used = {ast.unparse(call.func) for call in calls} | {f"{module}.{name}" for module, name in members}
     words = [node.value for node in tree if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return [
-        *(name for name in modules if name.partition(".")[0] in PROGRAMS | CONNECTIONS | DOWNLOADS_AND_PICKLES),
+        *(
+            name
+            for name in modules
+            if name.partition(".")[0] in PROGRAMS | CONNECTIONS | DOWNLOADS_AND_PICKLES
+        ),
         *(name for name in used if name in CALLS_NOT_MADE or METHODS_NOT_CALLED.fullmatch(name)),
         *(name for name in used if OTHER_THAN_GET.search(name)),
-        *(ast.unparse(call) for call in calls if ast.unparse(call.func).endswith("from_pretrained") and not _stays_here(call)),
+        *(
+            ast.unparse(call)
+            for call in calls
+            if ast.unparse(call.func).endswith("from_pretrained") and not _stays_here(call)
+        ),
         *(text for text in words if re.match(r"(https?|ftp|wss?)://", text)),
     ]
 
 
 def _stays_here(call: ast.Call) -> bool:
     settings = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-    return settings.get("local_files_only") == "True" and settings.get("trust_remote_code", "False") == "False"
+    return (
+        settings.get("local_files_only") == "True" and settings.get("trust_remote_code", "False") == "False"
+    )
 
 
 @pytest.mark.parametrize("path", SHIPPED_CODE, ids=lambda path: str(path.relative_to(ROOT)))
@@ -87,7 +130,9 @@ sys.modules["pack"] = pack = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
 print(json.dumps([sorted(vars(pack)), sorted(set(sys.modules) - before)]))
 """
-    said = subprocess.run([sys.executable, "-c", words], cwd="/", capture_output=True, text=True, check=True, timeout=60).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", words], cwd="/", capture_output=True, text=True, check=True, timeout=60
+    ).stdout
     names, modules = json.loads(said)
     assert {"comfy_entrypoint", "WEB_DIRECTORY"} <= set(names)
     # Where this name exists, ComfyUI ignores the entry point.
@@ -102,12 +147,18 @@ def project() -> dict[str, Any]:
 
 def test_installing_the_pack_installs_nothing() -> None:
     lines = [line.strip() for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines()]
-    assert project()["project"]["dependencies"] == [line for line in lines if line and not line.startswith("#")] == []
+    assert (
+        project()["project"]["dependencies"]
+        == [line for line in lines if line and not line.startswith("#")]
+        == []
+    )
 
 
 def test_the_registry_finds_what_it_asks_for() -> None:
     about, comfy = project()["project"], project()["tool"]["comfy"]
-    assert re.fullmatch(r"[a-z][a-z0-9-]*", about["name"]) and re.fullmatch(r"\d+\.\d+\.\d+", about["version"])
+    assert re.fullmatch(r"[a-z][a-z0-9-]*", about["name"]) and re.fullmatch(
+        r"\d+\.\d+\.\d+", about["version"]
+    )
     assert about["license"] == "Apache-2.0"
     assert about["urls"]["Repository"].startswith("https://")
     assert {"PublisherId", "DisplayName", "Icon", "requires-comfyui"} <= comfy.keys()
@@ -122,7 +173,9 @@ def published() -> set[str]:
     command = ["git", "-c", "core.quotepath=off", "ls-files"]
     try:
         tracked, left_out = (
-            subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+            subprocess.run(
+                [*command, *more], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.splitlines()
             for more in ([], ["--cached", "--ignored", "--exclude-from=.comfyignore"])
         )
     except (OSError, subprocess.CalledProcessError):
@@ -133,7 +186,16 @@ def published() -> set[str]:
 def test_the_registry_publishes_the_pack_and_nothing_else() -> None:
     files = published()
     heads = {name.partition("/")[0] for name in files}
-    must = {"__init__.py", "comfy_g2rpo", "nodes", "models", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"}
+    must = {
+        "__init__.py",
+        "comfy_g2rpo",
+        "nodes",
+        "models",
+        "pyproject.toml",
+        "requirements.txt",
+        "README.md",
+        "LICENSE",
+    }
     assert must <= heads <= must | {"web", "workflows", "locales"}
     assert {name.split("/")[1] for name in files if name.startswith("models/")} == {"tiny"}
     assert not {name for name in files if name.endswith((".pt", ".pth", ".bin", ".ckpt", ".pkl"))}

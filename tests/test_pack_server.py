@@ -1,4 +1,6 @@
-"""The pack in a ComfyUI that runs as users run it: over HTTP, its page's files served, a graph queued and drawn."""
+"""The pack in a ComfyUI that runs as users run it: over HTTP, its page's files served, a graph queued and
+drawn.
+"""
 
 import re
 
@@ -16,7 +18,14 @@ GRAPH = {
     "4": {
         "class_type": "KSampler",
         "inputs": {
-            **{"seed": 1, "steps": 8, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0},
+            **{
+                "seed": 1,
+                "steps": 8,
+                "cfg": 1.0,
+                "sampler_name": "euler",
+                "scheduler": "simple",
+                "denoise": 1.0,
+            },
             **{"model": ["1", 0], "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["3", 0]},
         },
     },

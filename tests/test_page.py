@@ -1,4 +1,6 @@
-"""The page's own modules: their arithmetic by Node's test runner, and the rules that keep them safe and readable."""
+"""The page's own modules: their arithmetic by Node's test runner, and the rules that keep them safe and
+readable.
+"""
 
 import re
 import shutil
@@ -9,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for path in (ROOT / "web").iterdir() if path.suffix in (".js", ".mjs", ".css"))
-UNSAFE = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|DOMParser|srcdoc|setTimeout\(\s*[\"'`]")
+UNSAFE = re.compile(
+    r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new "
+    r"Function|DOMParser|srcdoc|setTimeout\(\s*[\"'`]"
+)
 ADDRESS = re.compile(r"https?://[^\s\"'`)]+|url\(\s*[\"']?//")
 
 
@@ -18,7 +23,12 @@ def test_arithmetic_and_fetching_of_the_page(name: str, least: int) -> None:
     node = shutil.which("node")
     if node is None:
         pytest.skip("no Node: install Node 20 or newer to test the page's modules")
-    child = subprocess.run([node, "--test", str(Path(__file__).with_name(f"{name}.test.mjs"))], capture_output=True, text=True, timeout=120)
+    child = subprocess.run(
+        [node, "--test", str(Path(__file__).with_name(f"{name}.test.mjs"))],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert child.returncode == 0, child.stdout[-6000:]
     assert int(re.findall(r"^# pass (\d+)", child.stdout, re.MULTILINE)[0]) >= least
 

@@ -9,7 +9,12 @@ from comfy_g2rpo.schedule import completion_indices
 
 @pytest.mark.parametrize(
     ("granularities", "published", "exact", "images"),
-    [((1,), 1112, 1112, 96), ((1, 2), 1496, 1544, 192), ((1, 3), 1316, 1388, 192), ((1, 2, 3), 1700, 1820, 288)],
+    [
+        ((1,), 1112, 1112, 96),
+        ((1, 2), 1496, 1544, 192),
+        ((1, 3), 1316, 1388, 192),
+        ((1, 2, 3), 1700, 1820, 288),
+    ],
 )
 def test_the_methods_forward_counts(granularities, published, exact, images):
     assert count_forwards(16, range(8), 12, granularities, terminal="published") == published
@@ -22,13 +27,19 @@ def test_the_methods_forward_counts(granularities, published, exact, images):
 def test_forwards_are_the_anchor_and_the_distinct_states_of_each_branch(data):
     num_steps = data.draw(st.integers(1, 24))
     steps = data.draw(st.sets(st.integers(0, num_steps - 1), min_size=1))
-    group, strides = data.draw(st.integers(1, 5)), tuple(data.draw(st.sets(st.integers(1, 26), min_size=1, max_size=4)))
+    group, strides = (
+        data.draw(st.integers(1, 5)),
+        tuple(data.draw(st.sets(st.integers(1, 26), min_size=1, max_size=4))),
+    )
     terminal = data.draw(st.sampled_from(["exact", "published"]))
     prefixes = 0
     for k in steps:
         lists = [completion_indices(num_steps, k, stride, terminal)[:-1] for stride in strides]
         prefixes += len({tuple(path[: i + 1]) for path in lists for i in range(len(path))})
-    assert count_forwards(num_steps, sorted(steps), group, strides, terminal=terminal) == max(steps) + 1 + group * prefixes
+    assert (
+        count_forwards(num_steps, sorted(steps), group, strides, terminal=terminal)
+        == max(steps) + 1 + group * prefixes
+    )
 
 
 @given(st.integers(1, 12), st.integers(2, 5), st.booleans())
@@ -37,7 +48,10 @@ def test_every_state_follows_its_parent_and_every_image_ends_the_schedule(num_st
         singular(num_steps, [0, num_steps - 1], group, (1, 2)),
         independent(num_steps, range(num_steps), group, shared_start=shared),
     ):
-        assert all(s.parent < i and (s.parent == ROOT or plan.states[s.parent].index < s.index) for i, s in enumerate(plan.states))
+        assert all(
+            s.parent < i and (s.parent == ROOT or plan.states[s.parent].index < s.index)
+            for i, s in enumerate(plan.states)
+        )
         assert all(plan.states[i].index == num_steps for i in plan.images)
         assert len(set(plan.states)) == len(plan.states)
 
@@ -57,7 +71,9 @@ def test_a_window_gives_every_step_its_own_comparison():
 
 
 def test_antithetic_branches_mirror_their_noise():
-    noises = [plan_state.noise for plan_state in singular(8, [1], 4, antithetic=True).states if plan_state.trained]
+    noises = [
+        plan_state.noise for plan_state in singular(8, [1], 4, antithetic=True).states if plan_state.trained
+    ]
     assert noises[0] == -noises[1] and noises[2] == -noises[3] and noises[0] != noises[2]
 
 
@@ -71,7 +87,9 @@ def test_values_put_each_leaf_in_its_place():
         while not plan.states[state].trained:
             state = plan.states[state].parent
         edge = plan.states[state]
-        assert values[0, edge.group, edge.member, leaf.granularity] == scores[0, plan.images.index(leaf.state)]
+        assert (
+            values[0, edge.group, edge.member, leaf.granularity] == scores[0, plan.images.index(leaf.state)]
+        )
 
 
 def test_untrained_steps_get_no_advantage():
@@ -97,7 +115,10 @@ def test_a_tree_that_splits_again_fuses_the_scores_beneath():
 
 
 def test_a_probe_is_a_completion_scored_from_any_state():
-    """DenseGRPO: an ODE completion hangs from every node of a stochastic trajectory; the probes share no state with it."""
+    """DenseGRPO: an ODE completion hangs from every node of a stochastic trajectory.
+
+    The probes share no state with it.
+    """
     tree = PlanBuilder(3)
     state = tree.root()
     for k in range(3):
@@ -109,7 +130,12 @@ def test_a_probe_is_a_completion_scored_from_any_state():
 
 
 def test_a_tail_may_be_second_order():
-    assert [s.kernel for s in independent(4, [1], 1, tail="dpm_2m").states[1:]] == ["ode", "flow_sde", "dpm_2m", "dpm_2m"]
+    assert [s.kernel for s in independent(4, [1], 1, tail="dpm_2m").states[1:]] == [
+        "ode",
+        "flow_sde",
+        "dpm_2m",
+        "dpm_2m",
+    ]
 
 
 def test_evaluation_is_one_trajectory():

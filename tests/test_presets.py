@@ -25,7 +25,9 @@ from g2rpo_trainer.model.placing import EmbeddingInTurn, check_card, in_turn
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write the configurations, and nothing else, of a FLUX.1 that is as wide as the published one and four blocks long."""
+    """Write the configurations, and nothing else, of a FLUX.1 that is as wide as the published one and
+    four blocks long.
+    """
     folder = tmp_path_factory.mktemp("wide")
     sizes = {"_class_name": "FluxTransformer2DModel", "num_attention_heads": 24, "joint_attention_dim": 4096}
     parts = {
@@ -34,7 +36,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, content in parts.items():
         (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}), "utf-8")
+        (folder / name / "config.json").write_text(
+            json.dumps({k: v for k, v in content.items() if v is not None}), "utf-8"
+        )
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}), "utf-8")
     return folder
 
@@ -54,7 +58,9 @@ def test_a_smaller_card_is_asked_for_no_more(family):
     bits = {"none": 16, "fp8": 8, "nf4": 4}
     for field in ("train.slots", "train.decode_batch", "train.micro_batch"):
         assert [each[field] for each in own] == sorted(each[field] for each in own)
-    assert [bits[each["memory.quantization"]] for each in own] == sorted(bits[each["memory.quantization"]] for each in own)
+    assert [bits[each["memory.quantization"]] for each in own] == sorted(
+        bits[each["memory.quantization"]] for each in own
+    )
 
 
 def test_what_is_set_goes_before_a_preset():
@@ -75,19 +81,33 @@ def test_a_preset_that_is_none_is_refused(recipe, name, words):
 
 
 def test_what_does_not_fit_is_refused_with_the_preset_that_does(wide, tmp_path):
-    made = config(wide, "flux", tmp_path, model={"dtype": "bf16", "width": 1024, "height": 1024}, train={"micro_batch": 8, "slots": 4})
+    made = config(
+        wide,
+        "flux",
+        tmp_path,
+        model={"dtype": "bf16", "width": 1024, "height": 1024},
+        train={"micro_batch": 8, "slots": 4},
+    )
     card = Card("RTX 4060", 8 * GIB)
-    with pytest.raises(ConfigError, match=r"needs ≈ \d+\.\d GiB \(estimate; most in update\), you have 8\.0 GiB \(RTX 4060\)") as error:
+    with pytest.raises(
+        ConfigError, match=r"needs ≈ \d+\.\d GiB \(estimate; most in update\), you have 8\.0 GiB \(RTX 4060\)"
+    ) as error:
         preflight(made, card)
-    assert "start it with --preset 8gb (≈ " in str(error.value) and str(error.value).endswith("or go on with --force")
+    assert "start it with --preset 8gb (≈ " in str(error.value) and str(error.value).endswith(
+        "or go on with --force"
+    )
     assert "no preset fits: lower model.width" in presets.remedy(made, Card("RTX 4060", GIB // 2))
 
 
-def test_a_train_command_that_does_not_fit_ends_before_anything_is_loaded(wide, tmp_path, monkeypatch, capsys):
+def test_a_train_command_that_does_not_fit_ends_before_anything_is_loaded(
+    wide, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(presets, "this_card", lambda device: Card("RTX 4060", GIB // 2))
     made = config(wide, "flux", tmp_path)
     recipe = tmp_path / "wide.yaml"
-    recipe.write_text(yaml.safe_dump(made.model_dump(mode="json", exclude_none=True, exclude_defaults=True)), "utf-8")
+    recipe.write_text(
+        yaml.safe_dump(made.model_dump(mode="json", exclude_none=True, exclude_defaults=True)), "utf-8"
+    )
     with pytest.raises(SystemExit) as left:
         main(["train", str(recipe), "--out", str(tmp_path / "run")])
     assert left.value.code == 2 and "you have 512 MiB (RTX 4060)" in capsys.readouterr().err
@@ -101,12 +121,21 @@ def test_a_train_command_that_does_not_fit_ends_before_anything_is_loaded(wide, 
 def test_a_model_that_edits_needs_more_for_the_picture_that_it_looks_at(tmp_path):
     plain = of_published(published()["Qwen/Qwen-Image"])
     plain = dataclasses.replace(plain, transformer={**plain.transformer, "num_layers": 1})
-    made = config(Path("models/tiny"), "qwen_image", tmp_path, model={"dtype": "bf16", "reference_size": 512, "width": 512, "height": 512})
-    peaks = [footprint(made, sketch).peaks["update"] for sketch in (plain, dataclasses.replace(plain, edits=True))]
+    made = config(
+        Path("models/tiny"),
+        "qwen_image",
+        tmp_path,
+        model={"dtype": "bf16", "reference_size": 512, "width": 512, "height": 512},
+    )
+    peaks = [
+        footprint(made, sketch).peaks["update"] for sketch in (plain, dataclasses.replace(plain, edits=True))
+    ]
     assert peaks[1] > 1.1 * peaks[0]
 
 
-def test_a_model_that_a_sketch_does_not_tell_about_is_trained_without_an_estimate(wide, tmp_path, monkeypatch):
+def test_a_model_that_a_sketch_does_not_tell_about_is_trained_without_an_estimate(
+    wide, tmp_path, monkeypatch
+):
     made = config(wide, "flux", tmp_path)
     monkeypatch.setattr(Flux, "velocity", lambda self, x, sigma, cond: x[x > 0])
     assert preflight(made, Card("RTX 4060", GIB)).startswith("memory cannot be foreseen for this model")
@@ -115,17 +144,34 @@ def test_a_model_that_a_sketch_does_not_tell_about_is_trained_without_an_estimat
 
 def test_packing_and_swapping_bring_the_estimate_down(wide, tmp_path):
     found = {}
-    for name, memory in {"none": {}, "fp8": {"quantization": "fp8"}, "nf4": {"quantization": "nf4"}, "swap": {"block_swap": 4}}.items():
+    for name, memory in {
+        "none": {},
+        "fp8": {"quantization": "fp8"},
+        "nf4": {"quantization": "nf4"},
+        "swap": {"block_swap": 4},
+    }.items():
         made = config(wide, "flux", tmp_path, model={"dtype": "bf16"}, memory=memory)
         found[name] = resident(made, build(made, look(made.model)), make_recipe(made))["transformer"]
     # Embeddings and norms stay as they are.
-    assert found["swap"] < 0.2 * found["nf4"] and 0.5 < found["fp8"] / found["none"] < 0.54 and 0.28 < found["nf4"] / found["none"] < 0.34
+    assert (
+        found["swap"] < 0.2 * found["nf4"]
+        and 0.5 < found["fp8"] / found["none"] < 0.54
+        and 0.28 < found["nf4"] / found["none"] < 0.34
+    )
 
 
 @pytest.mark.parametrize("name", published())
 def test_published_sizes_are_those_of_the_models(name):
     """Billions of weights as the models' cards say."""
-    cards = {"FLUX.1": 11.9, "3.5-medium": 2.5, "3.5-large": 8.1, "Qwen-Image": 20.4, "1.3B": 1.4, "T2V-14B": 14.3, "5B": 5.0}
+    cards = {
+        "FLUX.1": 11.9,
+        "3.5-medium": 2.5,
+        "3.5-large": 8.1,
+        "Qwen-Image": 20.4,
+        "1.3B": 1.4,
+        "T2V-14B": 14.3,
+        "5B": 5.0,
+    }
     cards |= {"Lumina": 2.6, "Z-Image": 6.2, "klein-base-4B": 3.9, "klein-base-9B": 9.1, "FLUX.2-dev": 32.2}
     card = next(size for key, size in cards.items() if key in name)
     assert weights_of(name) / 1e9 == pytest.approx(card, rel=0.03)
@@ -134,15 +180,24 @@ def test_published_sizes_are_those_of_the_models(name):
 def weights_of(name: str) -> int:
     """Count a published transformer's weights without making any."""
     with torch.device("meta"):
-        return sum(tensor.numel() for tensor in made_of(of_published(published()[name]).transformer).state_dict().values())
+        return sum(
+            tensor.numel()
+            for tensor in made_of(of_published(published()[name]).transformer).state_dict().values()
+        )
 
 
 def test_a_precision_that_a_card_does_not_know_is_refused_with_another(tmp_path):
     made = config(Path("models/tiny"), "sd3", tmp_path, memory={"quantization": "fp8"})
-    with pytest.raises(ValueError, match=r"memory\.quantization is fp8, which Apple's GPUs do not know; set it to none"):
+    with pytest.raises(
+        ValueError, match=r"memory\.quantization is fp8, which Apple's GPUs do not know; set it to none"
+    ):
         check_card(made.model, made.memory, torch.device("mps"))
     with pytest.raises(ValueError, match=r"memory\.block_swap .* set it to 0"):
-        check_card(made.model, config(Path("models/tiny"), "sd3", tmp_path, memory={"block_swap": 1}).memory, torch.device("mps"))
+        check_card(
+            made.model,
+            config(Path("models/tiny"), "sd3", tmp_path, memory={"block_swap": 1}).memory,
+            torch.device("mps"),
+        )
     assert check_card(made.model, made.memory, torch.device("cpu")) == ""
 
 
@@ -150,7 +205,9 @@ def test_a_card_that_computes_bf16_by_detours_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GTX 1080")
     made = config(Path("models/tiny"), "sd3", tmp_path, model={"dtype": "bf16"})
-    assert "GTX 1080 computes bf16 by detours, slowly; model.dtype: fp32" in check_card(made.model, made.memory, torch.device("cuda"))
+    assert "GTX 1080 computes bf16 by detours, slowly; model.dtype: fp32" in check_card(
+        made.model, made.memory, torch.device("cuda")
+    )
 
 
 class Weights(torch.nn.Linear):

@@ -1,4 +1,6 @@
-"""Prompts that start from a picture: read beside the prompt file, refused by line, told apart by text and picture."""
+"""Prompts that start from a picture: read beside the prompt file, refused by line, told apart by text and
+picture.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,14 @@ def write(place: Path, *rows: dict[str, object], name: str = "prompts.jsonl") ->
 
 def test_an_image_is_a_path_beside_the_prompt_file(tmp_path):
     picture(tmp_path / "set/cat.png", 64, 48)
-    (first, second), notes = read(write(tmp_path, {"prompt": "a hat", "image": "set/cat.png", "style": "oil"}, {"prompt": "a dog"}))
-    assert first == "a hat" and image_of(first) == str(tmp_path / "set/cat.png") and columns_of(first)["style"] == "oil"
+    (first, second), notes = read(
+        write(tmp_path, {"prompt": "a hat", "image": "set/cat.png", "style": "oil"}, {"prompt": "a dog"})
+    )
+    assert (
+        first == "a hat"
+        and image_of(first) == str(tmp_path / "set/cat.png")
+        and columns_of(first)["style"] == "oil"
+    )
     assert image_of(second) is None and not notes
     assert (titled(first), titled(second)) == ("a hat (cat.png)", "a dog")
 
@@ -63,9 +71,15 @@ def test_held_out_prompts_are_told_apart_by_their_pictures(tmp_path):
         (3, "is '3'; write the path of a picture on this machine"),
         ("", "is ''; write the path of a picture"),
         (["a.png"], "write the path of a picture"),
-        ("https://example.com/a.png", "is 'https://example.com/a.png'; write the path of a picture on this machine"),
+        (
+            "https://example.com/a.png",
+            "is 'https://example.com/a.png'; write the path of a picture on this machine",
+        ),
         ("a\0.png", "write the path of a picture"),
-        ("missing.png", "missing.png is no file; give the path of a picture, looked up beside the prompt file"),
+        (
+            "missing.png",
+            "missing.png is no file; give the path of a picture, looked up beside the prompt file",
+        ),
         (".", "is no file"),
         ("pipe", "is no file"),
         ("prompts.jsonl", "is not a picture that can be read; save it as PNG or JPEG"),

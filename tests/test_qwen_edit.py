@@ -1,4 +1,6 @@
-"""Qwen-Image-Edit and its Plus on tiny random models: against diffusers' own pipelines, and a run that edits."""
+"""Qwen-Image-Edit and its Plus on tiny random models: against diffusers' own pipelines, and a run that
+edits.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,16 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
 
 def section(folder: Path, **more: object) -> ModelSection:
     """Write the model's section of a configuration, with references of few tokens."""
-    return ModelSection(**{"family": "qwen_image", "path": str(folder), "width": WIDTH, "height": HEIGHT, "reference_size": 64} | more)
+    return ModelSection(
+        **{
+            "family": "qwen_image",
+            "path": str(folder),
+            "width": WIDTH,
+            "height": HEIGHT,
+            "reference_size": 64,
+        }
+        | more
+    )
 
 
 def load(folder: Path, **more: object) -> QwenEdit:
@@ -68,16 +79,24 @@ def base(folder) -> QwenEdit:
 @pytest.fixture
 def batch(pictures) -> tuple[Tensor, Tensor, list[str]]:
     """Three latents at three noise levels; prompts of two lengths with pictures of two shapes."""
-    prompts = [starting(TEXT, pictures["wide"]), starting(TEXT, pictures["tall"]), starting(OTHER, pictures["wide"])]
+    prompts = [
+        starting(TEXT, pictures["wide"]),
+        starting(TEXT, pictures["tall"]),
+        starting(OTHER, pictures["wide"]),
+    ]
     return seeded_noise((3, *SHAPE), "latents"), torch.tensor([1.0, 0.6, 0.123]), prompts
 
 
 def plain(policy: QwenEdit, x: Tensor, sigma: float, tokens: Tensor, latent: Tensor) -> Tensor:
     """Call diffusers' transformer on one sample as its pipelines do."""
     shapes = [[(1, part.shape[1] // 2, part.shape[2] // 2) for part in (x, latent)]]
-    hidden = torch.cat([QwenImagePipeline._pack_latents(part[None], 1, *part.shape) for part in (x, latent)], 1)
+    hidden = torch.cat(
+        [QwenImagePipeline._pack_latents(part[None], 1, *part.shape) for part in (x, latent)], 1
+    )
     out = policy.transformer(hidden, tokens[None], None, torch.tensor([sigma]), shapes, return_dict=False)[0]
-    return QwenImagePipeline._unpack_latents(out[:, : x[0].numel() // 4], 8 * x.shape[1], 8 * x.shape[2], 8)[0, :, 0]
+    return QwenImagePipeline._unpack_latents(out[:, : x[0].numel() // 4], 8 * x.shape[1], 8 * x.shape[2], 8)[
+        0, :, 0
+    ]
 
 
 def test_the_velocity_is_diffusers_own_whatever_pictures_are_in_the_batch(base, batch):
@@ -87,7 +106,9 @@ def test_the_velocity_is_diffusers_own_whatever_pictures_are_in_the_batch(base, 
     with torch.no_grad():
         together = base.velocity(x, sigma, cond)
         for row, c in enumerate(cond):
-            assert torch.allclose(together[row], plain(base, x[row], sigma[row].item(), c.tokens, c.picture), rtol=0, atol=1e-5)
+            assert torch.allclose(
+                together[row], plain(base, x[row], sigma[row].item(), c.tokens, c.picture), rtol=0, atol=1e-5
+            )
 
 
 def test_guidance_moves_away_from_the_empty_prompt_with_the_same_picture(base, folder, batch):
@@ -96,7 +117,10 @@ def test_guidance_moves_away_from_the_empty_prompt_with_the_same_picture(base, f
     with torch.no_grad():
         guided = load(folder, guidance=4.0).velocity(x, sigma, cond)
         for row, c in enumerate(cond):
-            given, without = (pack(plain(base, x[row], sigma[row].item(), text, c.picture)[None]) for text in (c.tokens, c.without))
+            given, without = (
+                pack(plain(base, x[row], sigma[row].item(), text, c.picture)[None])
+                for text in (c.tokens, c.without)
+            )
             mixed = without + 4 * (given - without)
             expected = mixed * given.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True)
             assert torch.allclose(guided[[row]], unpack(expected, 3, 4), rtol=0, atol=1e-5)
@@ -105,15 +129,21 @@ def test_guidance_moves_away_from_the_empty_prompt_with_the_same_picture(base, f
 
 @pytest.fixture
 def smaller(monkeypatch) -> None:
-    """Let the pipelines bring pictures to the area of 64² and not of 1024², which takes a tiny model seconds."""
+    """Let the pipelines bring pictures to the area of 64² and not of 1024², which takes a tiny model
+    seconds.
+    """
     real = pipeline_qwenimage_edit.calculate_dimensions
-    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda target, ratio: real(target // 16**2, ratio))
+    monkeypatch.setattr(
+        pipeline_qwenimage_edit, "calculate_dimensions", lambda target, ratio: real(target // 16**2, ratio)
+    )
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64**2)
 
 
 def test_a_picture_is_brought_to_the_area_that_the_pipelines_bring_it_to():
     for width, height in ((96, 64), (40, 80), (1000, 300)):
-        assert area(width / height, 1024) == pipeline_qwenimage_edit_plus.calculate_dimensions(1024**2, width / height)
+        assert area(width / height, 1024) == pipeline_qwenimage_edit_plus.calculate_dimensions(
+            1024**2, width / height
+        )
     assert area(8.0, 64) == (192, 32)
 
 
@@ -124,10 +154,18 @@ def test_a_deterministic_rollout_is_the_pipelines_own_edit(folder, pictures):
     assert cond[0].picture.shape == (16, 8, 8)
     sigmas = policy.pipeline_sigmas(2, SHAPE)
     rollout = roll_out(policy, deterministic(2), sigmas, cond, [5], SHAPE)
-    asked = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 2, "true_cfg_scale": 4.0, "negative_prompt": " "}
+    asked = {
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_inference_steps": 2,
+        "true_cfg_scale": 4.0,
+        "negative_prompt": " ",
+    }
     with Image.open(pictures["wide"]) as image:
         start = pack(rollout.noise(0, 0)[None])
-        latents = policy.pipeline(image=image.convert("RGB"), prompt=TEXT, **asked, latents=start, output_type="latent").images
+        latents = policy.pipeline(
+            image=image.convert("RGB"), prompt=TEXT, **asked, latents=start, output_type="latent"
+        ).images
     assert torch.allclose(rollout.latents[0], unpack(latents, 3, 4), rtol=0, atol=1e-5)
     assert torch.equal(sigmas, policy.pipeline.scheduler.sigmas)
 
@@ -140,7 +178,9 @@ def test_the_text_encoder_looks_at_the_picture(base, pictures):
 
 def test_in_16_bit_the_model_still_sees_the_exact_noise_level(folder, batch):
     policy, seen = load(folder, dtype="bf16"), []
-    policy.transformer.time_text_embed.time_proj.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    policy.transformer.time_text_embed.time_proj.register_forward_pre_hook(
+        lambda module, given: seen.append(given[0].clone())
+    )
     x, _, prompts = batch
     sigma = torch.tensor([0.9545, 0.954])
     with torch.no_grad():
@@ -150,7 +190,9 @@ def test_in_16_bit_the_model_still_sees_the_exact_noise_level(folder, batch):
     assert torch.equal(seen[0], torch.cat([sigma, extra]))
 
 
-def test_features_are_kept_by_text_and_picture_and_need_no_encoder_again(folder, pictures, tmp_path, monkeypatch):
+def test_features_are_kept_by_text_and_picture_and_need_no_encoder_again(
+    folder, pictures, tmp_path, monkeypatch
+):
     monkeypatch.setenv("G2RPO_PROMPTS", str(tmp_path / "prompts"))
     monkeypatch.setattr(prompt_cache, "SMALL", 0)
     asked = [starting(TEXT, pictures["wide"]), starting(TEXT, pictures["tall"])]
@@ -167,18 +209,31 @@ def test_what_the_model_does_not_take_is_refused(base, folder, tmp_path):
         base.encode([TEXT])
     broken = shutil.copytree(folder, tmp_path / "broken")
     shutil.rmtree(broken / "processor")
-    with pytest.raises(ValueError, match=r"its processor cannot be read .* hf download OWNER/NAME --include 'processor/\*'"):
+    with pytest.raises(
+        ValueError, match=r"its processor cannot be read .* hf download OWNER/NAME --include 'processor/\*'"
+    ):
         load(broken)
 
 
 def test_its_files_are_the_model_of_the_folder(base, folder, batch, tmp_path):
     kind = type(base.pipeline).__name__
-    edits, mark = ("qwen_edit", {}) if kind == qwen_edit_folder.KINDS[0] else ("qwen_edit_2511", {"__index_timestep_zero__": torch.ones(1)})
+    edits, mark = (
+        ("qwen_edit", {})
+        if kind == qwen_edit_folder.KINDS[0]
+        else ("qwen_edit_2511", {"__index_timestep_zero__": torch.ones(1)})
+    )
     texts = native_files.native_qwen(base.pipeline.text_encoder.state_dict())
-    files = {"transformer": base.transformer.state_dict() | mark, "vae": base.vae.state_dict(), "text_encoder": texts}
+    files = {
+        "transformer": base.transformer.state_dict() | mark,
+        "vae": base.vae.state_dict(),
+        "text_encoder": texts,
+    }
     for name, weights in files.items():
         write_tensors(tmp_path / f"{name}.safetensors", weights)
-    given = {"vae": str(tmp_path / "vae.safetensors"), "text_encoders": (str(tmp_path / "text_encoder.safetensors"),)}
+    given = {
+        "vae": str(tmp_path / "vae.safetensors"),
+        "text_encoders": (str(tmp_path / "text_encoder.safetensors"),),
+    }
     given |= {"transformer": str(tmp_path / "transformer.safetensors"), "tokenizers": str(folder)}
     policy = families.load(section(folder, path=None, edits=edits, **given), None, "cpu")
     assert type(policy.pipeline).__name__ == kind
@@ -191,23 +246,45 @@ def test_its_files_are_the_model_of_the_folder(base, folder, batch, tmp_path):
     with torch.no_grad():
         assert torch.equal(policy.velocity(x, sigma, ours), base.velocity(x, sigma, theirs))
     if mark:
-        with pytest.raises(ValueError, match=r"Qwen-Image-Edit-2511 looks at its picture in its own way; set model\.edits: qwen_edit_2511"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                r"Qwen-Image-Edit-2511 looks at its picture in its own way; set model\.edits: qwen_edit_2511"
+            ),
+        ):
             families.load(section(folder, path=None, edits="qwen_edit_2509", **given), None, "cpu")
-    with pytest.raises(ValueError, match=r"no file has that model's transformer; give it as model\.transformer"):
+    with pytest.raises(
+        ValueError, match=r"no file has that model's transformer; give it as model\.transformer"
+    ):
         families.load(section(folder, path=None, edits=edits, **given | {"transformer": None}), None, "cpu")
 
 
-def test_a_run_learns_to_edit_and_leaves_a_lora_that_diffusers_loads_with_the_same_effect(pictures, batch, tmp_path):
+def test_a_run_learns_to_edit_and_leaves_a_lora_that_diffusers_loads_with_the_same_effect(
+    pictures, batch, tmp_path
+):
     folder = qwen_edit_folder.save(tmp_path / "model", qwen_edit_folder.KINDS[1])
     rows = [{"prompt": TEXT, "image": str(image)} for image in pictures.values()]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tree = {
         "model": section(folder, guidance=4.0, schedule="pipeline").model_dump(),
         "lora": {"rank": 4, "alpha": 8},
-        "method": {"name": "g2rpo", "num_steps": 3, "group_size": 3, "granularities": [1], "learning_rate": 1e-2},
+        "method": {
+            "name": "g2rpo",
+            "num_steps": 3,
+            "group_size": 3,
+            "granularities": [1],
+            "learning_rate": 1e-2,
+        },
         "rewards": [{"name": "colourfulness"}],
         "prompts": {"train": str(tmp_path / "train.jsonl"), "heldout_share": 0.5},
-        "train": {"steps": 1, "prompts_per_step": 1, "eval_noises": 1, "watch": "off", "slots": 2, "decode_batch": 1},
+        "train": {
+            "steps": 1,
+            "prompts_per_step": 1,
+            "eval_noises": 1,
+            "watch": "off",
+            "slots": 2,
+            "decode_batch": 1,
+        },
     }
     train(from_dict(tree), tmp_path / "run", progress=Silent())
     run = RunFolder.open(tmp_path / "run")
@@ -223,7 +300,9 @@ def test_a_run_learns_to_edit_and_leaves_a_lora_that_diffusers_loads_with_the_sa
     cond = ours.encode(prompts[:1])
     with torch.no_grad():
         changed = ours.velocity(x[:1], sigma[:1], cond)[0]
-        assert torch.allclose(plain(theirs, x[0], 1.0, cond[0].tokens, cond[0].picture), changed, rtol=0, atol=1e-5)
+        assert torch.allclose(
+            plain(theirs, x[0], 1.0, cond[0].tokens, cond[0].picture), changed, rtol=0, atol=1e-5
+        )
         assert not torch.allclose(load(folder).velocity(x[:1], sigma[:1], cond)[0], changed, atol=1e-4)
     assert measure(from_dict(tree)).forward > 0
     (drawn,) = draw(from_dict(tree), prompts[:1], 1, file)

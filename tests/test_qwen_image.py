@@ -1,4 +1,6 @@
-"""The qwen_image family on a tiny random model against diffusers' own pipeline, and a run of it from the configuration to the LoRA file."""
+"""The qwen_image family on a tiny random model against diffusers' own pipeline, and a run of it from the
+configuration to the LoRA file.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def load(folder: Path, guidance: float = 1.0, lora_seed: int | None = None, **mo
 
 def section(folder: Path, **more: object) -> ModelSection:
     """Write the model's section of a configuration."""
-    return ModelSection(**{"family": "qwen_image", "path": str(folder), "width": WIDTH, "height": HEIGHT} | more)
+    return ModelSection(
+        **{"family": "qwen_image", "path": str(folder), "width": WIDTH, "height": HEIGHT} | more
+    )
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +65,11 @@ def base(folder) -> QwenImage:
 @pytest.fixture
 def batch(base: QwenImage) -> tuple[Tensor, Tensor, list]:
     """Three latents at three noise levels, with prompts of different lengths."""
-    return seeded_noise((3, *SHAPE), "latents"), torch.tensor([1.0, 0.6, 0.123]), base.encode([SHORT, LONG, ""])
+    return (
+        seeded_noise((3, *SHAPE), "latents"),
+        torch.tensor([1.0, 0.6, 0.123]),
+        base.encode([SHORT, LONG, ""]),
+    )
 
 
 def plain(policy: QwenImage, x: Tensor, sigma: float, tokens: Tensor) -> Tensor:
@@ -80,7 +88,9 @@ def test_the_velocity_is_diffusers_own_at_every_noise_level_whatever_else_is_in_
         for row in range(3):
             expected = plain(base, x[row], sigma[row].item(), cond[row].tokens)
             assert torch.allclose(together[row], expected, rtol=0, atol=1e-5)
-            assert torch.allclose(base.velocity(x[[row]], sigma[[row]], [cond[row]])[0], expected, rtol=0, atol=1e-5)
+            assert torch.allclose(
+                base.velocity(x[[row]], sigma[[row]], [cond[row]])[0], expected, rtol=0, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -95,7 +105,9 @@ def test_a_deterministic_rollout_is_the_pipelines_own_sampling(folder, guidance)
     assert torch.allclose(rollout.latents[0], unpack(latents, 3, 4), rtol=0, atol=1e-5)
     assert torch.equal(sigmas, policy.pipeline.scheduler.sigmas)
     picture = policy.pipeline(LONG, **asked, **guided, output_type="pt").images
-    assert torch.allclose(policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), rtol=0, atol=1e-5)
+    assert torch.allclose(
+        policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), rtol=0, atol=1e-5
+    )
 
 
 def test_guidance_keeps_the_norm_of_every_token(base, folder, batch):
@@ -121,7 +133,9 @@ def test_its_schedule_is_shifted_by_resolution_and_ends_where_the_scheduler_says
 
 def test_in_16_bit_the_model_still_sees_the_exact_noise_level(folder):
     policy, seen = load(folder, dtype="bf16"), []
-    policy.transformer.time_text_embed.time_proj.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    policy.transformer.time_text_embed.time_proj.register_forward_pre_hook(
+        lambda module, given: seen.append(given[0].clone())
+    )
     sigma = torch.tensor([0.9545, 0.954])
     with torch.no_grad():
         policy.velocity(seeded_noise((2, *SHAPE), "latents"), sigma, policy.encode([SHORT, LONG]))
@@ -141,7 +155,9 @@ def test_the_cache_gives_the_same_features_and_spares_the_encoder(folder, tmp_pa
     first = load(folder).encode([SHORT, LONG])
     again = load(folder)
     again.pipeline.text_encoder = None
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, again.encode([SHORT, LONG]), strict=True))
+    assert all(
+        torch.equal(a.tokens, b.tokens) for a, b in zip(first, again.encode([SHORT, LONG]), strict=True)
+    )
 
 
 def test_guidance_needs_no_text_encoder_once_it_is_dropped(folder, batch):
@@ -155,8 +171,12 @@ def test_guidance_needs_no_text_encoder_once_it_is_dropped(folder, batch):
 def test_decoding_is_the_pipelines_own_with_every_channel_at_its_mean_and_scale(base):
     latents = seeded_noise((2, *SHAPE), "latents")
     config = base.vae.config
-    mean, std = (torch.tensor(values)[:, None, None, None] for values in (config.latents_mean, config.latents_std))
-    expected = torch.cat([base.vae.decode((latent[:, None] * std + mean)[None]).sample[:, :, 0] for latent in latents])
+    mean, std = (
+        torch.tensor(values)[:, None, None, None] for values in (config.latents_mean, config.latents_std)
+    )
+    expected = torch.cat(
+        [base.vae.decode((latent[:, None] * std + mean)[None]).sample[:, :, 0] for latent in latents]
+    )
     pictures = base.decode(latents)
     assert torch.allclose(pictures, (expected / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), rtol=0, atol=1e-5)
     assert pictures.shape == (2, HEIGHT, WIDTH, 3) and pictures.is_contiguous()
@@ -165,9 +185,14 @@ def test_decoding_is_the_pipelines_own_with_every_channel_at_its_mean_and_scale(
 def test_a_fresh_adapter_sits_on_both_streams_of_every_block_and_changes_nothing(base, folder, batch):
     policy = load(folder)
     policy.add_lora(4, 4, 1, feed_forward=True)
-    block = "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj attn.add_v_proj attn.to_add_out"
+    block = (
+        "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj attn.add_v_proj "
+        "attn.to_add_out"
+    )
     block += " img_mlp.net.0.proj img_mlp.net.2 txt_mlp.net.0.proj txt_mlp.net.2"
-    assert set(policy.pairs()) == {f"transformer_blocks.{number}.{name}" for number in range(2) for name in block.split()}
+    assert set(policy.pairs()) == {
+        f"transformer_blocks.{number}.{name}" for number in range(2) for name in block.split()
+    }
     with torch.no_grad():
         assert torch.allclose(policy.velocity(*batch), base.velocity(*batch), rtol=0, atol=1e-6)
 
@@ -189,12 +214,21 @@ def test_a_size_between_tokens_and_a_length_of_nothing_are_refused(base, folder)
 
 @pytest.fixture(scope="session")
 def run(folder, tmp_path_factory) -> tuple[dict, Path]:
-    """One whole step with guidance, the model's own schedule and all targets, and a look at a held-out prompt."""
+    """One whole step with guidance, the model's own schedule and all targets, and a look at a held-out
+    prompt.
+    """
     place = tmp_path_factory.mktemp("run")
     (place / "train.txt").write_text(f"{SHORT}\n{LONG}\n")
     (place / "heldout.txt").write_text("a dog\n")
     tree = {
-        "model": {"family": "qwen_image", "path": str(folder), "width": WIDTH, "height": HEIGHT, "guidance": 4.0, "schedule": "pipeline"},
+        "model": {
+            "family": "qwen_image",
+            "path": str(folder),
+            "width": WIDTH,
+            "height": HEIGHT,
+            "guidance": 4.0,
+            "schedule": "pipeline",
+        },
         "lora": {"rank": 4, "alpha": 8, "targets": "attention+feed_forward"},
         "method": {"name": "g2rpo", "num_steps": 4, "group_size": 3, "learning_rate": 1e-2},
         "rewards": [{"name": "colourfulness"}],
@@ -220,7 +254,9 @@ def test_a_run_learns_and_leaves_a_lora_that_diffusers_loads_with_the_same_effec
     with torch.no_grad():
         changed = ours.velocity(x, sigma, cond)
         for row in range(3):
-            assert torch.allclose(plain(theirs, x[row], sigma[row].item(), cond[row].tokens), changed[row], rtol=0, atol=1e-5)
+            assert torch.allclose(
+                plain(theirs, x[row], sigma[row].item(), cond[row].tokens), changed[row], rtol=0, atol=1e-5
+            )
     assert not torch.equal(changed, load(folder).velocity(x, sigma, cond))
 
 

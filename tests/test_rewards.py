@@ -12,15 +12,31 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from comfy_g2rpo.rewards import REWARDS, MixedReward, RewardError, Rule, checked, load, mix, score_all
-from comfy_g2rpo.rewards.shapes.vocabulary import BACKGROUND, COLOURS, NUMBERS, RELATIONS, SHAPES, Scene, Thing, describe, parse
+from comfy_g2rpo.rewards.shapes.vocabulary import (
+    BACKGROUND,
+    COLOURS,
+    NUMBERS,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    Thing,
+    describe,
+    parse,
+)
 
 SCENES = 600
 AGREEMENT, STRICT = REWARDS["agreement"], REWARDS["strict"]
 every_reward = pytest.mark.parametrize("reward", REWARDS.values(), ids=REWARDS)
 
 things = st.builds(Thing, st.sampled_from(list(COLOURS)), st.sampled_from(SHAPES))
-counts = st.builds(lambda thing, number: Scene((thing,) * number), things, st.sampled_from(list(NUMBERS.values())))
-twos = st.builds(Scene, st.tuples(things, things).filter(lambda two: two[0] != two[1]), st.none() | st.sampled_from(list(RELATIONS)))
+counts = st.builds(
+    lambda thing, number: Scene((thing,) * number), things, st.sampled_from(list(NUMBERS.values()))
+)
+twos = st.builds(
+    Scene,
+    st.tuples(things, things).filter(lambda two: two[0] != two[1]),
+    st.none() | st.sampled_from(list(RELATIONS)),
+)
 
 
 def graded(images: Tensor, prompt: str) -> float:
@@ -49,12 +65,23 @@ def test_a_prompt_reads_back_as_the_scene_that_it_describes(scene):
 
 
 def test_a_relation_binds_the_first_thing_to_the_second():
-    assert parse("a green square left of a blue triangle") == Scene((Thing("green", "square"), Thing("blue", "triangle")), "left of")
+    assert parse("a green square left of a blue triangle") == Scene(
+        (Thing("green", "square"), Thing("blue", "triangle")), "left of"
+    )
 
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", "a red", "two red circle", "a red circles", "five red circles", "a pink circle", "a red circle and a red circle", "red " * 25_000],
+    [
+        "",
+        "a red",
+        "two red circle",
+        "a red circles",
+        "five red circles",
+        "a pink circle",
+        "a red circle and a red circle",
+        "red " * 25_000,
+    ],
     ids=lambda prompt: prompt[:20],
 )
 def test_a_prompt_outside_the_grammar_cannot_be_judged(prompt):
@@ -87,7 +114,12 @@ def test_objects_joined_by_a_faint_bridge_stay_two():
 def test_another_scene_s_picture_does_not_pass(rendered):
     images, prompts = rendered
     foreign = images.roll(1, 0)
-    differs = torch.tensor([set(parse(a).things) != set(parse(b).things) for a, b in zip(prompts, prompts[-1:] + prompts, strict=False)])
+    differs = torch.tensor(
+        [
+            set(parse(a).things) != set(parse(b).things)
+            for a, b in zip(prompts, prompts[-1:] + prompts, strict=False)
+        ]
+    )
     assert differs.sum() > 500
     assert score_all([STRICT], foreign, prompts)[0, differs].max() == 0
     assert score_all([AGREEMENT], foreign, prompts)[0, differs].mean() < 0.35
@@ -112,14 +144,18 @@ def test_the_asked_count_scores_best_and_nearer_counts_score_better(asked):
 @pytest.mark.parametrize(("relation", "step"), RELATIONS.items())
 def test_a_relation_holds_on_its_own_side_only(relation, step):
     x, y = step
-    picture = draw(("red", "circle", 32 + 12 * x, 32 + 12 * y, 14), ("blue", "square", 32 - 12 * x, 32 - 12 * y, 14))
+    picture = draw(
+        ("red", "circle", 32 + 12 * x, 32 + 12 * y, 14), ("blue", "square", 32 - 12 * x, 32 - 12 * y, 14)
+    )
     holds = [other for other in RELATIONS if passes(picture, f"a red circle {other} a blue square")]
     assert holds == [relation]
 
 
 def test_agreement_grows_steadily_with_the_distance_along_the_relation():
     def at(distance: float) -> float:
-        picture = draw(("red", "circle", 32 + distance / 2, 18, 14), ("blue", "square", 32 - distance / 2, 34, 14))
+        picture = draw(
+            ("red", "circle", 32 + distance / 2, 18, 14), ("blue", "square", 32 - distance / 2, 34, 14)
+        )
         return graded(picture, "a red circle right of a blue square")
 
     steps = np.diff([at(distance) for distance in range(-18, 20, 4)])
@@ -129,20 +165,22 @@ def test_agreement_grows_steadily_with_the_distance_along_the_relation():
 def test_each_thing_that_is_put_right_raises_agreement():
     prompt = "a red circle left of a blue square"
     right, other = ("red", "circle", 18, 32, 14), ("blue", "square", 46, 32, 14)
-    pictures = [
-        blank(),
-        draw(right),
-        draw(right, ("blue", "circle", 46, 32, 14)),
-        draw(right, other),
-    ]
+    pictures = [blank(), draw(right), draw(right, ("blue", "circle", 46, 32, 14)), draw(right, other)]
     scores = [graded(picture, prompt) for picture in pictures]
     assert scores == sorted(scores) and min(np.diff(scores)) > 0.1
 
 
-@pytest.mark.parametrize("surplus", [("blue", "square", 32, 50, 14), ("red", "circle", 50, 50, 14)], ids=["another kind", "the same kind"])
+@pytest.mark.parametrize(
+    "surplus",
+    [("blue", "square", 32, 50, 14), ("red", "circle", 50, 50, 14)],
+    ids=["another kind", "the same kind"],
+)
 def test_a_surplus_object_costs_as_much_as_a_missing_one(surplus):
     kept = [("red", "circle", 12, 14, 14), ("red", "circle", 32, 14, 14), ("red", "circle", 52, 14, 14)]
-    more, fewer = graded(draw(*kept, surplus), "three red circles"), graded(draw(*kept[:2]), "three red circles")
+    more, fewer = (
+        graded(draw(*kept, surplus), "three red circles"),
+        graded(draw(*kept[:2]), "three red circles"),
+    )
     assert more < 0.85 and more == pytest.approx(fewer, abs=0.15)
 
 
@@ -177,7 +215,9 @@ def test_a_shape_between_two_shapes_earns_less_than_either():
         picture = Image.new("RGB", (512, 512), BACKGROUND)
         points = [256 + 72 * np.sign(f(angle)) * np.abs(f(angle)) ** (2 / power) for f in (np.cos, np.sin)]
         ImageDraw.Draw(picture).polygon(list(zip(*points, strict=True)), fill=COLOURS["red"])
-        return torch.from_numpy(np.asarray(picture.resize((64, 64), Image.Resampling.BOX)) / np.float32(255))[None]
+        return torch.from_numpy(np.asarray(picture.resize((64, 64), Image.Resampling.BOX)) / np.float32(255))[
+            None
+        ]
 
     as_circle = [graded(superellipse(power), "a red circle") for power in (2, 3, 4, 6, 20)]
     assert as_circle == sorted(as_circle, reverse=True) and as_circle[0] > 0.99 and as_circle[-1] < 0.4
@@ -299,10 +339,14 @@ def test_sharpness_falls_with_blur_and_is_zero_on_a_blank_picture():
 
 
 def test_colourfulness_is_zero_on_grey_and_known_on_a_flat_colour():
-    grey, red = checked(REWARDS["colourfulness"], torch.cat([blank((128, 128, 128)), blank((255, 0, 0))]), ["", ""])
+    grey, red = checked(
+        REWARDS["colourfulness"], torch.cat([blank((128, 128, 128)), blank((255, 0, 0))]), ["", ""]
+    )
     assert grey == pytest.approx(0, abs=1e-4)
     assert red == pytest.approx(0.3 * np.hypot(255, 127.5), rel=1e-4)
 
 
 def test_images_of_another_precision_or_with_a_gradient_are_judged_all_the_same():
-    assert checked(AGREEMENT, circles(1).bfloat16().requires_grad_(), ["a red circle"]).item() == pytest.approx(1, abs=1e-2)
+    assert checked(
+        AGREEMENT, circles(1).bfloat16().requires_grad_(), ["a red circle"]
+    ).item() == pytest.approx(1, abs=1e-2)

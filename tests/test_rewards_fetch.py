@@ -1,4 +1,6 @@
-"""`g2rpo rewards fetch, check, add, list`, against a local server that stands in for the hub and for GitHub."""
+"""`g2rpo rewards fetch, check, add, list`, against a local server that stands in for the hub and for
+GitHub.
+"""
 
 import hashlib
 import io
@@ -97,7 +99,9 @@ class Hub:
 
     def publish(self, repo: str, path: str, content: bytes, place: str = "hub") -> Published:
         """Serve a file; return its pin."""
-        self.files[f"/{repo}/resolve/{REVISION}/{path}" if place == "hub" else f"/{repo}/{REVISION}/{path}"] = content
+        self.files[
+            f"/{repo}/resolve/{REVISION}/{path}" if place == "hub" else f"/{repo}/{REVISION}/{path}"
+        ] = content
         return Published(repo, REVISION, path, hashlib.sha256(content).hexdigest(), len(content), place)
 
 
@@ -127,7 +131,10 @@ def tokenizer_files(hub: Hub) -> list[Published]:
     """Publish CLIP's word list."""
     words, merges = clip_vocabulary()
     text = "\n".join(["#version: 0.2", *merges, ""])
-    return [hub.publish("clip", "vocab.json", json.dumps(words).encode()), hub.publish("clip", "merges.txt", text.encode())]
+    return [
+        hub.publish("clip", "vocab.json", json.dumps(words).encode()),
+        hub.publish("clip", "merges.txt", text.encode()),
+    ]
 
 
 def clip_files(hub: Hub, model: torch.nn.Module, act: str = "gelu") -> list[Published]:
@@ -145,7 +152,11 @@ def published(hub: Hub, name: str) -> list[Published]:
         return [clip_files(hub, clip_model(seed=1))[0], *tokenizer_files(hub)]
     if name == "clipscore":
         form = json.dumps({"size": IMAGE, "crop_size": IMAGE}).encode()
-        return [*clip_files(hub, clip_model()), hub.publish("clip", "preprocessor_config.json", form), *tokenizer_files(hub)]
+        return [
+            *clip_files(hub, clip_model()),
+            hub.publish("clip", "preprocessor_config.json", form),
+            *tokenizer_files(hub),
+        ]
     if name == "hpsv2.1":
         content = pickled({"epoch": 3, "state_dict": open_clip_weights()})
         return [hub.publish("hps", "HPS_v2.1_compressed.pt", content), *tokenizer_files(hub)]
@@ -153,15 +164,27 @@ def published(hub: Hub, name: str) -> list[Published]:
         words = hub.publish("bert", "vocab.txt", ("\n".join(BERT_WORDS) + "\n").encode())
         return [hub.publish("imagereward", "ImageReward.pt", pickled(imagereward_weights())), words]
     if name == "aesthetic_v2.5":
-        weights = {f"vision_model.{key.removeprefix('vision_model.')}": tensor for key, tensor in siglip_vision().state_dict().items()}
+        weights = {
+            f"vision_model.{key.removeprefix('vision_model.')}": tensor
+            for key, tensor in siglip_vision().state_dict().items()
+        }
         head = head_weights(WIDTH, "scoring_head.{}", HEAD)
         return [
-            hub.publish("siglip", "model.safetensors", save({**weights, "text_model.x": torch.zeros(2), "logit_bias": torch.zeros(1)})),
-            hub.publish("siglip", "config.json", json.dumps({"vision_config": VISION, "text_config": {}}).encode()),
+            hub.publish(
+                "siglip",
+                "model.safetensors",
+                save({**weights, "text_model.x": torch.zeros(2), "logit_bias": torch.zeros(1)}),
+            ),
+            hub.publish(
+                "siglip", "config.json", json.dumps({"vision_config": VISION, "text_config": {}}).encode()
+            ),
             hub.publish("head", "models/aesthetic_predictor_v2_5.pth", pickled(head), "github"),
         ]
     head = head_weights(EMBED, "layers.{}", HEAD) if name == "aesthetic" else head_weights(EMBED, "", (1,))
-    return [*clip_files(hub, clip_model("quick_gelu"), "quick_gelu"), hub.publish("head", "a+b.pth", pickled(head), "github")]
+    return [
+        *clip_files(hub, clip_model("quick_gelu"), "quick_gelu"),
+        hub.publish("head", "a+b.pth", pickled(head), "github"),
+    ]
 
 
 @pytest.fixture
@@ -189,13 +212,17 @@ def run(*words: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("name", list(KNOWN))
-def test_a_fetched_reward_is_installed_whole_and_judges(hub: Hub, tiny: Callable[[str], Known], tmp_path: Path, name: str) -> None:
+def test_a_fetched_reward_is_installed_whole_and_judges(
+    hub: Hub, tiny: Callable[[str], Known], tmp_path: Path, name: str
+) -> None:
     tiny(name)
     code, said = run("fetch", name, "--to", str(tmp_path))
     assert code == 0, said
     assert os.listdir(tmp_path) == installed(tmp_path) == [name]
     assert load_installed(tmp_path, name).score(pictures(), PROMPTS).isfinite().all()
-    assert not [path for path in (tmp_path / name).rglob("*") if path.suffix not in (".json", ".safetensors", ".txt")]
+    assert not [
+        path for path in (tmp_path / name).rglob("*") if path.suffix not in (".json", ".safetensors", ".txt")
+    ]
     assert hub.tokens == []
     code, said = run("check", name, "--to", str(tmp_path), "--device", "cpu")
     assert code == 0 and "files: as installed" in said and said.endswith("well\n"), said
@@ -205,7 +232,9 @@ def test_converted_weights_are_the_published_ones(tiny: Callable[[str], Known], 
     fetch(tiny("imagereward"), tmp_path, Sources.from_environment(), say=lambda text: None)
     module, weights = load_installed(tmp_path, "imagereward").module, imagereward_weights()
     torch.testing.assert_close(module.head[3].weight, weights["mlp.layers.6.weight"], atol=0, rtol=0)
-    torch.testing.assert_close(module.vision_model.post_layernorm.bias, weights["blip.visual_encoder.norm.bias"], atol=0, rtol=0)
+    torch.testing.assert_close(
+        module.vision_model.post_layernorm.bias, weights["blip.visual_encoder.norm.bias"], atol=0, rtol=0
+    )
 
 
 def test_the_manifest_says_what_came_from_where(tiny: Callable[[str], Known], tmp_path: Path) -> None:
@@ -217,18 +246,29 @@ def test_the_manifest_says_what_came_from_where(tiny: Callable[[str], Known], tm
 
 
 @pytest.mark.parametrize("name", ["clipscore", "aesthetic"])
-def test_another_content_than_the_pinned_one_is_refused(hub: Hub, tiny: Callable[[str], Known], tmp_path: Path, name: str) -> None:
+def test_another_content_than_the_pinned_one_is_refused(
+    hub: Hub, tiny: Callable[[str], Known], tmp_path: Path, name: str
+) -> None:
     pin = tiny(name).files[-1]
     path = next(path for path in hub.files if path.endswith(pin.path))
     hub.spoil[path] = lambda content: bytes([content[0] ^ 1]) + content[1:]
     code, said = run("fetch", name, "--to", str(tmp_path))
-    assert code == 1 and f"is not the pinned file: its SHA-256 is {hashlib.sha256(hub.spoil[path](hub.files[path])).hexdigest()}" in said
+    assert (
+        code == 1
+        and (
+            "is not the pinned file: its SHA-256 is "
+            f"{hashlib.sha256(hub.spoil[path](hub.files[path])).hexdigest()}"
+        )
+        in said
+    )
     assert installed(tmp_path) == []
     hub.spoil.clear()
     assert run("fetch", name, "--to", str(tmp_path))[0] == 0
 
 
-def test_what_was_downloaded_before_an_interruption_is_kept(hub: Hub, tiny: Callable[[str], Known], tmp_path: Path) -> None:
+def test_what_was_downloaded_before_an_interruption_is_kept(
+    hub: Hub, tiny: Callable[[str], Known], tmp_path: Path
+) -> None:
     tiny("clipscore")
     lost = next(path for path in hub.files if path.endswith("merges.txt"))
     content = hub.files.pop(lost)
@@ -253,12 +293,20 @@ def test_without_a_hash_nothing_is_downloaded_unless_told_to(
     hub: Hub, tiny: Callable[[str], Known], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = tiny("hpsv2.1")
-    monkeypatch.setitem(KNOWN, "hpsv2.1", replace(known, files=(replace(known.files[0], sha256=None), *known.files[1:])))
+    monkeypatch.setitem(
+        KNOWN, "hpsv2.1", replace(known, files=(replace(known.files[0], sha256=None), *known.files[1:]))
+    )
     code, said = run("fetch", "hpsv2.1", "--to", str(tmp_path))
-    assert code == 1 and "no hash is known for HPS_v2.1_compressed.pt of hps@0123456789ab" in said and hub.asked == []
+    assert (
+        code == 1
+        and "no hash is known for HPS_v2.1_compressed.pt of hps@0123456789ab" in said
+        and hub.asked == []
+    )
     code, said = run("fetch", "hpsv2.1", "--to", str(tmp_path), "--accept-unpinned")
     assert code == 0 and f"not pinned: hps/HPS_v2.1_compressed.pt has SHA-256 {known.files[0].sha256}" in said
-    assert json.loads((tmp_path / "hpsv2.1" / "reward.json").read_text())["unpinned"] == ["HPS_v2.1_compressed.pt"]
+    assert json.loads((tmp_path / "hpsv2.1" / "reward.json").read_text())["unpinned"] == [
+        "HPS_v2.1_compressed.pt"
+    ]
 
 
 class Poison:
@@ -276,14 +324,20 @@ def test_a_poisoned_published_pickle_runs_nothing(
     hub: Hub, tiny: Callable[[str], Known], tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known, poison = tiny("imagereward"), {**imagereward_weights(), "x": Poison(tmp_path / "mark")}
-    pin = hub.publish("imagereward", "ImageReward.pt", pickled(poison) if way == "torch" else pickle.dumps(poison))
+    pin = hub.publish(
+        "imagereward", "ImageReward.pt", pickled(poison) if way == "torch" else pickle.dumps(poison)
+    )
     monkeypatch.setitem(KNOWN, "imagereward", replace(known, files=(pin, *known.files[1:])))
     code, said = run("fetch", "imagereward", "--to", str(tmp_path / "rewards"))
     assert code == 1 and "ImageReward.pt holds more than tensors, or is damaged" in said
     assert not (tmp_path / "mark").exists() and installed(tmp_path / "rewards") == []
 
 
-@pytest.mark.parametrize("content", [{}, {"state_dict": [1]}, {"state_dict": {}}, [1], {"state_dict": {"x": torch.zeros(2)}}], ids=str)
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"state_dict": [1]}, {"state_dict": {}}, [1], {"state_dict": {"x": torch.zeros(2)}}],
+    ids=str,
+)
 def test_a_published_pickle_of_another_model_is_refused(
     hub: Hub, tiny: Callable[[str], Known], tmp_path: Path, content: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,12 +389,23 @@ def test_check_compares_with_the_authors_scores(
     picture = hub.publish("imagereward", "assets/1.webp", drawn.getvalue(), "github")
     for offset, verdict, expected in ((0.0, "well", 0), (0.1, "NOT the same", 1)):
         root = tmp_path / str(expected)
-        monkeypatch.setitem(EXAMPLES, "imagereward", (Example(picture, "a red cube", 0.0, 0.02, "they have"),))
+        monkeypatch.setitem(
+            EXAMPLES, "imagereward", (Example(picture, "a red cube", 0.0, 0.02, "they have"),)
+        )
         fetch(known, root, Sources.from_environment(), say=lambda text: None)
-        score = load_installed(root, "imagereward").score(read_picture(root / "imagereward/examples/1.webp"), ["a red cube"]).item()
-        monkeypatch.setitem(EXAMPLES, "imagereward", (Example(picture, "a red cube", score + offset, 0.02, "they have"),))
+        score = (
+            load_installed(root, "imagereward")
+            .score(read_picture(root / "imagereward/examples/1.webp"), ["a red cube"])
+            .item()
+        )
+        monkeypatch.setitem(
+            EXAMPLES, "imagereward", (Example(picture, "a red cube", score + offset, 0.02, "they have"),)
+        )
         code, said = run("check", "imagereward", "--to", str(root), "--device", "cpu")
-        assert code == expected and f"published example 1.webp: {score:.4f}, they have {score + offset:.4f}: {verdict}" in said
+        assert (
+            code == expected
+            and f"published example 1.webp: {score:.4f}, they have {score + offset:.4f}: {verdict}" in said
+        )
 
 
 def test_check_says_how_to_get_what_is_not_there(tmp_path: Path) -> None:
@@ -366,10 +431,18 @@ def test_list_names_every_reward_and_what_is_installed(tiny: Callable[[str], Kno
 def open_clip_folder(path: Path, weights_name: str, **preprocess: str) -> Path:
     """Write a CLIP in open_clip's layout."""
     path.mkdir()
-    vision = {"image_size": IMAGE, "layers": 2, "width": WIDTH, "head_width": WIDTH // HEADS, "patch_size": PATCH}
+    vision = {
+        "image_size": IMAGE,
+        "layers": 2,
+        "width": WIDTH,
+        "head_width": WIDTH // HEADS,
+        "patch_size": PATCH,
+    }
     text = {"context_length": 77, "vocab_size": VOCABULARY, "width": TEXT_WIDTH, "heads": 2, "layers": 2}
     model = {"embed_dim": EMBED, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
-    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": preprocess}))
+    (path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": model, "preprocess_cfg": preprocess})
+    )
     weights = open_clip_weights()
     (path / weights_name).write_bytes(pickled(weights) if weights_name.endswith(".bin") else save(weights))
     words, merges = clip_vocabulary()
@@ -381,7 +454,9 @@ def open_clip_folder(path: Path, weights_name: str, **preprocess: str) -> Path:
 @pytest.mark.parametrize("weights", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
 def test_a_clip_of_open_clips_layout_becomes_a_clipscore(tmp_path: Path, weights: str) -> None:
     source = open_clip_folder(tmp_path / "DFN5B", weights, interpolation="bicubic", resize_mode="squash")
-    code, said = run("add", "clipscore_dfn5b", str(source), "--to", str(tmp_path / "rewards"), "--licence", "Apple's")
+    code, said = run(
+        "add", "clipscore_dfn5b", str(source), "--to", str(tmp_path / "rewards"), "--licence", "Apple's"
+    )
     assert code == 0, said
     reward = load_installed(tmp_path / "rewards", "clipscore_dfn5b")
     assert reward.licence == "Apple's"
@@ -391,9 +466,13 @@ def test_a_clip_of_open_clips_layout_becomes_a_clipscore(tmp_path: Path, weights
     assert run("check", "clipscore_dfn5b", "--to", str(tmp_path / "rewards"), "--device", "cpu")[0] == 0
 
 
-def test_a_clip_of_transformers_layout_becomes_a_clipscore(tiny: Callable[[str], Known], tmp_path: Path) -> None:
+def test_a_clip_of_transformers_layout_becomes_a_clipscore(
+    tiny: Callable[[str], Known], tmp_path: Path
+) -> None:
     fetch(tiny("clipscore"), tmp_path / "rewards", Sources.from_environment(), say=lambda text: None)
-    code, said = run("add", "mine", str(tmp_path / "rewards" / "clipscore"), "--to", str(tmp_path / "rewards"))
+    code, said = run(
+        "add", "mine", str(tmp_path / "rewards" / "clipscore"), "--to", str(tmp_path / "rewards")
+    )
     assert code == 0, said
     assert installed(tmp_path / "rewards") == ["clipscore", "mine"]
     assert load_installed(tmp_path / "rewards", "mine").licence == "that of its weights"

@@ -39,7 +39,17 @@ def test_any_singular_plan_equals_the_plain_loop(data):
     steps = sorted(data.draw(st.sets(st.integers(0, num_steps - 1), min_size=1)))
     strides = tuple(data.draw(st.sets(st.integers(1, 9), min_size=1, max_size=3)))
     kernel = data.draw(st.sampled_from(["flow_sde", "dance_sde", "cps"]))
-    compare(singular(num_steps, steps, 3, strides, kernel=kernel, eta=0.5, terminal=data.draw(st.sampled_from(["exact", "published"]))))
+    compare(
+        singular(
+            num_steps,
+            steps,
+            3,
+            strides,
+            kernel=kernel,
+            eta=0.5,
+            terminal=data.draw(st.sampled_from(["exact", "published"])),
+        )
+    )
 
 
 def test_a_second_order_tail_equals_the_plain_loop():
@@ -57,16 +67,30 @@ def test_results_do_not_depend_on_the_slots(slots):
 
 
 def test_what_waits_does_not_grow_with_the_group(monkeypatch):
-    """The states held at one time are bounded by slots, prompts and branch steps; only queue entries grow with G."""
+    """The states held at one time are bounded by slots, prompts and branch steps.
+
+    Only queue entries grow with G.
+    """
     import comfy_g2rpo.rollout as engine
 
     held = []
     original = engine._Run.advance
-    monkeypatch.setattr(engine._Run, "advance", lambda run, edges: (held.append(len(run.known)), original(run, edges))[1])
+    monkeypatch.setattr(
+        engine._Run, "advance", lambda run, edges: (held.append(len(run.known)), original(run, edges))[1]
+    )
     peaks = []
     for group in (4, 32):
         held.clear()
-        roll_out(ToyPolicy(), singular(8, range(4), group, (1, 2)), shifted_sigmas(8), CONDS, SEEDS, SHAPE, slots=6, sink=lambda *_: None)
+        roll_out(
+            ToyPolicy(),
+            singular(8, range(4), group, (1, 2)),
+            shifted_sigmas(8),
+            CONDS,
+            SEEDS,
+            SHAPE,
+            slots=6,
+            sink=lambda *_: None,
+        )
         peaks.append(max(held))
     assert peaks[0] == pytest.approx(peaks[1], abs=6)
 
@@ -78,7 +102,10 @@ def test_a_sink_gets_every_image_once_in_batches():
         assert len(prompts) <= 7 and latents.shape == (len(prompts), *SHAPE)
         seen.extend(zip(prompts, images, strict=True))
 
-    assert roll_out(ToyPolicy(), plan, shifted_sigmas(6), CONDS, SEEDS, SHAPE, slots=7, sink=sink).latents is None
+    assert (
+        roll_out(ToyPolicy(), plan, shifted_sigmas(6), CONDS, SEEDS, SHAPE, slots=7, sink=sink).latents
+        is None
+    )
     assert sorted(seen) == [(p, i) for p in range(2) for i in range(len(plan.images))]
 
 
@@ -97,7 +124,10 @@ def test_mirrored_noise_mirrors_the_draw():
 
 
 def test_evaluation_is_a_function_of_its_seed():
-    images = [roll_out(ToyPolicy(), deterministic(4), shifted_sigmas(4), [0.1], [s], SHAPE).latents for s in (1, 1, 2)]
+    images = [
+        roll_out(ToyPolicy(), deterministic(4), shifted_sigmas(4), [0.1], [s], SHAPE).latents
+        for s in (1, 1, 2)
+    ]
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
@@ -114,7 +144,9 @@ def test_the_check_runs_before_every_forward_and_may_stop():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        roll_out(policy, singular(6, range(3), 4), shifted_sigmas(6), CONDS, SEEDS, SHAPE, slots=4, check=check)
+        roll_out(
+            policy, singular(6, range(3), 4), shifted_sigmas(6), CONDS, SEEDS, SHAPE, slots=4, check=check
+        )
     assert len(policy.calls) == 2
 
 
@@ -122,8 +154,12 @@ def test_a_rollout_can_start_from_given_states_and_draws_the_rest_as_ever():
     plan, sigmas = singular(6, [2], 3), shifted_sigmas(6)
     drawn = roll_out(ToyPolicy(), plan, sigmas, CONDS, SEEDS, SHAPE)
     start = torch.stack([drawn.noise(p, 0) for p in range(2)])
-    assert torch.equal(roll_out(ToyPolicy(), plan, sigmas, CONDS, SEEDS, SHAPE, start=start).latents, drawn.latents)
-    assert not torch.equal(roll_out(ToyPolicy(), plan, sigmas, CONDS, SEEDS, SHAPE, start=start.flip(0)).x, drawn.x)
+    assert torch.equal(
+        roll_out(ToyPolicy(), plan, sigmas, CONDS, SEEDS, SHAPE, start=start).latents, drawn.latents
+    )
+    assert not torch.equal(
+        roll_out(ToyPolicy(), plan, sigmas, CONDS, SEEDS, SHAPE, start=start.flip(0)).x, drawn.x
+    )
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3])

@@ -70,7 +70,24 @@ HOSTILE_IDS = [
     "r" * 65,
     "r" * 100_000,
 ]
-HOSTILE_AFTER = ["", "-1", "+1", "1.0", "1e3", "0x10", " 1", "1\n", "١", "²", "NaN", "null", "1;2", "9" * 11, "9" * 100_000, "1\0"]
+HOSTILE_AFTER = [
+    "",
+    "-1",
+    "+1",
+    "1.0",
+    "1e3",
+    "0x10",
+    " 1",
+    "1\n",
+    "١",
+    "²",
+    "NaN",
+    "null",
+    "1;2",
+    "9" * 11,
+    "9" * 100_000,
+    "1\0",
+]
 
 
 def make_run(root: Path, name: str = "run", rows: int = 3, steps: int = 10) -> RunFolder:
@@ -140,7 +157,11 @@ def test_a_long_run_comes_in_bounded_pieces(tmp_path: Path) -> None:
         file.write(lines)
     first = routes.read_metrics(tmp_path, "run")
     second = routes.read_metrics(tmp_path, "run", str(first["next"]))
-    assert (len(first["rows"]), first["next"], first["total"]) == (routes.MAX_ROWS, routes.MAX_ROWS, routes.MAX_ROWS + 7)
+    assert (len(first["rows"]), first["next"], first["total"]) == (
+        routes.MAX_ROWS,
+        routes.MAX_ROWS,
+        routes.MAX_ROWS + 7,
+    )
     assert [row["step"] for row in second["rows"]] == list(range(routes.MAX_ROWS + 1, routes.MAX_ROWS + 8))
 
 
@@ -162,20 +183,33 @@ def test_samples_are_those_of_the_first_step_and_the_newest(tmp_path: Path) -> N
     samples = routes.read_metrics(tmp_path, "run")["samples"]
     assert [sample["step"] for sample in samples] == [0, 30, 40, 50]
     assert samples[-1]["folder"] == "000050"
-    assert samples[-1]["files"] == [{"file": "000.png", "prompt": "<b>a tree</b>", "scores": {"brightness": 0.5}}]
+    assert samples[-1]["files"] == [
+        {"file": "000.png", "prompt": "<b>a tree</b>", "scores": {"brightness": 0.5}}
+    ]
 
 
-@pytest.mark.parametrize("file", ["../../x.png", "/etc/passwd", "a b.png", "x.svg", "x.png\n", "", None, 3, [], "x" * 99 + ".png"])
+@pytest.mark.parametrize(
+    "file", ["../../x.png", "/etc/passwd", "a b.png", "x.svg", "x.png\n", "", None, 3, [], "x" * 99 + ".png"]
+)
 def test_a_poisoned_index_of_pictures_names_nothing(tmp_path: Path, file: Any) -> None:
     run = make_run(tmp_path)
     folder = run.path / "images/000000"
     folder.mkdir(parents=True)
-    (folder / "index.json").write_text(json.dumps([{"file": file, "prompt": {"a": 1}, "scores": [1]}, 3, None]))
+    (folder / "index.json").write_text(
+        json.dumps([{"file": file, "prompt": {"a": 1}, "scores": [1]}, 3, None])
+    )
     assert routes.read_metrics(tmp_path, "run")["samples"] == []
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"config": 3}', '{"config": {"train": {"steps": "9"}}}', '{"config": {"train": {"steps": true}}}']
+    "content",
+    [
+        "{",
+        "[]",
+        '{"config": 3}',
+        '{"config": {"train": {"steps": "9"}}}',
+        '{"config": {"train": {"steps": true}}}',
+    ],
 )
 def test_an_odd_configuration_leaves_the_number_of_steps_open(tmp_path: Path, content: str) -> None:
     make_run(tmp_path).config_file.write_text(content)
@@ -220,7 +254,9 @@ def test_hostile_positions_are_refused(tmp_path: Path, after: str) -> None:
 
 
 @given(run=st.text(), after=st.text())
-def test_whatever_is_asked_the_answer_is_one_line(tmp_path_factory: pytest.TempPathFactory, run: str, after: str) -> None:
+def test_whatever_is_asked_the_answer_is_one_line(
+    tmp_path_factory: pytest.TempPathFactory, run: str, after: str
+) -> None:
     message = refused(tmp_path_factory.getbasetemp(), run, after)
     assert "\n" not in message
     assert str(tmp_path_factory.getbasetemp()) not in message
@@ -289,9 +325,14 @@ def test_the_routes_answer_over_http(host: Server, prefix: str) -> None:
 
 
 @comfyui
-@pytest.mark.parametrize("path", ["/g2rpo/runs", "/g2rpo/runs/run/metrics", "/api/g2rpo/runs", "/api/g2rpo/runs/run/metrics"])
+@pytest.mark.parametrize(
+    "path", ["/g2rpo/runs", "/g2rpo/runs/run/metrics", "/api/g2rpo/runs", "/api/g2rpo/runs/run/metrics"]
+)
 def test_the_routes_take_get_and_nothing_else(host: Server, path: str) -> None:
-    statuses = {method: host.request(method, path, body={})[0] for method in ("POST", "PUT", "DELETE", "PATCH", "HEAD")}
+    statuses = {
+        method: host.request(method, path, body={})[0]
+        for method in ("POST", "PUT", "DELETE", "PATCH", "HEAD")
+    }
     assert set(statuses.values()) <= {404, 405}, statuses
     # Core answers OPTIONS itself, with nothing.
     assert host.request("OPTIONS", path)[1] in (b"", b"405: Method Not Allowed")
@@ -299,7 +340,18 @@ def test_the_routes_take_get_and_nothing_else(host: Server, path: str) -> None:
 
 @comfyui
 @pytest.mark.parametrize(
-    "asked", ["..%2Fsecret", "%2e%2e%2fsecret", "run%00", "run%0A", "%F0%9F%98%80", "r" * 5000, "%ED%A0%80", "%2Fetc", "-x"]
+    "asked",
+    [
+        "..%2Fsecret",
+        "%2e%2e%2fsecret",
+        "run%00",
+        "run%0A",
+        "%F0%9F%98%80",
+        "r" * 5000,
+        "%ED%A0%80",
+        "%2Fetc",
+        "-x",
+    ],
 )
 def test_hostile_ids_over_http_are_refused_without_a_trace(host: Server, asked: str) -> None:
     before = len(host.log)

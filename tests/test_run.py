@@ -39,7 +39,13 @@ def config(tmp_path, **sections):
         "method": {"name": "g2rpo", "num_steps": 4, "group_size": 3, "learning_rate": 1e-3},
         "rewards": [{"name": "agreement"}],
         "prompts": {"train": str(tmp_path / "train.txt"), "heldout": str(tmp_path / "heldout.txt")},
-        "train": {"steps": 3, "prompts_per_step": 2, "eval_noises": 2, "checkpoint_every": 1, "eval_every": 2},
+        "train": {
+            "steps": 3,
+            "prompts_per_step": 2,
+            "eval_noises": 2,
+            "checkpoint_every": 1,
+            "eval_every": 2,
+        },
     }
     for section, values in sections.items():
         tree[section] = {**tree.get(section, {}), **values} if isinstance(values, dict) else values
@@ -108,9 +114,15 @@ def test_a_run_leaves_what_the_readme_promises(whole):
 def test_metrics_have_the_fields_names(whole):
     rows = RunFolder.open(whole[0]).metrics()
     assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 3]
-    assert {"reward/agreement/mean", "reward/agreement/std", "advantage/abs_mean", "zero_std_share", "grad_norm", "lr", "nfe"} <= set(
-        rows[1]
-    )
+    assert {
+        "reward/agreement/mean",
+        "reward/agreement/std",
+        "advantage/abs_mean",
+        "zero_std_share",
+        "grad_norm",
+        "lr",
+        "nfe",
+    } <= set(rows[1])
     assert {"time/rollout", "time/decode", "time/reward", "time/update", "memory/peak"} <= set(rows[1])
     assert all("heldout/agreement/mean" in rows[i] for i in (0, 3, 5))
 
@@ -148,7 +160,14 @@ def test_a_killed_run_resumes_bit_for_bit_from_its_last_checkpoint(whole, tmp_pa
 
 
 def test_a_moving_average_and_the_clipped_objective_resume_too(tmp_path):
-    method = {"name": "flow_grpo_fast", "num_steps": 4, "group_size": 3, "pick_size": 1, "ema": 0.9, "epochs": 2}
+    method = {
+        "name": "flow_grpo_fast",
+        "num_steps": 4,
+        "group_size": 3,
+        "pick_size": 1,
+        "ema": 0.9,
+        "epochs": 2,
+    }
     method = {"method": {**method, "kl": 0.1, "kl_reference": "start"}}
     training.train(config(tmp_path, **method), tmp_path / "a", progress=Silent())
     with pytest.raises(KeyboardInterrupt):
@@ -156,7 +175,11 @@ def test_a_moving_average_and_the_clipped_objective_resume_too(tmp_path):
     training.train(config(tmp_path, **method), tmp_path / "b", resume=True, progress=Silent())
     assert_equal(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
     rows = [row for row in RunFolder.open(tmp_path / "a").metrics() if "nfe" in row]
-    assert rows[0]["kl/velocity"] >= 0 and "clip_share" in rows[0] and rows[0]["ratio/mean"] == pytest.approx(1, abs=1e-2)
+    assert (
+        rows[0]["kl/velocity"] >= 0
+        and "clip_share" in rows[0]
+        and rows[0]["ratio/mean"] == pytest.approx(1, abs=1e-2)
+    )
 
 
 def test_a_host_that_decodes_after_rolling_learns_the_same(tmp_path):
@@ -184,7 +207,12 @@ def test_a_run_that_was_stopped_while_it_looked_looks_again(whole, tmp_path):
 
 @pytest.mark.parametrize("update", ["accumulate", "per_step"])
 def test_an_update_that_is_broken_off_leaves_the_last_finished_step(tmp_path, update):
-    setup = prepare(config(tmp_path, method={"name": "g2rpo", "num_steps": 4, "group_size": 3, "objective": "clip", "update": update}))
+    setup = prepare(
+        config(
+            tmp_path,
+            method={"name": "g2rpo", "num_steps": 4, "group_size": 3, "objective": "clip", "update": update},
+        )
+    )
     learner = run_setup.make_learner(setup)
     forwards = []
     iteration.iterate(setup, learner, forwards.append)
@@ -212,15 +240,28 @@ def test_a_resumed_run_must_be_the_same_run(whole, tmp_path):
         training.open_run(other, whole[0], resume=True, replace=False)
 
 
-def test_a_run_of_an_earlier_version_is_resumed_where_its_missing_fields_are_at_their_defaults(whole, tmp_path):
+def test_a_run_of_an_earlier_version_is_resumed_where_its_missing_fields_are_at_their_defaults(
+    whole, tmp_path
+):
     older = json.loads((whole[0] / "config.json").read_text("utf-8"))
-    del older["config"]["model"]["schedule"], older["config"]["lora"]["init"], older["config"]["rewards"][0]["gate"]
+    del (
+        older["config"]["model"]["schedule"],
+        older["config"]["lora"]["init"],
+        older["config"]["rewards"][0]["gate"],
+    )
     shutil.copytree(whole[0], tmp_path / "old")
     (tmp_path / "old/config.json").write_text(json.dumps(older), "utf-8")
     training.open_run(from_dict(older["config"]), tmp_path / "old", resume=True, replace=False)
-    smaller = {**older["config"], "memory": {"gradient_checkpointing": True}, "train": {**older["config"]["train"], "slots": 2}}
+    smaller = {
+        **older["config"],
+        "memory": {"gradient_checkpointing": True},
+        "train": {**older["config"]["train"], "slots": 2},
+    }
     training.open_run(from_dict(smaller), tmp_path / "old", resume=True, replace=False)
-    for change, name in (({"model": {"schedule": "comfyui"}}, r"model\.schedule"), ({"lora": {"rank": 4, "alpha": 2}}, r"lora\.alpha")):
+    for change, name in (
+        ({"model": {"schedule": "comfyui"}}, r"model\.schedule"),
+        ({"lora": {"rank": 4, "alpha": 2}}, r"lora\.alpha"),
+    ):
         with pytest.raises(RunError, match=name):
             training.open_run(config(tmp_path, **change), tmp_path / "old", resume=True, replace=False)
 
@@ -228,7 +269,9 @@ def test_a_run_of_an_earlier_version_is_resumed_where_its_missing_fields_are_at_
 def test_a_longer_budget_continues_a_finished_run(tmp_path):
     short = config(tmp_path, train={"steps": 1})
     training.train(short, tmp_path / "run", progress=Silent())
-    summary = training.train(config(tmp_path, train={"steps": 2}), tmp_path / "run", resume=True, progress=Silent())
+    summary = training.train(
+        config(tmp_path, train={"steps": 2}), tmp_path / "run", resume=True, progress=Silent()
+    )
     assert summary["steps"] == 2
 
 
@@ -236,7 +279,9 @@ def test_a_longer_budget_continues_a_finished_run(tmp_path):
 def test_the_prompts_that_a_run_can_come_to_are_encoded_and_no_others(tmp_path, monkeypatch, steps):
     (tmp_path / "nine.txt").write_text("\n".join(f"{count} red circles" for count in range(9)))
     encode_one, encoded = SD3.encode_one, []
-    monkeypatch.setattr(SD3, "encode_one", lambda policy, prompt: encoded.append(prompt) or encode_one(policy, prompt))
+    monkeypatch.setattr(
+        SD3, "encode_one", lambda policy, prompt: encoded.append(prompt) or encode_one(policy, prompt)
+    )
     train = {"steps": steps, "prompts_per_step": 2, "eval_prompts": 1}
     setup = prepare(config(tmp_path, prompts={"train": str(tmp_path / "nine.txt")}, train=train))
     drawn = {prompt for step in range(steps) for prompt in iteration.draw(setup, step)[0]}
@@ -256,7 +301,9 @@ def test_training_goes_on_from_a_lora_file(whole, tmp_path):
     setup = prepare(config(tmp_path, lora={"rank": 4, "alpha": 16, "init": str(path)}))
     file = lora.read(path)
     for name, (down, up) in setup.policy.pairs().items():
-        assert torch.equal(down, file.pairs[name][0]) and torch.allclose(16 / 4 * up @ down, file.delta(name), atol=1e-7)
+        assert torch.equal(down, file.pairs[name][0]) and torch.allclose(
+            16 / 4 * up @ down, file.delta(name), atol=1e-7
+        )
     with pytest.raises(ValueError, match=r"lora\.init"):
         prepare(config(tmp_path, lora={"rank": 2, "init": str(path)}))
 
@@ -281,14 +328,21 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     program.write_text(
         "import json, sys\nfrom pathlib import Path\nfrom g2rpo_trainer import run\n"
         "from g2rpo_trainer.config import reading\nfrom g2rpo_trainer.reports import progress\n"
-        "run.train(reading.from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]), progress=progress.Silent())\n"
+        "run.train(reading.from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]), "
+        "progress=progress.Silent())\n"
     )
     (tmp_path / "config.json").write_text(made.model_dump_json())
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([sys.executable, *launch, program, tmp_path / "config.json", tmp_path / "two"], check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, *launch, program, tmp_path / "config.json", tmp_path / "two"],
+        check=True,
+        timeout=300,
+    )
     one, two = (outcome(tmp_path / name) for name in ("one", "two"))
     assert all(torch.allclose(one[0][name][i], two[0][name][i], atol=1e-5) for name in one[0] for i in (0, 1))
-    assert [row["nfe"] for row in two[2] if "nfe" in row] == [row["nfe"] / 2 for row in one[2] if "nfe" in row]
+    assert [row["nfe"] for row in two[2] if "nfe" in row] == [
+        row["nfe"] / 2 for row in one[2] if "nfe" in row
+    ]
     assert two[2][1]["reward/agreement/mean"] == pytest.approx(one[2][1]["reward/agreement/mean"], abs=1e-3)
 
 

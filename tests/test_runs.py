@@ -12,7 +12,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_g2rpo.files.safe import HEADER_BYTES, FileError, RunError, read_json, read_tensors, write_bytes, write_json, write_tensors
+from comfy_g2rpo.files.safe import (
+    HEADER_BYTES,
+    FileError,
+    RunError,
+    read_json,
+    read_tensors,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 from comfy_g2rpo.run.folder import RunFolder, Sample, read_state, save_png, write_state
 from comfy_g2rpo.run.optimizers import load_optimizer_tensors, optimizer_tensors
 
@@ -146,7 +155,9 @@ def test_an_optimizer_continues_bit_for_bit(tmp_path: Path, foreach: bool) -> No
     learn(whole, optimizer, range(6))
     first, optimizer = start()
     learn(first, optimizer, range(3))
-    write_state(tmp_path, {f"p{i}": weight for i, weight in enumerate(first)} | optimizer_tensors(optimizer), {})
+    write_state(
+        tmp_path, {f"p{i}": weight for i, weight in enumerate(first)} | optimizer_tensors(optimizer), {}
+    )
     tensors, _ = read_state(tmp_path)
     second, optimizer = start()
     for i, weight in enumerate(second):
@@ -164,9 +175,15 @@ def test_an_optimizer_state_of_another_adapter_is_refused() -> None:
 
 
 def test_pictures_come_back_with_prompt_seed_and_scores(run: RunFolder) -> None:
-    run.save_samples(3, [Sample("a red circle", 7, {"agreement": 0.5, "strict": math.nan}, torch.full((4, 6, 3), 0.5))])
+    run.save_samples(
+        3, [Sample("a red circle", 7, {"agreement": 0.5, "strict": math.nan}, torch.full((4, 6, 3), 0.5))]
+    )
     (sample,) = run.samples(3)
-    assert (sample.prompt, sample.seed, sample.scores) == ("a red circle", 7, {"agreement": 0.5, "strict": None})
+    assert (sample.prompt, sample.seed, sample.scores) == (
+        "a red circle",
+        7,
+        {"agreement": 0.5, "strict": None},
+    )
     assert sample.path.is_file()
     assert run.sampled_steps() == [3]
 
@@ -192,7 +209,12 @@ def test_tensors_that_share_memory_are_written_each_by_itself(tmp_path: Path) ->
 
 @pytest.mark.parametrize("write", [write_bytes, write_json, save_png, write_tensors])
 def test_a_place_that_cannot_be_written_is_named_with_a_remedy(tmp_path: Path, write: object) -> None:
-    content = {write_bytes: b"", write_json: {}, save_png: torch.zeros(1, 1, 3), write_tensors: {"x": torch.zeros(1)}}[write]
+    content = {
+        write_bytes: b"",
+        write_json: {},
+        save_png: torch.zeros(1, 1, 3),
+        write_tensors: {"x": torch.zeros(1)},
+    }[write]
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot write .*file/a: .*; make room or choose another folder"):
         write(tmp_path / "file" / "a", content)
@@ -229,7 +251,9 @@ def test_too_many_tensors_are_refused(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 2**32))
-def test_a_damaged_file_is_one_line_whatever_the_damage(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+def test_a_damaged_file_is_one_line_whatever_the_damage(
+    tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
     path = tmp_path_factory.mktemp("damage") / "a.safetensors"
     write_tensors(path, {"x": torch.ones(3), "y": torch.ones(2, 2)})
     content, chance = bytearray(path.read_bytes()), random.Random(seed)

@@ -5,7 +5,25 @@ from hypothesis import strategies as st
 
 from comfy_g2rpo.schedule import completion_indices, shifted_sigmas
 
-PAPER = [1, 0.97826, 0.95455, 0.92857, 0.9, 0.86842, 0.83333, 0.79412, 0.75, 0.7, 0.64286, 0.57692, 0.5, 0.40909, 0.3, 0.16667, 0]
+PAPER = [
+    1,
+    0.97826,
+    0.95455,
+    0.92857,
+    0.9,
+    0.86842,
+    0.83333,
+    0.79412,
+    0.75,
+    0.7,
+    0.64286,
+    0.57692,
+    0.5,
+    0.40909,
+    0.3,
+    0.16667,
+    0,
+]
 
 
 def test_the_papers_schedule():
@@ -45,7 +63,12 @@ def test_suffixes_rise_from_the_branch_to_the_end(num_steps, branch_step, granul
 
 @pytest.mark.parametrize(
     "call",
-    [lambda: shifted_sigmas(0), lambda: shifted_sigmas(4, 0), lambda: completion_indices(4, 4, 1), lambda: completion_indices(4, 0, 0)],
+    [
+        lambda: shifted_sigmas(0),
+        lambda: shifted_sigmas(4, 0),
+        lambda: completion_indices(4, 4, 1),
+        lambda: completion_indices(4, 0, 0),
+    ],
 )
 def test_impossible_schedules_are_refused(call):
     with pytest.raises(ValueError, match=r"num_steps|shift|branch_step|granularity"):

@@ -1,4 +1,6 @@
-"""`g2rpo score`: any pictures, their own prompts, one score of several rewards, a journal that outlives a kill, nothing overwritten."""
+"""`g2rpo score`: any pictures, their own prompts, one score of several rewards, a journal that outlives a
+kill, nothing overwritten.
+"""
 
 import csv
 import json
@@ -27,7 +29,10 @@ from g2rpo_trainer import cli
 from g2rpo_trainer.reports.ranking import Journal, Judge, copy_best, examine, fill, kept, order
 
 GRAPH = {
-    "1": {"class_type": "KSampler", "inputs": {"model": ["4", 0], "positive": ["5", 0], "negative": ["3", 0], "seed": 1}},
+    "1": {
+        "class_type": "KSampler",
+        "inputs": {"model": ["4", 0], "positive": ["5", 0], "negative": ["3", 0], "seed": 1},
+    },
     "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["4", 1], "text": ["6", 0]}},
     "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["4", 1], "text": "ugly"}},
     "5": {"class_type": "FluxGuidance", "inputs": {"conditioning": ["2", 0], "guidance": 3.5}},
@@ -45,7 +50,9 @@ def leave(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
 
 def colourful(strength: int, size: tuple[int, int] = (16, 16), seed: int = 0) -> Image.Image:
     """Make noise whose colourfulness grows with its strength."""
-    return Image.fromarray((np.random.default_rng(seed).random((size[1], size[0], 3)) * strength).astype(np.uint8))
+    return Image.fromarray(
+        (np.random.default_rng(seed).random((size[1], size[0], 3)) * strength).astype(np.uint8)
+    )
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -98,7 +105,7 @@ BROKEN = {
     "cut.png": None,
     "empty.jpg": b"",
     "magic.webp": b"RIFF\x00\x00\x00\x00WEBPVP8 ",
-    "huge.bmp": b"BM" + bytes(8) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little") + (60_000).to_bytes(4, "little") * 2
+    "huge.bmp": b"BM" + bytes(8) + (54).to_bytes(4, ("little")) + (40).to_bytes(4, "little") + (60_000).to_bytes(4, "little") * 2  # noqa: E501
     + b"\x01\x00\x18\x00" + bytes(24),
 }  # fmt: skip
 
@@ -118,9 +125,14 @@ def test_broken_pictures_are_named_and_skipped(folder: Path, capsys: pytest.Capt
 def test_what_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     colourful(9).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no picture")
-    with pytest.raises(picture_files.PictureError, match=r"cannot read .*gone\.png: no such file or directory; check the path"):
+    with pytest.raises(
+        picture_files.PictureError,
+        match=r"cannot read .*gone\.png: no such file or directory; check the path",
+    ):
         picture_files.read(tmp_path / "gone.png")
-    with pytest.raises(picture_files.PictureError, match=r"b\.png is not a picture that can be read; save it as PNG or JPEG"):
+    with pytest.raises(
+        picture_files.PictureError, match=r"b\.png is not a picture that can be read; save it as PNG or JPEG"
+    ):
         picture_files.size_of(tmp_path / "b.png")
     assert picture_files.texts(tmp_path / "b.png") == {}
     monkeypatch.setattr(picture_files, "MAX_PIXELS", 255)
@@ -155,8 +167,14 @@ def test_a_prompt_is_found_where_it_was_written(tmp_path: Path) -> None:
         return tmp_path / name
 
     assert caption_of(save("graph.png", prompt=json.dumps(GRAPH))) == ("a lighthouse", "comfyui")
-    assert caption_of(save("web.png", parameters="a cat,\nred\nNegative prompt: dog\nSteps: 3")) == ("a cat,\nred", "parameters")
-    assert caption_of(save("note.png", g2rpo='{"prompt": "ein Schiff – 船"}', prompt=json.dumps(GRAPH))) == ("ein Schiff – 船", "note")
+    assert caption_of(save("web.png", parameters="a cat,\nred\nNegative prompt: dog\nSteps: 3")) == (
+        "a cat,\nred",
+        "parameters",
+    )
+    assert caption_of(save("note.png", g2rpo='{"prompt": "ein Schiff – 船"}', prompt=json.dumps(GRAPH))) == (
+        "ein Schiff – 船",
+        "note",
+    )
     beside = save("beside.png", prompt=json.dumps(GRAPH))
     beside.with_suffix(".txt").write_text("\ufeff  a ship \n", "utf-8")
     assert caption_of(beside) == ("a ship", "txt")
@@ -182,11 +200,16 @@ def test_a_graph_that_says_no_one_prompt_says_nothing(graph: object) -> None:
     assert of_graph(graph) == ""
 
 
-def test_prompts_come_from_the_command_a_list_or_the_picture(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_come_from_the_command_a_list_or_the_picture(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "a1.txt").write_text("from the text")
     Path("list.jsonl").write_text('{"file": "a2.png", "prompt": "from the list"}\n', "utf-8")
     assert leave(capsys, "score", folder, "--reward", "jpeg", "--prompts", "list.jsonl")[0] == 0
-    found = {Path(row["file"]).name: (row["prompt"], row["prompt_from"]) for row in rows_of(Path("scores/scores.csv"))}
+    found = {
+        Path(row["file"]).name: (row["prompt"], row["prompt_from"])
+        for row in rows_of(Path("scores/scores.csv"))
+    }
     assert found["a1.png"] == ("from the text", "txt")
     assert found["a2.png"] == ("from the list", "list")
     assert found["a3.png"] == ("", "")
@@ -206,23 +229,42 @@ def test_a_folder_is_ranked_best_first(folder: Path, capsys: pytest.CaptureFixtu
     assert [row["rank"] for row in rows_of(Path("scores/scores.csv"))] == [str(i) for i in range(1, 11)]
 
 
-def test_the_former_form_still_works_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, text, _ = leave(capsys, "score", "jpeg,colourfulness", folder / "a9.png", folder / "a1.png", "--prompt", "x")
+def test_the_former_form_still_works_and_writes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text, _ = leave(
+        capsys, "score", "jpeg,colourfulness", folder / "a9.png", folder / "a1.png", "--prompt", "x"
+    )
     assert code == 0
-    assert [line.split()[-2] for line in text.splitlines()] == [str(folder / "a1.png"), str(folder / "a9.png")]
+    assert [line.split()[-2] for line in text.splitlines()] == [
+        str(folder / "a1.png"),
+        str(folder / "a9.png"),
+    ]
     assert not Path("scores").exists()
 
 
 def test_several_rewards_become_one_score(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table = torch.stack([load(name).score(torch.stack([picture_files.read(path) for path in picture_files.listed(folder)]), [""] * 10) for name in ("colourfulness", "jpeg")])  # fmt: skip  # noqa: E501
+    table = torch.stack([load(name).score(torch.stack([picture_files.read(path) for path in picture_files.listed(folder)]), [""] * 10) for name in ((((((("colourfulness")))))), "jpeg")])  # fmt: skip  # noqa: E501
     z = (table - table.mean(1, keepdim=True)) / table.std(1, keepdim=True)
-    arguments = ["score", folder, "--reward", "colourfulness", "--reward", "jpeg=2", "--json", "--sort", "file"]
+    arguments = [
+        "score",
+        folder,
+        "--reward",
+        "colourfulness",
+        "--reward",
+        "jpeg=2",
+        "--json",
+        "--sort",
+        "file",
+    ]
     found = [row["score"] for row in json.loads(leave(capsys, *arguments)[1])]
     assert found == pytest.approx((z[0] + 2 * z[1]).tolist(), abs=1e-4)
     found = [row["score"] for row in json.loads(leave(capsys, *arguments, "--mix", "sum")[1])]
     assert found == pytest.approx((table[0] + 2 * table[1]).tolist(), abs=1e-3)
     # Nearly grey pictures lie below the gate and come last, however small their files are.
-    gated = json.loads(leave(capsys, *arguments[:-1], "score", "--mix", "sum", "--gate", "colourfulness=40")[1])
+    gated = json.loads(
+        leave(capsys, *arguments[:-1], "score", "--mix", "sum", "--gate", "colourfulness=40")[1]
+    )
     assert {Path(row["image"]).stem for row in gated if row["scores"]["colourfulness"] < 40} == {
         Path(row["image"]).stem for row in gated[-sum(row["scores"]["colourfulness"] < 40 for row in gated) :]
     }
@@ -362,26 +404,38 @@ rewards:
 """
 
 
-def test_judges_over_http_and_weights_come_from_a_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_judges_over_http_and_weights_come_from_a_recipe(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with JudgeHost() as host:
         Path("judges.yaml").write_text(RECIPE.replace("ADDRESS", host.url))
-        code, text, _ = leave(capsys, "score", folder, "--recipe", "judges.yaml", "--prompt", "a lamp", "--json")
+        code, text, _ = leave(
+            capsys, "score", folder, "--recipe", "judges.yaml", "--prompt", "a lamp", "--json"
+        )
     found = json.loads(text)
     assert code == 0
     assert [row["score"] for row in found] == sorted((row["score"] for row in found), reverse=True)
     for row in found:
         assert row["score"] == pytest.approx(0.5 * row["scores"]["jpeg"] + row["scores"]["bright"], abs=1e-4)
-        assert row["scores"]["bright"] == pytest.approx(picture_files.read(Path(row["image"])).mean().item(), abs=0.02)
+        assert row["scores"]["bright"] == pytest.approx(
+            picture_files.read(Path(row["image"])).mean().item(), abs=0.02
+        )
 
 
-def test_an_installed_model_is_found_by_name(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_model_is_found_by_name(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     clip_folder(Path("models"), "clipscore", "clipscore", clip_model())
     monkeypatch.setenv("G2RPO_REWARDS", "models")
-    code, text, _ = leave(capsys, "score", folder, "--reward", "clipscore", "--prompt", "a red cube", "--json", "--quiet")
+    code, text, _ = leave(
+        capsys, "score", folder, "--reward", "clipscore", "--prompt", "a red cube", "--json", "--quiet"
+    )
     direct = load_installed(Path("models"), "clipscore")
     assert code == 0
     for row in json.loads(text)[:3]:
-        assert row["score"] == pytest.approx(direct.score(picture_files.read(Path(row["image"]))[None], ["a red cube"]).item(), abs=1e-4)
+        assert row["score"] == pytest.approx(
+            direct.score(picture_files.read(Path(row["image"]))[None], ["a red cube"]).item(), abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("content", [b"", b'{"sch', b'{"schema": "g2rpo-scores/1"}\n{"sha256": "a", "pro'])
@@ -391,10 +445,15 @@ def test_a_torn_line_is_dropped(tmp_path: Path, content: bytes) -> None:
     assert (tmp_path / "scores.jsonl").read_bytes() == content[: content.rfind(b"\n") + 1]
 
 
-@pytest.mark.parametrize("content", [b"{}\n", b"[1]\n", b"\xff\n", b'{"schema": "g2rpo-scores/1"}\n{"sha256": 1}\n', b"[" * 99_999 + b"\n"])
+@pytest.mark.parametrize(
+    "content",
+    [b"{}\n", b"[1]\n", b"\xff\n", b'{"schema": "g2rpo-scores/1"}\n{"sha256": 1}\n', b"[" * 99_999 + b"\n"],
+)
 def test_a_foreign_or_damaged_journal_is_named_and_kept(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "scores.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=r"scores\.jsonl is no journal of scores, or damaged; choose another --out"):
+    with pytest.raises(
+        ValueError, match=r"scores\.jsonl is no journal of scores, or damaged; choose another --out"
+    ):
         Journal(tmp_path / "scores.jsonl")
     assert (tmp_path / "scores.jsonl").read_bytes() == content
 
@@ -411,14 +470,18 @@ def slow(images, prompts):
 
 
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
-def test_a_stopped_command_goes_on_where_it_was(folder: Path, capsys: pytest.CaptureFixture[str], blow: signal.Signals) -> None:
+def test_a_stopped_command_goes_on_where_it_was(
+    folder: Path, capsys: pytest.CaptureFixture[str], blow: signal.Signals
+) -> None:
     Path("taste.py").write_text(SLOW)
     arguments = ["score", str(folder), "--reward", "taste.py:slow", "--batch", "1"]
     # Where the tests run in the background, Ctrl-C is switched off and the child would inherit that.
     listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     command = [sys.executable, "-c", f"{listens}; from g2rpo_trainer import cli; cli.main()", *arguments]
     journal = Path("scores/scores.jsonl")
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as child:
         end = time.monotonic() + 60
         while time.monotonic() < end and (not journal.exists() or len(journal.read_text().splitlines()) < 4):
             time.sleep(0.05)
@@ -445,18 +508,39 @@ def test_a_stopped_command_goes_on_where_it_was(folder: Path, capsys: pytest.Cap
 MISTAKES = {
     "no reward": (["score", "pictures"], "no reward is named; give --reward NAME"),
     "no picture": (["score", ".", "--reward", "jpeg"], ". holds no picture"),
-    "no such reward": (["score", "pictures", "--reward", "jpge"], "reward 'jpge' is unknown, did you mean 'jpeg'?"),
-    "twice": (["score", "pictures", "--reward", "jpeg", "--reward", "jpeg=2"], "reward 'jpeg' is named twice"),
+    "no such reward": (
+        ["score", "pictures", "--reward", "jpge"],
+        "reward 'jpge' is unknown, did you mean 'jpeg'?",
+    ),
+    "twice": (
+        ["score", "pictures", "--reward", "jpeg", "--reward", "jpeg=2"],
+        "reward 'jpeg' is named twice",
+    ),
     "weight": (["score", "pictures", "--reward", "jpeg=x"], "--reward is 'jpeg=x'; write NAME=NUMBER"),
     "weight of nan": (["score", "pictures", "--reward", "jpeg=nan"], "--reward is 'jpeg=nan'"),
     "gate": (["score", "pictures", "--reward", "jpeg", "--gate", "sharpness=1"], "--gate names 'sharpness'"),
     "mix": (["score", "pictures", "--reward", "jpeg", "--mix", "mean"], "--mix is 'mean'; choose one of"),
     "sort": (["score", "pictures", "--reward", "jpeg", "--sort", "size"], "--sort is 'size'; choose score"),
-    "copy": (["score", "pictures", "--reward", "jpeg", "--copy-best", "best"], "--copy-best needs to know what is best"),
-    "prompts": (["score", "pictures", "--reward", "jpeg", "--prompts", "no.jsonl"], "cannot read prompt file no.jsonl"),
-    "prompt count": (["score", "pictures", "--reward", "jpeg", "--prompt", "a", "--prompt", "b"], "2 prompts for 10 pictures"),
-    "prompt length": (["score", "pictures", "--reward", "jpeg", "--prompt", "x" * 2001], "a prompt has 2001 characters"),
-    "own reward": (["score", "pictures", "--reward", "no.py:taste"], "reward 'taste': path names 'no.py', which does not exist"),
+    "copy": (
+        ["score", "pictures", "--reward", "jpeg", "--copy-best", "best"],
+        "--copy-best needs to know what is best",
+    ),
+    "prompts": (
+        ["score", "pictures", "--reward", "jpeg", "--prompts", "no.jsonl"],
+        "cannot read prompt file no.jsonl",
+    ),
+    "prompt count": (
+        ["score", "pictures", "--reward", "jpeg", "--prompt", "a", "--prompt", "b"],
+        "2 prompts for 10 pictures",
+    ),
+    "prompt length": (
+        ["score", "pictures", "--reward", "jpeg", "--prompt", "x" * 2001],
+        "a prompt has 2001 characters",
+    ),
+    "own reward": (
+        ["score", "pictures", "--reward", "no.py:taste"],
+        "reward 'taste': path names 'no.py', which does not exist",
+    ),
     "not installed": (["score", "pictures", "--reward", "pickscore"], "reward 'pickscore' is not installed"),
 }
 

@@ -45,7 +45,9 @@ def test_a_batch_that_is_not_finite_is_not_judged():
 
 def test_the_check_runs_before_every_batch():
     count = []
-    Scorer(decode, [BRIGHTNESS], ["a"] * 3, 1, batch=1, check=lambda: count.append(1))([0, 1, 2], [0, 0, 0], torch.zeros(3, 3, 4, 4))
+    Scorer(decode, [BRIGHTNESS], ["a"] * 3, 1, batch=1, check=lambda: count.append(1))(
+        [0, 1, 2], [0, 0, 0], torch.zeros(3, 3, 4, 4)
+    )
     assert len(count) == 3
 
 
@@ -113,7 +115,9 @@ def test_a_group_comes_whole_and_in_order_however_it_arrives(elsewhere):
     expected = {"a": latents[[3, 4, 0]], "b": latents[[1, 2, 5]]}
     for prompts, images in rank.seen:
         assert torch.equal(images, to_8_bit(decode(expected[prompts[0]]))) and prompts == (prompts[0],) * 3
-    assert len(rank.seen) == 2 and torch.equal(scorer.scores[0].sort(1).values, torch.tensor([[0.0, 1, 2]] * 2))
+    assert len(rank.seen) == 2 and torch.equal(
+        scorer.scores[0].sort(1).values, torch.tensor([[0.0, 1, 2]] * 2)
+    )
     assert scorer.scores[0, 0].argmax() == decode(expected["a"]).mean((1, 2, 3)).argmax()
 
 
@@ -122,7 +126,11 @@ def test_a_broken_picture_is_left_out_of_its_group():
     latents[1] = torch.nan
     scorer = Scorer(decode, [rank], ["a"], 3)
     scorer([0, 0, 0], [0, 1, 2], latents)
-    assert [len(images) for _, images in rank.seen] == [2] and scorer.scores[0, 0].isnan().tolist() == [False, True, False]
+    assert [len(images) for _, images in rank.seen] == [2] and scorer.scores[0, 0].isnan().tolist() == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_what_waits_for_a_group_is_held_in_a_quarter_of_the_memory():
@@ -161,7 +169,9 @@ def test_a_stop_breaks_the_call_off_and_leaves_no_thread(when):
 def test_the_rollout_waits_when_too_many_pictures_do(monkeypatch):
     slow, decoded = Elsewhere(free=False), []
     monkeypatch.setattr(scoring, "MAX_WAITING", 2 * 4 * 4 * 3)
-    with Scorer(lambda latents: decoded.append(1) or decode(latents), [slow], ["a"] * 6, 1, batch=1) as scorer:
+    with Scorer(
+        lambda latents: decoded.append(1) or decode(latents), [slow], ["a"] * 6, 1, batch=1
+    ) as scorer:
         thread = threading.Thread(target=scorer, args=(list(range(6)), [0] * 6, latents_of(6)))
         thread.start()
         slow.entered.wait(30)

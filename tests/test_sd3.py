@@ -33,10 +33,13 @@ SHAPE, SEED = (16, 8, 8), 5
 SMALL = {name: dataclasses.replace(RECIPES[name], num_steps=4, group_size=3) for name in RECIPES}
 BRIGHTNESS = Rule("brightness", lambda images, prompts: images.mean((1, 2, 3)), compares_across_prompts=False)
 JUDGES = [REWARDS["agreement"], BRIGHTNESS]  # the second never ties, and hardly notices one level
-# Floats summed in another order may round one value of a picture to the next of 256 levels; a shape's edge notices.
+# Floats summed in another order may round one value of a picture to the next of 256 levels; a shape's edge
+# notices.
 ONE_LEVEL = 2e-3
 
-pytestmark = pytest.mark.skipif(not (TINY / "model_index.json").is_file(), reason="models/tiny is missing: run tools/train_tiny.py")
+pytestmark = pytest.mark.skipif(
+    not (TINY / "model_index.json").is_file(), reason="models/tiny is missing: run tools/train_tiny.py"
+)
 
 
 def load(guidance: float = 1.0, lora_seed: int | None = None) -> SD3:
@@ -111,8 +114,19 @@ def test_the_merged_model_is_the_model_with_its_adapter(policy, batch):
 def test_the_forward_of_rollouts_is_diffusers_own(monkeypatch, qk_norm, width, dtype, tolerance, kept):
     monkeypatch.setattr(sd3_forward, "KEPT", kept)
     monkeypatch.setattr(sd3_forward, "ROWS", 50)  # between the parts' numbers of tokens
-    size = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": width, "caption_projection_dim": 2 * width, "sample_size": 8}
-    text = {"joint_attention_dim": 12, "pooled_projection_dim": 10, "dual_attention_layers": (0, 1), "pos_embed_max_size": 8}
+    size = {
+        "num_layers": 3,
+        "num_attention_heads": 2,
+        "attention_head_dim": width,
+        "caption_projection_dim": 2 * width,
+        "sample_size": 8,
+    }
+    text = {
+        "joint_attention_dim": 12,
+        "pooled_projection_dim": 10,
+        "dual_attention_layers": (0, 1),
+        "pos_embed_max_size": 8,
+    }
     torch.manual_seed(0)
     model = SD3Transformer2DModel(**size, **text, qk_norm=qk_norm).to(dtype).eval()
     prompts = [Cond(seeded_noise((7, 12), p).to(dtype), seeded_noise((10,), p).to(dtype)) for p in range(2)]
@@ -122,7 +136,12 @@ def test_the_forward_of_rollouts_is_diffusers_own(monkeypatch, qk_norm, width, d
     with torch.no_grad():
         expected = model(x, tokens, pooled, sigma * 1000, return_dict=False)[0]
         merged = Merged(model)
-        for part in ([2], [0, 1], [0, 1, 2, 3], [3, 2]):  # pairs that are new, and such as are known in another order
+        for part in (
+            [2],
+            [0, 1],
+            [0, 1, 2, 3],
+            [3, 2],
+        ):  # pairs that are new, and such as are known in another order
             found = merged(x[part], sigma[part], [cond[i] for i in part])
             assert torch.allclose(found, expected[part], rtol=0, atol=tolerance * expected.abs().max())
 
@@ -130,11 +149,17 @@ def test_the_forward_of_rollouts_is_diffusers_own(monkeypatch, qk_norm, width, d
 @pytest.mark.parametrize("blocks", [(1, 1, 1, 0), (1, 1, 1, 1)], ids=["last stage without blocks", "with"])
 def test_the_folded_decoder_is_diffusers_own(blocks):
     torch.manual_seed(0)
-    vae = AutoencoderTiny(latent_channels=16, decoder_block_out_channels=(8,) * 4, num_decoder_blocks=blocks).double().eval()
+    vae = (
+        AutoencoderTiny(latent_channels=16, decoder_block_out_channels=(8,) * 4, num_decoder_blocks=blocks)
+        .double()
+        .eval()
+    )
     latents = seeded_noise((2, 16, 3, 5), "latents").double()
     assert foldable(vae)
     with torch.no_grad():
-        assert torch.allclose(TinyDecoder(vae.decoder)(latents), vae.decode(latents).sample, rtol=0, atol=1e-12)
+        assert torch.allclose(
+            TinyDecoder(vae.decoder)(latents), vae.decode(latents).sample, rtol=0, atol=1e-12
+        )
 
 
 def test_merging_leaves_every_weight_as_it_was_bit_for_bit(policy):
@@ -155,7 +180,9 @@ def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed_alone(base, bat
     adapters = [load() for _ in range(3)]
     for adapter, seed in zip(adapters, (1, 1, 2), strict=True):
         adapter.add_lora(4, 4, seed)
-    one, same, other = (torch.cat([down.flatten() for down, _ in adapter.pairs().values()]) for adapter in adapters)
+    one, same, other = (
+        torch.cat([down.flatten() for down, _ in adapter.pairs().values()]) for adapter in adapters
+    )
     assert torch.equal(one, same) and not torch.equal(one, other)
     with torch.no_grad():
         assert torch.allclose(adapters[0].velocity(*batch), base.velocity(*batch), atol=1e-6)
@@ -163,7 +190,9 @@ def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed_alone(base, bat
 
 def test_only_the_adapter_is_trained(policy):
     trained = {id(p) for p in policy.transformer.parameters() if p.requires_grad}
-    assert trained == {id(p) for p in policy.parameters()} and not any(p.requires_grad for p in policy.vae.parameters())
+    assert trained == {id(p) for p in policy.parameters()} and not any(
+        p.requires_grad for p in policy.vae.parameters()
+    )
 
 
 def test_decoded_pictures_are_float32_rows_of_pixels_in_range(base):
@@ -205,14 +234,24 @@ def truncate(path: Path) -> None:
     "damage",
     [
         lambda model: (model / "model_index.json").write_text("{"),
-        lambda model: (model / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"})),
+        lambda model: (model / "model_index.json").write_text(
+            json.dumps({"_class_name": "StableDiffusion3Pipeline"})
+        ),
         lambda model: truncate(model / "transformer" / "diffusion_pytorch_model.safetensors"),
         lambda model: truncate(model / "vae" / "diffusion_pytorch_model.safetensors"),
         lambda model: (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink(),
         lambda model: (model / "transformer" / "config.json").unlink(),
         lambda model: shutil.rmtree(model / "tokenizer"),
     ],
-    ids=["index no JSON", "index empty", "transformer cut", "vae cut", "weights gone", "config gone", "tokenizer gone"],
+    ids=[
+        "index no JSON",
+        "index empty",
+        "transformer cut",
+        "vae cut",
+        "weights gone",
+        "config gone",
+        "tokenizer gone",
+    ],
 )
 def test_a_damaged_model_is_one_clear_line(tmp_path, damage):
     model = shutil.copytree(TINY, tmp_path / "model")
@@ -226,7 +265,9 @@ def run_engine(policy: SD3, recipe: Recipe, slots: int = 64) -> tuple[Rollout, T
     """Roll out and score one group: rollout, rewards [R, K, G, L], advantages [K, G]."""
     plan = build_plan(recipe, iteration=30, seed=3)
     scorer = Scorer(policy.decode, JUDGES, PROMPTS[:1], len(plan.images))
-    rollout = roll_out(policy, plan, shifted_sigmas(4), policy.encode(PROMPTS[:1]), [SEED], SHAPE, slots=slots, sink=scorer)
+    rollout = roll_out(
+        policy, plan, shifted_sigmas(4), policy.encode(PROMPTS[:1]), [SEED], SHAPE, slots=slots, sink=scorer
+    )
     rewards = plan.values(scorer.scores[:, 0])
     return rollout, rewards, integrate(rewards)
 
@@ -243,7 +284,9 @@ def plain_gradient(loop: PlainLoop, advantages: Tensor, recipe: Recipe) -> Tenso
     """Differentiate the clipped loss at ratio 1 and the velocity KL, one sample at a time."""
     plan, c, policy = loop.plan, loop.coefficients, loop.policy
     child = [next(s for s in plan.transitions if plan.states[s].parent == fork) for fork in plan.forks]
-    weight = dict(zip(plan.forks, step_weights(c.v_coef[child], c.std[child], recipe.step_weight), strict=True))
+    weight = dict(
+        zip(plan.forks, step_weights(c.v_coef[child], c.std[child], recipe.step_weight), strict=True)
+    )
     for state in plan.transitions:
         edge = plan.states[state]
         x = loop.known[edge.parent]
@@ -267,13 +310,17 @@ def test_every_recipe_equals_the_plain_loop_in_rewards_advantages_and_gradient(p
     recipe = SMALL[name]
     rollout, rewards, advantages = run_engine(policy, recipe, slots=7)
     cond = policy.encode(PROMPTS[:1])
-    loop = PlainLoop(policy, policy.decode, JUDGES, rollout.plan, shifted_sigmas(4), PROMPTS[0], cond[0], SEED, SHAPE)
+    loop = PlainLoop(
+        policy, policy.decode, JUDGES, rollout.plan, shifted_sigmas(4), PROMPTS[0], cond[0], SEED, SHAPE
+    )
     plain_rewards = rollout.plan.values(loop.as_published())
     assert torch.allclose(rewards, plain_rewards, atol=ONE_LEVEL)
     assert torch.allclose(integrate(rewards[1:]), integrate(plain_rewards[1:]), atol=1e-3)
     assert advantages.any()
     made = records(rollout, [advantages], step_weight=recipe.step_weight, samples=recipe.objective == "clip")
-    backward(policy, made, cond, recipe, old=snapshot(policy, made, cond) if recipe.objective == "clip" else None)
+    backward(
+        policy, made, cond, recipe, old=snapshot(policy, made, cond) if recipe.objective == "clip" else None
+    )
     ours, plain = gradient(policy), plain_gradient(loop, advantages, recipe)
     assert (ours - plain).norm() <= 1e-5 * plain.norm()
 

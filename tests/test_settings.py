@@ -11,7 +11,10 @@ from comfy_g2rpo.run import pace, settings
 
 
 def test_lines_become_typed_changes_of_recipe_and_pace():
-    text = "# a comment\n\neta = 0.5\ngranularities = 1, 3\nantithetic = true\nslots=16\nminutes = none\nkernel = cps"
+    text = (
+        "# a comment\n\neta = 0.5\ngranularities = 1, 3\nantithetic = true\nslots=16\nminutes = "
+        "none\nkernel = cps"
+    )
     recipe, changes = settings.parse(text)
     assert recipe == {"eta": 0.5, "granularities": (1, 3), "antithetic": True, "kernel": "cps"}
     assert changes == {"slots": 16, "minutes": None}
@@ -46,7 +49,10 @@ def test_every_field_reads_its_own_default_back():
         for field in dataclasses.fields(made):
             value = getattr(made, field.name)
             text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            lines.append(f"{section}.{field.name} = {text.lower() if isinstance(value, bool) or value is None else text}")
+            lines.append(
+                f"{section}.{field.name} = "
+                f"{text.lower() if isinstance(value, bool) or value is None else text}"
+            )
     recipe, changes = settings.parse("\n".join(lines))
     assert recipes.Recipe(**recipe) == recipes.Recipe() and pace.Pace(**changes) == pace.Pace()
 

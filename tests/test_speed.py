@@ -1,4 +1,6 @@
-"""A run's speed section on real models: what completions are computed in, what compiles, and a run that switches itself back."""
+"""A run's speed section on real models: what completions are computed in, what compiles, and a run that
+switches itself back.
+"""
 
 import json
 
@@ -17,7 +19,13 @@ from g2rpo_trainer import run as training
 from g2rpo_trainer.config.reading import ConfigError, load
 from g2rpo_trainer.families.flux import Cond, Flux
 from g2rpo_trainer.model import cheap_forward as speeding
-from g2rpo_trainer.model.cheap_forward import CompiledBlocks, Completions, FP8Products, completions, fp8_linear
+from g2rpo_trainer.model.cheap_forward import (
+    CompiledBlocks,
+    Completions,
+    FP8Products,
+    completions,
+    fp8_linear,
+)
 from g2rpo_trainer.model.stored_linear import store
 from g2rpo_trainer.reports.progress import Silent
 
@@ -43,7 +51,11 @@ def flux():
 @pytest.fixture(scope="module")
 def asked():
     """Latents at three noise levels, with texts; 256 tokens each, so that products in 8 bit are worth it."""
-    return noise(ROWS, 16, 32, 32), torch.tensor([0.9, 0.5, 0.1]), [Cond(noise(24, 32, seed=i), noise(16, seed=i)) for i in range(ROWS)]
+    return (
+        noise(ROWS, 16, 32, 32),
+        torch.tensor([0.9, 0.5, 0.1]),
+        [Cond(noise(24, 32, seed=i), noise(16, seed=i)) for i in range(ROWS)],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +68,12 @@ def error(found, exact):
     return ((found - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize(("precision", "least", "most"), [("bf16", 1e-3, 2e-2), ("fp16", 1e-4, 3e-3), ("fp8", 1e-2, 8e-2)])
-def test_completions_in_lower_precision_are_near_and_leave_the_rest_exact(flux, asked, exact, precision, least, most):
+@pytest.mark.parametrize(
+    ("precision", "least", "most"), [("bf16", 1e-3, 2e-2), ("fp16", 1e-4, 3e-3), ("fp8", 1e-2, 8e-2)]
+)
+def test_completions_in_lower_precision_are_near_and_leave_the_rest_exact(
+    flux, asked, exact, precision, least, most
+):
     with flux.inference():
         found = completions(flux, Speed(precision=precision))(*asked)
         assert found.dtype == torch.float32 and least < error(found, exact) < most
@@ -98,12 +114,16 @@ def test_the_adapter_and_small_products_stay_out_of_8_bit():
         frozen = linear(many)
     assert torch.equal(learns, torch.nn.functional.linear(many, linear.weight, linear.bias))
     assert torch.equal(small, torch.nn.functional.linear(few, linear.weight, linear.bias))
-    assert torch.equal(frozen, fp8_linear(many, linear.weight, linear.bias)) and not torch.equal(frozen, learns)
+    assert torch.equal(frozen, fp8_linear(many, linear.weight, linear.bias)) and not torch.equal(
+        frozen, learns
+    )
 
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Let blocks compile to what PyTorch runs anyway, and collect the graphs: machine code would want a C++ compiler, and seconds."""
+    """Let blocks compile to what PyTorch runs anyway, and collect the graphs: machine code would want a
+    C++ compiler, and seconds.
+    """
     torch._dynamo.reset()
     seen = []
 
@@ -159,7 +179,10 @@ def test_blocks_that_do_not_compile_run_as_they_are_and_the_run_says_why(flux, a
     with flux.inference():
         assert torch.equal(compiled(*asked), exact) and torch.equal(compiled(*asked), exact)
     assert len(compiled.notes) == 1
-    assert compiled.notes[0].startswith("speed.compile is off: the blocks do not compile here (") and "no compiler" in compiled.notes[0]
+    assert (
+        compiled.notes[0].startswith("speed.compile is off: the blocks do not compile here (")
+        and "no compiler" in compiled.notes[0]
+    )
 
 
 def test_memory_that_runs_out_is_not_taken_for_a_block_that_does_not_compile(flux, asked, monkeypatch):
@@ -182,15 +205,21 @@ def test_a_transformer_that_names_no_blocks_has_those_of_its_lists():
 def test_what_changes_nothing_is_refused_and_so_is_what_is_out_of_bounds(flux, monkeypatch, tmp_path):
     assert completions(flux, Speed()) is None and completions(flux, Speed(cache=0.1, tail_stride=2)) is None
     monkeypatch.setattr(flux, "dtype", torch.bfloat16)
-    with pytest.raises(ValueError, match=r"speed.precision is bf16, which the model has anyway .*; remove it, or choose fp8"):
+    with pytest.raises(
+        ValueError, match=r"speed.precision is bf16, which the model has anyway .*; remove it, or choose fp8"
+    ):
         completions(flux, Speed(precision="bf16"))
     with pytest.raises(ConfigError, match=r"speed.cache is 2.*; it must be at most 1"):
         config(tmp_path, speed={"cache": 2})
 
 
 def test_a_card_that_cannot_multiply_in_8_bit_is_told_what_to_choose(flux, monkeypatch):
-    monkeypatch.setattr(speeding, "FP8", torch.float64)  # stands for what this hardware's scaled product does not take
-    with pytest.raises(ValueError, match=r"speed.precision is fp8, which this cpu cannot multiply \(.+\); choose bf16"):
+    monkeypatch.setattr(
+        speeding, "FP8", torch.float64
+    )  # stands for what this hardware's scaled product does not take
+    with pytest.raises(
+        ValueError, match=r"speed.precision is fp8, which this cpu cannot multiply \(.+\); choose bf16"
+    ):
         completions(flux, Speed(precision="fp8"))
 
 
@@ -221,7 +250,13 @@ def cheap(request, tmp_path_factory):
 
 def fast_config(path, kind):
     method = {"num_steps": 8, "group_size": 5, "pick": "random", "pick_size": 1}
-    return config(path, method=method, rewards=[{"name": "sharpness"}], train={"steps": 2, "eval_noises": 1}, speed=RUNS[kind])
+    return config(
+        path,
+        method=method,
+        rewards=[{"name": "sharpness"}],
+        train={"steps": 2, "eval_noises": 1},
+        speed=RUNS[kind],
+    )
 
 
 def test_a_run_measures_its_completions_and_says_when_they_go_back_to_exact(cheap):
@@ -231,7 +266,9 @@ def test_a_run_measures_its_completions_and_says_when_they_go_back_to_exact(chea
     said = [note for note in notes if "switched off" in note]
     if kind == "off":
         assert measured == [(1, 0.0)] and rows[0]["guard/rank"] < 1
-        assert len(said) == 1 and said[0].startswith("step 1: cheap completions rank rewards as exact ones do to 0.")
+        assert len(said) == 1 and said[0].startswith(
+            "step 1: cheap completions rank rewards as exact ones do to 0."
+        )
     else:
         assert measured == [(1, 1.0), (2, 1.0)] and said == []
     assert all(-1 <= row["guard/rank"] <= 1 and row["guard/nfe"] > 0 for row in rows if "guard/rank" in row)
@@ -254,6 +291,8 @@ def test_a_checkpoint_of_an_earlier_version_resumes_with_cheap_completions(cheap
     checkpoint.restore(setup, other := run_setup.make_learner(setup), folder)
     assert not other.cheap
     state = folder.latest() / "state.json"
-    write_json(state, {name: value for name, value in json.loads(state.read_text()).items() if name != "cheap"})
+    write_json(
+        state, {name: value for name, value in json.loads(state.read_text()).items() if name != "cheap"}
+    )
     checkpoint.restore(setup, other, folder)
     assert other.cheap

@@ -73,4 +73,6 @@ def test_a_drawing_from_the_command_line_leaves_the_lora_out_of_its_tail(tmp_pat
     base = draw(config, ["a red circle"], 0, None)[0]
     tuned, half, tail = (draw(config, ["a red circle"], 0, file, share)[0] for share in (0.0, 0.5, 1.0))
     assert torch.equal(tail, base)
-    assert all((one - other).abs().mean() > 0.001 for one, other in ((tuned, base), (half, base), (half, tuned)))
+    assert all(
+        (one - other).abs().mean() > 0.001 for one, other in ((tuned, base), (half, base), (half, tuned))
+    )

@@ -13,12 +13,19 @@ from comfy_g2rpo.rewards.shapes.vocabulary import COLOURS, NUMBERS, RELATIONS, S
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "models" / "tiny"
-PROMPTS = ["a red circle", "two blue squares", "a green triangle above a yellow circle", "four purple triangles"]
+PROMPTS = [
+    "a red circle",
+    "two blue squares",
+    "a green triangle above a yellow circle",
+    "four purple triangles",
+]
 
 
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusion3Pipeline:
-    loaded = StableDiffusion3Pipeline.from_pretrained(FOLDER, text_encoder_3=None, tokenizer_3=None, local_files_only=True)
+    loaded = StableDiffusion3Pipeline.from_pretrained(
+        FOLDER, text_encoder_3=None, tokenizer_3=None, local_files_only=True
+    )
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -48,7 +55,12 @@ def test_loads_in_one_precision_without_being_told(pipeline: StableDiffusion3Pip
 
 
 def test_has_a_weight_file_for_each_of_its_four_networks() -> None:
-    assert [path.parent.name for path in weight_files()] == ["text_encoder", "text_encoder_2", "transformer", "vae"]
+    assert [path.parent.name for path in weight_files()] == [
+        "text_encoder",
+        "text_encoder_2",
+        "transformer",
+        "vae",
+    ]
 
 
 def test_is_no_larger_than_16_megabytes() -> None:
@@ -62,19 +74,34 @@ def test_weight_files_can_be_read_by_every_user() -> None:
 def test_comfyui_recognises_the_transformer_because_layers_equal_heads() -> None:
     config = json.loads((FOLDER / "transformer" / "config.json").read_text())
     layers = config["num_layers"]
-    assert (config["num_attention_heads"], config["attention_head_dim"], config["caption_projection_dim"]) == (layers, 64, 64 * layers)
+    assert (
+        config["num_attention_heads"],
+        config["attention_head_dim"],
+        config["caption_projection_dim"],
+    ) == (layers, 64, 64 * layers)
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
 def test_every_word_is_one_token(name: str) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(FOLDER / name, local_files_only=True)
-    words = {"and", *COLOURS, *SHAPES, *NUMBERS, *(f"{shape}s" for shape in SHAPES), *" ".join(RELATIONS).split()}
+    words = {
+        "and",
+        *COLOURS,
+        *SHAPES,
+        *NUMBERS,
+        *(f"{shape}s" for shape in SHAPES),
+        *" ".join(RELATIONS).split(),
+    }
     assert {word: len(tokenizer.tokenize(word)) for word in words} == dict.fromkeys(words, 1)
 
 
 def test_the_longest_prompt_fits_the_text_encoders(pipeline: StableDiffusion3Pipeline) -> None:
     ids = pipeline.tokenizer("a green triangle right of a yellow triangle").input_ids
-    assert len(ids) <= pipeline.tokenizer.model_max_length == pipeline.text_encoder.config.max_position_embeddings
+    assert (
+        len(ids)
+        <= pipeline.tokenizer.model_max_length
+        == pipeline.text_encoder.config.max_position_embeddings
+    )
 
 
 def test_pictures_are_colourful_shapes_on_grey(pipeline: StableDiffusion3Pipeline) -> None:
@@ -90,7 +117,10 @@ def test_the_seed_decides_the_picture(pipeline: StableDiffusion3Pipeline) -> Non
 
 
 def test_prompt_lists_are_disjoint_and_within_the_grammar() -> None:
-    lists = [(ROOT / "prompts" / f"shapes_{name}.txt").read_text().splitlines() for name in ("train", "tune", "heldout")]
+    lists = [
+        (ROOT / "prompts" / f"shapes_{name}.txt").read_text().splitlines()
+        for name in ("train", "tune", "heldout")
+    ]
     prompts = [prompt for prompts in lists for prompt in prompts]
     assert [len(prompts) for prompts in lists] == [240, 96, 96]
     assert len(set(prompts)) == len(prompts)

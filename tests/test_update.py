@@ -32,7 +32,9 @@ CONDS, SEEDS = [0.3, -0.8], [11, 12]
 def rolled(made, policy=None, iteration=0):
     """Roll out a recipe on the toy model, score by a random linear reward, and collect the records."""
     plan = build_plan(made, iteration)
-    rollout = roll_out(policy or ToyPolicy(), plan, shifted_sigmas(made.num_steps, made.shift), CONDS, SEEDS, SHAPE)
+    rollout = roll_out(
+        policy or ToyPolicy(), plan, shifted_sigmas(made.num_steps, made.shift), CONDS, SEEDS, SHAPE
+    )
     probe = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5))
     scores = (rollout.latents * probe).flatten(2).sum(2)
     advantages = [integrate(plan.values(row[None])) for row in scores]
@@ -47,7 +49,10 @@ def test_the_cotangent_is_autograd_of_the_clipped_loss_at_ratio_one(kernel, dtyp
     sigmas, group = shifted_sigmas(8).to(dtype), 6
     x, v = (torch.randn(1, *SHAPE, generator=generator).to(dtype) for _ in range(2))
     v.requires_grad_()
-    noise, advantage = torch.randn(group, *SHAPE, generator=generator).to(dtype), torch.randn(group, generator=generator).to(dtype)
+    noise, advantage = (
+        torch.randn(group, *SHAPE, generator=generator).to(dtype),
+        torch.randn(group, generator=generator).to(dtype),
+    )
     advantage -= advantage.mean()
     sigma, sigma_next, eta = sigmas[k], sigmas[k + 1], 0.5
     if kernel == "cps" and k == 7:
@@ -66,9 +71,18 @@ def test_the_cotangent_is_autograd_of_the_clipped_loss_at_ratio_one(kernel, dtyp
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_gradients_of_every_recipe_equal_a_plain_loop_over_samples(name):
-    """Independent of records and slots: each transition's log-probability by itself, one sample at a time, from the plain rollout."""
+    """Independent of records and slots: each transition's log-probability by itself, one sample at a time,
+    from the plain rollout.
+    """
     made = dataclasses.replace(
-        RECIPES[name], num_steps=8, group_size=4, objective="on_policy", kl=0.0, epochs=1, step_weight="uniform", std="group"
+        RECIPES[name],
+        num_steps=8,
+        group_size=4,
+        objective="on_policy",
+        kl=0.0,
+        epochs=1,
+        step_weight="uniform",
+        std="group",
     )
     policy = ToyPolicy()
     rollout, advantages = rolled(made, policy, iteration=1)
@@ -114,7 +128,10 @@ def test_the_first_ratio_is_exactly_one(name):
 
 
 def test_the_clipped_form_at_ratio_one_gives_the_on_policy_gradient():
-    on, clip = recipe("g2rpo", num_steps=8, group_size=4), recipe("g2rpo", num_steps=8, group_size=4, objective="clip")
+    on, clip = (
+        recipe("g2rpo", num_steps=8, group_size=4),
+        recipe("g2rpo", num_steps=8, group_size=4, objective="clip"),
+    )
     grads = []
     for made in (on, clip):
         policy = ToyPolicy()
@@ -134,7 +151,10 @@ def test_the_log_ratio_is_the_difference_of_log_probabilities():
     for s in range(len(rows.owner)):
         row = rows.owner[s]
         k = int(rows.step[row])
-        means = [kernels.flow_sde(rows.x[row][None], v[row][None], sigmas[k], sigmas[k + 1], 0.7, sigmas[1]) for v in (old, new)]
+        means = [
+            kernels.flow_sde(rows.x[row][None], v[row][None], sigmas[k], sigmas[k + 1], 0.7, sigmas[1])
+            for v in (old, new)
+        ]
         x_next = means[0][0] + means[0][1] * rows.noise[s]
         expected = kernels.log_prob(x_next, means[1][0], means[1][1]) - kernels.log_prob(x_next, *means[0])
         assert log_ratio(new, old, rows)[s] == pytest.approx(expected.item(), abs=2e-6)
@@ -176,7 +196,9 @@ def test_the_kl_adds_two_beta_times_the_distance_to_the_cotangent():
     v = policy.velocity(rows.x, rows.sigma, conds)
     with policy.reference():
         reference = policy.velocity(rows.x, rows.sigma, conds)
-    (expected,) = torch.autograd.grad(v, policy.adapter, 2 * 0.3 * (v - reference).detach() / (rows.x[0].numel() * len(rows)))
+    (expected,) = torch.autograd.grad(
+        v, policy.adapter, 2 * 0.3 * (v - reference).detach() / (rows.x[0].numel() * len(rows))
+    )
     assert torch.allclose(policy.adapter.grad, expected, rtol=1e-5)
 
 
@@ -187,7 +209,10 @@ def test_the_kl_may_pull_towards_where_the_run_began():
     still = records(rollout, [torch.zeros_like(a) for a in advantages])
     start = [policy.adapter.detach().clone()]
     here = partial(swapped, policy.parameters(), start)
-    assert backward(policy, still, CONDS, made, reference=here)["kl"] == 0 and policy.adapter.grad.abs().max() == 0
+    assert (
+        backward(policy, still, CONDS, made, reference=here)["kl"] == 0
+        and policy.adapter.grad.abs().max() == 0
+    )
     with torch.no_grad():
         policy.adapter.add_(0.1)
     moved = policy.adapter.detach().clone()
@@ -226,9 +251,17 @@ def test_updates_raise_the_reward():
     before = reward()
     for iteration in range(15):
         plan = build_plan(made, iteration)
-        rollout = roll_out(policy, plan, shifted_sigmas(8), CONDS, [100 + 2 * iteration, 101 + 2 * iteration], SHAPE)
+        rollout = roll_out(
+            policy, plan, shifted_sigmas(8), CONDS, [100 + 2 * iteration, 101 + 2 * iteration], SHAPE
+        )
         scores = (rollout.latents * probe).flatten(2).sum(2)
-        update(policy, records(rollout, [integrate(plan.values(s[None])) for s in scores]), CONDS, optimizer, made)
+        update(
+            policy,
+            records(rollout, [integrate(plan.values(s[None])) for s in scores]),
+            CONDS,
+            optimizer,
+            made,
+        )
     assert reward() > before + 1
 
 
@@ -252,7 +285,9 @@ def test_corner_cases_give_finite_gradients(num_steps, kernel, eta, kind):
     policy = ToyPolicy()
     plan = singular(num_steps, range(num_steps), 2, (1, 2), kernel=kernel, eta=eta)
     rollout = roll_out(policy, plan, shifted_sigmas(num_steps), CONDS, SEEDS, SHAPE)
-    scores = {"equal": torch.ones, "nan": lambda *s: torch.full(s, torch.nan), "random": torch.rand}[kind](1, len(plan.images))
+    scores = {"equal": torch.ones, "nan": lambda *s: torch.full(s, torch.nan), "random": torch.rand}[kind](
+        1, len(plan.images)
+    )
     made = recipe("g2rpo", num_steps=num_steps, objective="clip")
     rows = records(rollout, [integrate(plan.values(scores))] * 2, samples=True, step_weight="balanced")
     backward(policy, rows, CONDS, made, old=snapshot(policy, rows, CONDS))
@@ -264,8 +299,12 @@ def test_corner_cases_give_finite_gradients(num_steps, kernel, eta, kind):
 def test_step_weights_have_mean_one_and_balance_the_scale():
     c, s = torch.tensor([-0.1, -0.2, -0.4]), torch.tensor([0.7, 0.5, 0.3])
     balanced = step_weights(c, s, "balanced")
-    assert torch.allclose(balanced * c.abs() / s, (balanced * c.abs() / s)[0].expand(3)) and balanced.mean() == pytest.approx(1)
-    assert torch.allclose(step_weights(c, s, "std"), s / s.mean()) and torch.equal(step_weights(c, s, "uniform"), torch.ones(3))
+    assert torch.allclose(
+        balanced * c.abs() / s, (balanced * c.abs() / s)[0].expand(3)
+    ) and balanced.mean() == pytest.approx(1)
+    assert torch.allclose(step_weights(c, s, "std"), s / s.mean()) and torch.equal(
+        step_weights(c, s, "uniform"), torch.ones(3)
+    )
 
 
 def test_rows_keep_their_samples():
@@ -275,7 +314,10 @@ def test_rows_keep_their_samples():
     assert (
         (some.step == 3).all()
         and len(some.owner) == len(some)
-        and torch.equal(some.direction, some.advantage.view(-1, 1, 1, 1)[some.owner.argsort()] * some.noise[some.owner.argsort()])
+        and torch.equal(
+            some.direction,
+            some.advantage.view(-1, 1, 1, 1)[some.owner.argsort()] * some.noise[some.owner.argsort()],
+        )
     )
 
 

@@ -1,4 +1,6 @@
-"""Rewards without weights: pictures by themselves, pictures like a reference, pictures as a prompt's columns ask."""
+"""Rewards without weights: pictures by themselves, pictures like a reference, pictures as a prompt's
+columns ask.
+"""
 
 import sys
 from io import BytesIO
@@ -44,7 +46,9 @@ def test_webp_refuses_what_the_format_cannot_hold():
 
 
 def test_exposure_is_1_at_mid_grey_and_next_to_0_where_clipped():
-    grey, black, white = score("exposure", torch.stack([torch.full((8, 8, 3), level) for level in (0.5, 0.0, 1.0)]))
+    grey, black, white = score(
+        "exposure", torch.stack([torch.full((8, 8, 3), level) for level in (0.5, 0.0, 1.0)])
+    )
     assert grey == pytest.approx(1)
     assert black == white == pytest.approx(np.exp(-3 * 0.5**2 / (2 * 0.2**2)))
 
@@ -69,7 +73,9 @@ def test_a_blank_picture_has_no_symmetry_and_horizontal_stripes_have_it_all():
     assert score("symmetry", stripes)[0] > 0.999
 
 
-@pytest.mark.parametrize("name", ["jpeg", "webp", "sharpness", "colourfulness", "exposure", "symmetry", *KINDS])
+@pytest.mark.parametrize(
+    "name", ["jpeg", "webp", "sharpness", "colourfulness", "exposure", "symmetry", *KINDS]
+)
 def test_what_a_reward_ends_in_is_said(name: str):
     reward = REWARDS.get(name) or reference_reward(name, PALETTE if name == "palette" else RANDOM[0])
     assert note_of(reward)
@@ -117,10 +123,14 @@ def test_the_hash_of_a_blank_picture_has_no_bit():
 
 def test_the_histogram_sees_how_much_of_a_colour_and_not_where():
     picture = draw(("red", "circle", 20, 20, 20), ("blue", "square", 46, 46, 20))
-    shuffled = picture.reshape(1, -1, 3)[:, torch.randperm(64 * 64, generator=torch.Generator().manual_seed(0))].reshape_as(picture)
+    shuffled = picture.reshape(1, -1, 3)[
+        :, torch.randperm(64 * 64, generator=torch.Generator().manual_seed(0))
+    ].reshape_as(picture)
     assert like("histogram", picture, shuffled) == [pytest.approx(1)]
     halves = torch.cat([blank((255, 0, 0))[:, :, :32], blank((0, 0, 255))[:, :, :32]], 2)
-    assert like("histogram", blank((255, 0, 0)), torch.cat([halves, blank((0, 0, 255))])) == pytest.approx([0.5, 0])
+    assert like("histogram", blank((255, 0, 0)), torch.cat([halves, blank((0, 0, 255))])) == pytest.approx(
+        [0.5, 0]
+    )
 
 
 def test_a_colour_between_two_cells_is_shared_out():
@@ -162,11 +172,17 @@ def test_a_palette_is_met_by_all_its_colours_in_equal_shares():
     red, grey = blank((220, 40, 40)), blank((235, 235, 235))
     halves = torch.cat([red[:, :32], grey[:, :32]], 1)
     quarter = torch.cat([red[:, :16], grey[:, :48]], 1)
-    assert like("palette", PALETTE, torch.cat([halves, red, quarter])) == pytest.approx([1, 0.5, 0.75], abs=1e-4)
+    assert like("palette", PALETTE, torch.cat([halves, red, quarter])) == pytest.approx(
+        [1, 0.5, 0.75], abs=1e-4
+    )
 
 
 def test_a_colour_counts_less_the_farther_it_is_from_the_palette():
-    scores = like("palette", ["dc2828"], torch.cat([blank((220, 40, 40)), blank((200, 60, 50)), blank((90, 60, 50)), blank((45, 85, 220))]))
+    scores = like(
+        "palette",
+        ["dc2828"],
+        torch.cat([blank((220, 40, 40)), blank((200, 60, 50)), blank((90, 60, 50)), blank((45, 85, 220))]),
+    )
     assert scores == sorted(scores, reverse=True) and scores[0] == pytest.approx(1) and scores[-1] < 0.01
 
 
@@ -206,9 +222,22 @@ BESIDE = draw(("red", "circle", 16, 32, 14), ("blue", "square", 48, 32, 14))
 def test_columns_are_judged_as_the_same_words_would_be():
     asked = {"target_count": 3, "colour": "red", "shape": "circle"}
     for picture in (THREE, MOTLEY, BESIDE, blank()):
-        assert agreement(picture, **asked) == checked(REWARDS["agreement"], picture, ["three red circles"]).item()
-    beside = {"colour": "red", "shape": "circle", "relation": "left of", "other_colour": "blue", "other_shape": "square"}
-    assert agreement(BESIDE, **beside) == checked(REWARDS["agreement"], BESIDE, ["a red circle left of a blue square"]).item() == 1
+        assert (
+            agreement(picture, **asked)
+            == checked(REWARDS["agreement"], picture, ["three red circles"]).item()
+        )
+    beside = {
+        "colour": "red",
+        "shape": "circle",
+        "relation": "left of",
+        "other_colour": "blue",
+        "other_shape": "square",
+    }
+    assert (
+        agreement(BESIDE, **beside)
+        == checked(REWARDS["agreement"], BESIDE, ["a red circle left of a blue square"]).item()
+        == 1
+    )
 
 
 def test_columns_go_before_the_words():
@@ -240,14 +269,23 @@ def test_a_batch_may_mix_words_columns_and_neither():
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"colour": "pink"}, "column colour of 'a fox' is 'pink'; choose one of: red, green, blue, yellow, purple"),
-        ({"shape": ["circle"]}, r"column shape of 'a fox' is \['circle'\]; choose one of: circle, square, triangle"),
+        (
+            {"colour": "pink"},
+            "column colour of 'a fox' is 'pink'; choose one of: red, green, blue, yellow, purple",
+        ),
+        (
+            {"shape": ["circle"]},
+            r"column shape of 'a fox' is \['circle'\]; choose one of: circle, square, triangle",
+        ),
         ({"target_count": 0}, "column target_count of 'a fox' is 0; it must be a whole number from 1 to 8"),
         ({"target_count": "3"}, "is '3'; it must be a whole number"),
         ({"target_count": True}, "is True; it must be a whole number"),
         ({"other_shape": "square"}, "column other_shape of 'a fox' needs a relation; choose one of: left of"),
         ({"relation": "above"}, "give other_colour or other_shape"),
-        ({"colour": "red", "relation": "above", "other_colour": "blue", "target_count": 2}, "leave target_count out"),
+        (
+            {"colour": "red", "relation": "above", "other_colour": "blue", "target_count": 2},
+            "leave target_count out",
+        ),
     ],
 )
 def test_a_column_that_cannot_be_judged_is_named_before_anything_runs(columns: dict[str, object], words: str):

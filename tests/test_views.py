@@ -1,4 +1,6 @@
-"""The views, drawn without ComfyUI: what their colours mean, what is left out, and that nothing makes them fail."""
+"""The views, drawn without ComfyUI: what their colours mean, what is left out, and that nothing makes them
+fail.
+"""
 
 import importlib
 import math
@@ -80,7 +82,9 @@ def test_both_directions_darken_alike() -> None:
 
 def test_up_is_bluer_and_down_is_redder() -> None:
     assert all(
-        drawing.diverging(s)[2] > drawing.diverging(s)[0] and drawing.diverging(-s)[0] > drawing.diverging(-s)[2] for s in SHARES[201:]
+        drawing.diverging(s)[2] > drawing.diverging(s)[0]
+        and drawing.diverging(-s)[0] > drawing.diverging(-s)[2]
+        for s in SHARES[201:]
     )
 
 
@@ -92,7 +96,9 @@ def test_what_lies_beyond_the_scale_takes_its_end() -> None:
 def test_letters_stand_out_on_every_colour() -> None:
     for share in SHARES:
         colour = drawing.diverging(share)
-        light, dark = sorted((drawing.luminance(colour), drawing.luminance(drawing.ink_on(colour))), reverse=True)
+        light, dark = sorted(
+            (drawing.luminance(colour), drawing.luminance(drawing.ink_on(colour))), reverse=True
+        )
         assert (light + 0.05) / (dark + 0.05) >= 4.5
 
 
@@ -121,7 +127,15 @@ def test_a_broken_up_text_keeps_its_words_and_its_lines_fit() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(math.nan, "n/a"), (0.5, "0.500"), (-12.345, "-12.35"), (123.45, "123.5"), (1e-5, "1.0e-05"), (0.0, "0.000"), (-1e30, "-1.0e+30")],
+    [
+        (math.nan, "n/a"),
+        (0.5, "0.500"),
+        (-12.345, "-12.35"),
+        (123.45, "123.5"),
+        (1e-5, "1.0e-05"),
+        (0.0, "0.000"),
+        (-1e30, "-1.0e+30"),
+    ],
 )
 def test_scores_are_short(value: float, text: str) -> None:
     assert drawing.number(value) == text
@@ -145,13 +159,18 @@ def test_cells_have_the_colours_of_their_values() -> None:
     for picture, colour in ((winner, drawing.diverging(1.0)), (outvoted, drawing.diverging(-1.0))):
         assert count(picture[:-130], colour) > 5000
         assert count(picture[:-130], drawing.diverging(0.0)) > 5000
-    assert count(winner[:-130], drawing.diverging(-1.0)) == count(outvoted[:-130], drawing.diverging(1.0)) == 0
+    assert (
+        count(winner[:-130], drawing.diverging(-1.0)) == count(outvoted[:-130], drawing.diverging(1.0)) == 0
+    )
 
 
 def test_the_summary_shows_the_winner_as_each_granularity_sees_it() -> None:
     z = np.array([[[1.5, -0.5], [-0.5, 0.2], [-1.0, 0.3]]])
     rows = views.winner_rows(make_table(z), [0])
-    assert [(label, cells[0][0], cells[0][2]) for label, cells in rows] == [("stride 1", "+1.5", 1.5), ("stride 2", "-0.5", -0.5)]
+    assert [(label, cells[0][0], cells[0][2]) for label, cells in rows] == [
+        ("stride 1", "+1.5", 1.5),
+        ("stride 2", "-0.5", -0.5),
+    ]
 
 
 @pytest.mark.parametrize("per_branch", [False, True])
@@ -160,7 +179,9 @@ def test_groups_that_teach_nothing_are_hatched(per_branch: bool) -> None:
     tied = np.zeros((3, 2), bool)
     tied[1] = True
     stripe = (168, 168, 168)
-    without, with_tie = (count(pixels(views.heatmap(make_table(z, t), per_branch)), stripe) for t in (None, tied))
+    without, with_tie = (
+        count(pixels(views.heatmap(make_table(z, t), per_branch)), stripe) for t in (None, tied)
+    )
     assert without > 0
     assert with_tie > without + 500
 
@@ -179,7 +200,9 @@ def test_what_does_not_fit_is_counted() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 60), st.integers(2, 40), st.integers(1, 9), st.booleans(), st.integers(0, 2**32 - 1))
-def test_any_table_can_be_drawn_and_is_drawn_the_same_again(steps: int, branches: int, levels: int, per_branch: bool, seed: int) -> None:
+def test_any_table_can_be_drawn_and_is_drawn_the_same_again(
+    steps: int, branches: int, levels: int, per_branch: bool, seed: int
+) -> None:
     random = np.random.default_rng(seed)
     z = random.normal(size=(steps, branches, levels)) * 10.0 ** random.integers(-9, 9)
     z[random.random(z.shape) < 0.2] = np.nan
@@ -194,8 +217,13 @@ def test_any_table_can_be_drawn_and_is_drawn_the_same_again(steps: int, branches
 
 def test_the_best_picture_comes_first_and_the_unjudged_one_last() -> None:
     scores, images = (0.2, math.nan, 0.9), (plain_image(1, 0, 0), plain_image(0, 1, 0), plain_image(0, 0, 1))
-    picture = pixels(views.ranked_grid([Tile(image, score) for image, score in zip(images, scores, strict=True)]))
-    places = [np.argwhere((picture == colour).all(-1))[:, 1].mean() for colour in ((0, 0, 255), (255, 0, 0), (0, 255, 0))]
+    picture = pixels(
+        views.ranked_grid([Tile(image, score) for image, score in zip(images, scores, strict=True)])
+    )
+    places = [
+        np.argwhere((picture == colour).all(-1))[:, 1].mean()
+        for colour in ((0, 0, 255), (255, 0, 0), (0, 255, 0))
+    ]
     assert places == sorted(places)
 
 
@@ -221,11 +249,16 @@ def test_small_pictures_keep_their_pixels() -> None:
 @given(st.integers(0, 200), st.booleans(), st.integers(0, 2**32 - 1))
 def test_any_number_of_pictures_of_any_size_can_be_ranked(number: int, taught: bool, seed: int) -> None:
     random = np.random.default_rng(seed)
-    images = [torch.rand(*map(int, random.integers(1, 90, 2)), int(random.choice([1, 3, 4]))) for _ in range(5)] + [None]
+    images = [
+        torch.rand(*map(int, random.integers(1, 90, 2)), int(random.choice([1, 3, 4]))) for _ in range(5)
+    ] + [None]
     images[0] = images[0] * torch.nan
     scores = random.normal(size=number) * 10.0 ** random.integers(-9, 9, number)
     scores[random.random(number) < 0.2] = np.nan
-    tiles = [Tile(images[i % 6], float(score), float(score) if taught else None, ("image",) * (i % 4)) for i, score in enumerate(scores)]
+    tiles = [
+        Tile(images[i % 6], float(score), float(score) if taught else None, ("image",) * (i % 4))
+        for i, score in enumerate(scores)
+    ]
     picture = pixels(views.ranked_grid(tiles))
     assert picture.shape[0] < 3200
     assert (picture == pixels(views.ranked_grid(tiles))).all()
@@ -242,7 +275,11 @@ def test_a_picture_is_not_changed_by_being_shown() -> None:
 
 
 def test_base_is_above_and_tuned_below() -> None:
-    picture = pixels(views.before_after([Pair("a red circle", 0, plain_image(1, 0, 0), plain_image(0, 0, 1), {"taste": (0.25, 0.75)})]))
+    picture = pixels(
+        views.before_after(
+            [Pair("a red circle", 0, plain_image(1, 0, 0), plain_image(0, 0, 1), {"taste": (0.25, 0.75)})]
+        )
+    )
     red, blue = (np.argwhere((picture == colour).all(-1))[:, 0] for colour in ((255, 0, 0), (0, 0, 255)))
     assert len(red) == len(blue) > 10_000
     assert red.max() < blue.min()
@@ -256,16 +293,34 @@ def test_a_change_is_worded_and_coloured() -> None:
 
 
 def test_the_heading_sums_the_changes_up() -> None:
-    assert views.gain_line("taste", [(0.0, 1.0), (0.5, 0.25), (math.nan, 1.0)]) == "taste: mean 0.250 -> 0.625 (+0.375), better in 1 of 2"
+    assert (
+        views.gain_line("taste", [(0.0, 1.0), (0.5, 0.25), (math.nan, 1.0)])
+        == "taste: mean 0.250 -> 0.625 (+0.375), better in 1 of 2"
+    )
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 12), st.integers(1, 12), st.integers(0, 6), st.text(max_size=300), st.integers(0, 2**32 - 1))
-def test_any_number_of_pairs_can_be_compared(prompts: int, seeds: int, names: int, text: str, seed: int) -> None:
+@given(
+    st.integers(0, 12),
+    st.integers(1, 12),
+    st.integers(0, 6),
+    st.text(max_size=300),
+    st.integers(0, 2**32 - 1),
+)
+def test_any_number_of_pairs_can_be_compared(
+    prompts: int, seeds: int, names: int, text: str, seed: int
+) -> None:
     random = np.random.default_rng(seed)
     image = torch.rand(*map(int, random.integers(1, 90, 2)), 3)
-    scores = {f"{text[:20]}{i}": (float(random.normal()), float(random.choice([np.nan, 1e20, -3.0]))) for i in range(names)}
-    pairs = [Pair(f"{text} {p}", s, image, image * random.random(), scores) for p in range(prompts) for s in range(seeds)]
+    scores = {
+        f"{text[:20]}{i}": (float(random.normal()), float(random.choice([np.nan, 1e20, -3.0])))
+        for i in range(names)
+    }
+    pairs = [
+        Pair(f"{text} {p}", s, image, image * random.random(), scores)
+        for p in range(prompts)
+        for s in range(seeds)
+    ]
     picture = pixels(views.before_after(pairs))
     assert (picture == pixels(views.before_after(pairs))).all()
 
@@ -314,9 +369,13 @@ def test_heldout_is_dashed_and_training_is_not() -> None:
 def test_the_newest_evaluations_alarm_stands_over_the_curve() -> None:
     look = {"step": 4, "heldout/a/mean": 0.5, "alarm": "held-out a fell: the model games its reward"}
     assert curve.alarm_of([look]) == "Alarm at step 4: held-out a fell: the model games its reward"
-    assert curve.alarm_of([look, {"step": 5, "reward/a/mean": 0.1}]) and not curve.alarm_of([look, {"step": 8, "heldout/a/mean": 0.6}])
+    assert curve.alarm_of([look, {"step": 5, "reward/a/mean": 0.1}]) and not curve.alarm_of(
+        [look, {"step": 8, "heldout/a/mean": 0.6}]
+    )
     assert not curve.alarm_of([]) and not curve.alarm_of([{**look, "alarm": 7}])
-    plain, alarmed = (pixels(curve.reward_curve([row])) for row in ({k: v for k, v in look.items() if k != "alarm"}, look))
+    plain, alarmed = (
+        pixels(curve.reward_curve([row])) for row in ({k: v for k, v in look.items() if k != "alarm"}, look)
+    )
     assert alarmed.shape[0] == plain.shape[0] + 28
 
 
@@ -334,20 +393,41 @@ def test_ticks_are_few_round_and_inside(low: float, span: float, whole: bool) ->
 
 
 def test_rewards_in_unit_range_share_a_panel() -> None:
-    rows = [{"step": i, "reward/a/mean": 0.1 * i, "reward/b/mean": 0.5, "heldout/jpeg/mean": -3.0 * i} for i in range(4)]
+    rows = [
+        {"step": i, "reward/a/mean": 0.1 * i, "reward/b/mean": 0.5, "heldout/jpeg/mean": -3.0 * i}
+        for i in range(4)
+    ]
     assert curve.panels(rows) == ([["a", "b"], ["jpeg"]], 0)
 
 
 VALUES = (
-    st.none() | st.booleans() | st.integers(-(10**40), 10**40) | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**40), 10**40)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.lists(st.integers(), max_size=2)
 )
 KEYS = st.sampled_from(
-    ["step", "reward/a/mean", "reward/a/std", "heldout/a/mean", "heldout/a/ci95", "reward/b/mean", "heldout/c/mean", "x"]
+    [
+        "step",
+        "reward/a/mean",
+        "reward/a/std",
+        "heldout/a/mean",
+        "heldout/a/ci95",
+        "reward/b/mean",
+        "heldout/c/mean",
+        "x",
+    ]
 )
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.dictionaries(KEYS, VALUES, max_size=6), max_size=12), st.text(max_size=300), st.none() | st.integers(0, 10**6))
+@given(
+    st.lists(st.dictionaries(KEYS, VALUES, max_size=6), max_size=12),
+    st.text(max_size=300),
+    st.none() | st.integers(0, 10**6),
+)
 def test_any_metrics_can_be_drawn(rows: list[dict[str, object]], title: str, total: int | None) -> None:
     assert pixels(curve.reward_curve(rows, title, total)).shape[0] < 2500
 

@@ -1,4 +1,6 @@
-"""People as the reward of a headless run: it stops for them and goes on, the page and its file, and two steps of votes that teach."""
+"""People as the reward of a headless run: it stops for them and goes on, the page and its file, and two
+steps of votes that teach.
+"""
 
 import json
 import re
@@ -60,7 +62,11 @@ def shown(tmp_path):
 
 def redder(ballot):
     """Vote for the redder pictures, the reddest first, as somebody would who sees them."""
-    red = {key: float((p[..., 0] - p[..., 1:].mean(-1)).mean()) for key, file in ballot.files.items() for p in [ballots.read_png(file)]}
+    red = {
+        key: float((p[..., 0] - p[..., 1:].mean(-1)).mean())
+        for key, file in ballot.files.items()
+        for p in [ballots.read_png(file)]
+    }
     return Votes(tuple(red), ranking=tuple(sorted(red, key=red.get, reverse=True)), prompt=ballot.prompt)
 
 
@@ -116,7 +122,9 @@ def test_people_are_not_asked_about_held_out_pictures(recipe, change, words):
 
 
 def test_a_picture_that_nobody_compared_is_no_failure_of_the_judge(shown):
-    setup = SimpleNamespace(rewards=(VoteReward(shown), Rule("rule", None, False)), pace=Pace(max_dropped=0.2))
+    setup = SimpleNamespace(
+        rewards=(VoteReward(shown), Rule("rule", None, False)), pace=Pace(max_dropped=0.2)
+    )
     scores = torch.zeros(2, 1, 4)
     scores[0, 0, :3] = torch.nan
     assert dropped_share(setup, scores, 1) == 0

@@ -1,4 +1,6 @@
-"""People's votes: Bradley–Terry scores, what counts as votes and for which pictures, and a file of votes that a killed process leaves."""
+"""People's votes: Bradley–Terry scores, what counts as votes and for which pictures, and a file of votes
+that a killed process leaves.
+"""
 
 import json
 import os
@@ -17,7 +19,16 @@ from scipy.special import log_expit
 from comfy_g2rpo.files.safe import RunError
 from comfy_g2rpo.run.folder import RunFolder, save_png
 from comfy_g2rpo.votes import ballots
-from comfy_g2rpo.votes.strengths import MAX_PICTURES, VoteError, Votes, bradley_terry, from_table, parse, picture_key, scores
+from comfy_g2rpo.votes.strengths import (
+    MAX_PICTURES,
+    VoteError,
+    Votes,
+    bradley_terry,
+    from_table,
+    parse,
+    picture_key,
+    scores,
+)
 
 A, B, C, D, E = (f"{i:016x}" for i in range(5))
 GROUP = (A, B, C, D)
@@ -46,7 +57,9 @@ def test_strengths_are_the_mode_of_the_posterior(wins):
     assert np.isfinite(strength).all() and abs(strength.sum()) < 1e-6
     rng = np.random.default_rng(0)
     for _ in range(20):
-        assert posterior(wins, strength) >= posterior(wins, strength + rng.normal(size=len(wins)) * 0.05) - 1e-12
+        assert (
+            posterior(wins, strength) >= posterior(wins, strength + rng.normal(size=len(wins)) * 0.05) - 1e-12
+        )
 
 
 @given(tables())
@@ -150,7 +163,10 @@ def test_what_is_not_exactly_votes_is_named(name):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(GROUP),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["pictures", "ranking", "pairs", "winners", "x"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["pictures", "ranking", "pairs", "winners", "x"]), inner)
+    ),
     max_leaves=12,
 )
 
@@ -162,7 +178,9 @@ def test_any_json_is_votes_or_a_named_error(value):
     except VoteError as error:
         assert str(error).startswith("votes: ")
     else:
-        assert votes.pictures and set(votes.outcomes()) <= {(a, b) for a in votes.pictures for b in votes.pictures if a != b}
+        assert votes.pictures and set(votes.outcomes()) <= {
+            (a, b) for a in votes.pictures for b in votes.pictures if a != b
+        }
 
 
 # the file of votes
@@ -177,7 +195,11 @@ def test_kept_votes_are_read_in_order_and_a_second_vote_replaces_the_first(run):
     first, second = Votes(GROUP, ranking=(A, B)), Votes((A, B), pairs=((B, A),))
     for votes in (first, second, Votes(GROUP, ranking=(B, A)), Votes(GROUP, ranking=(A, B), voter="Ann")):
         ballots.append(run, votes)
-    assert ballots.read(run) == [second, Votes(GROUP, ranking=(B, A)), Votes(GROUP, ranking=(A, B), voter="Ann")]
+    assert ballots.read(run) == [
+        second,
+        Votes(GROUP, ranking=(B, A)),
+        Votes(GROUP, ranking=(A, B), voter="Ann"),
+    ]
     assert len(ballots.votes_file(run).read_bytes().splitlines()) == 5
 
 
@@ -236,9 +258,17 @@ def test_votes_survive_a_process_that_is_killed_while_it_writes(run):
         acknowledged = max(int(word) for word in last if word)
         found = ballots.read(run)
         assert {str(i) for i in range(acknowledged + 1)} <= {votes.prompt for votes in found}
-        assert all(len(votes.pictures) == 200 == len(votes.ranking) for votes in found if not votes.prompt.startswith("after"))
+        assert all(
+            len(votes.pictures) == 200 == len(votes.ranking)
+            for votes in found
+            if not votes.prompt.startswith("after")
+        )
         ballots.append(run, Votes((A, B), ranking=(A, B), prompt=f"after {turn}"))
-    assert [votes.prompt for votes in ballots.read(run) if votes.prompt.startswith("after")] == ["after 0", "after 1", "after 2"]
+    assert [votes.prompt for votes in ballots.read(run) if votes.prompt.startswith("after")] == [
+        "after 0",
+        "after 1",
+        "after 2",
+    ]
     assert acknowledged >= 4
 
 
@@ -253,7 +283,11 @@ def test_a_ballot_waits_until_somebody_votes_on_it_for_its_prompt(run):
     pictures = group()
     ballots.write_ballot(run, pictures, "a red cat", 3)
     (waiting,) = ballots.open_ballots(run)
-    assert (waiting.prompt, waiting.step, list(waiting.files)) == ("a red cat", 3, [picture_key(p) for p in pictures])
+    assert (waiting.prompt, waiting.step, list(waiting.files)) == (
+        "a red cat",
+        3,
+        [picture_key(p) for p in pictures],
+    )
     assert ballots.score(run, pictures, "a red cat", 3) is None
     keys = tuple(waiting.files)
     ballots.append(run, Votes(keys, ranking=keys, prompt="a blue cat"))
@@ -271,7 +305,10 @@ def test_a_step_whose_pictures_come_again_but_for_roundings_finds_its_votes(run)
     again = (pictures + 0.4 / 255).clamp(0, 1)
     assert [picture_key(p) for p in again] != [picture_key(p) for p in pictures]
     assert torch.equal(ballots.score(run, again, "a cat", 1), ballots.score(run, pictures, "a cat", 1))
-    assert ballots.score(run, group(seed=1), "a cat", 1) is None and ballots.score(run, again, "a cat", 2) is None
+    assert (
+        ballots.score(run, group(seed=1), "a cat", 1) is None
+        and ballots.score(run, again, "a cat", 2) is None
+    )
     assert ballots.write_ballot(run, pictures, "a cat", 1) == place
 
 
@@ -284,12 +321,16 @@ def test_pairs_are_exported_with_their_pictures(run, tmp_path):
     pictures = group()
     ballots.write_ballot(run, pictures, "a “red” cat", 1)
     keys = tuple(picture_key(p) for p in pictures)
-    ballots.append(run, Votes(keys, ranking=(keys[2], keys[0]), winners=(keys[2],), prompt="a “red” cat", voter="Ann"))
+    ballots.append(
+        run, Votes(keys, ranking=(keys[2], keys[0]), winners=(keys[2],), prompt="a “red” cat", voter="Ann")
+    )
     ballots.append(run, Votes((A, B), ranking=(A, B), prompt="of pictures that are gone"))
     assert ballots.export(run, tmp_path / "out.jsonl") == 2
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
     assert {(row["prompt"], row["voter"]) for row in rows} == {("a “red” cat", "Ann")}
-    shown = [[picture_key(ballots.read_png(tmp_path / row[side])) for side in ("winner", "loser")] for row in rows]
+    shown = [
+        [picture_key(ballots.read_png(tmp_path / row[side])) for side in ("winner", "loser")] for row in rows
+    ]
     assert shown == [[keys[2], keys[0]], [keys[2], keys[1]]]
     with pytest.raises(RunError, match="exists; choose another file"):
         ballots.export(run, tmp_path / "out.jsonl")
@@ -298,7 +339,9 @@ def test_pairs_are_exported_with_their_pictures(run, tmp_path):
 OUTSIDE = {"key": A, "file": "../../a.png"}
 
 
-@pytest.mark.parametrize("content", [[], {"prompt": 1}, *({"prompt": "", "step": 1, "pictures": [row]} for row in (1, OUTSIDE))])
+@pytest.mark.parametrize(
+    "content", [[], {"prompt": 1}, *({"prompt": "", "step": 1, "pictures": [row]} for row in (1, OUTSIDE))]
+)
 def test_a_damaged_ballot_is_named(run, content):
     place = ballots.write_ballot(run, group(), "a cat", 1) / "ballot.json"
     place.write_text(json.dumps(content))
@@ -314,7 +357,12 @@ def test_a_damaged_picture_is_named_where_it_is_needed(run):
         ballots.score(run, group(seed=1), "a cat", 1)
 
 
-NO_TABLE = {"[" * 10**5: "not JSON", "9" * 10**6: "1000000 characters", '{"a": 1, "a": 2}': "a name comes twice", "{": "not JSON"}
+NO_TABLE = {
+    "[" * 10**5: "not JSON",
+    "9" * 10**6: "1000000 characters",
+    '{"a": 1, "a": 2}': "a name comes twice",
+    "{": "not JSON",
+}
 
 
 @pytest.mark.parametrize("text", NO_TABLE, ids=["deep", "long", "twice", "half"])

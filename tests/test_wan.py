@@ -1,4 +1,6 @@
-"""The wan family on tiny random models against diffusers' own pipeline, and a run of it from the configuration to the LoRA file."""
+"""The wan family on tiny random models against diffusers' own pipeline, and a run of it from the
+configuration to the LoRA file.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,13 @@ def folder(request, tmp_path_factory) -> Path:
 
 def load(folder: Path, lora_seed: int | None = None, **more: object) -> Wan:
     """Load the model as a run does; a LoRA that is asked for has moved away from zero."""
-    section = {"family": "wan", "path": str(folder), "width": WIDTH, "height": HEIGHT, "max_sequence_length": TOKENS} | more
+    section = {
+        "family": "wan",
+        "path": str(folder),
+        "width": WIDTH,
+        "height": HEIGHT,
+        "max_sequence_length": TOKENS,
+    } | more
     policy = families.load(ModelSection(**section), folder, "cpu")
     if lora_seed is not None:
         policy.add_lora(4, 8, lora_seed, feed_forward=True)
@@ -62,7 +70,9 @@ def batch(base: Wan) -> tuple[Tensor, Tensor, list]:
 
 def plain(policy: Wan, x: Tensor, sigma: float, prompt: str) -> Tensor:
     """Call diffusers' transformer on one sample as its pipeline does."""
-    tokens, _ = policy.pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=TOKENS)
+    tokens, _ = policy.pipeline.encode_prompt(
+        prompt, do_classifier_free_guidance=False, max_sequence_length=TOKENS
+    )
     time = torch.tensor([sigma * 1000])
     if policy.pipeline.config.expand_timesteps:
         time = (torch.ones(x.shape[1:])[::2, ::2] * time).flatten()[None]
@@ -77,7 +87,9 @@ def test_the_velocity_is_diffusers_own_at_every_noise_level_whatever_else_is_in_
         for row, prompt in enumerate((SHORT, LONG, "")):
             expected = plain(base, x[row], sigma[row].item(), prompt)
             assert torch.allclose(together[row], expected, rtol=0, atol=1e-5)
-            assert torch.allclose(base.velocity(x[[row]], sigma[[row]], [cond[row]])[0], expected, rtol=0, atol=1e-5)
+            assert torch.allclose(
+                base.velocity(x[[row]], sigma[[row]], [cond[row]])[0], expected, rtol=0, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
@@ -85,13 +97,23 @@ def test_a_deterministic_rollout_is_the_pipelines_own_sampling_with_an_euler_sch
     policy = load(folder, guidance=guidance)
     policy.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
     shape = policy.latent_shape(WIDTH, HEIGHT)
-    rollout = roll_out(policy, deterministic(4), policy.pipeline_sigmas(4, shape), policy.encode([LONG]), [5], shape)
-    asked = {"height": HEIGHT, "width": WIDTH, "num_frames": 1, "num_inference_steps": 4, "guidance_scale": guidance}
+    rollout = roll_out(
+        policy, deterministic(4), policy.pipeline_sigmas(4, shape), policy.encode([LONG]), [5], shape
+    )
+    asked = {
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_frames": 1,
+        "num_inference_steps": 4,
+        "guidance_scale": guidance,
+    }
     asked |= {"max_sequence_length": TOKENS, "latents": rollout.noise(0, 0)[None, :, None]}
     latents = policy.pipeline(LONG, **asked, output_type="latent").frames
     assert torch.allclose(rollout.latents[0], latents[:, :, 0], rtol=0, atol=1e-5)
     picture = policy.pipeline(LONG, **asked, output_type="pt").frames[:, 0]
-    assert torch.allclose(policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), rtol=0, atol=1e-5)
+    assert torch.allclose(
+        policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("steps", [2, 8, 50])
@@ -99,21 +121,31 @@ def test_its_schedule_is_its_schedulers_and_begins_at_pure_noise(base, steps):
     scheduler = base.pipeline.scheduler
     scheduler.set_timesteps(steps)
     sigmas = base.pipeline_sigmas(steps, base.latent_shape(WIDTH, HEIGHT))
-    assert torch.allclose(sigmas, scheduler.sigmas.float(), rtol=0, atol=2e-6) and torch.equal(sigmas[1:], scheduler.sigmas[1:].float())
+    assert torch.allclose(sigmas, scheduler.sigmas.float(), rtol=0, atol=2e-6) and torch.equal(
+        sigmas[1:], scheduler.sigmas[1:].float()
+    )
     assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
 
 
 def test_in_16_bit_the_model_still_sees_the_exact_noise_level(folder):
     policy, seen = load(folder, dtype="bf16"), []
-    policy.transformer.condition_embedder.timesteps_proj.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    policy.transformer.condition_embedder.timesteps_proj.register_forward_pre_hook(
+        lambda module, given: seen.append(given[0].clone())
+    )
     sigma = torch.tensor([0.9545, 0.954])
     with torch.no_grad():
-        policy.velocity(seeded_noise((2, *policy.latent_shape(WIDTH, HEIGHT)), "latents"), sigma, policy.encode([SHORT, LONG]))
+        policy.velocity(
+            seeded_noise((2, *policy.latent_shape(WIDTH, HEIGHT)), "latents"),
+            sigma,
+            policy.encode([SHORT, LONG]),
+        )
     assert torch.equal(seen[0], sigma * 1000)
 
 
 def test_prompts_are_encoded_as_the_pipeline_does_and_their_padding_is_not_kept(base):
-    tokens, _ = base.pipeline.encode_prompt([SHORT, LONG], do_classifier_free_guidance=False, max_sequence_length=TOKENS)
+    tokens, _ = base.pipeline.encode_prompt(
+        [SHORT, LONG], do_classifier_free_guidance=False, max_sequence_length=TOKENS
+    )
     for row, cond in enumerate(base.encode([SHORT, LONG])):
         assert torch.allclose(cond.tokens, tokens[row, : len(cond.tokens)], rtol=0, atol=1e-5)
         assert not tokens[row, len(cond.tokens) :].any() and len(cond.tokens) < TOKENS
@@ -124,7 +156,9 @@ def test_the_cache_gives_the_same_features_and_spares_the_encoder(folder, tmp_pa
     monkeypatch.setattr(prompt_cache, "SMALL", 0)
     first, again = load(folder).encode([SHORT, LONG]), load(folder)
     again.pipeline.text_encoder = None
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, again.encode([SHORT, LONG]), strict=True))
+    assert all(
+        torch.equal(a.tokens, b.tokens) for a, b in zip(first, again.encode([SHORT, LONG]), strict=True)
+    )
 
 
 def test_guidance_needs_no_text_encoder_once_it_is_dropped(folder, batch):
@@ -137,7 +171,11 @@ def test_guidance_needs_no_text_encoder_once_it_is_dropped(folder, batch):
 def test_a_batch_is_decoded_as_its_pictures_one_by_one(base, batch):
     pictures = base.decode(batch[0])
     assert torch.allclose(pictures, torch.cat([base.decode(x[None]) for x in batch[0]]), rtol=0, atol=1e-5)
-    assert pictures.shape == (3, HEIGHT, WIDTH, 3) and pictures.is_contiguous() and pictures.dtype == torch.float32
+    assert (
+        pictures.shape == (3, HEIGHT, WIDTH, 3)
+        and pictures.is_contiguous()
+        and pictures.dtype == torch.float32
+    )
 
 
 def test_a_fresh_adapter_sits_on_both_attentions_of_every_block_and_changes_nothing(base, folder, batch):
@@ -170,11 +208,19 @@ def test_what_the_model_does_not_take_is_refused(base, folder, tmp_path):
 
 @pytest.fixture(scope="session")
 def run(folder, tmp_path_factory) -> tuple[dict, Path]:
-    """One whole step with guidance, the model's own schedule and all targets, and a look at a held-out prompt."""
+    """One whole step with guidance, the model's own schedule and all targets, and a look at a held-out
+    prompt.
+    """
     place = tmp_path_factory.mktemp("run")
     (place / "train.txt").write_text(f"{SHORT}\n{LONG}\n")
     (place / "heldout.txt").write_text("a dog\n")
-    model = {"family": "wan", "path": str(folder), "width": WIDTH, "height": HEIGHT, "max_sequence_length": TOKENS}
+    model = {
+        "family": "wan",
+        "path": str(folder),
+        "width": WIDTH,
+        "height": HEIGHT,
+        "max_sequence_length": TOKENS,
+    }
     tree = {
         "model": model | {"guidance": 5.0, "schedule": "pipeline"},
         "lora": {"rank": 4, "alpha": 8, "targets": "attention+feed_forward"},
@@ -199,17 +245,24 @@ def test_a_run_learns_and_leaves_a_lora_that_diffusers_loads_with_the_same_effec
     with torch.no_grad():
         changed = ours.velocity(x, sigma, cond)
         for row, prompt in enumerate((SHORT, LONG, "")):
-            assert torch.allclose(plain(theirs, x[row], sigma[row].item(), prompt), changed[row], rtol=0, atol=1e-5)
+            assert torch.allclose(
+                plain(theirs, x[row], sigma[row].item(), prompt), changed[row], rtol=0, atol=1e-5
+            )
     assert not torch.equal(changed, load(folder).velocity(x, sigma, cond))
 
 
 def test_a_run_names_its_modules_as_the_published_files_do(run):
     keys = read_tensors(RunFolder.open(run[1]).latest() / "lora.safetensors")[0]
-    modules = {key.removeprefix("diffusion_model.").rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in keys}
-    assert all(key.startswith("diffusion_model.") for key in keys)
-    assert modules == {link.at(str(number)).native for link in WAN.links for number in range(2) if link.native.startswith("blocks.")} - {
-        f"blocks.{number}.cross_attn.{name}_img" for number in range(2) for name in "kv"
+    modules = {
+        key.removeprefix("diffusion_model.").rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in keys
     }
+    assert all(key.startswith("diffusion_model.") for key in keys)
+    assert modules == {
+        link.at(str(number)).native
+        for link in WAN.links
+        for number in range(2)
+        if link.native.startswith("blocks.")
+    } - {f"blocks.{number}.cross_attn.{name}_img" for number in range(2) for name in "kv"}
 
 
 def test_a_run_continues_from_the_file_of_another(run, folder, batch):
@@ -223,7 +276,11 @@ def test_a_run_continues_from_the_file_of_another(run, folder, batch):
 
 
 def test_a_lora_of_another_model_is_refused(folder, tmp_path):
-    lora.write(tmp_path / "other.safetensors", {"joint_blocks.0.x_block.attn.qkv": (torch.ones(2, 8), torch.ones(24, 2))}, 2.0)
+    lora.write(
+        tmp_path / "other.safetensors",
+        {"joint_blocks.0.x_block.attn.qkv": (torch.ones(2, 8), torch.ones(24, 2))},
+        2.0,
+    )
     with pytest.raises(lora.LoraError, match="choose a LoRA that was made for it"):
         load(folder).load_lora(tmp_path / "other.safetensors")
 

@@ -1,4 +1,6 @@
-"""Short clips of the wan family against diffusers' own pipeline, rewards that judge frames, and a run up to its pictures."""
+"""Short clips of the wan family against diffusers' own pipeline, rewards that judge frames, and a run up
+to its pictures.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def test_a_clips_velocity_is_diffusers_own_at_every_noise_level_whatever_else_is
     with torch.no_grad():
         together = base.velocity(x, sigma, base.encode(prompts))
         for row, prompt in enumerate(prompts):
-            tokens, _ = base.pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=TOKENS)
+            tokens, _ = base.pipeline.encode_prompt(
+                prompt, do_classifier_free_guidance=False, max_sequence_length=TOKENS
+            )
             time = sigma[[row]] * 1000
             if base.pipeline.config.expand_timesteps:
                 time = (torch.ones(shape[1:])[:, ::2, ::2] * time).flatten()[None]
@@ -69,8 +73,16 @@ def test_a_deterministic_rollout_is_the_pipelines_own_clip(folder):
     policy = load(folder, guidance=5.0)
     policy.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
     shape = policy.latent_shape(WIDTH, HEIGHT)
-    rollout = roll_out(policy, deterministic(3), policy.pipeline_sigmas(3, shape), policy.encode([LONG]), [5], shape)
-    asked = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "num_inference_steps": 3, "guidance_scale": 5.0}
+    rollout = roll_out(
+        policy, deterministic(3), policy.pipeline_sigmas(3, shape), policy.encode([LONG]), [5], shape
+    )
+    asked = {
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_frames": FRAMES,
+        "num_inference_steps": 3,
+        "guidance_scale": 5.0,
+    }
     asked |= {"max_sequence_length": TOKENS, "latents": rollout.noise(0, 0)[None]}
     latents = policy.pipeline(LONG, **asked, output_type="latent").frames
     assert torch.allclose(rollout.latents[0], latents, rtol=0, atol=1e-5)
@@ -94,13 +106,19 @@ def brightness(images: Tensor, prompts: object) -> Tensor:
 BRIGHT = Rule("bright", brightness, compares_across_prompts=True)
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("mean", [0.5, 0.5]), ("min", [0.2, 0.1]), ("strip", [0.5, 0.5])])
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("mean", [0.5, 0.5]), ("min", [0.2, 0.1]), ("strip", [0.5, 0.5])]
+)
 def test_a_clip_is_judged_by_its_frames_mean_its_worst_or_a_strip_of_them(mode, expected):
     assert judged(OfFrames(BRIGHT, mode), clips(), ["a", "b"]).tolist() == pytest.approx(expected)
 
 
 def test_frames_that_cannot_be_judged_are_left_out_and_a_broken_clip_is_not_judged():
-    shy = Rule("shy", lambda images, _: torch.where(images.mean((1, 2, 3)) > 0.7, torch.nan, images.mean((1, 2, 3))), True)
+    shy = Rule(
+        "shy",
+        lambda images, _: torch.where(images.mean((1, 2, 3)) > 0.7, torch.nan, images.mean((1, 2, 3))),
+        True,
+    )
     assert judged(shy, clips(), ["a", "b"]).tolist() == pytest.approx([0.4, 1.1 / 3])
     assert judged(OfFrames(shy, "min"), clips(), ["a", "b"]).tolist() == pytest.approx([0.2, 0.1])
     broken = clips()
@@ -136,7 +154,9 @@ def test_a_reward_of_frames_is_the_reward_on_pictures_and_in_all_else():
 
 def test_clips_of_still_frames_are_as_far_apart_as_their_pictures():
     pictures = seeded_noise((3, 16, 16, 3), "stills").sigmoid()
-    apart, still = (torch.cdist(f["pixels"], f["pixels"]) for f in (describe(pictures, None), described_of(pictures)))
+    apart, still = (
+        torch.cdist(f["pixels"], f["pixels"]) for f in (describe(pictures, None), described_of(pictures))
+    )
     assert torch.allclose(apart, still, atol=1e-6)
 
 
@@ -156,7 +176,9 @@ def test_what_makes_no_clip_is_refused(tmp_path):
     model = wan_folder.save(tmp_path / "model")
     with pytest.raises(ValueError, match=r"model\.frames is 7; .* set it to 5"):
         load(model, frames=7)
-    with pytest.raises(ValueError, match=r"model\.frames is 5, but FLUX\.1 makes single pictures; set it to 1"):
+    with pytest.raises(
+        ValueError, match=r"model\.frames is 5, but FLUX\.1 makes single pictures; set it to 1"
+    ):
         families.load(ModelSection(family="flux", path=str(tmp_path), frames=5), tmp_path, "cpu")
 
 
@@ -164,7 +186,14 @@ def config(place: Path, model: Path, **more: object) -> dict:
     """Write a whole configuration of two steps with guidance, two rewards and a look at held-out prompts."""
     (place / "train.txt").write_text(f"{SHORT}\n{LONG}\n")
     (place / "heldout.txt").write_text("a dog\n")
-    section = {"family": "wan", "path": str(model), "width": WIDTH, "height": HEIGHT, "max_sequence_length": TOKENS, "frames": FRAMES}
+    section = {
+        "family": "wan",
+        "path": str(model),
+        "width": WIDTH,
+        "height": HEIGHT,
+        "max_sequence_length": TOKENS,
+        "frames": FRAMES,
+    }
     return {
         "model": section | {"guidance": 5.0, "schedule": "comfyui"},
         "lora": {"rank": 4, "alpha": 8},
@@ -176,7 +205,9 @@ def config(place: Path, model: Path, **more: object) -> dict:
 
 
 def test_votes_are_asked_for_clips_only_as_strips(tmp_path):
-    tree = config(tmp_path, wan_folder.save(tmp_path / "model"), rewards=[{"name": "votes"}], heldout_rewards=["jpeg"])
+    tree = config(
+        tmp_path, wan_folder.save(tmp_path / "model"), rewards=[{"name": "votes"}], heldout_rewards=["jpeg"]
+    )
     with pytest.raises(ConfigError, match="each of 5 frames; set its frames: strip"):
         from_dict(tree)
     assert from_dict(tree | {"rewards": [{"name": "votes", "frames": "strip"}]}).rewards[0].frames == "strip"
@@ -198,7 +229,9 @@ def test_a_run_learns_from_clips_and_shows_them(tmp_path):
     (drawn,) = draw(from_dict(tree), [LONG], 1, file)
     assert drawn.shape == (FRAMES, HEIGHT, WIDTH, 3)
     with pytest.raises(SystemExit) as left:
-        cli.main(["sample", str(run.path), "--prompt", LONG, "--seed", "1", "--out", str(tmp_path / "clip.png")])
+        cli.main(
+            ["sample", str(run.path), "--prompt", LONG, "--seed", "1", "--out", str(tmp_path / "clip.png")]
+        )
     assert left.value.code == 0
     assert torch.allclose(read(tmp_path / "clip.png"), strip(drawn), rtol=0, atol=1 / 255)
     with Image.open(tmp_path / "clip.webp") as clip:

@@ -1,4 +1,6 @@
-"""What the watch notices, from evaluations made by hand: each sign, what is no sign, patience, and the best step."""
+"""What the watch notices, from evaluations made by hand: each sign, what is no sign, patience, and the
+best step.
+"""
 
 import dataclasses
 import math
@@ -11,14 +13,28 @@ from hypothesis import strategies as st
 from comfy_g2rpo.run.evaluation import Evaluation, interval
 from comfy_g2rpo.run.folder import RunFolder
 from comfy_g2rpo.run.pace import Pace
-from comfy_g2rpo.run.watch import SIGNS, Seen, best_step, blind_spots, evaluated, gained, rising, signs, standing, together, unit
+from comfy_g2rpo.run.watch import (
+    SIGNS,
+    Seen,
+    best_step,
+    blind_spots,
+    evaluated,
+    gained,
+    rising,
+    signs,
+    standing,
+    together,
+    unit,
+)
 
 PROMPTS = 16
 WIGGLE = torch.linspace(-1, 1, PROMPTS)  # its standard deviation is .635
 
 
 def evaluation(proxy=0.0, held=0.0, proxy_wiggle=0.0, held_wiggle=0.0, **rest):
-    """Make an evaluation of a trained reward and one that only measures: base scores spread by prompt, plus a change of that mean."""
+    """Make an evaluation of a trained reward and one that only measures: base scores spread by prompt,
+    plus a change of that mean.
+    """
     change = torch.stack([proxy + proxy_wiggle * WIGGLE.flip(0), held + held_wiggle * WIGGLE.flip(0)])
     scores = (WIGGLE + change)[:, :, None].repeat(1, 1, 2)
     return Evaluation(("proxy", "held"), tuple(map(str, range(PROMPTS))), scores, **rest)
@@ -32,7 +48,10 @@ def seen(now, best=None, best_step=0, weights=None, rows=(), base=None, **pace):
 def steps(first, last, count=20):
     """Write training rows whose reward goes evenly from first to last, with a little noise."""
     noise = [0.01 * (-1) ** i for i in range(count)]
-    return [{"step": i + 1, "nfe": 1, "reward/proxy/mean": first + (last - first) * i / (count - 1) + noise[i]} for i in range(count)]
+    return [
+        {"step": i + 1, "nfe": 1, "reward/proxy/mean": first + (last - first) * i / (count - 1) + noise[i]}
+        for i in range(count)
+    ]
 
 
 def test_the_interval_is_students():
@@ -52,14 +71,17 @@ def test_changes_are_measured_in_standard_deviations_of_the_untrained_model():
 def test_trained_rewards_count_by_their_weights_and_a_negative_one_turns_round():
     change = torch.tensor([[1.0] * PROMPTS, [2.0] * PROMPTS])
     std = WIGGLE.std().item()
-    assert together(evaluation(), {"proxy": 3.0, "held": -1.0}, change)[0] == pytest.approx((3 * 1 - 1 * 2) / std / 4)
+    assert together(evaluation(), {"proxy": 3.0, "held": -1.0}, change)[0] == pytest.approx(
+        (3 * 1 - 1 * 2) / std / 4
+    )
 
 
 def test_a_held_out_fall_while_the_trained_reward_rises_is_hacking():
     found = signs(seen(evaluation(proxy=0.5, held=-0.4, proxy_wiggle=0.1, held_wiggle=0.1)))
     assert found.keys() == {"hacking"}
     assert found["hacking"] == (
-        "held-out held fell by 0.4 ± 0.034 against the untrained model while what is trained on, proxy, rose: the model games its reward"
+        "held-out held fell by 0.4 ± 0.034 against the untrained model while what is trained on, "
+        "proxy, rose: the model games its reward"
     )
 
 
@@ -91,7 +113,8 @@ def test_a_fall_must_be_as_large_as_min_fall():
 
 def test_two_prompts_are_too_few_to_be_sure():
     base, now = (
-        dataclasses.replace(e, prompts=("a", "b"), scores=e.scores[:, :2]) for e in (evaluation(), evaluation(0.5, -0.4, 0.1, 0.5))
+        dataclasses.replace(e, prompts=("a", "b"), scores=e.scores[:, :2])
+        for e in (evaluation(), evaluation(0.5, -0.4, 0.1, 0.5))
     )
     assert signs(seen(now, base=base)) == {}
 
@@ -99,14 +122,19 @@ def test_two_prompts_are_too_few_to_be_sure():
 def test_a_reward_that_is_trained_against_may_fall():
     weights = {"proxy": 1.0, "held": -1.0}
     assert signs(seen(evaluation(proxy=0.5, held=-0.5), weights=weights)) == {}
-    assert signs(seen(evaluation(held=0.5), weights={"held": -1.0}, rows=steps(0, -1))).keys() == {"unlearning"}
+    assert signs(seen(evaluation(held=0.5), weights={"held": -1.0}, rows=steps(0, -1))).keys() == {
+        "unlearning"
+    }
 
 
 def test_a_reward_that_only_measures_may_have_no_say_or_be_better_when_it_falls():
     fallen, risen = evaluation(proxy=0.5, held=-0.4), evaluation(proxy=0.5, held=0.4)
     assert signs(dataclasses.replace(seen(fallen), measures={"held": 0.0})) == {}
     assert signs(dataclasses.replace(seen(fallen), measures={"held": -2.0})) == {}
-    assert "held-out held rose by 0.4" in signs(dataclasses.replace(seen(risen), measures={"held": -2.0}))["hacking"]
+    assert (
+        "held-out held rose by 0.4"
+        in signs(dataclasses.replace(seen(risen), measures={"held": -2.0}))["hacking"]
+    )
     rows = [look(0, proxy=0.0, held=0.5), look(1, proxy=0.2, held=0.4), look(2, proxy=0.1, held=0.6)]
     assert [best_step(rows, {"proxy": 1.0}, {"held": say}) for say in (1.0, 0.0, -1.0)] == [2, 1, 1]
 
@@ -145,7 +173,10 @@ def test_a_rise_at_the_training_size_with_a_fall_at_the_preview_size_is_a_sign()
     assert signs(seen(evaluation(proxy=0.5, preview=evaluation(proxy=0.3)), base=base)) == {}
 
 
-@given(st.lists(st.sampled_from([(), ("hacking",), ("collapse",), ("hacking", "collapse")]), max_size=8), st.integers(1, 4))
+@given(
+    st.lists(st.sampled_from([(), ("hacking",), ("collapse",), ("hacking", "collapse")]), max_size=8),
+    st.integers(1, 4),
+)
 def test_an_alarm_is_a_sign_that_has_lasted(history, patience):
     row = {}
     for i, kinds in enumerate(history):
@@ -162,10 +193,16 @@ def test_chance_alone_hardly_ever_raises_an_alarm():
         generator = torch.Generator().manual_seed(run)
         base, history, row = None, [], {}
         for _ in range(10):
-            now = Evaluation(("proxy", "held"), tuple(map(str, range(32))), torch.randn(2, 32, 1, generator=generator))
+            now = Evaluation(
+                ("proxy", "held"), tuple(map(str, range(32))), torch.randn(2, 32, 1, generator=generator)
+            )
             base = base or now
             best = max([base, *history], key=lambda e: e.means()["held"])
-            row = standing(signs(Seen(base, best, now, 1, {"proxy": 1.0}, Pace())), row, Pace().patience) if history else {}
+            row = (
+                standing(signs(Seen(base, best, now, 1, {"proxy": 1.0}, Pace())), row, Pace().patience)
+                if history
+                else {}
+            )
             alarms, seen_signs = alarms + ("alarm" in row), seen_signs + ("sign" in row)
             history.append(now)
     assert alarms <= 5 and 0 < seen_signs < 100
@@ -188,11 +225,20 @@ def test_what_the_watch_will_not_see_is_said_beforehand(heldout, judges, pace, w
 
 
 def look(step, **means):
-    return {"step": step} | {f"heldout/{n}/mean": m for n, m in means.items()} | {f"heldout/{n}/ci95": 0.1 for n in means}
+    return (
+        {"step": step}
+        | {f"heldout/{n}/mean": m for n, m in means.items()}
+        | {f"heldout/{n}/ci95": 0.1 for n in means}
+    )
 
 
 def test_the_best_step_goes_by_the_rewards_that_only_measure():
-    rows = [look(0, proxy=0.0, held=0.5), {"step": 1, "nfe": 1}, look(1, proxy=0.5, held=0.7), look(2, proxy=0.9, held=0.6)]
+    rows = [
+        look(0, proxy=0.0, held=0.5),
+        {"step": 1, "nfe": 1},
+        look(1, proxy=0.5, held=0.7),
+        look(2, proxy=0.9, held=0.6),
+    ]
     assert best_step(rows, {"proxy": 1.0}) == 1
     assert best_step(rows, {"proxy": 1.0, "held": 1.0}) == 2
     assert best_step(rows[1:2], {"proxy": 1.0}) is None and len(evaluated(rows)) == 3
@@ -213,12 +259,20 @@ def test_an_evaluation_is_read_as_it_was_written(tmp_path):
     scores = torch.tensor([[[0.1, torch.nan]], [[0.3, 0.4]]])
     spread = {"pixels/group": torch.tensor([0.2])}
     preview = Evaluation(("a",), ("p",), scores[:1])
-    made = Evaluation(("a", "b"), ("p",), scores, (), spread, torch.tensor([[0.1], [torch.nan]]), 0.5, preview)
+    made = Evaluation(
+        ("a", "b"), ("p",), scores, (), spread, torch.tensor([[0.1], [torch.nan]]), 0.5, preview
+    )
     made.save(folder, 7)
     read = Evaluation.read(folder, 7)
-    assert torch.equal(read.scores.nan_to_num(9), scores.nan_to_num(9)) and torch.equal(read.spread["pixels/group"], spread["pixels/group"])
-    assert read.kl == 0.5 and read.noisy.isnan().tolist() == [[False], [True]] and read.preview.prompts == ("p",)
-    assert read.metrics()["kl/heldout"] == 0.5 and read.metrics()["diversity/pixels/group"] == pytest.approx(0.2)
+    assert torch.equal(read.scores.nan_to_num(9), scores.nan_to_num(9)) and torch.equal(
+        read.spread["pixels/group"], spread["pixels/group"]
+    )
+    assert (
+        read.kl == 0.5 and read.noisy.isnan().tolist() == [[False], [True]] and read.preview.prompts == ("p",)
+    )
+    assert read.metrics()["kl/heldout"] == 0.5 and read.metrics()["diversity/pixels/group"] == pytest.approx(
+        0.2
+    )
 
 
 def test_evaluations_of_earlier_versions_can_still_be_read():

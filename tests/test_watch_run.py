@@ -1,4 +1,6 @@
-"""The watch in whole runs on the bundled model: a planted reward is caught and kept out of the result, and runs go on bit for bit."""
+"""The watch in whole runs on the bundled model: a planted reward is caught and kept out of the result, and
+runs go on bit for bit.
+"""
 
 import json
 import os
@@ -43,7 +45,13 @@ def config(place, reward="saturation", prompts=12, **sections):
     (place / "held.txt").write_text("\n".join(held[:prompts]))
     tree = {
         "model": {"path": "models/tiny", "width": 64, "height": 64, "max_sequence_length": 0},
-        "method": {"name": "g2rpo", "num_steps": 4, "group_size": 6, "granularities": [1], "learning_rate": 4e-3},
+        "method": {
+            "name": "g2rpo",
+            "num_steps": 4,
+            "group_size": 6,
+            "granularities": [1],
+            "learning_rate": 4e-3,
+        },
         "rewards": [{"name": reward, **({"path": f"{__file__}:{reward}"} if reward in globals() else {})}],
         "heldout_rewards": ["agreement"],
         "prompts": {"train": "prompts/shapes_train.txt", "heldout": str(place / "held.txt")},
@@ -91,16 +99,27 @@ def unwatched(tmp_path_factory):
 def test_a_gamed_reward_is_caught_and_the_run_stops(watched):
     folder, summary, said = watched
     assert summary["stopped_by"] == "watch" and summary["steps"] < 18 and summary["steps"] % 4 == 0
-    assert re.search(r"^ALARM, step \d+: held-out agreement fell by .*: the model games its reward", "\n".join(said), re.MULTILINE)
+    assert re.search(
+        r"^ALARM, step \d+: held-out agreement fell by .*: the model games its reward",
+        "\n".join(said),
+        re.MULTILINE,
+    )
     assert said[-1].startswith(f"stopped by the watch at step {summary['steps']}; watch = warn goes on")
     looks = [row for row in folder.metrics() if "nfe" not in row]
-    assert [row.get("alarm/hacking") for row in looks][-2:] == [1, 2] and "alarm" in looks[-1] and "alarm" not in looks[-2]
+    assert (
+        [row.get("alarm/hacking") for row in looks][-2:] == [1, 2]
+        and "alarm" in looks[-1]
+        and "alarm" not in looks[-2]
+    )
     assert summary["alarms"] == [{"step": summary["steps"], "text": looks[-1]["alarm"]}]
 
 
 def test_the_best_checkpoint_by_held_out_rewards_is_kept_and_is_the_result(watched):
     folder, summary, _ = watched
-    best, last = (Evaluation.read(folder, step).means()["agreement"] for step in (summary["best_step"], summary["steps"]))
+    best, last = (
+        Evaluation.read(folder, step).means()["agreement"]
+        for step in (summary["best_step"], summary["steps"])
+    )
     assert best > last and summary["heldout_after"]["agreement"] == best
     assert folder.outcome().name == f"{summary['best_step']:06d}" == summary["lora"].split("/")[1]
     assert folder.latest().name == f"{summary['steps']:06d}"
@@ -112,12 +131,17 @@ def test_without_the_watch_the_result_is_worse(watched, unwatched):
     folder, without = unwatched
     assert without["stopped_by"] == "steps" and without["steps"] == 18 and without["alarms"] == []
     assert without["heldout_after"]["agreement"] < with_watch["heldout_after"]["agreement"] - 0.1
-    assert not any(key.startswith(("alarm", "diversity", "noise_gap", "kl/")) for row in folder.metrics() for key in row)
+    assert not any(
+        key.startswith(("alarm", "diversity", "noise_gap", "kl/")) for row in folder.metrics() for key in row
+    )
 
 
 def test_watching_does_not_change_what_is_learned(watched, unwatched):
     step = watched[1]["steps"]
-    rewards = [[row["reward/saturation/mean"] for row in run.metrics() if "nfe" in row][:step] for run in (watched[0], unwatched[0])]
+    rewards = [
+        [row["reward/saturation/mean"] for row in run.metrics() if "nfe" in row][:step]
+        for run in (watched[0], unwatched[0])
+    ]
     assert rewards[0] == rewards[1]
 
 
@@ -126,18 +150,32 @@ def test_what_came_out_names_the_alarm_the_step_and_the_way_on(watched):
     alarm = f"alarm at step {summary['steps']}: {summary['alarms'][0]['text']}"
     assert alarm in outcome(summary)
     better = outcome(summary | {"best_step": 4, "lora_step": 4})
-    assert f"stopped by the watch; the LoRA is that of step 4, the best by held-out rewards; {GO_ON}" in better
+    assert (
+        f"stopped by the watch; the LoRA is that of step 4, the best by held-out rewards; {GO_ON}" in better
+    )
     untrained = outcome(summary | {"best_step": 0, "lora_step": 0})
-    assert f"stopped by the watch; no step beat the untrained model: its LoRA does nothing; {GO_ON}" in untrained
+    assert (
+        f"stopped by the watch; no step beat the untrained model: its LoRA does nothing; {GO_ON}" in untrained
+    )
     went_on = outcome(summary | {"stopped_by": "steps", "best_step": 4, "lora_step": 18, "sign": "it games"})
-    assert went_on[-4:-1] == [alarm, "seen at the end: it games", "step 4 was the best by held-out rewards, and its checkpoint is kept"]
+    assert went_on[-4:-1] == [
+        alarm,
+        "seen at the end: it games",
+        "step 4 was the best by held-out rewards, and its checkpoint is kept",
+    ]
 
 
 def test_the_rows_say_how_far_the_model_has_moved(watched):
     looks = [row for row in watched[0].metrics() if "nfe" not in row]
     assert looks[0]["kl/heldout"] < 1e-6 < looks[-1]["kl/heldout"]
-    assert all({"diversity/pixels/set", "noise_gap/saturation", "noise_gap/agreement"} <= row.keys() for row in looks)
-    assert all(0 < row["diversity/group"] < 1 and row["dropped_share"] == 0 for row in watched[0].metrics() if "nfe" in row)
+    assert all(
+        {"diversity/pixels/set", "noise_gap/saturation", "noise_gap/agreement"} <= row.keys() for row in looks
+    )
+    assert all(
+        0 < row["diversity/group"] < 1 and row["dropped_share"] == 0
+        for row in watched[0].metrics()
+        if "nfe" in row
+    )
 
 
 def test_a_run_that_the_watch_stopped_stays_stopped_until_it_is_told_to_go_on(watched, tmp_path):
@@ -145,9 +183,15 @@ def test_a_run_that_the_watch_stopped_stays_stopped_until_it_is_told_to_go_on(wa
     shutil.copytree(watched[0].path, run)
     before, again = rows_of(RunFolder(run)), Notes()
     summary = training.train(config(place), run, resume=True, progress=again)
-    assert summary["stopped_by"] == "watch" and rows_of(RunFolder(run)) == before and "watch = warn" in again.said[-1]
+    assert (
+        summary["stopped_by"] == "watch"
+        and rows_of(RunFolder(run)) == before
+        and "watch = warn" in again.said[-1]
+    )
     further = summary["steps"] + 1
-    summary = training.train(config(place, train={"watch": "warn", "steps": further}), run, resume=True, progress=Notes())
+    summary = training.train(
+        config(place, train={"watch": "warn", "steps": further}), run, resume=True, progress=Notes()
+    )
     assert summary["stopped_by"] == "steps" and summary["steps"] == further == summary["lora_step"]
     assert summary["alarms"][-1]["step"] == further
 
@@ -172,7 +216,10 @@ def test_the_best_checkpoint_outlives_newer_ones(tmp_path):
 
 def test_a_reward_that_drops_too_many_pictures_stops_the_run_which_can_go_on(tmp_path):
     made = {"reward": "half_blind", "prompts": 2, "train": {"steps": 2, "eval_every": 0}}
-    words = r"'half_blind' could not judge \d\d% of the \d+ pictures of step 1, and max_dropped allows 20%; .* resume"
+    words = (
+        r"'half_blind' could not judge \d\d% of the \d+ pictures of step 1, and max_dropped allows 20%; .* "
+        r"resume"
+    )
     with pytest.raises(RewardError, match=words):
         training.train(config(tmp_path, **made), tmp_path / "run", progress=Silent())
     allowed = config(tmp_path, "half_blind", 2, train={**made["train"], "max_dropped": 1.0})
@@ -182,7 +229,9 @@ def test_a_reward_that_drops_too_many_pictures_stops_the_run_which_can_go_on(tmp
 
 
 def test_previews_are_drawn_and_scored_at_their_own_size(tmp_path):
-    made = config(tmp_path, prompts=2, train={"steps": 1, "eval_every": 0, "preview_width": 96, "preview_height": 128})
+    made = config(
+        tmp_path, prompts=2, train={"steps": 1, "eval_every": 0, "preview_width": 96, "preview_height": 128}
+    )
     training.train(made, tmp_path / "run", progress=Silent())
     folder = RunFolder(tmp_path / "run")
     assert folder.sampled_steps(PREVIEW) == folder.sampled_steps() == [0, 1]
@@ -201,11 +250,16 @@ def training_size(path):
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "words"), [(96, 0, "96×0; give both, or 0 for none"), (97, 96, "97×96, which the model cannot draw")]
+    ("width", "height", "words"),
+    [(96, 0, "96×0; give both, or 0 for none"), (97, 96, "97×96, which the model cannot draw")],
 )
 def test_a_preview_size_that_cannot_be_drawn_is_refused_before_anything_runs(tmp_path, width, height, words):
     with pytest.raises(ValueError, match=words):
-        training.train(config(tmp_path, train={"preview_width": width, "preview_height": height}), tmp_path / "run", progress=Silent())
+        training.train(
+            config(tmp_path, train={"preview_width": width, "preview_height": height}),
+            tmp_path / "run",
+            progress=Silent(),
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -215,7 +269,9 @@ def test_diversity_shaping_raises_diversity(tmp_path):
     for weight in (0.0, 1.0):
         train = {"watch": "warn", "eval_noises": 3, "eval_every": 0, "steps": 14, "prompts_per_step": 2}
         method = {"diversity_weight": weight, "learning_rate": 2e-3}
-        training.train(config(tmp_path, "jpeg", method=method, train=train), tmp_path / f"{weight}", progress=Silent())
+        training.train(
+            config(tmp_path, "jpeg", method=method, train=train), tmp_path / f"{weight}", progress=Silent()
+        )
         first, last = (row for row in RunFolder(tmp_path / f"{weight}").metrics() if "nfe" not in row)
         left[weight] = [last[key] / first[key] for key in ("diversity/pixels/group", "diversity/pixels/set")]
         assert last["heldout/jpeg/mean"] > first["heldout/jpeg/mean"]
@@ -223,7 +279,9 @@ def test_diversity_shaping_raises_diversity(tmp_path):
 
 
 def test_shaping_needs_an_embedding_where_it_is_asked_for_one(tmp_path):
-    setup = training.prepare(config(tmp_path, method={"diversity_weight": 1.0, "diversity_by": "embed"}), Accelerator(cpu=True))
+    setup = training.prepare(
+        config(tmp_path, method={"diversity_weight": 1.0, "diversity_by": "embed"}), Accelerator(cpu=True)
+    )
     with pytest.raises(ValueError, match="diversity_by is embed"):
         run_setup.make_learner(setup)
 

@@ -1,4 +1,6 @@
-"""The workflows that ComfyUI's template browser lists: whole, tidy, runnable, and what the generator makes."""
+"""The workflows that ComfyUI's template browser lists: whole, tidy, runnable, and what the generator
+makes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from workflow_api import BYPASSED, NOTES, declared, is_widget, to_api, widget_va
 from workflow_inputs import put_pictures
 
 FOLDER = ROOT / "workflows"
-SUBJECTS = ["score_images", "rank_folder", "look_at_rollout", "train_lora", "graph_loop", "vote_and_train", "resume_compare"]
+SUBJECTS = [
+    "score_images",
+    "rank_folder",
+    "look_at_rollout",
+    "train_lora",
+    "graph_loop",
+    "vote_and_train",
+    "resume_compare",
+]
 MODELS = ["tiny", "sd35", "flux"]
 NAMES = [f"g2rpo_{subject}_{model}" for subject in SUBJECTS for model in MODELS]
 TINY = [name for name in NAMES if name.endswith("_tiny")]
@@ -61,7 +71,9 @@ def shortened(name: str, schemas: Any, switched_on: bool = False) -> dict[str, A
 
 
 def test_every_subject_exists_for_every_model_and_nothing_else_lies_there() -> None:
-    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(f"{name}.{kind}" for name in NAMES for kind in ("json", "jpg"))
+    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(
+        f"{name}.{kind}" for name in NAMES for kind in ("json", "jpg")
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,7 +87,11 @@ def test_the_picture_is_small_and_a_picture(name: str) -> None:
 
 
 def test_every_block_is_used() -> None:
-    blocks = {match for path in (ROOT / "nodes").glob("*.py") for match in re.findall(r'node_id="(G2RPO_\w+)"', path.read_text("utf-8"))}
+    blocks = {
+        match
+        for path in (ROOT / "nodes").glob("*.py")
+        for match in re.findall(r'node_id="(G2RPO_\w+)"', path.read_text("utf-8"))
+    }
     used = {node["type"] for name in NAMES for node in read(name)["nodes"]}
     assert len(blocks) >= 16
     assert {kind for kind in used if kind.startswith("G2RPO_")} == blocks
@@ -168,7 +184,11 @@ def test_a_real_models_workflow_lacks_nothing_but_its_files(host: Host, name: st
     graph = to_api(read(name), host.schemas)
     status, body = host.server.request("POST", "/prompt", {"prompt": graph})
     reply = json.loads(body)
-    found = {(error["type"], error["extra_info"]["input_name"]) for node in reply["node_errors"].values() for error in node["errors"]}
+    found = {
+        (error["type"], error["extra_info"]["input_name"])
+        for node in reply["node_errors"].values()
+        for error in node["errors"]
+    }
     # No run exists yet either, and Run Monitor says so.
     found.discard(("custom_validation_failed", "run"))
     assert {kind for kind, _ in found} == {"value_not_in_list"}
@@ -207,7 +227,9 @@ def test_the_page_is_offered_every_workflow_and_its_picture(host: Host) -> None:
     (offered,) = host.server.get("/api/workflow_templates").items()
     assert sorted(offered[1]) == sorted(NAMES)
     for kind in ("json", "jpg"):
-        status, content = host.server.request("GET", f"/api/workflow_templates/{offered[0]}/{NAMES[0]}.{kind}")
+        status, content = host.server.request(
+            "GET", f"/api/workflow_templates/{offered[0]}/{NAMES[0]}.{kind}"
+        )
         assert (status, content) == (200, (FOLDER / f"{NAMES[0]}.{kind}").read_bytes())
 
 
@@ -220,13 +242,17 @@ def test_the_files_are_what_the_generator_makes(host: Host, monkeypatch: pytest.
     made = dict(make_workflows.make_all(host.schemas))
     assert sorted(made) == sorted(NAMES)
     for name, text in made.items():
-        assert text == (FOLDER / f"{name}.json").read_text("utf-8"), f"{name} is stale: run tools/make_workflows.py"
+        assert text == (FOLDER / f"{name}.json").read_text("utf-8"), (
+            f"{name} is stale: run tools/make_workflows.py"
+        )
 
 
 @marked(*comfyui)
 @pytest.mark.browser
 @pytest.mark.parametrize("newer_renderer", [False, True], ids=["classic", "nodes2"])
-def test_the_page_accepts_every_workflow_and_queues_what_we_read(host: Host, newer_renderer: bool, tmp_path: Path) -> None:
+def test_the_page_accepts_every_workflow_and_queues_what_we_read(
+    host: Host, newer_renderer: bool, tmp_path: Path
+) -> None:
     pytest.importorskip("playwright")
     import workflow_page
 

@@ -1,4 +1,6 @@
-"""The z_image family on a tiny random model against diffusers' own pipeline, and a run of it from the configuration to the LoRA file."""
+"""The z_image family on a tiny random model against diffusers' own pipeline, and a run of it from the
+configuration to the LoRA file.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,11 @@ def base(folder) -> ZImage:
 @pytest.fixture
 def batch(base: ZImage) -> tuple[Tensor, Tensor, list]:
     """Three latents at three noise levels, with prompts of different lengths."""
-    return seeded_noise((3, *SHAPE), "latents"), torch.tensor([1.0, 0.6, 0.123]), base.encode([SHORT, LONG, ""])
+    return (
+        seeded_noise((3, *SHAPE), "latents"),
+        torch.tensor([1.0, 0.6, 0.123]),
+        base.encode([SHORT, LONG, ""]),
+    )
 
 
 def plain(policy: ZImage, x: Tensor, sigma: float, tokens: Tensor) -> Tensor:
@@ -75,7 +81,9 @@ def test_the_velocity_is_diffusers_own_at_every_noise_level_whatever_else_is_in_
         for row in range(3):
             expected = plain(base, x[row], sigma[row].item(), cond[row].tokens)
             assert torch.allclose(together[row], expected, rtol=0, atol=1e-5)
-            assert torch.allclose(base.velocity(x[[row]], sigma[[row]], [cond[row]])[0], expected, rtol=0, atol=1e-5)
+            assert torch.allclose(
+                base.velocity(x[[row]], sigma[[row]], [cond[row]])[0], expected, rtol=0, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
@@ -90,22 +98,30 @@ def test_a_deterministic_rollout_is_the_pipelines_own_sampling(folder, guidance)
     assert torch.allclose(rollout.latents[0], latents, rtol=0, atol=1e-5)
     assert torch.equal(sigmas, policy.pipeline.scheduler.sigmas)
     picture = policy.pipeline(LONG, **asked, output_type="pt").images
-    assert torch.allclose(policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), rtol=0, atol=1e-5)
+    assert torch.allclose(
+        policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("steps", [2, 9, 50])
 @pytest.mark.parametrize("shape", [(16, 64, 64), (16, 128, 128)])
-def test_its_schedule_has_a_static_shift_or_one_by_resolution_as_the_folder_says(base, tmp_path, steps, shape):
+def test_its_schedule_has_a_static_shift_or_one_by_resolution_as_the_folder_says(
+    base, tmp_path, steps, shape
+):
     assert torch.allclose(base.pipeline_sigmas(steps, shape), shifted_sigmas(steps, 3.0), rtol=0, atol=1e-6)
     dynamic = load(z_image_folder.save(tmp_path / "dynamic", "dynamic"))
     mu = 0.5 + (shape[1] * shape[2] / 4 - 256) * (1.15 - 0.5) / (4096 - 256)
     shift = torch.tensor(mu, dtype=torch.float64).exp().item()
-    assert torch.allclose(dynamic.pipeline_sigmas(steps, shape), shifted_sigmas(steps, shift), rtol=0, atol=1e-6)
+    assert torch.allclose(
+        dynamic.pipeline_sigmas(steps, shape), shifted_sigmas(steps, shift), rtol=0, atol=1e-6
+    )
 
 
 def test_in_16_bit_the_model_still_sees_the_exact_noise_level(folder):
     policy, seen = load(folder, dtype="bf16"), []
-    policy.transformer.t_embedder.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    policy.transformer.t_embedder.register_forward_pre_hook(
+        lambda module, given: seen.append(given[0].clone())
+    )
     sigma = torch.tensor([0.9545, 0.954])
     with torch.no_grad():
         policy.velocity(seeded_noise((2, *SHAPE), "latents"), sigma, policy.encode([SHORT, LONG]))
@@ -114,7 +130,10 @@ def test_in_16_bit_the_model_still_sees_the_exact_noise_level(folder):
 
 def test_prompts_are_encoded_as_the_pipeline_does_and_cut_at_the_length_asked_for(base, folder):
     tokens, _ = base.pipeline.encode_prompt([SHORT, LONG], do_classifier_free_guidance=False)
-    assert all(torch.allclose(cond.tokens, own, rtol=0, atol=1e-5) for cond, own in zip(base.encode([SHORT, LONG]), tokens, strict=True))
+    assert all(
+        torch.allclose(cond.tokens, own, rtol=0, atol=1e-5)
+        for cond, own in zip(base.encode([SHORT, LONG]), tokens, strict=True)
+    )
     assert len(load(folder, max_sequence_length=40).encode([LONG])[0].tokens) == 40
 
 
@@ -123,7 +142,9 @@ def test_the_cache_gives_the_same_features_and_spares_the_encoder(folder, tmp_pa
     monkeypatch.setattr(prompt_cache, "SMALL", 0)
     first, again = load(folder).encode([SHORT, LONG]), load(folder)
     again.pipeline.text_encoder = None
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, again.encode([SHORT, LONG]), strict=True))
+    assert all(
+        torch.equal(a.tokens, b.tokens) for a, b in zip(first, again.encode([SHORT, LONG]), strict=True)
+    )
 
 
 def test_guidance_needs_no_text_encoder_once_it_is_dropped(folder, batch):
@@ -136,9 +157,14 @@ def test_guidance_needs_no_text_encoder_once_it_is_dropped(folder, batch):
 def test_a_fresh_adapter_sits_on_all_blocks_and_changes_nothing(base, folder, batch):
     policy = load(folder)
     policy.add_lora(4, 4, 1, feed_forward=True)
-    block = [*(f"attention.{name}" for name in ATTENTION), *(f"feed_forward.w{number}" for number in (1, 2, 3))]
+    block = [
+        *(f"attention.{name}" for name in ATTENTION),
+        *(f"feed_forward.w{number}" for number in (1, 2, 3)),
+    ]
     assert set(policy.pairs()) == {
-        f"{where}.{name}" for where in ("layers.0", "layers.1", "noise_refiner.0", "context_refiner.0") for name in block
+        f"{where}.{name}"
+        for where in ("layers.0", "layers.1", "noise_refiner.0", "context_refiner.0")
+        for name in block
     }
     with torch.no_grad():
         assert torch.allclose(policy.velocity(*batch), base.velocity(*batch), rtol=0, atol=1e-6)
@@ -161,12 +187,21 @@ def test_a_size_between_tokens_and_a_length_of_nothing_are_refused(base, folder)
 
 @pytest.fixture(scope="session")
 def run(folder, tmp_path_factory) -> tuple[dict, Path]:
-    """One whole step with guidance, the model's own schedule and all targets, and a look at a held-out prompt."""
+    """One whole step with guidance, the model's own schedule and all targets, and a look at a held-out
+    prompt.
+    """
     place = tmp_path_factory.mktemp("run")
     (place / "train.txt").write_text(f"{SHORT}\n{LONG}\n")
     (place / "heldout.txt").write_text("a dog\n")
     tree = {
-        "model": {"family": "z_image", "path": str(folder), "width": WIDTH, "height": HEIGHT, "guidance": 5.0, "schedule": "pipeline"},
+        "model": {
+            "family": "z_image",
+            "path": str(folder),
+            "width": WIDTH,
+            "height": HEIGHT,
+            "guidance": 5.0,
+            "schedule": "pipeline",
+        },
         "lora": {"rank": 4, "alpha": 8, "targets": "attention+feed_forward"},
         "method": {"name": "g2rpo", "num_steps": 4, "group_size": 3, "learning_rate": 1e-2},
         "rewards": [{"name": "colourfulness"}],
@@ -192,13 +227,17 @@ def test_a_run_learns_and_leaves_a_lora_that_diffusers_loads_with_the_same_effec
         changed = ours.velocity(x, sigma, cond)
         assert torch.allclose(continued.velocity(x, sigma, cond), changed, rtol=0, atol=1e-5)
         for row in range(3):
-            assert torch.allclose(plain(theirs, x[row], sigma[row].item(), cond[row].tokens), changed[row], rtol=0, atol=1e-5)
+            assert torch.allclose(
+                plain(theirs, x[row], sigma[row].item(), cond[row].tokens), changed[row], rtol=0, atol=1e-5
+            )
     assert not torch.equal(changed, load(folder).velocity(x, sigma, cond))
 
 
 def test_a_run_names_its_modules_as_the_comfyui_that_runs_the_model_maps_them(run):
     keys = read_tensors(RunFolder.open(run[1]).latest() / "lora.safetensors")[0]
-    modules = {key.removeprefix("diffusion_model.").rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in keys}
+    modules = {
+        key.removeprefix("diffusion_model.").rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in keys
+    }
     assert len(modules) == 4 * 7 and all(key.startswith("diffusion_model.") for key in keys)
     assert {in_core(Z_IMAGE, module, Form("diffusion_model.")) for module in modules} <= {NEW, "both"}
 

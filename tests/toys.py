@@ -23,9 +23,12 @@ class ToyPolicy:
         generator = torch.Generator().manual_seed(seed)
         size = 18
         self.first, self.second = (
-            torch.randn(a, b, generator=generator, dtype=torch.float64).to(dtype) / b**0.5 for a, b in ((32, size + 2), (size, 32))
+            torch.randn(a, b, generator=generator, dtype=torch.float64).to(dtype) / b**0.5
+            for a, b in ((32, size + 2), (size, 32))
         )
-        self.adapter = nn.Parameter(0.1 * torch.randn(size, 32, generator=generator, dtype=torch.float64).to(dtype))
+        self.adapter = nn.Parameter(
+            0.1 * torch.randn(size, 32, generator=generator, dtype=torch.float64).to(dtype)
+        )
         self.active = True
         self.calls: list[int] = []
 
@@ -54,8 +57,12 @@ class ToyPolicy:
             yield
 
 
-def plain_states(policy: ToyPolicy, plan: Plan, sigmas: Tensor, cond: float, seed: int) -> dict[int, tuple[Tensor, Tensor | None]]:
-    """Walk every root-to-leaf path by itself, one sample at a time, sharing nothing: state → (x, velocity)."""
+def plain_states(
+    policy: ToyPolicy, plan: Plan, sigmas: Tensor, cond: float, seed: int
+) -> dict[int, tuple[Tensor, Tensor | None]]:
+    """Walk every root-to-leaf path by itself, one sample at a time, sharing nothing: state → (x,
+    velocity).
+    """
     seen: dict[int, tuple[Tensor, Tensor | None]] = {}
     for leaf in plan.leaves:
         path = [leaf.state]

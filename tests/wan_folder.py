@@ -1,4 +1,6 @@
-"""A Wan of diffusers' and transformers' own classes, random and too small to cost anything, in a folder as it is published."""
+"""A Wan of diffusers' and transformers' own classes, random and too small to cost anything, in a folder as
+it is published.
+"""
 
 from pathlib import Path
 
@@ -46,12 +48,17 @@ def transformer(channels: int = 16) -> WanTransformer3DModel:
 
 
 def pipeline(kind: str = "2.1", second: bool = False) -> WanPipeline:
-    """Make a whole pipeline with random weights; with a `second` transformer for the low noise levels as in 2.2 A14B."""
+    """Make a whole pipeline with random weights.
+
+    With a `second` transformer for the low noise levels as in 2.2 A14B.
+    """
     torch.manual_seed(0)
     channels, vae = KINDS[kind]
     made = WanPipeline(
         tokenizer=t5_tokenizer(),
-        text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+        ),
         vae=AutoencoderKLWan(**vae),
         scheduler=UniPCMultistepScheduler(**SCHEDULER),
         transformer=transformer(channels),

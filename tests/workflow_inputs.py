@@ -12,7 +12,9 @@ SIZES = ((256, 256), (320, 240), (240, 320))
 
 
 def put_pictures(base: Path) -> None:
-    """Draw six pictures of three sizes, each with discs of two colours before a gradient, and their prompts as text files."""
+    """Draw six pictures of three sizes, each with discs of two colours before a gradient, and their
+    prompts as text files.
+    """
     folder = base / "input"
     folder.mkdir(parents=True, exist_ok=True)
     for i, colour in enumerate(COLOURS):
@@ -23,6 +25,8 @@ def put_pictures(base: Path) -> None:
         canvas = ImageDraw.Draw(picture)
         for k in range(6):
             x, y, r = random.integers(0, width), random.integers(0, height), random.integers(15, 60)
-            canvas.ellipse((x - r, y - r, x + r, y + r), fill=colour if k % 2 else COLOURS[(i + 1) % len(COLOURS)])
+            canvas.ellipse(
+                (x - r, y - r, x + r, y + r), fill=colour if k % 2 else COLOURS[(i + 1) % len(COLOURS)]
+            )
         picture.save(folder / f"disc{i}.png")
         (folder / f"disc{i}.txt").write_text("discs before a gradient", "utf-8")

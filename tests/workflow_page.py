@@ -21,7 +21,11 @@ ARGUMENTS = [
     "--disable-dev-shm-usage",
 ]
 SIZE = {"width": 1600, "height": 1000}
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Validation.Workflows": True}
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Validation.Workflows": True,
+}
 
 
 @contextmanager
@@ -47,7 +51,9 @@ def load(page: Any, file: Path) -> dict[str, Any]:
     page.evaluate("app.graph.clear()")
     page.set_input_files("#comfy-file-input", str(file))
     ids = [node["id"] for node in workflow["nodes"]]
-    page.wait_for_function("ids => app.graph.nodes.length === ids.length && ids.every(id => app.graph.getNodeById(id))", arg=ids)
+    page.wait_for_function(
+        "ids => app.graph.nodes.length === ids.length && ids.every(id => app.graph.getNodeById(id))", arg=ids
+    )
     page.wait_for_timeout(500)
     return workflow
 

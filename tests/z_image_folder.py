@@ -1,4 +1,6 @@
-"""A Z-Image of diffusers' and transformers' own classes, random and too small to cost anything, in a folder as it is published."""
+"""A Z-Image of diffusers' and transformers' own classes, random and too small to cost anything, in a
+folder as it is published.
+"""
 
 from pathlib import Path
 
@@ -8,9 +10,13 @@ from qwen_folder import tokenizer
 from transformers import Qwen3Config, Qwen3Model
 
 # What the published folder of Turbo says, and a scheduler that shifts by resolution.
-SCHEDULERS = {"static": {"shift": 3.0, "use_dynamic_shifting": False}, "dynamic": {"use_dynamic_shifting": True}}
+SCHEDULERS = {
+    "static": {"shift": 3.0, "use_dynamic_shifting": False},
+    "dynamic": {"use_dynamic_shifting": True},
+}
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] "
+    "}}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -18,7 +24,14 @@ TEMPLATE = (
 def transformer() -> ZImageTransformer2DModel:
     """Make the transformer; its padding tokens are not zero, as they are not once it is trained."""
     made = ZImageTransformer2DModel(
-        dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32, axes_dims=[8, 12, 12], axes_lens=[512, 64, 64]
+        dim=64,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[8, 12, 12],
+        axes_lens=[512, 64, 64],
     )
     with torch.no_grad():
         made.x_pad_token.normal_()
@@ -28,8 +41,18 @@ def transformer() -> ZImageTransformer2DModel:
 
 def text_encoder() -> Qwen3Model:
     """Make the language model."""
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2}
-    return Qwen3Model(Qwen3Config(**sizes, head_dim=16, vocab_size=260, bos_token_id=256, eos_token_id=258, pad_token_id=256))
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    return Qwen3Model(
+        Qwen3Config(
+            **sizes, head_dim=16, vocab_size=260, bos_token_id=256, eos_token_id=258, pad_token_id=256
+        )
+    )
 
 
 def pipeline(scheduler: str = "static") -> ZImagePipeline:
@@ -37,8 +60,18 @@ def pipeline(scheduler: str = "static") -> ZImagePipeline:
     torch.manual_seed(0)
     words = tokenizer()
     words.chat_template = TEMPLATE
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": [8] * 4}
-    sizes = {"latent_channels": 16, "layers_per_block": 1, "norm_num_groups": 4, "use_quant_conv": False, "use_post_quant_conv": False}
+    blocks = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [8] * 4,
+    }
+    sizes = {
+        "latent_channels": 16,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
     made = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULERS[scheduler]),
         vae=AutoencoderKL(**blocks, **sizes, scaling_factor=0.3611, shift_factor=0.1159),

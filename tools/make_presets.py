@@ -1,4 +1,5 @@
-"""Make recipes/presets/<family>.yaml: for every size of card, the first of some settings, from quick to thrifty, that fits by estimate.
+"""Make recipes/presets/<family>.yaml: for every size of card, the first of some settings, from quick to
+thrifty, that fits by estimate.
 
     python tools/make_presets.py [family …]
 
@@ -32,7 +33,12 @@ FREE = 0.97
 
 def rungs(blocks: int) -> list[dict[str, Any]]:
     """List settings from quick to thrifty; the last ones fetch every block anew for every forward."""
-    plain = {"memory.quantization": "none", "memory.block_swap": 0, "memory.gradient_checkpointing": False, "memory.vae_tiling": False}
+    plain = {
+        "memory.quantization": "none",
+        "memory.block_swap": 0,
+        "memory.gradient_checkpointing": False,
+        "memory.vae_tiling": False,
+    }
     checked = plain | {"memory.gradient_checkpointing": True, "train.micro_batch": 1}
     fp8, nf4 = checked | {"memory.quantization": "fp8"}, checked | {"memory.quantization": "nf4"}
     thrifty = nf4 | {"method.optimizer": "adamw_8bit", "train.decode_batch": 1}
@@ -74,9 +80,26 @@ def make(family: str) -> str:
             print(f"{family} {name}: nothing fits, needs {sized(card.need(foreseen))}", flush=True)
             break
         print(f"{family} {name}: {place}, needs {sized(card.need(foreseen))}, {foreseen.phase}", flush=True)
-        body = "".join(f"  {key}: {str(value).lower() if isinstance(value, bool) else value}\n" for key, value in changes.items())
-        lines.insert(0, f"{name}:  # {recipe} needs ≈ {sized(card.need(foreseen))} by estimate, most in {foreseen.phase}\n{body}")
-    return "".join(["# Made by tools/make_presets.py; g2rpo train RECIPE --preset SIZE. What --set gives goes before these.\n", *lines])
+        body = "".join(
+            f"  {key}: {str(value).lower() if isinstance(value, bool) else value}\n"
+            for key, value in changes.items()
+        )
+        lines.insert(
+            0,
+            (
+                f"{name}:  # {recipe} needs ≈ {sized(card.need(foreseen))} by estimate, most in "
+                f"{foreseen.phase}\n{body}"
+            ),
+        )
+    return "".join(
+        [
+            (
+                "# Made by tools/make_presets.py; g2rpo train RECIPE --preset SIZE. What --set gives goes "
+                "before these.\n"
+            ),
+            *lines,
+        ]
+    )
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
-"""Make workflows/*.json: `python tools/make_workflows.py` asks the first ComfyUI that it finds for its nodes and writes the graphs.
+"""Make workflows/*.json: `python tools/make_workflows.py` asks the first ComfyUI that it finds for its nodes
+and writes the graphs.
 
-With `--pictures` it also makes the .jpg files: the tiny graphs are run and one result is kept, of the others the page is photographed
-(needs Chromium and playwright). Every graph exists for three models: the tiny one that comes with the pack, SD3.5 medium and FLUX.1-dev.
+With `--pictures` it also makes the .jpg files: the tiny graphs are run and one result is kept, of the others
+the page is photographed (needs Chromium and playwright). Every graph exists for three models: the tiny one
+that comes with the pack, SD3.5 medium and FLUX.1-dev.
 """
 
 from __future__ import annotations
@@ -44,9 +46,12 @@ def score(graph: Graph, family: Family) -> None:
     graph.column(f"Model · {family.label}")
     graph.note(
         f"**Score pictures and keep the best — {family.label}**\n\n{family.files}\n\n"
-        "Press **Run**: a batch of pictures is drawn, *Score Images* judges each of them and *Select Best* keeps two.\n\n"
-        "**Look at** the ranked sheet and at the table in *Score Images*: every reward's own score, best first.\n\n"
-        "**Your own pictures:** add *Load Image* (several: *Batch Images*) and connect it to *images* of both *Score Images* and "
+        "Press **Run**: a batch of pictures is drawn, *Score Images* judges each of them and *Select "
+        "Best* keeps two.\n\n"
+        "**Look at** the ranked sheet and at the table in *Score Images*: every reward's own score, "
+        "best first.\n\n"
+        "**Your own pictures:** add *Load Image* (several: *Batch Images*) and connect it to *images* "
+        "of both *Score Images* and "
         "*Select Best* instead of *VAE Decode*. Rewards that read the prompt want one that fits."
     )
     model = load(graph, family)
@@ -57,11 +62,18 @@ def score(graph: Graph, family: Family) -> None:
     graph.column("Judge")
     judge = mixed(graph, family.rewards)
     graph.column("Scores")
-    scored = graph.add("G2RPO_ScoreImages", {"images": images, "reward": judge, "prompt": prompt}, size=(400, 420))
+    scored = graph.add(
+        "G2RPO_ScoreImages", {"images": images, "reward": judge, "prompt": prompt}, size=(400, 420)
+    )
     best = graph.add("G2RPO_SelectBest", {"images": images, "scores": scored["scores"], "k": 2})
     graph.column("Results")
     preview(graph, scored["ranked"], "Ranked, best first", (480, 420))
-    graph.add("SaveImage", {"images": best["images"], "filename_prefix": f"g2rpo_best_{family.name}"}, "The best two", size=(480, 360))
+    graph.add(
+        "SaveImage",
+        {"images": best["images"], "filename_prefix": f"g2rpo_best_{family.name}"},
+        "The best two",
+        size=(480, 360),
+    )
 
 
 def look(graph: Graph, family: Family) -> None:
@@ -69,12 +81,17 @@ def look(graph: Graph, family: Family) -> None:
     graph.column(f"Model · {family.label}")
     graph.note(
         f"**Look at one rollout — {family.label}**\n\n{family.files}\n\n"
-        "Press **Run**. *Rollout* draws the deterministic picture, the anchor. At each branch step a group of branches leaves it "
+        "Press **Run**. *Rollout* draws the deterministic picture, the anchor. At each branch step a "
+        "group of branches leaves it "
         "by one stochastic step and is completed without noise, once per granularity.\n\n"
-        "**Look at** the heat map (blue: this granularity likes the step's winner too, orange: it was outvoted, hatched: all the same) "
-        "and at the ranked sheet: score and advantage of every branch, framed by whether training would push it up or down.\n\n"
-        "*Singular SDE Sampler* draws one of these very branches in an ordinary graph. In the lower half *Score Images* and "
-        "*Scores From Values* are the judge: any graph can be, and so can you: disconnect *values* and type your own votes."
+        "**Look at** the heat map (blue: this granularity likes the step's winner too, orange: it was "
+        "outvoted, hatched: all the same) "
+        "and at the ranked sheet: score and advantage of every branch, framed by whether training "
+        "would push it up or down.\n\n"
+        "*Singular SDE Sampler* draws one of these very branches in an ordinary graph. In the lower "
+        "half *Score Images* and "
+        "*Scores From Values* are the judge: any graph can be, and so can you: disconnect *values* and "
+        "type your own votes."
     )
     model = load(graph, family)
     graph.column("Prompt and noise")
@@ -85,8 +102,18 @@ def look(graph: Graph, family: Family) -> None:
     graph.column("Rollout")
     guider = guide(graph, family, model.model, conditioning)
     tree = rollout(graph, family, guider, noise, sigmas, latent, "1,2")
-    branch = graph.add("G2RPO_SingularSDESampler", {"branch_step": int(family.branch_steps[0]), "branch": 3}, "Branch 3 by itself")
-    wires = {"noise": noise, "guider": guider, "sampler": branch["SAMPLER"], "sigmas": sigmas, "latent_image": latent}
+    branch = graph.add(
+        "G2RPO_SingularSDESampler",
+        {"branch_step": int(family.branch_steps[0]), "branch": 3},
+        "Branch 3 by itself",
+    )
+    wires = {
+        "noise": noise,
+        "guider": guider,
+        "sampler": branch["SAMPLER"],
+        "sigmas": sigmas,
+        "latent_image": latent,
+    }
     single = graph.add("SamplerCustomAdvanced", wires)["output"]
     graph.column("Anchor and a branch")
     for latents, title in ((tree["anchor"], "Anchor"), (single, "Branch 3")):
@@ -94,12 +121,23 @@ def look(graph: Graph, family: Family) -> None:
         preview(graph, images, title, (300, 300))
     graph.column("Judge")
     judge = reward(graph, family.rewards[0][0])
-    scored = graph.add("G2RPO_ScoreRollout", {"rollout": tree["rollout"], "vae": model.vae, "reward": judge, "prompt": prompt}, lines=10)
+    scored = graph.add(
+        "G2RPO_ScoreRollout",
+        {"rollout": tree["rollout"], "vae": model.vae, "reward": judge, "prompt": prompt},
+        lines=10,
+    )
     other = reward(graph, family.rewards[1][0], "Another judge")
     pictures = scored["pictures"]
-    judged = graph.add("G2RPO_ScoreImages", {"images": pictures, "reward": other, "prompt": prompt}, "Any graph can judge", lines=10)
+    judged = graph.add(
+        "G2RPO_ScoreImages",
+        {"images": pictures, "reward": other, "prompt": prompt},
+        "Any graph can judge",
+        lines=10,
+    )
     graph.column("Why branches are pushed")
-    shown = graph.add("G2RPO_Advantages", {"rollout": tree["rollout"], "scores": scored["scores"]}, size=(400, 290))
+    shown = graph.add(
+        "G2RPO_Advantages", {"rollout": tree["rollout"], "scores": scored["scores"]}, size=(400, 290)
+    )
     wires = {"rollout": tree["rollout"], "values": judged["scores"], "pictures": pictures, "votes": ""}
     values = graph.add("G2RPO_ScoresFromValues", wires, lines=3)["scores"]
     settings = {"rollout": tree["rollout"], "scores": values, "per_branch": True}
@@ -115,12 +153,20 @@ def train_lora(graph: Graph, family: Family) -> None:
     graph.column(f"Model · {family.label}")
     graph.note(
         f"**Train a LoRA in one block — {family.label}**\n\n{family.files}\n\n"
-        f"Press **Run**: {family.steps} steps, {family.price}. The log says the price before anything runs.\n\n"
-        "**Look at** the curve in *Train LoRA* while it runs. Solid: the reward on training prompts; dashed: on prompts it is never "
-        "trained on. Where only the solid line rises, or the rewards that only measure fall, the model games its judge.\n\n"
-        "**Stop** whenever you like: what is finished is kept. **Run** again goes on; more *steps* continue a finished run.\n\n"
+        f"Press **Run**: {family.steps} steps, {family.price}. The log says the price before anything "
+        "runs.\n\n"
+        "**Look at** the curve in *Train LoRA* while it runs. Solid: the reward on training prompts; "
+        "dashed: on prompts it is never "
+        "trained on. Where only the solid line rises, or the rewards that only measure fall, the model "
+        "games its judge.\n\n"
+        "**Stop** whenever you like: what is finished is kept. **Run** again goes on; more *steps* "
+        "continue a finished run.\n\n"
         f"The LoRA lies in models/loras/g2rpo, the run in output/g2rpo/{family.name}-train."
-        + ("" if family is TINY else "\n\nOut of memory? Lower *slots*. The rewards are examples: put in what you want more of.")
+        + (
+            ""
+            if family is TINY
+            else "\n\nOut of memory? Lower *slots*. The rewards are examples: put in what you want more of."
+        )
     )
     model = load(graph, family)
     graph.column("Judges")
@@ -130,7 +176,12 @@ def train_lora(graph: Graph, family: Family) -> None:
     trained = train(graph, family, model, family.steps, judge, watch)
     graph.column("Results")
     preview(graph, trained["curve"], "Curve", (480, 400))
-    graph.add("LossGraphNode", {"loss": trained["loss"], "filename_prefix": "loss_graph"}, "Minus the reward", size=(480, 420))
+    graph.add(
+        "LossGraphNode",
+        {"loss": trained["loss"], "filename_prefix": "loss_graph"},
+        "Minus the reward",
+        size=(480, 420),
+    )
 
 
 def loop(graph: Graph, family: Family) -> None:
@@ -141,14 +192,22 @@ def loop(graph: Graph, family: Family) -> None:
         f"**The graph is the loop — {family.label}**\n\n{family.files}\n\n"
         "Every press of **Run** is one update: rollout, scores, advantages, one step of the optimizer. "
         "Set the batch count beside the Run button to 20 for 20 updates.\n\n"
-        f"*LoRA Policy* keeps the LoRA in the run {run} and goes on from there, after a restart too; with a blank *run* "
-        "every press starts anew. Its *step* output feeds the noise seed: another start noise at every update.\n\n"
-        "**Look at** the heat map, the ranked sheet, the fixed noise drawn with the updated LoRA, and the curve in *Run Monitor*. "
+        f"*LoRA Policy* keeps the LoRA in the run {run} and goes on from there, after a restart too; "
+        "with a blank *run* "
+        "every press starts anew. Its *step* output feeds the noise seed: another start noise at every "
+        "update.\n\n"
+        "**Look at** the heat map, the ranked sheet, the fixed noise drawn with the updated LoRA, and "
+        "the curve in *Run Monitor*. "
         "Change judge, prompt or branch steps between two presses as you like.\n\n"
         "For a file: right-click *Save LoRA*, Mode, Always."
     )
     model = load(graph, family)
-    settings = {"rank": family.rank, "alpha": float(family.rank), "learning_rate": family.learning_rate, "run": run}
+    settings = {
+        "rank": family.rank,
+        "alpha": float(family.rank),
+        "learning_rate": family.learning_rate,
+        "run": run,
+    }
     policy = graph.add("G2RPO_LoRAPolicy", {"model": model.model} | settings)
     graph.column("Prompt and noise")
     prompt = write_prompt(graph, family)
@@ -159,9 +218,15 @@ def loop(graph: Graph, family: Family) -> None:
     guider = guide(graph, family, policy["model"], conditioning)
     tree = rollout(graph, family, guider, noise, sigmas, latent, "2")
     judge = reward(graph, family.target)
-    scored = graph.add("G2RPO_ScoreRollout", {"rollout": tree["rollout"], "vae": model.vae, "reward": judge, "prompt": prompt}, lines=8)
+    scored = graph.add(
+        "G2RPO_ScoreRollout",
+        {"rollout": tree["rollout"], "vae": model.vae, "reward": judge, "prompt": prompt},
+        lines=8,
+    )
     graph.column("Update")
-    advantages = graph.add("G2RPO_Advantages", {"rollout": tree["rollout"], "scores": scored["scores"]}, size=(400, 290))
+    advantages = graph.add(
+        "G2RPO_Advantages", {"rollout": tree["rollout"], "scores": scored["scores"]}, size=(400, 290)
+    )
     wires = {"policy": policy["policy"], "advantages": advantages["advantages"]}
     updated = graph.add("G2RPO_UpdateLoRA", wires | {"micro_batch": family.micro_batch}, size=(400, 240))
     wires = {"lora": updated["lora"], "model": updated["model"], "name": f"{family.name}-loop"}
@@ -182,11 +247,15 @@ def resume(graph: Graph, family: Family) -> None:
     graph.column(f"Model · {family.label}")
     graph.note(
         f"**Resume and compare — {family.label}**\n\n{family.files}\n\n"
-        f"The same run as in g2rpo_train_lora_{family.name}, with {steps} steps instead of {family.steps}: press **Run** and it goes on "
-        "where that one ended: LoRA, optimizer, random draws and curve. Run that one first. Only *steps* and *eval_every* may differ.\n\n"
-        "**Look at** *Compare LoRA*: the same prompts and noises without and with the LoRA, every score's change, "
+        f"The same run as in g2rpo_train_lora_{family.name}, with {steps} steps instead of "
+        f"{family.steps}: press **Run** and it goes on "
+        "where that one ended: LoRA, optimizer, random draws and curve. Run that one first. Only "
+        "*steps* and *eval_every* may differ.\n\n"
+        "**Look at** *Compare LoRA*: the same prompts and noises without and with the LoRA, every "
+        "score's change, "
         "and whether it is more than chance. *Run Monitor* shows the curve of any run of the list.\n\n"
-        f"*Save LoRA* writes g2rpo/{name}. Then press **R**, choose it in *LoraLoaderModelOnly* and switch that on with Ctrl+B: "
+        f"*Save LoRA* writes g2rpo/{name}. Then press **R**, choose it in *LoraLoaderModelOnly* and "
+        "switch that on with Ctrl+B: "
         "the file works in every graph."
     )
     model = load(graph, family)
@@ -201,8 +270,20 @@ def resume(graph: Graph, family: Family) -> None:
     tuned = graph.add("LoraModelLoader", wires, "LoRA by wire, in the same run", size=(400, 110))
     wires = {"lora": trained["lora"], "model": model.model, "run": trained["run"]}
     graph.add("G2RPO_SaveLoRA", wires | {"name": name, "key_names": "native"}, size=(400, 200))
-    wires = {"base": model.model, "tuned": tuned["model"], "clip": model.clip, "vae": model.vae, "reward": judge}
-    settings = {"prompts": family.heldout, "negative": "", "guidance": family.cfg, "width": family.size, "height": family.size}
+    wires = {
+        "base": model.model,
+        "tuned": tuned["model"],
+        "clip": model.clip,
+        "vae": model.vae,
+        "reward": judge,
+    }
+    settings = {
+        "prompts": family.heldout,
+        "negative": "",
+        "guidance": family.cfg,
+        "width": family.size,
+        "height": family.size,
+    }
     settings |= {"num_steps": family.num_steps, "noises": 2 if family is TINY else 1, "slots": family.slots}
     compared = graph.add("G2RPO_CompareLoRA", wires | settings, size=(400, 700))
     graph.column("The file in any graph")
@@ -247,7 +328,10 @@ def main() -> None:
     found = comfy_host.comfyui_roots()
     if not found:
         parser.error(comfy_host.MISSING)
-    with tempfile.TemporaryDirectory() as folder, comfy_host.server(found[0], comfy_host.make_base(Path(folder))) as server:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        comfy_host.server(found[0], comfy_host.make_base(Path(folder))) as server,
+    ):
         schemas = server.get("/object_info")
     for name, text in make_all(schemas):
         (WORKFLOWS / f"{name}.json").write_text(text, "utf-8")

@@ -8,7 +8,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from comfy_g2rpo.rewards.shapes.vocabulary import BACKGROUND, COLOURS, NUMBERS, RELATIONS, SHAPES, Scene, Thing, describe, parse
+from comfy_g2rpo.rewards.shapes.vocabulary import (
+    BACKGROUND,
+    COLOURS,
+    NUMBERS,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    Thing,
+    describe,
+    parse,
+)
 
 SIDE = 64  # pixels
 SUPERSAMPLING = 4
@@ -68,7 +78,9 @@ def place(scene: Scene, rng: np.random.Generator) -> list[Box]:
             if not is_apart((x, y, size), boxes):
                 break
             boxes.append((x, y, size))
-        if len(boxes) == len(scene.things) and (scene.relation is None or is_related(boxes[0], boxes[1], scene.relation)):
+        if len(boxes) == len(scene.things) and (
+            scene.relation is None or is_related(boxes[0], boxes[1], scene.relation)
+        ):
             return boxes
 
 
@@ -109,7 +121,9 @@ def split_prompts(seed: int = 7) -> dict[str, list[str]]:
         distinct.update(dict.fromkeys(sample_prompts(1, rng)))
     prompts = rng.permutation(list(distinct)).tolist()
     ends = np.cumsum(list(PROMPT_LISTS.values())).tolist()
-    return {name: prompts[end - size : end] for (name, size), end in zip(PROMPT_LISTS.items(), ends, strict=True)}
+    return {
+        name: prompts[end - size : end] for (name, size), end in zip(PROMPT_LISTS.items(), ends, strict=True)
+    }
 
 
 def main() -> None:

@@ -1,10 +1,17 @@
-"""Architecture of the bundled tiny model: a Stable Diffusion 3 pipeline in a few megabytes, with untrained weights."""
+"""Architecture of the bundled tiny model: a Stable Diffusion 3 pipeline in a few megabytes, with untrained
+weights.
+"""
 
 import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderTiny,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
@@ -31,7 +38,10 @@ def byte_symbols() -> list[str]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write a CLIP tokenizer that has one token for each word; the merges spell the words out, longest first."""
+    """Write a CLIP tokenizer that has one token for each word.
+
+    The merges spell the words out, longest first.
+    """
     symbols = byte_symbols()
     merges: dict[str, None] = {}
     tokens = dict.fromkeys([*symbols, *(f"{symbol}</w>" for symbol in symbols)])
@@ -50,11 +60,15 @@ def write_tokenizer(folder: Path) -> None:
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
     """Write the tokenizer's files and read them."""
     write_tokenizer(folder)
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=PROMPT_TOKENS)
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=PROMPT_TOKENS
+    )
 
 
 def initialise_autoencoder(vae: AutoencoderTiny) -> AutoencoderTiny:
-    """Draw weights that keep activations at unit scale and start residual blocks as identities: six times fewer steps."""
+    """Draw weights that keep activations at unit scale and start residual blocks as identities: six times
+    fewer steps.
+    """
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -98,7 +112,9 @@ def make_text_encoder(width: int, tokenizer: CLIPTokenizer) -> CLIPTextModelWith
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    nn.init.normal_(encoder.get_input_embeddings().weight, std=0.3)  # CLIP's 0.02 would drown in what the first layer adds
+    nn.init.normal_(
+        encoder.get_input_embeddings().weight, std=0.3
+    )  # CLIP's 0.02 would drown in what the first layer adds
     return encoder
 
 
@@ -121,17 +137,24 @@ def make_transformer(layers: int = LAYERS) -> SD3Transformer2DModel:
 
 
 def initialise_transformer(transformer: SD3Transformer2DModel) -> SD3Transformer2DModel:
-    """Draw weights as DiT does: Xavier, and zeros where a block is modulated and where the velocity leaves."""
+    """Draw weights as DiT does: Xavier, and zeros where a block is modulated and where the velocity
+    leaves.
+    """
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear):
-            closed = name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out"
+            closed = (
+                name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear"))
+                or name == "proj_out"
+            )
             (nn.init.zeros_ if closed else nn.init.xavier_uniform_)(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return transformer
 
 
-def make_pipeline(vae: AutoencoderTiny, tokenizer: CLIPTokenizer, layers: int = LAYERS) -> StableDiffusion3Pipeline:
+def make_pipeline(
+    vae: AutoencoderTiny, tokenizer: CLIPTokenizer, layers: int = LAYERS
+) -> StableDiffusion3Pipeline:
     """Put an autoencoder and an untrained flow model into a pipeline without T5."""
     return StableDiffusion3Pipeline(
         transformer=initialise_transformer(make_transformer(layers)),
@@ -151,8 +174,15 @@ def flow_modules(pipeline: StableDiffusion3Pipeline) -> dict[str, nn.Module]:
     return {name: getattr(pipeline, name) for name in ("transformer", "text_encoder", "text_encoder_2")}
 
 
-def encode_prompts(pipeline: StableDiffusion3Pipeline, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_prompts(
+    pipeline: StableDiffusion3Pipeline, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode token ids [B, 12] as the pipeline does: tokens [B, 12, 128] and pooled [B, 128]."""
     distinct, place = ids.unique(dim=0, return_inverse=True)
-    outputs = [encoder(distinct, output_hidden_states=True) for encoder in (pipeline.text_encoder, pipeline.text_encoder_2)]
-    return torch.cat([o.hidden_states[-2] for o in outputs], -1)[place], torch.cat([o.text_embeds for o in outputs], -1)[place]
+    outputs = [
+        encoder(distinct, output_hidden_states=True)
+        for encoder in (pipeline.text_encoder, pipeline.text_encoder_2)
+    ]
+    return torch.cat([o.hidden_states[-2] for o in outputs], -1)[place], torch.cat(
+        [o.text_embeds for o in outputs], -1
+    )[place]

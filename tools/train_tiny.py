@@ -1,7 +1,8 @@
-"""Train the bundled tiny model from nothing: `python tools/train_tiny.py` rewrites models/tiny in ten minutes on two cores.
+"""Train the bundled tiny model from nothing: `python tools/train_tiny.py` rewrites models/tiny in ten minutes
+on two cores.
 
-Two stages, each cached under a hash of everything that made it: the autoencoder, then the flow model with its text encoders. The second
-one stops half-trained on purpose, so that fine-tuning has something left to do.
+Two stages, each cached under a hash of everything that made it: the autoencoder, then the flow model with its
+text encoders. The second one stops half-trained on purpose, so that fine-tuning has something left to do.
 """
 
 import argparse
@@ -62,7 +63,10 @@ class FlowSettings:
 
     seed: int = 0
     schedule: int = 6_000  # steps after which the learning rate would be down
-    snapshots: tuple[int, ...] = (2_000, 3_000)  # steps whose moving averages make up the model; the last one ends the training
+    snapshots: tuple[int, ...] = (
+        2_000,
+        3_000,
+    )  # steps whose moving averages make up the model; the last one ends the training
     batch: int = 128
     rate: float = 3e-3
     prompt_dropout: float = 0.1  # share of pictures without a prompt, so that guidance works
@@ -70,12 +74,18 @@ class FlowSettings:
     compiled: bool = True  # needs a C++ compiler, saves 40 % of the time
 
 
-QUICK = (AutoencoderSettings(pictures=64, steps=4, batch=8), FlowSettings(schedule=8, snapshots=(2, 4), batch=8, compiled=False))
+QUICK = (
+    AutoencoderSettings(pictures=64, steps=4, batch=8),
+    FlowSettings(schedule=8, snapshots=(2, 4), batch=8, compiled=False),
+)
 
 
 def cache_key(*parts: object) -> str:
     """Hash what made a file: settings, and the code that they went through."""
-    texts = [inspect.getsource(part) if callable(part) or inspect.ismodule(part) else json.dumps(part) for part in parts]
+    texts = [
+        inspect.getsource(part) if callable(part) or inspect.ismodule(part) else json.dumps(part)
+        for part in parts
+    ]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
@@ -111,10 +121,14 @@ def report(stage: str, step: int, steps: int, loss: torch.Tensor, started: float
 
 def to_images(pictures: torch.Tensor) -> torch.Tensor:
     """Turn uint8 [B, 64, 64, 3] into float [B, 3, 64, 64] in [-1, 1], channels last in memory."""
-    return pictures.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+    return (
+        pictures.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+    )
 
 
-def autoencoder_loss(vae: AutoencoderTiny, images: torch.Tensor, noise_limit: float, generator: torch.Generator) -> torch.Tensor:
+def autoencoder_loss(
+    vae: AutoencoderTiny, images: torch.Tensor, noise_limit: float, generator: torch.Generator
+) -> torch.Tensor:
     """Compute the loss of reconstructions of images [B, 3, 64, 64] from noisy latents."""
     latents = vae.encode(images).latents.float()
     levels = noise_limit * torch.rand(len(latents), 1, 1, 1, generator=generator)
@@ -129,7 +143,9 @@ def train_autoencoder(pictures: torch.Tensor, settings: AutoencoderSettings) -> 
     """Train the autoencoder on pictures [N, 64, 64, 3]."""
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed + 1)
-    vae = tiny_model.initialise_autoencoder(tiny_model.make_autoencoder()).to(memory_format=torch.channels_last)
+    vae = tiny_model.initialise_autoencoder(tiny_model.make_autoencoder()).to(
+        memory_format=torch.channels_last
+    )
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01)
     started = time.time()
     for step, index in enumerate(batches(len(pictures), settings.batch, settings.steps, generator)):
@@ -152,9 +168,20 @@ def encode_pictures(vae: AutoencoderTiny, pictures: torch.Tensor) -> torch.Tenso
         return torch.cat([vae.encode(to_images(chunk)).latents for chunk in pictures.split(250)]).float()
 
 
-def make_autoencoder(pictures: torch.Tensor, settings: AutoencoderSettings, cache: Path) -> tuple[AutoencoderTiny, torch.Tensor]:
-    """Train the autoencoder or read it from the cache; answer it with its scale set, and the scaled latents [N, 16, 8, 8]."""
-    code = (shapes_data, tiny_model.make_autoencoder, tiny_model.initialise_autoencoder, autoencoder_loss, train_autoencoder)
+def make_autoencoder(
+    pictures: torch.Tensor, settings: AutoencoderSettings, cache: Path
+) -> tuple[AutoencoderTiny, torch.Tensor]:
+    """Train the autoencoder or read it from the cache.
+
+    Answer it with its scale set, and the scaled latents [N, 16, 8, 8].
+    """
+    code = (
+        shapes_data,
+        tiny_model.make_autoencoder,
+        tiny_model.initialise_autoencoder,
+        autoencoder_loss,
+        train_autoencoder,
+    )
     path = cache / f"autoencoder-{cache_key(asdict(settings), MOMENT_WEIGHT, *code)}.safetensors"
     if not path.exists():
         vae = train_autoencoder(pictures, settings)
@@ -167,15 +194,22 @@ def make_autoencoder(pictures: torch.Tensor, settings: AutoencoderSettings, cach
 
 
 def noise_levels(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Draw sigmas [count]: logit-normal and time-shifted (Esser et al. 2024, sections 3.1 and 5.3.2), a share of them uniform."""
+    """Draw sigmas [count]: logit-normal and time-shifted (Esser et al.
+
+    2024, sections 3.1 and 5.3.2), a share of them uniform.
+    """
     level = torch.randn(count, generator=generator).sigmoid()
     shifted = SHIFT * level / (1 + (SHIFT - 1) * level)
     uniform = torch.rand(2, count, generator=generator)
     return torch.where(uniform[0] < UNIFORM_SHARE, uniform[1], shifted)
 
 
-def flow_loss(pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Compute the flow-matching loss of latents [B, 16, 8, 8]: x = (1 - sigma) latents + sigma noise has velocity noise - latents."""
+def flow_loss(
+    pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, ids: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Compute the flow-matching loss of latents [B, 16, 8, 8]: x = (1 - sigma) latents + sigma noise has
+    velocity noise - latents.
+    """
     sigma = noise_levels(len(latents), generator)
     noise = torch.randn(latents.shape, generator=generator)
     level = sigma[:, None, None, None]
@@ -191,7 +225,10 @@ def flow_loss(pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, ids: to
 
 
 def make_optimizers(modules: list[nn.Module], rate: float) -> list[torch.optim.Optimizer]:
-    """Build Muon (Jordan et al. 2024) for the matrices of attention and feed-forward layers, and AdamW for the rest."""
+    """Build Muon (Jordan et al.
+
+    2024) for the matrices of attention and feed-forward layers, and AdamW for the rest.
+    """
     matrices, others = [], []
     for module in modules:
         for name, parameter in module.named_parameters():
@@ -203,8 +240,13 @@ def make_optimizers(modules: list[nn.Module], rate: float) -> list[torch.optim.O
     ]
 
 
-def train_flow(pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, ids: torch.Tensor, settings: FlowSettings) -> None:
-    """Train the flow model on latents [N, 16, 8, 8] and token ids [N, 12]; leave the mean of the snapshots in the pipeline."""
+def train_flow(
+    pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, ids: torch.Tensor, settings: FlowSettings
+) -> None:
+    """Train the flow model on latents [N, 16, 8, 8] and token ids [N, 12].
+
+    Leave the mean of the snapshots in the pipeline.
+    """
     generator = torch.Generator().manual_seed(settings.seed + 2)
     modules = list(tiny_model.flow_modules(pipeline).values())
     weights = [parameter for module in modules for parameter in module.parameters()]
@@ -241,7 +283,16 @@ def make_model(autoencoder: AutoencoderSettings, flow: FlowSettings, cache: Path
     torch.manual_seed(flow.seed)
     pipeline = tiny_model.make_pipeline(vae, tiny_model.make_tokenizer(cache / "tokenizer"))
     modules = nn.ModuleDict(tiny_model.flow_modules(pipeline))
-    code = (shapes_data, tiny_model, autoencoder_loss, train_autoencoder, noise_levels, flow_loss, make_optimizers, train_flow)
+    code = (
+        shapes_data,
+        tiny_model,
+        autoencoder_loss,
+        train_autoencoder,
+        noise_levels,
+        flow_loss,
+        make_optimizers,
+        train_flow,
+    )
     key = cache_key(asdict(autoencoder), asdict(flow), MOMENT_WEIGHT, UNIFORM_SHARE, SHIFT, *code)
     path = cache / f"flow-{key}.safetensors"
     ids = pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
@@ -272,7 +323,9 @@ def sample(pipeline: StableDiffusion3Pipeline, prompts: list[str], seed: int) ->
 def measure(pipeline: StableDiffusion3Pipeline, count: int, seed: int = 5) -> dict[str, float]:
     """Score pictures of random prompts."""
     prompts = shapes_data.sample_prompts(count, np.random.default_rng(seed))
-    pictures = torch.cat([sample(pipeline, prompts[start : start + 64], seed + start) for start in range(0, count, 64)])
+    pictures = torch.cat(
+        [sample(pipeline, prompts[start : start + 64], seed + start) for start in range(0, count, 64)]
+    )
     scores = {"graded": agreement(pictures, prompts), "strict": strict(pictures, prompts)}
     return {name: round(values.mean().item(), 3) for name, values in scores.items()}
 
@@ -285,11 +338,15 @@ def contact_sheet(pipeline: StableDiffusion3Pipeline, columns: int = 10) -> Imag
 
 
 def write_model(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
-    """Write the pipeline's folder file by file, so that no file is ever half there; transformer and autoencoder in half precision."""
+    """Write the pipeline's folder file by file, so that no file is ever half there.
+
+    Transformer and autoencoder in half precision.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         draft = Path(name)
-        # Text encoders stay in float32: transformers loads them in the precision of their file, diffusers turns the others into float32.
+        # Text encoders stay in float32: transformers loads them in the precision of their file, diffusers
+        # turns the others into float32.
         pipeline.tokenizer([""], padding=True)  # a tokenizer's file keeps the padding of its latest call
         halves = nn.ModuleList([pipeline.transformer, pipeline.vae]).half()
         pipeline.save_pretrained(draft)
@@ -308,8 +365,14 @@ def main() -> None:
     """Train, measure and write the model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "models" / "tiny", help="folder to write")
-    parser.add_argument("--cache", type=Path, default=ROOT / "build" / "tiny", help="folder of trained stages")
-    parser.add_argument("--quick", action="store_true", help="a few steps only: the model is useless, the path to it is tested")
+    parser.add_argument(
+        "--cache", type=Path, default=ROOT / "build" / "tiny", help="folder of trained stages"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few steps only: the model is useless, the path to it is tested",
+    )
     options = parser.parse_args()
     if options.quick and options.out == ROOT / "models" / "tiny":
         parser.error("--quick makes a useless model: give it a folder of its own with --out")
@@ -318,7 +381,10 @@ def main() -> None:
     settings = QUICK if options.quick else (AutoencoderSettings(), FlowSettings())
     pipeline = make_model(*settings, options.cache)
     write_model(pipeline, options.out)
-    print(measure(pipeline, 64 if options.quick else 2048), f"{(time.process_time() - started) / 60:.1f} CPU minutes")
+    print(
+        measure(pipeline, 64 if options.quick else 2048),
+        f"{(time.process_time() - started) / 60:.1f} CPU minutes",
+    )
 
 
 if __name__ == "__main__":

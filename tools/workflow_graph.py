@@ -57,7 +57,9 @@ class Column:
 
 
 class Graph:
-    """A graph that grows from left to right: each column() begins a new column, each add() goes below the last node."""
+    """A graph that grows from left to right: each column() begins a new column, each add() goes below the
+    last node.
+    """
 
     def __init__(self, name: str, schemas: Mapping[str, Any]) -> None:
         self.name, self.schemas = name, schemas
@@ -77,7 +79,10 @@ class Graph:
         size: tuple[int, int] | None = None,
         lines: int = 4,
     ) -> Node:
-        """Add a node: `values` are sockets to connect and widgets to set, by input name; `lines` is the height of a text field."""
+        """Add a node: `values` are sockets to connect and widgets to set, by input name.
+
+        `lines` is the height of a text field.
+        """
         schema = self.schemas[kind]
         declared = inputs_of(schema)
         given = dict(values or {})
@@ -112,7 +117,9 @@ class Graph:
         self.columns[-1].nodes.append(node)
         return node
 
-    def _inputs(self, number: int, kind: str, shown: Mapping[str, Any], given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _inputs(
+        self, number: int, kind: str, shown: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
         # As the page orders them: sockets first, then the widgets, which are sockets as well.
         entries = []
         for name, spec in sorted(shown.items(), key=lambda item: is_widget(item[1])):
@@ -174,8 +181,14 @@ class Graph:
         }
         parts = []
         for key, value in whole.items():
-            rows = [json.dumps(row, ensure_ascii=False) for row in value] if key in ("nodes", "links", "groups") and value else None
-            parts.append(f'"{key}": ' + ("[\n  " + ",\n  ".join(rows) + "\n ]" if rows else json.dumps(value)))
+            rows = (
+                [json.dumps(row, ensure_ascii=False) for row in value]
+                if key in ("nodes", "links", "groups") and value
+                else None
+            )
+            parts.append(
+                f'"{key}": ' + ("[\n  " + ",\n  ".join(rows) + "\n ]" if rows else json.dumps(value))
+            )
         return "{\n " + ",\n ".join(parts) + "\n}\n"
 
     def _place(self) -> list[dict[str, Any]]:
@@ -188,7 +201,16 @@ class Graph:
                 y += node.data["size"][1] + TITLE + NODE_GAP
             top = -TITLE - GROUP_TITLE
             box = [x - GROUP_PAD, top, width + 2 * GROUP_PAD, y - TITLE - NODE_GAP + GROUP_PAD - top]
-            groups.append({"id": number, "title": column.title, "bounding": box, "color": "#3f5159", "font_size": 22, "flags": {}})
+            groups.append(
+                {
+                    "id": number,
+                    "title": column.title,
+                    "bounding": box,
+                    "color": "#3f5159",
+                    "font_size": 22,
+                    "flags": {},
+                }
+            )
             x += width + COLUMN_GAP
         return groups
 
@@ -230,7 +252,9 @@ def has_control(spec: Spec) -> bool:
 def default_of(spec: Spec) -> Any:
     """Return what a widget holds before anybody touches it."""
     choices = spec.kind if isinstance(spec.kind, list) else spec.options.get("options", [])
-    empty = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}.get(type_of(spec), next(iter(choices), None))
+    empty = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}.get(
+        type_of(spec), next(iter(choices), None)
+    )
     return spec.options.get("default", empty)
 
 
@@ -252,5 +276,10 @@ def estimate(shown: Mapping[str, Spec], outputs: int, lines: int) -> tuple[int, 
     widgets = [spec for spec in shown.values() if is_widget(spec)]
     texts = [spec for spec in widgets if spec.options.get("multiline")]
     rows = len(widgets) - len(texts) + sum(has_control(spec) for spec in widgets)
-    height = ROW * max(len(shown) - len(widgets), outputs) + WIDGET * rows + len(texts) * (10 + TEXT_LINE * lines) + MARGIN
+    height = (
+        ROW * max(len(shown) - len(widgets), outputs)
+        + WIDGET * rows
+        + len(texts) * (10 + TEXT_LINE * lines)
+        + MARGIN
+    )
     return WIDE if texts else NARROW, height

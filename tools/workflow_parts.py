@@ -1,4 +1,6 @@
-"""What the workflows are made of: the three model families with the settings that suit them, and the pieces that every graph has."""
+"""What the workflows are made of: the three model families with the settings that suit them, and the
+pieces that every graph has.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def lines_of(file: str, first: int, count: int) -> str:
     """Take some prompts of a file."""
-    prompts = (line for line in (ROOT / "prompts" / file).read_text("utf-8").splitlines() if line and not line.startswith("#"))
+    prompts = (
+        line
+        for line in (ROOT / "prompts" / file).read_text("utf-8").splitlines()
+        if line and not line.startswith("#")
+    )
     return "\n".join(islice(prompts, first, first + count))
 
 
@@ -74,7 +80,10 @@ TINY = Family(
 SD35 = Family(
     name="sd35",
     label="SD3.5 medium",
-    files="Files: checkpoints/sd3.5_medium · text_encoders/clip_l, clip_g, t5xxl_fp8_e4m3fn_scaled. Settings for a card of 24 GB.",
+    files=(
+        "Files: checkpoints/sd3.5_medium · text_encoders/clip_l, clip_g, t5xxl_fp8_e4m3fn_scaled. Settings "
+        "for a card of 24 GB."
+    ),
     size=512,
     num_steps=12,
     cfg=4.5,
@@ -99,8 +108,8 @@ SD35 = Family(
 FLUX = Family(
     name="flux",
     label="FLUX.1-dev",
-    files="Files: diffusion_models/flux1-dev (loaded as fp8) · text_encoders/clip_l, t5xxl_fp8_e4m3fn_scaled · vae/ae. "
-    "Settings for a card of 24 GB.",
+    files="Files: diffusion_models/flux1-dev (loaded as fp8) · text_encoders/clip_l, t5xxl_fp8_e4m3fn_scaled "
+    "· vae/ae. Settings for a card of 24 GB.",
     size=512,
     num_steps=12,
     cfg=1.0,
@@ -145,7 +154,12 @@ def load(graph: Graph, family: Family) -> Model:
         clip = graph.add("TripleCLIPLoader", {f"clip_name{i}": name for i, name in enumerate(names, 1)})
         return Model(checkpoint["MODEL"], clip["CLIP"], checkpoint["VAE"])
     unet = graph.add("UNETLoader", {"unet_name": "flux1-dev.safetensors", "weight_dtype": "fp8_e4m3fn"})
-    names = {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp8_e4m3fn_scaled.safetensors", "type": "flux", "device": "default"}
+    names = {
+        "clip_name1": "clip_l.safetensors",
+        "clip_name2": "t5xxl_fp8_e4m3fn_scaled.safetensors",
+        "type": "flux",
+        "device": "default",
+    }
     clip = graph.add("DualCLIPLoader", names)
     return Model(unet["MODEL"], clip["CLIP"], graph.add("VAELoader", {"vae_name": "ae.safetensors"})["VAE"])
 
@@ -161,11 +175,15 @@ def encode(graph: Graph, family: Family, clip: Socket, prompt: Socket) -> tuple[
     if family is FLUX:
         positive = graph.add("FluxGuidance", {"conditioning": positive, "guidance": 3.5})["CONDITIONING"]
     if family.cfg > 1:
-        return positive, graph.add("CLIPTextEncode", {"clip": clip, "text": ""}, "Negative prompt", lines=2)["CONDITIONING"]
+        return positive, graph.add("CLIPTextEncode", {"clip": clip, "text": ""}, "Negative prompt", lines=2)[
+            "CONDITIONING"
+        ]
     return positive, graph.add("ConditioningZeroOut", {"conditioning": positive})["CONDITIONING"]
 
 
-def guide(graph: Graph, family: Family, model: Socket, conditioning: tuple[Socket, Socket], title: str = "") -> Socket:
+def guide(
+    graph: Graph, family: Family, model: Socket, conditioning: tuple[Socket, Socket], title: str = ""
+) -> Socket:
     """Add a guider: with classifier-free guidance where the family uses it."""
     positive, negative = conditioning
     if family.cfg > 1:
@@ -186,20 +204,37 @@ def conditions(graph: Graph, family: Family, clip: Socket, prompt: Socket) -> tu
 
 def empty(graph: Graph, family: Family, count: int = 1) -> Socket:
     """Add an empty latent."""
-    return graph.add("EmptySD3LatentImage", {"width": family.size, "height": family.size, "batch_size": count})["LATENT"]
+    return graph.add(
+        "EmptySD3LatentImage", {"width": family.size, "height": family.size, "batch_size": count}
+    )["LATENT"]
 
 
 def schedule(graph: Graph, family: Family, model: Socket) -> Socket:
     """Add the noise levels."""
-    return graph.add("BasicScheduler", {"model": model, "scheduler": "simple", "steps": family.num_steps, "denoise": 1.0})["SIGMAS"]
+    return graph.add(
+        "BasicScheduler", {"model": model, "scheduler": "simple", "steps": family.num_steps, "denoise": 1.0}
+    )["SIGMAS"]
 
 
 def draw(
-    graph: Graph, family: Family, model: Model, tuned: Socket, conditioning: tuple[Socket, Socket], seed: int, latent: Socket
+    graph: Graph,
+    family: Family,
+    model: Model,
+    tuned: Socket,
+    conditioning: tuple[Socket, Socket],
+    seed: int,
+    latent: Socket,
 ) -> Socket:
     """Add core's usual sampler and the decoder; return the pictures."""
     wires = {"model": tuned, "positive": conditioning[0], "negative": conditioning[1], "latent_image": latent}
-    settings = {"seed": seed, "steps": family.num_steps, "cfg": family.cfg, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    settings = {
+        "seed": seed,
+        "steps": family.num_steps,
+        "cfg": family.cfg,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "denoise": 1.0,
+    }
     latents = graph.add("KSampler", wires | settings)["LATENT"]
     return graph.add("VAEDecode", {"samples": latents, "vae": model.vae})["IMAGE"]
 
@@ -217,18 +252,29 @@ def reward(graph: Graph, name: str, title: str = "") -> Socket:
 def mixed(graph: Graph, parts: tuple[tuple[str, float], tuple[str, float]], title: str = "") -> Socket:
     """Add two rewards and their mix."""
     sockets = [reward(graph, name) for name, _ in parts]
-    values = {f"reward_{i}": socket for i, socket in enumerate(sockets, 1)} | {f"weight_{i}": part[1] for i, part in enumerate(parts, 1)}
+    values = {f"reward_{i}": socket for i, socket in enumerate(sockets, 1)} | {
+        f"weight_{i}": part[1] for i, part in enumerate(parts, 1)
+    }
     return graph.add("G2RPO_MixRewards", values, title, size=(300, 620))["reward"]
 
 
-def rollout(graph: Graph, family: Family, guider: Socket, noise: Socket, sigmas: Socket, latent: Socket, strides: str) -> Node:
+def rollout(
+    graph: Graph, family: Family, guider: Socket, noise: Socket, sigmas: Socket, latent: Socket, strides: str
+) -> Node:
     """Add the rollout."""
     wires = {"guider": guider, "noise": noise, "sigmas": sigmas, "latent_image": latent}
-    settings = {"branch_steps": family.branch_steps, "group_size": family.group_size, "granularities": strides, "slots": family.slots}
+    settings = {
+        "branch_steps": family.branch_steps,
+        "group_size": family.group_size,
+        "granularities": strides,
+        "slots": family.slots,
+    }
     return graph.add("G2RPO_Rollout", wires | settings, size=(320, 340))
 
 
-def train(graph: Graph, family: Family, model: Model, steps: int, judge: Socket, heldout: Socket | None) -> Node:
+def train(
+    graph: Graph, family: Family, model: Model, steps: int, judge: Socket, heldout: Socket | None
+) -> Node:
     """Add Train LoRA; the same settings but for `steps` go on with the same run."""
     wires = {"model": model.model, "clip": model.clip, "vae": model.vae, "reward": judge}
     settings = {

@@ -25,7 +25,10 @@ RESULTS = {
     "g2rpo_graph_loop_tiny": "Ranked, best first",
     "g2rpo_resume_compare_tiny": "Before and after",
 }
-"""Workflow and the title of the preview that is kept; resuming comes after training, so that it has something to go on with."""
+"""Workflow and the title of the preview that is kept.
+
+Resuming comes after training, so that it has something to go on with.
+"""
 VOTED = "g2rpo_vote_and_train_tiny"
 """Photographed with a group in it and some votes on that."""
 RUN = Path(comfy_host.__file__).with_name("comfy_child_workflows.py")
@@ -40,7 +43,7 @@ FIT = """([width, height, left, top]) => {
     view.offset = [(left - page.x) / view.scale - x, (top - page.y) / view.scale - y]
     app.canvas.setDirty(true, true)
     return [wide * view.scale, high * view.scale]
-}"""
+}"""  # noqa: E501
 
 
 def make(comfyui: Path, folder: Path) -> None:
@@ -70,7 +73,10 @@ def results(comfyui: Path, base: Path, folder: Path) -> None:
 
 def photographs(comfyui: Path, base: Path, folder: Path) -> None:
     """Load the other graphs into the page and photograph them."""
-    with comfy_host.server(comfyui, base) as server, workflow_page.opened(server, newer_renderer=False) as page:
+    with (
+        comfy_host.server(comfyui, base) as server,
+        workflow_page.opened(server, newer_renderer=False) as page,
+    ):
         page.set_viewport_size(SIZE)
         for file in sorted(folder.glob("*.json")):
             if file.stem not in RESULTS:
@@ -87,7 +93,10 @@ def photograph(page: Any, file: Path) -> Image.Image:
     if file.stem == VOTED:
         vote(page)
     # The model files are not on this machine, which says nothing about the graph.
-    page.evaluate("() => { app.graph.nodes.forEach(node => { node.has_errors = false }); app.canvas.setDirty(true, true) }")
+    page.evaluate(
+        "() => { app.graph.nodes.forEach(node => { node.has_errors = false }); "
+        "app.canvas.setDirty(true, true) }"
+    )
     page.wait_for_timeout(300)
     clip = {"x": left - 20, "y": top - 20, "width": width + 40, "height": height + 40}
     return Image.open(BytesIO(page.screenshot(clip=clip))).convert("RGB")

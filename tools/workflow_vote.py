@@ -15,16 +15,25 @@ def vote(graph: Graph, family: Family) -> None:
     graph.column(f"Model · {family.label}")
     graph.note(
         f"**Vote and train — {family.label}**\n\n{family.files}\n\n"
-        "Press **Run**: twelve pictures are drawn and appear in *Vote*; nothing below it runs yet, and nothing waits in memory.\n\n"
-        "Click the best picture first, then the next best, as far as you like. *Vote and go on* makes one update from your votes and "
+        "Press **Run**: twelve pictures are drawn and appear in *Vote*; nothing below it runs yet, and "
+        "nothing waits in memory.\n\n"
+        "Click the best picture first, then the next best, as far as you like. *Vote and go on* makes "
+        "one update from your votes and "
         "draws the next group. Ten or twenty votes are a good beginning.\n\n"
-        "**Look at** the fixed noise drawn with the updated LoRA, and at the heat map. Keys in *Vote*: digits choose, arrows move, "
+        "**Look at** the fixed noise drawn with the updated LoRA, and at the heat map. Keys in *Vote*: "
+        "digits choose, arrows move, "
         "Enter chooses, Backspace takes back.\n\n"
         f"The run {run} in output/g2rpo keeps the LoRA and all votes; another *run* name begins anew. "
-        "Write another prompt between two votes as you like.\n\nFor a file: right-click *Save LoRA*, Mode, Always."
+        "Write another prompt between two votes as you like.\n\nFor a file: right-click *Save LoRA*, "
+        "Mode, Always."
     )
     model = load(graph, family)
-    settings = {"rank": family.rank, "alpha": float(family.rank), "learning_rate": FASTER * family.learning_rate, "run": run}
+    settings = {
+        "rank": family.rank,
+        "alpha": float(family.rank),
+        "learning_rate": FASTER * family.learning_rate,
+        "run": run,
+    }
     policy = graph.add("G2RPO_LoRAPolicy", {"model": model.model} | settings)
     graph.column("Prompt and noise")
     prompt = write_prompt(graph, family)
@@ -34,14 +43,21 @@ def vote(graph: Graph, family: Family) -> None:
     graph.column("Rollout")
     guider = guide(graph, family, policy["model"], conditioning)
     wires = {"guider": guider, "noise": noise, "sigmas": sigmas, "latent_image": latent}
-    settings = {"branch_steps": BRANCH_STEPS, "group_size": GROUP_SIZE, "granularities": "1", "slots": family.slots}
+    settings = {
+        "branch_steps": BRANCH_STEPS,
+        "group_size": GROUP_SIZE,
+        "granularities": "1",
+        "slots": family.slots,
+    }
     tree = graph.add("G2RPO_Rollout", wires | settings, size=(320, 340))
     pictures = graph.add("VAEDecode", {"samples": tree["completions"], "vae": model.vae})["IMAGE"]
     graph.column("You are the judge")
     wires = {"rollout": tree["rollout"], "pictures": pictures, "prompt": prompt, "run": run}
     voted = graph.add("G2RPO_VoteRollout", wires, size=(560, 760))
     graph.column("Update")
-    advantages = graph.add("G2RPO_Advantages", {"rollout": tree["rollout"], "scores": voted["scores"]}, size=(400, 290))
+    advantages = graph.add(
+        "G2RPO_Advantages", {"rollout": tree["rollout"], "scores": voted["scores"]}, size=(400, 290)
+    )
     wires = {"policy": policy["policy"], "advantages": advantages["advantages"]}
     updated = graph.add("G2RPO_UpdateLoRA", wires | {"micro_batch": family.micro_batch}, size=(400, 240))
     wires = {"lora": updated["lora"], "model": updated["model"], "name": f"{family.name}-vote"}

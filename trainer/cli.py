@@ -1,4 +1,6 @@
-"""The command line: `g2rpo train | plan | sample | score | compare | vote | export | check-lora | report | options | version`."""
+"""The command line: `g2rpo train | plan | sample | score | compare | vote | export | check-lora | report |
+options | version`.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,18 @@ app = typer.Typer(
 
 Recipe = Annotated[
     str,
-    typer.Argument(metavar="RECIPE", help="A YAML file, or a bundled one: demo, demo_multi, demo_gated, sd35_medium, flux_dev."),
+    typer.Argument(
+        metavar="RECIPE",
+        help="A YAML file, or a bundled one: demo, demo_multi, demo_gated, sd35_medium, flux_dev.",
+    ),
 ]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe, such as method.eta=0.5.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe, such as method.eta=0.5."),
 ]
-Preset = Annotated[str | None, typer.Option(help="Settings for a card of this size: 8gb, 12gb, 16gb, 24gb, 48gb, 80gb.")]
+Preset = Annotated[
+    str | None, typer.Option(help="Settings for a card of this size: 8gb, 12gb, 16gb, 24gb, 48gb, 80gb.")
+]
 
 
 WAITING = 3  # exit code of a run that waits for votes
@@ -52,12 +60,20 @@ class CommandError(ValueError):
 @app.command()
 def train(
     recipe: Recipe,
-    out: Annotated[Path | None, typer.Option(help="Run folder [default: the recipe's, or runs/<recipe>].")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
-    replace: Annotated[bool, typer.Option("--replace", help="Remove a former run in that folder first.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder [default: the recipe's, or runs/<recipe>].")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")
+    ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Remove a former run in that folder first.")
+    ] = False,
     settings: Settings = None,
     preset: Preset = None,
-    force: Annotated[bool, typer.Option("--force", help="Start even if memory will not be enough by estimate.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start even if memory will not be enough by estimate.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
 ) -> None:
     """Train a LoRA by a recipe; Ctrl-C stops it and --resume goes on."""
@@ -81,14 +97,23 @@ def train(
     try:
         summary = run(config, folder, resume=resume, replace=replace, progress=progress)
         if summary and not quiet:
-            typer.echo(f"LoRA: {folder / summary['lora']}\nsee {folder / 'before_after.png'} and {folder / 'curves.png'}")
+            typer.echo(
+                f"LoRA: {folder / summary['lora']}\nsee {folder / 'before_after.png'} and "
+                f"{folder / 'curves.png'}"
+            )
     except KeyboardInterrupt:
         progress.close()
         typer.echo(f"interrupted; continue with: {resume_command(recipe, folder, settings or [])}", err=True)
         raise typer.Exit(130) from None
     except UnvotedError:
         progress.close()
-        typer.echo(f"vote with: g2rpo vote {shlex.quote(str(folder))}, then: {resume_command(recipe, folder, settings or [])}", err=True)
+        typer.echo(
+            (
+                f"vote with: g2rpo vote {shlex.quote(str(folder))}, then: "
+                f"{resume_command(recipe, folder, settings or [])}"
+            ),
+            err=True,
+        )
         raise typer.Exit(WAITING) from None
     finally:
         progress.close()
@@ -118,25 +143,47 @@ def plan(recipe: Recipe, settings: Settings = None, preset: Preset = None) -> No
 @app.command()
 def sample(
     prompt: Annotated[list[str], typer.Option(help="What to draw; repeat for several pictures.")],
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="Recipe, or run folder, whose model and schedule are used.")] = "demo",
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|RUN", help="Recipe, or run folder, whose model and schedule are used."
+        ),
+    ] = "demo",
     model: Annotated[str | None, typer.Option(help="Folder of another model.")] = None,
     lora: Annotated[Path | None, typer.Option(help="LoRA file [default for a run: its result].")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the start noise.")] = 0,
-    tail: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps, the last ones, that runs without the LoRA.")] = 0.0,
-    image: Annotated[list[Path] | None, typer.Option(help="Picture that a prompt starts from; one for all, or as many as prompts.")] = None,
-    out: Annotated[Path, typer.Option(help="PNG to write; several are numbered, clips lie beside as WebP.")] = Path("sample.png"),
+    tail: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of the steps, the last ones, that runs without the LoRA."),
+    ] = 0.0,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="Picture that a prompt starts from; one for all, or as many as prompts."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="PNG to write; several are numbered, clips lie beside as WebP.")
+    ] = Path("sample.png"),
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite existing pictures.")] = False,
     settings: Settings = None,
 ) -> None:
     """Draw pictures with a model, with or without a LoRA."""
     images = image or []
     if len(images) not in (0, 1, len(prompt)):
-        raise CommandError(f"--image is given {len(images)} times for {len(prompt)} prompts; give one for all, or one for each")
-    places = [out] if len(prompt) == 1 else [out.with_name(f"{out.stem}-{i:03d}{out.suffix}") for i in range(len(prompt))]
+        raise CommandError(
+            f"--image is given {len(images)} times for {len(prompt)} prompts; give one for all, or one "
+            "for each"
+        )
+    places = (
+        [out]
+        if len(prompt) == 1
+        else [out.with_name(f"{out.stem}-{i:03d}{out.suffix}") for i in range(len(prompt))]
+    )
     for place in places:
         if place.exists() and not replace:
             raise CommandError(f"{place} exists; choose another --out, or give --replace")
-    config, own_lora = configuration(recipe, [*(settings or []), *([f"model.path={json.dumps(model)}"] if model else [])])
+    config, own_lora = configuration(
+        recipe, [*(settings or []), *([f"model.path={json.dumps(model)}"] if model else [])]
+    )
     quieten_libraries()
     from comfy_g2rpo.prompts import starting, with_columns
     from comfy_g2rpo.run.folder import save_picture
@@ -147,7 +194,10 @@ def sample(
     asked: list[str] = list(prompt)
     if images:
         pairs = zip(prompt, images * (len(prompt) // len(images)), strict=True)
-        asked = [starting(with_columns(text, {"image": str(file)}, "--image"), Path(), "--image") for text, file in pairs]
+        asked = [
+            starting(with_columns(text, {"image": str(file)}, "--image"), Path(), "--image")
+            for text, file in pairs
+        ]
     for place, picture in zip(places, draw(config, asked, seed, lora or own_lora, tail), strict=True):
         save_picture(place, levels(picture) if picture.ndim == 4 else picture)
         typer.echo(place)
@@ -192,7 +242,9 @@ def version() -> None:
 
 
 def configuration(source: str, settings: list[str]) -> tuple[Config, Path | None]:
-    """Load a recipe, or what a run was made with together with its LoRA: the best where the watch ended it, else the newest."""
+    """Load a recipe, or what a run was made with together with its LoRA: the best where the watch ended
+    it, else the newest.
+    """
     from comfy_g2rpo.run.folder import RunFolder, is_run
 
     from .config.reading import apply_overrides, from_dict, load
@@ -205,9 +257,15 @@ def configuration(source: str, settings: list[str]) -> tuple[Config, Path | None
 
 
 def quieten_libraries() -> None:
-    """Keep the model libraries' bars and notices out of the display, and the libraries themselves off the network."""
+    """Keep the model libraries' bars and notices out of the display, and the libraries themselves off the
+    network.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for name, value in {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}.items():
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
+        "HF_HUB_OFFLINE": "1",
+    }.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     import diffusers
@@ -224,7 +282,10 @@ def resume_command(recipe: str, folder: Path, settings: list[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; what a user can mend becomes one line and exit code 2, anything else keeps its traceback."""
+    """Run a command.
+
+    What a user can mend becomes one line and exit code 2, anything else keeps its traceback.
+    """
     try:
         app(arguments)
     except (ValueError, OSError) as error:
@@ -234,7 +295,10 @@ def main(arguments: list[str] | None = None) -> None:
     except RuntimeError as error:
         if "out of memory" not in str(error).lower():
             raise
-        explain("out of memory, even for one latent at a time; g2rpo plan RECIPE says what is needed, --preset SIZE fits a smaller card")
+        explain(
+            "out of memory, even for one latent at a time; g2rpo plan RECIPE says what is needed, "
+            "--preset SIZE fits a smaller card"
+        )
 
 
 def ours(traceback: TracebackType | None) -> bool:

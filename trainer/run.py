@@ -1,4 +1,6 @@
-"""The headless host of a run: models from disk, processes through accelerate, Ctrl-C, and the report at the end."""
+"""The headless host of a run: models from disk, processes through accelerate, Ctrl-C, and the report at
+the end.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,13 @@ from .reports.report import write_report
 from .rewards.build import build_all
 
 
-def train(config: Config, out: Path, *, resume: bool = False, replace: bool = False, progress: Progress) -> dict[str, Any]:
-    """Run or continue a run in the folder `out` and return its summary; a stop leaves a checkpoint of the last finished step."""
+def train(
+    config: Config, out: Path, *, resume: bool = False, replace: bool = False, progress: Progress
+) -> dict[str, Any]:
+    """Run or continue a run in the folder `out` and return its summary.
+
+    A stop leaves a checkpoint of the last finished step.
+    """
     accelerator = Accelerator(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
     main = accelerator.is_main_process
     if main:
@@ -66,12 +73,19 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
     keep_freed_memory()
     if config.train.prompts_per_step % accelerator.num_processes:
         count = accelerator.num_processes
-        raise ValueError(f"train.prompts_per_step is {config.train.prompts_per_step}; {count} processes need a multiple of {count}")
+        raise ValueError(
+            f"train.prompts_per_step is {config.train.prompts_per_step}; {count} processes need a "
+            f"multiple of {count}"
+        )
     if accelerator.num_processes > 1 and any(reward.name == VOTES for reward in config.rewards):
-        raise ValueError("rewards has votes, for which a run waits by stopping, and that needs a single process; start one")
+        raise ValueError(
+            "rewards has votes, for which a run waits by stopping, and that needs a single process; start one"
+        )
     recipe = make_recipe(config)
     heldout = Path(config.prompts.heldout) if config.prompts.heldout else None
-    prompts = load_prompts(Path(config.prompts.train), heldout, config.prompts.heldout_share, config.train.seed)
+    prompts = load_prompts(
+        Path(config.prompts.train), heldout, config.prompts.heldout_share, config.train.seed
+    )
     rewards, judges = build_all(config, accelerator.device, run)
     if config.memory.rewards_in_turn:
         alone = {reward.name: in_turn(reward, accelerator.device) for reward in (*rewards, *judges)}
@@ -80,10 +94,17 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
     rank_guard.check(make_speed(config), rewards)
     pace = make_pace(config)
     policy = load_policy(config, accelerator.device, prompts_ahead(prompts, pace))
-    policy.add_lora(config.lora.rank, config.lora.alpha, config.train.seed, config.lora.targets != "attention")
+    policy.add_lora(
+        config.lora.rank, config.lora.alpha, config.train.seed, config.lora.targets != "attention"
+    )
     if config.lora.init:
-        continue_from(policy, Path(config.lora.init), config.lora.alpha / config.lora.rank, config.model.family)
-    shape, preview = policy.latent_shape(config.model.width, config.model.height), preview_shape(pace, policy.latent_shape)
+        continue_from(
+            policy, Path(config.lora.init), config.lora.alpha / config.lora.rank, config.model.family
+        )
+    shape, preview = (
+        policy.latent_shape(config.model.width, config.model.height),
+        preview_shape(pace, policy.latent_shape),
+    )
     return Setup(
         recipe=recipe,
         optimizer=make_optimizer,
@@ -106,7 +127,10 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
             "g2rpo.version": __version__,
             "g2rpo.base_model": Path(config.model.transformer or config.model.path).name,
             "g2rpo.family": str(config.model.family),
-            "g2rpo.base_loras": ", ".join(f"{worn.strength:g} {Path(worn.path).name}" for worn in config.model.lora) or "none",
+            "g2rpo.base_loras": ", ".join(
+                f"{worn.strength:g} {Path(worn.path).name}" for worn in config.model.lora
+            )
+            or "none",
             "g2rpo.recipe": config.method.name,
             "g2rpo.rewards": ", ".join(map(described, config.rewards)),
         },
@@ -128,7 +152,11 @@ def world(accelerator: Accelerator) -> World:
     return World(
         index=accelerator.process_index,
         count=accelerator.num_processes,
-        gather=lambda scores: accelerator.gather(scores.transpose(0, 1).contiguous().to(accelerator.device)).cpu().transpose(0, 1),
+        gather=lambda scores: (
+            accelerator.gather(scores.transpose(0, 1).contiguous().to(accelerator.device))
+            .cpu()
+            .transpose(0, 1)
+        ),
         reduce=lambda grad: accelerator.reduce(grad, reduction="mean"),
         wait=accelerator.wait_for_everyone,
     )
@@ -141,7 +169,9 @@ def load_policy(config: Config, device: torch.device | str, prompts: Sequence[st
     """
 
     def load() -> Any:
-        policy: Any = families.load(config.model, model_folder(config.model.path, bool(config.model.transformer)), "cpu")
+        policy: Any = families.load(
+            config.model, model_folder(config.model.path, bool(config.model.transformer)), "cpu"
+        )
         for worn in config.model.lora:
             add_frozen(policy.transformer, Path(worn.path), worn.strength, config.model.family)
         return policy
@@ -150,7 +180,10 @@ def load_policy(config: Config, device: torch.device | str, prompts: Sequence[st
 
 
 def continue_from(policy: FamilyPolicy, path: Path, scale: float, family: str | None = None) -> None:
-    """Start from a LoRA file of any form; what it lacks in rank or modules stays fresh, a scale that differs is folded into B."""
+    """Start from a LoRA file of any form.
+
+    What it lacks in rank or modules stays fresh, a scale that differs is folded into B.
+    """
     ours = policy.pairs()
     theirs = start_from(path, {name: (len(up), *down.shape) for name, (down, up) in ours.items()}, family)
     with torch.no_grad():
@@ -161,7 +194,11 @@ def continue_from(policy: FamilyPolicy, path: Path, scale: float, family: str | 
 
 def open_run(config: Config, out: Path, resume: bool, replace: bool) -> RunFolder:
     """Create the run folder, or open it and see that it was made by the same configuration."""
-    return RunFolder.reopen(out, dump(config), defaults()) if resume else RunFolder.create(out, dump(config), replace)
+    return (
+        RunFolder.reopen(out, dump(config), defaults())
+        if resume
+        else RunFolder.create(out, dump(config), replace)
+    )
 
 
 class Stopped(KeyboardInterrupt):
@@ -170,7 +207,10 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[str], None]]:
-    """Turn the first Ctrl-C into a stop at the next forward, so that no update is torn; the second one stops at once."""
+    """Turn the first Ctrl-C into a stop at the next forward, so that no update is torn.
+
+    The second one stops at once.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield lambda phase: None

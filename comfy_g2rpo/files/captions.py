@@ -1,4 +1,6 @@
-"""What a picture on disk was asked to show: our own note in a PNG, a text file beside it, ComfyUI's graph, or a web UI's parameters."""
+"""What a picture on disk was asked to show: our own note in a PNG, a text file beside it, ComfyUI's graph,
+or a web UI's parameters.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ MAX_TEXT_FILE = 100_000
 
 
 def caption_of(path: Path) -> tuple[str, str]:
-    """Find a picture's prompt and say where: "note", "txt", "comfyui", "parameters"; blank and "" where there is none."""
+    """Find a picture's prompt and say where: "note", "txt", "comfyui", "parameters".
+
+    Blank and "" where there is none.
+    """
     chunks = texts(path) if path.suffix.lower() == ".png" else {}
     candidates = (
         ("note", lambda: noted(chunks.get(CHUNK, ""))),
@@ -78,7 +83,10 @@ def of_parameters(text: str) -> str:
 
 
 def of_graph(graph: Any) -> str:
-    """Follow the positive conditioning of a ComfyUI graph to its text; blank unless exactly one text is found."""
+    """Follow the positive conditioning of a ComfyUI graph to its text.
+
+    Blank unless exactly one text is found.
+    """
     if not isinstance(graph, dict):
         return ""
     found: dict[str, None] = {}

@@ -45,11 +45,18 @@ class PictureError(ValueError):
 
 
 def listed(folder: Path, deep: bool = False) -> list[Path]:
-    """List the pictures of a folder, and of the folders in it where `deep`; hidden ones and links to elsewhere are left out."""
+    """List the pictures of a folder, and of the folders in it where `deep`.
+
+    Hidden ones and links to elsewhere are left out.
+    """
     root = Path(folder).resolve()
     found = (path for path in root.glob("**/*" if deep else "*") if path.suffix.lower() in SUFFIXES)
     kept = [path for path in found if path.is_file() and path.resolve().is_relative_to(root)]
-    visible = [path.relative_to(root) for path in kept if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    visible = [
+        path.relative_to(root)
+        for path in kept
+        if not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
     return [Path(folder) / path for path in sorted(visible, key=lambda path: natural(str(path)))]
 
 
@@ -60,16 +67,22 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Read a picture's width and height from its header, as `read` will give them (of a PNG without looking behind its pixels)."""
+    """Read a picture's width and height from its header, as `read` will give them (of a PNG without
+    looking behind its pixels).
+    """
     with opened(path) as image:
         width, height = image.size
         # Asked for its EXIF, a PNG without any is read to its end.
-        turned = (image.format != "PNG" or "exif" in image.info) and image.getexif().get(ORIENTATION) in TURNED
+        turned = (image.format != "PNG" or "exif" in image.info) and image.getexif().get(
+            ORIENTATION
+        ) in TURNED
         return (height, width) if turned else (width, height)
 
 
 def read(path: Path) -> Tensor:
-    """Read a picture as [H, W, 3] float32 in [0, 1]: its first frame, turned upright, alpha left out as ComfyUI does."""
+    """Read a picture as [H, W, 3] float32 in [0, 1]: its first frame, turned upright, alpha left out as
+    ComfyUI does.
+    """
     with opened(path) as image:
         return torch.from_numpy(levels(ImageOps.exif_transpose(image)))
 
@@ -82,7 +95,8 @@ def opened(path: Path) -> Iterator[Image.Image]:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise PictureError(
-                    f"{path} has {width} × {height} pixels; at most {MAX_PIXELS // 10**6} megapixels are read, make it smaller"
+                    f"{path} has {width} × {height} pixels; at most {MAX_PIXELS // 10**6} megapixels "
+                    "are read, make it smaller"
                 )
             yield image
     except PictureError:
@@ -93,11 +107,15 @@ def opened(path: Path) -> Iterator[Image.Image]:
         # Without a number it is Pillow that speaks of the content, not the system of the file.
         if error.errno is None:
             raise PictureError(f"{path} is damaged: {error}; save or download it again") from error
-        raise PictureError(f"cannot read {path}: {(error.strerror or str(error)).lower()}; check the path") from error
+        raise PictureError(
+            f"cannot read {path}: {(error.strerror or str(error)).lower()}; check the path"
+        ) from error
 
 
 def levels(image: Image.Image) -> np.ndarray:
-    """Turn any mode into [H, W, 3] in [0, 1]: 16-bit grey by 65535, floating-point grey as it is or by 255."""
+    """Turn any mode into [H, W, 3] in [0, 1]: 16-bit grey by 65535, floating-point grey as it is or by
+    255.
+    """
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0, neginf=0.0)
         top = 65535.0 if image.mode != "F" else 255.0 if grey.size and grey.max() > 1 else 1.0
@@ -108,7 +126,10 @@ def levels(image: Image.Image) -> np.ndarray:
 
 
 def texts(path: Path) -> dict[str, str]:
-    """Read the text chunks that stand before a PNG's pixels; empty for other pictures and for those that cannot be read."""
+    """Read the text chunks that stand before a PNG's pixels.
+
+    Empty for other pictures and for those that cannot be read.
+    """
     try:
         with opened(path) as image:
             return {str(key): str(value) for key, value in image.info.items() if isinstance(value, str)}
@@ -117,7 +138,9 @@ def texts(path: Path) -> dict[str, str]:
 
 
 def batches(sizes: Sequence[tuple[int, int]], count: int, pixels: int) -> list[list[int]]:
-    """Put pictures of one size together, at most `count` and about `pixels` in a batch: positions, sizes in order of appearance."""
+    """Put pictures of one size together, at most `count` and about `pixels` in a batch: positions, sizes
+    in order of appearance.
+    """
     groups: dict[tuple[int, int], list[int]] = {}
     for i, size in enumerate(sizes):
         groups.setdefault(size, []).append(i)

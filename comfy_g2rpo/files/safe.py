@@ -1,4 +1,6 @@
-"""Files that are whole or absent: tensors, JSON and bytes are written beside their target and moved into place."""
+"""Files that are whole or absent: tensors, JSON and bytes are written beside their target and moved into
+place.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise RunError(f"cannot write {path}: {reason}; make room or choose another folder (--out)") from error
+        raise RunError(
+            f"cannot write {path}: {reason}; make room or choose another folder (--out)"
+        ) from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -75,7 +79,9 @@ def spelt_out(part: Any) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file whole or not at all; NaN becomes null."""
-    write_bytes(path, (json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_bytes(
+        path, (json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    )
 
 
 def read_json(path: Path) -> Any:
@@ -83,7 +89,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise RunError(f"cannot read {path}: {(error.strerror or str(error)).lower()}; is this a run folder?") from error
+        raise RunError(
+            f"cannot read {path}: {(error.strerror or str(error)).lower()}; is this a run folder?"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged (not JSON); restore it or start a new run") from error
 
@@ -96,9 +104,14 @@ def read_table(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file whole or not at all."""
-    ready = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    ready = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
     write_bytes(path, save_tensors(ready, {"format": "pt", **(metadata or {})}))
 
 
@@ -109,10 +122,15 @@ def read_header(path: Path) -> dict[str, Any]:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= HEADER_BYTES:
-                raise FileError(f"{path} is not a safetensors file (its header claims {length} bytes); choose another file")
+                raise FileError(
+                    f"{path} is not a safetensors file (its header claims {length} bytes); choose "
+                    "another file"
+                )
             header = json.loads(file.read(length).decode("utf-8"))
     except OSError as error:
-        raise FileError(f"cannot read {path}: {(error.strerror or str(error)).lower()}; check the path") from error
+        raise FileError(
+            f"cannot read {path}: {(error.strerror or str(error)).lower()}; check the path"
+        ) from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, FileError):
             raise

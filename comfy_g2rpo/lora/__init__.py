@@ -1,10 +1,12 @@
 """LoRA files: the key grammar, safe reading, and one strength in every loader.
 
-    diffusers style   transformer.<module>.{lora_A.weight, lora_B.weight, alpha}               ComfyUI maps these for SD3, FLUX, Qwen-Image
-    native style      diffusion_model.<module>.{lora_down.weight, lora_up.weight, alpha}       any model that ComfyUI samples
+    diffusers style   transformer.<module>.{lora_A.weight, lora_B.weight, alpha}               ComfyUI maps
+    these for SD3, FLUX, Qwen-Image native style      diffusion_model.<module>.{lora_down.weight,
+    lora_up.weight, alpha}       any model that ComfyUI samples
 
-Loaders disagree on a file whose alpha differs from its rank: ComfyUI reads `.alpha`, diffusers' SD3 loader ignores it and takes 1 as scale,
-silently. So the scale alpha/rank is multiplied into the up matrix, `.alpha` says rank, and every loader arrives at the trained strength.
+Loaders disagree on a file whose alpha differs from its rank: ComfyUI reads `.alpha`, diffusers' SD3 loader
+ignores it and takes 1 as scale, silently. So the scale alpha/rank is multiplied into the up matrix, `.alpha`
+says rank, and every loader arrives at the trained strength.
 """
 
 from __future__ import annotations
@@ -37,7 +39,10 @@ class LoraError(FileError):
 
 @dataclass(frozen=True)
 class Lora:
-    """What a file holds: by module (down [rank, in …], up [out, rank …]) and alpha; the change of a weight is alpha/rank · up · down."""
+    """What a file holds: by module (down [rank, in …], up [out, rank …]) and alpha.
+
+    The change of a weight is alpha/rank · up · down.
+    """
 
     pairs: dict[str, tuple[Tensor, Tensor]]
     alphas: dict[str, float]
@@ -47,10 +52,16 @@ class Lora:
     def delta(self, module: str) -> Tensor:
         """Compute a module's change of weight."""
         down, up = self.pairs[module]
-        return self.alphas[module] / len(down) * (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:])
+        return (
+            self.alphas[module]
+            / len(down)
+            * (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:])
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what diffusers' `load_lora_weights` takes: its SD3 loader refuses `.alpha` keys, the scale is in the up matrix."""
+        """Return what diffusers' `load_lora_weights` takes: its SD3 loader refuses `.alpha` keys, the
+        scale is in the up matrix.
+        """
         weights = {}
         for module, (down, up) in fold(self.pairs, self.alphas).items():
             weights[f"transformer.{module}.lora_A.weight"] = down
@@ -72,12 +83,17 @@ def write(
     rename: Rename | None = None,
     metadata: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a LoRA file whose every loader applies alpha/rank · up · down, its modules renamed; `metadata` is kept as text."""
+    """Write a LoRA file whose every loader applies alpha/rank · up · down, its modules renamed.
+
+    `metadata` is kept as text.
+    """
     tensors = named(pairs, alpha, path, style, rename)
     write_tensors(path, tensors, {key: str(value) for key, value in (metadata or {}).items()})
 
 
-def named(pairs: Pairs, alpha: float, path: Path | str, style: str = "diffusers", rename: Rename | None = None) -> dict[str, Tensor]:
+def named(
+    pairs: Pairs, alpha: float, path: Path | str, style: str = "diffusers", rename: Rename | None = None
+) -> dict[str, Tensor]:
     """Name a LoRA's tensors as its file does; `path` names it in errors."""
     if style not in STYLES:
         raise LoraError(f"LoRA style is {style!r}; choose one of: {', '.join(STYLES)}")
@@ -100,9 +116,15 @@ def read(path: Path) -> Lora:
 
 def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path | str) -> Lora:
     """Sort a LoRA's tensors by module; `path` names it in errors."""
-    style = next((name for name, (prefix, *_) in STYLES.items() if any(key.startswith(prefix) for key in tensors)), None)
+    style = next(
+        (name for name, (prefix, *_) in STYLES.items() if any(key.startswith(prefix) for key in tensors)),
+        None,
+    )
     if style is None:
-        raise LoraError(f"{path} holds no LoRA key that starts with transformer. or diffusion_model.; convert it to one of these forms")
+        raise LoraError(
+            f"{path} holds no LoRA key that starts with transformer. or diffusion_model.; convert it "
+            "to one of these forms"
+        )
     prefix, down_name, up_name = STYLES[style]
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -111,11 +133,16 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
     pairs, alphas = {}, {}
     for module, parts in found.items():
         if down_name not in parts or up_name not in parts:
-            raise LoraError(f"{path}: {prefix}{module} lacks its {up_name if down_name in parts else down_name}; save the file again")
+            raise LoraError(
+                f"{path}: {prefix}{module} lacks its {up_name if down_name in parts else down_name}; "
+                "save the file again"
+            )
         down, up = pairs[module] = parts[down_name], parts[up_name]
         alpha = parts.get("alpha", torch.tensor(float(len(down)) if down.ndim else 0.0))
         if alpha.numel() != 1:
-            raise LoraError(f"{path}: {prefix}{module}.alpha has {alpha.numel()} values; it must be one number")
+            raise LoraError(
+                f"{path}: {prefix}{module}.alpha has {alpha.numel()} values; it must be one number"
+            )
         alphas[module] = float(alpha)
         check_pair(path, module, down, up, alphas[module])
     return Lora(pairs, alphas, style, dict(metadata))
@@ -139,14 +166,31 @@ def _split(path: Path | str, key: str, prefix: str, parts: tuple[str, ...]) -> t
         if key == f"{prefix}{module}.{part}" and MODULE.fullmatch(module):
             return module, part
     form = f"{prefix}<module>.{{{', '.join(parts)}}}"
-    raise LoraError(f"{path}: key {key[:200]!a} is not of the form {form}; other kinds of adapter are not supported")
+    raise LoraError(
+        f"{path}: key {key[:200]!a} is not of the form {form}; other kinds of adapter are not supported"
+    )
 
 
 def check_pair(path: Path | str, module: str, down: Tensor, up: Tensor, alpha: float) -> None:
     """Refuse a pair that no loader could apply."""
     if not MODULE.fullmatch(module) or len(module) > MAX_NAME:
-        raise LoraError(f"{path}: module name {module[:200]!r} is refused; use {MAX_NAME} letters, digits, '_', '-' and dots at most")
+        raise LoraError(
+            f"{path}: module name {module[:200]!r} is refused; use {MAX_NAME} letters, digits, '_', "
+            "'-' and dots at most"
+        )
     if down.ndim < 2 or up.ndim < 2 or not len(down) or up.shape[1] != len(down):
-        raise LoraError(f"{path}: {module} has matrices {list(down.shape)} and {list(up.shape)}; they must be [rank, in] and [out, rank]")
-    if not (down.is_floating_point() and up.is_floating_point() and down.isfinite().all() and up.isfinite().all() and math.isfinite(alpha)):
-        raise LoraError(f"{path}: {module} holds NaN, infinite or non-float values; the training has diverged, take an earlier checkpoint")
+        raise LoraError(
+            f"{path}: {module} has matrices {list(down.shape)} and {list(up.shape)}; they must be "
+            "[rank, in] and [out, rank]"
+        )
+    if not (
+        down.is_floating_point()
+        and up.is_floating_point()
+        and down.isfinite().all()
+        and up.isfinite().all()
+        and math.isfinite(alpha)
+    ):
+        raise LoraError(
+            f"{path}: {module} holds NaN, infinite or non-float values; the training has diverged, "
+            "take an earlier checkpoint"
+        )

@@ -1,7 +1,9 @@
-"""A LoRA under other names, of another rank, or out of a fine-tuned weight. Pairs here have their scale in the up matrix.
+"""A LoRA under other names, of another rank, or out of a fine-tuned weight. Pairs here have their scale in
+the up matrix.
 
-Fusing q, k, v: the downs are stacked, the ups stand along a diagonal, and the rank is the sum; parts that share one down keep its rank.
-Splitting: every part takes its rows of up and shares down; ranks that contribute nothing to a part leave it. Both are exact.
+Fusing q, k, v: the downs are stacked, the ups stand along a diagonal, and the rank is the sum; parts that
+share one down keep its rank. Splitting: every part takes its rows of up and shares down; ranks that
+contribute nothing to a part leave it. Both are exact.
 """
 
 from __future__ import annotations
@@ -37,14 +39,22 @@ def family_of(pairs: Pairs, path: object, named: str | None = None) -> Family:
     if not fitting:
         lone = {module: size for module, size in sizes.items() if not candidates({module: size})}
         strange = next(iter(lone or sizes))
-        raise LoraError(f"{path}: {strange} is no module of a family that is known ({', '.join(FAMILIES)}) or does not go with the others")
+        raise LoraError(
+            f"{path}: {strange} is no module of a family that is known ({', '.join(FAMILIES)}) or does "
+            "not go with the others"
+        )
     if len(fitting) > 1:
-        raise LoraError(f"{path} fits {' and '.join(family.name for family in fitting)}; say which with --family")
+        raise LoraError(
+            f"{path} fits {' and '.join(family.name for family in fitting)}; say which with --family"
+        )
     return fitting[0]
 
 
 def renamed(family: Family, pairs: Pairs, naming: str) -> dict[str, Pair]:
-    """Put pairs, of either naming, under the names of one: `native` or `diffusers`; every change of weight stays what it was."""
+    """Put pairs, of either naming, under the names of one: `native` or `diffusers`.
+
+    Every change of weight stays what it was.
+    """
     if naming not in NAMINGS:
         raise LoraError(f"naming is {naming!r}; choose one of: {', '.join(NAMINGS)}")
     made: dict[str, Pair] = {}
@@ -81,19 +91,26 @@ def swapped(link: Link, pair: Pair) -> Pair:
 
 
 def fused(link: Link, parts: Mapping[int, Pair]) -> Pair:
-    """Join the pairs of a native module's parts, by place, into one; a part that is missing changes nothing."""
+    """Join the pairs of a native module's parts, by place, into one.
+
+    A part that is missing changes nothing.
+    """
     if len(link.diffusers) == 1:
         return parts[0]
     units = {len(up) / link.shares[place] for place, (_, up) in parts.items()}
     columns = {down.shape[1:] for down, _ in parts.values()}
     if len(units) > 1 or len(columns) > 1:
-        raise LoraError(f"{link.native}: its parts {', '.join(link.diffusers)} have sizes that do not go together")
+        raise LoraError(
+            f"{link.native}: its parts {', '.join(link.diffusers)} have sizes that do not go together"
+        )
     unit, first = units.pop(), next(iter(parts.values()))
     rows = [round(unit * share) for share in link.shares]
     shared = all(torch.equal(first[0], down) for down, _ in parts.values())
     ranks = {place: len(down) for place, (down, _) in parts.items()}
     width = len(first[0]) if shared else sum(ranks.values())
-    up = first[1].new_zeros(sum(rows), width, *first[1].shape[2:], dtype=_widest(up for _, up in parts.values()))
+    up = first[1].new_zeros(
+        sum(rows), width, *first[1].shape[2:], dtype=_widest(up for _, up in parts.values())
+    )
     column = 0
     for place in sorted(parts):
         row = sum(rows[:place])
@@ -108,7 +125,9 @@ def split(link: Link, pair: Pair) -> dict[str, Pair]:
     if len(link.diffusers) == 1:
         return {link.diffusers[0]: pair}
     if len(up) % sum(link.shares):
-        raise LoraError(f"{link.native} has {len(up)} rows, which cannot be cut into {', '.join(link.diffusers)}")
+        raise LoraError(
+            f"{link.native} has {len(up)} rows, which cannot be cut into {', '.join(link.diffusers)}"
+        )
     unit = len(up) // sum(link.shares)
     rows = up.split([unit * share for share in link.shares])
     if not up.any():
@@ -130,7 +149,10 @@ def _widest(tensors: object) -> torch.dtype:
 
 
 def scaled(pairs: Pairs, alphas: Mapping[str, float]) -> dict[str, Pair]:
-    """Multiply every scale alpha/rank into up; a 16-bit matrix becomes float32 where the product would be rounded."""
+    """Multiply every scale alpha/rank into up.
+
+    A 16-bit matrix becomes float32 where the product would be rounded.
+    """
     made = {}
     for module, (down, up) in pairs.items():
         scale = alphas[module] / len(down)
@@ -141,7 +163,10 @@ def scaled(pairs: Pairs, alphas: Mapping[str, float]) -> dict[str, Pair]:
 
 
 def resized(pairs: Pairs, rank: int) -> tuple[dict[str, Pair], float]:
-    """Cut pairs to at most a rank by SVD; return the relative error of all changes together, in the Frobenius norm."""
+    """Cut pairs to at most a rank by SVD.
+
+    Return the relative error of all changes together, in the Frobenius norm.
+    """
     made, lost, whole = {}, 0.0, 0.0
     for module, (down, up) in pairs.items():
         q_up, r_up = torch.linalg.qr(up.flatten(1).double())
@@ -154,7 +179,10 @@ def resized(pairs: Pairs, rank: int) -> tuple[dict[str, Pair], float]:
         lost += float(values[rank:].square().sum())
         root = values[:rank].sqrt()
         new_up, new_down = q_up @ left[:, :rank] * root, root[:, None] * (right[:rank] @ q_down.T)
-        made[module] = (new_down.to(down.dtype).view(-1, *down.shape[1:]), new_up.to(up.dtype).view(len(up), -1, *up.shape[2:]))
+        made[module] = (
+            new_down.to(down.dtype).view(-1, *down.shape[1:]),
+            new_up.to(up.dtype).view(len(up), -1, *up.shape[2:]),
+        )
     return made, math.sqrt(lost / whole) if whole else 0.0
 
 
@@ -162,7 +190,10 @@ EXACT = 1024  # below this side a full SVD takes less than a second
 
 
 def extracted(change: Tensor, rank: int) -> tuple[Pair, float, float]:
-    """Approximate a change of weight [out, in …] by a pair; return it, the squared norm of what it misses and that of the change."""
+    """Approximate a change of weight [out, in …] by a pair.
+
+    Return it, the squared norm of what it misses and that of the change.
+    """
     flat = change.flatten(1).float()
     rank = min(rank, *flat.shape)
     if min(flat.shape) <= EXACT:
@@ -176,5 +207,8 @@ def extracted(change: Tensor, rank: int) -> tuple[Pair, float, float]:
     root = values[:rank].sqrt()
     up, down = left[:, :rank] * root, root[:, None] * right[:rank]
     missed = float((flat - up @ down).double().square().sum())
-    pair = down.contiguous().view(-1, *change.shape[1:]), up.contiguous().view(len(up), -1, *[1] * (change.ndim - 2))
+    pair = (
+        down.contiguous().view(-1, *change.shape[1:]),
+        up.contiguous().view(len(up), -1, *[1] * (change.ndim - 2)),
+    )
     return pair, missed, float(flat.double().square().sum())

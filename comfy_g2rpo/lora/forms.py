@@ -1,4 +1,6 @@
-"""The forms that LoRA files come in: which tensor is what, by name, and what is wrong with a file that a loader would half read."""
+"""The forms that LoRA files come in: which tensor is what, by name, and what is wrong with a file that a
+loader would half read.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,15 @@ PARTS = {
 OTHER = re.compile(
     r"\.(hada_w\d_[ab]|hada_t\d|lokr_w\d(_[ab])?|lokr_t2|lora_mid\.weight|diff|diff_b|oft_\w+|boft_\w+|lora_[AB]\.bias|reshape_weight)$"
 )
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.base_model.model.", "transformer.", "base_model.model.", "unet.", "")
+PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.base_model.model.",
+    "transformer.",
+    "base_model.model.",
+    "unet.",
+    "",
+)
 KOHYA = ("lora_unet_", "lora_transformer_", "lycoris_")
 TEXT = ("text_encoder", "text_encoders.", "lora_te", "clip_", "t5xxl.", "te1", "te2")
 
@@ -113,9 +123,15 @@ def place(key: str) -> tuple[str, str, str] | None:
 
 
 def understand(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: object, adapter: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    path: object,
+    adapter: Mapping[str, Any] | None = None,
 ) -> Reading:
-    """Sort the tensors of a LoRA file of any known form; `adapter` is the peft configuration that lies beside it."""
+    """Sort the tensors of a LoRA file of any known form.
+
+    `adapter` is the peft configuration that lies beside it.
+    """
     parts: dict[str, dict[str, Tensor]] = {}
     forms: dict[str, Form] = {}
     text, other, unknown = [], [], []
@@ -130,7 +146,9 @@ def understand(
             prefix, module, name = found
             part = PARTS[name]
             if part in parts.setdefault(module, {}):
-                raise LoraError(f"{path}: {module} has its {part} matrix twice, in two forms; remove one of them")
+                raise LoraError(
+                    f"{path}: {module} has its {part} matrix twice, in two forms; remove one of them"
+                )
             parts[module][part] = tensor
             if part == "up":
                 forms[module] = Form(prefix, name == "lora_B.weight")
@@ -174,11 +192,15 @@ def _settings(metadata: Mapping[str, str], adapter: Mapping[str, Any] | None) ->
 
 
 def _alpha(path: object, module: str, found: Mapping[str, Tensor], settings: Mapping[str, Any]) -> float:
-    """Return the alpha by which alpha/rank is the trained scale: the file's own, else peft's, else the rank."""
+    """Return the alpha by which alpha/rank is the trained scale: the file's own, else peft's, else the
+    rank.
+    """
     rank = len(found["down"]) if found["down"].ndim else 1
     if "alpha" in found:
         if found["alpha"].numel() != 1:
-            raise LoraError(f"{path}: {module}.alpha has {found['alpha'].numel()} values; it must be one number")
+            raise LoraError(
+                f"{path}: {module}.alpha has {found['alpha'].numel()} values; it must be one number"
+            )
         return float(found["alpha"])
     alpha = settings.get("lora_alpha", rank)
     patterns = settings.get("alpha_pattern")
@@ -186,7 +208,9 @@ def _alpha(path: object, module: str, found: Mapping[str, Tensor], settings: Map
         if module == name or module.endswith(f".{name}"):
             alpha = value
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise LoraError(f"{path}: lora_alpha of its peft configuration is {str(alpha)[:40]!r}; it must be a number")
+        raise LoraError(
+            f"{path}: lora_alpha of its peft configuration is {str(alpha)[:40]!r}; it must be a number"
+        )
     return float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
 
 
@@ -194,7 +218,10 @@ def in_core(family: Family, module: str, form: Form) -> str:
     """Say which ComfyUI (both, 0.33 alone, none) takes a module in the form in which it is written."""
     link = family.find(module)
     native, mapped = link is not None and module == link.native, family.in_core(module)
-    mmdit, flux, qwen, next_dit = (family.name in names for names in (("sd3",), ("flux", "flux2"), ("qwen_image",), ("z_image", "lumina2")))
+    mmdit, flux, qwen, next_dit = (
+        family.name in names
+        for names in (("sd3",), ("flux", "flux2"), ("qwen_image",), ("z_image", "lumina2"))
+    )
     takes = {
         "diffusion_model.": BOTH if native else mapped if next_dit else NONE,
         "transformer.": mapped,
@@ -219,9 +246,15 @@ def faults(reading: Reading) -> list[str]:
     """Say what keeps a file from being exported as it is."""
     made = []
     if reading.dora:
-        made.append(f"{_some(reading.dora)}: DoRA (magnitudes beside the pair), which loaders apply in different ways; train without DoRA")
+        made.append(
+            f"{_some(reading.dora)}: DoRA (magnitudes beside the pair), which loaders apply in "
+            "different ways; train without DoRA"
+        )
     if reading.other:
-        made.append(f"{_some(reading.other)}: another kind of adapter (LoHa, LoKr, LoCon, biases …), which is no pair of matrices")
+        made.append(
+            f"{_some(reading.other)}: another kind of adapter (LoHa, LoKr, LoCon, biases …), which is "
+            "no pair of matrices"
+        )
     if reading.incomplete:
         made.append(f"{_some(reading.incomplete)}: one of the two matrices is missing; save the file again")
     if reading.unknown:

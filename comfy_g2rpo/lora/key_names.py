@@ -1,7 +1,9 @@
-"""What the weights of a model are called: its native names (ComfyUI, published single files) and diffusers' names, as data.
+"""What the weights of a model are called: its native names (ComfyUI, published single files) and diffusers'
+names, as data.
 
-A link joins one native module to the diffusers modules that hold its rows, in order. Most are one to one. A native qkv holds three modules
-of diffusers, FLUX's linear1 four. Where `swaps`, the two halves of the rows (shift, scale) change places. `{}` is a block's number.
+A link joins one native module to the diffusers modules that hold its rows, in order. Most are one to one. A
+native qkv holds three modules of diffusers, FLUX's linear1 four. Where `swaps`, the two halves of the rows
+(shift, scale) change places. `{}` is a block's number.
 """
 
 from __future__ import annotations
@@ -26,7 +28,12 @@ class Link:
 
     def at(self, number: str) -> Link:
         """Name the link of one block."""
-        return Link(self.native.format(number), tuple(name.format(number) for name in self.diffusers), self.shares, self.swaps)
+        return Link(
+            self.native.format(number),
+            tuple(name.format(number) for name in self.diffusers),
+            self.shares,
+            self.swaps,
+        )
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,10 @@ class Family:
     core_lacks: frozenset[str] = frozenset()
     """Diffusers modules that it does not map all the same."""
     pipeline_takes_alpha: bool = False
-    """Whether diffusers' `load_lora_weights` takes `.alpha` beside its own names; `load_lora_adapter` always does."""
+    """Whether diffusers' `load_lora_weights` takes `.alpha` beside its own names.
+
+    `load_lora_adapter` always does.
+    """
     ratios: tuple[tuple[str, float], ...] = ()
     """Rows over columns of native modules whose names another family has, too."""
     sizes: tuple[tuple[int, int], ...] = ()
@@ -76,7 +86,9 @@ class Family:
         """Say which ComfyUI maps `transformer.<module>`."""
         known = FAMILIES[self.core_names or self.name]
         link = known.find(module)
-        lacking = link is None or module not in link.diffusers or {module, template(module)[0]} & known.core_lacks
+        lacking = (
+            link is None or module not in link.diffusers or {module, template(module)[0]} & known.core_lacks
+        )
         return NONE if lacking else known.core
 
 
@@ -122,7 +134,9 @@ SD3 = Family(
         },
         native="joint_blocks.{}.",
         diffusers="transformer_blocks.{}.",
-        swaps=["context_block.adaLN_modulation.1"],  # of the last block, whose text has but a shift and a scale
+        swaps=[
+            "context_block.adaLN_modulation.1"
+        ],  # of the last block, whose text has but a shift and a scale
     )
     + links(
         {
@@ -168,7 +182,11 @@ FLUX = Family(
         diffusers=DOUBLE["diffusers"],
     )
     + links(
-        {"linear1": "attn.to_q attn.to_k attn.to_v proj_mlp", "linear2": "proj_out", "modulation.lin": "norm.linear"},
+        {
+            "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
+            "linear2": "proj_out",
+            "modulation.lin": "norm.linear",
+        },
         native=SINGLE["native"],
         diffusers=SINGLE["diffusers"],
         shares={"linear1": (1, 1, 1, 4)},
@@ -191,7 +209,11 @@ FLUX = Family(
     signature=("vector_in.in_layer", "single_transformer_blocks.0.proj_mlp"),
     core=BOTH,
     pipeline_takes_alpha=True,
-    ratios=(("single_blocks.{}.linear1", 7), ("double_blocks.{}.img_mlp.0", 4), ("double_blocks.{}.txt_mlp.0", 4)),
+    ratios=(
+        ("single_blocks.{}.linear1", 7),
+        ("double_blocks.{}.img_mlp.0", 4),
+        ("double_blocks.{}.txt_mlp.0", 4),
+    ),
     sizes=((3072, 19),),
 )
 
@@ -225,25 +247,38 @@ FLUX2 = Family(
         native=DOUBLE["native"],
         diffusers=DOUBLE["diffusers"],
     )
-    + links({"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"}, native=SINGLE["native"], diffusers=SINGLE["diffusers"])
+    + links(
+        {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"},
+        native=SINGLE["native"],
+        diffusers=SINGLE["diffusers"],
+    )
     + links(FLUX2_GLOBAL | FLUX2_UNMAPPED, swaps=["final_layer.adaLN_modulation.1"]),
     signature=("double_stream_modulation_img.lin", "double_stream_modulation_img.linear"),
     core=NEW,
     core_lacks=frozenset(FLUX2_UNMAPPED.values()),
-    ratios=(("single_blocks.{}.linear1", 9), ("double_blocks.{}.img_mlp.0", 6), ("double_blocks.{}.txt_mlp.0", 6)),
+    ratios=(
+        ("single_blocks.{}.linear1", 9),
+        ("double_blocks.{}.img_mlp.0", 6),
+        ("double_blocks.{}.txt_mlp.0", 6),
+    ),
     sizes=((3072, 5), (4096, 8), (6144, 8)),
 )
 
 QWEN_BLOCK = (
-    "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj attn.add_v_proj attn.to_add_out "
-    "img_mlp.net.0.proj img_mlp.net.2 txt_mlp.net.0.proj txt_mlp.net.2 img_mod.1 txt_mod.1"
+    "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj attn.add_v_proj "
+    "attn.to_add_out img_mlp.net.0.proj img_mlp.net.2 txt_mlp.net.0.proj txt_mlp.net.2 img_mod.1 txt_mod.1"
 )
-QWEN_GLOBAL = "img_in txt_in proj_out norm_out.linear time_text_embed.timestep_embedder.linear_1 time_text_embed.timestep_embedder.linear_2"
+QWEN_GLOBAL = (
+    "img_in txt_in proj_out norm_out.linear time_text_embed.timestep_embedder.linear_1 "
+    "time_text_embed.timestep_embedder.linear_2"
+)
 
 QWEN_IMAGE = Family(
     "qwen_image",
     "Qwen-Image",  # ComfyUI took over diffusers' names
-    links({f"transformer_blocks.{{}}.{name}": f"transformer_blocks.{{}}.{name}" for name in QWEN_BLOCK.split()})
+    links(
+        {f"transformer_blocks.{{}}.{name}": f"transformer_blocks.{{}}.{name}" for name in QWEN_BLOCK.split()}
+    )
     + links({name: name for name in QWEN_GLOBAL.split()}),
     signature=("transformer_blocks.0.img_mod.1", "transformer_blocks.0.img_mod.1"),
     core=BOTH,
@@ -254,9 +289,20 @@ WAN = Family(
     "wan",
     "Wan 2.1 and 2.2",
     links(
-        {f"self_attn.{one}": f"attn1.{other}" for one, other in zip("qkvo", ("to_q", "to_k", "to_v", "to_out.0"), strict=True)}
-        | {f"cross_attn.{one}": f"attn2.{other}" for one, other in zip("qkvo", ("to_q", "to_k", "to_v", "to_out.0"), strict=True)}
-        | {"cross_attn.k_img": "attn2.add_k_proj", "cross_attn.v_img": "attn2.add_v_proj", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"},
+        {
+            f"self_attn.{one}": f"attn1.{other}"
+            for one, other in zip("qkvo", ("to_q", "to_k", "to_v", "to_out.0"), strict=True)
+        }
+        | {
+            f"cross_attn.{one}": f"attn2.{other}"
+            for one, other in zip("qkvo", ("to_q", "to_k", "to_v", "to_out.0"), strict=True)
+        }
+        | {
+            "cross_attn.k_img": "attn2.add_k_proj",
+            "cross_attn.v_img": "attn2.add_v_proj",
+            "ffn.0": "ffn.net.0.proj",
+            "ffn.2": "ffn.net.2",
+        },
         native="blocks.{}.",
         diffusers="blocks.{}.",
     )
@@ -283,7 +329,11 @@ NEXT_DIT = ("layers.{}.", "noise_refiner.{}.", "context_refiner.{}.")
 
 def next_dit(names: Mapping[str, str], shares: tuple[int, ...]) -> tuple[Link, ...]:
     """Make the links of the three kinds of blocks of a NextDiT."""
-    return tuple(link for prefix in NEXT_DIT for link in links(names, native=prefix, diffusers=prefix, shares={"attention.qkv": shares}))
+    return tuple(
+        link
+        for prefix in NEXT_DIT
+        for link in links(names, native=prefix, diffusers=prefix, shares={"attention.qkv": shares})
+    )
 
 
 Z_IMAGE = Family(
@@ -351,14 +401,25 @@ FAMILIES = {family.name: family for family in (SD3, FLUX, FLUX2, QWEN_IMAGE, WAN
 
 
 def candidates(modules: Mapping[str, tuple[int, int]]) -> list[Family]:
-    """List the families that have all modules (rows, columns); the published sizes decide where the names do not."""
+    """List the families that have all modules (rows, columns).
+
+    The published sizes decide where the names do not.
+    """
     fitting = [family for family in FAMILIES.values() if family.fits(modules)]
     if len(fitting) < 2 or not modules:
         return fitting
-    numbers = [int(number) for number in (template(module)[1] for module in modules if not module.startswith("single_")) if number]
+    numbers = [
+        int(number)
+        for number in (template(module)[1] for module in modules if not module.startswith("single_"))
+        if number
+    ]
     widths = {side for shape in modules.values() for side in shape}
     blocks = max(numbers, default=-1) + 1
-    sized = [family for family in fitting if any(width in widths and count == blocks for width, count in family.sizes)]
+    sized = [
+        family
+        for family in fitting
+        if any(width in widths and count == blocks for width, count in family.sizes)
+    ]
     return sized if len(sized) == 1 else fitting
 
 

@@ -1,4 +1,7 @@
-"""Rewards: what training makes more of. A new one is an object with the members of `Reward`, or a function in a `Rule`, listed here."""
+"""Rewards: what training makes more of.
+
+A new one is an object with the members of `Reward`, or a function in a `Rule`, listed here.
+"""
 
 from difflib import get_close_matches
 
@@ -16,9 +19,16 @@ REWARDS: dict[str, Reward] = {
         Rule("jpeg", jpeg, compares_across_prompts=False, note="ends in blank pictures"),
         Rule("webp", webp, compares_across_prompts=False, note="ends in blank pictures"),
         Rule("sharpness", sharpness, compares_across_prompts=False, note="ends in grain and checkerboards"),
-        Rule("colourfulness", colourfulness, compares_across_prompts=False, note="ends in saturated blotches"),
+        Rule(
+            "colourfulness", colourfulness, compares_across_prompts=False, note="ends in saturated blotches"
+        ),
         Rule("exposure", exposure, compares_across_prompts=False, note="ends in flat mid grey"),
-        Rule("symmetry", symmetry, compares_across_prompts=False, note="ends in kaleidoscopes and horizontal stripes"),
+        Rule(
+            "symmetry",
+            symmetry,
+            compares_across_prompts=False,
+            note="ends in kaleidoscopes and horizontal stripes",
+        ),
     )
 }
 
@@ -31,4 +41,15 @@ def load(name: str) -> Reward:
     return REWARDS[name]
 
 
-__all__ = ["REWARDS", "MixedReward", "Reward", "RewardError", "Rule", "check_prompts", "checked", "load", "mix", "score_all"]
+__all__ = [
+    "REWARDS",
+    "MixedReward",
+    "Reward",
+    "RewardError",
+    "Rule",
+    "check_prompts",
+    "checked",
+    "load",
+    "mix",
+    "score_all",
+]

@@ -1,4 +1,6 @@
-"""Rewards of clips: every frame judged and averaged, the worst frame, or some frames side by side as one picture."""
+"""Rewards of clips: every frame judged and averaged, the worst frame, or some frames side by side as one
+picture.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ Embed = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class OfFrames:
-    """A reward, and how it judges a clip: one of MODES. On pictures, and in every other respect, it is that reward."""
+    """A reward, and how it judges a clip: one of MODES.
+
+    On pictures, and in every other respect, it is that reward.
+    """
 
     reward: Reward
     frames: str = DEFAULT
@@ -105,7 +110,8 @@ class OfFrames:
 
 
 def judged(reward: Reward, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Score pictures [B, H, W, 3], or clips [B, F, H, W, 3] as the reward's `frames` says, by prompts [B]: [B] float32 on the CPU.
+    """Score pictures [B, H, W, 3], or clips [B, F, H, W, 3] as the reward's `frames` says, by prompts [B]:
+    [B] float32 on the CPU.
 
     Frames that it cannot judge are left out; NaN where it can judge none, or where a frame is broken.
     """
@@ -122,7 +128,10 @@ def judged(reward: Reward, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def by_frame(reward: Reward, clips: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Score every frame of clips [B, F, H, W, 3]: [B, F]. A reward that compares a group compares frames of one moment."""
+    """Score every frame of clips [B, F, H, W, 3]: [B, F].
+
+    A reward that compares a group compares frames of one moment.
+    """
     count, frames, height, width, _ = clips.shape
     if needs_group(reward):
         return torch.stack([checked(reward, clips[:, moment], prompts) for moment in range(frames)], 1)
@@ -133,7 +142,9 @@ def by_frame(reward: Reward, clips: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def described(describe: Callable[[Tensor], dict[str, Tensor]], pictures: Tensor) -> dict[str, Tensor]:
-    """Describe pictures [B, H, W, 3], or clips [B, F, H, W, 3] frame by frame: [B, D] by measure, distances of the same size."""
+    """Describe pictures [B, H, W, 3], or clips [B, F, H, W, 3] frame by frame: [B, D] by measure,
+    distances of the same size.
+    """
     if pictures.ndim != 5:
         return describe(pictures)
     found: dict[str, Any] = describe(pictures.flatten(0, 1))

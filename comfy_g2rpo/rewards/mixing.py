@@ -15,9 +15,11 @@ from .protocol import Reward, RewardError, score_all
 
 @dataclass(frozen=True)
 class MixedReward:
-    """Judge by the weighted sum, or the minimum, of several rewards in their own units; NaN where one cannot judge, or a gate fails.
+    """Judge by the weighted sum, or the minimum, of several rewards in their own units; NaN where one cannot
+    judge, or a gate fails.
 
-    For one picture at a time. Z-scores, ranks and what a gate does in training need a group to compare with: `advantages.blend`.
+    For one picture at a time. Z-scores, ranks and what a gate does in training need a group to compare with:
+    `advantages.blend`.
     """
 
     rewards: tuple[Reward, ...]
@@ -31,7 +33,9 @@ class MixedReward:
     @property
     def name(self) -> str:
         """Name the parts and their weights."""
-        parts = [f"{weight:g} {reward.name}" for weight, reward in zip(self.weights, self.rewards, strict=True)]
+        parts = [
+            f"{weight:g} {reward.name}" for weight, reward in zip(self.weights, self.rewards, strict=True)
+        ]
         return f"min({', '.join(parts)})" if self.mode == "minimum" else " + ".join(parts)
 
     @property
@@ -49,20 +53,30 @@ class MixedReward:
         return mix(score_all(self.rewards, images, prompts), self.weights, self.mode, self.gates)
 
 
-def mix(scores: Tensor, weights: Sequence[float], mode: str = "sum", gates: Sequence[float | None] = ()) -> Tensor:
+def mix(
+    scores: Tensor, weights: Sequence[float], mode: str = "sum", gates: Sequence[float | None] = ()
+) -> Tensor:
     """Mix scores [R, …] by weights [R] into their sum, or the minimum of those with a weight: […].
 
-    NaN where a score is missing or lies on the wrong side of its gate: below it or, for a negative weight, above.
+    NaN where a score is missing or lies on the wrong side of its gate: below it or, for a negative weight,
+    above.
     """
     if mode not in ("sum", "minimum"):
-        raise RewardError(f"mix is {mode[:40]!a}; single pictures can be judged by sum or minimum, the others need a group to compare with")
+        raise RewardError(
+            f"mix is {mode[:40]!a}; single pictures can be judged by sum or minimum, the others need a "
+            "group to compare with"
+        )
     weight = torch.tensor(weights, dtype=torch.float32)
     if len(weight) != len(scores):
         raise RewardError(f"weights has {len(weight)} entries for {len(scores)} rewards; give one per reward")
     if not weight.isfinite().all() or not weight.any():
-        raise RewardError(f"weights {list(weights)} must be finite and not all zero; give one number per reward")
+        raise RewardError(
+            f"weights {list(weights)} must be finite and not all zero; give one number per reward"
+        )
     if len(gates) not in (0, len(scores)):
-        raise RewardError(f"gates has {len(gates)} entries for {len(scores)} rewards; give one per reward, or none")
+        raise RewardError(
+            f"gates has {len(gates)} entries for {len(scores)} rewards; give one per reward, or none"
+        )
     if mode == "minimum":
         used = weight != 0
         mixed = (weight.view(-1, *[1] * (scores.ndim - 1)) * scores)[used].amin(0)
@@ -84,10 +98,11 @@ def standing(
     gates: Sequence[float | None] = (),
     groups: Sequence[str] | None = None,
 ) -> Tensor:
-    """Return one score [N] per picture of scores [R, N]; pictures of one name in `groups` are compared with one another, else all are.
+    """Return one score [N] per picture of scores [R, N]; pictures of one name in `groups` are compared with
+    one another, else all are.
 
-    A single reward without a gate keeps its own units, and so does `sum`; the other mixes are relative to the pictures given. NaN where a
-    reward cannot judge a picture though it judges others of the group.
+    A single reward without a gate keeps its own units, and so does `sum`; the other mixes are relative to the
+    pictures given. NaN where a reward cannot judge a picture though it judges others of the group.
     """
     if not all(map(math.isfinite, weights)):
         raise RewardError(f"weights {list(weights)} must be finite; give one number per reward")
@@ -96,10 +111,15 @@ def standing(
     names = [""] * scores.shape[1] if groups is None else list(groups)
     made = torch.full((scores.shape[1],), math.nan)
     for name in dict.fromkeys(names):
-        members = [i for i, other in enumerate(names) if other == name] if groups is not None else list(range(len(names)))
+        members = (
+            [i for i, other in enumerate(names) if other == name]
+            if groups is not None
+            else list(range(len(names)))
+        )
         if mix == "rank_product" and len(members) > MAX_RANKED:
             raise RewardError(
-                f"mix is rank_product for {len(members)} pictures; at most {MAX_RANKED} are ranked, choose zscore or give fewer"
+                f"mix is rank_product for {len(members)} pictures; at most {MAX_RANKED} are ranked, "
+                "choose zscore or give fewer"
             )
         made[members] = of_group(scores[:, members], weights, mix, gates)
     return made

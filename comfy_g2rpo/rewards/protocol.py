@@ -17,10 +17,11 @@ class RewardError(ValueError):
 
 
 class Reward(Protocol):
-    """Judge images [B, H, W, 3] float32 in [0, 1] by their prompts: scores float32 [B], higher is better, NaN = cannot judge.
+    """Judge images [B, H, W, 3] float32 in [0, 1] by their prompts: scores float32 [B], higher is better, NaN
+    = cannot judge.
 
-    It may also have `needs_group`, `runs_elsewhere`, `cancel`, `may_abstain`, `settle`, `module`, `note` and `embed`; the functions
-    below say what each means.
+    It may also have `needs_group`, `runs_elsewhere`, `cancel`, `may_abstain`, `settle`, `module`, `note` and
+    `embed`; the functions below say what each means.
     """
 
     @property
@@ -61,7 +62,9 @@ class Rule:
 
 
 def needs_group(reward: Reward) -> bool:
-    """Say whether a reward must see all pictures of a prompt's group in one call, as a pairwise judge and votes must."""
+    """Say whether a reward must see all pictures of a prompt's group in one call, as a pairwise judge and
+    votes must.
+    """
     return bool(getattr(reward, "needs_group", False))
 
 
@@ -71,7 +74,9 @@ def runs_elsewhere(reward: Reward) -> bool:
 
 
 def may_abstain(reward: Reward) -> bool:
-    """Say whether a score that is missing is an opinion withheld, as with people, and no failure of the judge."""
+    """Say whether a score that is missing is an opinion withheld, as with people, and no failure of the
+    judge.
+    """
     return bool(getattr(reward, "may_abstain", False))
 
 
@@ -98,12 +103,17 @@ def note_of(reward: Reward) -> str:
 
 
 def embedder(rewards: Sequence[Reward]) -> Callable[[Tensor], Tensor] | None:
-    """Return the first reward's function from images [B, H, W, 3] to unit-norm features [B, D]; None where no reward has one."""
+    """Return the first reward's function from images [B, H, W, 3] to unit-norm features [B, D].
+
+    None where no reward has one.
+    """
     return next((embed for reward in rewards if (embed := getattr(reward, "embed", None)) is not None), None)
 
 
 def check_prompts(rewards: Sequence[Reward], prompts: Sequence[str]) -> None:
-    """Let each reward that looks at prompts or their columns refuse them, by RewardError, before anything runs."""
+    """Let each reward that looks at prompts or their columns refuse them, by RewardError, before anything
+    runs.
+    """
     for reward in rewards:
         if check := getattr(reward, "check_prompts", None):
             check(prompts)
@@ -117,7 +127,9 @@ def score_all(rewards: Sequence[Reward], images: Tensor, prompts: Sequence[str])
 
 
 def checked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Score images [B, H, W, 3] by one reward and check what goes in and what comes out: [B] float32 on the CPU, NaN for a broken image."""
+    """Score images [B, H, W, 3] by one reward and check what goes in and what comes out: [B] float32 on
+    the CPU, NaN for a broken image.
+    """
     finite = _finite_images(reward.name, images, prompts)
     # A judge never sees NaN: some raise on it, others answer with a number.
     judged = images.detach().float()
@@ -134,10 +146,15 @@ def checked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
 def _finite_images(name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Check the images [B, H, W, 3] and say which are free of NaN and infinity: [B]."""
     if images.ndim != 4 or images.shape[-1] != 3 or not images.is_floating_point():
-        raise RewardError(f"reward '{name}' got images {images.dtype} {list(images.shape)}; give floating-point [B, H, W, 3]")
+        raise RewardError(
+            f"reward '{name}' got images {images.dtype} {list(images.shape)}; give floating-point [B, "
+            "H, W, 3]"
+        )
     if isinstance(prompts, str) or len(prompts) != len(images):
         given = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
-        raise RewardError(f"reward '{name}' got {given} for {len(images)} images; give a list with one prompt per image")
+        raise RewardError(
+            f"reward '{name}' got {given} for {len(images)} images; give a list with one prompt per image"
+        )
     if 0 in images.shape:
         return torch.ones(len(images), dtype=torch.bool, device=images.device)
     low, high = images.aminmax()
@@ -148,16 +165,25 @@ def _finite_images(name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
     outside = finite & ((low < -TOLERANCE) | (high > 1 + TOLERANCE))
     if outside.any():
         span = f"[{low[outside].min():.3g}, {high[outside].max():.3g}]"
-        raise RewardError(f"reward '{name}' got images in {span}; rescale them to [0, 1] (from [-1, 1]: x/2 + 1/2)")
+        raise RewardError(
+            f"reward '{name}' got images in {span}; rescale them to [0, 1] (from [-1, 1]: x/2 + 1/2)"
+        )
     return finite
 
 
 def _valid_scores(name: str, scores: Tensor, count: int) -> Tensor:
     """Check what a reward returned for `count` images: [B] float32 on the CPU."""
     if not isinstance(scores, Tensor):
-        raise RewardError(f"reward '{name}' returned {type(scores).__name__}; return a torch.Tensor of shape [{count}]")
+        raise RewardError(
+            f"reward '{name}' returned {type(scores).__name__}; return a torch.Tensor of shape [{count}]"
+        )
     if scores.shape != (count,) or not scores.is_floating_point():
-        raise RewardError(f"reward '{name}' returned {scores.dtype} {list(scores.shape)}; return one float per image, [{count}]")
+        raise RewardError(
+            f"reward '{name}' returned {scores.dtype} {list(scores.shape)}; return one float per "
+            f"image, [{count}]"
+        )
     if scores.isinf().any():
-        raise RewardError(f"reward '{name}' returned an infinite score; return NaN for an image that it cannot judge")
+        raise RewardError(
+            f"reward '{name}' returned an infinite score; return NaN for an image that it cannot judge"
+        )
     return scores.detach().float().cpu()

@@ -1,4 +1,7 @@
-"""How much fits into memory at once: found out by running out of it, and halved until it fits. Results do not depend on it."""
+"""How much fits into memory at once: found out by running out of it, and halved until it fits.
+
+Results do not depend on it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ from ..speed.fitting_batch import Limit
 
 @dataclass
 class Limits:
-    """What a run does at once: latents in a forward of the rollout, pictures in a decoding, latents in a forward and backward."""
+    """What a run does at once: latents in a forward of the rollout, pictures in a decoding, latents in a
+    forward and backward.
+    """
 
     slots: Limit
     decode_batch: Limit

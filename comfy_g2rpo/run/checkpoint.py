@@ -21,12 +21,22 @@ def averaged(setup: Setup, learner: Learner) -> AbstractContextManager[None]:
 
 
 def save(setup: Setup, learner: Learner, folder: RunFolder) -> None:
-    """Write a checkpoint: the adapter as a LoRA file, and all that a bit-equal continuation needs. The best one stays beside the newest."""
+    """Write a checkpoint: the adapter as a LoRA file, and all that a bit-equal continuation needs.
+
+    The best one stays beside the newest.
+    """
     if not setup.world.speaks or (folder.latest() and int(folder.latest().name) == learner.step):
         return
-    tensors = {f"parameter/{i}": p.detach() for i, p in enumerate(setup.policy.parameters())} | optimizer_tensors(learner.optimizer)
+    tensors = {
+        f"parameter/{i}": p.detach() for i, p in enumerate(setup.policy.parameters())
+    } | optimizer_tensors(learner.optimizer)
     tensors |= {f"average/{i}": mean for i, mean in enumerate(learner.average)}
-    progress = {"step": learner.step, "forwards": learner.forwards, "seconds": learner.seconds, "cheap": learner.cheap}
+    progress = {
+        "step": learner.step,
+        "forwards": learner.forwards,
+        "seconds": learner.seconds,
+        "cheap": learner.cheap,
+    }
     metadata = {**setup.metadata, "g2rpo.step": str(learner.step)}
 
     def write(path: Any) -> None:
@@ -40,7 +50,10 @@ def save(setup: Setup, learner: Learner, folder: RunFolder) -> None:
 
 
 def restore(setup: Setup, learner: Learner, folder: RunFolder) -> None:
-    """Bring adapter, average, optimizer and metrics back to the newest checkpoint; without one, to the start."""
+    """Bring adapter, average, optimizer and metrics back to the newest checkpoint.
+
+    Without one, to the start.
+    """
     place = folder.latest()
     if place is None:
         if setup.world.speaks:
@@ -54,7 +67,11 @@ def restore(setup: Setup, learner: Learner, folder: RunFolder) -> None:
         for kind, like in targets.items():
             for target, value in zip(like, found[kind], strict=True):
                 target.copy_(value)
-    learner.step, learner.forwards, learner.seconds = progress["step"], progress["forwards"], progress["seconds"]
+    learner.step, learner.forwards, learner.seconds = (
+        progress["step"],
+        progress["forwards"],
+        progress["seconds"],
+    )
     learner.cheap = progress.get("cheap", True) is not False
     if setup.world.speaks:
         folder.truncate_metrics(learner.step)

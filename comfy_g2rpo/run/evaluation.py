@@ -33,11 +33,13 @@ PROBED_PROMPTS = 16
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores [R, prompts, noises] of the held-out prompts, some of the pictures, and what the watch needs beside them.
+    """Scores [R, prompts, noises] of the held-out prompts, some of the pictures, and what the watch needs
+    beside them.
 
-    `spread` holds diversity by prompt [prompts] under "<measure>/group" and "<measure>/set"; `noisy` is by how much the pictures of some
-    prompts score higher with the rollouts' exploration noise than without [R, some prompts]; `kl` is the velocity KL to the model without
-    adapter; `preview` is the same at another size.
+    `spread` holds diversity by prompt [prompts] under "<measure>/group" and "<measure>/set"; `noisy` is by
+    how much the pictures of some prompts score higher with the rollouts' exploration noise than without [R,
+    some prompts]; `kl` is the velocity KL to the model without adapter; `preview` is the same at another
+    size.
     """
 
     names: tuple[str, ...]
@@ -54,16 +56,23 @@ class Evaluation:
         return {name: scores.nanmean().item() for name, scores in zip(self.names, self.scores, strict=True)}
 
     def metrics(self) -> dict[str, float]:
-        """Return mean and half width of the 95 % interval over prompts, as a row of metrics, and what the watch found."""
+        """Return mean and half width of the 95 % interval over prompts, as a row of metrics, and what the
+        watch found.
+        """
         row = {}
         for name, scores in zip(self.names, self.scores, strict=True):
             by_prompt = scores.nanmean(1)
             by_prompt = by_prompt[~by_prompt.isnan()]
             row[f"heldout/{name}/mean"] = scores.nanmean().item()
-            row[f"heldout/{name}/ci95"] = 1.96 * by_prompt.std().item() / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else math.nan
+            row[f"heldout/{name}/ci95"] = (
+                1.96 * by_prompt.std().item() / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else math.nan
+            )
         row |= {f"diversity/{name}": values.nanmean().item() for name, values in self.spread.items()}
         if self.noisy is not None:
-            row |= {f"noise_gap/{name}": values.nanmean().item() for name, values in zip(self.names, self.noisy, strict=True)}
+            row |= {
+                f"noise_gap/{name}": values.nanmean().item()
+                for name, values in zip(self.names, self.noisy, strict=True)
+            }
         if self.preview is not None:
             row |= {f"preview/{name}/mean": mean for name, mean in self.preview.means().items()}
         return row | ({} if self.kl is None else {"kl/heldout": self.kl})
@@ -95,7 +104,9 @@ class Evaluation:
         return cls(
             names=tuple(content["scores"]),
             prompts=tuple(content["prompts"]),
-            scores=_numbers(list(content["scores"].values())) if content["scores"] else torch.empty(0, len(content["prompts"]), 0),
+            scores=_numbers(list(content["scores"].values()))
+            if content["scores"]
+            else torch.empty(0, len(content["prompts"]), 0),
             spread=spread,
             noisy=_numbers(list(noisy.values())) if noisy else None,
             kl=content.get("kl"),
@@ -112,7 +123,13 @@ def _numbers(table: Any) -> Tensor:
     """Read numbers at any depth, null as NaN."""
 
     def known(value: Any) -> Any:
-        return [known(item) for item in value] if isinstance(value, list) else math.nan if value is None else value
+        return (
+            [known(item) for item in value]
+            if isinstance(value, list)
+            else math.nan
+            if value is None
+            else value
+        )
 
     return torch.tensor(known(table))
 
@@ -130,17 +147,20 @@ def evaluate(
     preview: Sequence[int] | None = None,
     preview_sigmas: Tensor | None = None,
 ) -> Evaluation:
-    """Score the deterministic samples of the held-out prompts from noises that every evaluation of a run shares.
+    """Score the deterministic samples of the held-out prompts from noises that every evaluation of a run
+    shares.
 
-    With the recipe of the run it measures what the watch needs, too; `preview` is a latent's shape for pictures of a second size,
-    along `preview_sigmas` or the same noise levels.
+    With the recipe of the run it measures what the watch needs, too; `preview` is a latent's shape for
+    pictures of a second size, along `preview_sigmas` or the same noise levels.
     """
     prompts = tuple(heldout[: pace.eval_prompts or None])
     rows = [(prompt, noise) for prompt in prompts for noise in range(pace.eval_noises)]
     seeds = [stream("evaluation", pace.seed, prompt, noise) for prompt, noise in rows]
     # Evenly spaced over the list, so that nobody chose them for their outcome.
     chosen = {round(i * len(prompts) / SHOWN_PROMPTS) for i in range(SHOWN_PROMPTS)}
-    shown = {i for i in range(len(rows)) if i // pace.eval_noises in chosen and i % pace.eval_noises < SHOWN_NOISES}
+    shown = {
+        i for i in range(len(rows)) if i // pace.eval_noises in chosen and i % pace.eval_noises < SHOWN_NOISES
+    }
     look = partial(describe, embed=embedder(judges)) if recipe else None
     scorer = draw(policy, judges, rows, seeds, sigmas, shape, pace, shown, check, look)
     names = tuple(judge.name for judge in judges)
@@ -150,16 +170,23 @@ def evaluate(
         by_prompt = features[:, 0].reshape(len(prompts), pace.eval_noises, -1)
         found["spread"] |= {f"{measure}/{name}": values for name, values in spread(by_prompt).items()}
     if recipe:
-        some = sorted({round(i * len(prompts) / PROBED_PROMPTS) for i in range(PROBED_PROMPTS)} & set(range(len(prompts))))
+        some = sorted(
+            {round(i * len(prompts) / PROBED_PROMPTS) for i in range(PROBED_PROMPTS)}
+            & set(range(len(prompts)))
+        )
         first = [p * pace.eval_noises for p in some]
         texts, at = [prompts[p] for p in some], [seeds[i] for i in first]
-        noisy, found["kl"] = probe(policy, judges, texts, at, recipe, sigmas, shape, pace.slots, pace.decode_batch, check)
+        noisy, found["kl"] = probe(
+            policy, judges, texts, at, recipe, sigmas, shape, pace.slots, pace.decode_batch, check
+        )
         found["noisy"] = noisy - scorer.scores[:, first, 0]
     if preview is not None:
         some = sorted(chosen & set(range(len(prompts))))
         at = [p * pace.eval_noises for p in some]
         seen, levels = [rows[i] for i in at], sigmas if preview_sigmas is None else preview_sigmas
-        larger = draw(policy, judges, seen, [seeds[i] for i in at], levels, preview, pace, range(len(at)), check)
+        larger = draw(
+            policy, judges, seen, [seeds[i] for i in at], levels, preview, pace, range(len(at)), check
+        )
         previews = samples(names, seen, larger)
         found["preview"] = Evaluation(names, tuple(titled(prompts[p]) for p in some), larger.scores, previews)
     return Evaluation(names, tuple(map(titled, prompts)), scores, samples(names, rows, scorer), **found)
@@ -191,7 +218,9 @@ def draw(
 ) -> Scorer:
     """Draw and score one deterministic picture per row (prompt, noise)."""
     texts = [prompt for prompt, _ in rows]
-    scorer = Scorer(policy.decode, judges, texts, 1, pace.decode_batch, keep=shown, check=check, describe=look)
+    scorer = Scorer(
+        policy.decode, judges, texts, 1, pace.decode_batch, keep=shown, check=check, describe=look
+    )
     plan = deterministic(len(sigmas) - 1)
     roll_out_and_score(policy, plan, sigmas, policy.encode(texts), seeds, shape, scorer, pace.slots, check)
     return scorer
@@ -208,19 +237,28 @@ def samples(names: Sequence[str], rows: Sequence[tuple[str, int]], scorer: Score
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
-    """Return the paired gain of each reward: its mean, half width of the 95 % interval, and two-sided p of a t-test over prompts."""
+    """Return the paired gain of each reward: its mean, half width of the 95 % interval, and two-sided p of
+    a t-test over prompts.
+    """
     from scipy.stats import ttest_rel
 
     found = {}
     for name, old, new in zip(before.names, before.scores.nanmean(2), after.scores.nanmean(2), strict=True):
         valid = ~(old.isnan() | new.isnan())
         mean, width = interval(new - old)
-        found[name] = {"mean": mean, "ci95": width, "p": math.nan if width != width else float(ttest_rel(new[valid], old[valid]).pvalue)}
+        found[name] = {
+            "mean": mean,
+            "ci95": width,
+            "p": math.nan if width != width else float(ttest_rel(new[valid], old[valid]).pvalue),
+        }
     return found
 
 
 def interval(values: Tensor) -> tuple[float, float]:
-    """Return the mean of values [n] and the half width of its 95 % interval by Student's t; NaN does not count."""
+    """Return the mean of values [n] and the half width of its 95 % interval by Student's t.
+
+    NaN does not count.
+    """
     from scipy.stats import t
 
     known = values[~values.isnan()]
@@ -253,20 +291,36 @@ def probe(
     batch: int,
     check: Callable[[], None] | None = None,
 ) -> tuple[Tensor, float]:
-    """Return scores [R, P] of pictures drawn as rollouts draw them, from the noises of `seeds` [P], and the velocity KL at their states."""
+    """Return scores [R, P] of pictures drawn as rollouts draw them, from the noises of `seeds` [P], and
+    the velocity KL at their states.
+    """
     plan, conds = exploring(recipe), policy.encode(prompts)
     scorer = Scorer(policy.decode, judges, prompts, len(plan.images), batch, check=check)
     rollout = roll_out_and_score(policy, plan, sigmas, conds, seeds, shape, scorer, slots, check)
-    scores = torch.stack([plan.values(scorer.scores[:, p]).flatten(1).nanmean(1) for p in range(len(prompts))], 1)
+    scores = torch.stack(
+        [plan.values(scorer.scores[:, p]).flatten(1).nanmean(1) for p in range(len(prompts))], 1
+    )
     return scores, velocity_distance(policy, rollout, conds, slots, check)
 
 
 @torch.no_grad()
-def velocity_distance(policy: Policy, rollout: Rollout, conds: Sequence[Any], slots: int, check: Callable[[], None] | None = None) -> float:
-    """Return the mean of ‖v − v_ref‖²/D over some states of a rollout, v_ref without the adapter: the velocity KL of the update."""
+def velocity_distance(
+    policy: Policy,
+    rollout: Rollout,
+    conds: Sequence[Any],
+    slots: int,
+    check: Callable[[], None] | None = None,
+) -> float:
+    """Return the mean of ‖v − v_ref‖²/D over some states of a rollout, v_ref without the adapter: the
+    velocity KL of the update.
+    """
     count = len(rollout.plan.forks)
     chosen = sorted({round(i * (count - 1) / max(FORKS - 1, 1)) for i in range(FORKS)})
-    sigma = rollout.coefficients.sigma[[rollout.plan.forks[f] for f in chosen]].repeat(len(conds)).to(rollout.x.device)
+    sigma = (
+        rollout.coefficients.sigma[[rollout.plan.forks[f] for f in chosen]]
+        .repeat(len(conds))
+        .to(rollout.x.device)
+    )
     x, velocity = rollout.x[:, chosen].flatten(0, 1), rollout.velocity[:, chosen].flatten(0, 1)
     cond = [one for one in conds for _ in chosen]
 

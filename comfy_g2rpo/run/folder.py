@@ -2,13 +2,15 @@
 
     config.json                     what was asked for
     metrics.jsonl                   line 1 names the schema, then one row of METRICS per step
-    images/<step>/                  index.json (prompt, seed, scores of each) and 000.png …: the same prompts and seeds at every step;
+    images/<step>/                  index.json (prompt, seed, scores of each) and 000.png …: the same prompts
+    and seeds at every step;
                                     of a clip some frames side by side, and all of them in 000.webp;
                                     of an edit the picture that it starts from in 000-start.png
     checkpoints/<step>/             lora.safetensors, state.safetensors, state.json
     summary.json                    what came out
 
-Everything but the metrics is written beside its place and moved there whole, so an interruption at any moment leaves a readable folder.
+Everything but the metrics is written beside its place and moved there whole, so an interruption at any moment
+leaves a readable folder.
 """
 
 from __future__ import annotations
@@ -47,12 +49,27 @@ from ..files.safe import (
 
 SCHEMA = "g2rpo-metrics/1"
 LENGTH = ("steps", "minutes", "eval_every", "checkpoint_every", "keep_checkpoints")
-WATCHING = ("watch", "patience", "min_fall", "min_diversity", "max_dropped", "preview_width", "preview_height")
+WATCHING = (
+    "watch",
+    "patience",
+    "min_fall",
+    "min_diversity",
+    "max_dropped",
+    "preview_width",
+    "preview_height",
+)
 ASKING = ("timeout", "retries", "concurrency", "batch", "device")
 AT_ONCE = ("slots", "decode_batch", "micro_batch")
 FITTING = ("block_swap", "gradient_checkpointing", "text_encoders", "rewards_in_turn")
-MAY_CHANGE = {"train": LENGTH + WATCHING + AT_ONCE, "rewards": ASKING, "heldout_rewards": ASKING, "memory": FITTING}
-"""Fields that a resumed run may have otherwise: none of them changes what is learned by more than rounding."""
+MAY_CHANGE = {
+    "train": LENGTH + WATCHING + AT_ONCE,
+    "rewards": ASKING,
+    "heldout_rewards": ASKING,
+    "memory": FITTING,
+}
+"""Fields that a resumed run may have otherwise: none of them changes what is learned by more than
+rounding.
+"""
 PREVIEW = "preview"
 CHECKPOINT_FILES = ("lora.safetensors", "state.safetensors", "state.json")
 
@@ -64,12 +81,24 @@ METRICS = {
     "heldout/<name>/ci95": "Half width of its 95 % confidence interval.",
     "advantage/abs_mean": "Mean absolute advantage.",
     "zero_std_share": "Share of groups whose rewards are all equal and that therefore teach nothing.",
-    "kl/velocity": "Mean squared difference of the velocities with and without the adapter, over the states that were trained on.",
-    "kl/heldout": "The same over states of held-out prompts: how far the model has moved. Growth without held-out gain is drift.",
-    "diversity/group": "Mean distance of the pictures of a group from one another (RMS of reduced pixels, 0 to 1).",
-    "diversity/<measure>/group": "The same over a held-out prompt's noises; measure: pixels, or the reward tower's embed (0 to 2).",
+    "kl/velocity": (
+        "Mean squared difference of the velocities with and without the adapter, over the states that were "
+        "trained on."
+    ),
+    "kl/heldout": (
+        "The same over states of held-out prompts: how far the model has moved. Growth without held-out "
+        "gain is drift."
+    ),
+    "diversity/group": (
+        "Mean distance of the pictures of a group from one another (RMS of reduced pixels, 0 to 1)."
+    ),
+    "diversity/<measure>/group": (
+        "The same over a held-out prompt's noises; measure: pixels, or the reward tower's embed (0 to 2)."
+    ),
     "diversity/<measure>/set": "Mean distance of a held-out prompt's pictures from other prompts' pictures.",
-    "noise_gap/<name>": "How much higher held-out pictures score with the rollouts' exploration noise than without.",
+    "noise_gap/<name>": (
+        "How much higher held-out pictures score with the rollouts' exploration noise than without."
+    ),
     "preview/<name>/mean": "Mean reward of some held-out prompts at the preview size.",
     "dropped_share": "Share of the step's pictures that a reward could not judge.",
     "alarm/<kind>": "Evaluations in a row that have shown this sign of hacking.",
@@ -102,30 +131,45 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_progress(folder: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint's state and see that it is of the step that the folder's name says, with the named counts."""
+    """Read a checkpoint's state and see that it is of the step that the folder's name says, with the named
+    counts.
+    """
     tensors, meta = read_state(folder)
     counts = [meta.get(name) for name in ("step", *names)]
-    if counts[0] != int(folder.name) or not all(type(count) in (int, float) and 0 <= count < math.inf for count in counts):
-        raise RunError(f"{folder / 'state.json'} is damaged: it is no progress of step {int(folder.name)}; remove this checkpoint")
+    if counts[0] != int(folder.name) or not all(
+        type(count) in (int, float) and 0 <= count < math.inf for count in counts
+    ):
+        raise RunError(
+            f"{folder / 'state.json'} is damaged: it is no progress of step {int(folder.name)}; remove "
+            "this checkpoint"
+        )
     return tensors, meta
 
 
 def fitting(tensors: Mapping[str, Tensor], kind: str, like: Sequence[Tensor], place: Path) -> list[Tensor]:
-    """Take the tensors <kind>/0, <kind>/1 … of a checkpoint; RunError unless they are finite and have the shapes of `like`."""
+    """Take the tensors <kind>/0, <kind>/1 … of a checkpoint.
+
+    RunError unless they are finite and have the shapes of `like`.
+    """
     found = [tensors.get(f"{kind}/{i}") for i in range(len(like))]
-    if not all(value is not None and value.shape == target.shape and sound(value) for value, target in zip(found, like, strict=True)):
+    if not all(
+        value is not None and value.shape == target.shape and sound(value)
+        for value, target in zip(found, like, strict=True)
+    ):
         raise RunError(
-            f"{place} does not fit this adapter, or is damaged; resume with the run's own configuration, or remove this checkpoint"
+            f"{place} does not fit this adapter, or is damaged; resume with the run's own "
+            "configuration, or remove this checkpoint"
         )
     return found
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture of the fixed prompts and seeds; image: [H, W, 3] in [0, 1] (None once it lies on disk), scores by reward.
+    """One picture of the fixed prompts and seeds; image: [H, W, 3] in [0, 1] (None once it lies on disk),
+    scores by reward.
 
-    Of a clip: image [F, H, W, 3] of 8-bit levels; the picture at `path` has `frames` of it side by side. Of an edit: `start` is the file
-    of the picture that it starts from.
+    Of a clip: image [F, H, W, 3] of 8-bit levels; the picture at `path` has `frames` of it side by side. Of
+    an edit: `start` is the file of the picture that it starts from.
     """
 
     prompt: str
@@ -160,7 +204,9 @@ class RunFolder:
         """Open an existing run; a last line that an interruption tore off is dropped."""
         run = cls(Path(path))
         if not is_run(run.path):
-            raise RunError(f"{run.path} holds no run; check the path (a run has config.json and metrics.jsonl)")
+            raise RunError(
+                f"{run.path} holds no run; check the path (a run has config.json and metrics.jsonl)"
+            )
         content = run.metrics_file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
@@ -171,15 +217,20 @@ class RunFolder:
         return run
 
     @classmethod
-    def reopen(cls, path: Path, config: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]] | None = None) -> RunFolder:
+    def reopen(
+        cls, path: Path, config: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> RunFolder:
         """Open a run and see that the same configuration made it; only length and pace may differ.
 
-        `defaults`, by section and field, stand for fields that the run does not hold because an earlier version made it.
+        `defaults`, by section and field, stand for fields that the run does not hold because an earlier
+        version made it.
         """
         run = cls.open(path)
         saved = run.config().get("config")
         if not isinstance(saved, dict):
-            raise RunError(f"{run.config_file} is damaged (no configuration); restore it or start another run")
+            raise RunError(
+                f"{run.config_file} is damaged (no configuration); restore it or start another run"
+            )
         for section, values in finite(config["config"]).items():
             new, old = spelt_out(values), spelt_out(saved.get(section, {}))
             known = (defaults or {}).get(section, {})
@@ -237,19 +288,31 @@ class RunFolder:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise RunError(f"{self.metrics_file} is damaged in line {number}; remove that line") from error
+                raise RunError(
+                    f"{self.metrics_file} is damaged in line {number}; remove that line"
+                ) from error
             if not isinstance(row, dict) or not isinstance(row.get("step", 0), int):
-                raise RunError(f"{self.metrics_file} holds no row of metrics in line {number}; remove that line")
+                raise RunError(
+                    f"{self.metrics_file} holds no row of metrics in line {number}; remove that line"
+                )
             rows.append(row)
         return rows
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the rows after a step, which a resumed run will write again."""
         kept = [json.dumps(row, ensure_ascii=False) for row in self.metrics() if row.get("step", 0) <= step]
-        write_bytes(self.metrics_file, ("\n".join([json.dumps({"schema": SCHEMA}), *kept]) + "\n").encode(errors="replace"))
+        write_bytes(
+            self.metrics_file,
+            ("\n".join([json.dumps({"schema": SCHEMA}), *kept]) + "\n").encode(errors="replace"),
+        )
 
-    def save_checkpoint(self, step: int, write: Callable[[Path], None], keep_last: int = 0, keep: int | None = None) -> Path:
-        """Have `write` fill a folder and move it into place whole; of older ones the last `keep_last` (0 is all) and step `keep` stay."""
+    def save_checkpoint(
+        self, step: int, write: Callable[[Path], None], keep_last: int = 0, keep: int | None = None
+    ) -> Path:
+        """Have `write` fill a folder and move it into place whole.
+
+        Of older ones the last `keep_last` (0 is all) and step `keep` stay.
+        """
         place = self.checkpoints / f"{step:06d}"
         with _writing(place):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -270,7 +333,9 @@ class RunFolder:
 
     def saved(self) -> list[Path]:
         """List the complete checkpoints, oldest first."""
-        numbered = [path for path in self.checkpoints.glob("[0-9]*") if re.fullmatch("[0-9]{6,12}", path.name)]
+        numbered = [
+            path for path in self.checkpoints.glob("[0-9]*") if re.fullmatch("[0-9]{6,12}", path.name)
+        ]
         found = [path for path in numbered if all((path / name).is_file() for name in CHECKPOINT_FILES)]
         return sorted(found, key=lambda path: int(path.name))
 
@@ -279,19 +344,31 @@ class RunFolder:
         return self.saved()[-1] if self.saved() else None
 
     def outcome(self) -> Path | None:
-        """Return the checkpoint that a finished run recommends (the best one where the watch ended it), else the newest."""
+        """Return the checkpoint that a finished run recommends (the best one where the watch ended it),
+        else the newest.
+        """
         newest, summary = self.latest(), self.summary()
         if newest is None or summary.get("steps") != int(newest.name):
             return newest
         return next((place for place in self.saved() if int(place.name) == summary.get("lora_step")), newest)
 
     def save_samples(self, step: int, samples: Iterable[Sample], kind: str = "") -> None:
-        """Write the pictures of a step and their index; a kind, such as PREVIEW, has a folder of its own beneath."""
+        """Write the pictures of a step and their index.
+
+        A kind, such as PREVIEW, has a folder of its own beneath.
+        """
         folder, index = self.path / "images" / f"{step:06d}" / kind, []
         for i, sample in enumerate(samples):
-            row = {"file": f"{i:03d}.png", "prompt": sample.prompt, "seed": sample.seed, "scores": sample.scores}
+            row = {
+                "file": f"{i:03d}.png",
+                "prompt": sample.prompt,
+                "seed": sample.seed,
+                "scores": sample.scores,
+            }
             row |= save_picture(folder / f"{i:03d}.png", sample.image)
-            index.append(row | (save_start(folder / f"{i:03d}-start.png", sample.start) if sample.start else {}))
+            index.append(
+                row | (save_start(folder / f"{i:03d}-start.png", sample.start) if sample.start else {})
+            )
         write_json(folder / "index.json", index)
 
     def samples(self, step: int, kind: str = "") -> list[Sample]:
@@ -300,21 +377,38 @@ class RunFolder:
         found = []
         for row in read_json(folder / "index.json"):
             start = folder / Path(row["start"]).name if "start" in row else None
-            found.append(Sample(row["prompt"], row["seed"], row["scores"], None, folder / row["file"], row.get("frames", 1), start))
+            found.append(
+                Sample(
+                    row["prompt"],
+                    row["seed"],
+                    row["scores"],
+                    None,
+                    folder / row["file"],
+                    row.get("frames", 1),
+                    start,
+                )
+            )
         return found
 
     def sampled_steps(self, kind: str = "") -> list[int]:
         """List the steps that have pictures."""
         indices = [path / kind / "index.json" for path in (self.path / "images").glob("[0-9]*")]
-        return sorted(int(index.relative_to(self.path / "images").parts[0]) for index in indices if index.is_file())
+        return sorted(
+            int(index.relative_to(self.path / "images").parts[0]) for index in indices if index.is_file()
+        )
 
 
 def check_place(path: Path, replace: bool = False) -> None:
-    """Refuse a place where no run may start: another run, unless it is to be replaced, and anything that is not a run."""
+    """Refuse a place where no run may start: another run, unless it is to be replaced, and anything that
+    is not a run.
+    """
     path = Path(path)
     if is_run(path):
         if not replace:
-            raise RunError(f"{path} already holds a run; continue it (--resume), start over (--replace) or choose another folder (--out)")
+            raise RunError(
+                f"{path} already holds a run; continue it (--resume), start over (--replace) or choose "
+                "another folder (--out)"
+            )
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunError(f"{path} exists and is not a run of this program; choose another folder (--out)")
 
@@ -330,7 +424,8 @@ def is_run(path: Path) -> bool:
 
 
 def save_picture(path: Path, image: Tensor) -> dict[str, Any]:
-    """Write a picture [H, W, 3] in [0, 1]; a clip [F, H, W, 3] of levels as frames side by side and, beside that, as WebP.
+    """Write a picture [H, W, 3] in [0, 1]; a clip [F, H, W, 3] of levels as frames side by side and, beside
+    that, as WebP.
 
     Return what an index says of a clip beside its picture's name.
     """
@@ -343,7 +438,10 @@ def save_picture(path: Path, image: Tensor) -> dict[str, Any]:
 
 
 def save_start(path: Path, start: Path) -> dict[str, Any]:
-    """Keep the picture that an edit starts from; return what an index says of it: nothing where it cannot be read any more."""
+    """Keep the picture that an edit starts from.
+
+    Return what an index says of it: nothing where it cannot be read any more.
+    """
     try:
         save_png(path, read_picture(start))
     except PictureError:

@@ -27,22 +27,39 @@ from .setup import Check, Learner, Setup
 
 
 def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
-    """Make one update: roll out the step's prompts, score, learn; return the row of metrics. An exception leaves the last step's state."""
+    """Make one update: roll out the step's prompts, score, learn; return the row of metrics.
+
+    An exception leaves the last step's state.
+    """
     pace, recipe, policy, limits = setup.pace, setup.recipe, setup.policy, learner.limits
     begin = time.perf_counter()
     prompts, seeds = draw(setup, learner.step)
     conds = policy.encode(prompts)
     rolling = partial(check, "rollout")
 
-    def roll(plan: Plan, places: Sequence[int], rewards: Sequence[Reward], shortcut: Shortcut | None) -> tuple[Scorer, Rollout]:
+    def roll(
+        plan: Plan, places: Sequence[int], rewards: Sequence[Reward], shortcut: Shortcut | None
+    ) -> tuple[Scorer, Rollout]:
         texts, given, drawn = ([part[p] for p in places] for part in (prompts, conds, seeds))
         # The guard's pictures teach nothing and need no description.
         describe = described(setup) if rewards is setup.rewards else None
-        scorer = Scorer(policy.decode, rewards, texts, len(plan.images), limits.decode_batch, check=rolling, describe=describe)
-        return scorer, roll_out_and_score(policy, plan, setup.sigmas, given, drawn, setup.shape, scorer, limits.slots, rolling, shortcut)
+        scorer = Scorer(
+            policy.decode,
+            rewards,
+            texts,
+            len(plan.images),
+            limits.decode_batch,
+            check=rolling,
+            describe=describe,
+        )
+        return scorer, roll_out_and_score(
+            policy, plan, setup.sigmas, given, drawn, setup.shape, scorer, limits.slots, rolling, shortcut
+        )
 
     now = {"cheap": learner.cheap, "step": learner.step, "seed": pace.seed, "prompts": len(prompts)}
-    explored = explore(roll, recipe, setup.speed, setup.velocity, rewards=setup.rewards, gather=setup.world.gather, **now)
+    explored = explore(
+        roll, recipe, setup.speed, setup.velocity, rewards=setup.rewards, gather=setup.world.gather, **now
+    )
     plan, scorer, rollout = explored.plan, explored.scorer, explored.rollout
     settle(setup.rewards)
     rolled = time.perf_counter()
@@ -54,19 +71,31 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
     dropped = dropped_share(setup, everywhere, learner.step + 1)
     scale = [plan.values(scores) for scores in everywhere.unbind(1)] if recipe.std == "global" else None
     advantages = mixed(rewards, setup.weights, recipe.mix, setup.gates, recipe.clamp, recipe.std_floor, scale)
-    features = {name: [plan.values(table.T).movedim(0, -1) for table in tables] for name, tables in scorer.features.items()}
+    features = {
+        name: [plan.values(table.T).movedim(0, -1) for table in tables]
+        for name, tables in scorer.features.items()
+    }
     if recipe.diversity_weight:
         unlike = features[measure(embedder(setup.rewards), recipe.diversity_by)]
-        extra = [shaping(f, reward, recipe.diversity_weight, recipe.clamp) for f, reward in zip(unlike, rewards, strict=True)]
+        extra = [
+            shaping(f, reward, recipe.diversity_weight, recipe.clamp)
+            for f, reward in zip(unlike, rewards, strict=True)
+        ]
         advantages = [advantage + more for advantage, more in zip(advantages, extra, strict=True)]
     made = records(rollout, advantages, step_weight=recipe.step_weight, samples=recipe.objective == "clip")
     with undone_on_error(setup, learner), policy.training():
-        learning = {"micro_batch": limits.micro_batch, "reduce": setup.world.reduce, "check": partial(check, "update")}
+        learning = {
+            "micro_batch": limits.micro_batch,
+            "reduce": setup.world.reduce,
+            "check": partial(check, "update"),
+        }
         if learner.start:
             learning["reference"] = partial(swapped, policy.parameters(), learner.start)
         stats = update(policy, made, conds, learner.optimizer, recipe, **learning)
     if recipe.ema:
-        update_average(learner.average, policy.parameters(), min(recipe.ema, (learner.step + 1) / (learner.step + 10)))
+        update_average(
+            learner.average, policy.parameters(), min(recipe.ema, (learner.step + 1) / (learner.step + 10))
+        )
     learner.step += 1
     learner.cheap = explored.cheap
     learner.forwards += (rollout.nfe + int(explored.metrics.get("guard/nfe", 0))) * setup.world.count
@@ -77,15 +106,26 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
     row["zero_std_share"] = sum(zero_std_share(reward, recipe.std_floor) for reward in rewards) / len(rewards)
     row["dropped_share"] = dropped
     if "pixels" in features:
-        row["diversity/group"] = torch.stack([mean_distance(f.movedim(2, 1)).nanmean() for f in features["pixels"]]).nanmean().item()
+        row["diversity/group"] = (
+            torch.stack([mean_distance(f.movedim(2, 1)).nanmean() for f in features["pixels"]])
+            .nanmean()
+            .item()
+        )
     judged = scorer.seconds["decode"] + scorer.seconds["reward"]
     times = {"rollout": rolled - begin - judged, **scorer.seconds, "update": updated - rolled}
-    row |= stats | explored.metrics | {"nfe": rollout.nfe} | {f"memory/{name}": rows for name, rows in limits.lowered().items()}
+    row |= (
+        stats
+        | explored.metrics
+        | {"nfe": rollout.nfe}
+        | {f"memory/{name}": rows for name, rows in limits.lowered().items()}
+    )
     return row | {f"time/{k}": v for k, v in times.items()} | {"memory/peak": peak_memory(policy.device)}
 
 
 def described(setup: Setup) -> Callable[[Tensor], dict[str, Tensor]] | None:
-    """Return what measures the pictures of a rollout: a reward's embedding only where advantages need it, for it costs another forward."""
+    """Return what measures the pictures of a rollout: a reward's embedding only where advantages need it,
+    for it costs another forward.
+    """
     if not setup.recipe.diversity_weight:
         return None if setup.pace.watch == "off" else partial(describe, embed=None)
     embed = embedder(setup.rewards)
@@ -93,7 +133,10 @@ def described(setup: Setup) -> Callable[[Tensor], dict[str, Tensor]] | None:
 
 
 def dropped_share(setup: Setup, scores: Tensor, step: int) -> float:
-    """Return the share of pictures that the least able reward could not judge, scores [R, P, images]; RewardError above `max_dropped`."""
+    """Return the share of pictures that the least able reward could not judge, scores [R, P, images].
+
+    RewardError above `max_dropped`.
+    """
     shares = scores.isnan().flatten(1).float().mean(1)
     shares[torch.tensor([may_abstain(reward) for reward in setup.rewards])] = 0
     worst = int(shares.argmax())
@@ -110,12 +153,18 @@ def reward_metrics(rewards: Sequence[Reward], scores: Tensor) -> dict[str, float
     row = {}
     for reward, values in zip(rewards, scores, strict=True):
         valid = values[~values.isnan()]
-        row |= {f"reward/{reward.name}/mean": valid.mean().item(), f"reward/{reward.name}/std": valid.std().item()}
+        row |= {
+            f"reward/{reward.name}/mean": valid.mean().item(),
+            f"reward/{reward.name}/std": valid.std().item(),
+        }
     return row
 
 
 def draw(setup: Setup, step: int) -> tuple[list[str], list[int]]:
-    """Return this process's share of the step's prompts, and the seed of each; a function of (seed, step) alone."""
+    """Return this process's share of the step's prompts, and the seed of each.
+
+    A function of (seed, step) alone.
+    """
     pace, world = setup.pace, setup.world
     prompts = PromptCursor(setup.prompts.train, pace.prompts_per_step, pace.seed).batch(step)
     seeds = [stream("rollout", pace.seed, step, place) for place in range(len(prompts))]

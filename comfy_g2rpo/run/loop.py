@@ -1,4 +1,7 @@
-"""A whole run, whoever hosts it: roll out, score, update; evaluate, save, stop, resume. The command line and the graph share it."""
+"""A whole run, whoever hosts it: roll out, score, update; evaluate, save, stop, resume.
+
+The command line and the graph share it.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +37,32 @@ class Watcher(Protocol):
 
 
 def learn(
-    setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, check: Check, stops: tuple[type[BaseException], ...]
+    setup: Setup,
+    learner: Learner,
+    folder: RunFolder,
+    watcher: Watcher,
+    check: Check,
+    stops: tuple[type[BaseException], ...],
 ) -> None:
-    """Run up to the budget of steps or minutes; one of `stops` leaves a checkpoint of the last finished step and goes on up."""
-    pace, plan = setup.pace, build_plan(setup.recipe, coarsest=setup.speed.tail_stride if learner.cheap else 1)
+    """Run up to the budget of steps or minutes.
+
+    One of `stops` leaves a checkpoint of the last finished step and goes on up.
+    """
+    pace, plan = (
+        setup.pace,
+        build_plan(setup.recipe, coarsest=setup.speed.tail_stride if learner.cheap else 1),
+    )
     count = pace.prompts_per_step
-    watcher.start(pace.steps, learner.step, f"{count * plan.forwards} forwards and {count * len(plan.images)} pictures per step")
+    watcher.start(
+        pace.steps,
+        learner.step,
+        f"{count * plan.forwards} forwards and {count * len(plan.images)} pictures per step",
+    )
     judges = [judge.name for judge in setup.judges]
-    for note in (*setup.prompts.notes, *blind_spots(pace, len(setup.prompts.heldout), judges, setup.trained, setup.measures)):
+    for note in (
+        *setup.prompts.notes,
+        *blind_spots(pace, len(setup.prompts.heldout), judges, setup.trained, setup.measures),
+    ):
         watcher.note(note)
     try:
         if learner.step == 0 or (due(pace.eval_every, learner.step) and learner.step < pace.steps):
@@ -73,12 +94,21 @@ def tell(setup: Setup, learner: Learner, row: Mapping[str, Any], watcher: Watche
     while setup.velocity and setup.velocity.notes:
         watcher.note(setup.velocity.notes.pop(0))
     if row.get("guard/on") == 0:
-        much = f"rank rewards as exact ones do to {row['guard/rank']:.3f} only, and speed.guard_rank asks for {setup.speed.guard_rank:g}"
-        watcher.note(f"step {row['step']}: cheap completions {much}; they are switched off, and this step was rolled out exactly")
+        much = (
+            f"rank rewards as exact ones do to {row['guard/rank']:.3f} only, and speed.guard_rank asks for "
+            f"{setup.speed.guard_rank:g}"
+        )
+        watcher.note(
+            f"step {row['step']}: cheap completions {much}; they are switched off, and this step was "
+            "rolled out exactly"
+        )
 
 
 def look(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, check: Check) -> None:
-    """Evaluate on the held-out prompts, unless this step has been; keep scores, pictures and a row of metrics, and the best checkpoint."""
+    """Evaluate on the held-out prompts, unless this step has been.
+
+    Keep scores, pictures and a row of metrics, and the best checkpoint.
+    """
     if not setup.world.speaks or not setup.prompts.heldout or looked(folder, learner.step):
         return
     recipe = None if setup.pace.watch == "off" else setup.recipe
@@ -108,7 +138,10 @@ def look(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, ch
 
 
 def notice(setup: Setup, folder: RunFolder, now: Evaluation) -> dict[str, Any]:
-    """Compare an evaluation with those before it, which the run folder holds; return what the watch adds to its row."""
+    """Compare an evaluation with those before it, which the run folder holds.
+
+    Return what the watch adds to its row.
+    """
     rows = folder.metrics()
     looks = evaluated(rows)
     if not looks:
@@ -118,7 +151,16 @@ def notice(setup: Setup, folder: RunFolder, now: Evaluation) -> dict[str, Any]:
     base = Evaluation.read(folder, first)
     if (base.names, base.prompts) != (now.names, now.prompts):
         return {}
-    seen = Seen(base, base if best == first else Evaluation.read(folder, best), now, best, setup.trained, setup.pace, rows, setup.measures)
+    seen = Seen(
+        base,
+        base if best == first else Evaluation.read(folder, best),
+        now,
+        best,
+        setup.trained,
+        setup.pace,
+        rows,
+        setup.measures,
+    )
     return standing(signs(seen), looks[-1], setup.pace.patience)
 
 
@@ -141,7 +183,9 @@ def looked(folder: RunFolder, step: int) -> bool:
     return any(row.get("step") == step for row in evaluated(folder.metrics()))
 
 
-def finish(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, check: Check, name: str) -> dict[str, Any]:
+def finish(
+    setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, check: Check, name: str
+) -> dict[str, Any]:
     """Evaluate the outcome and write the summary of a run by the recipe `name`."""
     look(setup, learner, folder, watcher, check)
     setup.world.wait()
@@ -153,18 +197,26 @@ def finish(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, 
     ends = {"before": steps[: max(len(steps) // 10, 1)], "after": steps[-max(len(steps) // 10, 1) :]}
     summary: dict[str, Any] = {"recipe": name, "steps": learner.step, "seed": setup.pace.seed}
     for when, part in ends.items():
-        summary[f"reward_{when}"] = {n: sum(old[f"reward/{n}/mean"] for old in part) / len(part) for n in names}
+        summary[f"reward_{when}"] = {
+            n: sum(old[f"reward/{n}/mean"] for old in part) / len(part) for n in names
+        }
     summary |= verdict(setup, learner, folder)
     if setup.prompts.heldout and setup.judges:
         before, after = Evaluation.read(folder, 0), Evaluation.read(folder, summary["lora_step"])
-        summary |= {"heldout_before": before.means(), "heldout_after": after.means(), "heldout_gain": compare(before, after)}
+        summary |= {
+            "heldout_before": before.means(),
+            "heldout_after": after.means(),
+            "heldout_gain": compare(before, after),
+        }
     summary |= {"seconds": learner.seconds, "forwards": learner.forwards}
     folder.save_summary(summary)
     return summary
 
 
 def verdict(setup: Setup, learner: Learner, folder: RunFolder) -> dict[str, Any]:
-    """Return what ended the run, what the watch saw, and the LoRA to use: the best where the watch ended the run, else the last."""
+    """Return what ended the run, what the watch saw, and the LoRA to use: the best where the watch ended
+    the run, else the last.
+    """
     rows = folder.metrics()
     best = best_step(rows, setup.trained, setup.measures)
     stopped = setup.pace.watch == "stop" and bool(alarm_at(rows, learner.step))

@@ -70,32 +70,66 @@ EIGHT_BIT = COUNTED | {
 }
 # bitsandbytes keeps the moments of small tensors as they are.
 SMALL = COUNTED | {"state1": Kept(alike), "state2": Kept(alike, 0)}
-STATES: dict[str, tuple[dict[str, Kept], ...]] = {"AdamW": (ADAM,), "AdamW8bit": (EIGHT_BIT, SMALL), "Prodigy": (PRODIGY,)}
+STATES: dict[str, tuple[dict[str, Kept], ...]] = {
+    "AdamW": (ADAM,),
+    "AdamW8bit": (EIGHT_BIT, SMALL),
+    "Prodigy": (PRODIGY,),
+}
 """What is kept per parameter, by the optimizer's class."""
-GROUPS = {"Prodigy": {"d": float, "d0": float, "d_max": float, "d_numerator": float, "d_denom": float, "d_hat": float, "k": int}}
+GROUPS = {
+    "Prodigy": {
+        "d": float,
+        "d0": float,
+        "d_max": float,
+        "d_numerator": float,
+        "d_denom": float,
+        "d_hat": float,
+        "k": int,
+    }
+}
 """Numbers that an optimizer keeps for all parameters together."""
 
 
 def adamw(parameters: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """Make AdamW, in one kernel on a GPU; ValueError where the recipe names an optimizer that this host does not have."""
+    """Make AdamW, in one kernel on a GPU.
+
+    ValueError where the recipe names an optimizer that this host does not have.
+    """
     if recipe.optimizer != "adamw":
-        raise ValueError(f"optimizer is {recipe.optimizer}, which the headless trainer alone has; set it to adamw")
+        raise ValueError(
+            f"optimizer is {recipe.optimizer}, which the headless trainer alone has; set it to adamw"
+        )
     fused = True if parameters and all(p.is_cuda for p in parameters) else None
-    return torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused)
+    return torch.optim.AdamW(
+        parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused
+    )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Flatten an optimizer's state to `optimizer/<parameter>/<name>`, and its own numbers to `optimizer/group/<name>`."""
+    """Flatten an optimizer's state to `optimizer/<parameter>/<name>`, and its own numbers to
+    `optimizer/group/<name>`.
+    """
     group = optimizer.param_groups[0]
     # Not by state_dict, in which bitsandbytes hides some of it.
     state = [optimizer.state.get(p, {}) for every in optimizer.param_groups for p in every["params"]]
-    tensors = {f"optimizer/{i}/{name}": torch.as_tensor(value) for i, values in enumerate(state) for name, value in values.items()}
+    tensors = {
+        f"optimizer/{i}/{name}": torch.as_tensor(value)
+        for i, values in enumerate(state)
+        for name, value in values.items()
+    }
     numbers = GROUPS.get(type(optimizer).__name__, {})
-    return tensors | {f"optimizer/group/{name}": torch.tensor(group[name], dtype=torch.float64) for name in numbers if name in group}
+    return tensors | {
+        f"optimizer/group/{name}": torch.tensor(group[name], dtype=torch.float64)
+        for name in numbers
+        if name in group
+    }
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give an optimizer the state that `optimizer_tensors` flattened, bit for bit; RunError for what it would not have left."""
+    """Give an optimizer the state that `optimizer_tensors` flattened, bit for bit.
+
+    RunError for what it would not have left.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     kind = type(optimizer).__name__
     state: dict[int, dict[str, Any]] = {}
@@ -107,15 +141,25 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
             continue
         found = KEY.fullmatch(key)
         index = int(found[1]) if found else -1
-        if not 0 <= index < len(parameters) or not any(_fits(form, found[2], tensor, parameters[index]) for form in STATES[kind]):
+        if not 0 <= index < len(parameters) or not any(
+            _fits(form, found[2], tensor, parameters[index]) for form in STATES[kind]
+        ):
             raise RunError(
-                f"the checkpoint's optimizer state {key[:80]!a} does not fit this adapter; resume with the run's own configuration"
+                f"the checkpoint's optimizer state {key[:80]!a} does not fit this adapter; resume with "
+                "the run's own configuration"
             )
         counted = tensor.ndim == 0 and not tensor.is_floating_point()
         state.setdefault(index, {})[found[2]] = int(tensor) if counted else tensor
-    missing = [index for index, values in state.items() if values.keys() not in [form.keys() for form in STATES[kind]]]
+    missing = [
+        index
+        for index, values in state.items()
+        if values.keys() not in [form.keys() for form in STATES[kind]]
+    ]
     if missing:
-        raise RunError(f"the checkpoint's optimizer state {missing[0]} is incomplete; take an earlier checkpoint or start another run")
+        raise RunError(
+            f"the checkpoint's optimizer state {missing[0]} is incomplete; take an earlier checkpoint "
+            "or start another run"
+        )
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -125,7 +169,11 @@ def _fits(form: Mapping[str, Kept], name: str, tensor: Tensor, parameter: Tensor
     if kept is None or tensor.shape not in kept.shapes(parameter):
         return False
     if kept.whole:
-        return not tensor.is_floating_point() and not tensor.is_complex() and (tensor.ndim > 0 or int(tensor) >= kept.least)
+        return (
+            not tensor.is_floating_point()
+            and not tensor.is_complex()
+            and (tensor.ndim > 0 or int(tensor) >= kept.least)
+        )
     return sound(tensor, kept.least)
 
 
@@ -133,6 +181,9 @@ def _load_number(optimizer: torch.optim.Optimizer, kind: str, name: str, tensor:
     """Take one of an optimizer's own numbers."""
     wanted = GROUPS.get(kind, {}).get(name)
     if wanted is None or tensor.ndim or not sound(tensor):
-        raise RunError(f"the checkpoint's optimizer has a number {name!a} that is none of its own; resume with the run's own configuration")
+        raise RunError(
+            f"the checkpoint's optimizer has a number {name!a} that is none of its own; resume with "
+            "the run's own configuration"
+        )
     for group in optimizer.param_groups:
         group[name] = wanted(tensor.item())

@@ -1,8 +1,10 @@
-"""Cheaper completions behind a guard: what they are, and whether they still put a group's pictures in the order of the exact ones.
+"""Cheaper completions behind a guard: what they are, and whether they still put a group's pictures in the
+order of the exact ones.
 
-A cheap completion may change a reward as long as it does not change who is better than whom. Every so many iterations a share of the
-groups is completed exactly, too, from the same noises; where the order of the rewards differs too much, the cheap path is switched off for
-the rest of the run, and the iteration that showed it is rolled out exactly.
+A cheap completion may change a reward as long as it does not change who is better than whom. Every so many
+iterations a share of the groups is completed exactly, too, from the same noises; where the order of the
+rewards differs too much, the cheap path is switched off for the rest of the run, and the iteration that
+showed it is rolled out exactly.
 """
 
 from __future__ import annotations
@@ -32,16 +34,37 @@ class Speed:
     """Completions for less; anchors, branch states and updates stay exact. Off unless asked for."""
 
     precision: str = option(
-        "same", "Precision of the completions' forwards: the model's, or lower.", choices=("same", "bf16", "fp16", "fp8")
+        "same",
+        "Precision of the completions' forwards: the model's, or lower.",
+        choices=("same", "bf16", "fp16", "fp8"),
     )
-    compile: bool = option(False, "Compile the transformer's blocks for completions; the first forwards take minutes.")
-    cache: float = option(0.0, "Relative change of the velocity up to which a completion's step is foreseen; 0 runs all, try 0.1.", 0, 1)
+    compile: bool = option(
+        False, "Compile the transformer's blocks for completions; the first forwards take minutes."
+    )
+    cache: float = option(
+        0.0,
+        "Relative change of the velocity up to which a completion's step is foreseen; 0 runs all, try 0.1.",
+        0,
+        1,
+    )
     tail_stride: int = option(
-        1, "Stride of completions at least, by a second-order solver for granularities below it; 1 leaves them as they are.", 1, 1000
+        1,
+        (
+            "Stride of completions at least, by a second-order solver for granularities below it; 1 leaves "
+            "them as they are."
+        ),
+        1,
+        1000,
     )
-    guard_every: int = option(25, "Iterations between measurements of the order of rewards against exact completions.", 1, 1_000_000)
-    guard_share: float = option(0.25, "Share of the groups that a measurement completes exactly, too.", 0.001, 1)
-    guard_rank: float = option(0.95, "Rank correlation with the exact rewards below which completions are exact from then on.", 0, 1)
+    guard_every: int = option(
+        25, "Iterations between measurements of the order of rewards against exact completions.", 1, 1_000_000
+    )
+    guard_share: float = option(
+        0.25, "Share of the groups that a measurement completes exactly, too.", 0.001, 1
+    )
+    guard_rank: float = option(
+        0.95, "Rank correlation with the exact rewards below which completions are exact from then on.", 0, 1
+    )
 
     @property
     def on(self) -> bool:
@@ -56,7 +79,10 @@ Roll = Callable[[Plan, Sequence[int], Sequence[Reward], Shortcut | None], tuple[
 
 
 class Explored(NamedTuple):
-    """An iteration's plan as it was run, its scores and its states; whether cheap completions go on; what was measured."""
+    """An iteration's plan as it was run, its scores and its states.
+
+    Whether cheap completions go on; what was measured.
+    """
 
     plan: Plan
     scorer: Scorer
@@ -69,7 +95,10 @@ def check(speed: Speed, rewards: Sequence[Reward]) -> None:
     """Raise ValueError unless some reward can judge the guard's pictures, which are single ones."""
     if speed.on and all(map(needs_group, rewards)):
         names = ", ".join(reward.name for reward in rewards)
-        raise ValueError(f"speed: its guard cannot ask {names}, which judge whole groups only; leave the section out, or add a reward")
+        raise ValueError(
+            f"speed: its guard cannot ask {names}, which judge whole groups only; leave the section "
+            "out, or add a reward"
+        )
 
 
 def explore(
@@ -87,8 +116,9 @@ def explore(
     """Roll out iteration `step` (from 0): by cheap completions while these are on, measured where it is time.
 
     `velocity` stands in for the policy's own in completions, where there is something to make it faster.
-    `gather` stacks [1, 1, 2] over processes along its second dimension. The metrics are guard/rank (mean Spearman correlation over rewards,
-    groups and granularities), guard/on (0 where the cheap path ends here) and guard/nfe (forwards that measuring and doing it again took).
+    `gather` stacks [1, 1, 2] over processes along its second dimension. The metrics are guard/rank (mean
+    Spearman correlation over rewards, groups and granularities), guard/on (0 where the cheap path ends here)
+    and guard/nfe (forwards that measuring and doing it again took).
     """
     places, exact = range(prompts), build_plan(recipe, step, seed)
     if not (speed.on and cheap):
@@ -103,28 +133,41 @@ def explore(
     found = []
     for place, p in enumerate(some):
         true = part.values(judged.scores[:, place])
-        found.append(rank_correlation(plan.values(scorer.scores[judges, p])[:, : true.shape[1]], true).flatten())
+        found.append(
+            rank_correlation(plan.values(scorer.scores[judges, p])[:, : true.shape[1]], true).flatten()
+        )
     ranks = torch.cat(found)
     ranks = ranks[~ranks.isnan()]
-    total, count = gather(torch.tensor([[[ranks.sum().item(), float(len(ranks))]]])).flatten(0, 1).sum(0).tolist()
+    total, count = (
+        gather(torch.tensor([[[ranks.sum().item(), float(len(ranks))]]])).flatten(0, 1).sum(0).tolist()
+    )
     # Groups without any order have nothing to lose.
     rank = total / count if count else 1.0
     cheap = rank >= speed.guard_rank
     spent = measured.nfe if cheap else measured.nfe + rollout.nfe
     if not cheap:
         plan, (scorer, rollout) = exact, roll(exact, places, rewards, None)
-    return Explored(plan, scorer, rollout, cheap, {"guard/rank": rank, "guard/on": float(cheap), "guard/nfe": spent})
+    return Explored(
+        plan, scorer, rollout, cheap, {"guard/rank": rank, "guard/on": float(cheap), "guard/nfe": spent}
+    )
 
 
 def rank_correlation(cheap: Tensor, exact: Tensor) -> Tensor:
-    """Return Spearman's correlation over the members of rewards [R, K, G, L], as [R, K, L]; ties share their mean rank.
+    """Return Spearman's correlation over the members of rewards [R, K, G, L], as [R, K, L]; ties share their
+    mean rank.
 
-    Members that either side could not judge are left out. Without any order it is NaN, with one that only one side sees 0.
+    Members that either side could not judge are left out. Without any order it is NaN, with one that only one
+    side sees 0.
     """
     unknown = cheap.isnan() | exact.isnan()
     known = (~unknown).double()
-    ranks = [group_ranks(scores.masked_fill(unknown, torch.nan)).double().nan_to_num(0.0) for scores in (cheap, exact)]
-    a, b = (known * (rank - rank.sum(2, keepdim=True) / known.sum(2, keepdim=True).clamp_min(1)) for rank in ranks)
+    ranks = [
+        group_ranks(scores.masked_fill(unknown, torch.nan)).double().nan_to_num(0.0)
+        for scores in (cheap, exact)
+    ]
+    a, b = (
+        known * (rank - rank.sum(2, keepdim=True) / known.sum(2, keepdim=True).clamp_min(1)) for rank in ranks
+    )
     spread = [rank.square().sum(2) for rank in (a, b)]
     ordered = torch.stack([s > 1e-9 for s in spread])
     correlation = (a * b).sum(2) / (spread[0] * spread[1]).sqrt().clamp_min(1e-9)
@@ -132,7 +175,9 @@ def rank_correlation(cheap: Tensor, exact: Tensor) -> Tensor:
 
 
 def sample(plan: Plan, prompts: int, share: float, rng: random.Random) -> tuple[Plan, list[int]]:
-    """Choose about a share of the groups, one at least: some branch steps of every prompt, or some prompts where groups share pictures."""
+    """Choose about a share of the groups, one at least: some branch steps of every prompt, or some prompts
+    where groups share pictures.
+    """
     units = sorted({first_group(plan, leaf) for leaf in plan.leaves})
     if len(units) > 1:
         chosen = rng.sample(units, max(round(share * len(units)), 1))
@@ -150,7 +195,10 @@ def first_group(plan: Plan, leaf: Leaf) -> int:
 
 
 def excerpt(plan: Plan, groups: Collection[int]) -> Plan:
-    """Return the plan of the leaves whose first trained edge is of the given groups; noises and group numbers stay as they were."""
+    """Return the plan of the leaves whose first trained edge is of the given groups.
+
+    Noises and group numbers stay as they were.
+    """
     leaves = [leaf for leaf in plan.leaves if first_group(plan, leaf) in groups]
     kept: set[int] = set()
     for leaf in leaves:
@@ -159,5 +207,11 @@ def excerpt(plan: Plan, groups: Collection[int]) -> Plan:
             kept.add(at)
             at = plan.states[at].parent
     number = {old: new for new, old in enumerate(sorted(kept))} | {ROOT: ROOT}
-    states: list[State] = [dataclasses.replace(plan.states[old], parent=number[plan.states[old].parent]) for old in sorted(kept)]
-    return Plan(plan.num_steps, tuple(states), tuple(dataclasses.replace(leaf, state=number[leaf.state]) for leaf in leaves))
+    states: list[State] = [
+        dataclasses.replace(plan.states[old], parent=number[plan.states[old].parent]) for old in sorted(kept)
+    ]
+    return Plan(
+        plan.num_steps,
+        tuple(states),
+        tuple(dataclasses.replace(leaf, state=number[leaf.state]) for leaf in leaves),
+    )

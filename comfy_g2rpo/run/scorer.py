@@ -24,13 +24,17 @@ from ..rollout import Rollout, roll_out
 from ..speed.fitting_batch import Limit, limit_of
 from ..speed.step_cache import Shortcut
 
-MAX_WAITING = 2**29  # bytes of pictures that may wait for rewards that run elsewhere, before the rollout waits too
+MAX_WAITING = (
+    2**29
+)  # bytes of pictures that may wait for rewards that run elsewhere, before the rollout waits too
 POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures [n, H, W, 3], or clips [n, F, H, W, 3], as 8-bit levels, which are free of NaN [n], prompt and image position of each."""
+    """Pictures [n, H, W, 3], or clips [n, F, H, W, 3], as 8-bit levels, which are free of NaN [n], prompt
+    and image position of each.
+    """
 
     levels: Tensor
     whole: Tensor
@@ -39,15 +43,19 @@ class Batch:
 
     def pictures(self) -> Tensor:
         """Return the pictures as they were judged before: float32 in [0, 1], NaN where something was."""
-        return torch.where(self.whole.view(-1, *[1] * (self.levels.ndim - 1)), self.levels.float() / 255, torch.nan)
+        return torch.where(
+            self.whole.view(-1, *[1] * (self.levels.ndim - 1)), self.levels.float() / 255, torch.nan
+        )
 
 
 @dataclass
 class Scorer:
-    """A rollout's sink: fills scores [R, P, images] and keeps the pictures of the prompts (by position) in `keep` alone.
+    """A rollout's sink: fills scores [R, P, images] and keeps the pictures of the prompts (by position) in
+    `keep` alone.
 
-    Rewards that need a group wait, their pictures as 8-bit levels, for all images of a prompt. Within `with scorer:` rewards that run
-    elsewhere score in one thread while decoding and the rollout go on; leaving waits for the rest, and leaving by an exception drops it.
+    Rewards that need a group wait, their pictures as 8-bit levels, for all images of a prompt. Within `with
+    scorer:` rewards that run elsewhere score in one thread while decoding and the rollout go on; leaving
+    waits for the rest, and leaving by an exception drops it.
     """
 
     decode: Decoder
@@ -59,7 +67,10 @@ class Scorer:
     check: Callable[[], None] | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "reward": 0.0})
     describe: Callable[[Tensor], dict[str, Tensor]] | None = None
-    """Pictures [B, H, W, 3] → features [B, D] by measure, gathered in `features` as [P, images, D]; NaN where no picture came."""
+    """Pictures [B, H, W, 3] → features [B, D] by measure, gathered in `features` as [P, images, D].
+
+    NaN where no picture came.
+    """
 
     def __post_init__(self) -> None:
         self.scores = torch.full((len(self.rewards), len(self.prompts), self.images), torch.nan)
@@ -74,7 +85,10 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, prompts: list[int], images: list[int], latents: Tensor) -> None:
-        """Score latents [n, …] of the given prompts and image positions; clips [n, F, H, W, 3] are judged by their frames."""
+        """Score latents [n, …] of the given prompts and image positions.
+
+        Clips [n, F, H, W, 3] are judged by their frames.
+        """
         limit = limit_of(self.batch)
         size = limit.rows
         for start in range(0, len(prompts), size):
@@ -92,7 +106,9 @@ class Scorer:
             self.seconds["reward"] += time.perf_counter() - decoded
             for prompt, image, picture in zip(prompts[part], images[part], pictures, strict=True):
                 if prompt in self.keep:
-                    self.pictures[prompt, image] = levels(picture) if picture.ndim == 4 else picture.cpu().clone()
+                    self.pictures[prompt, image] = (
+                        levels(picture) if picture.ndim == 4 else picture.cpu().clone()
+                    )
 
     def _decoded(self, latents: Tensor, part: slice) -> Tensor:
         """Decode some latents to what a saved file would hold."""
@@ -115,11 +131,16 @@ class Scorer:
         self._collect(MAX_WAITING)
 
     def _complete(self, batch: Batch) -> list[Batch]:
-        """Add pictures to the groups of their prompts; return those that are complete, in the order of the plan."""
+        """Add pictures to the groups of their prompts.
+
+        Return those that are complete, in the order of the plan.
+        """
         done = []
         for row, (prompt, image) in enumerate(zip(batch.prompts, batch.images, strict=True)):
             if prompt not in self._groups:
-                self._groups[prompt] = _Group(batch.levels.new_empty(self.images, *batch.levels.shape[1:]), {})
+                self._groups[prompt] = _Group(
+                    batch.levels.new_empty(self.images, *batch.levels.shape[1:]), {}
+                )
             group = self._groups[prompt]
             group.levels[image] = batch.levels[row]
             group.whole[image] = bool(batch.whole[row])
@@ -159,7 +180,9 @@ class Scorer:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Wait for the rest; after an exception, break off what is under way. Either way the thread ends."""
         begin = time.perf_counter()
         try:
@@ -187,7 +210,9 @@ class Scorer:
 
 @dataclass(frozen=True)
 class _Group:
-    """The pictures of one prompt so far: levels [images, H, W, 3], and whether each that has arrived is free of NaN."""
+    """The pictures of one prompt so far: levels [images, H, W, 3], and whether each that has arrived is
+    free of NaN.
+    """
 
     levels: Tensor
     whole: dict[int, bool]
@@ -205,18 +230,27 @@ def _batch(pictures: Tensor, prompts: Sequence[int], images: Sequence[int]) -> B
 
 
 def levels(pictures: Tensor) -> Tensor:
-    """Return pictures that hold nothing but 8-bit levels and NaN as those levels, uint8 on the CPU; NaN as 0."""
+    """Return pictures that hold nothing but 8-bit levels and NaN as those levels, uint8 on the CPU.
+
+    NaN as 0.
+    """
     return torch.where(pictures.isnan(), 0.0, pictures * 255).round().byte().cpu()
 
 
 @torch.no_grad()
 def _judged(reward: Reward, batch: Batch, texts: Sequence[str]) -> Tensor:
-    """Score a batch by one reward: [n]. Gradients are switched off anew, because every thread has its own switch."""
+    """Score a batch by one reward: [n].
+
+    Gradients are switched off anew, because every thread has its own switch.
+    """
     return judged(reward, batch.pictures(), texts)
 
 
 def to_8_bit(images: Tensor) -> Tensor:
-    """Round images in [0, 1] to what a saved file holds: that is what is judged. Infinite numbers become NaN, not white."""
+    """Round images in [0, 1] to what a saved file holds: that is what is judged.
+
+    Infinite numbers become NaN, not white.
+    """
     finite = images.float().nan_to_num(torch.nan, torch.nan, torch.nan)  # a copy in any case
     return finite.clamp_(0, 1).mul_(255).round_().div_(255)
 
@@ -233,13 +267,19 @@ def roll_out_and_score(
     check: Callable[[], None] | None = None,
     shortcut: Shortcut | None = None,
 ) -> Rollout:
-    """Run a plan per prompt and hand every finished latent to the scorer: while rolling, or afterwards where the host wants that."""
+    """Run a plan per prompt and hand every finished latent to the scorer: while rolling, or afterwards
+    where the host wants that.
+    """
     sink = scorer if policy.decodes_while_rolling else None
     with scorer:
         where = {"device": policy.device, "shortcut": shortcut}
-        rollout = roll_out(policy, plan, sigmas, conds, seeds, shape, slots=slots, sink=sink, check=check, **where)
+        rollout = roll_out(
+            policy, plan, sigmas, conds, seeds, shape, slots=slots, sink=sink, check=check, **where
+        )
         if sink:
             return rollout
         images = list(range(len(plan.images)))
-        scorer([p for p in range(len(seeds)) for _ in images], images * len(seeds), rollout.latents.flatten(0, 1))
+        scorer(
+            [p for p in range(len(seeds)) for _ in images], images * len(seeds), rollout.latents.flatten(0, 1)
+        )
         return dataclasses.replace(rollout, latents=None)

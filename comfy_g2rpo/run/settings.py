@@ -1,4 +1,6 @@
-"""Fields of a recipe and of a run's pace as text, one `name = value` per line: what a widget or a file can hold."""
+"""Fields of a recipe and of a run's pace as text, one `name = value` per line: what a widget or a file can
+hold.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ SECTIONS = {
 
 
 def parse(text: str, name: str = "settings") -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the recipe's changes and the pace's from lines of `name = value`; ValueError names the line, the field and the remedy.
+    """Return the recipe's changes and the pace's from lines of `name = value`; ValueError names the line, the
+    field and the remedy.
 
-    A name may carry its section, as on the command line: method.eta, train.slots. Blank lines and those that start with # are skipped.
-    Lists are written 1, 2; a field that may be empty takes none.
+    A name may carry its section, as on the command line: method.eta, train.slots. Blank lines and those that
+    start with # are skipped. Lists are written 1, 2; a field that may be empty takes none.
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{name} has {len(text)} characters; at most {MAX_CHARACTERS} are allowed")
@@ -33,7 +36,9 @@ def parse(text: str, name: str = "settings") -> tuple[dict[str, Any], dict[str, 
             continue
         key, sign, value = (part.strip() for part in line.partition("="))
         if not sign or not value:
-            raise ValueError(f"{name}, line {number}: {line[:80]!r} has no value; write name = value, such as eta = 0.5")
+            raise ValueError(
+                f"{name}, line {number}: {line[:80]!r} has no value; write name = value, such as eta = 0.5"
+            )
         section, key = _place(key, f"{name}, line {number}")
         fields, hints = SECTIONS[section]
         changes[section][key] = _value(value, hints[key], fields[key], f"{name}, line {number}: {key}")
@@ -42,7 +47,11 @@ def parse(text: str, name: str = "settings") -> tuple[dict[str, Any], dict[str, 
 
 def _place(key: str, place: str) -> tuple[str, str]:
     """Find the section of a field."""
-    dotted = {f"{section}.{field}": (section, field) for section, (fields, _) in SECTIONS.items() for field in fields}
+    dotted = {
+        f"{section}.{field}": (section, field)
+        for section, (fields, _) in SECTIONS.items()
+        for field in fields
+    }
     if key in dotted:
         return dotted[key]
     found = [name for name, (_, field) in dotted.items() if field == key]
@@ -51,7 +60,8 @@ def _place(key: str, place: str) -> tuple[str, str]:
     if not found:
         bare = [field for _, field in dotted.values()]
         raise ValueError(
-            f"{place}: {key[:80]!r} is unknown{nearest(key, bare)}; known are: {', '.join(dict.fromkeys(bare))}"
+            f"{place}: {key[:80]!r} is unknown{nearest(key, bare)}; known are: "
+            f"{', '.join(dict.fromkeys(bare))}"
         )
     return dotted[found[0]]
 
@@ -84,7 +94,9 @@ def _scalar(text: str, kind: Any, rule: Mapping[str, Any], place: str) -> Any:
     try:
         value = kind(text)
     except ValueError as error:
-        raise ValueError(f"{place} is {text[:80]!r}; it must be {'a whole number' if kind is int else 'a number'}") from error
+        raise ValueError(
+            f"{place} is {text[:80]!r}; it must be {'a whole number' if kind is int else 'a number'}"
+        ) from error
     if rule["low"] is not None and not rule["low"] <= value <= rule["high"]:
         raise ValueError(f"{place} is {value}; it must lie between {rule['low']} and {rule['high']}")
     return value

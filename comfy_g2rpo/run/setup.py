@@ -24,7 +24,10 @@ from .rank_guard import Speed
 
 @dataclass(frozen=True)
 class World:
-    """The processes that share a run; `gather` stacks scores [R, P, images] over P, `reduce` averages a gradient, `wait` lines them up."""
+    """The processes that share a run.
+
+    `gather` stacks scores [R, P, images] over P, `reduce` averages a gradient, `wait` lines them up.
+    """
 
     index: int = 0
     count: int = 1
@@ -66,7 +69,9 @@ class Setup:
     velocity: CheapVelocity | None = None
     """Evaluates completions in the policy's place, where `speed` asks for it."""
     measures: Mapping[str, float] = field(default_factory=dict)
-    """Say of the rewards that only measure in the watch, by name: 1 where it is left out, 0 is none, below 0 less is better."""
+    """Say of the rewards that only measure in the watch, by name: 1 where it is left out, 0 is none, below
+    0 less is better.
+    """
 
     optimizer: Optimizers = adamw
     """Makes the recipe's optimizer."""
@@ -79,7 +84,9 @@ class Setup:
 
 @dataclass
 class Learner:
-    """What learning changes: the optimizer over the adapter, the adapter's moving average, and the count of finished steps."""
+    """What learning changes: the optimizer over the adapter, the adapter's moving average, and the count
+    of finished steps.
+    """
 
     optimizer: torch.optim.Optimizer
     average: list[Tensor]
@@ -111,7 +118,10 @@ PHASES = ("rollout", "update", "evaluate")
 
 
 def preview_shape(pace: Pace, shape_of: Callable[[int, int], tuple[int, ...]]) -> tuple[int, ...] | None:
-    """Return the shape of a latent at the preview size, by the host's own function of (width, height); None without previews."""
+    """Return the shape of a latent at the preview size, by the host's own function of (width, height).
+
+    None without previews.
+    """
     if not pace.preview_width and not pace.preview_height:
         return None
     size = f"preview_width and preview_height are {pace.preview_width}×{pace.preview_height}"
@@ -129,11 +139,18 @@ def make_learner(setup: Setup) -> Learner:
     parameters = setup.policy.parameters()
     optimizer = setup.optimizer(parameters, setup.recipe)
     average, start = setup.recipe.ema, setup.recipe.kl and setup.recipe.kl_reference == "start"
-    average, start = ([p.detach().clone() for p in parameters] if wanted else [] for wanted in (average, start))
+    average, start = (
+        [p.detach().clone() for p in parameters] if wanted else [] for wanted in (average, start)
+    )
     return Learner(optimizer, average, start=start, limits=Limits.of(setup.pace))
 
 
 def prompts_ahead(prompts: Prompts, pace: Pace) -> tuple[str, ...]:
-    """Return the prompts that a run can come to: those that its steps draw, and those that it is measured on."""
+    """Return the prompts that a run can come to: those that its steps draw, and those that it is measured
+    on.
+    """
     drawn = min(pace.steps * pace.prompts_per_step, len(prompts.train))
-    return (*PromptCursor(prompts.train, drawn, pace.seed).batch(0), *prompts.heldout[: pace.eval_prompts or None])
+    return (
+        *PromptCursor(prompts.train, drawn, pace.seed).batch(0),
+        *prompts.heldout[: pace.eval_prompts or None],
+    )

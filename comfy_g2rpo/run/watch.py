@@ -1,9 +1,11 @@
-"""Is the model getting better, or gaming its reward? Signs at an evaluation, alarms where they last, and the best step so far.
+"""Is the model getting better, or gaming its reward? Signs at an evaluation, alarms where they last, and the
+best step so far.
 
-Pure functions of evaluations and of rows of metrics, so that what the watch knows is what the run folder holds. A change counts where its
-95 % interval over prompts (paired, Student's t) leaves out 0, and a fall must be `min_fall` standard deviations besides: one is that of the
-untrained model's scores over prompts. Rewards that are trained on are judged together, by their weights, and a weight below 0 turns its
-reward round. Rewards that only measure are judged each by itself, and one of weight 0 not at all.
+Pure functions of evaluations and of rows of metrics, so that what the watch knows is what the run folder
+holds. A change counts where its 95 % interval over prompts (paired, Student's t) leaves out 0, and a fall
+must be `min_fall` standard deviations besides: one is that of the untrained model's scores over prompts.
+Rewards that are trained on are judged together, by their weights, and a weight below 0 turns its reward
+round. Rewards that only measure are judged each by itself, and one of weight 0 not at all.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Seen:
-    """What the watch goes by: evaluations of the untrained model, the best step so far and now, the trained rewards' weights, the rows."""
+    """What the watch goes by: evaluations of the untrained model, the best step so far and now, the
+    trained rewards' weights, the rows.
+    """
 
     base: Evaluation
     best: Evaluation
@@ -73,14 +77,19 @@ def changes(values: Tensor) -> Change:
 
 
 def unit(base: Evaluation, name: str) -> float:
-    """Return the standard deviation over prompts of a reward of the untrained model; 1 where there is none to go by."""
+    """Return the standard deviation over prompts of a reward of the untrained model.
+
+    1 where there is none to go by.
+    """
     by_prompt = base.scores[base.names.index(name)].nanmean(1)
     known = by_prompt[~by_prompt.isnan()]
     return (known.std().item() if len(known) > 1 else 0.0) or 1.0
 
 
 def together(base: Evaluation, weights: Mapping[str, float], change: Tensor) -> Tensor:
-    """Weigh the trained rewards' changes [R, P] into one [P], in standard deviations: Σ w·change/unit over Σ|w| of those that judged."""
+    """Weigh the trained rewards' changes [R, P] into one [P], in standard deviations: Σ w·change/unit over
+    Σ|w| of those that judged.
+    """
     used = [(r, weights[name]) for r, name in enumerate(base.names) if weights.get(name)]
     if not used:
         # People, for instance, do not measure held-out pictures.
@@ -102,7 +111,9 @@ def hacking(seen: Seen) -> str | None:
         rise = gained(seen, before, seen.now)
         for r, name in enumerate(seen.now.names) if rise.rose else ():
             say = 0.0 if name in seen.weights else seen.measures.get(name, 1.0)
-            fall = changes(math.copysign(1, say) * (seen.now.scores[r].nanmean(1) - before.scores[r].nanmean(1)))
+            fall = changes(
+                math.copysign(1, say) * (seen.now.scores[r].nanmean(1) - before.scores[r].nanmean(1))
+            )
             if say and fall.fell(seen.pace.min_fall * unit(seen.base, name)):
                 moved = f"held-out {name} {'fell' if say > 0 else 'rose'} by {fall} {seen.since(step)}"
                 return f"{moved} while what is trained on, {seen.trained}, rose: the model games its reward"
@@ -114,7 +125,10 @@ def memorising(seen: Seen) -> str | None:
     fall = gained(seen, seen.base, seen.now)
     if fall.fell(seen.pace.min_fall) and rising(seen.rows, seen.weights):
         rise = f"{seen.trained} rose in training"
-        return f"{rise} and fell on held-out prompts by {fall} standard deviations: the model memorises its prompts"
+        return (
+            f"{rise} and fell on held-out prompts by {fall} standard deviations: the model memorises its "
+            "prompts"
+        )
     return None
 
 
@@ -128,12 +142,17 @@ def unlearning(seen: Seen) -> str | None:
 
 
 def noise(seen: Seen) -> str | None:
-    """Notice that the trained rewards rose for pictures with exploration noise, and not for those that a user draws."""
+    """Notice that the trained rewards rose for pictures with exploration noise, and not for those that a
+    user draws.
+    """
     if seen.base.noisy is None or seen.now.noisy is None:
         return None
     gap = changes(together(seen.base, seen.weights, seen.now.noisy - seen.base.noisy))
     if gap.rose and gap.mean >= seen.pace.min_fall and not gained(seen, seen.base, seen.now).rose:
-        return f"{seen.trained} rose for pictures with exploration noise alone, by {gap} standard deviations: what you draw does not gain"
+        return (
+            f"{seen.trained} rose for pictures with exploration noise alone, by {gap} standard deviations: "
+            "what you draw does not gain"
+        )
     return None
 
 
@@ -145,7 +164,10 @@ def collapse(seen: Seen) -> str | None:
             measure, _, of = key.partition("/")
             what = "different prompts" if of == "set" else "one prompt"
             share = (after.nanmean() / before.nanmean()).item()
-            return f"pictures of {what} have become alike: {share:.0%} of the untrained model's diversity is left ({measure})"
+            return (
+                f"pictures of {what} have become alike: {share:.0%} of the untrained model's diversity is "
+                f"left ({measure})"
+            )
     return None
 
 
@@ -155,7 +177,10 @@ def size(seen: Seen) -> str | None:
         return None
     fall = gained(seen, seen.base.preview, seen.now.preview)
     if fall.fell(seen.pace.min_fall):
-        return f"{seen.trained} rose at the training size and fell at the preview size by {fall} standard deviations: look for grids there"
+        return (
+            f"{seen.trained} rose at the training size and fell at the preview size by {fall} standard "
+            "deviations: look for grids there"
+        )
     return None
 
 
@@ -174,7 +199,13 @@ def signs(seen: Seen) -> dict[str, str]:
     return {kind: text for kind, look in SIGNS.items() if (text := look(seen)) is not None}
 
 
-def blind_spots(pace: Pace, heldout: int, judges: Sequence[str], weights: Mapping[str, float], measures: Mapping[str, float]) -> list[str]:
+def blind_spots(
+    pace: Pace,
+    heldout: int,
+    judges: Sequence[str],
+    weights: Mapping[str, float],
+    measures: Mapping[str, float],
+) -> list[str]:
     """Say, before a run, what the watch will not see, and how to let it."""
     if pace.watch == "off":
         return []
@@ -182,14 +213,21 @@ def blind_spots(pace: Pace, heldout: int, judges: Sequence[str], weights: Mappin
         return ["the watch sees nothing without held-out prompts: set some aside"]
     found = []
     if not 0 < pace.eval_every < pace.steps:
-        found.append("the watch looks at the start and the end alone, and can stop nothing between: set eval_every")
+        found.append(
+            "the watch looks at the start and the end alone, and can stop nothing between: set eval_every"
+        )
     if not any(measures.get(name, 1.0) for name in judges if name not in weights):
-        found.append("no reward only measures, so that the watch cannot tell whether the trained ones are gamed: add a held-out reward")
+        found.append(
+            "no reward only measures, so that the watch cannot tell whether the trained ones are "
+            "gamed: add a held-out reward"
+        )
     return found
 
 
 def rising(rows: Sequence[Row], weights: Mapping[str, float]) -> bool:
-    """Say whether the trained rewards rose over the training steps: the last tenth of them against the first, at least TREND each."""
+    """Say whether the trained rewards rose over the training steps: the last tenth of them against the
+    first, at least TREND each.
+    """
     steps = [row for row in rows if "nfe" in row]
     count = max(len(steps) // 10, TREND)
     if len(steps) < 2 * count:
@@ -205,7 +243,9 @@ def rising(rows: Sequence[Row], weights: Mapping[str, float]) -> bool:
 
 
 def standing(found: Mapping[str, str], before: Row, patience: int) -> dict[str, Any]:
-    """Return what goes into an evaluation's row, after the row of the one before: how often in a row each sign was seen, and alarms."""
+    """Return what goes into an evaluation's row, after the row of the one before: how often in a row each
+    sign was seen, and alarms.
+    """
     counts = {kind: int(before.get(f"alarm/{kind}") or 0) + 1 for kind in found}
     row: dict[str, Any] = {f"alarm/{kind}": count for kind, count in counts.items()}
     row |= {"sign": "; ".join(found.values())} if found else {}
@@ -218,16 +258,23 @@ def evaluated(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if any(key.startswith("heldout/") or key == "kl/heldout" for key in row)]
 
 
-def best_step(rows: Sequence[Row], weights: Mapping[str, float], measures: Mapping[str, float] | None = None) -> int | None:
-    """Return the step whose evaluation is best by the rewards that only measure, or, where there are none, by the trained ones.
+def best_step(
+    rows: Sequence[Row], weights: Mapping[str, float], measures: Mapping[str, float] | None = None
+) -> int | None:
+    """Return the step whose evaluation is best by the rewards that only measure, or, where there are none, by
+    the trained ones.
 
-    Rewards are added up in units of the first evaluation's interval, so that none dominates by its scale. None before the first one, and
-    where no reward measures single pictures.
+    Rewards are added up in units of the first evaluation's interval, so that none dominates by its scale.
+    None before the first one, and where no reward measures single pictures.
     """
     looks = evaluated(rows)
     if not looks:
         return None
-    names = [key.split("/", 1)[1].removesuffix("/mean") for key in looks[0] if key.startswith("heldout/") and key.endswith("/mean")]
+    names = [
+        key.split("/", 1)[1].removesuffix("/mean")
+        for key in looks[0]
+        if key.startswith("heldout/") and key.endswith("/mean")
+    ]
     held = {name: (measures or {}).get(name, 1.0) for name in names if name not in weights}
     used = held if any(held.values()) else {name: weights.get(name, 0.0) for name in names}
     if not used:

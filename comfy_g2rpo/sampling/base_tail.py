@@ -1,4 +1,6 @@
-"""Draw without exploration, the last steps without the adapter: composition as it was learned, texture as the base model paints it."""
+"""Draw without exploration, the last steps without the adapter: composition as it was learned, texture as
+the base model paints it.
+"""
 
 from __future__ import annotations
 
@@ -31,19 +33,42 @@ def draw_with_tail(
     check: Callable[[], None] | None = None,
     device: Any = "cpu",
 ) -> Tensor:
-    """Return latents [P, …] along sigmas [T+1] from the noises of `seeds`; the last `tail` share of the steps runs `reference()`.
+    """Return latents [P, …] along sigmas [T+1] from the noises of `seeds`; the last `tail` share of the steps
+    runs `reference()`.
 
-    Both parts are the very steps of the whole: a tail of 0 and of 1 are the model with and without its adapter, to the bit.
+    Both parts are the very steps of the whole: a tail of 0 and of 1 are the model with and without its
+    adapter, to the bit.
     """
     count = len(sigmas) - 1
     split = count - tail_steps(count, tail)
     latents = None
     if split:
-        made = roll_out(policy, deterministic(split), sigmas[: split + 1], conds, seeds, shape, slots=slots, check=check, device=device)
+        made = roll_out(
+            policy,
+            deterministic(split),
+            sigmas[: split + 1],
+            conds,
+            seeds,
+            shape,
+            slots=slots,
+            check=check,
+            device=device,
+        )
         latents = made.latents[:, 0]
     if split < count:
         plan = deterministic(count - split)
         with policy.reference():
-            made = roll_out(policy, plan, sigmas[split:], conds, seeds, shape, slots=slots, check=check, device=device, start=latents)
+            made = roll_out(
+                policy,
+                plan,
+                sigmas[split:],
+                conds,
+                seeds,
+                shape,
+                slots=slots,
+                check=check,
+                device=device,
+                start=latents,
+            )
         latents = made.latents[:, 0]
     return latents

@@ -47,7 +47,10 @@ class Limit:
         return found
 
     def attempt(self, work: Callable[[], Result], count: int) -> Result | None:
-        """Run work over `count` rows; None where memory ran out and the limit is half of them now. One row that does not fit raises."""
+        """Run work over `count` rows; None where memory ran out and the limit is half of them now.
+
+        One row that does not fit raises.
+        """
         try:
             return work()
         except OutOfMemory:

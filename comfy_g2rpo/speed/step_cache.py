@@ -1,7 +1,8 @@
-"""Completions for less: another way to evaluate them, and steps whose velocity is foreseen instead of evaluated.
+"""Completions for less: another way to evaluate them, and steps whose velocity is foreseen instead of
+evaluated.
 
-A completion needs no log-probability, so whatever keeps the order of the rewards in a group is legal there. Anchors and forks, which the
-learner differentiates at, are never approximated.
+A completion needs no log-probability, so whatever keeps the order of the rewards in a group is legal there.
+Anchors and forks, which the learner differentiates at, are never approximated.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ class Shortcut:
 
 
 class Memory(NamedTuple):
-    """The last two evaluations on the way to a completed state; `rate` and `slope` are None after only one."""
+    """The last two evaluations on the way to a completed state.
+
+    `rate` and `slope` are None after only one.
+    """
 
     x: Tensor
     velocity: Tensor
@@ -46,18 +50,24 @@ def norms(rows: Tensor) -> Tensor:
     return rows.flatten(1).norm(dim=1)
 
 
-def foreseen(memories: Sequence[Memory | None], x: Tensor, sigma: Tensor, tolerance: float) -> tuple[list[bool], Tensor]:
-    """Say of which states x [B, …] at sigma [B] the velocity need not be evaluated, and return it for those: [n, …].
+def foreseen(
+    memories: Sequence[Memory | None], x: Tensor, sigma: Tensor, tolerance: float
+) -> tuple[list[bool], Tensor]:
+    """Say of which states x [B, …] at sigma [B] the velocity need not be evaluated, and return it for those:
+    [n, …].
 
-    EasyCache's rule (arXiv 2507.02860), for every state by itself: as long as the velocity changes with the state at the rate that it last
-    had, has it changed by less than `tolerance` of its norm? If so it is carried on along the line through the last two (TaylorSeer,
-    arXiv 2503.06923, order 1), which is exact where paths are straight.
+    EasyCache's rule (arXiv 2507.02860), for every state by itself: as long as the velocity changes with the
+    state at the rate that it last had, has it changed by less than `tolerance` of its norm? If so it is
+    carried on along the line through the last two (TaylorSeer, arXiv 2503.06923, order 1), which is exact
+    where paths are straight.
     """
     known = [i for i, memory in enumerate(memories) if memory is not None and memory.rate is not None]
     chosen = [False] * len(memories)
     if not known:
         return chosen, x[:0]
-    at, velocity, level, rate, slope = (torch.stack(part) for part in zip(*(memories[i] for i in known), strict=True))
+    at, velocity, level, rate, slope = (
+        torch.stack(part) for part in zip(*(memories[i] for i in known), strict=True)
+    )
     change = rate * norms(x[known] - at) / norms(velocity).clamp_min(1e-12)
     rows = [row for row, small in enumerate((change < tolerance).tolist()) if small]
     for row in rows:
@@ -67,7 +77,9 @@ def foreseen(memories: Sequence[Memory | None], x: Tensor, sigma: Tensor, tolera
 
 
 def remember(memories: Sequence[Memory | None], x: Tensor, velocity: Tensor, sigma: Tensor) -> list[Memory]:
-    """Return what to remember of evaluated states x [B, …] with their velocities, given the memories of their parents."""
+    """Return what to remember of evaluated states x [B, …] with their velocities, given the memories of
+    their parents.
+    """
     known = [i for i, memory in enumerate(memories) if memory is not None]
     made = [Memory(*row) for row in zip(x, velocity, sigma, strict=True)]
     if not known:

@@ -1,9 +1,11 @@
 """What a run keeps of people's votes.
 
-    votes.jsonl                  line 1 names the schema, then one table of votes (votes.py) per line; only ever appended to
-    ballots/<name>/              a group that was shown: ballot.json (prompt, step, and key and file of every picture) and 000.png …
+    votes.jsonl                  line 1 names the schema, then one table of votes (votes.py) per line; only
+    ever appended to ballots/<name>/              a group that was shown: ballot.json (prompt, step, and key
+    and file of every picture) and 000.png …
 
-A line that an interruption tore off was never a vote: it is left out when reading, and removed before the next one is written.
+A line that an interruption tore off was never a vote: it is left out when reading, and removed before the
+next one is written.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ SAME = 1 / 255  # mean difference of two renderings of one picture
 
 @dataclass(frozen=True)
 class Ballot:
-    """A group that was shown: what was asked for, after how many steps, and the file of every picture by its key."""
+    """A group that was shown: what was asked for, after how many steps, and the file of every picture by
+    its key.
+    """
 
     prompt: str
     step: int
@@ -47,7 +51,10 @@ def votes_file(run: Path) -> Path:
 
 
 def append(run: Path, votes: Votes) -> None:
-    """Add votes to a run in one write, which is on the disk before this returns; a line that was torn off before is repaired."""
+    """Add votes to a run in one write, which is on the disk before this returns.
+
+    A line that was torn off before is repaired.
+    """
     place = votes_file(run)
     line = (json.dumps(votes.table(), separators=(",", ":")) + "\n").encode()
     try:
@@ -63,11 +70,17 @@ def append(run: Path, votes: Votes) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise RunError(f"cannot write {place}: {(error.strerror or str(error)).lower()}; make room, the vote is not kept yet") from error
+        raise RunError(
+            f"cannot write {place}: {(error.strerror or str(error)).lower()}; make room, the vote is "
+            "not kept yet"
+        ) from error
 
 
 def _whole(content: bytes) -> bytes:
-    """Leave out a last line that was torn off; one that only lacks its end, as an editor may leave it, stays."""
+    """Leave out a last line that was torn off.
+
+    One that only lacks its end, as an editor may leave it, stays.
+    """
     tail = content[content.rfind(b"\n") + 1 :]
     if not tail:
         return content
@@ -86,13 +99,17 @@ def read(run: Path) -> list[Votes]:
     try:
         lines = _whole(place.read_bytes()).splitlines()
     except OSError as error:
-        raise RunError(f"cannot read {place}: {(error.strerror or str(error)).lower()}; check the run folder") from error
+        raise RunError(
+            f"cannot read {place}: {(error.strerror or str(error)).lower()}; check the run folder"
+        ) from error
     newest: dict[Any, Votes] = {}
     for number, line in enumerate(lines, start=1):
         content = _table(line, f"{place}, line {number}")
         if number == 1:
             if content.get("schema") != SCHEMA:
-                raise RunError(f"{place} is no file of votes (its first line names no {SCHEMA}); move it away")
+                raise RunError(
+                    f"{place} is no file of votes (its first line names no {SCHEMA}); move it away"
+                )
             continue
         votes = from_table(content, f"{place}, line {number}")
         who = (frozenset(votes.pictures), votes.prompt, votes.voter)
@@ -118,7 +135,10 @@ def matching(votes: Sequence[Votes], keys: Sequence[str], prompt: str) -> list[V
 
 
 def score(run: Path, pictures: Tensor, prompt: str, step: int) -> Tensor | None:
-    """Score pictures [B, H, W, 3] by the votes that a run keeps: [B], NaN where nobody compared; None where there are no votes at all."""
+    """Score pictures [B, H, W, 3] by the votes that a run keeps: [B], NaN where nobody compared.
+
+    None where there are no votes at all.
+    """
     votes, keys = read(run), [picture_key(picture) for picture in pictures]
     found = matching(votes, keys, prompt)
     if not found and votes:
@@ -128,7 +148,8 @@ def score(run: Path, pictures: Tensor, prompt: str, step: int) -> Tensor | None:
 
 
 def shown_as(run: Path, pictures: Tensor, prompt: str, step: int) -> list[str]:
-    """Return the keys under which a ballot of this step shows the same pictures but for a rounding or two; none where there is no such.
+    """Return the keys under which a ballot of this step shows the same pictures but for a rounding or two;
+    none where there is no such.
 
     A processor makes a step's pictures again bit by bit; not every device does.
     """
@@ -136,7 +157,10 @@ def shown_as(run: Path, pictures: Tensor, prompt: str, step: int) -> list[str]:
         if (ballot.prompt, ballot.step, len(ballot.files)) != (prompt, step, len(pictures)):
             continue
         shown = [read_png(file) for file in ballot.files.values()]
-        if all(old.shape == new.shape and (old - new.cpu()).abs().mean() <= SAME for old, new in zip(shown, pictures, strict=True)):
+        if all(
+            old.shape == new.shape and (old - new.cpu()).abs().mean() <= SAME
+            for old, new in zip(shown, pictures, strict=True)
+        ):
             return list(ballot.files)
     return []
 
@@ -147,7 +171,9 @@ def read_png(path: Path) -> Tensor:
         with Image.open(path) as image:
             return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32) / 255)
     except (OSError, Image.DecompressionBombError) as error:
-        raise RunError(f"{path} cannot be read; remove its folder and resume, and it is made again") from error
+        raise RunError(
+            f"{path} cannot be read; remove its folder and resume, and it is made again"
+        ) from error
 
 
 def ballot_name(prompt: str, step: int, keys: Sequence[str]) -> str:
@@ -157,10 +183,16 @@ def ballot_name(prompt: str, step: int, keys: Sequence[str]) -> str:
 
 
 def write_ballot(run: Path, pictures: Tensor, prompt: str, step: int) -> Path:
-    """Write a group [B, H, W, 3] for people to vote on, unless it lies there already; a picture that comes twice is shown once."""
+    """Write a group [B, H, W, 3] for people to vote on, unless it lies there already.
+
+    A picture that comes twice is shown once.
+    """
     found = {key: picture for picture in pictures if (key := picture_key(picture))}
     if len(found) < 2:
-        raise VoteError("votes: the group has fewer than two different pictures, so there is nothing to compare; raise group_size")
+        raise VoteError(
+            "votes: the group has fewer than two different pictures, so there is nothing to compare; "
+            "raise group_size"
+        )
     place = Path(run) / "ballots" / ballot_name(prompt, step, list(found))
     if (place / "ballot.json").is_file():
         return place
@@ -187,7 +219,12 @@ def _ballot(path: Path) -> Ballot:
     files = {}
     for row in rows:
         key, file = (row.get(name) for name in ("key", "file")) if isinstance(row, dict) else (None, None)
-        if not isinstance(key, str) or not KEY.fullmatch(key) or not isinstance(file, str) or not FILE.fullmatch(file):
+        if (
+            not isinstance(key, str)
+            or not KEY.fullmatch(key)
+            or not isinstance(file, str)
+            or not FILE.fullmatch(file)
+        ):
             raise RunError(f"{path} is damaged; remove its folder")
         files[key] = path.parent / file
     return Ballot(prompt, step, files, path.parent)
@@ -200,22 +237,35 @@ def open_ballots(run: Path) -> list[Ballot]:
 
 
 def pairs(run: Path) -> Iterator[tuple[Votes, Path, Path]]:
-    """Yield the votes and the pictures of the better and the worse for every pair that a run's votes compare, where both lie in it."""
+    """Yield the votes and the pictures of the better and the worse for every pair that a run's votes
+    compare, where both lie in it.
+    """
     ballots = read_ballots(run)
     for votes in read(run):
-        files = {key: file for ballot in ballots if ballot.prompt == votes.prompt for key, file in ballot.files.items() if file.is_file()}
+        files = {
+            key: file
+            for ballot in ballots
+            if ballot.prompt == votes.prompt
+            for key, file in ballot.files.items()
+            if file.is_file()
+        }
         for winner, loser in votes.within(files):
             yield votes, files[winner], files[loser]
 
 
 def export(run: Path, place: Path) -> int:
-    """Write a run's votes as pairs, one {"prompt", "winner", "loser"} per line with paths seen from the file's folder; return how many."""
+    """Write a run's votes as pairs, one {"prompt", "winner", "loser"} per line with paths seen from the
+    file's folder; return how many.
+    """
     place = Path(place)
     if place.exists():
         raise RunError(f"{place} exists; choose another file")
     lines = []
     for votes, winner, loser in pairs(run):
-        files = {name: Path(os.path.relpath(file, place.parent)).as_posix() for name, file in (("winner", winner), ("loser", loser))}
+        files = {
+            name: Path(os.path.relpath(file, place.parent)).as_posix()
+            for name, file in (("winner", winner), ("loser", loser))
+        }
         row = {"prompt": votes.prompt, **files} | ({"voter": votes.voter} if votes.voter else {})
         lines.append(json.dumps(row, ensure_ascii=False))
     if not lines:

@@ -1,12 +1,14 @@
-"""People's votes on a group of pictures: how they are written down and checked, and the scores that they come to.
+"""People's votes on a group of pictures: how they are written down and checked, and the scores that they come
+to.
 
-Votes are a JSON table. Pictures are named by their keys, so that votes belong to these very pictures and to no others:
+Votes are a JSON table. Pictures are named by their keys, so that votes belong to these very pictures and to
+no others:
 
     {"pictures": [key, …],           the whole group, in the order in which it was shown
-     "ranking":  [key, …],           best first; each beats those after it, pictures that are not named are not compared
-     "winners":  [key, …],           each beats every picture of the group that is not among them
-     "pairs":    [[key, key], …],    the first beats the second
-     "prompt": "…", "voter": "…"}    what they were asked for, and who voted; all but the pictures may be left out
+     "ranking":  [key, …],           best first; each beats those after it, pictures that are not named are
+     not compared "winners":  [key, …],           each beats every picture of the group that is not among them
+     "pairs":    [[key, key], …],    the first beats the second "prompt": "…", "voter": "…"}    what they were
+     asked for, and who voted; all but the pictures may be left out
 """
 
 from __future__ import annotations
@@ -67,7 +69,10 @@ class Votes:
 
 
 def picture_key(picture: Tensor) -> str:
-    """Name a picture [H, W, 3] in [0, 1] by its 8-bit pixels, which are those of its saved file; "" where it holds NaN."""
+    """Name a picture [H, W, 3] in [0, 1] by its 8-bit pixels, which are those of its saved file.
+
+    "" where it holds NaN.
+    """
     levels = to_8_bit(picture.detach().cpu()) * 255
     if levels.isnan().any():
         return ""
@@ -78,7 +83,10 @@ def picture_key(picture: Tensor) -> str:
 def parse(text: str, name: str = "votes") -> Votes:
     """Read votes from JSON text that may be anybody's; VoteError for whatever is not exactly votes."""
     if len(text) > MAX_TEXT:
-        raise VoteError(f"{name}: they have {len(text)} characters; at most {MAX_TEXT} are allowed, vote on fewer pictures")
+        raise VoteError(
+            f"{name}: they have {len(text)} characters; at most {MAX_TEXT} are allowed, vote on fewer "
+            "pictures"
+        )
     try:
         content = json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
@@ -90,7 +98,9 @@ def parse(text: str, name: str = "votes") -> Votes:
 def from_table(content: Any, name: str = "votes") -> Votes:
     """Check a table of votes."""
     if not isinstance(content, dict):
-        raise VoteError(f"{name}: they are no table but {type(content).__name__}; empty the field and vote again")
+        raise VoteError(
+            f"{name}: they are no table but {type(content).__name__}; empty the field and vote again"
+        )
     if unknown := sorted(set(content) - set(FIELDS)):
         raise VoteError(f"{name}: {unknown[0][:40]!a} is unknown; a table of votes has {', '.join(FIELDS)}")
     pictures = _keys(content, "pictures", name)
@@ -102,7 +112,9 @@ def from_table(content: Any, name: str = "votes") -> Votes:
     for field, keys in {**lists, "pairs": [key for pair in pairs for key in pair]}.items():
         if stranger := next((key for key in keys if key not in known), None):
             raise VoteError(f"{name}: {field} names {stranger}, which is not among pictures; vote again")
-    texts = {field: _text(content.get(field, ""), f"{name}: {field}", limit) for field, limit in _LIMITS.items()}
+    texts = {
+        field: _text(content.get(field, ""), f"{name}: {field}", limit) for field, limit in _LIMITS.items()
+    }
     return Votes(pictures, lists["ranking"], lists["winners"], pairs, texts["prompt"], texts["voter"])
 
 
@@ -125,7 +137,10 @@ def _keys(content: dict[str, Any], field: str, name: str) -> tuple[str, ...]:
         raise VoteError(f"{name}: {field} is {size}; it must be a list of at most {MAX_PICTURES} pictures")
     for key in found:
         if not isinstance(key, str) or not KEY.fullmatch(key):
-            raise VoteError(f"{name}: {field} holds {ascii(key)[:40]}; a picture's key has 16 of the characters 0-9 and a-f")
+            raise VoteError(
+                f"{name}: {field} holds {ascii(key)[:40]}; a picture's key has 16 of the characters "
+                "0-9 and a-f"
+            )
     if len(set(found)) < len(found):
         raise VoteError(f"{name}: {field} names a picture twice; name each once")
     return tuple(found)
@@ -138,8 +153,14 @@ def _pairs(found: Any, name: str) -> tuple[tuple[str, str], ...]:
         raise VoteError(f"{name}: pairs is {size}; it must be a list of at most {MAX_PAIRS} pairs")
     for pair in found:
         keys = pair if isinstance(pair, list) else []
-        if len(keys) != 2 or not all(isinstance(key, str) and KEY.fullmatch(key) for key in keys) or keys[0] == keys[1]:
-            raise VoteError(f"{name}: pairs holds {ascii(pair)[:60]}; write each as [key of the better, key of the worse]")
+        if (
+            len(keys) != 2
+            or not all(isinstance(key, str) and KEY.fullmatch(key) for key in keys)
+            or keys[0] == keys[1]
+        ):
+            raise VoteError(
+                f"{name}: pairs holds {ascii(pair)[:60]}; write each as [key of the better, key of the worse]"
+            )
     return tuple((better, worse) for better, worse in found)
 
 
@@ -151,11 +172,13 @@ def _text(found: Any, name: str, limit: int) -> str:
 
 
 def bradley_terry(wins: np.ndarray, variance: float = 1.0) -> np.ndarray:
-    """Return log strengths [N] from wins [N, N], wins[i, j] being how often i beat j: the mode under a normal prior of mean 0.
+    """Return log strengths [N] from wins [N, N], wins[i, j] being how often i beat j: the mode under a normal
+    prior of mean 0.
 
-    P(i beats j) = 1/(1 + exp(θ_j − θ_i)): Bradley and Terry, "Rank analysis of incomplete block designs" (1952). The prior makes it
-    unique for any comparisons, one-sided and disconnected ones too. Newton's steps are damped by log(1 + d)/d, where d is by how much
-    a step moves any comparison; this converges from anywhere (Sun and Tran-Dinh, arXiv 1703.04599, ν = 2).
+    P(i beats j) = 1/(1 + exp(θ_j − θ_i)): Bradley and Terry, "Rank analysis of incomplete block designs"
+    (1952). The prior makes it unique for any comparisons, one-sided and disconnected ones too. Newton's steps
+    are damped by log(1 + d)/d, where d is by how much a step moves any comparison; this converges from
+    anywhere (Sun and Tran-Dinh, arXiv 1703.04599, ν = 2).
     """
     games, strength = wins + wins.T, np.zeros(len(wins))
     for _ in range(1000 if len(wins) else 0):
@@ -172,7 +195,10 @@ def bradley_terry(wins: np.ndarray, variance: float = 1.0) -> np.ndarray:
 
 
 def scores(keys: Sequence[str], votes: Iterable[Votes]) -> Tensor:
-    """Score pictures by everybody's votes: [B] float32; NaN for one that nobody has compared with another of them."""
+    """Score pictures by everybody's votes: [B] float32.
+
+    NaN for one that nobody has compared with another of them.
+    """
     place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     wins = np.zeros((len(place), len(place)))
     for vote in votes:

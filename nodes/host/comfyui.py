@@ -32,7 +32,10 @@ def checked_name(name: str, widget: str) -> str:
     """Return a run's or file's name if it is one: it becomes a folder or file under ours."""
     name = name.strip() if isinstance(name, str) else ""
     if not RUN_ID.fullmatch(name) or name.endswith(".") or DEVICES.fullmatch(name):
-        raise ValueError(f"{widget} is {name[:80]!a}; use 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first")
+        raise ValueError(
+            f"{widget} is {name[:80]!a}; use 1 to 64 letters, digits, dots, dashes and underscores, a "
+            "letter or digit first"
+        )
     return name
 
 
@@ -46,13 +49,19 @@ def contained(root: Path, name: str, widget: str) -> Path:
 
 
 def run_place(name: str, widget: str = "run") -> Path:
-    """Return where a run of this name lies, or would; a link in it may not lead out of it, for what is written would follow."""
+    """Return where a run of this name lies, or would.
+
+    A link in it may not lead out of it, for what is written would follow.
+    """
     place = contained(runs_root(), checked_name(name, widget), widget)
     for folder, folders, files in os.walk(place):
         for entry in (*folders, *files):
             path = os.path.join(folder, entry)
             if os.path.islink(path) and os.path.commonpath((place, os.path.realpath(path))) != str(place):
-                raise ValueError(f"{widget} is {name[:80]!a}, and its {entry[:80]!a} is a link that leads out of it; remove the link")
+                raise ValueError(
+                    f"{widget} is {name[:80]!a}, and its {entry[:80]!a} is a link that leads out of "
+                    "it; remove the link"
+                )
     return place
 
 
@@ -65,7 +74,9 @@ def fresh_lora(stem: str, widget: str) -> Path:
     """Return the first LoRA file named stem, stem_00002, … that does not exist yet."""
     stem = checked_name(stem, widget)
     for number in range(1, 100_000):
-        place = contained(loras_root(), f"{stem}.safetensors" if number == 1 else f"{stem}_{number:05d}.safetensors", widget)
+        place = contained(
+            loras_root(), f"{stem}.safetensors" if number == 1 else f"{stem}_{number:05d}.safetensors", widget
+        )
         if not place.exists():
             return place
     raise FileError(f"{widget} is {stem!r}, and all its numbers are taken; choose another name")
@@ -77,7 +88,9 @@ def lora_listing(place: Path) -> str:
 
 
 class Live:
-    """Tell the page and the progress bar how a run goes (comfy_g2rpo.loop.Watcher), and stop it where the user asks for that."""
+    """Tell the page and the progress bar how a run goes (comfy_g2rpo.loop.Watcher), and stop it where the
+    user asks for that.
+    """
 
     def __init__(self, node: str | None, run: str, rows: int = 0) -> None:
         self.node, self.run, self.rows = node, run, rows
@@ -133,6 +146,13 @@ class Live:
         self.sent = clock
         made = self.at - self.first
         left = (clock - self.began) / made * (self.total - self.at) if made > 0 else None
-        event = {"node": self.node, "run": self.run, "step": self.at, "total": self.total, "phase": phase, "done": self.done}
+        event = {
+            "node": self.node,
+            "run": self.run,
+            "step": self.at,
+            "total": self.total,
+            "phase": phase,
+            "done": self.done,
+        }
         of = max(self.expected[phase], self.done) if phase in self.expected else None
         PromptServer.instance.send_sync(EVENT, {**event, "of": of, "seconds_left": left, "row": self.rows})

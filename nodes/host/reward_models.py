@@ -1,4 +1,6 @@
-"""Reward models under ComfyUI's models/g2rpo_rewards: listed, loaded, and moved on and off the device like every other model of a graph."""
+"""Reward models under ComfyUI's models/g2rpo_rewards: listed, loaded, and moved on and off the device like
+every other model of a graph.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def stamp(name: str) -> str:
     if name in REWARDS or name not in choices():
         return ""
     files = sorted((root() / name).iterdir())
-    return " ".join(f"{file.name} {status.st_size} {status.st_mtime_ns}" for file in files if (status := file.stat()))
+    return " ".join(
+        f"{file.name} {status.st_size} {status.st_mtime_ns}" for file in files if (status := file.stat())
+    )
 
 
 def find(name: str, dtype: str, batch: int) -> Reward:
@@ -51,7 +55,9 @@ def find(name: str, dtype: str, batch: int) -> Reward:
     if kept is None:
         # Nodes run in inference mode, and what is made there could not be moved while a training runs.
         with torch.inference_mode(False):
-            kept = Managed(load_installed(root(), name, device="cpu", dtype=DTYPES[dtype], batch=batch), batch)
+            kept = Managed(
+                load_installed(root(), name, device="cpu", dtype=DTYPES[dtype], batch=batch), batch
+            )
         _loaded[key] = kept
     return kept
 
@@ -60,7 +66,11 @@ def how_to_get_more() -> str:
     """Say how reward models come here: never from a graph."""
     missing = [name for name in KNOWN if name not in installed(root())]
     command = f"g2rpo rewards fetch NAME --to models/{FOLDER}"
-    return f"To have more, run on the command line: {command}\nNAME: {', '.join(missing)}\nThen press R." if missing else ""
+    return (
+        f"To have more, run on the command line: {command}\nNAME: {', '.join(missing)}\nThen press R."
+        if missing
+        else ""
+    )
 
 
 class Held(nn.Module):
@@ -82,8 +92,13 @@ class Managed:
     batch: int
 
     def __post_init__(self) -> None:
-        device, rest = comfy.model_management.get_torch_device(), comfy.model_management.text_encoder_offload_device()
-        self.patcher = comfy.model_patcher.ModelPatcher(Held(self.inner.module), load_device=device, offload_device=rest)
+        device, rest = (
+            comfy.model_management.get_torch_device(),
+            comfy.model_management.text_encoder_offload_device(),
+        )
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            Held(self.inner.module), load_device=device, offload_device=rest
+        )
 
     @property
     def name(self) -> str:
@@ -116,7 +131,10 @@ class Managed:
         return self.inner.embed(images)
 
     def move_in(self) -> None:
-        """Have the weights on the device; others may have to leave. The towers are plain modules, so that they come whole or not at all."""
+        """Have the weights on the device; others may have to leave.
+
+        The towers are plain modules, so that they come whole or not at all.
+        """
         with torch.inference_mode(False):
             room = self.batch * PICTURE_BYTES
             comfy.model_management.load_models_gpu([self.patcher], memory_required=room, force_full_load=True)

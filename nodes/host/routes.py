@@ -1,9 +1,11 @@
 """What the page asks the server: which runs there are, and the rows, samples and progress of one.
 
 GET /g2rpo/runs                      {"runs": [{"id", "steps", "step", "modified", "finished"}]}, newest first
-GET /g2rpo/runs/{id}/metrics?after=N {"id", "rows", "next", "total", "total_steps", "finished", "created", "samples", "reset"}
+GET /g2rpo/runs/{id}/metrics?after=N {"id", "rows", "next", "total", "total_steps", "finished", "created",
+"samples", "reset"}
 
-`next` is what to ask for as `after` the next time; while it is less than `total` there are more rows at once. Everything here only reads.
+`next` is what to ask for as `after` the next time; while it is less than `total` there are more rows at once.
+Everything here only reads.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def register() -> None:
     from aiohttp import web
 
     async def answer(request: web.Request, read: Callable[[], dict[str, Any]]) -> web.Response:
-        # aiohttp adds HEAD to every GET, and ComfyUI's copy of the routes under /api forgets the option that prevents it.
+        # aiohttp adds HEAD to every GET, and ComfyUI's copy of the routes under /api forgets the option that
+        # prevents it.
         if request.method != "GET":
             raise web.HTTPMethodNotAllowed(request.method, ["GET"])
         try:
@@ -68,7 +71,9 @@ def register() -> None:
         except ValueError as error:
             return web.json_response({"error": str(error)}, status=400)
         except OSError:
-            return web.json_response({"error": "the run's files cannot be read at the moment; try again"}, status=503)
+            return web.json_response(
+                {"error": "the run's files cannot be read at the moment; try again"}, status=503
+            )
 
     @server.routes.get("/g2rpo/runs")
     async def runs(request: web.Request) -> web.Response:
@@ -76,7 +81,10 @@ def register() -> None:
 
     @server.routes.get("/g2rpo/runs/{id}/metrics")
     async def metrics(request: web.Request) -> web.Response:
-        return await answer(request, lambda: read_metrics(runs_root(), request.match_info["id"], request.query.get("after", "0")))
+        return await answer(
+            request,
+            lambda: read_metrics(runs_root(), request.match_info["id"], request.query.get("after", "0")),
+        )
 
 
 def list_runs(root: Path) -> list[dict[str, Any]]:
@@ -95,15 +103,26 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
         if is_run(place):
             step = _last_row(place / "metrics.jsonl").get("step")
             runs.append(
-                {"id": name, "steps": _total_steps(place), "step": _count(step), "modified": modified, "finished": _finished(place)}
+                {
+                    "id": name,
+                    "steps": _total_steps(place),
+                    "step": _count(step),
+                    "modified": modified,
+                    "finished": _finished(place),
+                }
             )
     return runs
 
 
 def read_metrics(root: Path, run: str, after: str = "0") -> dict[str, Any]:
-    """Return the rows of a run after the first `after`, at most MAX_ROWS, and what else the page shows of it."""
+    """Return the rows of a run after the first `after`, at most MAX_ROWS, and what else the page shows of
+    it.
+    """
     if not RUN_ID.fullmatch(run):
-        raise ValueError("a run's id has 1 to 64 letters, digits, dots, dashes and underscores, and starts with a letter or digit")
+        raise ValueError(
+            "a run's id has 1 to 64 letters, digits, dots, dashes and underscores, and starts with a "
+            "letter or digit"
+        )
     if not re.fullmatch(r"[0-9]{1,10}", after) or int(after) > MAX_AFTER:
         raise ValueError(f"after must be a whole number from 0 to {MAX_AFTER}")
     place = inside(root, run)
@@ -146,7 +165,10 @@ def _folder_names(folder: Path) -> Iterator[str]:
 
 
 def _rows_after(path: Path, after: int) -> tuple[list[dict[str, Any]], int]:
-    """Read the rows after the first `after` and count all; a last line without its end is not a row yet, a damaged one is an empty row."""
+    """Read the rows after the first `after` and count all.
+
+    A last line without its end is not a row yet, a damaged one is an empty row.
+    """
     rows: list[dict[str, Any]] = []
     size, number, full = 0, -1, False
     for line in _lines(path):
@@ -180,7 +202,13 @@ def _row(line: bytes) -> dict[str, Any]:
         return {}
     if not isinstance(row, dict):
         return {}
-    return finite({key: value for key, value in row.items() if isinstance(value, (int, float)) and not isinstance(value, bool)})
+    return finite(
+        {
+            key: value
+            for key, value in row.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+    )
 
 
 def _last_row(path: Path) -> dict[str, Any]:
@@ -204,7 +232,9 @@ def _json_of(run: Path, *names: str) -> Any:
 
 def _count(value: Any) -> int | None:
     """Return a plausible number of steps, or None."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_AFTER else None
+    return (
+        value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_AFTER else None
+    )
 
 
 def _total_steps(run: Path) -> int | None:
@@ -223,9 +253,14 @@ def _finished(run: Path) -> bool:
 def _samples(run: Path) -> list[dict[str, Any]]:
     """List the pictures of the first step and of the newest ones."""
     images = inside(run, "images")
-    steps = sorted((name for name in _folder_names(images) if STEP.fullmatch(name)), key=int) if images else []
+    steps = (
+        sorted((name for name in _folder_names(images) if STEP.fullmatch(name)), key=int) if images else []
+    )
     shown = steps[:1] + steps[1:][-NEWEST_SAMPLES:]
-    samples = [{"step": int(name), "folder": name, "files": _pictures(_json_of(run, "images", name, "index.json"))} for name in shown]
+    samples = [
+        {"step": int(name), "folder": name, "files": _pictures(_json_of(run, "images", name, "index.json"))}
+        for name in shown
+    ]
     return [sample for sample in samples if sample["files"]]
 
 
@@ -233,10 +268,20 @@ def _pictures(index: Any) -> list[dict[str, Any]]:
     """Read the index of a step's pictures; only what has the form that a run writes is passed on."""
     pictures = []
     for row in index[:MAX_PICTURES] if isinstance(index, list) else []:
-        file, prompt, scores = (row.get(key) for key in ("file", "prompt", "scores")) if isinstance(row, dict) else (None, None, None)
+        file, prompt, scores = (
+            (row.get(key) for key in ("file", "prompt", "scores"))
+            if isinstance(row, dict)
+            else (None, None, None)
+        )
         if isinstance(file, str) and PICTURE.fullmatch(file):
-            numbers = {str(k)[:64]: v for k, v in scores.items() if isinstance(v, (int, float))} if isinstance(scores, dict) else {}
-            pictures.append({"file": file, "prompt": str(prompt or "")[:MAX_PROMPT], "scores": finite(numbers)})
+            numbers = (
+                {str(k)[:64]: v for k, v in scores.items() if isinstance(v, (int, float))}
+                if isinstance(scores, dict)
+                else {}
+            )
+            pictures.append(
+                {"file": file, "prompt": str(prompt or "")[:MAX_PROMPT], "scores": finite(numbers)}
+            )
     return pictures
 
 

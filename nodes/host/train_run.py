@@ -1,4 +1,6 @@
-"""A run on the MODEL that is on the wire: what was asked for, checked and turned into the loop's setup (comfy_g2rpo.loop), and the loop."""
+"""A run on the MODEL that is on the wire: what was asked for, checked and turned into the loop's setup
+(comfy_g2rpo.loop), and the loop.
+"""
 
 from __future__ import annotations
 
@@ -99,29 +101,42 @@ def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tupl
     file = lora.read(folder.outcome() / "lora.safetensors")
     publish(folder, name)
     rank = wanted.rank
-    return folder, Adapter({n: file.pairs[n] for n in setup.policy.pairs()}, rank, float(rank), wanted.targets)
+    return folder, Adapter(
+        {n: file.pairs[n] for n in setup.policy.pairs()}, rank, float(rank), wanted.targets
+    )
 
 
 def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
-    """Check everything, load nothing large, encode the prompts ahead; return the loop's setup and what goes into config.json."""
+    """Check everything, load nothing large, encode the prompts ahead.
+
+    Return the loop's setup and what goes into config.json.
+    """
     method, train = settings.parse(wanted.changes, "changes")
     sigmas = checked_schedule(wanted.sigmas) if wanted.sigmas is not None else None
     made = make_recipe(wanted, method, sigmas)
     pace = Pace(**{**graph_pace(wanted), **train})
     prompts = make_prompts(wanted, pace.seed)
     if (count := len(prompts.train) + len(prompts.heldout)) > MAX_PROMPTS:
-        raise ValueError(f"prompts: there are {count}; at most {MAX_PROMPTS} are allowed, because their encodings are kept in memory")
+        raise ValueError(
+            f"prompts: there are {count}; at most {MAX_PROMPTS} are allowed, because their encodings "
+            "are kept in memory"
+        )
     checked_prompt(wanted.negative, "negative")
     if sigmas is None:
         sigmas = shifted_sigmas(made.num_steps, made.shift)
     adapter = fresh_adapter(wanted.model, wanted.rank, wanted.alpha, pace.seed, wanted.targets)
     saving = is_large(wanted.model)
-    policy = text_policy(wanted.model, wanted.clip, wanted.vae, wanted.guidance, wanted.negative, adapter, checkpoint=saving)
+    policy = text_policy(
+        wanted.model, wanted.clip, wanted.vae, wanted.guidance, wanted.negative, adapter, checkpoint=saving
+    )
     with torch.no_grad():
         policy.encode(prompts_ahead(prompts, pace))
     held = wanted.heldout_reward or RewardSet((), ())
     judges = {reward.name: reward for reward in (*wanted.reward.rewards, *held.rewards)}
-    rewards = {reward.name: weight for reward, weight in zip(wanted.reward.rewards, wanted.reward.weights, strict=True)}
+    rewards = {
+        reward.name: weight
+        for reward, weight in zip(wanted.reward.rewards, wanted.reward.weights, strict=True)
+    }
     setup = Setup(
         recipe=made,
         pace=pace,
@@ -160,15 +175,27 @@ def graph_pace(wanted: Request) -> dict[str, Any]:
 def make_recipe(wanted: Request, changes: dict[str, Any], sigmas: Tensor | None) -> Recipe:
     """Make the recipe: the named one, the model's own shift, the widgets, then the changes."""
     mix = {"mix": wanted.reward.mix} if len(wanted.reward.rewards) > 1 else {}
-    fields: dict[str, Any] = {"shift": model_shift(wanted.model), "learning_rate": wanted.learning_rate, **mix, **changes}
+    fields: dict[str, Any] = {
+        "shift": model_shift(wanted.model),
+        "learning_rate": wanted.learning_rate,
+        **mix,
+        **changes,
+    }
     if sigmas is not None:
         fields["num_steps"] = len(sigmas) - 1
     made = recipes.recipe(wanted.recipe, **fields)
     # A bound before anything is built: what is typed into a line or two could fill the memory.
-    states = made.num_steps * made.group_size * len(recipes.candidate_steps(made)) * made.starts * len(made.granularities)
+    states = (
+        made.num_steps
+        * made.group_size
+        * len(recipes.candidate_steps(made))
+        * made.starts
+        * len(made.granularities)
+    )
     if states > MAX_STATES:
         raise ValueError(
-            f"changes: a tree of up to {states} states is above the limit of {MAX_STATES}; lower group_size, num_steps or starts"
+            f"changes: a tree of up to {states} states is above the limit of {MAX_STATES}; lower "
+            "group_size, num_steps or starts"
         )
     return made
 
@@ -187,7 +214,9 @@ def checked_schedule(sigmas: Tensor) -> Tensor:
     levels = sigmas.detach().to("cpu", torch.float32, copy=True)
     if not math.isclose(levels[0].item(), 1.0, abs_tol=1e-3) or levels[-1] != 0:
         ends = f"{levels[0]:.4g} to {levels[-1]:.4g}"
-        raise ValueError(f"sigmas: they run from {ends}; training starts from pure noise: connect 1 to 0 (denoise 1)")
+        raise ValueError(
+            f"sigmas: they run from {ends}; training starts from pure noise: connect 1 to 0 (denoise 1)"
+        )
     return levels
 
 
@@ -218,7 +247,10 @@ def price(setup: Setup, width: int, height: int) -> str:
     if work > MAX_WORK:
         limit = f"{work:.1e} forwards × pixels are above the limit of {MAX_WORK:.0e}"
         raise ValueError(f"steps: {limit}; lower steps, prompts_per_step or the size")
-    return f"{pace.steps} steps cost {forwards} forwards and {groups * len(plan.images)} pictures of {width}×{height}"
+    return (
+        f"{pace.steps} steps cost {forwards} forwards and {groups * len(plan.images)} pictures of "
+        f"{width}×{height}"
+    )
 
 
 def look_parts(setup: Setup) -> dict[str, tuple[int, int]]:
@@ -227,7 +259,9 @@ def look_parts(setup: Setup) -> dict[str, tuple[int, int]]:
 
 
 def expected(setup: Setup) -> dict[str, int]:
-    """Count about how often a step asks whether to stop, by phase: once per forward and per batch of pictures."""
+    """Count about how often a step asks whether to stop, by phase: once per forward and per batch of
+    pictures.
+    """
     pace, plan = setup.pace, build_plan(setup.recipe, 0, setup.pace.seed)
 
     def batches(*parts: tuple[int, int]) -> int:
@@ -235,9 +269,13 @@ def expected(setup: Setup) -> dict[str, int]:
 
     groups = pace.prompts_per_step
     return {
-        "rollout": batches((groups * plan.forwards, pace.slots), (groups * len(plan.images), pace.decode_batch)),
+        "rollout": batches(
+            (groups * plan.forwards, pace.slots), (groups * len(plan.images), pace.decode_batch)
+        ),
         "update": batches((groups * len(plan.forks), pace.micro_batch)),
-        "evaluate": sum(batches((f, pace.slots), (p, pace.decode_batch)) for f, p in look_parts(setup).values()),
+        "evaluate": sum(
+            batches((f, pace.slots), (p, pace.decode_batch)) for f, p in look_parts(setup).values()
+        ),
     }
 
 
@@ -245,10 +283,18 @@ def describe(wanted: Request, setup: Setup, rewards: dict[str, float], judges: l
     """Make a run's config.json: all that its results depend on."""
     return {
         "config": {
-            "model": {"fingerprint": fingerprint(wanted.model), "width": wanted.width, "height": wanted.height}
+            "model": {
+                "fingerprint": fingerprint(wanted.model),
+                "width": wanted.width,
+                "height": wanted.height,
+            }
             | {"guidance": wanted.guidance, "negative": wanted.negative},
             "lora": {"rank": wanted.rank, "alpha": wanted.alpha, "targets": wanted.targets},
-            "method": {"name": wanted.recipe, **dataclasses.asdict(setup.recipe), "sigmas": setup.sigmas.tolist()},
+            "method": {
+                "name": wanted.recipe,
+                **dataclasses.asdict(setup.recipe),
+                "sigmas": setup.sigmas.tolist(),
+            },
             "rewards": [
                 {"name": name, "weight": weight, **({} if gate is None else {"gate": gate})}
                 for (name, weight), gate in zip(rewards.items(), wanted.reward.all_gates, strict=True)
@@ -263,9 +309,9 @@ def describe(wanted: Request, setup: Setup, rewards: dict[str, float], judges: l
 
 def name_of(config: dict[str, Any], recipe: str) -> str:
     """Name a run by its settings: the same ones go on, others start a new run."""
-    settled = {s: {k: v for k, v in part.items() if k not in MAY_CHANGE.get(s, ())} if isinstance(part, dict) else part
+    settled = {s: {k: v for k, v in part.items() if k not in MAY_CHANGE.get(s, ())} if isinstance(part, dict) else part  # noqa: E501
                for s, part in config["config"].items()}  # fmt: skip
-    return f"{recipe}-{hashlib.blake2b(json.dumps(finite(settled), sort_keys=True).encode(), digest_size=4).hexdigest()}"
+    return f"{recipe}-{hashlib.blake2b(json.dumps(finite(settled), sort_keys=True).encode(), digest_size=4).hexdigest()}"  # noqa: E501
 
 
 def fingerprint(model: Any) -> str:

@@ -1,4 +1,6 @@
-"""What every block checks before it does anything: core keeps the bounds of what is typed, but what comes over a link is anybody's."""
+"""What every block checks before it does anything: core keeps the bounds of what is typed, but what comes
+over a link is anybody's.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ OURS = {
 
 @contextmanager
 def blamed(culprit: str) -> Iterator[None]:
-    """Turn a failure in the depths of a model into one line that begins with `culprit`; what it was stays in the log as the cause."""
+    """Turn a failure in the depths of a model into one line that begins with `culprit`.
+
+    What it was stays in the log as the cause.
+    """
     try:
         yield
     except FAILURES as error:
@@ -40,7 +45,10 @@ def blamed(culprit: str) -> Iterator[None]:
 
 
 def check_inputs(block: type[io.ComfyNode], given: Mapping[str, Any]) -> None:
-    """Raise ValueError for the first input, by name, that the block's own schema does not allow; `given` may hold other names too."""
+    """Raise ValueError for the first input, by name, that the block's own schema does not allow.
+
+    `given` may hold other names too.
+    """
     schema = block.define_schema()
     for one in schema.inputs:
         value = given.get(one.id)
@@ -49,7 +57,8 @@ def check_inputs(block: type[io.ComfyNode], given: Mapping[str, Any]) -> None:
         if not schema.is_input_list:
             check_value(one, value)
         elif one.get_io_type() in OURS:
-            # Lists of numbers and images are looked at by their blocks, element by element, and so is what texts say.
+            # Lists of numbers and images are looked at by their blocks, element by element, and so is what
+            # texts say.
             for part in value:
                 check_value(one, part)
         elif isinstance(one, io.String.Input) and not all(isinstance(part, str) for part in value):
@@ -79,18 +88,25 @@ def check_value(one: io.Input, value: Any) -> None:
 
 def short(value: Any) -> str:
     """Describe a value in one short line."""
-    return ascii(value)[:60] if value is None or isinstance(value, (str, int, float)) else type(value).__name__
+    return (
+        ascii(value)[:60] if value is None or isinstance(value, (str, int, float)) else type(value).__name__
+    )
 
 
 def check_number(name: str, value: Any, low: float, high: float, whole: bool) -> None:
     """Raise ValueError unless a number is of its kind, finite and within its bounds."""
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        raise ValueError(f"{name} is {short(value)}; it must be a {'whole ' if whole else ''}number from {low:g} to {high:g}")
+        raise ValueError(
+            f"{name} is {short(value)}; it must be a {'whole ' if whole else ''}number from {low:g} to "
+            f"{high:g}"
+        )
 
 
 def check_text(name: str, value: Any) -> None:
-    """Raise ValueError unless a text is one, of a sane length and without what no file, font or tokenizer can take."""
+    """Raise ValueError unless a text is one, of a sane length and without what no file, font or tokenizer
+    can take.
+    """
     if not isinstance(value, str):
         raise ValueError(f"{name} is {short(value)}; connect a text")
     if len(value) > MAX_TEXT:
@@ -102,12 +118,20 @@ def check_text(name: str, value: Any) -> None:
 
 def model_fault(value: Any) -> str:
     """Say what is wrong with a MODEL."""
-    return "" if isinstance(value, comfy.model_patcher.ModelPatcher) else f"{short(value)} is no model; connect a model loader"
+    return (
+        ""
+        if isinstance(value, comfy.model_patcher.ModelPatcher)
+        else f"{short(value)} is no model; connect a model loader"
+    )
 
 
 def clip_fault(value: Any) -> str:
     """Say what is wrong with a CLIP; a checkpoint without text encoders gives None."""
-    return "" if hasattr(value, "tokenize") else f"{short(value)} is no text encoder; load one with a CLIP loader"
+    return (
+        ""
+        if hasattr(value, "tokenize")
+        else f"{short(value)} is no text encoder; load one with a CLIP loader"
+    )
 
 
 def vae_fault(value: Any) -> str:
@@ -118,7 +142,11 @@ def vae_fault(value: Any) -> str:
 
 def guider_fault(value: Any) -> str:
     """Say what is wrong with a GUIDER."""
-    return "" if isinstance(value, comfy.samplers.CFGGuider) else f"{short(value)} is no guider; connect BasicGuider or CFGGuider"
+    return (
+        ""
+        if isinstance(value, comfy.samplers.CFGGuider)
+        else f"{short(value)} is no guider; connect BasicGuider or CFGGuider"
+    )
 
 
 def noise_fault(value: Any) -> str:
@@ -133,7 +161,9 @@ def latent_fault(value: Any) -> str:
     if getattr(samples, "is_nested", False):
         return "several streams in one latent (video with sound) are not supported; connect an image latent"
     real = isinstance(samples, Tensor) and samples.is_floating_point()
-    return "" if real else f"{short(value)} holds no latent of floating-point numbers; connect an image latent"
+    return (
+        "" if real else f"{short(value)} holds no latent of floating-point numbers; connect an image latent"
+    )
 
 
 def sigmas_fault(value: Any) -> str:
@@ -145,14 +175,26 @@ def sigmas_fault(value: Any) -> str:
 def lora_fault(value: Any) -> str:
     """Say what is wrong with a LORA_MODEL; its keys and shapes are looked at where it is used."""
     if not isinstance(value, Mapping) or not value:
-        return f"{short(value)} is no LoRA; connect the output of Train LoRA, Update LoRA or core's Load LoRA Model"
+        return (
+            f"{short(value)} is no LoRA; connect the output of Train LoRA, Update LoRA or core's Load LoRA "
+            "Model"
+        )
     bad = next((key for key, tensor in value.items() if not isinstance(key, str) or not usable(tensor)), None)
-    return "" if bad is None else f"its entry {short(bad)} is no tensor of real numbers; connect a LoRA of ordinary weights"
+    return (
+        ""
+        if bad is None
+        else f"its entry {short(bad)} is no tensor of real numbers; connect a LoRA of ordinary weights"
+    )
 
 
 def usable(tensor: Any) -> bool:
     """Say whether something is a dense tensor of real numbers."""
-    return isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_complex() and not tensor.is_meta
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout is torch.strided
+        and not tensor.is_complex()
+        and not tensor.is_meta
+    )
 
 
 CORES = {

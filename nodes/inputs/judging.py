@@ -1,4 +1,6 @@
-"""What the scoring blocks do behind their schemas: check what arrives by wire, judge images in batches, word the outcome."""
+"""What the scoring blocks do behind their schemas: check what arrives by wire, judge images in batches,
+word the outcome.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def checked_prompt(text: Any, name: str = "prompt") -> str:
     if not isinstance(text, str):
         raise ValueError(f"{name} is {type(text).__name__}; connect a text")
     if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"{name} has {len(text)} characters; at most {MAX_CHARACTERS} are allowed, shorten it")
+        raise ValueError(
+            f"{name} has {len(text)} characters; at most {MAX_CHARACTERS} are allowed, shorten it"
+        )
     strange = next((c for c in text if c == "\0" or "\ud800" <= c <= "\udfff"), None)
     if strange is not None:
         raise ValueError(f"{name} holds U+{ord(strange):04X}, which is no character; type the prompt again")
@@ -58,55 +62,93 @@ def checked_prompt(text: Any, name: str = "prompt") -> str:
 
 
 def prompts_for(texts: Sequence[Any], count: int) -> tuple[list[str], list[str]]:
-    """Give each of `count` images its prompt, and say what was noticed: one for all, one per image, or one per line."""
+    """Give each of `count` images its prompt, and say what was noticed: one for all, one per image, or one
+    per line.
+    """
     if len(texts) > 1:
         if len(texts) != count:
-            raise ValueError(f"prompt got a list of {len(texts)} texts for {count} images; give one, or one per image")
+            raise ValueError(
+                f"prompt got a list of {len(texts)} texts for {count} images; give one, or one per image"
+            )
         return [checked_prompt(text) for text in texts], []
     text = one("prompt", texts)
     lines = [line.strip() for line in text.split("\n") if line.strip()] if isinstance(text, str) else []
     if count > 1 and len(lines) == count:
         return [checked_prompt(line, f"prompt, line {i}") for i, line in enumerate(lines, 1)], []
-    note = [f"prompt has {len(lines)} lines for {count} images, so all of it is every image's prompt"] if len(lines) > 1 else []
+    note = (
+        [f"prompt has {len(lines)} lines for {count} images, so all of it is every image's prompt"]
+        if len(lines) > 1
+        else []
+    )
     return [checked_prompt(text)] * count, note
 
 
 def checked_images(batches: Sequence[Any], name: str = "images") -> list[Tensor]:
-    """Take IMAGE batches [B, H, W, C] apart into images [H, W, C]; raise ValueError for what is no image, or too many."""
+    """Take IMAGE batches [B, H, W, C] apart into images [H, W, C].
+
+    Raise ValueError for what is no image, or too many.
+    """
     images: list[Tensor] = []
     for batch in batches:
-        if not isinstance(batch, Tensor) or batch.ndim != 4 or not batch.is_floating_point() or batch.shape[-1] not in (1, 3, 4):
-            found = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-            raise ValueError(f"{name} is {found}; connect an IMAGE, floating-point [batch, height, width, 1, 3 or 4 channels]")
+        if (
+            not isinstance(batch, Tensor)
+            or batch.ndim != 4
+            or not batch.is_floating_point()
+            or batch.shape[-1] not in (1, 3, 4)
+        ):
+            found = (
+                f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+            )
+            raise ValueError(
+                f"{name} is {found}; connect an IMAGE, floating-point [batch, height, width, 1, 3 or 4 "
+                "channels]"
+            )
         if 0 in batch.shape[1:]:
-            raise ValueError(f"{name} has the size {list(batch.shape)}; connect images with at least one pixel")
+            raise ValueError(
+                f"{name} has the size {list(batch.shape)}; connect images with at least one pixel"
+            )
         images += batch.unbind()
     if not images:
         raise ValueError(f"{name} is empty; connect at least one image")
     pixels = sum(image.shape[0] * image.shape[1] for image in images)
     if len(images) > MAX_IMAGES or pixels > MAX_PIXELS:
         limits = f"{MAX_IMAGES} images and {MAX_PIXELS // 10**6} megapixels"
-        raise ValueError(f"{name} holds {len(images)} images with {pixels // 10**6} megapixels; at most {limits} are allowed, use fewer")
+        raise ValueError(
+            f"{name} holds {len(images)} images with {pixels // 10**6} megapixels; at most {limits} "
+            "are allowed, use fewer"
+        )
     return images
 
 
 def judge(rewards: RewardSet, images: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
-    """Score images [H, W, C] of any sizes as their saved files would be: [R, images]; NaN for a broken image."""
+    """Score images [H, W, C] of any sizes as their saved files would be: [R, images].
+
+    NaN for a broken image.
+    """
     scores = torch.full((len(rewards.rewards), len(images)), torch.nan)
     start = 0
     while start < len(images):
         throw_exception_if_processing_interrupted()
         height, width, _ = shape = images[start].shape
         stop = start + 1
-        while stop < len(images) and images[stop].shape == shape and (stop + 1 - start) * height * width <= CHUNK_PIXELS:
+        while (
+            stop < len(images)
+            and images[stop].shape == shape
+            and (stop + 1 - start) * height * width <= CHUNK_PIXELS
+        ):
             stop += 1
-        scores[:, start:stop] = score_all(rewards.rewards, rounded(torch.stack(list(images[start:stop])), start), prompts[start:stop])
+        scores[:, start:stop] = score_all(
+            rewards.rewards, rounded(torch.stack(list(images[start:stop])), start), prompts[start:stop]
+        )
         start = stop
     return scores
 
 
 def rounded(images: Tensor, first: int, name: str = "images") -> Tensor:
-    """Round images [B, H, W, C] to 8 bits and three channels; a broken one becomes NaN throughout, one in another range is refused."""
+    """Round images [B, H, W, C] to 8 bits and three channels.
+
+    A broken one becomes NaN throughout, one in another range is refused.
+    """
     pixels = images.detach().float()
     pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels.expand(*pixels.shape[:3], 3)
     low, high = pixels.flatten(1).aminmax(dim=1)
@@ -115,7 +157,8 @@ def rounded(images: Tensor, first: int, name: str = "images") -> Tensor:
     if wrong.any():
         at = int(wrong.nonzero()[0])
         raise ValueError(
-            f"{name}, image {first + at} lies in [{low[at]:.3g}, {high[at]:.3g}]; rescale it to [0, 1] (from [-1, 1]: x/2 + 1/2)"
+            f"{name}, image {first + at} lies in [{low[at]:.3g}, {high[at]:.3g}]; rescale it to [0, 1] "
+            "(from [-1, 1]: x/2 + 1/2)"
         )
     return torch.where(broken.view(-1, 1, 1, 1), torch.nan, to_8_bit(pixels))
 
@@ -126,7 +169,10 @@ def harmless(name: str) -> str:
 
 
 def best_first(scores: Sequence[float]) -> list[int]:
-    """Order images from the best score to the worst; equal ones stay in order, those without a score come last."""
+    """Order images from the best score to the worst.
+
+    Equal ones stay in order, those without a score come last.
+    """
     return sorted(range(len(scores)), key=lambda i: math.inf if math.isnan(scores[i]) else -scores[i])
 
 
@@ -135,26 +181,49 @@ def overall(rewards: RewardSet, scores: Tensor) -> list[float]:
     return standing(scores, rewards.weights, rewards.mix, rewards.gates).tolist()
 
 
-def score_table(rewards: RewardSet, scores: Tensor, notes: Sequence[str], what: str, titles: Sequence[str] = ()) -> str:
-    """List scores [R, images] best first, with the parts of a mix; the page shows it, so that titles must be harmless."""
+def score_table(
+    rewards: RewardSet, scores: Tensor, notes: Sequence[str], what: str, titles: Sequence[str] = ()
+) -> str:
+    """List scores [R, images] best first, with the parts of a mix.
+
+    The page shows it, so that titles must be harmless.
+    """
     mixed, names = overall(rewards, scores), [reward.name for reward in rewards.rewards]
     order = best_first(mixed)
     lines = [f"{len(order)} {what}, best first"]
     for rank, i in enumerate(order[:MAX_LINES], 1):
-        parts = ", ".join(f"{name} {number(value)}" for name, value in zip(names, scores[:, i].tolist(), strict=True))
-        lines.append(f"{rank}. {titles[i] if titles else f'image {i}'}: {number(mixed[i])}" + (f"  ({parts})" if len(names) > 1 else ""))
+        parts = ", ".join(
+            f"{name} {number(value)}" for name, value in zip(names, scores[:, i].tolist(), strict=True)
+        )
+        lines.append(
+            f"{rank}. {titles[i] if titles else f'image {i}'}: {number(mixed[i])}"
+            + (f"  ({parts})" if len(names) > 1 else "")
+        )
     lines += [f"… and {len(order) - MAX_LINES} more"] if len(order) > MAX_LINES else []
     missing = sum(map(math.isnan, mixed))
-    lines += [f"Note: {missing} could not be judged (broken image, or a prompt that the reward cannot read)"] if missing else []
+    lines += (
+        [f"Note: {missing} could not be judged (broken image, or a prompt that the reward cannot read)"]
+        if missing
+        else []
+    )
     return "\n".join(lines + [f"Note: {note}" for note in notes])
 
 
 def describe(reward: Reward) -> str:
-    """Say in a few lines what a reward measures, how it fails, its licence and whether its scores compare across prompts."""
+    """Say in a few lines what a reward measures, how it fails, its licence and whether its scores compare
+    across prompts.
+    """
     known, function = KNOWN.get(reward.name), getattr(reward, "function", None)
-    said = f"{known.title}, {known.scale}" if known else (getattr(function, "__doc__", None) or "a reward model of your own").strip()
+    said = (
+        f"{known.title}, {known.scale}"
+        if known
+        else (getattr(function, "__doc__", None) or "a reward model of your own").strip()
+    )
     across = "Scores mean the same for every prompt." if reward.compares_across_prompts else RELATIVE
-    lines = [f"{reward.name}: {said.splitlines()[0]}", f"As a target: {note_of(reward)}" if note_of(reward) else ""]
+    lines = [
+        f"{reward.name}: {said.splitlines()[0]}",
+        f"As a target: {note_of(reward)}" if note_of(reward) else "",
+    ]
     return "\n".join(filter(None, [*lines, f"Licence: {reward.licence}", across]))
 
 
@@ -165,25 +234,35 @@ def checked_latents(rollout: RolloutData, vae: Any) -> Tensor:
         raise ValueError("rollout holds no completions of one prompt; connect the output of a Rollout block")
     if latents.shape[1] > MAX_IMAGES:
         raise ValueError(
-            f"rollout holds {latents.shape[1]} completions; at most {MAX_IMAGES} are allowed, lower group_size or branch fewer steps"
+            f"rollout holds {latents.shape[1]} completions; at most {MAX_IMAGES} are allowed, lower "
+            "group_size or branch fewer steps"
         )
     if latents.ndim not in (5, 6) or (latents.ndim == 6 and latents.shape[3] != 1):
-        raise ValueError(f"rollout holds latents {list(latents.shape[2:])}; only single pictures can be scored, not video or sound")
+        raise ValueError(
+            f"rollout holds latents {list(latents.shape[2:])}; only single pictures can be scored, not "
+            "video or sound"
+        )
     channels = getattr(vae, "latent_channels", latents.shape[2])
     if channels != latents.shape[2]:
         raise ValueError(
-            f"vae decodes {channels} latent channels and the rollout has {latents.shape[2]}; connect the VAE of the same model"
+            f"vae decodes {channels} latent channels and the rollout has {latents.shape[2]}; connect "
+            "the VAE of the same model"
         )
     return latents[0]
 
 
 def decode(rollout: RolloutData, vae: Any, latents: Tensor) -> Tensor:
-    """Decode latents [n, C, …] in model space: [n, H, W, 3] in [0, 1], NaN throughout where a latent is broken."""
+    """Decode latents [n, C, …] in model space: [n, H, W, 3] in [0, 1], NaN throughout where a latent is
+    broken.
+    """
     whole = latents.flatten(1).isfinite().all(1).cpu()
     images = vae.decode(rollout.guider.model_patcher.model.process_latent_out(latents.float()))
     images = images[:, 0] if images.ndim == 5 and images.shape[1] == 1 else images
     if images.ndim != 4 or images.shape[-1] < 3:
-        raise ValueError(f"vae made {list(images.shape)} of {len(latents)} latents; connect a VAE that makes single RGB pictures")
+        raise ValueError(
+            f"vae made {list(images.shape)} of {len(latents)} latents; connect a VAE that makes single "
+            "RGB pictures"
+        )
     images = images[..., :3].float().cpu()
     sound = whole & images.flatten(1).isfinite().all(1)
     return torch.where(sound.view(-1, 1, 1, 1), images, torch.nan)
@@ -191,13 +270,20 @@ def decode(rollout: RolloutData, vae: Any, latents: Tensor) -> Tensor:
 
 def bounded(name: str, value: Any) -> float:
     """Take a score that is a number in the allowed range, or nan."""
-    return value if isinstance(value, float) and math.isnan(value) else float(within(name, value, -MAX_SCORE, MAX_SCORE))
+    return (
+        value
+        if isinstance(value, float) and math.isnan(value)
+        else float(within(name, value, -MAX_SCORE, MAX_SCORE))
+    )
 
 
 def parse_votes(text: str) -> list[float]:
     """Read numbers that are separated by commas, semicolons or white space."""
     if len(text) > MAX_VALUES_TEXT:
-        raise ValueError(f"votes has {len(text)} characters; at most {MAX_VALUES_TEXT} are allowed, give one number per completion")
+        raise ValueError(
+            f"votes has {len(text)} characters; at most {MAX_VALUES_TEXT} are allowed, give one number "
+            "per completion"
+        )
     words = [word for word in re.split(r"[\s,;]+", text) if word]
     for i, word in enumerate(words, 1):
         if not _VALUE.fullmatch(word):

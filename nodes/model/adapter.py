@@ -30,7 +30,11 @@ class Kind(NamedTuple):
 
 
 KINDS = (
-    Kind("SD3", r"joint_blocks\.\d+\.(x|context)_block\.attn2?\.(qkv|proj)", r"joint_blocks\.\d+\.(x|context)_block\.mlp\.\w+"),
+    Kind(
+        "SD3",
+        r"joint_blocks\.\d+\.(x|context)_block\.attn2?\.(qkv|proj)",
+        r"joint_blocks\.\d+\.(x|context)_block\.mlp\.\w+",
+    ),
     # linear1 and linear2 of a single block are attention and feed-forward in one matrix.
     Kind(
         "FLUX, Chroma, HunyuanVideo",
@@ -44,13 +48,19 @@ KINDS = (
         r"transformer_blocks\.\d+\.(ff|img_mlp|txt_mlp)\.net\.(0\.proj|2)",
     ),
     Kind("Lumina 2, Z-Image", r"layers\.\d+\.attention\.(qkv|out)", r"layers\.\d+\.feed_forward\.w[123]"),
-    Kind("any other", r"(.+\.)?\d+\.(.+\.)?\w*attn?\w*\.(.+\.)?\w+", r"(.+\.)?\d+\.(.+\.)?(mlp|ff|ffn|feed_forward)\w*\.(.+\.)?\w+"),
+    Kind(
+        "any other",
+        r"(.+\.)?\d+\.(.+\.)?\w*attn?\w*\.(.+\.)?\w+",
+        r"(.+\.)?\d+\.(.+\.)?(mlp|ff|ffn|feed_forward)\w*\.(.+\.)?\w+",
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA matrices by native module name (without "diffusion_model."): down [rank, in], up [out, rank], float32 on the CPU."""
+    """LoRA matrices by native module name (without "diffusion_model."): down [rank, in], up [out, rank],
+    float32 on the CPU.
+    """
 
     pairs: dict[str, tuple[Tensor, Tensor]]
     rank: int
@@ -62,19 +72,28 @@ def target_modules(model: Any, targets: str) -> dict[str, nn.Module]:
     """Find the linear layers that an adapter sits on, in the model's order."""
     if targets not in TARGETS:
         raise ValueError(f"targets is {targets!r}; choose one of: {', '.join(TARGETS)}")
-    layers = {name: module for name, module in model.model.diffusion_model.named_modules() if _is_linear(module)}
+    layers = {
+        name: module for name, module in model.model.diffusion_model.named_modules() if _is_linear(module)
+    }
     for kind in KINDS:
         pattern = kind.attention if targets == "attention" else f"{kind.attention}|{kind.feed_forward}"
         if any(re.fullmatch(kind.attention, name) for name in layers):
             return {name: module for name, module in layers.items() if re.fullmatch(pattern, name)}
     raise ValueError(
-        f"targets: no attention layer was found in {type(model.model).__name__}, so it cannot carry a LoRA yet; connect another model"
+        f"targets: no attention layer was found in {type(model.model).__name__}, so it cannot carry a "
+        "LoRA yet; connect another model"
     )
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Recognise core's linear layers, also quantised ones: they apply `weight_function` to a two-dimensional weight."""
-    return hasattr(module, "weight_function") and hasattr(module, "in_features") and getattr(module.weight, "ndim", 0) == 2
+    """Recognise core's linear layers, also quantised ones: they apply `weight_function` to a
+    two-dimensional weight.
+    """
+    return (
+        hasattr(module, "weight_function")
+        and hasattr(module, "in_features")
+        and getattr(module.weight, "ndim", 0) == 2
+    )
 
 
 def is_large(model: Any) -> bool:
@@ -93,7 +112,9 @@ def fresh_adapter(model: Any, rank: int, alpha: float, seed: int, targets: str =
 
 
 def lora_model(adapter: Adapter) -> dict[str, Tensor]:
-    """Return core's LORA_MODEL wire: native keys, the scale multiplied into up and `.alpha` = rank, as in our files."""
+    """Return core's LORA_MODEL wire: native keys, the scale multiplied into up and `.alpha` = rank, as in
+    our files.
+    """
     _, down_name, up_name = STYLES["native"]
     weights = {}
     for name, (down, up) in fold(adapter.pairs, dict.fromkeys(adapter.pairs, adapter.alpha)).items():
@@ -104,21 +125,33 @@ def lora_model(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def with_adapter(model: Any, adapter: Adapter) -> Any:
-    """Return a clone of the model with the LoRA as core's weight patches, as LoraLoaderModelOnly makes it at strength 1."""
+    """Return a clone of the model with the LoRA as core's weight patches, as LoraLoaderModelOnly makes it
+    at strength 1.
+    """
     return comfy.sd.load_lora_for_models(model, None, lora_model(adapter), 1.0, 0.0)[0]
 
 
 def diffusers_pairs(adapter: Adapter, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Rename an adapter to diffusers' modules, splitting fused matrices exactly: rows of up, down shared; ValueError where that fails."""
+    """Rename an adapter to diffusers' modules, splitting fused matrices exactly: rows of up, down shared.
+
+    ValueError where that fails.
+    """
     found = _diffusers_parts(model)
     pairs = {}
     for name, (down, up) in adapter.pairs.items():
         parts = found.get(name)
         if not parts:
-            raise ValueError(f"key names: {name} has no name in diffusers; choose the native names, which ComfyUI loads as well")
+            raise ValueError(
+                f"key names: {name} has no name in diffusers; choose the native names, which ComfyUI "
+                "loads as well"
+            )
         rows = sorted((start, len(up) if length is None else length) for _, start, length in parts)
-        if [start for start, _ in rows] != [sum(length for _, length in rows[:i]) for i in range(len(rows))] or sum(rows[-1]) != len(up):
-            raise ValueError(f"key names: {name} does not split into diffusers' modules exactly; choose the native names")
+        if [start for start, _ in rows] != [
+            sum(length for _, length in rows[:i]) for i in range(len(rows))
+        ] or sum(rows[-1]) != len(up):
+            raise ValueError(
+                f"key names: {name} does not split into diffusers' modules exactly; choose the native names"
+            )
         for module, start, length in parts:
             pairs[module] = (down, up[start:][:length].contiguous())
     return pairs
@@ -131,7 +164,10 @@ def _diffusers_parts(model: Any) -> dict[str, list[tuple[str, int, int | None]]]
     if kind == "QwenImage":
         return {name: [(name, 0, None)] for name, _ in model.model.diffusion_model.named_modules()}
     if kind not in tables:
-        raise ValueError(f"key names: {kind} has no exact diffusers names; choose the native ones, which ComfyUI loads for every model")
+        raise ValueError(
+            f"key names: {kind} has no exact diffusers names; choose the native ones, which ComfyUI "
+            "loads for every model"
+        )
     parts: dict[str, list[tuple[str, int, int | None]]] = {}
     for key, native, start, length in _rows(tables[kind](config)):
         parts.setdefault(native, []).append((key, start, length))
@@ -139,7 +175,9 @@ def _diffusers_parts(model: Any) -> dict[str, list[tuple[str, int, int | None]]]
 
 
 def _rows(table: dict[str, Any]) -> Iterator[tuple[str, str, int, int | None]]:
-    """Read one of core's tables: diffusers key → native key, or (native key, (dimension, first row, rows))."""
+    """Read one of core's tables: diffusers key → native key, or (native key, (dimension, first row,
+    rows)).
+    """
     for key, target in table.items():
         native, slices, *function = target if isinstance(target, tuple) else (target, None)
         if key.endswith(".weight") and not function and (slices is None or slices[0] == 0):

@@ -1,4 +1,6 @@
-"""What it takes to differentiate a model that core runs for inference only: contexts that put everything back when they are left."""
+"""What it takes to differentiate a model that core runs for inference only: contexts that put everything
+back when they are left.
+"""
 
 from __future__ import annotations
 
@@ -32,21 +34,30 @@ def gradients(checkpoint: bool) -> Iterator[None]:
 
 @contextmanager
 def ordinary_weights(model: nn.Module) -> Iterator[None]:
-    """Show every parameter and buffer as an ordinary tensor without gradient over the same memory: autograd refuses inference tensors."""
+    """Show every parameter and buffer as an ordinary tensor without gradient over the same memory:
+    autograd refuses inference tensors.
+    """
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
     seen: dict[int, Tensor] = {}
     try:
         for module in model.modules():
             for store in (module._parameters, module._buffers):
                 for name, tensor in store.items():
-                    # Quantised weights are subclasses with tensors inside; they never take part in autograd as they are.
+                    # Quantised weights are subclasses with tensors inside; they never take part in autograd
+                    # as they are.
                     if type(tensor) not in (Tensor, nn.Parameter):
                         continue
                     kept.append((store, name, tensor))
                     if id(tensor) not in seen:
                         alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-                        alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
-                        seen[id(tensor)] = nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
+                        alias.set_(
+                            tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
+                        )
+                        seen[id(tensor)] = (
+                            nn.Parameter(alias, requires_grad=False)
+                            if isinstance(tensor, nn.Parameter)
+                            else alias
+                        )
                     store[name] = seen[id(tensor)]
         yield
     finally:
@@ -77,7 +88,9 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
 
 
 def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a block's forward in a checkpoint that is exact though blocks edit their inputs in place: they get copies, twice."""
+    """Wrap a block's forward in a checkpoint that is exact though blocks edit their inputs in place: they
+    get copies, twice.
+    """
 
     def call(*args: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -96,7 +109,9 @@ class _Recompute(torch.autograd.Function):
     """Run without a graph, keep the inputs, and run again with one when the gradient arrives."""
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[..., Any], given: Any, shape: list[Any], anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, run: Callable[..., Any], given: Any, shape: list[Any], anchor: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.run, ctx.given = run, given
         ctx.kept = [tensor.detach().clone() for tensor in tensors]
         ctx.wanted = [tensor.requires_grad for tensor in tensors]
@@ -122,7 +137,10 @@ class _Place(int):
 
 
 def _taken_out(value: Any, tensors: list[Tensor]) -> Any:
-    """Copy a structure of lists, tuples and dicts, with a place for every floating tensor; those go to `tensors`."""
+    """Copy a structure of lists, tuples and dicts, with a place for every floating tensor.
+
+    Those go to `tensors`.
+    """
     if isinstance(value, Tensor) and value.is_floating_point():
         tensors.append(value)
         return _Place(len(tensors) - 1)

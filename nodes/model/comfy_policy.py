@@ -1,4 +1,7 @@
-"""A policy over a MODEL: the guider's velocity with our LoRA, for rollouts and for training. The user's MODEL is never changed."""
+"""A policy over a MODEL: the guider's velocity with our LoRA, for rollouts and for training.
+
+The user's MODEL is never changed.
+"""
 
 from __future__ import annotations
 
@@ -32,22 +35,36 @@ __all__ = [
     "with_adapter",
 ]
 
-MISFIT = "model: it does not take these latents with this conditioning; choose another size, or the clip that belongs to it"
+MISFIT = (
+    "model: it does not take these latents with this conditioning; choose another size, or the clip that "
+    "belongs to it"
+)
 
 # They remember the steps of one image in order; a rollout visits states of many.
 STEP_CACHES = {"easycache", "lazycache"}
 
 
 def check_flow(model: Any, name: str = "model") -> None:
-    """Raise ValueError, with the input's name, unless the MODEL is a flow model whose steps may be taken in any order."""
+    """Raise ValueError, with the input's name, unless the MODEL is a flow model whose steps may be taken
+    in any order.
+    """
     sampling, flow = model.get_model_object("model_sampling"), comfy.model_sampling.CONST
     kind = type(model.model).__name__
     # A subclass may predict something else than a velocity, or start from something else than noise.
-    whole = all(getattr(type(sampling), part, None) is getattr(flow, part) for part in ("calculate_denoised", "noise_scaling"))
+    whole = all(
+        getattr(type(sampling), part, None) is getattr(flow, part)
+        for part in ("calculate_denoised", "noise_scaling")
+    )
     if not isinstance(sampling, flow) or not whole or getattr(sampling, "noise_scale", 1.0) != 1.0:
-        raise ValueError(f"{name}: {kind} is not a flow model; connect one that is, such as Stable Diffusion 3.5, FLUX, Qwen-Image or Wan")
+        raise ValueError(
+            f"{name}: {kind} is not a flow model; connect one that is, such as Stable Diffusion 3.5, "
+            "FLUX, Qwen-Image or Wan"
+        )
     if STEP_CACHES & {key for group in model.wrappers.values() for key, found in group.items() if found}:
-        raise ValueError(f"{name}: EasyCache and LazyCache count on the steps of one image in order; connect the model without them")
+        raise ValueError(
+            f"{name}: EasyCache and LazyCache count on the steps of one image in order; connect the "
+            "model without them"
+        )
 
 
 class _Delta:
@@ -65,15 +82,19 @@ class _Delta:
 
 
 class GraphPolicy:
-    """A policy (comfy_g2rpo.policy) over a guider: its model, its conditioning where a row has none of its own, its guidance.
+    """A policy (comfy_g2rpo.policy) over a guider: its model, its conditioning where a row has none of its
+    own, its guidance.
 
-    `velocity` is callable inside `inference()` and `training()` alone; outside them nothing of ours is on the model.
+    `velocity` is callable inside `inference()` and `training()` alone; outside them nothing of ours is on the
+    model.
     """
 
     def __init__(self, guider: Any, adapter: Adapter | None = None, *, checkpoint: bool = False) -> None:
         check_flow(guider.model_patcher)
         self._guider = copy.copy(guider)
-        self._guider.model_patcher = resident(guider.model_patcher) if adapter else guider.model_patcher.clone()
+        self._guider.model_patcher = (
+            resident(guider.model_patcher) if adapter else guider.model_patcher.clone()
+        )
         self._guider.model_options = comfy.model_patcher.create_model_options_clone(guider.model_options)
         self._checkpoint = checkpoint
         self._given = adapter
@@ -86,11 +107,16 @@ class GraphPolicy:
     def _make_deltas(self, adapter: Adapter) -> None:
         self._layers = target_modules(self.model, adapter.targets)
         if self._layers.keys() != adapter.pairs.keys():
-            raise ValueError("policy: its LoRA was made for another model; connect the model that it was made for")
+            raise ValueError(
+                "policy: its LoRA was made for another model; connect the model that it was made for"
+            )
         # Nodes run in inference mode, where a parameter could never get a gradient.
         with torch.inference_mode(False):
             for name, (down, up) in adapter.pairs.items():
-                down, up = (nn.Parameter(part.detach().to(self.device, torch.float32, copy=True)) for part in (down, up))
+                down, up = (
+                    nn.Parameter(part.detach().to(self.device, torch.float32, copy=True))
+                    for part in (down, up)
+                )
                 self._deltas[name] = _Delta(down, up, adapter.alpha / adapter.rank)
 
     @property
@@ -116,13 +142,23 @@ class GraphPolicy:
         if self._given is None:
             raise ValueError("policy: it has no LoRA; make one with LoRA Policy")
         with torch.inference_mode(False), torch.no_grad():
-            pairs = {name: tuple(part.detach().to("cpu", copy=True) for part in pair) for name, pair in self.pairs().items()}
+            pairs = {
+                name: tuple(part.detach().to("cpu", copy=True) for part in pair)
+                for name, pair in self.pairs().items()
+            }
         return Adapter(pairs, self._given.rank, self._given.alpha, self._given.targets)
 
     def set_adapter(self, adapter: Adapter) -> None:
         """Take over an adapter's weights, in place."""
-        if self._given is None or adapter.pairs.keys() != self._deltas.keys() or adapter.rank != self._given.rank:
-            raise ValueError("policy: the LoRA that is to be taken over has other modules or another rank; use one of the same make")
+        if (
+            self._given is None
+            or adapter.pairs.keys() != self._deltas.keys()
+            or adapter.rank != self._given.rank
+        ):
+            raise ValueError(
+                "policy: the LoRA that is to be taken over has other modules or another rank; use one "
+                "of the same make"
+            )
         self._given = adapter
         with torch.inference_mode(False), torch.no_grad():
             for name, pair in adapter.pairs.items():
@@ -132,9 +168,14 @@ class GraphPolicy:
                     own.copy_(new)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Any]) -> Tensor:
-        """Return v [B, …], guidance included; x: [B, …] in model space; cond: per row None (the guider's own) or CONDITIONING by kind."""
+        """Return v [B, …], guidance included.
+
+        X: [B, …] in model space; cond: per row None (the guider's own) or CONDITIONING by kind.
+        """
         if self._session is None:
-            raise ValueError("policy: velocity is asked for outside inference() and training(), where no model is loaded")
+            raise ValueError(
+                "policy: velocity is asked for outside inference() and training(), where no model is loaded"
+            )
         return self._session.velocity(x, sigma, cond)
 
     @contextmanager
@@ -156,7 +197,9 @@ class GraphPolicy:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Load the whole model and make velocities differentiable in the LoRA inside the context, forward and backward."""
+        """Load the whole model and make velocities differentiable in the LoRA inside the context, forward
+        and backward.
+        """
         with gradients(self._checkpoint), self._open(training=True):
             yield
 
@@ -171,7 +214,9 @@ class GraphPolicy:
 
 
 def resident(model: Any) -> Any:
-    """Clone a MODEL so that its weights can lie on the device as a whole: newer cores page them in and out, under autograd's feet."""
+    """Clone a MODEL so that its weights can lie on the device as a whole: newer cores page them in and
+    out, under autograd's feet.
+    """
     if not getattr(model, "is_dynamic", bool)():
         return model.clone()
     try:
@@ -179,7 +224,8 @@ def resident(model: Any) -> Any:
         return model.get_non_dynamic_delegate()
     except RuntimeError as error:
         raise ValueError(
-            "model: its loader cannot load it without dynamic VRAM; use one of core's loaders or start ComfyUI with --disable-dynamic-vram"
+            "model: its loader cannot load it without dynamic VRAM; use one of core's loaders or start "
+            "ComfyUI with --disable-dynamic-vram"
         ) from error
 
 
@@ -187,11 +233,20 @@ class _Session:
     """A loaded model with our layers' functions on it; everything that it changes is undone by its stack."""
 
     def __init__(self, policy: GraphPolicy, stack: ExitStack, training: bool) -> None:
-        self.guider, self.policy, self.stack, self.training = copy.copy(policy._guider), policy, stack, training
+        self.guider, self.policy, self.stack, self.training = (
+            copy.copy(policy._guider),
+            policy,
+            stack,
+            training,
+        )
         self.model = policy.model
-        self.base = {kind: [entry.copy() for entry in entries] for kind, entries in self.guider.original_conds.items()}
+        self.base = {
+            kind: [entry.copy() for entry in entries] for kind, entries in self.guider.original_conds.items()
+        }
         if any("hooks" in entry for entries in self.base.values() for entry in entries):
-            raise ValueError("guider: conditioning with hooks (scheduled LoRAs) cannot be trained; use it without them")
+            raise ValueError(
+                "guider: conditioning with hooks (scheduled LoRAs) cannot be trained; use it without them"
+            )
         self.options = comfy.model_patcher.create_model_options_clone(self.guider.model_options)
         comfy.sampler_helpers.prepare_model_patcher(self.model, self.base, self.options)
         self.guider.model_options = self.options
@@ -210,35 +265,54 @@ class _Session:
             x, sigma = x.clone(), sigma.clone()
         if x.numel() > self.elements:
             self._load(x)
-        self.options["transformer_options"]["sample_sigmas"] = torch.cat([sigma.unique().flip(0), sigma.new_zeros(1)])
+        self.options["transformer_options"]["sample_sigmas"] = torch.cat(
+            [sigma.unique().flip(0), sigma.new_zeros(1)]
+        )
         with blamed(MISFIT):
             made = velocity(self.guider, x, sigma, [self._row(one, x[:1]) for one in cond], self.options)
         if self.policy._deltas and not any(delta.used for delta in self.policy._deltas.values()):
-            raise ValueError(f"model: {type(self.model.model).__name__}'s layers do not take a LoRA while they run; connect another model")
+            raise ValueError(
+                f"model: {type(self.model.model).__name__}'s layers do not take a LoRA while they run; "
+                "connect another model"
+            )
         return made
 
     def _load(self, x: Tensor) -> None:
-        """Load for a batch like x, the largest so far; core may rewrite the layers' functions while it does, so ours come after."""
+        """Load for a batch like x, the largest so far.
+
+        Core may rewrite the layers' functions while it does, so ours come after.
+        """
         first = self.elements == 0
         self.elements = x.numel()
         if self.training:
             if first:
                 self._load_whole()
         else:
-            inner, _, self.loaded = comfy.sampler_helpers.prepare_sampling(self.model, x.shape, self.base, self.options)
+            inner, _, self.loaded = comfy.sampler_helpers.prepare_sampling(
+                self.model, x.shape, self.base, self.options
+            )
             self.guider.inner_model = inner
         if first:
-            comfy.samplers.cast_to_load_options(self.options, device=self.policy.device, dtype=self.model.model_dtype())
+            comfy.samplers.cast_to_load_options(
+                self.options, device=self.policy.device, dtype=self.model.model_dtype()
+            )
             self.model.pre_run()
         self._attach()
 
     def _load_whole(self) -> None:
         extra = comfy.sampler_helpers.get_additional_models(self.base, self.model.model_dtype())[0]
         # A request for everything makes core unload whatever else is there, as its own trainer does.
-        comfy.model_management.load_models_gpu([self.model, *extra], memory_required=1e20, force_full_load=True)
+        comfy.model_management.load_models_gpu(
+            [self.model, *extra], memory_required=1e20, force_full_load=True
+        )
         self.guider.inner_model, self.loaded = self.model.model, extra
-        if any(parameter.device.type != self.policy.device.type for parameter in self.model.model.parameters()):
-            raise ValueError("model: training needs all of it on the device; start ComfyUI without --novram, or choose a smaller model")
+        if any(
+            parameter.device.type != self.policy.device.type for parameter in self.model.model.parameters()
+        ):
+            raise ValueError(
+                "model: training needs all of it on the device; start ComfyUI without --novram, or "
+                "choose a smaller model"
+            )
         self.stack.enter_context(ordinary_weights(self.model.model))
         if self.policy._checkpoint:
             self.stack.enter_context(checkpointed(self.model.model.diffusion_model))
@@ -252,9 +326,14 @@ class _Session:
     def _row(self, cond: Any, like: Tensor) -> Conds:
         """Process a row's conditioning once; None is the guider's own."""
         if id(cond) not in self.rows:
-            conds = {kind: [[None, entry] for entry in entries] for kind, entries in self.base.items()} | (cond or {})
+            conds = {kind: [[None, entry] for entry in entries] for kind, entries in self.base.items()} | (
+                cond or {}
+            )
             if any("hooks" in entry[1] for entries in conds.values() for entry in entries):
-                raise ValueError("prompts: conditioning with hooks (scheduled LoRAs) cannot be trained; use it without them")
+                raise ValueError(
+                    "prompts: conditioning with hooks (scheduled LoRAs) cannot be trained; use it "
+                    "without them"
+                )
             made = processed(self.guider.inner_model, conds, like, self.policy.device)
             made = mapped(made, torch.Tensor.clone) if self.training else made
             self.rows[id(cond)] = (cond, made)
@@ -275,7 +354,16 @@ class TextPolicy(GraphPolicy):
 
     decodes_while_rolling = False  # the VAE may push the model off the device
 
-    def __init__(self, guider: Any, clip: Any, vae: Any, negative: str, adapter: Adapter | None, *, checkpoint: bool = False) -> None:
+    def __init__(
+        self,
+        guider: Any,
+        clip: Any,
+        vae: Any,
+        negative: str,
+        adapter: Adapter | None,
+        *,
+        checkpoint: bool = False,
+    ) -> None:
         super().__init__(guider, adapter, checkpoint=checkpoint)
         self._clip, self._vae, self._negative = clip, vae, negative
         self._texts: dict[str, Any] = {}
@@ -291,14 +379,22 @@ class TextPolicy(GraphPolicy):
 
     def _encoded(self, text: str) -> Any:
         if text not in self._texts:
-            with blamed("clip: it cannot encode a prompt; connect the text encoder that belongs to the model"):
+            with blamed(
+                "clip: it cannot encode a prompt; connect the text encoder that belongs to the model"
+            ):
                 self._texts[text] = self._clip.encode_from_tokens_scheduled(self._clip.tokenize(text))
         return self._texts[text]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents [B, …] in model space to images [B, H, W, 3], float32 in [0, 1]; not inside inference() or training()."""
+        """Decode latents [B, …] in model space to images [B, H, W, 3], float32 in [0, 1].
+
+        Not inside inference() or training().
+        """
         if self._session is not None:
-            raise ValueError("policy: decode is asked for inside inference() or training(); leave that first, the VAE needs the memory")
+            raise ValueError(
+                "policy: decode is asked for inside inference() or training(); leave that first, the "
+                "VAE needs the memory"
+            )
         if latents.ndim == 5 and latents.shape[2] > 1:
             raise ValueError("vae: videos are not supported yet; train on single images")
         with blamed("vae: it cannot decode the model's latents; connect the VAE that belongs to the model"):
@@ -319,7 +415,14 @@ class TextPolicy(GraphPolicy):
 
 
 def text_policy(
-    model: Any, clip: Any, vae: Any, guidance: float, negative: str, adapter: Adapter | None, *, checkpoint: bool = False
+    model: Any,
+    clip: Any,
+    vae: Any,
+    guidance: float,
+    negative: str,
+    adapter: Adapter | None,
+    *,
+    checkpoint: bool = False,
 ) -> TextPolicy:
     """Make a policy whose conditioning is text, with classifier-free guidance where it is above 1."""
     guider = comfy.samplers.CFGGuider(model)

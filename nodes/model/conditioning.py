@@ -1,6 +1,8 @@
-"""Rows of one batch with conditioning and a noise level of their own: which may share a forward, and how their tensors are joined.
+"""Rows of one batch with conditioning and a noise level of their own: which may share a forward, and how
+their tensors are joined.
 
-`conds` below are core's processed ones: {"positive": [entry, …], "negative": […]}; an entry's `model_conds` are what the model gets.
+`conds` below are core's processed ones: {"positive": [entry, …], "negative": […]}; an entry's `model_conds`
+are what the model gets.
 """
 
 from __future__ import annotations
@@ -18,7 +20,17 @@ from torch import Tensor
 Conds = dict[str, list[dict[str, Any]]]
 
 # What core looks up at the first row's noise level alone, or ties to one entry.
-ENTRY_LOCAL = {"area", "mask", "control", "gligen", "hooks", "timestep_start", "timestep_end", "default", "strength"}
+ENTRY_LOCAL = {
+    "area",
+    "mask",
+    "control",
+    "gligen",
+    "hooks",
+    "timestep_start",
+    "timestep_end",
+    "default",
+    "strength",
+}
 LEVEL_BOUND = {"control", "hooks", "timestep_start", "timestep_end"}
 PLAIN_OPTIONS = {"transformer_options", "to_load_options", "disable_cfg1_optimization"}
 PLAIN_TRANSFORMER_OPTIONS = {"sample_sigmas", "optimized_attention_override", "wrappers", "callbacks"}
@@ -27,7 +39,9 @@ PLAIN_TRANSFORMER_OPTIONS = {"sample_sigmas", "optimized_attention_override", "w
 def processed(model: Any, conds: dict[str, Any], like: Tensor, device: torch.device) -> Conds:
     """Turn CONDITIONING by kind into what the model takes, for one latent like `like` [1, …]."""
     entries = {kind: comfy.sampler_helpers.convert_cond(cond) for kind, cond in conds.items()}
-    return first_row(comfy.samplers.process_conds(model, torch.zeros_like(like), entries, device, torch.zeros_like(like)))
+    return first_row(
+        comfy.samplers.process_conds(model, torch.zeros_like(like), entries, device, torch.zeros_like(like))
+    )
 
 
 def mapped(conds: Conds, change: Callable[[Tensor], Tensor]) -> Conds:
@@ -54,7 +68,9 @@ def first_row(conds: Conds) -> Conds:
 
 
 def level_bound(options: dict[str, Any], conds: Conds) -> bool:
-    """Say whether something asks for the noise level of the first row alone, as schedules, ControlNets and many model patches do."""
+    """Say whether something asks for the noise level of the first row alone, as schedules, ControlNets and
+    many model patches do.
+    """
     transformer = options.get("transformer_options", {})
     wrappers = [group for kind in transformer.get("wrappers", {}).values() for group in kind.values()]
     if set(options) - PLAIN_OPTIONS or set(transformer) - PLAIN_TRANSFORMER_OPTIONS or any(wrappers):
@@ -63,12 +79,20 @@ def level_bound(options: dict[str, Any], conds: Conds) -> bool:
 
 
 def joinable(one: Conds, other: Conds) -> bool:
-    """Say whether two rows may share a forward as rows of one batch: plain entries with tensors of equal shapes."""
-    if {kind: len(entries) for kind, entries in one.items()} != {kind: len(entries) for kind, entries in other.items()}:
+    """Say whether two rows may share a forward as rows of one batch: plain entries with tensors of equal
+    shapes.
+    """
+    if {kind: len(entries) for kind, entries in one.items()} != {
+        kind: len(entries) for kind, entries in other.items()
+    }:
         return False
     for kind in one:
         for a, b in zip(one[kind], other[kind], strict=True):
-            if len(one[kind]) > 1 or ENTRY_LOCAL & (set(a) | set(b)) or a["model_conds"].keys() != b["model_conds"].keys():
+            if (
+                len(one[kind]) > 1
+                or ENTRY_LOCAL & (set(a) | set(b))
+                or a["model_conds"].keys() != b["model_conds"].keys()
+            ):
                 return False
             if not all(_alike(value, b["model_conds"][name]) for name, value in a["model_conds"].items()):
                 return False
@@ -130,8 +154,18 @@ def grouped(rows: Sequence[Conds], sigma: Tensor, options: dict[str, Any]) -> li
     return groups
 
 
-def velocity(guider: Any, x: Tensor, sigma: Tensor, rows: Sequence[Conds], options: dict[str, Any], seed: int | None = None) -> Tensor:
-    """Return v = (x − denoised)/σ [B, …] with the guider's guidance; x: [B, …] in model space, sigma: [B], rows: a conditioning each."""
+def velocity(
+    guider: Any,
+    x: Tensor,
+    sigma: Tensor,
+    rows: Sequence[Conds],
+    options: dict[str, Any],
+    seed: int | None = None,
+) -> Tensor:
+    """Return v = (x − denoised)/σ [B, …] with the guider's guidance.
+
+    X: [B, …] in model space, sigma: [B], rows: a conditioning each.
+    """
     parts, groups = [], grouped(rows, sigma, options)
     for group in groups:
         guider.conds = joined([rows[i] for i in group])

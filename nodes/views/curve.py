@@ -1,4 +1,6 @@
-"""The reward curve of a run as an IMAGE, from the rows of its metrics: training as a line with a band, held-out dashed with intervals."""
+"""The reward curve of a run as an IMAGE, from the rows of its metrics: training as a line with a band,
+held-out dashed with intervals.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,23 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .drawing import COLOURS, FAINT, INK, MARGIN, PALE, PAPER, SMALL, TITLE, WIDTH, fitted, font, length, number, to_tensor, wrapped
+from .drawing import (
+    COLOURS,
+    FAINT,
+    INK,
+    MARGIN,
+    PALE,
+    PAPER,
+    SMALL,
+    TITLE,
+    WIDTH,
+    fitted,
+    font,
+    length,
+    number,
+    to_tensor,
+    wrapped,
+)
 
 FINER = 2  # drawn so many times larger and then reduced, because Pillow's lines have no soft edges
 SMOOTHING = 0.15  # weight of a new value in the moving average, as in the trainer's report
@@ -24,17 +42,23 @@ Series = tuple[np.ndarray, np.ndarray]
 
 
 def reward_curve(rows: Sequence[Row], title: str = "Rewards", total_steps: int | None = None) -> Tensor:
-    """Draw training rewards (thin and smoothed, ± one standard deviation) and held-out ones (dashed, 95 % interval): [1, H, 1024, 3].
+    """Draw training rewards (thin and smoothed, ± one standard deviation) and held-out ones (dashed, 95 %
+    interval): [1, H, 1024, 3].
 
-    Rewards that stay in [0, 1] share a panel; every other one has a scale of its own. At most four panels and six rewards are drawn.
+    Rewards that stay in [0, 1] share a panel; every other one has a scale of its own. At most four panels and
+    six rewards are drawn.
     """
     groups, dropped = panels(rows)
-    caption = "Line: training reward, smoothed, with ± one standard deviation. Dashed: held-out, 95 % interval."
+    caption = (
+        "Line: training reward, smoothed, with ± one standard deviation. Dashed: held-out, 95 % interval."
+    )
     notes = [f"{dropped} more rewards are not shown."] if dropped else []
     if alarm := alarm_of(rows):
         notes += wrapped(alarm, SMALL, WIDTH - 2 * MARGIN, 2)
     top = MARGIN + 52 + 28 * (1 + len(notes))
-    heights = [PLOT + AXIS + LEGEND * sum(map(len, (kinds(rows, name) for name in names))) for names in groups]
+    heights = [
+        PLOT + AXIS + LEGEND * sum(map(len, (kinds(rows, name) for name in names))) for names in groups
+    ]
     made = Image.new("RGB", (WIDTH * FINER, (top + sum(heights) + (0 if groups else 60)) * FINER), PAPER)
     pen = ImageDraw.Draw(made)
     write(pen, (MARGIN, MARGIN - 8), fitted(title, TITLE, WIDTH - 2 * MARGIN), INK, TITLE)
@@ -75,10 +99,18 @@ def kinds(rows: Sequence[Row], name: str) -> list[str]:
 
 
 def panels(rows: Sequence[Row]) -> tuple[list[list[str]], int]:
-    """Put rewards that stay in [0, 1] together and every other one by itself; count those for which there is no room."""
-    written = (key.split("/") for row in rows for key in row if isinstance(key, str) and key.endswith("/mean"))
+    """Put rewards that stay in [0, 1] together and every other one by itself.
+
+    Count those for which there is no room.
+    """
+    written = (
+        key.split("/") for row in rows for key in row if isinstance(key, str) and key.endswith("/mean")
+    )
     names = dict.fromkeys(key[1] for key in written if len(key) == 3 and key[0] in ("reward", "heldout"))
-    values = {name: np.concatenate([column(rows, f"{kind}/{name}/mean")[1] for kind in ("reward", "heldout")]) for name in names}
+    values = {
+        name: np.concatenate([column(rows, f"{kind}/{name}/mean")[1] for kind in ("reward", "heldout")])
+        for name in names
+    }
     values = {name: found for name, found in values.items() if len(found)}
     kept = dict(list(values.items())[: len(COLOURS)])
     shares = [name for name, found in kept.items() if found.min() >= 0 and found.max() <= 1]
@@ -111,7 +143,9 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float
 class Frame:
     """Where a panel's numbers lie on the sheet."""
 
-    def __init__(self, x: tuple[float, float], y: tuple[float, float], box: tuple[int, int, int, int]) -> None:
+    def __init__(
+        self, x: tuple[float, float], y: tuple[float, float], box: tuple[int, int, int, int]
+    ) -> None:
         self.x, self.y, self.box = x, y, box
 
     def across(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -122,15 +156,26 @@ class Frame:
     def down(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
         """Place rewards, in pixels."""
         _, top, _, bottom = self.box
-        return np.clip(bottom - (np.asarray(values, float) - self.y[0]) / (self.y[1] - self.y[0]) * (bottom - top), top, bottom)
+        return np.clip(
+            bottom - (np.asarray(values, float) - self.y[0]) / (self.y[1] - self.y[0]) * (bottom - top),
+            top,
+            bottom,
+        )
 
     def points(self, steps: np.ndarray, values: np.ndarray) -> list[tuple[float, float]]:
         """Place a line's points."""
-        return list(zip((self.across(steps) * FINER).tolist(), (self.down(values) * FINER).tolist(), strict=True))
+        return list(
+            zip((self.across(steps) * FINER).tolist(), (self.down(values) * FINER).tolist(), strict=True)
+        )
 
 
 def draw_panel(
-    made: Image.Image, pen: ImageDraw.ImageDraw, rows: Sequence[Row], colours: Mapping[str, str], top: int, total_steps: int | None
+    made: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    rows: Sequence[Row],
+    colours: Mapping[str, str],
+    top: int,
+    total_steps: int | None,
 ) -> None:
     """Draw the legend, the axes and the curves of some rewards on one scale."""
     for name, colour in colours.items():
@@ -138,10 +183,14 @@ def draw_panel(
             draw_legend(pen, top, name, kind, column(rows, f"{kind}/{name}/mean")[1], colour)
             top += LEGEND
     low, high = extent(rows, list(colours))
-    steps = np.concatenate([column(rows, f"{kind}/{name}/mean")[0] for name in colours for kind in ("reward", "heldout")])
+    steps = np.concatenate(
+        [column(rows, f"{kind}/{name}/mean")[0] for name in colours for kind in ("reward", "heldout")]
+    )
     first, last = steps.min(), max(steps.max(), total_steps or 0)
     frame = Frame(
-        (first, last) if last > first else (first - 1, first + 1), (low, high), (MARGIN + 84, top + 10, WIDTH - MARGIN - 8, top + PLOT)
+        (first, last) if last > first else (first - 1, first + 1),
+        (low, high),
+        (MARGIN + 84, top + 10, WIDTH - MARGIN - 8, top + PLOT),
     )
     draw_axes(pen, frame)
     for name, colour in colours.items():
@@ -153,7 +202,9 @@ def draw_panel(
 
 
 def extent(rows: Sequence[Row], names: Sequence[str]) -> tuple[float, float]:
-    """Choose the scale: all lines, bands and intervals with a little air, and no room below 0 or above 1 that nothing needs."""
+    """Choose the scale: all lines, bands and intervals with a little air, and no room below 0 or above 1
+    that nothing needs.
+    """
     means, edges = [], []
     for name in names:
         for kind, width in (("reward", "std"), ("heldout", "ci95")):
@@ -193,11 +244,15 @@ def draw_band(made: Image.Image, frame: Frame, rows: Sequence[Row], name: str, c
         return
     trend, width = smooth(means), smooth(np.abs(std))
     veil = Image.new("L", made.size, 0)
-    ImageDraw.Draw(veil).polygon(frame.points(steps, trend - width) + frame.points(steps, trend + width)[::-1], 32)
+    ImageDraw.Draw(veil).polygon(
+        frame.points(steps, trend - width) + frame.points(steps, trend + width)[::-1], 32
+    )
     made.paste(colour, (0, 0), veil)
 
 
-def draw_training(pen: ImageDraw.ImageDraw, frame: Frame, rows: Sequence[Row], name: str, colour: str) -> None:
+def draw_training(
+    pen: ImageDraw.ImageDraw, frame: Frame, rows: Sequence[Row], name: str, colour: str
+) -> None:
     """Draw every step thin and pale, the trend strong."""
     steps, means = column(rows, f"reward/{name}/mean")
     if len(steps) == 1:
@@ -215,7 +270,9 @@ def draw_heldout(pen: ImageDraw.ImageDraw, frame: Frame, rows: Sequence[Row], na
     for start, end in pairwise(places):
         dash(pen, start, end, colour)
     if np.array_equal(steps, at):
-        for (x, low), (_, high) in zip(frame.points(steps, means - widths), frame.points(steps, means + widths), strict=True):
+        for (x, low), (_, high) in zip(
+            frame.points(steps, means - widths), frame.points(steps, means + widths), strict=True
+        ):
             pen.line((x, low, x, high), colour, FINER + 1)
             for y in (low, high):
                 pen.line((x - 5 * FINER, y, x + 5 * FINER, y), colour, FINER + 1)
@@ -223,7 +280,9 @@ def draw_heldout(pen: ImageDraw.ImageDraw, frame: Frame, rows: Sequence[Row], na
         draw_marker(pen, place, colour)
 
 
-def draw_legend(pen: ImageDraw.ImageDraw, top: int, name: str, kind: str, values: np.ndarray, colour: str) -> None:
+def draw_legend(
+    pen: ImageDraw.ImageDraw, top: int, name: str, kind: str, values: np.ndarray, colour: str
+) -> None:
     """Draw a key, what it stands for, and where it began and stands now."""
     y = (top + LEGEND / 2) * FINER
     left, right = (MARGIN + 84) * FINER, (MARGIN + 146) * FINER
@@ -256,7 +315,11 @@ def dash(pen: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float,
     along, across = (end[0] - x) / far, (end[1] - y) / far
     for begin in np.arange(0, far, 18 * FINER):
         stop = min(begin + 11 * FINER, far)
-        pen.line((x + begin * along, y + begin * across, x + stop * along, y + stop * across), colour, 2 * FINER + 1)
+        pen.line(
+            (x + begin * along, y + begin * across, x + stop * along, y + stop * across),
+            colour,
+            2 * FINER + 1,
+        )
 
 
 def line(pen: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], colour: str, width: int) -> None:
@@ -264,7 +327,14 @@ def line(pen: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], colour
     pen.line([(x * FINER, y * FINER) for x, y in points], colour, width * FINER)
 
 
-def write(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, colour: str, size: int, anchor: str | None = None) -> None:
+def write(
+    pen: ImageDraw.ImageDraw,
+    place: tuple[float, float],
+    text: str,
+    colour: str,
+    size: int,
+    anchor: str | None = None,
+) -> None:
     """Write a text at a place given in pixels of the finished sheet."""
     pen.text((place[0] * FINER, place[1] * FINER), text, colour, font(size * FINER), anchor=anchor)
 

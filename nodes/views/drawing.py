@@ -1,7 +1,7 @@
 """Paper, ink and letters: what the views draw with, on Pillow and numpy alone.
 
-Sheets are drawn 1024 pixels wide with letters that are still readable when they are shown at 512. Pillow's own font knows little more than
-ASCII, so that every text goes through `plain`.
+Sheets are drawn 1024 pixels wide with letters that are still readable when they are shown at 512. Pillow's
+own font knows little more than ASCII, so that every text goes through `plain`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,32 @@ WIDTH, MARGIN, GAP = 1024, 28, 12
 TITLE, BODY, SMALL = 34, 24, 20
 INK, PALE, FAINT, PAPER = "#1a1a1a", "#666666", "#d9d9d9", "#ffffff"
 UP, DOWN = "#0072B2", "#C04F00"  # blue and vermilion, told apart by colour-blind eyes
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B07800", "#56B4E9")  # after Okabe and Ito, the yellow darkened for white paper
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#B07800",
+    "#56B4E9",
+)  # after Okabe and Ito, the yellow darkened for white paper
 LONGEST = 2000  # characters of a text that are looked at
 
 # From DOWN over neutral to UP; both sides darken alike.
 _RAMP = np.array([(148, 56, 0), (236, 150, 92), (245, 245, 245), (112, 178, 222), (0, 82, 140)], float)
-_WORDS = {"–": "-", "—": "-", "−": "-", "×": "x", "→": "->", "…": "...", "’": "'", "‘": "'", "“": '"', "”": '"', "ß": "ss", "·": "-"}
+_WORDS = {
+    "–": "-",
+    "—": "-",
+    "−": "-",
+    "×": "x",
+    "→": "->",
+    "…": "...",
+    "’": "'",
+    "‘": "'",
+    "“": '"',
+    "”": '"',
+    "ß": "ss",
+    "·": "-",
+}
 
 
 @cache
@@ -37,10 +57,14 @@ def font(size: int) -> Any:
 
 
 def plain(text: str) -> str:
-    """Write a text with the letters that the font has: accents go, other scripts become '?', control characters a space."""
+    """Write a text with the letters that the font has: accents go, other scripts become '?', control
+    characters a space.
+    """
     spelt = "".join(_WORDS.get(c, c) for c in str(text)[:LONGEST])
     letters = [c for c in unicodedata.normalize("NFKD", spelt) if not unicodedata.combining(c)]
-    return " ".join("".join(c if " " <= c <= "~" else " " if c.isspace() or c < " " else "?" for c in letters).split())
+    return " ".join(
+        "".join(c if " " <= c <= "~" else " " if c.isspace() or c < " " else "?" for c in letters).split()
+    )
 
 
 def length(text: str, size: int) -> float:
@@ -56,7 +80,9 @@ def fitted(text: str, size: int, width: float) -> str:
     low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if length(text[:middle].rstrip() + "...", size) <= width else (low, middle - 1)
+        low, high = (
+            (middle, high) if length(text[:middle].rstrip() + "...", size) <= width else (low, middle - 1)
+        )
     return text[:low].rstrip() + "..."
 
 
@@ -85,11 +111,22 @@ def number(value: float) -> str:
     size = abs(value)
     if size >= 1e6 or 0 < size < 1e-3:
         return f"{value:.1e}"
-    return f"{value:.0f}" if size >= 1e4 else f"{value:.1f}" if size >= 100 else f"{value:.2f}" if size >= 10 else f"{value:.3f}"
+    return (
+        f"{value:.0f}"
+        if size >= 1e4
+        else f"{value:.1f}"
+        if size >= 100
+        else f"{value:.2f}"
+        if size >= 10
+        else f"{value:.3f}"
+    )
 
 
 def diverging(share: float) -> tuple[int, int, int]:
-    """Colour a share in [-1, 1]: vermilion below, neutral at 0, blue above; what lies outside takes the end's colour."""
+    """Colour a share in [-1, 1]: vermilion below, neutral at 0, blue above.
+
+    What lies outside takes the end's colour.
+    """
     place = (float(np.clip(share, -1, 1)) + 1) * 2
     low = min(int(place), 3)
     return tuple(round(c) for c in _RAMP[low] + (place - low) * (_RAMP[low + 1] - _RAMP[low]))
@@ -114,8 +151,21 @@ def hatch(width: int, height: int) -> Image.Image:
 
 
 def picture(image: Tensor, width: int, height: int) -> Image.Image:
-    """Fit an image [H, W, C] into a box; small ones keep their pixels, large ones are filtered, what is not finite is black."""
-    pixels = image.detach().float().cpu().nan_to_num(0.0, 0.0, 0.0).clamp(0, 1).mul(255).round().to(torch.uint8).numpy()
+    """Fit an image [H, W, C] into a box.
+
+    Small ones keep their pixels, large ones are filtered, what is not finite is black.
+    """
+    pixels = (
+        image.detach()
+        .float()
+        .cpu()
+        .nan_to_num(0.0, 0.0, 0.0)
+        .clamp(0, 1)
+        .mul(255)
+        .round()
+        .to(torch.uint8)
+        .numpy()
+    )
     pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].repeat(3, -1)
     shown = Image.fromarray(np.ascontiguousarray(pixels))
     scale = min(width / shown.width, height / shown.height)
@@ -129,7 +179,9 @@ def sheet(height: int, title: str, captions: list[str]) -> tuple[Image.Image, Im
     pen = ImageDraw.Draw(made)
     pen.text((MARGIN, MARGIN - 8), fitted(title, TITLE, WIDTH - 2 * MARGIN), INK, font(TITLE))
     for i, caption in enumerate(captions):
-        pen.text((MARGIN, MARGIN + 40 + 28 * i), fitted(caption, SMALL, WIDTH - 2 * MARGIN), PALE, font(SMALL))
+        pen.text(
+            (MARGIN, MARGIN + 40 + 28 * i), fitted(caption, SMALL, WIDTH - 2 * MARGIN), PALE, font(SMALL)
+        )
     return made, pen
 
 

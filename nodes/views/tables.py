@@ -1,7 +1,8 @@
-"""Pictures that explain scores and advantages, as IMAGE tensors [1, H, 1024, 3]: heat map, ranked grid, before and after.
+"""Pictures that explain scores and advantages, as IMAGE tensors [1, H, 1024, 3]: heat map, ranked grid,
+before and after.
 
-Steps, branches and images count from 0, as everywhere in ComfyUI. Blue means up, vermilion down; signs, dashes and hatching say the same
-without colour. What does not fit is left out and said so.
+Steps, branches and images count from 0, as everywhere in ComfyUI. Blue means up, vermilion down; signs,
+dashes and hatching say the same without colour. What does not fit is left out and said so.
 """
 
 from __future__ import annotations
@@ -88,18 +89,23 @@ class Pair:
 def heatmap(table: Table, per_branch: bool = False) -> Tensor:
     """Draw z-scores by granularity (rows) and branch step (columns).
 
-    Summary: the z-score of each step's winner, the branch with the highest advantage. Positive: this granularity likes the winner too, and
-    by how many standard deviations; negative: it was outvoted. Beneath it the rewards' standard deviation, which tells how much there was
-    to decide. (A mean over branches would be zero by construction.) Per branch: a row per branch, for the advantage and each granularity.
+    Summary: the z-score of each step's winner, the branch with the highest advantage. Positive: this
+    granularity likes the winner too, and by how many standard deviations; negative: it was outvoted. Beneath
+    it the rewards' standard deviation, which tells how much there was to decide. (A mean over branches would
+    be zero by construction.) Per branch: a row per branch, for the advantage and each granularity.
     """
     columns = chosen(len(table.steps), MAX_STEPS)
     blocks = branch_blocks(table, columns) if per_branch else [("", winner_rows(table, columns))]
-    values = [abs(cell[2]) for _, rows in blocks for _, cells in rows for cell in cells if math.isfinite(cell[2])]
+    values = [
+        abs(cell[2]) for _, rows in blocks for _, cells in rows for cell in cells if math.isfinite(cell[2])
+    ]
     limit = max(math.ceil(max(values, default=0) * 2 - 1e-6) / 2, 1.0)
     if per_branch:
         title = "Advantage of every branch, and where it comes from"
         captions = ["Framed: the winner of each step. A stride is the granularity of a completion."]
-        captions += left_out(table.advantage.shape[1], min(table.advantage.shape[1], MAX_BRANCHES), "branches")
+        captions += left_out(
+            table.advantage.shape[1], min(table.advantage.shape[1], MAX_BRANCHES), "branches"
+        )
     else:
         title = "How far the winner of each step stands out"
         captions = ["Large: standard deviations above its group; negative: this stride voted against it."]
@@ -139,7 +145,10 @@ def branch_blocks(table: Table, columns: Sequence[int]) -> list[tuple[str, list[
 
     def block(values: np.ndarray, tied: np.ndarray) -> list[tuple[str, list[Cell]]]:
         found = [[math.inf if tied[k] else float(values[k, g]) for k in columns] for g in branches]
-        return [(str(g), [(cell_text(value), "", value) for value in row]) for g, row in zip(branches, found, strict=True)]
+        return [
+            (str(g), [(cell_text(value), "", value) for value in row])
+            for g, row in zip(branches, found, strict=True)
+        ]
 
     levels = enumerate(table.strides[:MAX_LEVELS])
     return [
@@ -150,7 +159,13 @@ def branch_blocks(table: Table, columns: Sequence[int]) -> list[tuple[str, list[
 
 def cell_text(value: float) -> str:
     """Write a cell's value."""
-    return "n/a" if math.isnan(value) else "tie" if math.isinf(value) else signed(value, 1 if abs(value) < 99.95 else 0)
+    return (
+        "n/a"
+        if math.isnan(value)
+        else "tie"
+        if math.isinf(value)
+        else signed(value, 1 if abs(value) < 99.95 else 0)
+    )
 
 
 def compact(value: float) -> str:
@@ -174,7 +189,14 @@ def draw_heatmap(
     made, pen = sheet(top + body + 112 + 130, title, captions)
     across = min((WIDTH - 2 * MARGIN - LABELS) // max(len(columns), 1), 220)
     texts = [cell[0] for _, rows in blocks for _, cells in rows for cell in cells]
-    size = next((s for s in (26 if per_branch else 34, BODY, SMALL) if all(length(text, s) <= across - 7 for text in texts)), 18)
+    size = next(
+        (
+            s
+            for s in (26 if per_branch else 34, BODY, SMALL)
+            if all(length(text, s) <= across - 7 for text in texts)
+        ),
+        18,
+    )
     left, y = MARGIN + LABELS, top
     winners = [int(table.advantage[k].argmax()) for k in columns]
     for at, (name, rows) in enumerate(blocks):
@@ -183,7 +205,13 @@ def draw_heatmap(
         y += block_gap
         for label, cells in rows:
             word = f"branch {label}" if per_branch else label
-            pen.text((left - 14, y + row_height // 2), fitted(word, BODY, LABELS - 14), INK, font(BODY), anchor="rm")
+            pen.text(
+                (left - 14, y + row_height // 2),
+                fitted(word, BODY, LABELS - 14),
+                INK,
+                font(BODY),
+                anchor="rm",
+            )
             for i, cell in enumerate(cells):
                 box = (left + i * across, y, left + (i + 1) * across - 3, y + row_height - 3)
                 draw_cell(made, pen, box, cell, limit, size)
@@ -193,18 +221,34 @@ def draw_heatmap(
     axes = {
         "branch step": [str(table.steps[k]) for k in columns],
         "sigma": [f"{table.sigmas[k]:.2f}" for k in columns],
-        "winner": ["-" if table.tied[k].all() else f"br. {winner}" for k, winner in zip(columns, winners, strict=True)],
+        "winner": [
+            "-" if table.tied[k].all() else f"br. {winner}"
+            for k, winner in zip(columns, winners, strict=True)
+        ],
     }
     for line, (name, texts) in enumerate(axes.items()):
         pen.text((left - 14, y + 20 + 34 * line), name, PALE, font(BODY), anchor="rm")
         for i, text in enumerate(texts):
             fine = BODY if length(text, BODY) <= across - 6 else SMALL
-            pen.text((left + i * across + across // 2, y + 20 + 34 * line), fitted(text, fine, across), INK, font(fine), anchor="mm")
+            pen.text(
+                (left + i * across + across // 2, y + 20 + 34 * line),
+                fitted(text, fine, across),
+                INK,
+                font(fine),
+                anchor="mm",
+            )
     draw_colour_bar(made, pen, y + 128, limit)
     return made
 
 
-def draw_cell(made: Image.Image, pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], cell: Cell, limit: float, size: int) -> None:
+def draw_cell(
+    made: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    box: tuple[int, int, int, int],
+    cell: Cell,
+    limit: float,
+    size: int,
+) -> None:
     """Fill a cell: colour and number, hatching for a tie, grey where there is nothing."""
     text, small, value = cell
     left, top, right, bottom = box
@@ -221,7 +265,9 @@ def draw_cell(made: Image.Image, pen: ImageDraw.ImageDraw, box: tuple[int, int, 
     pen.text((middle[0], middle[1] - (14 if small else 0)), text, ink_on(colour), font(size), anchor="mm")
     if small:
         fine = SMALL if length(small, SMALL) <= width else 18
-        pen.text((middle[0], middle[1] + 22), fitted(small, fine, width), ink_on(colour), font(fine), anchor="mm")
+        pen.text(
+            (middle[0], middle[1] + 22), fitted(small, fine, width), ink_on(colour), font(fine), anchor="mm"
+        )
 
 
 def draw_colour_bar(made: Image.Image, pen: ImageDraw.ImageDraw, top: int, limit: float) -> None:
@@ -234,14 +280,21 @@ def draw_colour_bar(made: Image.Image, pen: ImageDraw.ImageDraw, top: int, limit
         pen.line((x, top + 26, x, top + 34), INK, 2)
         pen.text((x, top + 50), "0" if value == 0 else f"{value:+.3g}", INK, font(SMALL), anchor="mm")
     pen.text((left - 14, top + 13), "colour", PALE, font(BODY), anchor="rm")
-    pen.text(((left + right) // 2, top + 78), "standard deviations from the group's mean", PALE, font(SMALL), anchor="mm")
+    pen.text(
+        ((left + right) // 2, top + 78),
+        "standard deviations from the group's mean",
+        PALE,
+        font(SMALL),
+        anchor="mm",
+    )
     made.paste(hatch(44, 28), (right + 36, top - 1))
     pen.text((right + 90, top + 13), "tie: all rewards equal,", INK, font(SMALL), anchor="lm")
     pen.text((right + 90, top + 39), "teaches nothing", INK, font(SMALL), anchor="lm")
 
 
 def ranked_grid(tiles: Sequence[Tile], title: str = "Best to worst") -> Tensor:
-    """Draw pictures from the best score to the worst; a solid blue frame is pushed up by training, a dashed vermilion one down.
+    """Draw pictures from the best score to the worst; a solid blue frame is pushed up by training, a dashed
+    vermilion one down.
 
     Pictures that could not be judged come last. Of more than 40 the best and the worst 20 are shown.
     """
@@ -271,7 +324,14 @@ def ranked_grid(tiles: Sequence[Tile], title: str = "Best to worst") -> Tensor:
     return to_tensor(made)
 
 
-def draw_tile(made: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], size: tuple[int, int], tile: Tile, rank: int) -> None:
+def draw_tile(
+    made: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    size: tuple[int, int],
+    tile: Tile,
+    rank: int,
+) -> None:
     """Draw one picture with its frame, rank, score, advantage and whatever else there is to say."""
     (left, top), (side, tall), frame = corner, size, 7
     box = (left, top, left + side - 1, top + tall - 1)
@@ -302,20 +362,29 @@ def draw_tile(made: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, in
         y += 26
 
 
-def before_after(pairs: Sequence[Pair], title: str = "Before and after", names: tuple[str, str] = ("base", "tuned")) -> Tensor:
-    """Draw a block per prompt: its seeds side by side, above without the LoRA, below with it, scores and their change beneath."""
+def before_after(
+    pairs: Sequence[Pair], title: str = "Before and after", names: tuple[str, str] = ("base", "tuned")
+) -> Tensor:
+    """Draw a block per prompt: its seeds side by side, above without the LoRA, below with it, scores and
+    their change beneath.
+    """
     prompts: dict[str, list[Pair]] = {}
     for pair in pairs:
         prompts.setdefault(pair.prompt, []).append(pair)
     shown = {prompt: group[:MAX_SEEDS] for prompt, group in list(prompts.items())[:MAX_PROMPTS]}
     count = sum(map(len, shown.values()))
-    captions = [gain_line(name, [pair.scores[name] for pair in pairs if name in pair.scores]) for name in score_names(pairs)]
+    captions = [
+        gain_line(name, [pair.scores[name] for pair in pairs if name in pair.scores])
+        for name in score_names(pairs)
+    ]
     captions += left_out(len(pairs), count, "pairs")
     across = min(max((len(group) for group in shown.values()), default=1), SEEDS_ACROSS)
     side = min((WIDTH - 2 * MARGIN - 86 - (across - 1) * GAP) // across, 360)
     blocks = [draw_block(prompt, group, side, across, names) for prompt, group in shown.items()]
     top = heading(captions)
-    made, pen = sheet(top + sum(block.height + 22 for block in blocks) + (0 if blocks else 60), title, captions)
+    made, pen = sheet(
+        top + sum(block.height + 22 for block in blocks) + (0 if blocks else 60), title, captions
+    )
     if not blocks:
         pen.text((MARGIN, top), "There is no picture.", PALE, font(BODY))
     for block in blocks:
@@ -336,7 +405,10 @@ def gain_line(name: str, scores: Sequence[tuple[float, float]]) -> str:
         return f"{name}: not judged"
     old, new = np.mean(judged, axis=0)
     better = sum(after > before for before, after in judged)
-    return f"{name}: mean {number(old)} -> {number(new)} ({change(old, new)}), better in {better} of {len(judged)}"
+    return (
+        f"{name}: mean {number(old)} -> {number(new)} ({change(old, new)}), better in {better} of "
+        f"{len(judged)}"
+    )
 
 
 def change(old: float, new: float) -> str:
@@ -345,7 +417,9 @@ def change(old: float, new: float) -> str:
     return text if text.startswith("-") or not float(text) else f"+{text}"
 
 
-def draw_block(prompt: str, group: Sequence[Pair], side: int, across: int, names: tuple[str, str]) -> Image.Image:
+def draw_block(
+    prompt: str, group: Sequence[Pair], side: int, across: int, names: tuple[str, str]
+) -> Image.Image:
     """Draw one prompt's pairs, in several bands if they do not fit side by side."""
     heads = wrapped(prompt, BODY, WIDTH - 2 * MARGIN, 2)
     scores, labels = score_names(group), 86
@@ -359,7 +433,13 @@ def draw_block(prompt: str, group: Sequence[Pair], side: int, across: int, names
         left, y = labels + at % across * (side + GAP), top + at // across * band
         for row, (name, image) in enumerate(zip(names, (pair.before, pair.after), strict=True)):
             if at % across == 0:
-                pen.text((0, y + row * (side + 8) + side // 2), fitted(name, BODY, labels - 8), PALE, font(BODY), anchor="lm")
+                pen.text(
+                    (0, y + row * (side + 8) + side // 2),
+                    fitted(name, BODY, labels - 8),
+                    PALE,
+                    font(BODY),
+                    anchor="lm",
+                )
             tile = picture(image, side, side)
             made.paste(tile, (left, y + row * (side + 8)))
         y += 2 * (side + 8)
@@ -377,4 +457,6 @@ def delta(old: float, new: float) -> tuple[str, str]:
     if not (math.isfinite(old) and math.isfinite(new)):
         return "not judged", PALE
     text = change(old, new)
-    return f"{number(old)} -> {number(new)}  {text}", UP if text.startswith("+") else DOWN if text.startswith("-") else PALE
+    return f"{number(old)} -> {number(new)}  {text}", UP if text.startswith("+") else DOWN if text.startswith(
+        "-"
+    ) else PALE

@@ -17,13 +17,23 @@ if TYPE_CHECKING:
 def compare(
     before: Annotated[Path, typer.Argument(metavar="A", help="A run folder, or a folder of pictures.")],
     after: Annotated[
-        Path | None, typer.Argument(metavar="B", help="Another one of the same kind [default: run A itself, its last evaluation].")
+        Path | None,
+        typer.Argument(
+            metavar="B", help="Another one of the same kind [default: run A itself, its last evaluation]."
+        ),
     ] = None,
     reward: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Reward that judges the pictures of two folders; repeat for several.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Reward that judges the pictures of two folders; repeat for several."
+        ),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="What all pictures should show [default: each picture's own].")] = None,
-    prompts: Annotated[Path | None, typer.Option(metavar="JSONL", help='File of {"file": name, "prompt": …} lines.')] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What all pictures should show [default: each picture's own].")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="JSONL", help='File of {"file": name, "prompt": …} lines.')
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="HTML", help="The report to write.")] = Path("compare.html"),
     pictures: Annotated[int, typer.Option(min=0, max=1000, help="Pairs of pictures that it shows.")] = 48,
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite an existing report.")] = False,
@@ -32,7 +42,9 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Compare two runs by their held-out evaluations, or two folders of pictures of the same names: gains, win rates, one HTML file."""
+    """Compare two runs by their held-out evaluations, or two folders of pictures of the same names: gains,
+    win rates, one HTML file.
+    """
     if out.exists() and not replace:
         raise CommandError(f"{out} exists; choose another --out, or give --replace")
     from comfy_g2rpo.files.safe import write_bytes
@@ -46,15 +58,30 @@ def compare(
         raise CommandError(f"{before} and {other} are a run and a folder of pictures; give two of a kind")
     if kinds == {"run"}:
         if reward or prompt or prompts:
-            raise CommandError("--reward and prompts are for folders of pictures; runs are compared by what their evaluations measured")
+            raise CommandError(
+                "--reward and prompts are for folders of pictures; runs are compared by what their "
+                "evaluations measured"
+            )
         made = of_runs(before, other)
     else:
         if after is None or not reward:
-            raise CommandError("folders of pictures need a second folder B and --reward, such as: g2rpo compare A B --reward jpeg")
+            raise CommandError(
+                "folders of pictures need a second folder B and --reward, such as: g2rpo compare A B "
+                "--reward jpeg"
+            )
         made = of_folders(before, after, reward, prompt, prompts, batch, device, quiet)
     write_bytes(out, page(made, pictures).encode(errors="replace"))
     if as_json:
-        typer.echo(json.dumps({"before": made.before, "after": made.after, "changes": [each.row() for each in made.changes]}, indent=1))
+        typer.echo(
+            json.dumps(
+                {
+                    "before": made.before,
+                    "after": made.after,
+                    "changes": [each.row() for each in made.changes],
+                },
+                indent=1,
+            )
+        )
         return
     for each in made.changes:
         typer.echo(line(each))
@@ -64,7 +91,14 @@ def compare(
 
 
 def of_folders(
-    before: Path, after: Path, reward: list[str], prompt: str | None, prompts: Path | None, batch: int, device: str, quiet: bool
+    before: Path,
+    after: Path,
+    reward: list[str],
+    prompt: str | None,
+    prompts: Path | None,
+    batch: int,
+    device: str,
+    quiet: bool,
 ) -> Comparison:
     """Judge the pictures that two folders share and pair their scores."""
     from ..reports.comparison import Comparison, Pair, changes, same_names

@@ -1,4 +1,6 @@
-"""`g2rpo export` and `g2rpo check-lora`: LoRA files from one form into another, and what would load of them."""
+"""`g2rpo export` and `g2rpo check-lora`: LoRA files from one form into another, and what would load of
+them.
+"""
 
 from __future__ import annotations
 
@@ -28,25 +30,55 @@ class CommandError(ValueError):
 
 
 def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA file of any known form; with --extract, a fine-tuned model.")],
-    out: Annotated[Path, typer.Option(metavar="SAFETENSORS", help="The file to write; an existing one is never overwritten.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A LoRA file of any known form; with --extract, a fine-tuned model."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="SAFETENSORS", help="The file to write; an existing one is never overwritten."),
+    ],
     form: Annotated[
-        str, typer.Option(help="native (ComfyUI, every model), diffusers, or auto: the one that both read if there is one, else native.")
+        str,
+        typer.Option(
+            help=(
+                "native (ComfyUI, every model), diffusers, or auto: the one that both read if there is "
+                "one, else native."
+            )
+        ),
     ] = "auto",
     family: Annotated[
-        str | None, typer.Option(help="sd3, flux, flux2, qwen_image, wan, z_image, lumina2 [default: told from the names].")
+        str | None,
+        typer.Option(
+            help="sd3, flux, flux2, qwen_image, wan, z_image, lumina2 [default: told from the names]."
+        ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, max=4096, help="Cut every pair to this rank by SVD; with --extract: the rank.")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, max=4096, help="Cut every pair to this rank by SVD; with --extract: the rank."),
+    ] = None,
     precision: Annotated[str, typer.Option(help="Of the pairs: keep, fp32, bf16, fp16.")] = "keep",
     alpha: Annotated[
         bool,
-        typer.Option("--alpha/--no-alpha", help="Write .alpha beside each pair; only FLUX.1's load_lora_weights of diffusers takes it."),
+        typer.Option(
+            "--alpha/--no-alpha",
+            help="Write .alpha beside each pair; only FLUX.1's load_lora_weights of diffusers takes it.",
+        ),
     ] = True,
-    merge: Annotated[Path | None, typer.Option(metavar="BASE", help="Add the LoRA to this model and write the model.")] = None,
+    merge: Annotated[
+        Path | None, typer.Option(metavar="BASE", help="Add the LoRA to this model and write the model.")
+    ] = None,
     strength: Annotated[float, typer.Option(min=-100, max=100, help="Of the LoRA in --merge.")] = 1.0,
-    extract: Annotated[Path | None, typer.Option(metavar="BASE", help="Write the LoRA that leads from this model to FILE.")] = None,
+    extract: Annotated[
+        Path | None, typer.Option(metavar="BASE", help="Write the LoRA that leads from this model to FILE.")
+    ] = None,
 ) -> None:
-    """Convert a LoRA file, cut its rank, merge it into a model, or extract it from a fine-tuned one; errors are stated."""
+    """Convert a LoRA file, cut its rank, merge it into a model, or extract it from a fine-tuned one.
+
+    Errors are stated.
+    """
     for name, value, choices in (("form", form, FORMS), ("precision", precision, PRECISIONS)):
         if value not in choices:
             raise CommandError(f"--{name} is {value!r}; choose one of: {', '.join(choices)}")
@@ -55,7 +87,9 @@ def export(
     if merge and extract:
         raise CommandError("--merge and --extract exclude each other; give one of them")
     if merge and (form != "auto" or precision != "keep"):
-        raise CommandError("--form and --precision are for LoRA files; --merge keeps the names and types of the model")
+        raise CommandError(
+            "--form and --precision are for LoRA files; --merge keeps the names and types of the model"
+        )
     from ..lora.weight_files import check_free
 
     check_free(out)
@@ -67,7 +101,9 @@ def export(
         _convert(file, out, form, family, rank, precision, alpha)
 
 
-def _convert(file: Path, out: Path, form: str, family: str | None, rank: int | None, precision: str, alpha: bool) -> None:
+def _convert(
+    file: Path, out: Path, form: str, family: str | None, rank: int | None, precision: str, alpha: bool
+) -> None:
     """Write a LoRA file in another form."""
     from comfy_g2rpo.lora.convert import renamed
     from comfy_g2rpo.lora.forms import check_sound
@@ -84,7 +120,14 @@ def _convert(file: Path, out: Path, form: str, family: str | None, rank: int | N
 
 
 def _write(
-    out: Path, pairs: Mapping[str, Any], style: str, family: Family, rank: int | None, precision: str, metadata: dict, alpha: bool
+    out: Path,
+    pairs: Mapping[str, Any],
+    style: str,
+    family: Family,
+    rank: int | None,
+    precision: str,
+    metadata: dict,
+    alpha: bool,
 ) -> None:
     """Cut pairs to a rank, set their precision, write them and say what was written."""
     import torch
@@ -104,7 +147,13 @@ def _write(
     spread = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     typer.echo(f"{len(pairs)} modules of {family.title}, {style} form, {spread}")
     if style == "diffusers" and alpha and not family.pipeline_takes_alpha:
-        typer.echo("note: diffusers reads it by transformer.load_lora_adapter; for pipeline.load_lora_weights add --no-alpha", err=True)
+        typer.echo(
+            (
+                "note: diffusers reads it by transformer.load_lora_adapter; for pipeline.load_lora_weights "
+                "add --no-alpha"
+            ),
+            err=True,
+        )
     typer.echo(out)
 
 
@@ -123,16 +172,30 @@ def _merge(file: Path, base: Path, out: Path, family: str | None, rank: int | No
     model = look_at(base)
     made = fit(reading, file, model, family)
     if bad := [*made.absent, *made.misshapen]:
-        raise CommandError(f"{file} does not fit {base}: {len(bad)} of its modules, such as {bad[0]}, are absent or of another size there")
+        raise CommandError(
+            f"{file} does not fit {base}: {len(bad)} of its modules, such as {bad[0]}, are absent or "
+            "of another size there"
+        )
     _notes(reading)
     lost = merge(made, model, out, strength, {"g2rpo.merged": file.name, "g2rpo.strength": f"{strength:g}"})
-    typer.echo(f"{len(made.fitting)} of {len(model.tensors)} tensors changed; rounding to the model's type lost {lost:.1e} of the change")
+    typer.echo(
+        f"{len(made.fitting)} of {len(model.tensors)} tensors changed; rounding to the model's type "
+        f"lost {lost:.1e} of the change"
+    )
     if lost > LOSSY:
-        typer.echo("note: this type is too coarse for the change; merge into a 16 bit model, or load the LoRA beside this one", err=True)
+        typer.echo(
+            (
+                "note: this type is too coarse for the change; merge into a 16 bit model, or load the LoRA "
+                "beside this one"
+            ),
+            err=True,
+        )
     typer.echo(out)
 
 
-def _extract(tuned: Path, base: Path, out: Path, form: str, family: str | None, rank: int, precision: str, alpha: bool) -> None:
+def _extract(
+    tuned: Path, base: Path, out: Path, form: str, family: str | None, rank: int, precision: str, alpha: bool
+) -> None:
     """Write the LoRA that leads from one model to another."""
     from comfy_g2rpo.lora.convert import renamed
 
@@ -144,7 +207,10 @@ def _extract(tuned: Path, base: Path, out: Path, form: str, family: str | None, 
     made = extract(look_at(tuned), look_at(base), rank)
     typer.echo(f"rank {rank}: relative error {made.error:.2e} of the change of {len(made.pairs)} matrices")
     if made.left_out:
-        typer.echo(f"left out: {len(made.left_out)} changed tensors that no LoRA holds (biases, norms …), such as {made.left_out[0]!a}")
+        typer.echo(
+            f"left out: {len(made.left_out)} changed tensors that no LoRA holds (biases, norms …), "
+            f"such as {made.left_out[0]!a}"
+        )
     style = form_for(made.family, made.pairs) if form == "auto" else form
     metadata = {"g2rpo.extracted": tuned.name, "g2rpo.base_model": base.name}
     _write(out, renamed(made.family, made.pairs, style), style, made.family, None, precision, metadata, alpha)
@@ -154,19 +220,34 @@ def _notes(reading: Reading) -> None:
     """Say what a conversion took for granted or left behind."""
     if reading.missing_alpha:
         count, source = len(reading.missing_alpha), reading.alpha_from
-        typer.echo(f"note: {count} pairs have no alpha; {f'taken from {source}' if source else 'their rank is taken for it'}", err=True)
+        typer.echo(
+            (
+                f"note: {count} pairs have no alpha; "
+                f"{f'taken from {source}' if source else 'their rank is taken for it'}"
+            ),
+            err=True,
+        )
     if reading.text:
         typer.echo(f"note: {len(reading.text)} keys of text encoders are left out", err=True)
 
 
 def check_lora(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA file.")],
-    against: Annotated[Path | None, typer.Option(metavar="MODEL", help="A safetensors file, or a folder; only its header is read.")] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL", help="A safetensors file, or a folder; only its header is read."),
+    ] = None,
     family: Annotated[
-        str | None, typer.Option(help="sd3, flux, flux2, qwen_image, wan, z_image, lumina2 [default: told from the names].")
+        str | None,
+        typer.Option(
+            help="sd3, flux, flux2, qwen_image, wan, z_image, lumina2 [default: told from the names]."
+        ),
     ] = None,
 ) -> None:
-    """Say what of a LoRA file would load in ComfyUI and diffusers, what not, and what mends it; exit code 1 if something would not."""
+    """Say what of a LoRA file would load in ComfyUI and diffusers, what not, and what mends it.
+
+    Exit code 1 if something would not.
+    """
     from comfy_g2rpo.files.safe import read_tensors
 
     from ..lora.ask_diffusers import in_diffusers
@@ -175,7 +256,10 @@ def check_lora(
 
     reading = read_any(file)
     troubles: list[str] = []
-    lines = [f"{len(reading.pairs)} pairs" + (f", {len(reading.text)} keys of text encoders" if reading.text else "")]
+    lines = [
+        f"{len(reading.pairs)} pairs"
+        + (f", {len(reading.text)} keys of text encoders" if reading.text else "")
+    ]
     model = look_at(against) if against else None
     remedy = f"g2rpo export {shlex.quote(str(file))} --out NEW.safetensors"
     if reading.pairs:
@@ -194,7 +278,9 @@ def check_lora(
         raise typer.Exit(1)
 
 
-def _loading(reading: Reading, family: Family, diffusers: Taken, troubles: list[str], remedy: str) -> list[str]:
+def _loading(
+    reading: Reading, family: Family, diffusers: Taken, troubles: list[str], remedy: str
+) -> list[str]:
     """Count by form what each program would load."""
     from comfy_g2rpo.lora.forms import in_core, naming_in
     from comfy_g2rpo.lora.key_names import BOTH, NEW, NONE
@@ -211,18 +297,32 @@ def _loading(reading: Reading, family: Family, diffusers: Taken, troubles: list[
         taken = {module: in_core(family, module, reading.forms[module]) for module in modules}
         counts = Counter(taken.values())
         said = ", ".join(f"{counts[key]} {core[key]}" for key in (BOTH, NEW, NONE) if counts[key])
-        kind = {"both": "names that are the same everywhere", "native": "native names", "diffusers": "diffusers names"}[name]
-        lines.append(f"{len(modules)} × {prefix or 'no prefix'} + {kind}: ComfyUI: {said}; diffusers: {_counted(modules, diffusers)}")
+        kind = {
+            "both": "names that are the same everywhere",
+            "native": "native names",
+            "diffusers": "diffusers names",
+        }[name]
+        lines.append(
+            f"{len(modules)} × {prefix or 'no prefix'} + {kind}: ComfyUI: {said}; diffusers: "
+            f"{_counted(modules, diffusers)}"
+        )
         if lost := [module for module in modules if taken[module] != BOTH]:
             version = "" if counts[NONE] else " before 0.33"
-            troubles.append(f"ComfyUI{version} ignores {len(lost)} modules, such as {lost[0]}; mend: {remedy} --form native")
+            troubles.append(
+                f"ComfyUI{version} ignores {len(lost)} modules, such as {lost[0]}; mend: {remedy} "
+                "--form native"
+            )
     return lines
 
 
 def _counted(modules: Collection[str], diffusers: Taken) -> str:
     """Count what diffusers loads."""
     by_pipeline, by_adapter = (len(each & set(modules)) for each in (diffusers.pipeline, diffusers.adapter))
-    only = " (by load_lora_adapter; for load_lora_weights: export --form diffusers --no-alpha)" if by_adapter > by_pipeline else ""
+    only = (
+        " (by load_lora_adapter; for load_lora_weights: export --form diffusers --no-alpha)"
+        if by_adapter > by_pipeline
+        else ""
+    )
     return f"{max(by_pipeline, by_adapter)} load as they are{only}"
 
 
@@ -237,21 +337,32 @@ def _forms(reading: Reading, troubles: list[str], remedy: str) -> list[str]:
     if wrong:
         kind = " (rsLoRA)" if reading.rslora else ""
         troubles.append(
-            f"{len(wrong)} pairs lack their alpha: ComfyUI takes 1 for their scale, {reading.alpha_from} says {scales[wrong[0]]:g}{kind}; "
-            f"mend: {remedy}"
+            f"{len(wrong)} pairs lack their alpha: ComfyUI takes 1 for their scale, {reading.alpha_from} "
+            f"says {scales[wrong[0]]:g}{kind}; mend: {remedy}"
         )
     elif reading.missing_alpha:
-        lines.append(f"{len(reading.missing_alpha)} pairs without alpha: every loader takes 1 as scale; right only if alpha was the rank")
+        lines.append(
+            f"{len(reading.missing_alpha)} pairs without alpha: every loader takes 1 as scale; right "
+            "only if alpha was the rank"
+        )
     if set(uneven) - set(wrong):
         count = len(set(uneven) - set(wrong))
-        lines.append(f"{count} pairs have alpha ≠ rank: ComfyUI heeds it, some of diffusers' loaders do not; {remedy} folds it")
+        lines.append(
+            f"{count} pairs have alpha ≠ rank: ComfyUI heeds it, some of diffusers' loaders do not; "
+            f"{remedy} folds it"
+        )
     troubles += faults(reading)
     return lines
 
 
 def _fitting(made: Fit, troubles: list[str]) -> list[str]:
     """Say how a LoRA and a model go together."""
-    for names, what in ((made.absent, "are not in the model"), (made.misshapen, "have another size in the model")):
+    for names, what in (
+        (made.absent, "are not in the model"),
+        (made.misshapen, "have another size in the model"),
+    ):
         if names:
-            troubles.append(f"{len(names)} modules {what}, such as {names[0]}; take a LoRA that was made for it")
+            troubles.append(
+                f"{len(names)} modules {what}, such as {names[0]}; take a LoRA that was made for it"
+            )
     return [f"model: {made.family.title}, {made.naming} names: {len(made.fitting)} modules fit"]

@@ -9,11 +9,21 @@ import typer
 
 from .serve import serve
 
-rewards_app = typer.Typer(help="Rewards of this machine: list, fetch and check reward models, offer one over HTTP.", no_args_is_help=True)
+rewards_app = typer.Typer(
+    help="Rewards of this machine: list, fetch and check reward models, offer one over HTTP.",
+    no_args_is_help=True,
+)
 rewards_app.command()(serve)
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a reward model; `g2rpo rewards list` shows them.")]
-Place = Annotated[Path | None, typer.Option("--to", help="Folder of reward models [default: $G2RPO_REWARDS, or ~/.cache/g2rpo/rewards].")]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of a reward model; `g2rpo rewards list` shows them.")
+]
+Place = Annotated[
+    Path | None,
+    typer.Option(
+        "--to", help="Folder of reward models [default: $G2RPO_REWARDS, or ~/.cache/g2rpo/rewards]."
+    ),
+]
 
 
 @rewards_app.command("list")
@@ -41,10 +51,17 @@ def fetch(
     name: Name,
     to: Place = None,
     accept_unpinned: Annotated[
-        bool, typer.Option("--accept-unpinned", help="Take a file whose hash this program does not know, as its revision has it.")
+        bool,
+        typer.Option(
+            "--accept-unpinned",
+            help="Take a file whose hash this program does not know, as its revision has it.",
+        ),
     ] = False,
 ) -> None:
-    """Download a reward model's pinned files, check their hashes, and install it; an interrupted download goes on."""
+    """Download a reward model's pinned files, check their hashes, and install it.
+
+    An interrupted download goes on.
+    """
     from comfy_g2rpo.rewards.models.installed import KNOWN
     from comfy_g2rpo.rewards.protocol import RewardError
 
@@ -52,7 +69,10 @@ def fetch(
     from ..rewards.fetch import fetch as run
 
     if name not in KNOWN:
-        raise RewardError(f"reward model {name[:80]!a} is unknown; known: {', '.join(KNOWN)}. For another CLIP: g2rpo rewards add")
+        raise RewardError(
+            f"reward model {name[:80]!a} is unknown; known: {', '.join(KNOWN)}. For another CLIP: "
+            "g2rpo rewards add"
+        )
     known = KNOWN[name]
     typer.echo(f"{known.title}: {known.licence}")
     place = run(known, _root(to), Sources.from_environment(), accept_unpinned=accept_unpinned, say=typer.echo)
@@ -60,8 +80,14 @@ def fetch(
 
 
 @rewards_app.command()
-def check(name: Name, to: Place = None, device: Annotated[str, typer.Option(help="Where it runs: auto, cpu, cuda, mps.")] = "auto") -> None:
-    """See that an installed reward model is unchanged, loads, and gives its authors' published scores where there are any."""
+def check(
+    name: Name,
+    to: Place = None,
+    device: Annotated[str, typer.Option(help="Where it runs: auto, cpu, cuda, mps.")] = "auto",
+) -> None:
+    """See that an installed reward model is unchanged, loads, and gives its authors' published scores
+    where there are any.
+    """
     from ..model.inference import device as best_device
     from ..rewards.recheck import check as run
 
@@ -72,10 +98,17 @@ def check(name: Name, to: Place = None, device: Annotated[str, typer.Option(help
 
 @rewards_app.command()
 def add(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What the new reward is called, such as clipscore_dfn5b.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A CLIP that you have: transformers' layout, or open_clip's.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="What the new reward is called, such as clipscore_dfn5b.")
+    ],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="A CLIP that you have: transformers' layout, or open_clip's."),
+    ],
     to: Place = None,
-    licence: Annotated[str | None, typer.Option(help="Licence of those weights, to be shown with its scores.")] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Licence of those weights, to be shown with its scores.")
+    ] = None,
 ) -> None:
     """Make a CLIPScore from any CLIP on this machine; nothing is downloaded."""
     from ..rewards.add import add as run

@@ -41,28 +41,52 @@ class Asked:
 
 
 def score(
-    places: Annotated[list[str], typer.Argument(metavar="FOLDER|IMAGE…", help="Pictures to judge, or folders of them.")],
+    places: Annotated[
+        list[str], typer.Argument(metavar="FOLDER|IMAGE…", help="Pictures to judge, or folders of them.")
+    ],
     reward: Annotated[
-        list[str] | None, typer.Option(metavar="NAME[=WEIGHT]", help="Reward: built in, installed, or rewards.py:function; repeat to mix.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=WEIGHT]",
+            help="Reward: built in, installed, or rewards.py:function; repeat to mix.",
+        ),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(metavar="RECIPE", help="Take rewards, weights, gates and mix from this recipe.")] = None,
-    mix: Annotated[str | None, typer.Option(help=f"How several rewards become one score: {', '.join(MIXES)}.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="RECIPE", help="Take rewards, weights, gates and mix from this recipe."),
+    ] = None,
+    mix: Annotated[
+        str | None, typer.Option(help=f"How several rewards become one score: {', '.join(MIXES)}.")
+    ] = None,
     gate: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=LEAST", help="Score of a reward below which a picture comes last.")
+        list[str] | None,
+        typer.Option(metavar="NAME=LEAST", help="Score of a reward below which a picture comes last."),
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="What they should show: once for all, or once for each in order.")] = None,
-    prompts: Annotated[Path | None, typer.Option(metavar="JSONL", help='File of {"file": name, "prompt": …} lines.')] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What they should show: once for all, or once for each in order.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="JSONL", help='File of {"file": name, "prompt": …} lines.')
+    ] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Look into the folders in a folder, too.")] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="For scores.csv and its journal [default: scores, for folders].")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="For scores.csv and its journal [default: scores, for folders]."),
     ] = None,
     sort: Annotated[
-        str, typer.Option(metavar="score|NAME|file", help="What to sort by: the score, one reward, or the file name.")
+        str,
+        typer.Option(
+            metavar="score|NAME|file", help="What to sort by: the score, one reward, or the file name."
+        ),
     ] = "score",
     top: Annotated[int | None, typer.Option(min=1, help="Keep so many of the best.")] = None,
     per_prompt: Annotated[bool, typer.Option("--per-prompt", help="Keep so many of every prompt.")] = False,
-    threshold: Annotated[float | None, typer.Option(help="Keep what has at least this much of what is sorted by.")] = None,
-    copy_best: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Copy what is kept there; nothing is overwritten.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Keep what has at least this much of what is sorted by.")
+    ] = None,
+    copy_best: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Copy what is kept there; nothing is overwritten.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, max=1024, help="Pictures that are judged at once.")] = 32,
     device: Annotated[str, typer.Option(help="Where reward models run: auto, cpu, cuda, mps.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -78,17 +102,23 @@ def score(
     asked, mode = asked_for(names, recipe, gate or [], mix, device, batch)
     columns = [each.section.name for each in asked]
     if sort not in ("score", "file", *columns):
-        raise CommandError(f"--sort is {sort[:80]!a}; choose score, file, or one of the rewards: {', '.join(columns)}")
+        raise CommandError(
+            f"--sort is {sort[:80]!a}; choose score, file, or one of the rewards: {', '.join(columns)}"
+        )
     if any(Path(place).is_dir() for place in places):
         out = out or Path("scores")
-    entries, table = judged(asked, [Path(place) for place in places], prompt or [], prompts, deep, out, batch, quiet)
+    entries, table = judged(
+        asked, [Path(place) for place in places], prompt or [], prompts, deep, out, batch, quiet
+    )
     from comfy_g2rpo.rewards.mixing import standing
 
     from ..reports.ranking import copy_best as copy
     from ..reports.ranking import kept, order
 
     groups = [entry.prompt for entry in entries] if per_prompt else None
-    values = standing(table, [each.weight for each in asked], mode, [each.gate for each in asked], groups).tolist()
+    values = standing(
+        table, [each.weight for each in asked], mode, [each.gate for each in asked], groups
+    ).tolist()
     key = values if sort in ("score", "file") else table[columns.index(sort)].tolist()
     paths = [str(entry.path) for entry in entries]
     ranked = order([math.nan] * len(paths) if sort == "file" else key, paths)
@@ -96,7 +126,15 @@ def score(
     if out:
         write_table(out / "scores.csv", entries, columns, table, values, ranked)
     shown = best if top is not None or threshold is not None else ranked
-    report(entries, columns, table, values, shown, as_json, limit=len(shown) if as_json or top or not out else SHOWN)
+    report(
+        entries,
+        columns,
+        table,
+        values,
+        shown,
+        as_json,
+        limit=len(shown) if as_json or top or not out else SHOWN,
+    )
     if copy_best:
         copy([entries[i].path for i in best], copy_best)
     say_what_happened(entries, columns, out, copy_best and len(best), copy_best)
@@ -105,7 +143,9 @@ def score(
 def rewards_first(places: Sequence[str]) -> tuple[list[str], list[str]]:
     """Read the form without --reward: its first word names rewards, joined by commas."""
     if len(places) < 2 or Path(places[0]).exists():
-        raise CommandError("no reward is named; give --reward NAME, such as: g2rpo score my_folder --reward pickscore")
+        raise CommandError(
+            "no reward is named; give --reward NAME, such as: g2rpo score my_folder --reward pickscore"
+        )
     return [name.strip() for name in places[0].split(",")], list(places[1:])
 
 
@@ -122,7 +162,11 @@ def asked_for(
     if recipe:
         config = load(recipe, [])
         asked = [
-            Asked(RewardSection(**each.model_dump(include=set(RewardSection.model_fields))), each.weight, each.gate)
+            Asked(
+                RewardSection(**each.model_dump(include=set(RewardSection.model_fields))),
+                each.weight,
+                each.gate,
+            )
             for each in config.rewards
         ]
         mode = mix or make_recipe(config).mix
@@ -133,14 +177,21 @@ def asked_for(
         asked.append(Asked(RewardSection(**section, device=device, batch=batch), weight))
     columns = [each.section.name for each in asked]
     if len(set(columns)) < len(columns):
-        raise CommandError(f"reward {max(columns, key=columns.count)!r} is named twice; name it once, with the sum of its weights")
+        raise CommandError(
+            f"reward {max(columns, key=columns.count)!r} is named twice; name it once, with the sum of "
+            "its weights"
+        )
     if unknown := set(least) - set(columns):
-        raise CommandError(f"--gate names {min(unknown)[:80]!a}, which is none of the rewards: {', '.join(columns)}")
+        raise CommandError(
+            f"--gate names {min(unknown)[:80]!a}, which is none of the rewards: {', '.join(columns)}"
+        )
     if mode is not None and mode not in MIXES:
         raise CommandError(f"--mix is {mode[:80]!a}; choose one of: {', '.join(MIXES)}")
     for each in asked:
         check_reward(each.section)
-    return [Asked(each.section, each.weight, least.get(each.section.name, each.gate)) for each in asked], mode or "zscore"
+    return [
+        Asked(each.section, each.weight, least.get(each.section.name, each.gate)) for each in asked
+    ], mode or "zscore"
 
 
 def number_of(text: str, option: str, otherwise: float) -> tuple[str, float]:
@@ -170,7 +221,16 @@ def judged(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from ..model.inference import device
-    from ..reports.ranking import Journal, Judge, Meter, RankingError, examine, fill, find_pictures, read_prompts
+    from ..reports.ranking import (
+        Journal,
+        Judge,
+        Meter,
+        RankingError,
+        examine,
+        fill,
+        find_pictures,
+        read_prompts,
+    )
     from ..rewards.build import build
 
     paths = find_pictures(places, deep)
@@ -184,7 +244,10 @@ def judged(
     journal = Journal(out / "scores.jsonl" if out else None)
     judges = [Judge(build(each.section, device()), identity(each.section)) for each in asked]
     meter = Meter(
-        len(entries), quiet or len(entries) < SHOWN, lambda text: print(text, end="", file=sys.stderr, flush=True), sys.stderr.isatty()
+        len(entries),
+        quiet or len(entries) < SHOWN,
+        lambda text: print(text, end="", file=sys.stderr, flush=True),
+        sys.stderr.isatty(),
     )
     try:
         entries = fill(journal, entries, judges, batch, meter)
@@ -203,18 +266,28 @@ def identity(section: RewardSection) -> str:
 
     if section.path:
         file = Path(section.path.rpartition(":")[0])
-        return f"{section.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else section.path}"
+        return (
+            f"{section.name} "
+            f"{hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else section.path}"
+        )
     if section.url:
         question = hashlib.sha256((section.question or "").encode()).hexdigest()[:16]
         return f"{section.name} {section.url} {section.protocol} {section.model or ''} {question}"
     if section.name in REWARDS or section.name in KINDS:
         reference = section.reference and Path(section.reference)
-        seen = f" {hashlib.sha256(reference.read_bytes()).hexdigest()[:16]}" if reference and reference.is_file() else ""
+        seen = (
+            f" {hashlib.sha256(reference.read_bytes()).hexdigest()[:16]}"
+            if reference and reference.is_file()
+            else ""
+        )
         return f"{section.name} {__version__}{seen}{' '.join(['', *(section.palette or ())])}"
     from ..config.reward_checks import rewards_root
 
     about = rewards_root() / section.name / "reward.json"
-    return f"{section.name} {hashlib.sha256(about.read_bytes()).hexdigest()[:16] if about.is_file() else ''} {section.dtype}"
+    return (
+        f"{section.name} {hashlib.sha256(about.read_bytes()).hexdigest()[:16] if about.is_file() else ''} "
+        f"{section.dtype}"
+    )
 
 
 def check_place(path: Path) -> None:
@@ -227,13 +300,20 @@ def check_place(path: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise FileError(f"cannot write {path}: {(error.strerror or str(error)).lower()}; choose another folder (--out)") from error
+        raise FileError(
+            f"cannot write {path}: {(error.strerror or str(error)).lower()}; choose another folder (--out)"
+        ) from error
     if first != ",".join(HEADER).encode():
         raise FileError(f"{path} exists and is no table of this program; choose another folder (--out)")
 
 
 def write_table(
-    path: Path, entries: Sequence[Entry], columns: Sequence[str], table: Tensor, values: Sequence[float], ranked: Sequence[int]
+    path: Path,
+    entries: Sequence[Entry],
+    columns: Sequence[str],
+    table: Tensor,
+    values: Sequence[float],
+    ranked: Sequence[int],
 ) -> None:
     """Write all pictures, in order, with every score."""
     from comfy_g2rpo.files.csv_table import csv_bytes
@@ -269,13 +349,22 @@ def report(
         return
     for row in rows[:limit]:
         parts = dict(row["scores"]) if len(columns) == 1 else {"score": row["score"], **row["scores"]}
-        said = "  ".join(f"{name} {'cannot judge' if value is None else format(value, '.4f')}" for name, value in parts.items())
+        said = "  ".join(
+            f"{name} {'cannot judge' if value is None else format(value, '.4f')}"
+            for name, value in parts.items()
+        )
         typer.echo(f"{said}  {row['image']}  {' '.join(row['prompt'].split())}")
     if len(rows) > limit:
         typer.echo(f"… and {len(rows) - limit} more")
 
 
-def say_what_happened(entries: Sequence[Entry], columns: Sequence[str], out: Path | None, copied: int | None, folder: Path | None) -> None:
+def say_what_happened(
+    entries: Sequence[Entry],
+    columns: Sequence[str],
+    out: Path | None,
+    copied: int | None,
+    folder: Path | None,
+) -> None:
     """Say on the error stream what could not be read, what had no prompt, and where things are."""
     broken = [entry for entry in entries if entry.problem]
     for entry in broken[:10]:
@@ -287,7 +376,13 @@ def say_what_happened(entries: Sequence[Entry], columns: Sequence[str], out: Pat
     blank = sum(not entry.prompt and not entry.problem for entry in entries)
     # Of the built-in rules some ignore the prompt, and the others answer nothing without one.
     if blank and not REWARDS.keys() >= set(columns):
-        typer.echo(f"{blank} pictures have no prompt: rewards that read one judged them by an empty one (--prompt, --prompts)", err=True)
+        typer.echo(
+            (
+                f"{blank} pictures have no prompt: rewards that read one judged them by an empty one "
+                "(--prompt, --prompts)"
+            ),
+            err=True,
+        )
     if folder is not None:
         typer.echo(f"{copied} pictures copied to {folder}", err=True)
     if out:

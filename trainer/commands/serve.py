@@ -11,17 +11,31 @@ TOKEN_FILE = Path("~/.cache/g2rpo/judge.token")
 
 
 def serve(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a reward, built in or installed; with --path, what it is called.")],
-    path: Annotated[str | None, typer.Option(help="Your own reward, as rewards.py:function or package.module:object.")] = None,
-    host: Annotated[str, typer.Option(help="IP address to listen at; anything but this machine's own is not encrypted.")] = "127.0.0.1",
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="Name of a reward, built in or installed; with --path, what it is called."
+        ),
+    ],
+    path: Annotated[
+        str | None, typer.Option(help="Your own reward, as rewards.py:function or package.module:object.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="IP address to listen at; anything but this machine's own is not encrypted.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8765,
     known_as: Annotated[
-        list[str] | None, typer.Option(metavar="HOST:PORT", help="Another name that clients use; repeat for several.")
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help="Another name that clients use; repeat for several."),
     ] = None,
-    token_file: Annotated[Path, typer.Option(help="File of the token that clients must give; made where there is none.")] = TOKEN_FILE,
+    token_file: Annotated[
+        Path, typer.Option(help="File of the token that clients must give; made where there is none.")
+    ] = TOKEN_FILE,
     device: Annotated[str, typer.Option(help="Where a reward model runs: auto, cpu, cuda, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Precision of a reward model's trunk: fp32 or bf16.")] = "fp32",
-    batch: Annotated[int, typer.Option(min=1, max=1024, help="Pictures that a reward model scores at once.")] = 32,
+    batch: Annotated[
+        int, typer.Option(min=1, max=1024, help="Pictures that a reward model scores at once.")
+    ] = 32,
 ) -> None:
     """Offer a reward to `g2rpo train` over HTTP, until Ctrl-C."""
     import asyncio
@@ -46,7 +60,10 @@ def serve(
         server = JudgeServer(build(section, best_device()), token_of(place), names)
 
         def ready() -> None:
-            typer.echo(f'serving {name} at http://{names[0]}\nthe other side needs: export G2RPO_JUDGE_KEY="$(cat {place})"')
+            typer.echo(
+                f"serving {name} at http://{names[0]}\nthe other side needs: export "
+                f'G2RPO_JUDGE_KEY="$(cat {place})"'
+            )
 
         try:
             asyncio.run(run(server, at, ready))

@@ -1,4 +1,6 @@
-"""`g2rpo vote`: a page on which people vote on the groups that a run waits for, their votes back into the run, and out of it as pairs."""
+"""`g2rpo vote`: a page on which people vote on the groups that a run waits for, their votes back into the
+run, and out of it as pairs.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ h1 { font-size: 20px; } h2 { margin: 24px 0 6px; font-size: 16px; }
 .g2rpo-choices { grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); overflow: visible; }
 footer { position: sticky; bottom: 0; display: flex; gap: 10px; align-items: center; padding: 10px 0; background: Canvas; }
 #state { margin-right: auto; } #save { padding: 6px 14px; font: inherit; }
-"""
+"""  # noqa: E501
 
 
 class CommandError(ValueError):
@@ -36,8 +38,14 @@ class CommandError(ValueError):
 
 def vote(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
-    take: Annotated[Path | None, typer.Option(metavar="VOTES.JSON", help="Add the votes that the page has saved to the run.")] = None,
-    export: Annotated[Path | None, typer.Option(metavar="PAIRS.JSONL", help="Write all votes of the run as pairs of pictures.")] = None,
+    take: Annotated[
+        Path | None,
+        typer.Option(metavar="VOTES.JSON", help="Add the votes that the page has saved to the run."),
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="PAIRS.JSONL", help="Write all votes of the run as pairs of pictures."),
+    ] = None,
 ) -> None:
     """Write RUN/vote.html, on which people vote on the groups that the run waits for."""
     if take and export:
@@ -62,7 +70,10 @@ def vote(
         return
     place = Path(run) / "vote.html"
     write_bytes(place, page(Path(run).name, waiting).encode())
-    typer.echo(f"groups that wait for votes: {len(waiting)}; open {place}, save votes.json there, then: g2rpo vote {run} --take votes.json")
+    typer.echo(
+        f"groups that wait for votes: {len(waiting)}; open {place}, save votes.json there, then: g2rpo "
+        f"vote {run} --take votes.json"
+    )
 
 
 def accept(run: Path, file: Path) -> int:
@@ -73,7 +84,10 @@ def accept(run: Path, file: Path) -> int:
     found = read_votes(file)
     for number, votes in enumerate(found, start=1):
         if (frozenset(votes.pictures), votes.prompt) not in shown:
-            raise CommandError(f"{file}, vote {number} is on pictures that {run} has not shown; take it into the run whose page it is from")
+            raise CommandError(
+                f"{file}, vote {number} is on pictures that {run} has not shown; take it into the run "
+                "whose page it is from"
+            )
     known = ballots.read(run)
     new = [votes for votes in dict.fromkeys(found) if votes not in known]
     for votes in new:
@@ -88,10 +102,14 @@ def read_votes(file: Path) -> list[Votes]:
 
     try:
         if file.stat().st_size > MAX_FILE:
-            raise CommandError(f"{file} has more than {MAX_FILE // 2**20} MiB; give the file that the page has saved")
+            raise CommandError(
+                f"{file} has more than {MAX_FILE // 2**20} MiB; give the file that the page has saved"
+            )
         content = json.loads(file.read_bytes())
     except OSError as error:
-        raise CommandError(f"cannot read {file}: {(error.strerror or str(error)).lower()}; check the path") from error
+        raise CommandError(
+            f"cannot read {file}: {(error.strerror or str(error)).lower()}; check the path"
+        ) from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, CommandError):
             raise
@@ -103,7 +121,9 @@ def read_votes(file: Path) -> list[Votes]:
 
 
 def page(run: str, waiting: list[Ballot]) -> str:
-    """Write the page: one file with its pictures, which opens without a server and asks nobody for anything."""
+    """Write the page: one file with its pictures, which opens without a server and asks nobody for
+    anything.
+    """
     from comfy_g2rpo.votes.ballots import SCHEMA
 
     from ..config.reading import bundled_folder
@@ -111,7 +131,13 @@ def page(run: str, waiting: list[Ballot]) -> str:
     web = bundled_folder("web")
     sources = [(web / name).read_text("utf-8") for name in MODULES]
     script = "\n".join(re.sub(r"^import .*\n|^export ", "", source, flags=re.MULTILINE) for source in sources)
-    groups = [{"prompt": b.prompt, "pictures": [{"key": key, "src": picture(file)} for key, file in b.files.items()]} for b in waiting]
+    groups = [
+        {
+            "prompt": b.prompt,
+            "pictures": [{"key": key, "src": picture(file)} for key, file in b.files.items()],
+        }
+        for b in waiting
+    ]
     # Nothing that a prompt may hold ends the element.
     data = json.dumps({"schema": SCHEMA, "run": run, "groups": groups}).replace("<", "\\u003c")
     parts = (

@@ -17,7 +17,9 @@ FAMILIES: dict[str, str] = {
     "z_image": "Z-Image",
     "lumina2": "Lumina-Image 2.0",
 }
-"""Every family: the name of its module, which has a function `load(section, folder, device)`, and what it stands for."""
+"""Every family: the name of its module, which has a function `load(section, folder, device)`, and what it
+stands for.
+"""
 PIPELINES: dict[str, str] = {
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
@@ -35,7 +37,12 @@ PIPELINES: dict[str, str] = {
 SINGLE_FILES = ("sd3", "flux", "flux2", "qwen_image", "wan", "z_image", "lumina2")
 """Families whose parts may come from files of their own."""
 
-EDITS = {"kontext": "flux", "qwen_edit": "qwen_image", "qwen_edit_2509": "qwen_image", "qwen_edit_2511": "qwen_image"}
+EDITS = {
+    "kontext": "flux",
+    "qwen_edit": "qwen_image",
+    "qwen_edit_2509": "qwen_image",
+    "qwen_edit_2511": "qwen_image",
+}
 """Models that start from a prompt's picture, and the family of each."""
 
 Schedule = Literal["method", "pipeline", "comfyui"]

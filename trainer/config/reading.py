@@ -1,4 +1,7 @@
-"""A run's configuration: every field has a type, bounds and a sentence; what is unknown is refused with the nearest known name."""
+"""A run's configuration: every field has a type, bounds and a sentence.
+
+What is unknown is refused with the nearest known name.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,10 @@ class Config(Section):
     method: MethodSection = MethodSection()
     rewards: tuple[TrainedReward, ...] = Field(min_length=1, description="Rewards to train on.")
     heldout_rewards: tuple[HeldoutReward, ...] = Field(
-        (), description="Rewards that only measure, by name or as a section; those trained on are measured anyway."
+        (),
+        description=(
+            "Rewards that only measure, by name or as a section; those trained on are measured anyway."
+        ),
     )
     prompts: PromptSection
     train: TrainSection = TrainSection()
@@ -57,7 +63,11 @@ class Config(Section):
     @classmethod
     def take_names(cls, value: Any) -> Any:
         """Take a name for a reward of that name."""
-        return [{"name": item} if isinstance(item, str) else item for item in value] if isinstance(value, (list, tuple)) else value
+        return (
+            [{"name": item} if isinstance(item, str) else item for item in value]
+            if isinstance(value, (list, tuple))
+            else value
+        )
 
 
 def make_recipe(config: Config) -> recipes.Recipe:
@@ -86,7 +96,10 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def from_dict(tree: Mapping[str, Any], near: Path | None = None) -> Config:
-    """Check a nested mapping; relative paths are looked up near the recipe, in the current folder and among the bundled files."""
+    """Check a nested mapping.
+
+    Relative paths are looked up near the recipe, in the current folder and among the bundled files.
+    """
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -106,7 +119,10 @@ def find_recipe(source: str | Path) -> Path:
     if str(source) in known:
         return known[str(source)]
     nearest = options.nearest(str(source), known)
-    raise ConfigError(f"recipe {str(source)!r} is neither a file nor bundled{nearest}; bundled are: {', '.join(sorted(known))}")
+    raise ConfigError(
+        f"recipe {str(source)!r} is neither a file nor bundled{nearest}; bundled are: "
+        f"{', '.join(sorted(known))}"
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -114,7 +130,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_bytes().decode("utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {(error.strerror or str(error)).lower()}; check the path") from error
+        raise ConfigError(
+            f"cannot read {path}: {(error.strerror or str(error)).lower()}; check the path"
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except (yaml.YAMLError, RecursionError) as error:
@@ -162,11 +180,19 @@ def check_rewards(config: Config) -> None:
     trained = {reward.name for reward in config.rewards}
     for reward in config.heldout_rewards:
         if reward.name in trained and reward != HeldoutReward(name=reward.name):
-            raise ConfigError(f"heldout_rewards describes {reward.name!r}, which is trained on and measured anyway; name it differently")
-    for reward in (*config.rewards, *(reward for reward in config.heldout_rewards if reward.name not in trained)):
+            raise ConfigError(
+                f"heldout_rewards describes {reward.name!r}, which is trained on and measured anyway; "
+                "name it differently"
+            )
+    for reward in (
+        *config.rewards,
+        *(reward for reward in config.heldout_rewards if reward.name not in trained),
+    ):
         check_reward(reward)
     if any(reward.weight == 0 and reward.gate is None for reward in config.rewards):
-        raise ConfigError("rewards has a weight of 0; list that reward under heldout_rewards, where it only measures")
+        raise ConfigError(
+            "rewards has a weight of 0; list that reward under heldout_rewards, where it only measures"
+        )
     if not any(reward.weight for reward in config.rewards):
         raise ConfigError("rewards are gates alone; give at least one of them a weight")
     check_votes(config)
@@ -177,11 +203,23 @@ def check_votes(config: Config) -> None:
     heldout = {reward.name for reward in config.heldout_rewards}
     voted = [reward for reward in config.rewards if reward.name == VOTES]
     if voted and config.model.frames > 1 and voted[0].frames != "strip":
-        raise ConfigError(f"rewards has votes, but people are not asked about each of {config.model.frames} frames; set its frames: strip")
+        raise ConfigError(
+            f"rewards has votes, but people are not asked about each of {config.model.frames} frames; "
+            "set its frames: strip"
+        )
     if VOTES in heldout:
-        raise ConfigError("heldout_rewards names votes, but people vote on groups and not on held-out pictures; remove it there")
-    if {reward.name for reward in config.rewards} == {VOTES} and not heldout and (config.prompts.heldout or config.prompts.heldout_share):
-        raise ConfigError("heldout_rewards is empty, and votes cannot measure the held-out prompts; name a reward there")
+        raise ConfigError(
+            "heldout_rewards names votes, but people vote on groups and not on held-out pictures; "
+            "remove it there"
+        )
+    if (
+        {reward.name for reward in config.rewards} == {VOTES}
+        and not heldout
+        and (config.prompts.heldout or config.prompts.heldout_share)
+    ):
+        raise ConfigError(
+            "heldout_rewards is empty, and votes cannot measure the held-out prompts; name a reward there"
+        )
 
 
 def resolve_paths(config: Config, near: Path) -> Config:
@@ -195,12 +233,18 @@ def resolve_paths(config: Config, near: Path) -> Config:
         if (given := getattr(config.model, name)) is not None:
             model[name] = str(find(f"model.{name}", given, near, hub=name == "path"))
     if not model.get("path") and not model.get("transformer"):
-        raise ConfigError("model.path is missing; add it to the recipe, or give model.transformer, model.text_encoders and model.vae")
+        raise ConfigError(
+            "model.path is missing; add it to the recipe, or give model.transformer, "
+            "model.text_encoders and model.vae"
+        )
     files = config.model.text_encoders
-    model["text_encoders"] = tuple(str(find(f"model.text_encoders.{i}", each, near)) for i, each in enumerate(files))
+    model["text_encoders"] = tuple(
+        str(find(f"model.text_encoders.{i}", each, near)) for i, each in enumerate(files)
+    )
     if config.model.lora:
         model["lora"] = tuple(
-            each.model_copy(update={"path": str(find(f"model.lora.{i}.path", each.path, near))}) for i, each in enumerate(config.model.lora)
+            each.model_copy(update={"path": str(find(f"model.lora.{i}.path", each.path, near))})
+            for i, each in enumerate(config.model.lora)
         )
     lora = {"init": str(find("lora.init", config.lora.init, near))} if config.lora.init else {}
     return config.model_copy(
@@ -215,7 +259,10 @@ def resolve_paths(config: Config, near: Path) -> Config:
 
 
 def _resolved(reward: RewardSection, near: Path) -> RewardSection:
-    """Replace the relative paths of a reward by the files they mean; a module's dotted name stands for itself."""
+    """Replace the relative paths of a reward by the files they mean.
+
+    A module's dotted name stands for itself.
+    """
     changes, (place, sign, attribute) = {}, (reward.path or "").rpartition(":")
     if place.endswith(".py"):
         changes["path"] = f"{find(f'path of reward {reward.name!r}', place, near)}{sign}{attribute}"
@@ -225,17 +272,24 @@ def _resolved(reward: RewardSection, near: Path) -> RewardSection:
 
 
 def find(field: str, given: str, near: Path, hub: bool = False) -> Path | str:
-    """Find a path near the recipe, in the current folder or among the bundled files; `hub` lets an owner/name stand for itself."""
+    """Find a path near the recipe, in the current folder or among the bundled files.
+
+    `hub` lets an owner/name stand for itself.
+    """
     for place in places(given, near):
         if place.exists():
             return place.resolve()
     if hub and re.fullmatch(r"(?!models/)[\w.-]+/[\w.-]+", given):
         return given
-    raise ConfigError(f"{field} is {given!r}, which does not exist; looked beside the recipe, in {Path.cwd()} and among the bundled files")
+    raise ConfigError(
+        f"{field} is {given!r}, which does not exist; looked beside the recipe, in {Path.cwd()} and "
+        "among the bundled files"
+    )
 
 
 def model_folder(path: str | None, files: bool = False) -> Path | None:
-    """Return the folder or checkpoint of a model, or the folder of one that is given by name if the Hugging Face cache holds it.
+    """Return the folder or checkpoint of a model, or the folder of one that is given by name if the Hugging
+    Face cache holds it.
 
     With `files` of its own for the transformer, whoever lacks the folder hears that it may not be needed.
     """
@@ -247,10 +301,15 @@ def model_folder(path: str | None, files: bool = False) -> Path | None:
     try:
         return Path(snapshot_download(path, local_files_only=True))
     except LocalEntryNotFoundError as error:
-        licence = f" (it may ask for its licence: accept it at https://huggingface.co/{path} and run: hf auth login)"
+        licence = (
+            f" (it may ask for its licence: accept it at https://huggingface.co/{path} and run: hf auth "
+            "login)"
+        )
         fetch = f"fetch it with: hf download {path}{licence if path.startswith(GATED) else ''}"
         alone = ", or leave model.path empty and give model.text_encoders and model.vae, too" if files else ""
-        raise ConfigError(f"model.path is {path!r}, which this machine does not have; {fetch}{alone}") from error
+        raise ConfigError(
+            f"model.path is {path!r}, which this machine does not have; {fetch}{alone}"
+        ) from error
 
 
 def places(given: str, near: Path) -> Iterator[Path]:
@@ -264,7 +323,9 @@ def places(given: str, near: Path) -> Iterator[Path]:
 
 
 def bundled_folder(kind: str) -> Path:
-    """Return where recipes, prompts or models lie: inside the installed package, or beside it in a checkout."""
+    """Return where recipes, prompts or models lie: inside the installed package, or beside it in a
+    checkout.
+    """
     here = Path(__file__).resolve().parent.parent
     return here / kind if (here / kind).is_dir() else here.parent / kind
 
@@ -282,10 +343,20 @@ def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
 
 
 def defaults() -> dict[str, dict[str, Any]]:
-    """Return, as JSON has them, the defaults of every section's fields; a section in a list goes without its list."""
+    """Return, as JSON has them, the defaults of every section's fields.
+
+    A section in a list goes without its list.
+    """
     found = {}
     for name, field in Config.model_fields.items():
-        kind = next((kind for kind in (field.annotation, *get_args(field.annotation)) if hasattr(kind, "model_fields")), None)
+        kind = next(
+            (
+                kind
+                for kind in (field.annotation, *get_args(field.annotation))
+                if hasattr(kind, "model_fields")
+            ),
+            None,
+        )
         if kind:
             known = {key: each.default for key, each in kind.model_fields.items() if not each.is_required()}
             found[name] = TypeAdapter(dict[str, Any]).dump_python(known, mode="json")
@@ -293,7 +364,9 @@ def defaults() -> dict[str, dict[str, Any]]:
 
 
 def dump(config: Config) -> dict[str, Any]:
-    """Return what goes into a run's config.json: the configuration and, spelt out, the recipe that it made."""
+    """Return what goes into a run's config.json: the configuration and, spelt out, the recipe that it
+    made.
+    """
     return {"config": config.model_dump(mode="json"), "recipe": dataclasses.asdict(make_recipe(config))}
 
 
@@ -325,7 +398,10 @@ def _explain(error: Mapping[str, Any]) -> str:
         return f"{where} is missing; add it to the recipe"
     if kind == "literal_error":
         choices = [part.strip(" '") for part in re.split(r", | or ", context["expected"])]
-        return f"{where} is {given}{options.nearest(str(error['input']), choices)}; choose one of: {', '.join(choices)}"
+        return (
+            f"{where} is {given}{options.nearest(str(error['input']), choices)}; choose one of: "
+            f"{', '.join(choices)}"
+        )
     for bound, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
         if bound in context:
             return f"{where} is {given}; it must be {words} {context[bound]:.10g}"
@@ -335,7 +411,9 @@ def _explain(error: Mapping[str, Any]) -> str:
 
 
 def _nearest_field(where: str) -> str:
-    """Name the field that a misspelt one most likely means: the same name elsewhere, a close one beside it, a close one elsewhere."""
+    """Name the field that a misspelt one most likely means: the same name elsewhere, a close one beside
+    it, a close one elsewhere.
+    """
     known = [*(name for name, _ in fields()), *Config.model_fields]
     section, _, own = where.rpartition(".")
     by_name = {name.rpartition(".")[2]: name for name in reversed(known)}

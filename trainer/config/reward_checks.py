@@ -32,9 +32,13 @@ def check_reward(section: RewardSection) -> None:
     """Refuse a reward that cannot be there, without loading anything."""
     name = section.name
     if not re.fullmatch(r"[\w.+-]{1,64}", name):
-        raise RewardError(f"reward {name[:80]!a}: its name must be 1 to 64 letters, digits and _ . + -; change it")
+        raise RewardError(
+            f"reward {name[:80]!a}: its name must be 1 to 64 letters, digits and _ . + -; change it"
+        )
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", section.device):
-        raise RewardError(f"reward {name!r}: device is {section.device[:20]!a}; choose auto, cpu, cuda, cuda:1 … or mps")
+        raise RewardError(
+            f"reward {name!r}: device is {section.device[:20]!a}; choose auto, cpu, cuda, cuda:1 … or mps"
+        )
     if section.path and section.url:
         raise RewardError(f"reward {name!r} has a path and a url; give one of them")
     if (section.path or section.url) and (name in REWARDS or name in KINDS or name == VOTES):
@@ -49,9 +53,14 @@ def check_reward(section: RewardSection) -> None:
 
 
 def check_reference(section: RewardSection) -> None:
-    """Refuse something to compare with where nothing is compared, colours that are none, and SSIM where scikit-image is missing."""
+    """Refuse something to compare with where nothing is compared, colours that are none, and SSIM where
+    scikit-image is missing.
+    """
     name, column = section.name, column_of(section.name)
-    for field, kinds in (("palette", ["palette"]), ("reference", [kind for kind in KINDS if kind != "palette"])):
+    for field, kinds in (
+        ("palette", ["palette"]),
+        ("reference", [kind for kind in KINDS if kind != "palette"]),
+    ):
         if getattr(section, field) is not None and (name not in kinds or section.path or section.url):
             raise RewardError(f"reward {name!r} takes no {field}; leave it out, it is for {', '.join(kinds)}")
     if column == "palette" and section.palette is not None:
@@ -64,12 +73,22 @@ def check_path(name: str, path: str) -> None:
     """Refuse a path that names no file or module, or no attribute."""
     place, _, attribute = path.rpartition(":")
     if not place or not attribute.isidentifier():
-        raise RewardError(f"reward {name!r}: path is {path[:200]!a}; write it as my_rewards.py:function or package.module:object")
+        raise RewardError(
+            f"reward {name!r}: path is {path[:200]!a}; write it as my_rewards.py:function or "
+            "package.module:object"
+        )
     if place.endswith(".py"):
         if not Path(place).is_file():
-            raise RewardError(f"reward {name!r}: path names {place!r}, which does not exist; looked beside the recipe and in {Path.cwd()}")
-    elif not all(part.isidentifier() for part in place.split(".")) or not is_installed(place.partition(".")[0]):
-        raise RewardError(f"reward {name!r}: path names the module {place[:200]!a}, which is not installed; check its name")
+            raise RewardError(
+                f"reward {name!r}: path names {place!r}, which does not exist; looked beside the "
+                f"recipe and in {Path.cwd()}"
+            )
+    elif not all(part.isidentifier() for part in place.split(".")) or not is_installed(
+        place.partition(".")[0]
+    ):
+        raise RewardError(
+            f"reward {name!r}: path names the module {place[:200]!a}, which is not installed; check its name"
+        )
 
 
 def is_installed(module: str) -> bool:
@@ -84,14 +103,19 @@ def check_url(name: str, url: str) -> None:
     """Refuse an address that is not one, or that holds a secret, which config.json would keep."""
     try:
         parts = urlsplit(url)
-        sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+        sound = (
+            parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+        )
     except ValueError:
         sound = False
     if not sound:
         shown = re.sub(r"//[^/]*@", "//…@", url)
         raise RewardError(f"reward {name!r}: url is {shown[:200]!a}; write it as http://host:port/…")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise RewardError(f"reward {name!r}: url holds a user, password, query or fragment; leave them out, config.json would keep them")
+        raise RewardError(
+            f"reward {name!r}: url holds a user, password, query or fragment; leave them out, "
+            "config.json would keep them"
+        )
 
 
 def check_installed(name: str) -> None:
@@ -102,7 +126,9 @@ def check_installed(name: str) -> None:
     if name in here:
         return
     if name in KNOWN:
-        raise RewardError(f"reward {name!r} is not installed in {rewards_root()}; get it with: {KNOWN[name].how_to_get}")
+        raise RewardError(
+            f"reward {name!r} is not installed in {rewards_root()}; get it with: {KNOWN[name].how_to_get}"
+        )
     known = [*REWARDS, *KINDS, *here, *(known for known in KNOWN if known not in here)]
     nearest = "".join(f", did you mean '{near}'?" for near in get_close_matches(name, known, 1))
     raise RewardError(f"reward {name[:80]!a} is unknown{nearest or ';'} known: {', '.join(known)}")

@@ -1,4 +1,6 @@
-"""What a run needs of its card's memory, known before anything is loaded: weights counted, the rest by running on a sketch of the model."""
+"""What a run needs of its card's memory, known before anything is loaded: weights counted, the rest by
+running on a sketch of the model.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,7 +36,10 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256, "prodigy": 16.0}
-"""Bytes that an optimizer keeps per parameter of the adapter; Prodigy's are fewer for B, which starts at zero."""
+"""Bytes that an optimizer keeps per parameter of the adapter.
+
+Prodigy's are fewer for B, which starts at zero.
+"""
 CARD = 0.7 * GIB
 """What a CUDA context and its libraries take before anything is loaded."""
 TEMPLATE = 32
@@ -42,9 +51,11 @@ PHASES = ("encode", "rollout", "decode", "update")
 
 
 class Live(TorchDispatchMode):
-    """Count the bytes of tensors that are made inside the context and still alive: `now`, and at most `peak`; those `before` are none.
+    """Count the bytes of tensors that are made inside the context and still alive: `now`, and at most `peak`;
+    those `before` are none.
 
-    On a sketch, `length` is the answer where a model asks a tensor for a number: none asks for another than how long a text is.
+    On a sketch, `length` is the answer where a model asks a tensor for a number: none asks for another than
+    how long a text is.
     """
 
     def __init__(self, before: Iterable[Tensor] = (), length: int | None = None) -> None:
@@ -55,7 +66,9 @@ class Live(TorchDispatchMode):
         for tensor in before:
             self.take(tensor, 0)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         if self.length is not None and func is torch.ops.aten._local_scalar_dense.default:
             return self.length
         out = func(*args, **(kwargs or {}))
@@ -95,7 +108,9 @@ class UnforeseenError(ValueError):
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on the card: parts that stay during training, and the peak of every phase with all that is there in it."""
+    """Bytes on the card: parts that stay during training, and the peak of every phase with all that is
+    there in it.
+    """
 
     parts: Mapping[str, int]
     peaks: Mapping[str, int]
@@ -112,8 +127,15 @@ class Footprint:
 
     def lines(self) -> list[tuple[str, str]]:
         """Lay it out for reading."""
-        parts, peaks = (", ".join(f"{name} {sized(size)}" for name, size in table.items() if size) for table in (self.parts, self.peaks))
-        return [("memory, estimated", f"{sized(self.need)}, in {self.phase}"), ("  what stays", parts), ("  peaks", peaks)]
+        parts, peaks = (
+            ", ".join(f"{name} {sized(size)}" for name, size in table.items() if size)
+            for table in (self.parts, self.peaks)
+        )
+        return [
+            ("memory, estimated", f"{sized(self.need)}, in {self.phase}"),
+            ("  what stays", parts),
+            ("  peaks", peaks),
+        ]
 
 
 def sized(size: float) -> str:
@@ -122,14 +144,18 @@ def sized(size: float) -> str:
 
 
 def footprint(config: Config, sketch: Sketch | None = None) -> Footprint:
-    """Estimate the memory of a run from its configuration, the model's configurations and headers, and nothing else."""
+    """Estimate the memory of a run from its configuration, the model's configurations and headers, and
+    nothing else.
+    """
     sketch = sketch or look(config.model)
     policy, recipe = build(config, sketch), make_recipe(config)
     parts = resident(config, policy, recipe)
     element = 2 if config.model.dtype == "bf16" else 4
     encoders = 0 if config.memory.text_encoders == "cpu" else element * sum(sketch.text_parameters.values())
     rolling, decoding, learning = measure(config, policy, sketch)
-    swapped = max((packed_bytes(layer, "none", element) for layer in swapped_layers(config, policy)), default=0)
+    swapped = max(
+        (packed_bytes(layer, "none", element) for layer in swapped_layers(config, policy)), default=0
+    )
     stays = sum(parts.values())
     states, merged = rollout_states(config, policy, recipe), merged_bytes(config, policy)
     peaks = {
@@ -162,7 +188,11 @@ def resident(config: Config, policy: Adapted, recipe: Recipe) -> dict[str, int]:
 
 def swapped_layers(config: Config, policy: Adapted) -> list[StoredLinear]:
     """List the layers whose weights wait in main memory."""
-    return [layer for block in blocks_of(policy.transformer)[: config.memory.block_swap] for layer in stored(block)]
+    return [
+        layer
+        for block in blocks_of(policy.transformer)[: config.memory.block_swap]
+        for layer in stored(block)
+    ]
 
 
 def packed_bytes(layer: StoredLinear, quantization: str, element: int) -> int:
@@ -174,12 +204,18 @@ def packed_bytes(layer: StoredLinear, quantization: str, element: int) -> int:
 def plain_bytes(module: nn.Module, without: Sequence[Tensor]) -> int:
     """Count the bytes of a module's own tensors, an adapter's left out."""
     left = {id(tensor) for tensor in without}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(module) if id(tensor) not in left)
+    return sum(
+        tensor.numel() * tensor.element_size() for tensor in tensors_of(module) if id(tensor) not in left
+    )
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
-    """List a module's tensors: parameters, buffers, and tables such as those of positions, which some keep beside them."""
-    tables = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    """List a module's tensors: parameters, buffers, and tables such as those of positions, which some keep
+    beside them.
+    """
+    tables = [
+        value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)
+    ]
     return [*module.parameters(), *module.buffers(), *tables]
 
 
@@ -189,29 +225,54 @@ def count_of(tensors: Sequence[Tensor]) -> int:
 
 
 def reward_bytes(config: Config) -> int:
-    """Count the weights of installed reward models by their files; the largest alone where they take turns."""
-    names = {reward.name for reward in (*config.rewards, *config.heldout_rewards) if not reward.path and not reward.url}
-    sizes = [sum(file.stat().st_size for file in (rewards_root() / name).glob("*.safetensors")) for name in sorted(names)]
+    """Count the weights of installed reward models by their files.
+
+    The largest alone where they take turns.
+    """
+    names = {
+        reward.name
+        for reward in (*config.rewards, *config.heldout_rewards)
+        if not reward.path and not reward.url
+    }
+    sizes = [
+        sum(file.stat().st_size for file in (rewards_root() / name).glob("*.safetensors"))
+        for name in sorted(names)
+    ]
     return max(sizes, default=0) if config.memory.rewards_in_turn else sum(sizes)
 
 
 def merged_bytes(config: Config, policy: Adapted) -> int:
-    """Count the copies of weights that Stable Diffusion 3 makes for rollouts in fp32: with its adapter merged, and laid out for oneDNN."""
+    """Count the copies of weights that Stable Diffusion 3 makes for rollouts in fp32: with its adapter
+    merged, and laid out for oneDNN.
+    """
     memory, layers = config.memory, policy.layers.values()
-    if config.model.family != "sd3" or config.model.dtype != "fp32" or memory.quantization != "none" or memory.block_swap:
+    if (
+        config.model.family != "sd3"
+        or config.model.dtype != "fp32"
+        or memory.quantization != "none"
+        or memory.block_swap
+    ):
         return 0
     merged = sum(layer.in_features * layer.out_features for layer in layers)
     return 4 * (merged + sum(numbers for numbers in products(policy) if numbers <= PACKED))
 
 
 def products(policy: Adapted) -> list[int]:
-    """List the sizes of the weights of a transformer's blocks, those of its modulation and of the adapter aside."""
+    """List the sizes of the weights of a transformer's blocks, those of its modulation and of the adapter
+    aside.
+    """
     named = policy.transformer.transformer_blocks.named_parameters()
-    return [weight.numel() for name, weight in named if weight.ndim == 2 and "norm" not in name and "lora_" not in name]
+    return [
+        weight.numel()
+        for name, weight in named
+        if weight.ndim == 2 and "norm" not in name and "lora_" not in name
+    ]
 
 
 def rollout_states(config: Config, policy: Adapted, recipe: Recipe) -> int:
-    """Estimate the latents that a rollout keeps: forks with velocity and direction, and the states that wait for their children."""
+    """Estimate the latents that a rollout keeps: forks with velocity and direction, and the states that
+    wait for their children.
+    """
     plan = build_plan(recipe)
     latent = 4
     for side in policy.latent_shape(config.model.width, config.model.height):
@@ -221,7 +282,9 @@ def rollout_states(config: Config, policy: Adapted, recipe: Recipe) -> int:
 
 
 def measure(config: Config, policy: Adapted, sketch: Sketch) -> tuple[int, int, int]:
-    """Run a forward of the rollout, a decoding and a forward with backward on a sketch: the bytes that each has alive at most."""
+    """Run a forward of the rollout, a decoding and a forward with backward on a sketch: the bytes that
+    each has alive at most.
+    """
     train, shape = config.train, policy.latent_shape(config.model.width, config.model.height)
     length = text_length(config, sketch)
     with pretended(policy):
@@ -247,7 +310,9 @@ def measure(config: Config, policy: Adapted, sketch: Sketch) -> tuple[int, int, 
             rolling, decoding = (alive(work, policy.inference(), before, length) for work in (roll, decode))
             return rolling, decoding, alive(learn, policy.training(), before, length)
         except UNKNOWN as error:
-            raise UnforeseenError(f"memory cannot be foreseen for this model, whose forward looks at numbers ({error})") from error
+            raise UnforeseenError(
+                f"memory cannot be foreseen for this model, whose forward looks at numbers ({error})"
+            ) from error
 
 
 def weights_of(policy: Adapted) -> list[Tensor]:
@@ -256,15 +321,22 @@ def weights_of(policy: Adapted) -> list[Tensor]:
     return [*packed, *tensors_of(policy.transformer), *tensors_of(policy.vae)]
 
 
-def alive(work: Callable[[], object], inside: AbstractContextManager[None], before: Iterable[Tensor], length: int) -> int:
-    """Return the bytes that work has alive at most, those of its context among them and those of tensors from `before` not."""
+def alive(
+    work: Callable[[], object], inside: AbstractContextManager[None], before: Iterable[Tensor], length: int
+) -> int:
+    """Return the bytes that work has alive at most, those of its context among them and those of tensors
+    from `before` not.
+    """
     with Live(before, length) as live, inside:
         work()
     return live.peak
 
 
 def text_length(config: Config, sketch: Sketch) -> int:
-    """Return the most tokens that a prompt of the configuration can have; families that fill texts up take their full length."""
+    """Return the most tokens that a prompt of the configuration can have.
+
+    Families that fill texts up take their full length.
+    """
     heldout = Path(config.prompts.heldout) if config.prompts.heldout else None
     limit = config.model.max_sequence_length
     if config.model.family not in ("qwen_image", "z_image", "lumina2"):

@@ -1,4 +1,6 @@
-"""The price of a run, before it runs: forwards and pictures counted from the plan, seconds and memory measured on the real model."""
+"""The price of a run, before it runs: forwards and pictures counted from the plan, seconds and memory
+measured on the real model.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ class Counts:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one forward, of one forward with backward and of one decoded picture, at the recipe's batch sizes; peak bytes."""
+    """Seconds of one forward, of one forward with backward and of one decoded picture, at the recipe's
+    batch sizes; peak bytes.
+    """
 
     device: str
     forward: float
@@ -65,7 +69,11 @@ class Cost:
 
     def step(self, counts: Counts) -> float:
         """Estimate the seconds of one step."""
-        group = counts.group_forwards * self.forward + counts.group_images * self.decode + counts.group_trained * self.update
+        group = (
+            counts.group_forwards * self.forward
+            + counts.group_images * self.decode
+            + counts.group_trained * self.update
+        )
         return counts.prompts * group
 
     def run(self, counts: Counts) -> float:
@@ -77,12 +85,18 @@ class Cost:
 def count(config: Config) -> Counts:
     """Count what a configuration does."""
     recipe, train = make_recipe(config), config.train
-    plans = [build_plan(recipe, iteration, train.seed, config.speed.tail_stride) for iteration in range(min(train.steps, COUNTED_PLANS))]
+    plans = [
+        build_plan(recipe, iteration, train.seed, config.speed.tail_stride)
+        for iteration in range(min(train.steps, COUNTED_PLANS))
+    ]
     heldout = Path(config.prompts.heldout) if config.prompts.heldout else None
-    held = len(load_prompts(Path(config.prompts.train), heldout, config.prompts.heldout_share, train.seed).heldout)
+    held = len(
+        load_prompts(Path(config.prompts.train), heldout, config.prompts.heldout_share, train.seed).heldout
+    )
     looks = price(recipe, make_pace(config), held, preview=bool(train.preview_width))
     between = (train.steps - 1) // train.eval_every if train.eval_every else 0
-    # All branches of a fork share its forward and backward; the clipped form first takes a snapshot of the old velocities.
+    # All branches of a fork share its forward and backward; the clipped form first takes a snapshot of the
+    # old velocities.
     passes = 1 if recipe.objective == "on_policy" else recipe.epochs + 1
     trained = [passes * len(plan.forks) for plan in plans]
     return Counts(
@@ -123,9 +137,12 @@ def measure(config: Config) -> Cost:
     return Cost(
         device=torch.cuda.get_device_name() if where.type == "cuda" else where.type,
         forward=seconds(rollout, where) / train.slots,
-        update=seconds(lambda: forward(train.micro_batch).square().mean().backward(), where) / train.micro_batch,
+        update=seconds(lambda: forward(train.micro_batch).square().mean().backward(), where)
+        / train.micro_batch,
         decode=seconds(lambda: policy.decode(latents), where) / train.decode_batch,
-        peak=torch.cuda.max_memory_allocated() if where.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak=torch.cuda.max_memory_allocated()
+        if where.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 
 
@@ -151,7 +168,13 @@ def table(counts: Counts, cost: Cost | None, memory: Sequence[tuple[str, str]] =
         ("forwards per step", f"{counts.step_forwards:,.0f}  ({counts.prompts} prompts)"),
         ("pictures per step", f"{counts.prompts * counts.group_images:,.0f}"),
         ("forward + backward passes per step", f"{counts.prompts * counts.group_trained:,.0f}"),
-        ("evaluations", f"{counts.evaluations}  ({counts.heldout} held-out prompts, {counts.evaluation_images:,} pictures each)"),
+        (
+            "evaluations",
+            (
+                f"{counts.evaluations}  ({counts.heldout} held-out prompts, {counts.evaluation_images:,} "
+                "pictures each)"
+            ),
+        ),
         ("forwards in all", f"{counts.forwards:,.0f}"),
         ("pictures in all", f"{counts.images:,.0f}"),
     ]

@@ -1,6 +1,8 @@
-"""A model without its weights: built from configurations and file headers alone, on tensors that have shapes and no memory.
+"""A model without its weights: built from configurations and file headers alone, on tensors that have shapes
+and no memory.
 
-What runs on it takes the allocations of the real model and computes nothing, so that a run's memory is known before anything is loaded.
+What runs on it takes the allocations of the real model and computes nothing, so that a run's memory is known
+before anything is loaded.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ LATER = ("text_encoder", "image_encoder")
 
 @dataclass(frozen=True)
 class Sketch:
-    """What is known of a model before it is loaded: the configurations of transformer and VAE, and its text encoders' weights."""
+    """What is known of a model before it is loaded: the configurations of transformer and VAE, and its
+    text encoders' weights.
+    """
 
     transformer: Mapping[str, Any]
     vae: Mapping[str, Any]
@@ -66,7 +70,10 @@ def published() -> dict[str, Any]:
 
 
 def look(section: ModelSection) -> Sketch:
-    """Look at a model by its configurations and headers; one that this machine lacks is known if it is published, else refused."""
+    """Look at a model by its configurations and headers.
+
+    One that this machine lacks is known if it is published, else refused.
+    """
     known = published().get(section.path or "")
     try:
         place = model_folder(section.path) if section.path else None
@@ -79,7 +86,8 @@ def look(section: ModelSection) -> Sketch:
     if transformer is None and parts.transformer is None:
         diffusers_folder.components(parts.folder, KINDS[section.family][0])
         raise ValueError(
-            f"model.path {parts.folder}: it lacks transformer/config.json; {diffusers_folder.remedy(parts.folder, 'transformer')}"
+            f"model.path {parts.folder}: it lacks transformer/config.json; "
+            f"{diffusers_folder.remedy(parts.folder, 'transformer')}"
         )
     if transformer is None:
         transformer = {**parts.facts["transformer"], **TRANSFORMERS[section.family](parts.transformer)}
@@ -89,14 +97,26 @@ def look(section: ModelSection) -> Sketch:
         for part in sorted(parts.folder.iterdir()):
             if part.name.startswith(LATER) and part.name not in text:
                 files = list(diffusers_folder.weight_files(part))
-                text[part.name] = sum(size_of(stored) for file in files for stored in look_at(file).tensors.values())
+                text[part.name] = sum(
+                    size_of(stored) for file in files for stored in look_at(file).tensors.values()
+                )
     name = diffusers_folder.pipeline_name(parts.folder) if parts.folder else ""
-    return Sketch(transformer, vae, text, clip_tokens(parts.folder), bool(section.edits) or "Edit" in name or "Kontext" in name)
+    return Sketch(
+        transformer,
+        vae,
+        text,
+        clip_tokens(parts.folder),
+        bool(section.edits) or "Edit" in name or "Kontext" in name,
+    )
 
 
 def of_published(known: Mapping[str, Any]) -> Sketch:
     """Sketch a published model that is not here."""
-    facts = json.loads((CONFIGS / f"{known['facts']}.json").read_text("utf-8")) if "facts" in known else {"transformer": {}}
+    facts = (
+        json.loads((CONFIGS / f"{known['facts']}.json").read_text("utf-8"))
+        if "facts" in known
+        else {"transformer": {}}
+    )
     vae = known.get("vae") or facts["vae"]["config"]
     return Sketch({**facts["transformer"], **known["transformer"]}, vae, known["text_parameters"])
 
@@ -112,7 +132,13 @@ def size_of(stored: Any) -> int:
 def clip_tokens(place: Path | None) -> int:
     """Return the length to which CLIP's tokenizer fills a text up."""
     try:
-        return int(json.loads((place / "tokenizer/tokenizer_config.json").read_text("utf-8"))["model_max_length"]) if place else 77
+        return (
+            int(
+                json.loads((place / "tokenizer/tokenizer_config.json").read_text("utf-8"))["model_max_length"]
+            )
+            if place
+            else 77
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return 77
 
@@ -130,7 +156,11 @@ def build(config: Config, sketch: Sketch) -> Adapted:
         convert(module, dtype)
     kind = getattr(diffusers, pipeline_name)
     given = {"transformer": transformer, "vae": vae}
-    names = [name for name in kind.__init__.__annotations__ if name.startswith((*LATER, "tokenizer", "scheduler", "feature"))]
+    names = [
+        name
+        for name in kind.__init__.__annotations__
+        if name.startswith((*LATER, "tokenizer", "scheduler", "feature"))
+    ]
     pipeline = kind(**given, **dict.fromkeys(names))
     settings: dict[str, Any] = {"frames": section.frames} if section.family == "wan" else {}
     policy: Any = getattr(import_module(f"..families.{module_name}", __package__), policy_name)(
@@ -140,7 +170,9 @@ def build(config: Config, sketch: Sketch) -> Adapted:
         autocast=torch.bfloat16 if section.dtype == "bf16" else None,
         **settings,
     )
-    policy.packed = True  # what is merged from weights for a rollout looks at numbers, of which there are none here
+    policy.packed = (
+        True  # what is merged from weights for a rollout looks at numbers, of which there are none here
+    )
     # nf4 makes the same weights as fp8, of half the bytes, which are counted by `memory.py`.
     quantization = "none" if memory.quantization == "none" else "fp8"
     meta = torch.device("meta")
@@ -182,7 +214,10 @@ def cond(policy: Adapted, sketch: Sketch, length: int, reference_size: int) -> A
 
 @contextmanager
 def pretended(policy: Adapted) -> Iterator[None]:
-    """Let a policy of the meta device pass for one on the CPU inside the context; every tensor that is made has a shape and no memory."""
+    """Let a policy of the meta device pass for one on the CPU inside the context.
+
+    Every tensor that is made has a shape and no memory.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def pretend(tensor: Tensor) -> Tensor:
@@ -191,7 +226,9 @@ def pretended(policy: Adapted) -> Iterator[None]:
     for module in (*policy.transformer.modules(), *policy.vae.modules()):
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(pretend(parameter), requires_grad=parameter.requires_grad)
+                module._parameters[name] = nn.Parameter(
+                    pretend(parameter), requires_grad=parameter.requires_grad
+                )
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = pretend(buffer)
@@ -209,7 +246,9 @@ def pretended(policy: Adapted) -> Iterator[None]:
 
 
 def forget() -> None:
-    """Empty the families' caches, such as those of positions: what they took in from a sketch is of no use to a model."""
+    """Empty the families' caches, such as those of positions: what they took in from a sketch is of no use
+    to a model.
+    """
     for name, module in list(sys.modules.items()):
         if name.startswith(FAMILIES):
             for value in vars(module).values():

@@ -1,4 +1,6 @@
-"""Presets for cards of a size, and the preflight: what a run needs, what the card has, and which preset would fit."""
+"""Presets for cards of a size, and the preflight: what a run needs, what the card has, and which preset
+would fit.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ import yaml
 
 from comfy_g2rpo.options import nearest
 
-from ..config.reading import Config, ConfigError, apply_overrides, bundled_folder, find_recipe, from_dict, read_yaml
+from ..config.reading import (
+    Config,
+    ConfigError,
+    apply_overrides,
+    bundled_folder,
+    find_recipe,
+    from_dict,
+    read_yaml,
+)
 
 if TYPE_CHECKING:
     from .card_memory import Footprint
@@ -24,7 +34,9 @@ SIZES = {"8gb": 8, "12gb": 12, "16gb": 16, "24gb": 24, "48gb": 48, "80gb": 80}
 USABLE = 0.95
 """Share of a card's memory that a run may count on: allocators leave gaps."""
 SMALL = 0.05
-"""A model whose files are below this share of the computer's memory fits it, and is not asked about on a CPU."""
+"""A model whose files are below this share of the computer's memory fits it, and is not asked about on a
+CPU.
+"""
 
 
 @lru_cache(maxsize=1)
@@ -35,11 +47,16 @@ def presets() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def preset_settings(recipe: str, name: str | None, settings: Sequence[str] = ()) -> list[str]:
-    """Return a preset as the settings that it stands for, in front of those that are given; ConfigError for a name that is none."""
+    """Return a preset as the settings that it stands for, in front of those that are given.
+
+    ConfigError for a name that is none.
+    """
     if name is None:
         return list(settings)
     if name not in SIZES:
-        raise ConfigError(f"--preset {name!r} is unknown{nearest(name, SIZES)}; choose one of: {', '.join(SIZES)}")
+        raise ConfigError(
+            f"--preset {name!r} is unknown{nearest(name, SIZES)}; choose one of: {', '.join(SIZES)}"
+        )
     model = apply_overrides(read_yaml(find_recipe(recipe)), settings).get("model")
     family = model.get("family", "sd3") if isinstance(model, dict) else "sd3"
     if family not in presets():
@@ -49,7 +66,9 @@ def preset_settings(recipe: str, name: str | None, settings: Sequence[str] = ())
 
 def written(changes: Mapping[str, Any]) -> list[str]:
     """Write changes as settings of the command line."""
-    return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changes.items()]
+    return [
+        f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changes.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -83,11 +102,17 @@ def says(card: Card, foreseen: Footprint) -> str:
     """Say what is needed, and what there is."""
     from .card_memory import sized
 
-    return f"needs ≈ {sized(card.need(foreseen))} (estimate; most in {foreseen.phase}), you have {sized(card.free)} ({card.name})"
+    return (
+        f"needs ≈ {sized(card.need(foreseen))} (estimate; most in {foreseen.phase}), you have "
+        f"{sized(card.free)} ({card.name})"
+    )
 
 
 def preflight(config: Config, card: Card, force: bool = False) -> str:
-    """Foresee a run's memory and return the sentence; ConfigError where it does not fit, with the preset that would."""
+    """Foresee a run's memory and return the sentence.
+
+    ConfigError where it does not fit, with the preset that would.
+    """
     from .card_memory import UnforeseenError, footprint
 
     try:
@@ -121,13 +146,29 @@ def with_preset(config: Config, changes: Mapping[str, Any]) -> Config:
 
 def is_small(config: Config, card: Card) -> bool:
     """Say whether a model's files are so small that nobody need ask about memory."""
-    places = [config.model.path, config.model.transformer, config.model.vae, *(config.model.text_encoders or ())]
-    files = [file for place in map(Path, filter(None, places)) for file in (place.rglob("*.safetensors") if place.is_dir() else [place])]
-    return bool(files) and all(file.is_file() for file in files) and sum(file.stat().st_size for file in files) < SMALL * card.free
+    places = [
+        config.model.path,
+        config.model.transformer,
+        config.model.vae,
+        *(config.model.text_encoders or ()),
+    ]
+    files = [
+        file
+        for place in map(Path, filter(None, places))
+        for file in (place.rglob("*.safetensors") if place.is_dir() else [place])
+    ]
+    return (
+        bool(files)
+        and all(file.is_file() for file in files)
+        and sum(file.stat().st_size for file in files) < SMALL * card.free
+    )
 
 
 def before_training(config: Config, force: bool) -> list[str]:
-    """Say what a run that is about to start needs and has, unless its model is small and on a CPU; ConfigError where that is too little."""
+    """Say what a run that is about to start needs and has, unless its model is small and on a CPU.
+
+    ConfigError where that is too little.
+    """
     from ..model.inference import device
     from ..model.placing import check_card
 

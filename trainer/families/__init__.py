@@ -1,4 +1,6 @@
-"""Model families: one module each, that loads a model as a policy with its text encoding, its schedule and its decoder."""
+"""Model families: one module each, that loads a model as a policy with its text encoding, its schedule and
+its decoder.
+"""
 
 from __future__ import annotations
 
@@ -56,22 +58,32 @@ class FamilyPolicy(Trainee, Protocol):
 
 
 def load(section: ModelSection, folder: Path | None, device: torch.device | str) -> FamilyPolicy:
-    """Load the model of a configuration's section onto a device, from its folder or checkpoint and from files of their own."""
+    """Load the model of a configuration's section onto a device, from its folder or checkpoint and from
+    files of their own.
+    """
     if section.frames > 1 and section.family != "wan":
-        raise ValueError(f"model.frames is {section.frames}, but {FAMILIES[section.family]} makes single pictures; set it to 1")
+        raise ValueError(
+            f"model.frames is {section.frames}, but {FAMILIES[section.family]} makes single pictures; "
+            "set it to 1"
+        )
     if section.edits and EDITS[section.edits] != section.family:
         remedy = f"set model.family: {EDITS[section.edits]}, or remove model.edits"
         raise ValueError(f"model.edits is {section.edits}, which is no {FAMILIES[section.family]}; {remedy}")
     given = [name for name in ("transformer", "text_encoders", "vae", "tokenizers") if getattr(section, name)]
     if section.family not in SINGLE_FILES and (given or folder is None or folder.is_file()):
         remedy = f"remove {given[0]}" if given else "give its folder"
-        raise ValueError(f"model.{(given or ['path'])[0]}: {FAMILIES[section.family]} is loaded from its folder alone; {remedy}")
+        raise ValueError(
+            f"model.{(given or ['path'])[0]}: {FAMILIES[section.family]} is loaded from its folder "
+            f"alone; {remedy}"
+        )
     policy: Any = import_module(f".{section.family}", __name__).load(section, folder, device)
     return policy
 
 
 def sigmas(policy: FamilyPolicy, schedule: Schedule, recipe: Recipe, shape: Sequence[int]) -> Tensor:
-    """Return the noise levels [T+1] of a run: by the method's shift, as the family's pipeline samples, or as ComfyUI does."""
+    """Return the noise levels [T+1] of a run: by the method's shift, as the family's pipeline samples, or
+    as ComfyUI does.
+    """
     if schedule == "pipeline":
         return policy.pipeline_sigmas(recipe.num_steps, shape)
     return shifted_sigmas(recipe.num_steps, policy.comfyui_shift if schedule == "comfyui" else recipe.shift)

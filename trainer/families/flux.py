@@ -1,4 +1,6 @@
-"""FLUX.1 dev and schnell (Black Forest Labs) on diffusers and peft: packed latents, guidance as an input, a shift by resolution."""
+"""FLUX.1 dev and schnell (Black Forest Labs) on diffusers and peft: packed latents, guidance as an input,
+a shift by resolution.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,14 @@ if TYPE_CHECKING:
     from ..config.sections import ModelSection
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
+FEED_FORWARD = (
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+    "proj_mlp",
+    "proj_out",
+)
 SCHNELL_TOKENS = 256
 
 
@@ -34,19 +43,30 @@ class Cond(NamedTuple):
 
 
 def load(section: ModelSection, path: Path | None, device: torch.device | str) -> Flux:
-    """Load the model of a configuration's section onto a device; Kontext as the model that edits a picture."""
+    """Load the model of a configuration's section onto a device.
+
+    Kontext as the model that edits a picture.
+    """
     if section.edits or diffusers_folder.pipeline_name(path) == "FluxKontextPipeline":
         from . import kontext
 
         return kontext.load(section, path, device)
     bf16, length = section.dtype == "bf16", section.max_sequence_length
     parts = Parts(FluxPipeline, "flux", section, path, device)
-    policy = Flux(parts.pipeline(), guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
+    policy = Flux(
+        parts.pipeline(),
+        guidance=section.guidance,
+        max_sequence_length=length,
+        autocast=torch.bfloat16 if bf16 else None,
+    )
     return parts.attach(policy, "flux", section.dtype, length)
 
 
 class Flux(Adapted):
-    """A policy and a decoder over a FluxPipeline, with a peft LoRA on its transformer. Latents are [B, 16, h, w], packed inside."""
+    """A policy and a decoder over a FluxPipeline, with a peft LoRA on its transformer.
+
+    Latents are [B, 16, h, w], packed inside.
+    """
 
     cond = Cond
     blocks, attention, feed_forward = r"(single_)?transformer_blocks\.\d+(\.attn)?", ATTENTION, FEED_FORWARD
@@ -64,17 +84,27 @@ class Flux(Adapted):
         # ComfyUI's ModelSamplingFlux shifts dev by e^1.15 at any size; schnell is not shifted.
         self.comfyui_shift = math.exp(1.15) if self.guided else 1.0
         if not self.guided and guidance > 1:
-            raise ValueError(f"model.guidance is {guidance:g}, but this FLUX.1 (schnell) takes no guidance; set it to 1")
+            raise ValueError(
+                f"model.guidance is {guidance:g}, but this FLUX.1 (schnell) takes no guidance; set it to 1"
+            )
         if not self.guided and max_sequence_length > SCHNELL_TOKENS:
-            raise ValueError(f"model.max_sequence_length is {max_sequence_length}; FLUX.1 schnell takes {SCHNELL_TOKENS} at most")
+            raise ValueError(
+                f"model.max_sequence_length is {max_sequence_length}; FLUX.1 schnell takes "
+                f"{SCHNELL_TOKENS} at most"
+            )
         if not max_sequence_length:
-            raise ValueError("model.max_sequence_length is 0, but FLUX.1 reads its prompts by T5; set it to 512 (schnell: 256)")
+            raise ValueError(
+                "model.max_sequence_length is 0, but FLUX.1 reads its prompts by T5; set it to 512 "
+                "(schnell: 256)"
+            )
         self.guidance, self.max_sequence_length = guidance, max_sequence_length
         self._exact: tuple[Tensor, ...] = ()
         self.transformer.time_text_embed.register_forward_pre_hook(self._keep_exact)
 
     def _keep_exact(self, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Give the embedding the noise level and guidance as they are: the model rounds them to its own 16 bit (0.9545 to 0.953)."""
+        """Give the embedding the noise level and guidance as they are: the model rounds them to its own 16
+        bit (0.9545 to 0.953).
+        """
         return (*self._exact, given[-1]) if self._exact else given
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
@@ -102,20 +132,28 @@ class Flux(Adapted):
         return unpack(velocity[:, : height * width].float(), height, width)
 
     def seen(self, x: Tensor, cond: Sequence[Cond]) -> tuple[Tensor, Tensor]:
-        """Return the tokens [B, n, 4C] that the model looks at, those of x [B, C, h, w] first, and where they are [n, 3]."""
+        """Return the tokens [B, n, 4C] that the model looks at, those of x [B, C, h, w] first, and where
+        they are [n, 3].
+        """
         return pack(x), positions(x.shape[2] // 2, x.shape[3] // 2, self.device)
 
     def encode_one(self, prompt: str) -> Cond:
         """Run CLIP (pooled) and T5 (tokens) on one prompt."""
-        tokens, pooled, _ = self.pipeline.encode_prompt(prompt, None, device=self.device, max_sequence_length=self.max_sequence_length)
+        tokens, pooled, _ = self.pipeline.encode_prompt(
+            prompt, None, device=self.device, max_sequence_length=self.max_sequence_length
+        )
         return Cond(tokens[0], pooled[0])
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (C, h, w) of a picture of the given size in pixels."""
-        return self.transformer.config.in_channels // 4, *cells(width, height, self.pipeline.vae_scale_factor, 2)
+        return self.transformer.config.in_channels // 4, *cells(
+            width, height, self.pipeline.vae_scale_factor, 2
+        )
 
     def pipeline_sigmas(self, num_steps: int, shape: Sequence[int]) -> Tensor:
-        """Return FluxPipeline's noise levels [T+1]: dev's are shifted by the number of tokens, schnell's not at all."""
+        """Return FluxPipeline's noise levels [T+1]: dev's are shifted by the number of tokens, schnell's
+        not at all.
+        """
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         mu = calculate_shift(shape[-2] * shape[-1] // 4, *(scheduler.config[name] for name in names))
@@ -137,6 +175,8 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def positions(height: int, width: int, device: torch.device, place: int = 0) -> Tensor:
-    """Return where a picture's tokens are: [h·w, 3] (place, row, column), the picture that is made at place 0."""
+    """Return where a picture's tokens are: [h·w, 3] (place, row, column), the picture that is made at
+    place 0.
+    """
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([torch.full_like(rows, place), rows, columns], -1).flatten(0, 1).float().to(device)

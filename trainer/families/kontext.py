@@ -1,4 +1,7 @@
-"""FLUX.1 Kontext (Black Forest Labs): FLUX.1 dev that edits. A picture's latent stands behind the one made, in a place of its own."""
+"""FLUX.1 Kontext (Black Forest Labs): FLUX.1 dev that edits.
+
+A picture's latent stands behind the one made, in a place of its own.
+"""
 
 from __future__ import annotations
 
@@ -32,18 +35,33 @@ class Cond(NamedTuple):
 
 
 def load(section: ModelSection, path: Path | None, device: torch.device | str) -> Kontext:
-    """Load the model of a configuration's section onto a device; files, and another FLUX.1's folder with its transformer, do as well."""
+    """Load the model of a configuration's section onto a device.
+
+    Files, and another FLUX.1's folder with its transformer, do as well.
+    """
     bf16, length, size = section.dtype == "bf16", section.max_sequence_length, section.reference_size
     # The two differ in what they do when they are called, which nothing here does.
-    kind = FluxKontextPipeline if diffusers_folder.pipeline_name(path) == FluxKontextPipeline.__name__ else FluxPipeline
+    kind = (
+        FluxKontextPipeline
+        if diffusers_folder.pipeline_name(path) == FluxKontextPipeline.__name__
+        else FluxPipeline
+    )
     parts = Parts(kind, "flux", section, path, device)
-    policy = Kontext(parts.pipeline(), guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
+    policy = Kontext(
+        parts.pipeline(),
+        guidance=section.guidance,
+        max_sequence_length=length,
+        autocast=torch.bfloat16 if bf16 else None,
+    )
     policy.start_from_pictures(size)
     return parts.attach(policy, "kontext", section.dtype, length, size, parts=PICTURE_PARTS)
 
 
 class Kontext(Editing, Flux):
-    """A policy and a decoder over the parts of a FluxKontextPipeline; prompts may start from a picture, and need not."""
+    """A policy and a decoder over the parts of a FluxKontextPipeline.
+
+    Prompts may start from a picture, and need not.
+    """
 
     cond = Cond
 
@@ -52,20 +70,28 @@ class Kontext(Editing, Flux):
         return by_size(super().velocity, x, sigma, cond)
 
     def seen(self, x: Tensor, cond: Sequence[Cond]) -> tuple[Tensor, Tensor]:
-        """Return the tokens that the model looks at, those of x [B, C, h, w] first and the pictures' behind, and where they are."""
+        """Return the tokens that the model looks at, those of x [B, C, h, w] first and the pictures'
+        behind, and where they are.
+        """
         tokens, where = super().seen(x, cond)
         pictures = torch.stack([c.picture for c in cond])
         if not pictures.numel():
             return tokens, where
         height, width = pictures.shape[2] // 2, pictures.shape[3] // 2
-        return torch.cat([tokens, pack(pictures).to(tokens)], 1), torch.cat([where, positions(height, width, self.device, place=1)])
+        return torch.cat([tokens, pack(pictures).to(tokens)], 1), torch.cat(
+            [where, positions(height, width, self.device, place=1)]
+        )
 
     def encode_one(self, prompt: str) -> Cond:
         """Run CLIP (pooled) and T5 (tokens) on the text, and the VAE on the picture."""
         tokens, pooled = super().encode_one(str(prompt))
         image, processor, config = picture_of(prompt), self.pipeline.image_processor, self.vae.config
         if image is None:
-            return Cond(tokens, pooled, torch.zeros(self.transformer.config.in_channels // 4, 0, 0, device=self.device))
+            return Cond(
+                tokens,
+                pooled,
+                torch.zeros(self.transformer.config.in_channels // 4, 0, 0, device=self.device),
+            )
         height, width = processor.get_default_height_width(image)
         width, height = size_of(width / height, self.reference_size)
         pixels = processor.preprocess(processor.resize(image, height, width), height, width)
@@ -74,6 +100,8 @@ class Kontext(Editing, Flux):
 
 
 def size_of(ratio: float, size: int = LEARNT) -> tuple[int, int]:
-    """Return (width, height) for a picture of a ratio: the nearest that the model has learnt, brought to the area of another square."""
+    """Return (width, height) for a picture of a ratio: the nearest that the model has learnt, brought to
+    the area of another square.
+    """
     _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
     return tuple(max(round(side * size / LEARNT / 16), 1) * 16 for side in (width, height))

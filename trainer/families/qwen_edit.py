@@ -1,4 +1,6 @@
-"""Qwen-Image-Edit (Alibaba) and its 2509 and 2511 (Plus): the text encoder looks at the picture, its latent stands behind the one made."""
+"""Qwen-Image-Edit (Alibaba) and its 2509 and 2511 (Plus): the text encoder looks at the picture, its
+latent stands behind the one made.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ if TYPE_CHECKING:
     from ..config.sections import ModelSection
 
 BLANK = " "
-PIXELS = {"shortest_edge": 56**2, "longest_edge": 12845056}  # of a picture that Qwen2.5-VL looks at (its preprocessor_config.json)
+PIXELS = {
+    "shortest_edge": 56**2,
+    "longest_edge": 12845056,
+}  # of a picture that Qwen2.5-VL looks at (its preprocessor_config.json)
 NEWEST = "__index_timestep_zero__"  # ComfyUI's mark of a 2511
 GLANCE = 384  # side of the square at whose area the text encoder of Plus looks at a picture
 
@@ -35,7 +40,9 @@ class Cond(NamedTuple):
     """One prompt's features, each of text and picture together, and its picture."""
 
     tokens: Tensor  # [L, joint_attention_dim]
-    without: Tensor  # the same of the negative prompt " "; [0, joint_attention_dim] where there is no guidance
+    without: (
+        Tensor  # the same of the negative prompt " "; [0, joint_attention_dim] where there is no guidance
+    )
     picture: Tensor  # latent [C, h, w] as the model sees it
 
 
@@ -43,53 +50,84 @@ def load(section: ModelSection, path: Path, device: torch.device | str) -> QwenE
     """Load the model of a configuration's section onto a device."""
     bf16, length, size = section.dtype == "bf16", section.max_sequence_length, section.reference_size
     parts, pipeline = (
-        from_folder(section, path, device) if "Edit" in diffusers_folder.pipeline_name(path) else from_files(section, path, device)
+        from_folder(section, path, device)
+        if "Edit" in diffusers_folder.pipeline_name(path)
+        else from_files(section, path, device)
     )
-    policy = QwenEdit(pipeline, guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
+    policy = QwenEdit(
+        pipeline,
+        guidance=section.guidance,
+        max_sequence_length=length,
+        autocast=torch.bfloat16 if bf16 else None,
+    )
     policy.start_from_pictures(size)
-    return parts.attach(policy, type(pipeline).__name__, section.dtype, size, section.guidance > 1, parts=PICTURE_PARTS)
+    return parts.attach(
+        policy, type(pipeline).__name__, section.dtype, size, section.guidance > 1, parts=PICTURE_PARTS
+    )
 
 
 def from_folder(section: ModelSection, path: Path, device: torch.device | str) -> tuple[Parts, Any]:
     """Load a pipeline from its own folder, of which files may replace parts."""
     kind = (
-        QwenImageEditPlusPipeline if diffusers_folder.pipeline_name(path) == QwenImageEditPlusPipeline.__name__ else QwenImageEditPipeline
+        QwenImageEditPlusPipeline
+        if diffusers_folder.pipeline_name(path) == QwenImageEditPlusPipeline.__name__
+        else QwenImageEditPipeline
     )
     parts = Parts(kind, "qwen_image", section, path, device)
     return parts, parts.pipeline({"processor": read_processor(path)})
 
 
 def from_files(section: ModelSection, path: Path | None, device: torch.device | str) -> tuple[Parts, Any]:
-    """Load a pipeline from files, or from the folder of Qwen-Image with a transformer's file: the parts are the same."""
+    """Load a pipeline from files, or from the folder of Qwen-Image with a transformer's file: the parts
+    are the same.
+    """
     if section.transformer is None:
-        raise ValueError(f"model.edits is {section.edits}, but no file has that model's transformer; give it as model.transformer")
+        raise ValueError(
+            f"model.edits is {section.edits}, but no file has that model's transformer; give it as "
+            "model.transformer"
+        )
     parts = Parts(QwenImagePipeline, "qwen_image", section, path, device)
     newest = section.edits == "qwen_edit_2511"
     if (NEWEST in parts.transformer.tensors) > newest or (newest and parts.folder):
         remedy = "set model.edits: qwen_edit_2511, and give its other parts as files or its own folder"
-        raise ValueError(f"model.transformer {section.transformer}: Qwen-Image-Edit-2511 looks at its picture in its own way; {remedy}")
+        raise ValueError(
+            f"model.transformer {section.transformer}: Qwen-Image-Edit-2511 looks at its picture in "
+            f"its own way; {remedy}"
+        )
     parts.facts["transformer"]["zero_cond_t"] = newest
     plain = parts.pipeline()
     kind = QwenImageEditPipeline if section.edits == "qwen_edit" else QwenImageEditPlusPipeline
-    return parts, kind(**plain.components, processor=PictureReader(picture_processor()(size=PIXELS), plain.tokenizer))
+    return parts, kind(
+        **plain.components, processor=PictureReader(picture_processor()(size=PIXELS), plain.tokenizer)
+    )
 
 
 class QwenEdit(Editing, QwenImage):
-    """A policy and a decoder over either pipeline; every prompt starts from one picture. Its text is not cut, as the pipelines do not."""
+    """A policy and a decoder over either pipeline; every prompt starts from one picture.
+
+    Its text is not cut, as the pipelines do not.
+    """
 
     cond = Cond
     blank = None  # differs from picture to picture
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
-        """Return v [B, C, h, w] in float32; guidance above 1 is classifier-free and keeps the norm of every token's prediction."""
+        """Return v [B, C, h, w] in float32.
+
+        Guidance above 1 is classifier-free and keeps the norm of every token's prediction.
+        """
         return by_size(super().velocity, x, sigma, cond)
 
     def without(self, cond: Sequence[Cond]) -> list[Cond]:
         """Return what guidance moves away from, row by row: the negative prompt with the same picture."""
         return [c._replace(tokens=c.without) for c in cond]
 
-    def seen(self, tokens: Tensor, cond: Sequence[Cond], height: int, width: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        """Return the tokens that the model looks at, those of the latents first and the pictures' behind, and the size of both."""
+    def seen(
+        self, tokens: Tensor, cond: Sequence[Cond], height: int, width: int
+    ) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """Return the tokens that the model looks at, those of the latents first and the pictures' behind,
+        and the size of both.
+        """
         pictures = torch.stack([c.picture for c in cond])
         sizes = [(1, height, width), (1, pictures.shape[2] // 2, pictures.shape[3] // 2)]
         return torch.cat([tokens, pack(pictures).to(tokens)], 1), sizes
@@ -98,17 +136,26 @@ class QwenEdit(Editing, QwenImage):
         """Run Qwen2.5-VL on text and picture together, and the VAE on the picture."""
         image, processor = picture_of(prompt), self.pipeline.image_processor
         if image is None:
-            raise ValueError(f'prompts: {prompt[:60]!a} has no picture to edit; write it as {{"prompt": "…", "image": "picture.png"}}')
+            raise ValueError(
+                f'prompts: {prompt[:60]!a} has no picture to edit; write it as {{"prompt": "…", '
+                f'"image": "picture.png"}}'
+            )
         ratio = image.width / image.height
         width, height = area(ratio, self.reference_size)
-        latent = encode_picture(self.vae, processor.preprocess(image, height, width).to(self.device), self.vae_dtype)[0]
+        latent = encode_picture(
+            self.vae, processor.preprocess(image, height, width).to(self.device), self.vae_dtype
+        )[0]
         if isinstance(self.pipeline, QwenImageEditPlusPipeline):
-            glance: Image.Image | list[Image.Image] = [processor.resize(image, *reversed(area(ratio, GLANCE)))]
+            glance: Image.Image | list[Image.Image] = [
+                processor.resize(image, *reversed(area(ratio, GLANCE)))
+            ]
         else:
             glance = processor.resize(image, height, width)
         read = self.pipeline.encode_prompt
         tokens = read(prompt=str(prompt), image=glance, device=self.device)[0][0]
-        without = read(prompt=BLANK, image=glance, device=self.device)[0][0] if self.guidance > 1 else tokens[:0]
+        without = (
+            read(prompt=BLANK, image=glance, device=self.device)[0][0] if self.guidance > 1 else tokens[:0]
+        )
         return Cond(tokens, without.clone(), latent)
 
 
@@ -117,7 +164,9 @@ class PictureReader(Qwen2VLProcessor):
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None) -> None:
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(
+            [self.image_token, self.video_token]
+        )
         ProcessorMixin.__init__(self, image_processor, tokenizer)
 
 
@@ -134,15 +183,20 @@ def read_processor(path: Path) -> PictureReader:
     """Read what turns a picture into the text encoder's patches from a folder."""
     place = path / "processor"
     try:
-        images, tokenizer = (kind.from_pretrained(place, local_files_only=True) for kind in (picture_processor(), Qwen2Tokenizer))
+        images, tokenizer = (
+            kind.from_pretrained(place, local_files_only=True)
+            for kind in (picture_processor(), Qwen2Tokenizer)
+        )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"model.path {path}: its processor cannot be read ({reason}); {diffusers_folder.remedy(path, 'processor')}"
+            f"model.path {path}: its processor cannot be read ({reason}); "
+            f"{diffusers_folder.remedy(path, 'processor')}"
         ) from error
     if len(tokenizer) < 256:
         raise ValueError(
-            f"model.path {path}: the files of its processor's tokenizer are missing; {diffusers_folder.remedy(path, 'processor')}"
+            f"model.path {path}: the files of its processor's tokenizer are missing; "
+            f"{diffusers_folder.remedy(path, 'processor')}"
         )
     return PictureReader(images, tokenizer)
 

@@ -1,4 +1,6 @@
-"""Qwen-Image (Alibaba) on diffusers and peft: packed latents, texts of any length in one batch, guidance that keeps every token's norm."""
+"""Qwen-Image (Alibaba) on diffusers and peft: packed latents, texts of any length in one batch, guidance
+that keeps every token's norm.
+"""
 
 from __future__ import annotations
 
@@ -33,25 +35,40 @@ class Cond(NamedTuple):
 
 
 def load(section: ModelSection, path: Path | None, device: torch.device | str) -> QwenImage:
-    """Load the model of a configuration's section onto a device; a folder of Edit as the model that edits a picture."""
-    if section.edits or diffusers_folder.pipeline_name(path) in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"):
+    """Load the model of a configuration's section onto a device.
+
+    A folder of Edit as the model that edits a picture.
+    """
+    if section.edits or diffusers_folder.pipeline_name(path) in (
+        "QwenImageEditPipeline",
+        "QwenImageEditPlusPipeline",
+    ):
         from . import qwen_edit
 
         return qwen_edit.load(section, path, device)
     bf16, length = section.dtype == "bf16", section.max_sequence_length
     parts = Parts(QwenImagePipeline, "qwen_image", section, path, device)
-    policy = QwenImage(parts.pipeline(), guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
+    policy = QwenImage(
+        parts.pipeline(),
+        guidance=section.guidance,
+        max_sequence_length=length,
+        autocast=torch.bfloat16 if bf16 else None,
+    )
     return parts.attach(policy, "qwen_image", section.dtype, length)
 
 
 class QwenImage(Adapted):
-    """A policy and a decoder over a QwenImagePipeline, with a peft LoRA on its transformer. Latents are [B, 16, h, w], packed inside."""
+    """A policy and a decoder over a QwenImagePipeline, with a peft LoRA on its transformer.
+
+    Latents are [B, 16, h, w], packed inside.
+    """
 
     cond = Cond
     blank: str | None = " "  # the negative prompt of the model's own examples
     # ComfyUI samples it by ModelSamplingFlux with a shift of 1.15 at any size.
     comfyui_shift = math.exp(1.15)
-    # ComfyUI and diffusers share the module names, but diffusers reads a file that has alphas only in the native form.
+    # ComfyUI and diffusers share the module names, but diffusers reads a file that has alphas only in the
+    # native form.
     lora_style = "native"
     blocks, attention, feed_forward = r"transformer_blocks\.\d+(\.attn)?", ATTENTION, FEED_FORWARD
 
@@ -65,20 +82,31 @@ class QwenImage(Adapted):
     ) -> None:
         super().__init__(pipeline, autocast)
         if not max_sequence_length:
-            raise ValueError("model.max_sequence_length is 0, but Qwen-Image reads its prompts by a language model; set it to 512")
+            raise ValueError(
+                "model.max_sequence_length is 0, but Qwen-Image reads its prompts by a language model; "
+                "set it to 512"
+            )
         self.guidance, self.max_sequence_length = guidance, max_sequence_length
         self._sigma: Tensor | None = None
         self.transformer.time_text_embed.register_forward_pre_hook(self._keep_exact)
 
     def _keep_exact(self, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Give the embedding the noise level as it is: the model rounds it to its own 16 bit (0.9545 to 0.953)."""
+        """Give the embedding the noise level as it is: the model rounds it to its own 16 bit (0.9545 to
+        0.953).
+        """
         if self._sigma is None:
             return given
         # Edit 2511 asks a second time, for a picture without noise.
-        return (self._sigma if len(given[0]) == len(self._sigma) else torch.cat([self._sigma, 0 * self._sigma]), *given[1:])
+        return (
+            self._sigma if len(given[0]) == len(self._sigma) else torch.cat([self._sigma, 0 * self._sigma]),
+            *given[1:],
+        )
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
-        """Return v [B, C, h, w] in float32; guidance above 1 is classifier-free and keeps the norm of every token's prediction."""
+        """Return v [B, C, h, w] in float32.
+
+        Guidance above 1 is classifier-free and keeps the norm of every token's prediction.
+        """
         height, width = x.shape[2] // 2, x.shape[3] // 2
         tokens = pack(x)
         if self.guidance <= 1:
@@ -86,18 +114,29 @@ class QwenImage(Adapted):
         twice = [*cond, *self.without(cond)]
         given, without = self._forward(tokens.repeat(2, 1, 1), sigma.repeat(2), twice, height, width).chunk(2)
         guided = without + self.guidance * (given - without)
-        return unpack(guided * (given.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), height, width)
+        return unpack(
+            guided * (given.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), height, width
+        )
 
     def without(self, cond: Sequence[Cond]) -> list[Cond]:
         """Return what guidance moves away from, row by row."""
         return self.encode([self.blank]) * len(cond)
 
-    def seen(self, tokens: Tensor, cond: Sequence[Cond], height: int, width: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        """Return the tokens [B, n, 4C] that the model looks at, those of the latents [B, h·w, 4C] first, and each part's (1, h, w)."""
+    def seen(
+        self, tokens: Tensor, cond: Sequence[Cond], height: int, width: int
+    ) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """Return the tokens [B, n, 4C] that the model looks at, those of the latents [B, h·w, 4C] first,
+        and each part's (1, h, w).
+        """
         return tokens, [(1, height, width)]
 
-    def _forward(self, tokens: Tensor, sigma: Tensor, cond: Sequence[Cond], height: int, width: int) -> Tensor:
-        """Run the transformer on packed latents [B, h·w, 4C]; texts are padded to the longest, and no token looks at the padding."""
+    def _forward(
+        self, tokens: Tensor, sigma: Tensor, cond: Sequence[Cond], height: int, width: int
+    ) -> Tensor:
+        """Run the transformer on packed latents [B, h·w, 4C].
+
+        Texts are padded to the longest, and no token looks at the padding.
+        """
         seen, shapes = self.seen(tokens, cond, height, width)
         text, mask = padded([c.tokens for c in cond])
         self._sigma = sigma.float()
@@ -117,7 +156,9 @@ class QwenImage(Adapted):
 
     def encode_one(self, prompt: str) -> Cond:
         """Run Qwen2.5-VL on one prompt in the model's own template, whose beginning is cut off again."""
-        tokens, _ = self.pipeline.encode_prompt(prompt, self.device, max_sequence_length=self.max_sequence_length)
+        tokens, _ = self.pipeline.encode_prompt(
+            prompt, self.device, max_sequence_length=self.max_sequence_length
+        )
         return Cond(tokens[0])
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -126,19 +167,29 @@ class QwenImage(Adapted):
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (C, h, w) of a picture of the given size in pixels."""
-        return self.transformer.config.in_channels // 4, *cells(width, height, self.pipeline.vae_scale_factor, 2)
+        return self.transformer.config.in_channels // 4, *cells(
+            width, height, self.pipeline.vae_scale_factor, 2
+        )
 
     def pipeline_sigmas(self, num_steps: int, shape: Sequence[int]) -> Tensor:
-        """Return QwenImagePipeline's noise levels [T+1]: shifted by the number of tokens, and stretched to the scheduler's last one."""
+        """Return QwenImagePipeline's noise levels [T+1]: shifted by the number of tokens, and stretched to
+        the scheduler's last one.
+        """
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
         names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-        mu = calculate_shift(shape[-2] * shape[-1] // 4, *(scheduler.config.get(name, default) for name, default in names.items()))
+        mu = calculate_shift(
+            shape[-2] * shape[-1] // 4,
+            *(scheduler.config.get(name, default) for name, default in names.items()),
+        )
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
         return scheduler.sigmas.float().cpu()
 
 
 def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Stack texts [L, D] of several lengths with zeros behind; the mask [B, L] says which tokens are there, None where all are."""
+    """Stack texts [L, D] of several lengths with zeros behind.
+
+    The mask [B, L] says which tokens are there, None where all are.
+    """
     lengths = [len(text) for text in texts]
     stacked = nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
     if min(lengths) == max(lengths):

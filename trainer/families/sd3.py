@@ -32,14 +32,23 @@ class Cond(NamedTuple):
 
 def load_pipeline(path: str | Path, dtype: torch.dtype) -> StableDiffusion3Pipeline:
     """Load a diffusers folder from this machine alone; a third text encoder that it lacks stays away."""
-    return diffusers_folder.load_pipeline(StableDiffusion3Pipeline, path, dtype, optional=("text_encoder_3", "tokenizer_3"))
+    return diffusers_folder.load_pipeline(
+        StableDiffusion3Pipeline, path, dtype, optional=("text_encoder_3", "tokenizer_3")
+    )
 
 
 def load(section: ModelSection, path: Path | None, device: torch.device | str) -> SD3:
     """Load the model of a configuration's section onto a device."""
     bf16, length = section.dtype == "bf16", section.max_sequence_length
-    parts = Parts(StableDiffusion3Pipeline, "sd3", section, path, device, optional=("text_encoder_3", "tokenizer_3"))
-    policy = SD3(parts.pipeline(), guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
+    parts = Parts(
+        StableDiffusion3Pipeline, "sd3", section, path, device, optional=("text_encoder_3", "tokenizer_3")
+    )
+    policy = SD3(
+        parts.pipeline(),
+        guidance=section.guidance,
+        max_sequence_length=length,
+        autocast=torch.bfloat16 if bf16 else None,
+    )
     return parts.attach(policy, "sd3", section.dtype, length)
 
 
@@ -78,11 +87,17 @@ class SD3(Adapted):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluate without gradients and, at full precision, with the adapter merged into copies of the weights."""
+        """Evaluate without gradients and, at full precision, with the adapter merged into copies of the
+        weights.
+        """
         # In 16 bit a small adapter would drown in the weights' rounding.
         exact = self.autocast is None and self.dtype in (torch.float32, torch.float64) and not self.packed
         with torch.no_grad():
-            self._merged = Merged(self.transformer) if exact and self.transformer.config.qk_norm in (None, "rms_norm") else None
+            self._merged = (
+                Merged(self.transformer)
+                if exact and self.transformer.config.qk_norm in (None, "rms_norm")
+                else None
+            )
             try:
                 yield
             finally:
@@ -101,10 +116,17 @@ class SD3(Adapted):
     def encode_one(self, prompt: str) -> Cond:
         """Run the text encoders on one prompt."""
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
-            prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length, device=self.device
+            prompt,
+            None,
+            None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+            device=self.device,
         )
         return Cond(tokens[0], pooled[0])
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (C, h, w) of a picture of the given size in pixels."""
-        return self.transformer.config.in_channels, *cells(width, height, self.pipeline.vae_scale_factor, self.pipeline.patch_size)
+        return self.transformer.config.in_channels, *cells(
+            width, height, self.pipeline.vae_scale_factor, self.pipeline.patch_size
+        )

@@ -1,4 +1,6 @@
-"""Z-Image and Z-Image-Turbo (Alibaba) on diffusers and peft: time runs from 0 to 1, texts of any length are padded inside the model."""
+"""Z-Image and Z-Image-Turbo (Alibaba) on diffusers and peft: time runs from 0 to 1, texts of any length
+are padded inside the model.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,18 @@ def load(section: ModelSection, path: Path | None, device: torch.device | str) -
     """Load the model of a configuration's section onto a device."""
     bf16, length = section.dtype == "bf16", section.max_sequence_length
     parts = Parts(ZImagePipeline, "z_image", section, path, device)
-    policy = ZImage(parts.pipeline(), guidance=section.guidance, max_sequence_length=length, autocast=torch.bfloat16 if bf16 else None)
+    policy = ZImage(
+        parts.pipeline(),
+        guidance=section.guidance,
+        max_sequence_length=length,
+        autocast=torch.bfloat16 if bf16 else None,
+    )
     return parts.attach(policy, "z_image", section.dtype, length)
 
 
 class ZImage(Adapted):
-    """A policy and a decoder over a ZImagePipeline, with a peft LoRA on its transformer. Latents are [B, 16, h, w].
+    """A policy and a decoder over a ZImagePipeline, with a peft LoRA on its transformer. Latents are [B, 16,
+    h, w].
 
     `guidance` is ComfyUI's cfg, one above what diffusers calls guidance_scale here.
     """
@@ -43,7 +51,8 @@ class ZImage(Adapted):
     cond = Cond
     blank = ""
     comfyui_shift = 3.0
-    # Under this prefix ComfyUI and diffusers both read diffusers' names with alphas; q, k and v need not be fused.
+    # Under this prefix ComfyUI and diffusers both read diffusers' names with alphas; q, k and v need not be
+    # fused.
     lora_style = "native"
     blocks = r"(layers|noise_refiner|context_refiner)\.\d+"
     attention = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
@@ -59,7 +68,10 @@ class ZImage(Adapted):
     ) -> None:
         super().__init__(pipeline, autocast)
         if not max_sequence_length:
-            raise ValueError("model.max_sequence_length is 0, but Z-Image reads its prompts by a language model; set it to 512")
+            raise ValueError(
+                "model.max_sequence_length is 0, but Z-Image reads its prompts by a language model; "
+                "set it to 512"
+            )
         self.guidance, self.max_sequence_length = guidance, max_sequence_length
 
     def _forward(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
@@ -67,13 +79,18 @@ class ZImage(Adapted):
         time = (1000 - sigma.float() * 1000) / 1000
         with self.casting():
             pictures = list(x[:, :, None].to(self.dtype).unbind())
-            outputs = self.transformer(pictures, time, [c.tokens.to(self.dtype) for c in cond], return_dict=False)[0]
+            outputs = self.transformer(
+                pictures, time, [c.tokens.to(self.dtype) for c in cond], return_dict=False
+            )[0]
         return -torch.stack(outputs)[:, :, 0].float()
 
     def encode_one(self, prompt: str) -> Cond:
         """Run Qwen3 on one prompt in its chat template."""
         tokens, _ = self.pipeline.encode_prompt(
-            prompt, self.device, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+            prompt,
+            self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
         )
         return Cond(tokens[0])
 
@@ -82,7 +99,10 @@ class ZImage(Adapted):
         return self.transformer.in_channels, *cells(width, height, self.pipeline.vae_scale_factor, PATCH)
 
     def pipeline_sigmas(self, num_steps: int, shape: Sequence[int]) -> Tensor:
-        """Return ZImagePipeline's noise levels [T+1]; mu counts only where the folder's scheduler shifts by resolution."""
+        """Return ZImagePipeline's noise levels [T+1].
+
+        Mu counts only where the folder's scheduler shifts by resolution.
+        """
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
         names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
         bounds = (scheduler.config.get(name, default) for name, default in names.items())

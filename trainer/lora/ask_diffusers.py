@@ -40,8 +40,14 @@ class Taken:
 
 
 def in_diffusers(tensors: Mapping[str, Tensor], reading: Reading, family: Family) -> Taken:
-    """Ask diffusers' loaders of a family about a file; `tensors` are the file's own, `reading` what they mean."""
-    return Taken(_right(by_pipeline(tensors, reading, family), reading, family), _right(by_adapter(tensors, reading), reading, family))
+    """Ask diffusers' loaders of a family about a file.
+
+    `tensors` are the file's own, `reading` what they mean.
+    """
+    return Taken(
+        _right(by_pipeline(tensors, reading, family), reading, family),
+        _right(by_adapter(tensors, reading), reading, family),
+    )
 
 
 def by_pipeline(tensors: Mapping[str, Tensor], reading: Reading, family: Family) -> dict[str, Pair]:
@@ -59,19 +65,27 @@ def by_pipeline(tensors: Mapping[str, Tensor], reading: Reading, family: Family)
         except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             return {}  # a converter of other people's forms gives up in any of these ways
     found = pairs_of(converted, alphas or {}, reading)
-    # Then it refuses the whole file; FLUX.1's does where its converter makes a module that the model lacks, too.
+    # Then it refuses the whole file; FLUX.1's does where its converter makes a module that the model lacks,
+    # too.
     refuses = not all("lora" in key for key in converted)
     strange = family.pipeline_takes_alpha and any(family.find(module) is None for module in found)
     return {} if refuses or strange else found
 
 
 def by_adapter(tensors: Mapping[str, Tensor], reading: Reading) -> dict[str, Pair]:
-    """Return the pairs that `load_lora_adapter` takes: diffusers' names under `transformer.`; it heeds no alpha in the file."""
+    """Return the pairs that `load_lora_adapter` takes: diffusers' names under `transformer.`.
+
+    It heeds no alpha in the file.
+    """
     return pairs_of(tensors, {}, reading)
 
 
-def pairs_of(tensors: Mapping[str, Tensor], alphas: Mapping[str, Tensor], reading: Reading) -> dict[str, Pair]:
-    """Collect `transformer.<module>.lora_A.weight` and its twin, scaled as the loader does: by alphas, by peft's own settings, or not."""
+def pairs_of(
+    tensors: Mapping[str, Tensor], alphas: Mapping[str, Tensor], reading: Reading
+) -> dict[str, Pair]:
+    """Collect `transformer.<module>.lora_A.weight` and its twin, scaled as the loader does: by alphas, by
+    peft's own settings, or not.
+    """
     found = {}
     for key, down in tensors.items():
         module = key.removeprefix("transformer.").removesuffix(".lora_A.weight")

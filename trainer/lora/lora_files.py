@@ -26,7 +26,10 @@ FAMILY_KEY = "g2rpo.family"
 
 
 def read_any(path: Path) -> Reading:
-    """Read a LoRA file of any known form, with peft's configuration where that lies beside it; a folder means its only such file."""
+    """Read a LoRA file of any known form, with peft's configuration where that lies beside it.
+
+    A folder means its only such file.
+    """
     path = lora_file(path)
     tensors, metadata = read_tensors(path)
     return understand(tensors, metadata, path, _adapter(path))
@@ -51,7 +54,9 @@ def _adapter(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(beside.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise LoraError(f"{beside} is damaged: it is no JSON file; restore it, or take it away if it is not this LoRA's") from error
+        raise LoraError(
+            f"{beside} is damaged: it is no JSON file; restore it, or take it away if it is not this LoRA's"
+        ) from error
     return content if isinstance(content, dict) else None
 
 
@@ -64,20 +69,30 @@ def which(reading: Reading, path: Path, family: str | None, model: Model | None 
 
 
 def write_new(path: Path, pairs: Pairs, style: str, metadata: Mapping[str, str], alpha: bool = True) -> None:
-    """Write a LoRA file, its scales already in the up matrices (so that `.alpha` is the rank); an existing file is never overwritten."""
+    """Write a LoRA file, its scales already in the up matrices (so that `.alpha` is the rank).
+
+    An existing file is never overwritten.
+    """
     check_free(path)
     tensors = {}
     for module, pair in pairs.items():
         tensors |= named({module: pair}, len(pair[0]), path, style)
     kept = {key: tensor for key, tensor in tensors.items() if alpha or not key.endswith(".alpha")}
-    ready = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in kept.items()}
+    ready = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in kept.items()
+    }
     with new_file(path) as file:
         file.write(save(ready, {"format": "pt", **metadata}))
 
 
 def form_for(family: Family, pairs: Pairs) -> str:
     """Choose the form that both ComfyUI and diffusers read; where there is none, the native one."""
-    return "diffusers" if all(family.in_core(module) == BOTH for module in renamed(family, pairs, "diffusers")) else "native"
+    return (
+        "diffusers"
+        if all(family.in_core(module) == BOTH for module in renamed(family, pairs, "diffusers"))
+        else "native"
+    )
 
 
 @dataclass(frozen=True)
@@ -96,7 +111,9 @@ def fit(reading: Reading, path: Path, model: Model, family: str | None) -> Fit:
     modules = model.modules()
     found = family_of_model(modules)
     if found is None:
-        raise FileError(f"{model.path} is of no family that is known ({', '.join(FAMILIES)}); give a transformer's file")
+        raise FileError(
+            f"{model.path} is of no family that is known ({', '.join(FAMILIES)}); give a transformer's file"
+        )
     naming = found[1]
     known = which(reading, path, family or found[0].name)
     pairs = renamed(known, reading.scaled(), naming)
@@ -134,24 +151,45 @@ def extract(tuned: Model, base: Model, rank: int) -> Extracted:
     found, other = family_of_model(tuned.modules()), family_of_model(base.modules())
     if found is None or found != other:
         names = [f"{each[0].name} ({each[1]})" if each else "unknown" for each in (found, other)]
-        raise FileError(f"{tuned.path} is {names[0]} and {base.path} is {names[1]}; give two models of one family and form")
+        raise FileError(
+            f"{tuned.path} is {names[0]} and {base.path} is {names[1]}; give two models of one family "
+            "and form"
+        )
     family, naming = found
     ours, theirs = tuned.modules(), base.modules()
     if ours.keys() != theirs.keys():
         odd = min(ours.keys() ^ theirs.keys())
-        raise FileError(f"{odd!a} is in one of {tuned.path} and {base.path} alone; give two models of the same architecture")
+        raise FileError(
+            f"{odd!a} is in one of {tuned.path} and {base.path} alone; give two models of the same "
+            "architecture"
+        )
     pairs, left_out, missed, whole = {}, [], 0.0, 0.0
     prefixes = [next(iter(keys.values()))[: -len(next(iter(keys)) + ".weight")] for keys in (ours, theirs)]
     for key, stored in tuned.tensors.items():
-        if not key.startswith(prefixes[0]) or (twin := base.tensors.get(prefixes[1] + key[len(prefixes[0]) :])) is None:
+        if (
+            not key.startswith(prefixes[0])
+            or (twin := base.tensors.get(prefixes[1] + key[len(prefixes[0]) :])) is None
+        ):
             continue
         if stored.shape != twin.shape:
-            raise FileError(f"{key!a} is {list(stored.shape)} in {tuned.path} and {list(twin.shape)} in {base.path}; give one architecture")
-        if any(f"{key.removesuffix('weight')}{word}" in model.tensors for model in (tuned, base) for word in SCALES):
-            raise FileError(f"{key!a} of {tuned.path} or {base.path} has a scale; give both models in 16 bit, 32 bit or plain fp8")
+            raise FileError(
+                f"{key!a} is {list(stored.shape)} in {tuned.path} and {list(twin.shape)} in "
+                f"{base.path}; give one architecture"
+            )
+        if any(
+            f"{key.removesuffix('weight')}{word}" in model.tensors
+            for model in (tuned, base)
+            for word in SCALES
+        ):
+            raise FileError(
+                f"{key!a} of {tuned.path} or {base.path} has a scale; give both models in 16 bit, 32 "
+                "bit or plain fp8"
+            )
         change = stored.read().float() - twin.read().float()
         if not change.isfinite().all():
-            raise FileError(f"{key!a}: {tuned.path} or {base.path} holds NaN or infinite values; give a sound model")
+            raise FileError(
+                f"{key!a}: {tuned.path} or {base.path} holds NaN or infinite values; give a sound model"
+            )
         if not change.any():
             continue
         module = key[len(prefixes[0]) :].removesuffix(".weight")
@@ -161,12 +199,20 @@ def extract(tuned: Model, base: Model, rank: int) -> Extracted:
         pairs[module], gone, all_of_it = extracted(change, rank)
         missed, whole = missed + gone, whole + all_of_it
     if not pairs:
-        raise FileError(f"{tuned.path} and {base.path} differ in no matrix of a known module; give the model before and after fine-tuning")
+        raise FileError(
+            f"{tuned.path} and {base.path} differ in no matrix of a known module; give the model "
+            "before and after fine-tuning"
+        )
     return Extracted(family, naming, pairs, math.sqrt(missed / whole), left_out)
 
 
-def in_diffusers_names(path: Path, modules: Iterable[str], family: str | None) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read a LoRA of any form by diffusers' names, its scales in the up matrices; `modules` are those of the model."""
+def in_diffusers_names(
+    path: Path, modules: Iterable[str], family: str | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Read a LoRA of any form by diffusers' names, its scales in the up matrices.
+
+    `modules` are those of the model.
+    """
     reading = read_any(path)
     check_sound(reading, path)
     pairs = reading.scaled()
@@ -176,17 +222,23 @@ def in_diffusers_names(path: Path, modules: Iterable[str], family: str | None) -
 
 
 def for_transformer(path: Path, transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read a LoRA of any form for a diffusers model, by its module names and with scales in the up matrices; a misfit is refused."""
+    """Read a LoRA of any form for a diffusers model, by its module names and with scales in the up
+    matrices; a misfit is refused.
+    """
     shapes = {name: shape for name, layer in transformer.named_modules() if (shape := _shape(layer))}
     found, reading = family_of_model(shapes), read_any(path)
     known = [module for module in reading.pairs if module in shapes or (found and found[0].find(module))]
     if reading.pairs and not known:
         raise LoraError(f"{path} fits no module of this model; choose a LoRA that was made for it")
     pairs = in_diffusers_names(path, shapes, found[0].name if found else None)
-    if bad := [module for module, (down, up) in pairs.items() if module not in shapes or not _sized(shapes[module], down, up)]:
+    if bad := [
+        module
+        for module, (down, up) in pairs.items()
+        if module not in shapes or not _sized(shapes[module], down, up)
+    ]:
         raise LoraError(
-            f"{path}: {len(bad)} of its modules, such as {bad[0]}, are absent or of another size in this model; "
-            f"take a LoRA that was made for it"
+            f"{path}: {len(bad)} of its modules, such as {bad[0]}, are absent or of another size in this "
+            "model; take a LoRA that was made for it"
         )
     return pairs
 
@@ -199,36 +251,56 @@ def _shape(layer: nn.Module) -> tuple[int, ...]:
     return tuple(weight.shape) if isinstance(weight, Tensor) else ()
 
 
-def start_from(path: Path, adapter: Mapping[str, tuple[int, ...]], family: str | None) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read what a run starts from, by diffusers' names; `adapter` gives (rows, rank, columns) of the modules that the run trains."""
+def start_from(
+    path: Path, adapter: Mapping[str, tuple[int, ...]], family: str | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Read what a run starts from, by diffusers' names.
+
+    `adapter` gives (rows, rank, columns) of the modules that the run trains.
+    """
     pairs = in_diffusers_names(path, adapter, family)
     if strange := sorted(set(pairs) - set(adapter)):
         raise LoraError(
-            f"lora.init {path}: this run does not train {len(strange)} of its modules, such as {strange[0]}; change lora.targets"
+            f"lora.init {path}: this run does not train {len(strange)} of its modules, such as "
+            f"{strange[0]}; change lora.targets"
         )
     for module, (down, up) in pairs.items():
         rows, rank, *columns = adapter[module]
         if len(up) != rows or list(down.shape[1:]) != columns:
-            raise LoraError(f"lora.init {path}: {module} has another size in this model; take a LoRA that was made for it")
+            raise LoraError(
+                f"lora.init {path}: {module} has another size in this model; take a LoRA that was made for it"
+            )
         if len(down) > rank:
             raise LoraError(
-                f"lora.init {path}: its rank is {len(down)}, lora.rank is {rank}; raise lora.rank, or cut the file: "
-                f"g2rpo export {path} --rank {rank} --out NEW.safetensors"
+                f"lora.init {path}: its rank is {len(down)}, lora.rank is {rank}; raise lora.rank, or cut "
+                f"the file: g2rpo export {path} --rank {rank} --out NEW.safetensors"
             )
     return pairs
 
 
 @torch.no_grad()
 def add_frozen(transformer: nn.Module, path: Path, strength: float, family: str | None) -> None:
-    """Add a LoRA to a model's weights for good, so that a run starts, and measures KL, from the model with it."""
-    weights = {name: layer.weight for name, layer in transformer.named_modules() if isinstance(getattr(layer, "weight", None), Tensor)}
+    """Add a LoRA to a model's weights for good, so that a run starts, and measures KL, from the model with
+    it.
+    """
+    weights = {
+        name: layer.weight
+        for name, layer in transformer.named_modules()
+        if isinstance(getattr(layer, "weight", None), Tensor)
+    }
     pairs = in_diffusers_names(path, weights, family)
     for module, (down, up) in pairs.items():
         if module not in weights or not _sized(tuple(weights[module].shape), down, up):
-            raise LoraError(f"model.lora {path}: {module} is absent or of another size in this model; take a LoRA that was made for it")
+            raise LoraError(
+                f"model.lora {path}: {module} is absent or of another size in this model; take a LoRA "
+                "that was made for it"
+            )
     for module, (down, up) in pairs.items():
         weight = weights[module]
         if not weight.is_floating_point() or weight.element_size() < 2:
-            raise LoraError(f"model.lora {path}: {module} is {weight.dtype}, to which nothing can be added; load the model in 16 or 32 bit")
+            raise LoraError(
+                f"model.lora {path}: {module} is {weight.dtype}, to which nothing can be added; load "
+                "the model in 16 or 32 bit"
+            )
         down, up = (tensor.to(weight.device, torch.float32).flatten(1) for tensor in (down, up))
         weight.copy_(weight.float() + strength * (up @ down).reshape(weight.shape))

@@ -1,4 +1,6 @@
-"""A LoRA added to a model's weights on disk: in 16 or 32 bit, in fp8, or in fp8 with a scale beside every weight."""
+"""A LoRA added to a model's weights on disk: in 16 or 32 bit, in fp8, or in fp8 with a scale beside every
+weight.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,12 @@ from .weight_files import NUMBERS, SCALES, Model, rewrite
 
 
 def merge(made: Fit, model: Model, out: Path, strength: float, metadata: Mapping[str, str]) -> float:
-    """Write the model with a LoRA added to its weights; return the error of rounding to the model's type, relative to the change.
+    """Write the model with a LoRA added to its weights; return the error of rounding to the model's type,
+    relative to the change.
 
-    Sums are computed in float32 and rounded to the nearest number of the type; what is too large for it becomes its largest. Fp8 may lose
-    more than the change itself: then the error is near 1 or above. Scales of fp8 weights stay what they are.
+    Sums are computed in float32 and rounded to the nearest number of the type; what is too large for it
+    becomes its largest. Fp8 may lose more than the change itself: then the error is near 1 or above. Scales
+    of fp8 weights stay what they are.
     """
     keys = model.modules()
     pairs = {keys[module]: pair for module, pair in made.fitting.items()}
@@ -50,13 +54,23 @@ def scale_of(model: Model, key: str) -> float:
     """Return what a stored weight is to be multiplied by; types to which nothing can be added are refused."""
     stored = model.tensors[key]
     if stored.dtype not in NUMBERS:
-        raise FileError(f"{model.path}: {key!a} is {stored.dtype}, to which nothing can be added; give a model in 16 bit, 32 bit or fp8")
-    found = next((other for word in SCALES if (other := f"{key.removesuffix('weight')}{word}") in model.tensors), None)
+        raise FileError(
+            f"{model.path}: {key!a} is {stored.dtype}, to which nothing can be added; give a model in "
+            "16 bit, 32 bit or fp8"
+        )
+    found = next(
+        (other for word in SCALES if (other := f"{key.removesuffix('weight')}{word}") in model.tensors), None
+    )
     if found is None:
         return 1.0
     if math.prod(model.tensors[found].shape) != 1:
-        raise FileError(f"{model.path}: {key!a} has a scale per block, to which nothing can be added; give a model in 16 bit or plain fp8")
+        raise FileError(
+            f"{model.path}: {key!a} has a scale per block, to which nothing can be added; give a model "
+            "in 16 bit or plain fp8"
+        )
     scale = float(model.tensors[found].read())
     if not (math.isfinite(scale) and scale > 0):
-        raise FileError(f"{model.path}: {found!a} is {scale:g}; a scale must be above 0; download the model again")
+        raise FileError(
+            f"{model.path}: {found!a} is {scale:g}; a scale must be above 0; download the model again"
+        )
     return scale

@@ -1,4 +1,6 @@
-"""Models on disk, looked at by their headers alone and copied tensor by tensor: a file, or a folder of shards."""
+"""Models on disk, looked at by their headers alone and copied tensor by tensor: a file, or a folder of
+shards.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,18 @@ class Stored:
     def read(self) -> Tensor:
         """Load the tensor."""
         if self.dtype not in NUMBERS:
-            raise FileError(f"{self.file}: weights of type {self.dtype} cannot be computed with; give the model in 16 bit, 32 bit or fp8")
+            raise FileError(
+                f"{self.file}: weights of type {self.dtype} cannot be computed with; give the model in "
+                "16 bit, 32 bit or fp8"
+            )
         with open(self.file, "rb") as file:
             file.seek(self.begin)
             content = bytearray(file.read(self.size))
-        return torch.frombuffer(content, dtype=NUMBERS[self.dtype]).reshape(self.shape) if content else torch.empty(self.shape)
+        return (
+            torch.frombuffer(content, dtype=NUMBERS[self.dtype]).reshape(self.shape)
+            if content
+            else torch.empty(self.shape)
+        )
 
     def rows(self, begin: int, end: int) -> Tensor:
         """Load rows of the tensor, which may be in fp8; a number has one row."""
@@ -57,7 +66,11 @@ class Stored:
             if file.readinto(content) != len(content):
                 raise FileError(f"{self.file} ends too early; download or save it again")
         kind, wanted = NUMBERS[self.dtype], (end - begin, *shape[1:])
-        return torch.frombuffer(content, dtype=kind).reshape(wanted) if content else torch.empty(wanted, dtype=kind)
+        return (
+            torch.frombuffer(content, dtype=kind).reshape(wanted)
+            if content
+            else torch.empty(wanted, dtype=kind)
+        )
 
     def chunks(self) -> Iterator[bytes]:
         """Read the tensor's bytes piece by piece."""
@@ -82,13 +95,17 @@ class Model:
 
     def modules(self) -> dict[str, str]:
         """Map every module that has a weight to the weight's key."""
-        prefix = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in self.tensors)), "")
+        prefix = next(
+            (prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in self.tensors)), ""
+        )
         weights = [key for key in self.tensors if key.startswith(prefix) and key.endswith(".weight")]
         return {key[len(prefix) : -len(".weight")]: key for key in weights}
 
 
 def look_at(path: Path) -> Model:
-    """Read the headers of a safetensors file, or of all shards of a folder (a diffusers model: of its transformer)."""
+    """Read the headers of a safetensors file, or of all shards of a folder (a diffusers model: of its
+    transformer).
+    """
     tensors: dict[str, Stored] = {}
     metadata: dict[str, str] = {}
     for file in files_of(Path(path)):
@@ -103,7 +120,10 @@ def look_at(path: Path) -> Model:
         metadata |= header.pop("__metadata__", {})
         for key, entry in header.items():
             if key in tensors:
-                raise FileError(f"{path}: {key[:200]!a} lies in {tensors[key].file.name} and in {file.name}; give one of the two files")
+                raise FileError(
+                    f"{path}: {key[:200]!a} lies in {tensors[key].file.name} and in {file.name}; give "
+                    "one of the two files"
+                )
             begin, end = entry["data_offsets"]
             tensors[key] = Stored(file, entry["dtype"], tuple(entry["shape"]), start + begin, end - begin)
     return Model(Path(path), tensors, metadata)
@@ -116,7 +136,10 @@ def files_of(path: Path) -> list[Path]:
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) > 1:
-        raise FileError(f"{folder} has {len(indices)} indices of shards; give the file of one of them, or a folder with one")
+        raise FileError(
+            f"{folder} has {len(indices)} indices of shards; give the file of one of them, or a folder "
+            "with one"
+        )
     if not indices:
         found = sorted(folder.glob("*.safetensors"))
         if not found:
@@ -127,7 +150,9 @@ def files_of(path: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise FileError(f"{indices[0]} is no index of shards; download it again") from error
     if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise FileError(f"{indices[0]} names {str(strange[0])[:100]!a}, which is no file beside it; download it again")
+        raise FileError(
+            f"{indices[0]} names {str(strange[0])[:100]!a}, which is no file beside it; download it again"
+        )
     if missing := sorted(name for name in names if not (folder / name).is_file()):
         raise FileError(f"{folder} lacks {missing[0]}; finish the download")
     return [folder / name for name in sorted(names)]
@@ -155,15 +180,31 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
         finally:
             Path(name).unlink(missing_ok=True)
     except OSError as error:
-        raise FileError(f"cannot write {path}: {(error.strerror or str(error)).lower()}; make room or choose another --out") from error
+        raise FileError(
+            f"cannot write {path}: {(error.strerror or str(error)).lower()}; make room or choose "
+            "another --out"
+        ) from error
 
 
-def rewrite(model: Model, path: Path, change: Callable[[str, Tensor], Tensor], keys: set[str], metadata: Mapping[str, str]) -> None:
-    """Copy a model to a new file of the same keys and types; the tensors of some keys go through `change`, one at a time."""
+def rewrite(
+    model: Model,
+    path: Path,
+    change: Callable[[str, Tensor], Tensor],
+    keys: set[str],
+    metadata: Mapping[str, str],
+) -> None:
+    """Copy a model to a new file of the same keys and types.
+
+    The tensors of some keys go through `change`, one at a time.
+    """
     header: dict[str, Any] = {"__metadata__": {**model.metadata, **metadata}}
     place = 0
     for key, stored in model.tensors.items():
-        header[key] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": [place, place + stored.size]}
+        header[key] = {
+            "dtype": stored.dtype,
+            "shape": list(stored.shape),
+            "data_offsets": [place, place + stored.size],
+        }
         place += stored.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -1,4 +1,7 @@
-"""Velocities of completions for less: lower precision, compiled blocks. Anchors, branch states and updates never come here."""
+"""Velocities of completions for less: lower precision, compiled blocks.
+
+Anchors, branch states and updates never come here.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ from comfy_g2rpo.speed.fitting_batch import OutOfMemory
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FP8 = torch.float8_e4m3fn
 BACKEND: Any = "inductor"
-FEW = 256  # rows below which a product is bound by reading its weights: quantising them costs more than it saves
+# rows below which a product is bound by reading its weights: quantising them costs more than it saves
+FEW = 256
 
 
 class Completing(Policy, Protocol):
@@ -30,7 +34,9 @@ class Completing(Policy, Protocol):
     transformer: Any
 
     def completing(self, dtype: torch.dtype | None) -> AbstractContextManager[None]:
-        """Evaluate by the transformer's own blocks inside the context, under autocast to `dtype` where it is given."""
+        """Evaluate by the transformer's own blocks inside the context, under autocast to `dtype` where it
+        is given.
+        """
         ...
 
 
@@ -53,7 +59,11 @@ class Completions:
                     return self.policy.velocity(x, sigma, cond)
             except OutOfMemory:
                 raise
-            except (RuntimeError, ImportError, OSError) as error:  # all that the compiler raises is one of these
+            except (
+                RuntimeError,
+                ImportError,
+                OSError,
+            ) as error:  # all that the compiler raises is one of these
                 why = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
                 self.notes.append(f"speed.compile is off: the blocks do not compile here ({why[:200]})")
                 self.blocks = None
@@ -64,9 +74,13 @@ class CompiledBlocks:
     """A transformer's repeated blocks beside their compiled selves, which share one graph of each kind."""
 
     def __init__(self, transformer: nn.Module) -> None:
-        # What diffusers' compile_repeated_blocks goes by; that compiles in place, and here the exact path must stay as it is.
+        # What diffusers' compile_repeated_blocks goes by; that compiles in place, and here the exact path
+        # must stay as it is.
         kinds = set(getattr(transformer, "_repeated_blocks", ())) or {
-            type(block).__name__ for part in transformer.children() if isinstance(part, nn.ModuleList) for block in part
+            type(block).__name__
+            for part in transformer.children()
+            if isinstance(part, nn.ModuleList)
+            for block in part
         }
         self.places = [
             (owner, name, block, torch.compile(block, backend=BACKEND))
@@ -88,9 +102,11 @@ class CompiledBlocks:
 
 
 class FP8Products(TorchFunctionMode):
-    """Multiply by frozen weights in 8 bit: rows of the input and of the weight scaled to float8's range, sums in float32.
+    """Multiply by frozen weights in 8 bit: rows of the input and of the weight scaled to float8's range, sums
+    in float32.
 
-    What learns (the adapter) stays as it is, and so does what is small, or has sizes that are no multiple of 16, which the hardware wants.
+    What learns (the adapter) stays as it is, and so does what is small, or has sizes that are no multiple of
+    16, which the hardware wants.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -111,7 +127,9 @@ def eligible(x: Tensor, weight: Tensor) -> bool:
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x [..., K] · weight [N, K]ᵀ + bias in x's type, both sides as float8 (e4m3) with a float32 scale per row."""
+    """Return x [..., K] · weight [N, K]ᵀ + bias in x's type, both sides as float8 (e4m3) with a float32
+    scale per row.
+    """
     flat = x.flatten(0, -2)
     (left, left_scale), (right, right_scale) = quantised(flat), quantised(weight)
     # Scales by row need a product in bf16 on the hardware.
@@ -136,15 +154,28 @@ def multiplies_fp8(device: torch.device) -> str:
 
 
 def completions(policy: Any, speed: Speed) -> CheapVelocity | None:
-    """Return the velocity that a run's completions are evaluated by, or None for the policy's own; ValueError for what cannot be."""
+    """Return the velocity that a run's completions are evaluated by, or None for the policy's own.
+
+    ValueError for what cannot be.
+    """
     if speed.precision == "same" and not speed.compile:
         return None
     device = torch.device(policy.device)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type}"
     if AUTOCAST.get(speed.precision) == policy.dtype:
-        raise ValueError(f"speed.precision is {speed.precision}, which the model has anyway (model.dtype); remove it, or choose fp8")
-    if speed.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f"speed.precision is {speed.precision}, which the model has anyway (model.dtype); remove "
+            "it, or choose fp8"
+        )
+    if (
+        speed.precision == "bf16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         raise ValueError(f"speed.precision is bf16, which {card} does not compute in; choose fp16")
     if speed.precision == "fp8" and (why := multiplies_fp8(device)):
-        raise ValueError(f"speed.precision is fp8, which {card} cannot multiply ({why}); choose bf16, or same where model.dtype is that")
+        raise ValueError(
+            f"speed.precision is fp8, which {card} cannot multiply ({why}); choose bf16, or same where "
+            "model.dtype is that"
+        )
     return Completions(policy, speed)

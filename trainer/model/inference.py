@@ -21,8 +21,11 @@ def device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def draw(config: Config, prompts: Sequence[str], seed: int, lora_file: Path | None, tail: float = 0.0) -> list[Tensor]:
-    """Draw a picture [H, W, 3] or a clip [F, H, W, 3] per prompt without exploration; every prompt starts from the noise of `seed`.
+def draw(
+    config: Config, prompts: Sequence[str], seed: int, lora_file: Path | None, tail: float = 0.0
+) -> list[Tensor]:
+    """Draw a picture [H, W, 3] or a clip [F, H, W, 3] per prompt without exploration; every prompt starts
+    from the noise of `seed`.
 
     The last `tail` share of the steps runs without the LoRA.
     """
@@ -34,5 +37,9 @@ def draw(config: Config, prompts: Sequence[str], seed: int, lora_file: Path | No
     shape = policy.latent_shape(config.model.width, config.model.height)
     sigmas = families.sigmas(policy, config.model.schedule, recipe, shape)
     conds, seeds = policy.encode(prompts), [seed] * len(prompts)
-    latents = draw_with_tail(policy, sigmas, conds, seeds, shape, tail, slots=config.train.slots, device=policy.device)
-    return [picture for part in latents.split(config.train.decode_batch) for picture in policy.decode(part).cpu()]
+    latents = draw_with_tail(
+        policy, sigmas, conds, seeds, shape, tail, slots=config.train.slots, device=policy.device
+    )
+    return [
+        picture for part in latents.split(config.train.decode_batch) for picture in policy.decode(part).cpu()
+    ]

@@ -27,7 +27,10 @@ def adamw_8bit(parameters: Sequence[nn.Parameter], recipe: Recipe) -> torch.opti
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise ValueError("method.optimizer is adamw_8bit, which needs bitsandbytes; install it with: pip install bitsandbytes") from error
+        raise ValueError(
+            "method.optimizer is adamw_8bit, which needs bitsandbytes; install it with: pip install "
+            "bitsandbytes"
+        ) from error
     return AdamW8bit(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
 
 
@@ -36,6 +39,14 @@ def prodigy(parameters: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.O
     try:
         from prodigyopt import Prodigy
     except ImportError as error:
-        raise ValueError("method.optimizer is prodigy, which needs prodigyopt; install it with: pip install prodigyopt") from error
+        raise ValueError(
+            "method.optimizer is prodigy, which needs prodigyopt; install it with: pip install prodigyopt"
+        ) from error
     with redirect_stdout(io.StringIO()):  # it prints what it is told to do
-        return Prodigy(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, decouple=True, use_bias_correction=True)
+        return Prodigy(
+            parameters,
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            decouple=True,
+            use_bias_correction=True,
+        )

@@ -1,4 +1,6 @@
-"""Where the parts of a model are and how they are kept, so that a run fits its card: encoders first and away, then the transformer."""
+"""Where the parts of a model are and how they are kept, so that a run fits its card: encoders first and
+away, then the transformer.
+"""
 
 from __future__ import annotations
 
@@ -22,21 +24,38 @@ import platform
 
 
 def check_card(model: ModelSection, memory: MemorySection, device: torch.device) -> str:
-    """Refuse a precision that a device cannot keep, with what to take instead; return a remark where it can, but slowly."""
+    """Refuse a precision that a device cannot keep, with what to take instead.
+
+    Return a remark where it can, but slowly.
+    """
     if memory.quantization == "nf4":
         bitsandbytes()
     if device.type == "mps" and memory.quantization != "none":
-        raise ValueError(f"memory.quantization is {memory.quantization}, which Apple's GPUs do not know; set it to none")
+        raise ValueError(
+            f"memory.quantization is {memory.quantization}, which Apple's GPUs do not know; set it to none"
+        )
     if device.type == "mps" and memory.block_swap:
-        raise ValueError("memory.block_swap is for cards with memory of their own; on Apple's GPUs set it to 0")
-    if device.type == "cuda" and model.dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            "memory.block_swap is for cards with memory of their own; on Apple's GPUs set it to 0"
+        )
+    if (
+        device.type == "cuda"
+        and model.dtype == "bf16"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         name = torch.cuda.get_device_name(device)
-        return f"{name} computes bf16 by detours, slowly; model.dtype: fp32 with memory.quantization: fp8 may be quicker"
+        return (
+            f"{name} computes bf16 by detours, slowly; model.dtype: fp32 with memory.quantization: fp8 may "
+            "be quicker"
+        )
     return ""
 
 
 def move_encoders(policy: Adapted, device: torch.device) -> None:
-    """Move what reads prompts, and the VAE that reads their pictures, to a device; the policy encodes there from now on."""
+    """Move what reads prompts, and the VAE that reads their pictures, to a device.
+
+    The policy encodes there from now on.
+    """
     pipeline = policy.pipeline
     for name in pipeline.components:
         part = getattr(pipeline, name)
@@ -46,10 +65,15 @@ def move_encoders(policy: Adapted, device: torch.device) -> None:
 
 
 def place(policy: Adapted, memory: MemorySection, device: torch.device) -> None:
-    """Put a loaded policy on its device: the transformer packed as the section says, the VAE, and what has been encoded."""
+    """Put a loaded policy on its device: the transformer packed as the section says, the VAE, and what has
+    been encoded.
+    """
     transformer, count = policy.transformer, len(blocks_of(policy.transformer))
     if memory.block_swap > count:
-        raise ValueError(f"memory.block_swap is {memory.block_swap}, but this model has {count} blocks; set it to {count} at most")
+        raise ValueError(
+            f"memory.block_swap is {memory.block_swap}, but this model has {count} blocks; set it to "
+            f"{count} at most"
+        )
     if memory.quantization == "nf4":
         bitsandbytes()
     policy.packed = memory.quantization != "none" or memory.block_swap > 0
@@ -63,8 +87,11 @@ def place(policy: Adapted, memory: MemorySection, device: torch.device) -> None:
     policy.moved(device)
 
 
-def load_in_stages(load: Callable[[], Adapted], memory: MemorySection, device: torch.device, prompts: Sequence[str]) -> Adapted:
-    """Load a policy, encode the prompts, drop the text encoders, and place the rest: no two large parts are on the device at once.
+def load_in_stages(
+    load: Callable[[], Adapted], memory: MemorySection, device: torch.device, prompts: Sequence[str]
+) -> Adapted:
+    """Load a policy, encode the prompts, drop the text encoders, and place the rest: no two large parts are
+    on the device at once.
 
     Without prompts the text encoders stay, for those who encode later.
     """
@@ -82,12 +109,17 @@ def weight_bytes(module: nn.Module, device: torch.device) -> int:
     """Count the bytes of a module's weights that are on a device, packed ones among them."""
     tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
     tensors += [tensor for layer in stored(module) for tensor in layer.packed.tensors()]
-    alone = {tensor.untyped_storage()._cdata: tensor for tensor in tensors if tensor.device.type == device.type}
+    alone = {
+        tensor.untyped_storage()._cdata: tensor for tensor in tensors if tensor.device.type == device.type
+    }
     return sum(tensor.untyped_storage().nbytes() for tensor in alone.values())
 
 
 class InTurn:
-    """A reward whose weights are on the device while it judges, and in the computer's memory otherwise; all else is the reward's own."""
+    """A reward whose weights are on the device while it judges, and in the computer's memory otherwise.
+
+    All else is the reward's own.
+    """
 
     def __init__(self, reward: Reward, device: torch.device) -> None:
         self.reward, self.device = reward, device
@@ -142,7 +174,9 @@ LARGEST_KEPT = 2**30
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: it would hand large activations back to the system and fault every page in anew at the next forward."""
+    """Let glibc keep what is freed: it would hand large activations back to the system and fault every
+    page in anew at the next forward.
+    """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)

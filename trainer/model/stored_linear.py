@@ -1,7 +1,9 @@
-"""Frozen linear layers whose weights are kept in few bits, or in the computer's memory, and are made anew whenever they are used.
+"""Frozen linear layers whose weights are kept in few bits, or in the computer's memory, and are made anew
+whenever they are used.
 
-The backward pass makes a weight a second time and so keeps none: hooks that change a parameter's data between two calls, such as diffusers'
-layerwise casting and group offloading, would leave it a weight of another type or on another device.
+The backward pass makes a weight a second time and so keeps none: hooks that change a parameter's data between
+two calls, such as diffusers' layerwise casting and group offloading, would leave it a weight of another type
+or on another device.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ class Packed(Protocol):
         """List what it consists of."""
 
     def to(self, device: torch.device, pinned: bool = False) -> Packed:
-        """Return it on a device; `pinned` in page-locked memory, from which a GPU fetches it while it computes."""
+        """Return it on a device.
+
+        `pinned` in page-locked memory, from which a GPU fetches it while it computes.
+        """
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Make the weight [out, in]."""
@@ -55,7 +60,9 @@ class Whole:
 
 
 class Float8:
-    """A weight in float8_e4m3fn and a scale per row, a power of two: what is kept is exact in 16 bit, and off by 1/16 at most."""
+    """A weight in float8_e4m3fn and a scale per row, a power of two: what is kept is exact in 16 bit, and
+    off by 1/16 at most.
+    """
 
     def __init__(self, kept: Tensor, scale: Tensor) -> None:
         self.kept, self.scale = kept, scale
@@ -83,7 +90,9 @@ class Float8:
 class NormalFloat4:
     """A weight in bitsandbytes' nf4, two to a byte, and a scale per 64 of them."""
 
-    def __init__(self, kept: Tensor, scale: Tensor, code: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+    def __init__(
+        self, kept: Tensor, scale: Tensor, code: Tensor, shape: torch.Size, dtype: torch.dtype
+    ) -> None:
         self.kept, self.scale, self.code, self.shape, self.dtype = kept, scale, code, shape, dtype
 
     @classmethod
@@ -105,7 +114,12 @@ class NormalFloat4:
         """Make the weight [out, in]."""
         functional = bitsandbytes()
         state = functional.QuantState(
-            absmax=self.scale, shape=self.shape, code=self.code, blocksize=NF4_BLOCK, quant_type="nf4", dtype=self.dtype
+            absmax=self.scale,
+            shape=self.shape,
+            code=self.code,
+            blocksize=NF4_BLOCK,
+            quant_type="nf4",
+            dtype=self.dtype,
         )
         return functional.dequantize_4bit(self.kept, state).to(dtype)
 
@@ -119,13 +133,17 @@ def bitsandbytes() -> Any:
         from bitsandbytes import functional
     except ImportError as error:
         raise ValueError(
-            "memory.quantization is nf4, which needs bitsandbytes; install it with: pip install bitsandbytes, or take fp8"
+            "memory.quantization is nf4, which needs bitsandbytes; install it with: pip install "
+            "bitsandbytes, or take fp8"
         ) from error
     return functional
 
 
 def moved(tensor: Tensor, device: torch.device, pinned: bool) -> Tensor:
-    """Move a tensor; from page-locked memory without waiting, for what computes with it stands behind the copy in the queue."""
+    """Move a tensor.
+
+    From page-locked memory without waiting, for what computes with it stands behind the copy in the queue.
+    """
     there = tensor.to(device, non_blocking=True)
     return there.pin_memory() if pinned else there
 
@@ -136,7 +154,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: StoredLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.make(x.dtype, x.device), None if layer.bias is None else layer.bias.to(x.dtype))
+        return F.linear(
+            x, layer.make(x.dtype, x.device), None if layer.bias is None else layer.bias.to(x.dtype)
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -144,7 +164,10 @@ class _Product(torch.autograd.Function):
 
 
 class StoredLinear(nn.Linear):
-    """A frozen linear layer with a packed weight; `home` is where it waits, `device` where it is used and its bias stays."""
+    """A frozen linear layer with a packed weight.
+
+    `home` is where it waits, `device` where it is used and its bias stays.
+    """
 
     def __init__(self, layer: nn.Linear, quantization: str, device: torch.device, home: torch.device) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
@@ -154,7 +177,9 @@ class StoredLinear(nn.Linear):
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(device), requires_grad=False)
         # A GPU packs faster; what is kept as it is need not go there and back.
         weight = layer.weight.detach() if quantization == "none" else layer.weight.detach().to(device)
-        self.packed: Packed = PACKINGS[quantization](weight).to(home, pinned=home.type == "cpu" and device.type == "cuda")
+        self.packed: Packed = PACKINGS[quantization](weight).to(
+            home, pinned=home.type == "cpu" and device.type == "cuda"
+        )
 
     def make(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Make the weight [out, in] on a device."""
@@ -175,7 +200,12 @@ class StoredLinear(nn.Linear):
 def blocks_of(transformer: nn.Module) -> list[nn.Module]:
     """List a transformer's blocks in the order of its lists: in them lie nearly all of its weights."""
     lists = [child for child in transformer.children() if isinstance(child, nn.ModuleList)]
-    return [block for each in lists for block in each if any(isinstance(part, nn.Linear) for part in block.modules())]
+    return [
+        block
+        for each in lists
+        for block in each
+        if any(isinstance(part, nn.Linear) for part in block.modules())
+    ]
 
 
 def linear_layers(block: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
@@ -186,8 +216,13 @@ def linear_layers(block: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]
                 yield parent, name, child
 
 
-def store(transformer: nn.Module, quantization: str, swapped: int, device: torch.device, host: torch.device = HOST) -> None:
-    """Give the blocks of a transformer stored layers on a device; those of the first `swapped` blocks keep theirs in main memory."""
+def store(
+    transformer: nn.Module, quantization: str, swapped: int, device: torch.device, host: torch.device = HOST
+) -> None:
+    """Give the blocks of a transformer stored layers on a device.
+
+    Those of the first `swapped` blocks keep theirs in main memory.
+    """
     for number, block in enumerate(blocks_of(transformer)):
         waits = number < swapped
         if quantization == "none" and not waits:

@@ -1,7 +1,9 @@
-"""Before and after: pairs of pictures with their scores, what changed and how sure that is. Prompts, not pictures, are what is drawn from.
+"""Before and after: pairs of pictures with their scores, what changed and how sure that is. Prompts, not
+pictures, are what is drawn from.
 
-A prompt's pictures resemble each other, so that each prompt counts once, by its mean; the interval is a paired bootstrap over prompts
-(Efron and Tibshirani, "An introduction to the bootstrap", 1993, §10.3 and §14.3).
+A prompt's pictures resemble each other, so that each prompt counts once, by its mean; the interval is a
+paired bootstrap over prompts (Efron and Tibshirani, "An introduction to the bootstrap", 1993, §10.3 and
+§14.3).
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from comfy_g2rpo.run.evaluation import Evaluation
 from comfy_g2rpo.run.folder import RunFolder, is_run
 
 RESAMPLES, CONFIDENCE = 9999, 0.95
-MANY = 2000  # units from which on the plain percentile interval replaces the accelerated one, which leaves each of them out once
+# units from which on the plain percentile interval replaces the accelerated one, which leaves each of them
+# out once
+MANY = 2000
 
 
 class ComparisonError(ValueError):
@@ -40,7 +44,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Change:
-    """What happened to one reward: means, mean gain and win rate with their 95 % intervals, over `count` prompts."""
+    """What happened to one reward: means, mean gain and win rate with their 95 % intervals, over `count`
+    prompts.
+    """
 
     reward: str
     count: int
@@ -76,14 +82,22 @@ def change(reward: str, pairs: Sequence[Pair]) -> Change:
             units.setdefault(pair.prompt or pair.label, []).append(found)
     table = np.array([np.mean(rows, axis=0) for rows in units.values()]).reshape(-1, 2)
     gains = table[:, 1] - table[:, 0]
-    wins = np.array([np.mean([(after > before) + (after == before) / 2 for before, after in rows]) for rows in units.values()])
+    wins = np.array(
+        [
+            np.mean([(after > before) + (after == before) / 2 for before, after in rows])
+            for rows in units.values()
+        ]
+    )
     means = table.mean(0).tolist() if len(table) else [math.nan] * 2
     gain, win = (float(values.mean()) if len(values) else math.nan for values in (gains, wins))
     return Change(reward, len(table), *means, gain, interval(gains), win, interval(wins))
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean of values [n]: bias-corrected and accelerated; NaN below two values."""
+    """Return the 95 % bootstrap interval of the mean of values [n]: bias-corrected and accelerated.
+
+    NaN below two values.
+    """
     from scipy.stats import bootstrap
 
     if len(values) < 2:
@@ -92,36 +106,59 @@ def interval(values: np.ndarray) -> tuple[float, float]:
         return (float(values[0]), float(values[0]))
     batch = max(10**7 // len(values), 1)
     method = "BCa" if len(values) < MANY else "percentile"
-    draws = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "random_state": np.random.default_rng(0), "batch": batch}
+    draws = {
+        "n_resamples": RESAMPLES,
+        "confidence_level": CONFIDENCE,
+        "random_state": np.random.default_rng(0),
+        "batch": batch,
+    }
     found = bootstrap((values,), np.mean, method=method, **draws).confidence_interval
     return (float(found.low), float(found.high))
 
 
 def changes(pairs: Sequence[Pair]) -> tuple[Change, ...]:
     """Sum up every reward."""
-    return tuple(change(name, pairs) for name in dict.fromkeys(name for pair in pairs for name in pair.scores))
+    return tuple(
+        change(name, pairs) for name in dict.fromkeys(name for pair in pairs for name in pair.scores)
+    )
 
 
 def of_runs(first: Path, second: Path) -> Comparison:
-    """Pair two runs by their held-out prompts, each at its newest evaluation; a run with itself is its first with its last evaluation."""
+    """Pair two runs by their held-out prompts, each at its newest evaluation.
+
+    A run with itself is its first with its last evaluation.
+    """
     one, other = RunFolder.open(first), RunFolder.open(second)
     itself = first.resolve() == second.resolve()
     steps = [evaluated(run) for run in (one, other)]
     chosen = (steps[0][0], steps[0][-1]) if itself else (steps[0][-1], steps[1][-1])
     if itself and chosen[0] == chosen[1]:
-        raise ComparisonError(f"{first} has a single evaluation; let it train on, or give another run to compare with")
+        raise ComparisonError(
+            f"{first} has a single evaluation; let it train on, or give another run to compare with"
+        )
     names = tuple(f"{run.path.name}, step {step}" for run, step in zip((one, other), chosen, strict=True))
     measured = scored_pairs(one, other, chosen)
     if not measured:
-        raise ComparisonError(f"{first} and {second} share no held-out prompt and reward; compare runs with the same prompts.heldout")
+        raise ComparisonError(
+            f"{first} and {second} share no held-out prompt and reward; compare runs with the same "
+            "prompts.heldout"
+        )
     seeds = [run.config().get("config", {}).get("train", {}).get("seed") for run in (one, other)]
-    notes = ("the runs drew their noises from different seeds: pictures of a prompt do not start alike",) if seeds[0] != seeds[1] else ()
+    notes = (
+        ("the runs drew their noises from different seeds: pictures of a prompt do not start alike",)
+        if seeds[0] != seeds[1]
+        else ()
+    )
     return Comparison(*names, tuple(shown_pairs(one, other, chosen)), changes(measured), notes)
 
 
 def evaluated(run: RunFolder) -> list[int]:
     """List the steps that were evaluated."""
-    steps = [step for step in run.sampled_steps() if (run.path / "images" / f"{step:06d}" / "scores.json").is_file()]
+    steps = [
+        step
+        for step in run.sampled_steps()
+        if (run.path / "images" / f"{step:06d}" / "scores.json").is_file()
+    ]
     if not steps:
         raise ComparisonError(f"{run.path} has no evaluation yet; let it train on")
     return steps
@@ -137,7 +174,10 @@ def scored_pairs(one: RunFolder, other: RunFolder, steps: tuple[int, int]) -> li
     for prompt in (prompt for prompt in rows[0] if prompt in rows[1] and names):
         for noise in range(noises):
             places = [(look, look.names, rows[i][prompt]) for i, look in enumerate(looks)]
-            scores = {name: tuple(float(look.scores[own.index(name), row, noise]) for look, own, row in places) for name in names}
+            scores = {
+                name: tuple(float(look.scores[own.index(name), row, noise]) for look, own, row in places)
+                for name in names
+            }
             pairs.append(Pair(f"noise {noise}", prompt, scores))
     return pairs
 
@@ -148,7 +188,12 @@ def shown_pairs(one: RunFolder, other: RunFolder, steps: tuple[int, int]) -> lis
     for run, step in zip((one, other), steps, strict=True):
         folder = run.path / "images" / f"{step:06d}"
         # The index is a file like any other: of its names only the last part counts.
-        found.append({(sample.prompt, sample.seed): (sample, folder / sample.path.name) for sample in run.samples(step)})
+        found.append(
+            {
+                (sample.prompt, sample.seed): (sample, folder / sample.path.name)
+                for sample in run.samples(step)
+            }
+        )
     pairs = []
     for key in (key for key in found[0] if key in found[1]):
         (before, file_before), (after, file_after) = found[0][key], found[1][key]
@@ -165,12 +210,19 @@ def known(score: float | None) -> float:
 
 def same_names(first: Path, second: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
     """Pair the pictures of two folders by their names, whatever their kind; say what has no partner."""
-    sides = [{path.relative_to(folder).with_suffix(""): path for path in listed(folder, deep=True)} for folder in (first, second)]
+    sides = [
+        {path.relative_to(folder).with_suffix(""): path for path in listed(folder, deep=True)}
+        for folder in (first, second)
+    ]
     names = [name for name in sides[0] if name in sides[1]]
     if not names:
-        raise ComparisonError(f"{first} and {second} hold no pictures of the same name; name those alike that belong together")
+        raise ComparisonError(
+            f"{first} and {second} hold no pictures of the same name; name those alike that belong together"
+        )
     alone = sum(len(side) - len(names) for side in sides)
-    return [(sides[0][name], sides[1][name]) for name in names], [f"{alone} pictures have no partner of their name"] if alone else []
+    return [(sides[0][name], sides[1][name]) for name in names], [
+        f"{alone} pictures have no partner of their name"
+    ] if alone else []
 
 
 def kind_of(place: Path) -> str:
@@ -181,9 +233,16 @@ def kind_of(place: Path) -> str:
 
 
 def to_show(pairs: Sequence[Pair], reward: str, most: int) -> list[Pair]:
-    """Choose pairs from the greatest gain to the greatest loss, evenly, so that nobody picked them; those without a score come last."""
+    """Choose pairs from the greatest gain to the greatest loss, evenly, so that nobody picked them.
+
+    Those without a score come last.
+    """
     found = [pair.scores.get(reward, (math.nan, math.nan)) for pair in pairs]
     gains = [after - before for before, after in found]
     order = sorted(range(len(pairs)), key=lambda i: math.inf if math.isnan(gains[i]) else -gains[i])
-    places = sorted({round(place) for place in np.linspace(0, len(order) - 1, min(most, len(order)))}) if order else []
+    places = (
+        sorted({round(place) for place in np.linspace(0, len(order) - 1, min(most, len(order)))})
+        if order
+        else []
+    )
     return [pairs[order[place]] for place in places]

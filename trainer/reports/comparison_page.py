@@ -1,4 +1,6 @@
-"""The before/after report as one HTML file: no script, nothing from elsewhere, every text escaped, pictures inside."""
+"""The before/after report as one HTML file: no script, nothing from elsewhere, every text escaped,
+pictures inside.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ td:first-child, th:first-child { text-align: left }
 .pale { color: var(--pale); font-size: .85rem } .up { color: var(--up) } .down { color: var(--down) }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; margin: 1.5rem 0 } .pair p { grid-column: 1 / 3; margin: 0 }
 figure { margin: 0 } img { max-width: 100%; image-rendering: auto } svg { vertical-align: middle }
-"""
+"""  # noqa: E501
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -41,13 +43,22 @@ def page(comparison: Comparison, most: int) -> str:
     title = f"{comparison.before} → {comparison.after}"
     notes = "".join(f'<p class="pale">{escape(note)}</p>' for note in comparison.notes)
     head = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title><style>{STYLE}</style></head><body>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta '
+        f'http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="viewport" '
+        f'content="width=device-width"><title>{escape(title)}</title><style>{STYLE}</style></head><body>'
     )
-    body = f'<h1>{escape(comparison.before)} <span class="pale">→</span> {escape(comparison.after)}</h1>{notes}{table(changes)}'
-    count = f"{len(shown)} of {len(comparison.pairs)}" if len(shown) < len(comparison.pairs) else str(len(shown))
+    body = (
+        f'<h1>{escape(comparison.before)} <span class="pale">→</span> '
+        f"{escape(comparison.after)}</h1>{notes}{table(changes)}"
+    )
+    count = (
+        f"{len(shown)} of {len(comparison.pairs)}" if len(shown) < len(comparison.pairs) else str(len(shown))
+    )
     order = f", from the greatest gain of {escape(first)} to the greatest loss" if first else ""
-    pictures = f"<h2>Pictures</h2><p class='pale'>{count} pairs{order}. Left: before; right: after.</p>{''.join(map(pair, shown))}"
+    pictures = (
+        f"<h2>Pictures</h2><p class='pale'>{count} pairs{order}. Left: before; right: "
+        f"after.</p>{''.join(map(pair, shown))}"
+    )
     return f"{head}{body}{pictures if shown else ''}</body></html>\n"
 
 
@@ -55,11 +66,13 @@ def table(changes: Sequence[Change]) -> str:
     """Write a row per reward, with a drawing of the interval of its gain."""
     rows = "".join(row(each) for each in changes)
     said = (
-        "Gain and win rate with 95 % intervals: paired bootstrap over prompts (over pictures that have none), 9999 draws. "
-        "A win is a higher score after than before, a tie half a win. An interval that holds 0 (or 50 %) may be chance. "
-        "The bar shows the gain; the line is 0."
+        "Gain and win rate with 95 % intervals: paired bootstrap over prompts (over pictures that have "
+        "none), 9999 draws. A win is a higher score after than before, a tie half a win. An interval that "
+        "holds 0 (or 50 %) may be chance. The bar shows the gain; the line is 0."
     )
-    heads = "".join(f"<th>{name}</th>" for name in ("reward", "before", "after", "gain", "", "win rate", "prompts"))
+    heads = "".join(
+        f"<th>{name}</th>" for name in ("reward", "before", "after", "gain", "", "win rate", "prompts")
+    )
     return f"<table><tr>{heads}</tr>{rows}</table><p class='pale'>{said}</p>"
 
 
@@ -67,8 +80,14 @@ def row(each: Change) -> str:
     """Write a reward's row."""
     low, high = each.gain_interval
     kind = "up" if low > 0 else "down" if high < 0 else "pale"
-    share = f"{percent(each.win_rate)}<br><span class='pale'>{percent(each.win_interval[0])} to {percent(each.win_interval[1])}</span>"
-    gain = f"<span class='{kind}'>{number(each.gain, True)}</span><br><span class='pale'>{number(low, True)} to {number(high, True)}</span>"
+    share = (
+        f"{percent(each.win_rate)}<br><span class='pale'>{percent(each.win_interval[0])} to "
+        f"{percent(each.win_interval[1])}</span>"
+    )
+    gain = (
+        f"<span class='{kind}'>{number(each.gain, True)}</span><br><span class='pale'>{number(low, True)} "
+        f"to {number(high, True)}</span>"
+    )
     cells = (number(each.before), number(each.after), gain, bar(each), share, str(each.count))
     return f"<tr><td>{escape(each.reward)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
@@ -92,11 +111,20 @@ def bar(each: Change) -> str:
 
 def pair(each: Pair) -> str:
     """Write a pair of pictures with what is known of them."""
-    said = [f"<b>{escape(each.prompt)}</b>" if each.prompt else "", f'<span class="pale">{escape(each.label)}</span>']
+    said = [
+        f"<b>{escape(each.prompt)}</b>" if each.prompt else "",
+        f'<span class="pale">{escape(each.label)}</span>',
+    ]
     for name, (before, after) in each.scores.items():
         kind = "up" if after > before else "down" if after < before else "pale"
-        said.append(f"<span class='{kind}'>{escape(name)} {number(before)} → {number(after)} ({number(after - before, True)})</span>")
-    figures = "".join(f"<figure>{picture(path, what)}</figure>" for path, what in ((each.before, "before"), (each.after, "after")))
+        said.append(
+            f"<span class='{kind}'>{escape(name)} {number(before)} → {number(after)} "
+            f"({number(after - before, True)})</span>"
+        )
+    figures = "".join(
+        f"<figure>{picture(path, what)}</figure>"
+        for path, what in ((each.before, "before"), (each.after, "after"))
+    )
     return f"<div class='pair'><p>{' · '.join(filter(None, said))}</p>{figures}</div>"
 
 
@@ -117,7 +145,10 @@ def picture(path: Path | None, what: str) -> str:
     buffer = BytesIO()
     small.save(buffer, "JPEG", quality=QUALITY)
     data = b64encode(buffer.getvalue()).decode()
-    return f'<img width="{small.width}" height="{small.height}" alt="{what}" src="data:image/jpeg;base64,{data}">'
+    return (
+        f'<img width="{small.width}" height="{small.height}" alt="{what}" '
+        f'src="data:image/jpeg;base64,{data}">'
+    )
 
 
 def number(value: float, signed: bool = False) -> str:

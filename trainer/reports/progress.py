@@ -78,7 +78,11 @@ class History:
 
     def names(self, kind: str) -> list[str]:
         """List the rewards of a kind ("reward", "heldout") that have a mean."""
-        return [name.split("/")[1] for name in self.series if name.startswith(f"{kind}/") and name.endswith("/mean")]
+        return [
+            name.split("/")[1]
+            for name in self.series
+            if name.startswith(f"{kind}/") and name.endswith("/mean")
+        ]
 
     def eta(self) -> float:
         """Estimate the seconds that are left."""
@@ -167,10 +171,18 @@ def panel(history: History) -> Group:
     for name in history.names("reward"):
         key = f"reward/{name}/mean"
         start = history.series[key][0]
-        table.add_row("reward", name, f"{start:.3f} → {history.recent(key):.3f}", sparkline(history.series[key]))
+        table.add_row(
+            "reward", name, f"{start:.3f} → {history.recent(key):.3f}", sparkline(history.series[key])
+        )
     for name in history.names("heldout"):
         values = history.series[f"heldout/{name}/mean"]
-        table.add_row("held-out", name, f"{values[0]:.3f} → {values[-1]:.3f}", f"{values[-1] - values[0]:+.3f}", style="bold")
+        table.add_row(
+            "held-out",
+            name,
+            f"{values[0]:.3f} → {values[-1]:.3f}",
+            f"{values[-1] - values[0]:+.3f}",
+            style="bold",
+        )
     if alarm := history.latest.get("alarm"):
         table.add_row("alarm", "", str(alarm), "", style="bold red")
     bar = Text("time  ")
@@ -207,7 +219,10 @@ def outcome(summary: Mapping[str, Any]) -> list[str]:
         before, after = summary.get(f"{kind}_before") or {}, summary.get(f"{kind}_after") or {}
         for name in after:
             if _has(before, name) and _has(after, name):
-                lines.append(f"{label} {name}: {before[name]:.3f} → {after[name]:.3f} ({after[name] - before[name]:+.3f})")
+                lines.append(
+                    f"{label} {name}: {before[name]:.3f} → {after[name]:.3f} "
+                    f"({after[name] - before[name]:+.3f})"
+                )
     return lines + watched(summary) + spent(summary)
 
 
@@ -230,7 +245,12 @@ def spent(summary: Mapping[str, Any]) -> list[str]:
     """Say what a run has cost."""
     if "seconds" not in summary:
         return []
-    return [f"{clock(summary['seconds'])} for {summary.get('steps', '?')} steps, {summary.get('forwards', '?')} forwards"]
+    return [
+        (
+            f"{clock(summary['seconds'])} for {summary.get('steps', '?')} steps, "
+            f"{summary.get('forwards', '?')} forwards"
+        )
+    ]
 
 
 def _has(values: Mapping[str, Any], name: str) -> bool:

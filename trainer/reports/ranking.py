@@ -1,4 +1,6 @@
-"""Score pictures on disk: what lies where, which prompt each was made for, a journal that survives a crash, and the order."""
+"""Score pictures on disk: what lies where, which prompt each was made for, a journal that survives a
+crash, and the order.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,11 @@ class Entry:
     def asked(self) -> str:
         """Return the prompt, and its columns where it has any: what a score depends on beside the picture."""
         columns = columns_of(self.prompt)
-        return f"{self.prompt}\n{json.dumps(dict(columns), ensure_ascii=False, sort_keys=True)}" if columns else self.prompt
+        return (
+            f"{self.prompt}\n{json.dumps(dict(columns), ensure_ascii=False, sort_keys=True)}"
+            if columns
+            else self.prompt
+        )
 
 
 @dataclass(frozen=True)
@@ -73,18 +79,26 @@ def find_pictures(places: Sequence[Path], deep: bool) -> list[Path]:
             raise RankingError(f"{place} holds no picture ({', '.join(SUFFIXES)}): none lies in {where}")
         found |= dict.fromkeys(inside)
     if len(found) > MAX_PICTURES:
-        raise RankingError(f"there are {len(found)} pictures; at most {MAX_PICTURES} are scored at once, give a part of them")
+        raise RankingError(
+            f"there are {len(found)} pictures; at most {MAX_PICTURES} are scored at once, give a part of them"
+        )
     return list(found)
 
 
 def read_prompts(path: Path) -> dict[str, str]:
-    """Read a JSONL file of {"file": name, "prompt": …}: prompts by file name, with the row's other columns."""
+    """Read a JSONL file of {"file": name, "prompt": …}: prompts by file name, with the row's other
+    columns.
+    """
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except OSError as error:
-        raise RankingError(f"cannot read prompt file {path}: {(error.strerror or str(error)).lower()}; check the path") from error
+        raise RankingError(
+            f"cannot read prompt file {path}: {(error.strerror or str(error)).lower()}; check the path"
+        ) from error
     except UnicodeDecodeError as error:
-        raise RankingError(f"prompt file {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        raise RankingError(
+            f"prompt file {path} is not UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from error
     found: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -92,26 +106,38 @@ def read_prompts(path: Path) -> dict[str, str]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise RankingError(f'{path}, line {number} is not JSON; write {{"file": "a.png", "prompt": "…"}}') from error
+            raise RankingError(
+                f'{path}, line {number} is not JSON; write {{"file": "a.png", "prompt": "…"}}'
+            ) from error
         values = (row.get("file"), row.get("prompt")) if isinstance(row, dict) else (None, None)
         if not all(isinstance(value, str) and value for value in values):
-            raise RankingError(f'{path}, line {number} lacks file or prompt; write {{"file": "a.png", "prompt": "…"}}')
+            raise RankingError(
+                f'{path}, line {number} lacks file or prompt; write {{"file": "a.png", "prompt": "…"}}'
+            )
         columns = {name: value for name, value in row.items() if name not in ("file", "prompt")}
         place = f"{path}, line {number}"
-        found[values[0]] = starting(beside(with_columns(values[1], columns, place), path.parent), path.parent, place)
+        found[values[0]] = starting(
+            beside(with_columns(values[1], columns, place), path.parent), path.parent, place
+        )
     return found
 
 
 def examine(paths: Sequence[Path], prompts: Sequence[str], by_name: Mapping[str, str]) -> list[Entry]:
     """Find out what each picture is: its prompt (given, from the list, or its own), content hash and size."""
     if len(prompts) not in (0, 1, len(paths)):
-        raise RankingError(f"{len(prompts)} prompts for {len(paths)} pictures; give one --prompt, or one per picture")
+        raise RankingError(
+            f"{len(prompts)} prompts for {len(paths)} pictures; give one --prompt, or one per picture"
+        )
     given = list(prompts) * len(paths) if len(prompts) == 1 else list(prompts)
     for text in (*given, *by_name.values()):
         if len(text) > MAX_CHARACTERS:
-            raise RankingError(f"a prompt has {len(text)} characters; at most {MAX_CHARACTERS} are allowed, shorten it")
+            raise RankingError(
+                f"a prompt has {len(text)} characters; at most {MAX_CHARACTERS} are allowed, shorten it"
+            )
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(lambda path, text: examined(path, text, by_name), paths, given or [None] * len(paths)))
+        return list(
+            pool.map(lambda path, text: examined(path, text, by_name), paths, given or [None] * len(paths))
+        )
 
 
 def examined(path: Path, given: str | None, by_name: Mapping[str, str]) -> Entry:
@@ -122,9 +148,17 @@ def examined(path: Path, given: str | None, by_name: Mapping[str, str]) -> Entry
     except PictureError as error:
         return Entry(path, problem=str(error))
     except OSError as error:
-        return Entry(path, problem=f"cannot read {path}: {(error.strerror or str(error)).lower()}; check the path")
+        return Entry(
+            path, problem=f"cannot read {path}: {(error.strerror or str(error)).lower()}; check the path"
+        )
     listed_prompt = by_name.get(str(path)) or by_name.get(path.name)
-    text, source = (given, "given") if given is not None else (listed_prompt, "list") if listed_prompt else caption_of(path)
+    text, source = (
+        (given, "given")
+        if given is not None
+        else (listed_prompt, "list")
+        if listed_prompt
+        else caption_of(path)
+    )
     return Entry(path, text, source, digest, size)
 
 
@@ -150,7 +184,9 @@ class Journal:
                 score = math.nan if row["score"] is None else float(row["score"])
                 self.scores[str(row["sha256"]), str(row["prompt"]), str(row["reward"])] = score
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise FileError(f"{path} is no journal of scores, or damaged; choose another --out, or remove it") from error
+            raise FileError(
+                f"{path} is no journal of scores, or damaged; choose another --out, or remove it"
+            ) from error
         if whole != content:
             os.truncate(path, len(whole))
 
@@ -160,7 +196,12 @@ class Journal:
         for entry, score in zip(entries, scores, strict=True):
             self.scores[entry.sha256, entry.asked, judge.identity] = score
             if not (math.isnan(score) and runs_elsewhere(judge.reward)):
-                row = {"sha256": entry.sha256, "prompt": entry.asked, "reward": judge.identity, "score": finite(score)}
+                row = {
+                    "sha256": entry.sha256,
+                    "prompt": entry.asked,
+                    "reward": judge.identity,
+                    "score": finite(score),
+                }
                 lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         if self.path is None:
             return
@@ -171,7 +212,9 @@ class Journal:
                 file.write(head + "".join(lines))
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
-            raise FileError(f"cannot write {self.path}: {reason}; make room or choose another folder (--out)") from error
+            raise FileError(
+                f"cannot write {self.path}: {reason}; make room or choose another folder (--out)"
+            ) from error
 
     def missing(self, entry: Entry, judge: Judge) -> bool:
         """Say whether a picture still has to be judged."""
@@ -179,21 +222,38 @@ class Journal:
 
     def table(self, entries: Sequence[Entry], judges: Sequence[Judge]) -> Tensor:
         """Collect scores [R, N]; NaN where there is none."""
-        rows = [[self.scores.get((entry.sha256, entry.asked, judge.identity), math.nan) for entry in entries] for judge in judges]
+        rows = [
+            [self.scores.get((entry.sha256, entry.asked, judge.identity), math.nan) for entry in entries]
+            for judge in judges
+        ]
         return torch.tensor(rows, dtype=torch.float32).reshape(len(judges), len(entries))
 
 
-def fill(journal: Journal, entries: list[Entry], judges: Sequence[Judge], batch: int, done: Callable[[int], None]) -> list[Entry]:
-    """Judge what the journal lacks, reading the next batches meanwhile; return the entries, with what turned out broken."""
+def fill(
+    journal: Journal, entries: list[Entry], judges: Sequence[Judge], batch: int, done: Callable[[int], None]
+) -> list[Entry]:
+    """Judge what the journal lacks, reading the next batches meanwhile.
+
+    Return the entries, with what turned out broken.
+    """
     for judge in judges:
         if needs_group(judge.reward):
             raise RewardError(
-                f"reward '{judge.reward.name}' compares the pictures of a group with one another; files are judged one by one"
+                f"reward '{judge.reward.name}' compares the pictures of a group with one another; "
+                "files are judged one by one"
             )
-    check_prompts([judge.reward for judge in judges], [entry.prompt for entry in entries if not entry.problem])
-    wanted = [i for i, entry in enumerate(entries) if not entry.problem and any(journal.missing(entry, judge) for judge in judges)]
+    check_prompts(
+        [judge.reward for judge in judges], [entry.prompt for entry in entries if not entry.problem]
+    )
+    wanted = [
+        i
+        for i, entry in enumerate(entries)
+        if not entry.problem and any(journal.missing(entry, judge) for judge in judges)
+    ]
     done(len(entries) - len(wanted))
-    parts = [[wanted[i] for i in part] for part in batches([entries[i].size for i in wanted], batch, BATCH_PIXELS)]
+    parts = [
+        [wanted[i] for i in part] for part in batches([entries[i].size for i in wanted], batch, BATCH_PIXELS)
+    ]
     with ThreadPoolExecutor(AHEAD) as pool:
         for part, results in zip(parts, ahead(pool, entries, parts), strict=True):
             sound = []
@@ -213,11 +273,17 @@ def judged(journal: Journal, pairs: Sequence[tuple[Entry, Tensor]], judge: Judge
     shapes = dict.fromkeys(picture.shape for _, picture in pairs)
     for shape in shapes:
         alike = [(entry, picture) for entry, picture in pairs if picture.shape == shape]
-        scores = score_all([judge.reward], torch.stack([picture for _, picture in alike]), [entry.prompt for entry, _ in alike])[0]
+        scores = score_all(
+            [judge.reward],
+            torch.stack([picture for _, picture in alike]),
+            [entry.prompt for entry, _ in alike],
+        )[0]
         journal.add([entry for entry, _ in alike], judge, scores.tolist())
 
 
-def ahead(pool: ThreadPoolExecutor, entries: Sequence[Entry], parts: Sequence[Sequence[int]]) -> Iterator[list[Tensor | str]]:
+def ahead(
+    pool: ThreadPoolExecutor, entries: Sequence[Entry], parts: Sequence[Sequence[int]]
+) -> Iterator[list[Tensor | str]]:
     """Yield the pictures of every batch, or what is wrong with one, while the next ones are being read."""
     paths = [[entries[i].path for i in part] for part in parts]
     waiting: list[Future[list[Tensor | str]]] = [pool.submit(read_all, part) for part in paths[:AHEAD]]
@@ -243,11 +309,23 @@ def read_or_problem(path: Path) -> Tensor | str:
 
 def order(values: Sequence[float], names: Sequence[str]) -> list[int]:
     """Order by value, best first; equal ones by name, those without a value last."""
-    return sorted(range(len(values)), key=lambda i: (math.inf if math.isnan(values[i]) else -values[i], natural(names[i])))
+    return sorted(
+        range(len(values)),
+        key=lambda i: (math.inf if math.isnan(values[i]) else -values[i], natural(names[i])),
+    )
 
 
-def kept(ranked: Sequence[int], values: Sequence[float], groups: Sequence[str], top: int | None, threshold: float | None) -> list[int]:
-    """Keep of an order the `top` first of every group that reach the threshold; what could not be judged is never among them."""
+def kept(
+    ranked: Sequence[int],
+    values: Sequence[float],
+    groups: Sequence[str],
+    top: int | None,
+    threshold: float | None,
+) -> list[int]:
+    """Keep of an order the `top` first of every group that reach the threshold.
+
+    What could not be judged is never among them.
+    """
     seen: dict[str, int] = {}
     chosen = []
     for i in ranked:
@@ -260,7 +338,10 @@ def kept(ranked: Sequence[int], values: Sequence[float], groups: Sequence[str], 
 
 
 def copy_best(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Copy pictures, best first, as 0001_<name> …; what lies there already is left alone: the same is not copied again."""
+    """Copy pictures, best first, as 0001_<name> ….
+
+    What lies there already is left alone: the same is not copied again.
+    """
     made = []
     for rank, path in enumerate(paths, 1):
         content = path.read_bytes()
@@ -283,12 +364,16 @@ def write_new(path: Path, content: bytes) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        raise FileError(f"cannot write {path}: {(error.strerror or str(error)).lower()}; choose another folder") from error
+        raise FileError(
+            f"cannot write {path}: {(error.strerror or str(error)).lower()}; choose another folder"
+        ) from error
     return True
 
 
 class Meter:
-    """Count on the error stream: one line that is written over on a terminal, a line every few seconds elsewhere."""
+    """Count on the error stream: one line that is written over on a terminal, a line every few seconds
+    elsewhere.
+    """
 
     def __init__(self, total: int, quiet: bool, write: Callable[[str], None], terminal: bool) -> None:
         self.total, self.quiet, self.write, self.terminal = total, quiet, write, terminal
@@ -308,6 +393,10 @@ class Meter:
             return
         self.said = now
         speed = self.fresh / max(now - self.began, 1e-3)
-        left = f", {(self.total - self.count) / speed:.0f} s left" if speed and self.count < self.total else ""
+        left = (
+            f", {(self.total - self.count) / speed:.0f} s left" if speed and self.count < self.total else ""
+        )
         text = f"{self.count}/{self.total} pictures" + (f", {speed:.1f}/s{left}" if self.fresh else "")
-        self.write(f"\r{text:<60}" + ("\n" if self.count >= self.total else "") if self.terminal else text + "\n")
+        self.write(
+            f"\r{text:<60}" + ("\n" if self.count >= self.total else "") if self.terminal else text + "\n"
+        )

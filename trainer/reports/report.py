@@ -1,4 +1,6 @@
-"""Pictures of a run, drawn from its run folder alone: curves.png, before_after.png and, where it drew previews, preview.png."""
+"""Pictures of a run, drawn from its run folder alone: curves.png, before_after.png and, where it drew
+previews, preview.png.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,19 @@ from PIL import Image, ImageDraw, ImageFont
 from comfy_g2rpo.files.safe import write_bytes
 from comfy_g2rpo.run.folder import PREVIEW, RunFolder, Sample
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by colour-blind eyes
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)  # Okabe and Ito: told apart by colour-blind eyes
 PHASES = ("rollout", "decode", "reward", "update")
 SMOOTHING = 0.15  # weight of a new value in the moving average
-ROUNDING = 1e-10  # a distance below it is rounding, and would stretch a logarithmic axis over many empty decades
+ROUNDING = (
+    1e-10  # a distance below it is rounding, and would stretch a logarithmic axis over many empty decades
+)
 TILE, GAP, MARGIN = 192, 8, 24
 INK, PALE, PAPER, BETTER, WORSE = "#1a1a1a", "#767676", "#ffffff", "#00704f", "#b34700"
 
@@ -34,13 +45,21 @@ def write_report(run: RunFolder) -> list[Path]:
     for kind, name in (("", "before_after.png"), (PREVIEW, "preview.png")):
         steps = run.sampled_steps(kind)
         if len(steps) > 1:
-            before_after(run.samples(steps[0], kind), run.samples(steps[-1], kind), run.path / name, steps=(steps[0], steps[-1]))
+            before_after(
+                run.samples(steps[0], kind),
+                run.samples(steps[-1], kind),
+                run.path / name,
+                steps=(steps[0], steps[-1]),
+            )
             written.append(run.path / name)
     return written
 
 
 def curves(rows: Sequence[Row], path: Path) -> None:
-    """Draw rewards over steps, raw and smoothed, with the held-out ones; beneath them what the optimizer does and where time goes."""
+    """Draw rewards over steps, raw and smoothed, with the held-out ones.
+
+    Beneath them what the optimizer does and where time goes.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -63,9 +82,17 @@ def curves(rows: Sequence[Row], path: Path) -> None:
 
 def reward_groups(rows: Sequence[Row]) -> list[list[str]]:
     """Put rewards that lie in [0, 1] on one scale together; every other one gets a panel to itself."""
-    means = [name for row in rows for name in row if name.startswith(("reward/", "heldout/")) and name.endswith("/mean")]
+    means = [
+        name
+        for row in rows
+        for name in row
+        if name.startswith(("reward/", "heldout/")) and name.endswith("/mean")
+    ]
     names = dict.fromkeys(name.split("/")[1] for name in means)
-    values = {name: np.concatenate([column(rows, f"{kind}/{name}/mean")[1] for kind in ("reward", "heldout")]) for name in names}
+    values = {
+        name: np.concatenate([column(rows, f"{kind}/{name}/mean")[1] for kind in ("reward", "heldout")])
+        for name in names
+    }
     shares = [name for name, found in values.items() if len(found) and found.min() >= 0 and found.max() <= 1]
     others = [[name] for name, found in values.items() if len(found) and name not in shares]
     return ([shares] if shares else []) + others
@@ -99,11 +126,15 @@ def column(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
 def smooth(values: np.ndarray) -> np.ndarray:
     """Average exponentially, without the pull of the start."""
     weights = (1 - SMOOTHING) ** np.arange(len(values))[::-1]
-    return np.array([(values[: i + 1] * weights[-i - 1 :]).sum() / weights[-i - 1 :].sum() for i in range(len(values))])
+    return np.array(
+        [(values[: i + 1] * weights[-i - 1 :]).sum() / weights[-i - 1 :].sum() for i in range(len(values))]
+    )
 
 
 def draw_training(axes: Any, rows: Sequence[Row], name: str, colour: str) -> None:
-    """Draw a training reward: every step pale, the trend strong, a band of one standard deviation over the step's pictures."""
+    """Draw a training reward: every step pale, the trend strong, a band of one standard deviation over the
+    step's pictures.
+    """
     steps, means = column(rows, f"reward/{name}/mean")
     if not len(steps):
         return
@@ -112,7 +143,9 @@ def draw_training(axes: Any, rows: Sequence[Row], name: str, colour: str) -> Non
     axes.plot(steps, trend, color=colour, linewidth=2, label=f"{name}, training")
     at, std = column(rows, f"reward/{name}/std")
     if len(at) == len(steps):
-        axes.fill_between(steps, trend - smooth(std), trend + smooth(std), color=colour, alpha=0.08, linewidth=0)
+        axes.fill_between(
+            steps, trend - smooth(std), trend + smooth(std), color=colour, alpha=0.08, linewidth=0
+        )
 
 
 def draw_heldout(axes: Any, rows: Sequence[Row], name: str, colour: str) -> None:
@@ -122,13 +155,24 @@ def draw_heldout(axes: Any, rows: Sequence[Row], name: str, colour: str) -> None
         return
     at, width = column(rows, f"heldout/{name}/ci95")
     errors = width if len(at) == len(steps) else None
-    style = {"color": colour, "linestyle": "--", "marker": "o", "markersize": 5, "capsize": 3, "linewidth": 1.5}
+    style = {
+        "color": colour,
+        "linestyle": "--",
+        "marker": "o",
+        "markersize": 5,
+        "capsize": 3,
+        "linewidth": 1.5,
+    }
     axes.errorbar(steps, means, errors, label=f"{name}, held-out {means[0]:.3f} → {means[-1]:.3f}", **style)
 
 
 def draw_optimizer(axes: Any, rows: Sequence[Row]) -> None:
     """Draw gradient norm and distance from the model without adapter."""
-    lines = {"grad_norm": "gradient norm", "kl/velocity": "velocity KL", "kl/heldout": "velocity KL, held-out"}
+    lines = {
+        "grad_norm": "gradient norm",
+        "kl/velocity": "velocity KL",
+        "kl/heldout": "velocity KL, held-out",
+    }
     for (name, label), colour in zip(lines.items(), COLOURS, strict=False):
         steps, values = column(rows, name)
         shown = values > ROUNDING
@@ -141,13 +185,17 @@ def draw_optimizer(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def draw_diversity(axes: Any, rows: Sequence[Row]) -> None:
-    """Draw how unlike the pictures are, against the first value: within a rollout's group and on held-out prompts."""
+    """Draw how unlike the pictures are, against the first value: within a rollout's group and on held-out
+    prompts.
+    """
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("diversity/"))
     for name, colour in zip(names, COLOURS * len(names), strict=False):
         steps, values = column(rows, name)
         if len(steps) and values[0] > 0:
             trend = smooth(values) if name == "diversity/group" else values
-            axes.plot(steps, trend / values[0], color=colour, linewidth=1.2, label=name.removeprefix("diversity/"))
+            axes.plot(
+                steps, trend / values[0], color=colour, linewidth=1.2, label=name.removeprefix("diversity/")
+            )
     axes.set(xlabel="step", title="Diversity, 1 at first", ylim=(0, None))
     if axes.lines:
         axes.legend(frameon=False, fontsize="small")
@@ -165,8 +213,12 @@ def draw_time(axes: Any, rows: Sequence[Row]) -> None:
         axes.legend(loc="lower left", frameon=True, ncols=2, fontsize="small")
 
 
-def before_after(before: Sequence[Sample], after: Sequence[Sample], path: Path, steps: tuple[int, int]) -> None:
-    """Draw a block per prompt: its seeds side by side, above without the adapter, below with it, scores and gain under each pair."""
+def before_after(
+    before: Sequence[Sample], after: Sequence[Sample], path: Path, steps: tuple[int, int]
+) -> None:
+    """Draw a block per prompt: its seeds side by side, above without the adapter, below with it, scores
+    and gain under each pair.
+    """
     pairs: dict[str, list[tuple[Sample, Sample]]] = {}
     matching = {(sample.prompt, sample.seed): sample for sample in after}
     for old in before:
@@ -178,14 +230,25 @@ def before_after(before: Sequence[Sample], after: Sequence[Sample], path: Path, 
     across = 2 if len(blocks) > 1 else 1
     width, height = max(block.width for block in blocks), max(block.height for block in blocks)
     down = -(-len(blocks) // across)
-    caption = "Held-out prompts, evenly spaced over the list, and their start noises: fixed before the run, the same above and below."
+    caption = (
+        "Held-out prompts, evenly spaced over the list, and their start noises: fixed before the run, the "
+        "same above and below."
+    )
     written = MARGIN + round(font(14).getlength(caption))
-    sheet = Image.new("RGB", (MARGIN + max(across * (width + MARGIN), written), down * (height + MARGIN) + 3 * MARGIN + 20), PAPER)
+    sheet = Image.new(
+        "RGB",
+        (MARGIN + max(across * (width + MARGIN), written), down * (height + MARGIN) + 3 * MARGIN + 20),
+        PAPER,
+    )
     pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, MARGIN // 2), f"Before training (step {steps[0]}) and after (step {steps[1]})", INK, font(22))
+    pen.text(
+        (MARGIN, MARGIN // 2), f"Before training (step {steps[0]}) and after (step {steps[1]})", INK, font(22)
+    )
     pen.text((MARGIN, MARGIN // 2 + 30), caption, PALE, font(14))
     for i, block in enumerate(blocks):
-        sheet.paste(block, (MARGIN + i % across * (width + MARGIN), 3 * MARGIN + 10 + i // across * (height + MARGIN)))
+        sheet.paste(
+            block, (MARGIN + i % across * (width + MARGIN), 3 * MARGIN + 10 + i // across * (height + MARGIN))
+        )
     buffer = BytesIO()
     sheet.save(buffer, format="png")
     write_bytes(path, buffer.getvalue())
@@ -226,10 +289,15 @@ def gain(name: str, old: float | None, new: float | None) -> tuple[str, str]:
 
 
 def tile(path: Path, frames: int = 1) -> Image.Image:
-    """Load a picture at the size of a tile, a clip's frames at half of it; small ones keep their pixels, large ones are filtered."""
+    """Load a picture at the size of a tile, a clip's frames at half of it.
+
+    Small ones keep their pixels, large ones are filtered.
+    """
     with Image.open(path) as image:
         picture = image.convert("RGB")
-    scale = TILE / max(picture.size) if frames == 1 else TILE / max(2 * picture.width / frames, picture.height)
+    scale = (
+        TILE / max(picture.size) if frames == 1 else TILE / max(2 * picture.width / frames, picture.height)
+    )
     size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
     return picture.resize(size, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)
 

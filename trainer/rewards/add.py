@@ -1,4 +1,6 @@
-"""Make a CLIPScore from a CLIP that the user has, in transformers' layout or in open_clip's (DFN5B, LAION's, DataComp's)."""
+"""Make a CLIPScore from a CLIP that the user has, in transformers' layout or in open_clip's (DFN5B,
+LAION's, DataComp's).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ def add(root: Path, name: str, source: Path, licence: str | None = None) -> Path
     """Install a CLIPScore from a folder; the folder is only read."""
     place = root / name
     if not NAME.fullmatch(name) or place.exists():
-        raise RewardError(f"reward {name[:80]!a} is no free name in {root}; use letters, digits, dots, dashes and underscores")
+        raise RewardError(
+            f"reward {name[:80]!a} is no free name in {root}; use letters, digits, dots, dashes and "
+            "underscores"
+        )
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".adding-") as ready:
         folder = Path(ready) / name
@@ -38,7 +43,10 @@ def add(root: Path, name: str, source: Path, licence: str | None = None) -> Path
         elif (source / "open_clip_config.json").is_file():
             _from_open_clip(source, folder)
         else:
-            raise RewardError(f"{source} holds no model.safetensors and no open_clip_config.json; give a CLIP of either layout")
+            raise RewardError(
+                f"{source} holds no model.safetensors and no open_clip_config.json; give a CLIP of "
+                "either layout"
+            )
         _copy(_tokenizer(root, source), folder, TOKENIZER)
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         about = {"kind": "clipscore", "source": source.name, "revision": None, "licence": licence}
@@ -58,11 +66,16 @@ def _copy(source: Path, folder: Path, names: tuple[str, ...]) -> None:
 
 
 def _tokenizer(root: Path, source: Path) -> Path:
-    """Find CLIP's word list: beside the model, or in another installed reward, for all CLIPs of this family share it."""
+    """Find CLIP's word list: beside the model, or in another installed reward, for all CLIPs of this
+    family share it.
+    """
     places = [source, *(root / name for name in installed(root))]
     found = next((place for place in places if all((place / name).is_file() for name in TOKENIZER)), None)
     if found is None:
-        raise RewardError(f"{source} lacks vocab.json and merges.txt; put CLIP's there, or first: g2rpo rewards fetch clipscore")
+        raise RewardError(
+            f"{source} lacks vocab.json and merges.txt; put CLIP's there, or first: g2rpo rewards "
+            "fetch clipscore"
+        )
     return found
 
 
@@ -76,8 +89,14 @@ def _from_open_clip(source: Path, folder: Path) -> None:
     tensors = load_file(weights) if weights.suffix == ".safetensors" else read_pickle(weights)
     config = _config(model)
     write_json(folder / "config.json", config)
-    write_json(folder / "preprocessor_config.json", _preprocessor(pictures, config["vision_config"]["image_size"]))
-    save_file(rewrite_weights.ready(rewrite_weights.open_clip(tensors)), folder / "model.safetensors", {"format": "pt"})
+    write_json(
+        folder / "preprocessor_config.json", _preprocessor(pictures, config["vision_config"]["image_size"])
+    )
+    save_file(
+        rewrite_weights.ready(rewrite_weights.open_clip(tensors)),
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def _config(model: dict[str, Any]) -> dict[str, Any]:
@@ -107,14 +126,19 @@ def _config(model: dict[str, Any]) -> dict[str, Any]:
             },
         }
     except (KeyError, TypeError) as error:
-        raise RewardError(f"open_clip_config.json lacks {error}; only CLIP with two plain transformers can be added") from error
+        raise RewardError(
+            f"open_clip_config.json lacks {error}; only CLIP with two plain transformers can be added"
+        ) from error
 
 
 def _preprocessor(pictures: dict[str, Any], size: int) -> dict[str, Any]:
     """Say open_clip's preprocess_cfg in transformers' words."""
     mode, kernel = pictures.get("resize_mode", "shortest"), pictures.get("interpolation", "bicubic")
     if mode not in ("shortest", "squash") or kernel not in KERNELS:
-        raise RewardError(f"open_clip_config.json resizes by {mode!a}, {kernel!a}; known are shortest and squash, {', '.join(KERNELS)}")
+        raise RewardError(
+            f"open_clip_config.json resizes by {mode!a}, {kernel!a}; known are shortest and squash, "
+            f"{', '.join(KERNELS)}"
+        )
     edge = {"height": size, "width": size} if mode == "squash" else {"shortest_edge": size}
     said = {"size": edge, "do_center_crop": mode == "shortest", "resample": KERNELS[kernel]}
     return said | {f"image_{name}": pictures[name] for name in ("mean", "std") if name in pictures}

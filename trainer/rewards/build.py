@@ -1,4 +1,6 @@
-"""Make the rewards of a configuration: your own by path, a judge by address, a built-in or an installed one by name."""
+"""Make the rewards of a configuration: your own by path, a judge by address, a built-in or an installed
+one by name.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,34 @@ from ..config.reward_checks import VOTES, rewards_root
 from .own import custom
 
 
-def build_all(config: Config, device: torch.device | str = "cpu", run: Path | None = None) -> tuple[tuple[Reward, ...], tuple[Reward, ...]]:
-    """Load a configuration's rewards: those that are trained on; and all that judge, which are these and the held-out ones."""
+def build_all(
+    config: Config, device: torch.device | str = "cpu", run: Path | None = None
+) -> tuple[tuple[Reward, ...], tuple[Reward, ...]]:
+    """Load a configuration's rewards: those that are trained on.
+
+    And all that judge, which are these and the held-out ones.
+    """
     trained = {section.name: build(section, device, run) for section in config.rewards}
-    heldout = {section.name: build(section, device, run) for section in config.heldout_rewards if section.name not in trained}
+    heldout = {
+        section.name: build(section, device, run)
+        for section in config.heldout_rewards
+        if section.name not in trained
+    }
     if comparing := [name for name, reward in heldout.items() if needs_group(reward)]:
-        raise RewardError(f"heldout_rewards names {comparing[0]!r}, which only compares the pictures of one group; name another to measure")
+        raise RewardError(
+            f"heldout_rewards names {comparing[0]!r}, which only compares the pictures of one group; "
+            "name another to measure"
+        )
     # A place in its group says nothing about a single held-out picture.
     measuring = [reward for reward in trained.values() if not needs_group(reward)]
     return tuple(trained.values()), (*measuring, *heldout.values())
 
 
 def build(section: RewardSection, device: torch.device | str = "cpu", run: Path | None = None) -> Reward:
-    """Load one reward; `device` is what `auto` means, `run` the run folder for rewards that keep something there."""
+    """Load one reward.
+
+    `device` is what `auto` means, `run` the run folder for rewards that keep something there.
+    """
     reward = found(section, device, run)
     return reward if section.frames == DEFAULT else OfFrames(reward, section.frames)
 

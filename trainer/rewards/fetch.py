@@ -1,7 +1,9 @@
-"""Get a reward model's weights: pinned files from where they were published, checked by their hashes, converted once, installed whole.
+"""Get a reward model's weights: pinned files from where they were published, checked by their hashes,
+converted once, installed whole.
 
-The only place of this project that downloads anything, and only when it is told to. A mirror stands in for the hub by $HF_ENDPOINT and for
-GitHub's raw files by $G2RPO_GITHUB. No account is used: every file here is public.
+The only place of this project that downloads anything, and only when it is told to. A mirror stands in for
+the hub by $HF_ENDPOINT and for GitHub's raw files by $G2RPO_GITHUB. No account is used: every file here is
+public.
 """
 
 from __future__ import annotations
@@ -47,11 +49,23 @@ class Sources:
         return cls(os.environ.get("HF_ENDPOINT") or cls.hub, os.environ.get("G2RPO_GITHUB") or cls.github)
 
 
-def fetch(known: Known, root: Path, sources: Sources, *, accept_unpinned: bool = False, say: Callable[[str], None] = print) -> Path:
-    """Download, check, convert and install a reward; what is already downloaded is kept when this is interrupted."""
+def fetch(
+    known: Known,
+    root: Path,
+    sources: Sources,
+    *,
+    accept_unpinned: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Download, check, convert and install a reward.
+
+    What is already downloaded is kept when this is interrupted.
+    """
     place = root / known.name
     if place.exists():
-        raise FetchError(f"{place} exists already; use it, or remove that folder first to fetch the reward again")
+        raise FetchError(
+            f"{place} exists already; use it, or remove that folder first to fetch the reward again"
+        )
     _refuse_unpinned(known, accept_unpinned)
     parts = root / f".fetching-{known.name}"
     try:
@@ -72,7 +86,9 @@ def fetch(known: Known, root: Path, sources: Sources, *, accept_unpinned: bool =
             os.replace(folder, place)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise FetchError(f"cannot write to {root}: {reason}; make room or choose another folder (--to)") from error
+        raise FetchError(
+            f"cannot write to {root}: {reason}; make room or choose another folder (--to)"
+        ) from error
     shutil.rmtree(parts, ignore_errors=True)
     return place
 
@@ -82,7 +98,11 @@ def changed(root: Path, name: str) -> list[str]:
     folder = Folder.of(root, name)
     files = folder.json(MANIFEST).get("files", {})
     names = [str(file) for file in files] if isinstance(files, dict) else []
-    return [file for file in names if not (folder.path / file).is_file() or sha256(folder.path / file) != files[file]]
+    return [
+        file
+        for file in names
+        if not (folder.path / file).is_file() or sha256(folder.path / file) != files[file]
+    ]
 
 
 def sha256(path: Path) -> str:
@@ -100,8 +120,9 @@ def _refuse_unpinned(known: Known, accept: bool) -> None:
     if unpinned and not accept:
         at = next(file for file in known.files if file.sha256 is None)
         raise FetchError(
-            f"no hash is known for {', '.join(unpinned)} of {at.repo}@{at.revision[:12]}, so nobody here vouches for the content; "
-            "to take it as that revision has it, give --accept-unpinned (its hash is then written down and shown)"
+            f"no hash is known for {', '.join(unpinned)} of {at.repo}@{at.revision[:12]}, so nobody here "
+            "vouches for the content; to take it as that revision has it, give --accept-unpinned (its hash "
+            "is then written down and shown)"
         )
 
 
@@ -111,7 +132,10 @@ def _check_space(root: Path, known: Known) -> None:
     needed = sum(file.size or 0 for file in known.files) + known.gigabytes * 1e9
     free = shutil.disk_usage(root).free
     if free < needed:
-        raise FetchError(f"{known.name} needs {needed / 1e9:.1f} GB in {root}, and {free / 1e9:.1f} GB are free; make room or give --to")
+        raise FetchError(
+            f"{known.name} needs {needed / 1e9:.1f} GB in {root}, and {free / 1e9:.1f} GB are free; "
+            "make room or give --to"
+        )
 
 
 def _download(file: Published, parts: Path, sources: Sources, say: Callable[[str], None]) -> Path:
@@ -119,7 +143,10 @@ def _download(file: Published, parts: Path, sources: Sources, say: Callable[[str
     folder = parts / file.repo.replace("/", "--") / file.revision
     target = folder / file.path
     if not target.is_file():
-        say(f"downloading {file.repo}/{file.path}" + (f" ({file.size / 1e6:.0f} MB)" if file.size and file.size > 1e6 else ""))
+        say(
+            f"downloading {file.repo}/{file.path}"
+            + (f" ({file.size / 1e6:.0f} MB)" if file.size and file.size > 1e6 else "")
+        )
         folder.mkdir(parents=True, exist_ok=True)
         (_from_hub if file.place == "hub" else _from_github)(file, folder, sources)
     digest = sha256(target)
@@ -139,13 +166,19 @@ def _from_hub(file: Published, folder: Path, sources: Sources) -> None:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise FetchError("fetching needs huggingface_hub; install it with: pip install 'g2rpo[trainer]'") from error
+        raise FetchError(
+            "fetching needs huggingface_hub; install it with: pip install 'g2rpo[trainer]'"
+        ) from error
     try:
-        hf_hub_download(file.repo, file.path, revision=file.revision, local_dir=folder, endpoint=sources.hub, token=False)
+        hf_hub_download(
+            file.repo, file.path, revision=file.revision, local_dir=folder, endpoint=sources.hub, token=False
+        )
     # huggingface_hub and the clients under it raise errors of many kinds for what a network can do.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise FetchError(f"cannot download {file.repo}/{file.path} from {sources.hub}: {reason}; try again, it goes on") from error
+        raise FetchError(
+            f"cannot download {file.repo}/{file.path} from {sources.hub}: {reason}; try again, it goes on"
+        ) from error
 
 
 def _from_github(file: Published, folder: Path, sources: Sources) -> None:
@@ -158,7 +191,9 @@ def _from_github(file: Published, folder: Path, sources: Sources) -> None:
         with urllib.request.urlopen(address, timeout=SECONDS) as answer, open(part, "wb") as out:
             shutil.copyfileobj(answer, out, CHUNK)
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        raise FetchError(f"cannot download {address}: {' '.join(str(error).split())[:300]}; try again") from error
+        raise FetchError(
+            f"cannot download {address}: {' '.join(str(error).split())[:300]}; try again"
+        ) from error
     os.replace(part, target)
 
 

@@ -19,25 +19,39 @@ from comfy_g2rpo.rewards import Reward, RewardError, Rule
 
 
 def custom(name: str, path: str) -> Reward:
-    """Load your own reward: a function (images [B, H, W, 3], prompts [B]) → scores [B], or an object with a reward's members."""
+    """Load your own reward: a function (images [B, H, W, 3], prompts [B]) → scores [B], or an object with
+    a reward's members.
+    """
     place, _, attribute = path.rpartition(":")
     module = module_at(place)
     if not hasattr(module, attribute):
         raise RewardError(f"reward {name!r}: {place} has no {attribute!r}; check the end of path")
     found: Any = getattr(module, attribute)
-    missing = [member for member in ("name", "licence", "compares_across_prompts", "score") if not hasattr(found, member)]
+    missing = [
+        member
+        for member in ("name", "licence", "compares_across_prompts", "score")
+        if not hasattr(found, member)
+    ]
     if isinstance(found, type):
-        raise RewardError(f"reward {name!r}: {path} is a class; make an object of it in that file, and name the object")
+        raise RewardError(
+            f"reward {name!r}: {path} is a class; make an object of it in that file, and name the object"
+        )
     if not missing and found.name != name:
-        raise RewardError(f"reward {name!r}: {path} calls itself {str(found.name)[:80]!a}; write that under name")
+        raise RewardError(
+            f"reward {name!r}: {path} calls itself {str(found.name)[:80]!a}; write that under name"
+        )
     if not missing:
         return found
     if callable(found):
         return Rule(name, located(name, found, module), compares_across_prompts=False, licence="your own")
-    raise RewardError(f"reward {name!r}: {path} is no function and lacks {', '.join(missing)}; give a function or an object")
+    raise RewardError(
+        f"reward {name!r}: {path} is no function and lacks {', '.join(missing)}; give a function or an object"
+    )
 
 
-def located(name: str, function: Callable[[Tensor, Sequence[str]], Any], module: ModuleType) -> Callable[[Tensor, Sequence[str]], Tensor]:
+def located(
+    name: str, function: Callable[[Tensor, Sequence[str]], Any], module: ModuleType
+) -> Callable[[Tensor, Sequence[str]], Tensor]:
     """Let a function answer with a list as well (None = cannot judge), and name the line where it fails."""
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -45,13 +59,19 @@ def located(name: str, function: Callable[[Tensor, Sequence[str]], Any], module:
             answer = function(images, prompts)
             if isinstance(answer, (list, tuple)):
                 return torch.tensor([math.nan if value is None else float(value) for value in answer])
-            return answer.float() if isinstance(answer, Tensor) else torch.as_tensor(answer, dtype=torch.float32)
+            return (
+                answer.float() if isinstance(answer, Tensor) else torch.as_tensor(answer, dtype=torch.float32)
+            )
         except RewardError:
             raise
         except Exception as cause:
-            lines = [frame.lineno for frame in extract_tb(cause.__traceback__) if frame.filename == module.__file__]
+            lines = [
+                frame.lineno for frame in extract_tb(cause.__traceback__) if frame.filename == module.__file__
+            ]
             where = f" in {module.__file__}, line {lines[-1]}" if lines else ""
-            raise RewardError(f"reward {name!r} failed with {type(cause).__name__}{where}: {cause}") from cause
+            raise RewardError(
+                f"reward {name!r} failed with {type(cause).__name__}{where}: {cause}"
+            ) from cause
 
     return score
 

@@ -1,4 +1,6 @@
-"""From published files to a reward's folder: what is read of each, the configuration that goes with it, its authors' examples."""
+"""From published files to a reward's folder: what is read of each, the configuration that goes with it,
+its authors' examples.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Example:
-    """A picture, a prompt and the score that somebody publishes for them; `near`: by how much another device may differ."""
+    """A picture, a prompt and the score that somebody publishes for them.
+
+    `near`: by how much another device may differ.
+    """
 
     picture: Published
     prompt: str
@@ -99,10 +104,13 @@ _PICTURES = tuple(
 
 def _examples(whose: str, near: float, *scores: float) -> tuple[Example, ...]:
     """Pair ImageReward's four example pictures with scores."""
-    return tuple(Example(picture, _OCEAN, score, near, whose) for picture, score in zip(_PICTURES, scores, strict=True))
+    return tuple(
+        Example(picture, _OCEAN, score, near, whose) for picture, score in zip(_PICTURES, scores, strict=True)
+    )
 
 
-# ImageReward's README, "Example Use"; and what DiffSynth-Studio's examples/image_quality_metric/README.md prints for the same pictures.
+# ImageReward's README, "Example Use"; and what DiffSynth-Studio's examples/image_quality_metric/README.md
+# prints for the same pictures.
 EXAMPLES: dict[str, tuple[Example, ...]] = {
     "imagereward": _examples("the authors have", 0.02, 0.58116, 0.27453, -1.41318, -2.02957),
     "pickscore": _examples("DiffSynth-Studio has", 0.1, 20.73713, 20.44360, 20.66075, 19.42607),
@@ -143,7 +151,11 @@ def _pickscore(files: Files, folder: Path) -> None:
 def _hpsv2(files: Files, folder: Path) -> None:
     """Convert HPS_v2.1_compressed.pt, which is open_clip's layout under "state_dict"."""
     content = read_pickle(files["HPS_v2.1_compressed.pt"])
-    _write(folder, CONFIGS["hpsv2"], rewrite_weights.open_clip(_tensors(content.get("state_dict"), "HPS_v2.1_compressed.pt")))
+    _write(
+        folder,
+        CONFIGS["hpsv2"],
+        rewrite_weights.open_clip(_tensors(content.get("state_dict"), "HPS_v2.1_compressed.pt")),
+    )
     for name in TOKENIZER:
         place(files[name], folder / name)
 
@@ -179,22 +191,33 @@ def _with_head(files: Files, folder: Path, modules: tuple[str, ...]) -> None:
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """Read a published pickle's tensors by PyTorch's restricted reader, which builds nothing but tensors and plain containers."""
+    """Read a published pickle's tensors by PyTorch's restricted reader, which builds nothing but tensors
+    and plain containers.
+    """
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 6):
         # CVE-2025-32434: before 2.6 a crafted file could run code in spite of weights_only.
-        raise ValueError(f"converting {path.name} needs PyTorch 2.6 or newer, this is {torch.__version__}; update it, or convert elsewhere")
+        raise ValueError(
+            f"converting {path.name} needs PyTorch 2.6 or newer, this is {torch.__version__}; update "
+            "it, or convert elsewhere"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     # The restricted reader refuses with errors of many kinds.
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path.name} holds more than tensors, or is damaged: {reason}; fetch it again") from error
+        raise ValueError(
+            f"{path.name} holds more than tensors, or is damaged: {reason}; fetch it again"
+        ) from error
     return content if isinstance(content, dict) else {}
 
 
 def _tensors(content: Any, name: str) -> dict[str, Tensor]:
     """See that something read from a pickle is a table of tensors."""
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(value, Tensor) for value in content.values())
+    ):
         raise ValueError(f"{name} holds no table of tensors where one was published; fetch it again")
     return dict(content)
 

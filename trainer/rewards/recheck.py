@@ -28,12 +28,24 @@ def check(root: Path, name: str, device: torch.device | str, say: Callable[[str]
     reward = load_installed(root, name, device=device)
     if not differing:
         say("files: as installed")
-    say(f"weights: {sum(parameter.numel() for parameter in reward.module.parameters()) / 1e6:.1f} million, all finite")
+    say(
+        f"weights: {sum(parameter.numel() for parameter in reward.module.parameters()) / 1e6:.1f} "
+        "million, all finite"
+    )
     steady = _steady(reward, say)
     examples = [example for example in EXAMPLES.get(name, ()) if picture_of(root, name, example).is_file()]
     if not examples:
-        say("published example scores: none are known for this reward, or their pictures are not in its folder")
-    return all([not differing, steady, *(_as_published(reward, picture_of(root, name, example), example, say) for example in examples)])
+        say(
+            "published example scores: none are known for this reward, or their pictures are not in "
+            "its folder"
+        )
+    return all(
+        [
+            not differing,
+            steady,
+            *(_as_published(reward, picture_of(root, name, example), example, say) for example in examples),
+        ]
+    )
 
 
 def picture_of(root: Path, name: str, example: Example) -> Path:
@@ -56,7 +68,10 @@ def _steady(reward: ModelReward, say: Callable[[str], None]) -> bool:
     say(f"grey, grey noise, noise for '{PROMPT}': {', '.join(f'{score:.4f}' for score in together.tolist())}")
     steady = bool(together.isfinite().all()) and torch.allclose(together, alone, atol=1e-3, rtol=1e-3)
     if not steady:
-        say(f"scores depend on their batch: alone they are {', '.join(f'{score:.4f}' for score in alone.tolist())}")
+        say(
+            "scores depend on their batch: alone they are "
+            f"{', '.join(f'{score:.4f}' for score in alone.tolist())}"
+        )
     return steady
 
 
@@ -64,5 +79,8 @@ def _as_published(reward: ModelReward, picture: Path, example: Example, say: Cal
     """Compare one example's score with what is published."""
     score = checked(reward, read_picture(picture), [example.prompt]).item()
     near = abs(score - example.score) <= example.near
-    say(f"published example {picture.name}: {score:.4f}, {example.whose} {example.score:.4f}: {'well' if near else 'NOT the same'}")
+    say(
+        f"published example {picture.name}: {score:.4f}, {example.whose} {example.score:.4f}: "
+        f"{'well' if near else 'NOT the same'}"
+    )
     return near

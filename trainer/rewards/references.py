@@ -1,6 +1,8 @@
-"""Rewards that compare with pictures on this machine: one for all prompts from the recipe, or each prompt's own from its columns.
+"""Rewards that compare with pictures on this machine: one for all prompts from the recipe, or each prompt's
+own from its columns.
 
-Without either, a prompt that starts from a picture is compared with that: an edit is to keep what it was not asked to change.
+Without either, a prompt that starts from a picture is compared with that: an edit is to keep what it was not
+asked to change.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ KEPT = 64  # references that stay in memory
 
 
 def compared(section: RewardSection) -> Likeness:
-    """Load the reward that compares with the section's reference or palette, or with the column of that name where a prompt has one."""
+    """Load the reward that compares with the section's reference or palette, or with the column of that
+    name where a prompt has one.
+    """
     name, column = section.name, column_of(section.name)
 
     @lru_cache(maxsize=KEPT)
@@ -39,14 +43,19 @@ def compared(section: RewardSection) -> Likeness:
         if given is None:
             return own
         if not isinstance(given, list if column == "palette" else str):
-            wanted = 'a list of colours such as ["#ff8800"]' if column == "palette" else "the path of a picture"
+            wanted = (
+                'a list of colours such as ["#ff8800"]' if column == "palette" else "the path of a picture"
+            )
             raise RewardError(f"column {column} of {prompt[:80]!a} is {str(given)[:40]!a}; write {wanted}")
         return keep(tuple(given) if column == "palette" else given)
 
     def refuse(prompts: Sequence[str]) -> None:
         found = [find(prompt) is not None for prompt in prompts]
         if found and not any(found):
-            raise RewardError(f"reward {name!r} has nothing to compare with; give it a {column}, or the prompts a column of that name")
+            raise RewardError(
+                f"reward {name!r} has nothing to compare with; give it a {column}, or the prompts a "
+                "column of that name"
+            )
 
     return Likeness(name, find, refuse)
 

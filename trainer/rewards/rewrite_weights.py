@@ -1,6 +1,8 @@
-"""From the layouts in which reward models were published to the one that `comfy_g2rpo.rewards` reads: renamed tensors, split projections.
+"""From the layouts in which reward models were published to the one that `comfy_g2rpo.rewards` reads: renamed
+tensors, split projections.
 
-Takes and returns plain tables of tensors; what a layout holds beyond the model (masks, position numbers, unused projections) is left out.
+Takes and returns plain tables of tensors; what a layout holds beyond the model (masks, position numbers,
+unused projections) is left out.
 """
 
 from __future__ import annotations
@@ -37,8 +39,15 @@ OPEN_CLIP = {
 }
 OPEN_CLIP_TURNED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 
-VIT_BLOCK = re.compile(r"blip\.visual_encoder\.blocks\.([0-9]+)\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)")
-VIT_NAMES = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.qkv": "self_attn.qkv", "attn.proj": "self_attn.projection"}
+VIT_BLOCK = re.compile(
+    r"blip\.visual_encoder\.blocks\.([0-9]+)\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
+)
+VIT_NAMES = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.qkv": "self_attn.qkv",
+    "attn.proj": "self_attn.projection",
+}
 VIT = {
     "blip.visual_encoder.cls_token": "vision_model.embeddings.class_embedding",
     "blip.visual_encoder.pos_embed": "vision_model.embeddings.position_embedding",
@@ -50,7 +59,9 @@ VIT = {
 
 
 def open_clip(tensors: Tensors) -> dict[str, Tensor]:
-    """Rename open_clip's CLIP to transformers' CLIPModel: fused projections are split, the two last ones transposed."""
+    """Rename open_clip's CLIP to transformers' CLIPModel: fused projections are split, the two last ones
+    transposed.
+    """
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if key in OPEN_CLIP:
@@ -68,7 +79,10 @@ def _open_clip_block(layer: str, name: str, tensor: Tensor) -> dict[str, Tensor]
     module, _, part = name.rpartition(".")
     if name in ("attn.in_proj_weight", "attn.in_proj_bias"):
         part = name.removeprefix("attn.in_proj_")
-        return {f"{layer}.self_attn.{letter}_proj.{part}": third for letter, third in zip("qkv", tensor.chunk(3), strict=True)}
+        return {
+            f"{layer}.self_attn.{letter}_proj.{part}": third
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True)
+        }
     return {f"{layer}.{BLOCK_NAMES[module]}.{part}": tensor} if module in BLOCK_NAMES else {}
 
 
@@ -77,24 +91,42 @@ def imagereward(tensors: Tensors) -> dict[str, Tensor]:
     found = {new: tensors[old] for old, new in VIT.items() if old in tensors}
     for key, tensor in tensors.items():
         if block := VIT_BLOCK.fullmatch(key):
-            found[f"vision_model.encoder.layers.{block[1]}.{VIT_NAMES.get(block[2], block[2])}.{block[3]}"] = tensor
+            found[
+                f"vision_model.encoder.layers.{block[1]}.{VIT_NAMES.get(block[2], block[2])}.{block[3]}"
+            ] = tensor
         elif key.startswith("blip.text_encoder.") and not key.endswith("position_ids"):
             found[key.removeprefix("blip.")] = tensor
     return found | head({key: tensor for key, tensor in tensors.items() if key.startswith("mlp.layers.")})
 
 
 def head(tensors: Tensors) -> dict[str, Tensor]:
-    """Number a stack of linear layers through, whatever lay between them: head.0.weight, head.0.bias, head.1.weight …"""
+    """Number a stack of linear layers through, whatever lay between them: head.0.weight, head.0.bias,
+    head.1.weight …
+    """
     names = {key.rpartition(".")[0] for key in tensors}
-    order = {name: place for place, name in enumerate(sorted(names, key=lambda name: int(re.sub(r"\D", "", name) or 0)))}
-    return {f"head.{order[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": tensor for key, tensor in tensors.items()}
+    order = {
+        name: place
+        for place, name in enumerate(sorted(names, key=lambda name: int(re.sub(r"\D", "", name) or 0)))
+    }
+    return {
+        f"head.{order[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": tensor
+        for key, tensor in tensors.items()
+    }
 
 
 def tower(tensors: Tensors, prefixes: Iterable[str]) -> dict[str, Tensor]:
     """Take some modules of a model in transformers' layout, and leave the rest."""
-    return {key: value for key, value in tensors.items() if key.startswith(tuple(prefixes)) and not key.endswith("position_ids")}
+    return {
+        key: value
+        for key, value in tensors.items()
+        if key.startswith(tuple(prefixes)) and not key.endswith("position_ids")
+    }
 
 
 def ready(tensors: Tensors) -> dict[str, Tensor]:
-    """Lay tensors out for a safetensors file: each in memory of its own, in the precision it was published in."""
-    return {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    """Lay tensors out for a safetensors file: each in memory of its own, in the precision it was published
+    in.
+    """
+    return {
+        key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
+    }

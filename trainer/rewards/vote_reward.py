@@ -1,4 +1,6 @@
-"""People as the reward of a headless run: what has no votes yet is shown to them, and the run stops until they have voted."""
+"""People as the reward of a headless run: what has no votes yet is shown to them, and the run stops until
+they have voted.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ class UnvotedError(RewardError):
 
 @dataclass
 class VoteReward:
-    """Score a group by the votes that its run keeps; groups without any are written into <run>/ballots, and `settle` stops the run."""
+    """Score a group by the votes that its run keeps.
+
+    Groups without any are written into <run>/ballots, and `settle` stops the run.
+    """
 
     run: Path
     name: str = NAME
@@ -51,8 +56,12 @@ class VoteReward:
         """Stop the run where the step that was just scored has groups without votes."""
         waiting, self.waiting = self.waiting, []
         if waiting:
-            groups = f"{len(waiting)} groups wait for votes" if len(waiting) > 1 else "a group waits for votes"
-            raise UnvotedError(f"{groups} in {self.run / 'ballots'}; vote with: g2rpo vote {self.run}, then resume the run")
+            groups = (
+                f"{len(waiting)} groups wait for votes" if len(waiting) > 1 else "a group waits for votes"
+            )
+            raise UnvotedError(
+                f"{groups} in {self.run / 'ballots'}; vote with: g2rpo vote {self.run}, then resume the run"
+            )
 
     def step(self) -> int:
         """Return the number of the step that the run is at."""

@@ -1,10 +1,13 @@
-"""Aesthetic Predictor v2.5: SigLIP so400m/14 at 384 and a head on its unit-norm pooled state; the prompt is not read.
+"""Aesthetic Predictor v2.5: SigLIP so400m/14 at 384 and a head on its unit-norm pooled state; the prompt is
+not read.
 
-    score = head(pooled / |pooled|)       1 to 10, "5.5 and above is great"       github.com/discus0434/aesthetic-predictor-v2-5
+    score = head(pooled / |pooled|)       1 to 10, "5.5 and above is great"
+    github.com/discus0434/aesthetic-predictor-v2-5
 
-The repository, with the head's weights in it, is under AGPL-3.0; SigLIP is under Apache-2.0. This is a reader of our own and takes nothing
-from that code, so using the weights changes nothing about this package's licence; what you may do with the weights themselves, their
-licence says. Pictures: SiglipImageProcessor's (both edges to 384 by PIL's bicubic kernel, to [−1, 1]).
+The repository, with the head's weights in it, is under AGPL-3.0; SigLIP is under Apache-2.0. This is a reader
+of our own and takes nothing from that code, so using the weights changes nothing about this package's
+licence; what you may do with the weights themselves, their licence says. Pictures: SiglipImageProcessor's
+(both edges to 384 by PIL's bicubic kernel, to [−1, 1]).
 """
 
 from collections.abc import Sequence

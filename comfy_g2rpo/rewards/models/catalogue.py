@@ -1,4 +1,6 @@
-"""The model-backed rewards that this package knows: what they are, what they allow, how they fail, and where their weights lie."""
+"""The model-backed rewards that this package knows: what they are, what they allow, how they fail, and
+where their weights lie.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from dataclasses import dataclass
 class Published:
     """One published file, pinned to a revision; `place` is "hub" (a Hugging Face repository) or "github".
 
-    sha256 None: no public source for it was found, and fetching refuses the file unless it is told to accept it unpinned.
+    sha256 None: no public source for it was found, and fetching refuses the file unless it is told to accept
+    it unpinned.
     """
 
     repo: str
@@ -40,15 +43,27 @@ class Known:
         return f"g2rpo rewards fetch {self.name}"
 
 
-# Hashes of the hub's files are its own records of these revisions; those of GitHub's were taken from the pinned commits.
+# Hashes of the hub's files are its own records of these revisions; those of GitHub's were taken from the
+# pinned commits.
 _VIT_L = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
 _SIGLIP = ("google/siglip-so400m-patch14-384", "9fdffc58afc957d1a03a25b10dba0329ab15c2a3")
-_VIT_L_WEIGHTS = Published(*_VIT_L, "model.safetensors", "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb", 1710540580)
-_VIT_L_CONFIG = Published(*_VIT_L, "config.json", "8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a", 4519)
+_VIT_L_WEIGHTS = Published(
+    *_VIT_L,
+    "model.safetensors",
+    "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
+    1710540580,
+)
+_VIT_L_CONFIG = Published(
+    *_VIT_L, "config.json", "8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a", 4519
+)
 # All of OpenAI's and LAION's CLIPs number words alike.
 _CLIP_TOKENIZER = (
-    Published(*_VIT_L, "vocab.json", "3f0c4f7d2086b61b38487075278ea9ed04edb53a03cbb045b86c27190fa8fb69", 961143),
-    Published(*_VIT_L, "merges.txt", "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a", 524619),
+    Published(
+        *_VIT_L, "vocab.json", "3f0c4f7d2086b61b38487075278ea9ed04edb53a03cbb045b86c27190fa8fb69", 961143
+    ),
+    Published(
+        *_VIT_L, "merges.txt", "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a", 524619
+    ),
 )
 
 KNOWN: dict[str, Known] = {
@@ -61,7 +76,10 @@ KNOWN: dict[str, Known] = {
             "MIT (code; the card of the weights names none)",
             False,
             "100 × cosine, about 18 to 24; flow_grpo divides it by 26",
-            "Keeps realism longest of the learned ones; pushed hard it ends in one glossy, over-detailed style.",
+            (
+                "Keeps realism longest of the learned ones; pushed hard it ends in one glossy, "
+                "over-detailed style."
+            ),
             3.9,
             (
                 Published(
@@ -105,7 +123,11 @@ KNOWN: dict[str, Known] = {
             (
                 _VIT_L_WEIGHTS,
                 _VIT_L_CONFIG,
-                Published(*_VIT_L, "preprocessor_config.json", "910e70b3956ac9879ebc90b22fb3bc8a75b6a0677814500101a4c072bd7857bd"),
+                Published(
+                    *_VIT_L,
+                    "preprocessor_config.json",
+                    "910e70b3956ac9879ebc90b22fb3bc8a75b6a0677814500101a4c072bd7857bd",
+                ),
                 *_CLIP_TOKENIZER,
             ),
         ),
@@ -189,8 +211,18 @@ KNOWN: dict[str, Known] = {
             "Ignores the prompt: likes illustrations and soft light.",
             1.7,
             (
-                Published(*_SIGLIP, "model.safetensors", "ea2abad2b7f8a9c1aa5e49a244d5d57ffa71c56f720c94bc5d240ef4d6e1d94a", 3511950624),
-                Published(*_SIGLIP, "config.json", "adc04928d8fd19a61822584fe0cf2e813e5ebac17f3e49fb1ea096860ae6457b", 576),
+                Published(
+                    *_SIGLIP,
+                    "model.safetensors",
+                    "ea2abad2b7f8a9c1aa5e49a244d5d57ffa71c56f720c94bc5d240ef4d6e1d94a",
+                    3511950624,
+                ),
+                Published(
+                    *_SIGLIP,
+                    "config.json",
+                    "adc04928d8fd19a61822584fe0cf2e813e5ebac17f3e49fb1ea096860ae6457b",
+                    576,
+                ),
                 Published(
                     "discus0434/aesthetic-predictor-v2-5",
                     "c0e15567fa61252cbff43d70c49a8bd27202ca9a",

@@ -1,8 +1,9 @@
-"""What the model-backed rewards share: the object that a host sees, and CLIP's two towers on transformers' own classes.
+"""What the model-backed rewards share: the object that a host sees, and CLIP's two towers on transformers'
+own classes.
 
-The trunk (the transformer blocks) runs in the dtype that was asked for. What turns its output into a score (projections, heads,
-norms of embeddings) is the head and stays in float32: half precision would make ties of close scores, and a group's z-score divides by
-their differences.
+The trunk (the transformer blocks) runs in the dtype that was asked for. What turns its output into a score
+(projections, heads, norms of embeddings) is the head and stays in float32: half precision would make ties of
+close scores, and a group's z-score divides by their differences.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ CONTEXT = 77
 
 
 class Judge(nn.Module):
-    """The weights of a reward: see(pixels) → features, once per picture; judge(features, prompts) → scores."""
+    """The weights of a reward: see(pixels) → features, once per picture.
+
+    Judge(features, prompts) → scores.
+    """
 
     trunks: tuple[str, ...] = ("vision_model",)
 
@@ -48,7 +52,10 @@ class Judge(nn.Module):
 
 @dataclass(eq=False)
 class ModelReward:
-    """A reward with weights. Pictures are prepared and judged `batch` at a time; no score depends on its batch."""
+    """A reward with weights.
+
+    Pictures are prepared and judged `batch` at a time; no score depends on its batch.
+    """
 
     name: str
     licence: str
@@ -59,7 +66,9 @@ class ModelReward:
     batch: int = 32
 
     @classmethod
-    def of(cls, known: Known, name: str, module: Judge, pictures: Pictures, dtype: torch.dtype, batch: int) -> ModelReward:
+    def of(
+        cls, known: Known, name: str, module: Judge, pictures: Pictures, dtype: torch.dtype, batch: int
+    ) -> ModelReward:
         """Put a reward together: its trunk in `dtype`, its head in float32."""
         if batch < 1:
             raise RewardError(f"batch is {batch}; it must be at least 1")
@@ -80,16 +89,25 @@ class ModelReward:
         return self
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score images [B, H, W, 3] in [0, 1] by prompts [B]: [B] float32 on the CPU; NaN for a picture that holds NaN."""
+        """Score images [B, H, W, 3] in [0, 1] by prompts [B]: [B] float32 on the CPU.
+
+        NaN for a picture that holds NaN.
+        """
         if isinstance(prompts, str) or len(prompts) != len(images):
-            raise RewardError(f"reward '{self.name}' got {len(images)} images; give a list with one prompt per image")
+            raise RewardError(
+                f"reward '{self.name}' got {len(images)} images; give a list with one prompt per image"
+            )
         scores = [self._score(images[part], prompts[part]) for part in self._parts(len(images))]
         broken = images.detach().flatten(1).isfinite().all(1).logical_not().cpu()
         return torch.where(broken, torch.nan, torch.cat(scores)) if scores else torch.zeros(0)
 
     def embed(self, images: Tensor) -> Tensor:
         """Return unit-norm features [B, D] of images [B, H, W, 3] in [0, 1], float32 on the CPU."""
-        return torch.cat([self._embed(images[part]) for part in self._parts(len(images))]) if len(images) else torch.zeros(0, 0)
+        return (
+            torch.cat([self._embed(images[part]) for part in self._parts(len(images))])
+            if len(images)
+            else torch.zeros(0, 0)
+        )
 
     def _parts(self, count: int) -> list[slice]:
         return [slice(start, start + self.batch) for start in range(0, count, self.batch)]
@@ -134,13 +152,21 @@ class Clip(Judge):
 
     def read(self, prompts: Sequence[str]) -> Tensor:
         """Embed prompts [B], cut off after 77 tokens: unit norm, [B, D]."""
-        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt").input_ids
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt"
+        ).input_ids
         hidden = self.text_model(tokens.to(self.device)).last_hidden_state
-        # The end of the text has the highest number of all tokens and looks back at the whole text; what pads it comes after.
-        return normalize(self.text_projection(hidden[torch.arange(len(tokens)), tokens.argmax(-1)].float()), dim=-1)
+        # The end of the text has the highest number of all tokens and looks back at the whole text; what pads
+        # it comes after.
+        return normalize(
+            self.text_projection(hidden[torch.arange(len(tokens)), tokens.argmax(-1)].float()), dim=-1
+        )
 
     def judge(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the cosine [B] of embeddings [B, D] and prompts [B]; a prompt that comes twice is read once."""
+        """Return the cosine [B] of embeddings [B, D] and prompts [B].
+
+        A prompt that comes twice is read once.
+        """
         return self.scale() * (features * self._read_once(prompts)).sum(-1)
 
     def scale(self) -> Tensor:
@@ -180,5 +206,10 @@ WIDTHS = (1024, 128, 64, 16, 1)
 
 
 def mlp(width: int, widths: Sequence[int] = WIDTHS) -> nn.Sequential:
-    """Stack linear layers; the originals' dropouts do nothing when judging, and there is no activation in them."""
-    return nn.Sequential(*(nn.Linear(before, after) for before, after in zip((width, *widths), widths, strict=False)))
+    """Stack linear layers.
+
+    The originals' dropouts do nothing when judging, and there is no activation in them.
+    """
+    return nn.Sequential(
+        *(nn.Linear(before, after) for before, after in zip((width, *widths), widths, strict=False))
+    )

@@ -1,10 +1,12 @@
 """HPS v2.1: CLIP ViT-H/14, fine-tuned on the Human Preference Dataset v2 (Wu et al., arXiv 2306.09341).
 
-    score = cos(picture, prompt)          `hpsv2.score`, github.com/tgxs002/HPSv2: no temperature, about 0.2 to 0.35
+    score = cos(picture, prompt)          `hpsv2.score`, github.com/tgxs002/HPSv2: no temperature, about 0.2
+    to 0.35
 
-Pictures: the authors' "light augmentation", which is not CLIP's: the long edge to 224, on numbers in [0, 1] by torch's bicubic kernel,
-black bars to a square, CLIP's mean and deviation. Antialiased, as torchvision does since 0.17 (before, it did not, and scores of large
-pictures differ). Prompts: 77 tokens, HTML entities undone. By the authors' README only scores of one prompt compare.
+Pictures: the authors' "light augmentation", which is not CLIP's: the long edge to 224, on numbers in [0, 1]
+by torch's bicubic kernel, black bars to a square, CLIP's mean and deviation. Antialiased, as torchvision does
+since 0.17 (before, it did not, and scores of large pictures differ). Prompts: 77 tokens, HTML entities
+undone. By the authors' README only scores of one prompt compare.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,13 @@
-"""ImageReward 1.0: BLIP's picture and text encoders and a head, trained on rankings by experts (Xu et al., arXiv 2304.05977).
+"""ImageReward 1.0: BLIP's picture and text encoders and a head, trained on rankings by experts (Xu et al.,
+arXiv 2304.05977).
 
-    score = (head(text state at [CLS], crossed with the picture) − 0.16717…) / 1.03334…       github.com/THUDM/ImageReward
+    score = (head(text state at [CLS], crossed with the picture) − 0.16717…) / 1.03334…
+    github.com/THUDM/ImageReward
 
-Standardised over the authors' data, about −2 to 2, and only scores of one prompt compare. Pictures: OpenAI CLIP's own transform (short edge
-to 224 by PIL's bicubic kernel, the middle as torchvision rounds it). Prompts: BERT's uncased tokens, always padded to 35; the text
-state is read at [CLS], as the authors do, not at BLIP's [ENC].
+Standardised over the authors' data, about −2 to 2, and only scores of one prompt compare. Pictures: OpenAI
+CLIP's own transform (short edge to 224 by PIL's bicubic kernel, the middle as torchvision rounds it).
+Prompts: BERT's uncased tokens, always padded to 35; the text state is read at [CLS], as the authors do, not
+at BLIP's [ENC].
 """
 
 from collections.abc import Sequence
@@ -43,10 +46,15 @@ class ImageReward(Judge):
 
     def judge(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score patches [B, N, D] by prompts [B]: [B]."""
-        text = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt").to(self.device)
+        text = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
+        ).to(self.device)
         seen = torch.ones(features.shape[:2], dtype=torch.long, device=self.device)
         crossed = self.text_encoder(
-            text.input_ids, attention_mask=text.attention_mask, encoder_hidden_states=features, encoder_attention_mask=seen
+            text.input_ids,
+            attention_mask=text.attention_mask,
+            encoder_hidden_states=features,
+            encoder_attention_mask=seen,
         )
         return (self.head(crossed.last_hidden_state[:, 0].float()).squeeze(-1) - MEAN) / STD
 
@@ -64,4 +72,11 @@ def load(folder: Folder, name: str, dtype: torch.dtype, batch: int) -> ModelRewa
     tokenizer = read_tokenizer(folder, BertTokenizerFast, ["vocab.txt"])
     module = fill(lambda: ImageReward(vision, text, tokenizer), folder.file(WEIGHTS))
     check_tokenizer(tokenizer, module.text_encoder.config, TOKENS, place)
-    return ModelReward.of(KNOWN["imagereward"], name, module, Pictures(module.vision_model.config.image_size, rounds=True), dtype, batch)
+    return ModelReward.of(
+        KNOWN["imagereward"],
+        name,
+        module,
+        Pictures(module.vision_model.config.image_size, rounds=True),
+        dtype,
+        batch,
+    )

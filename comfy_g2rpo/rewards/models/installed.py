@@ -1,11 +1,13 @@
-"""Installed model-backed rewards: which there are in a folder, and how one is loaded. Files only; nothing is downloaded here.
+"""Installed model-backed rewards: which there are in a folder, and how one is loaded. Files only; nothing is
+downloaded here.
 
     <root>/<name>/reward.json         {"kind": …, "source": …, "revision": …}
                   config.json         the model's configuration, in transformers' layout
                   model.safetensors   its weights
                   tokenizer files; for CLIPScore preprocessor_config.json
 
-A name is that of `KNOWN`, or any other: a CLIP of your own is a folder "clipscore_mine" whose reward.json says {"kind": "clipscore"}.
+A name is that of `KNOWN`, or any other: a CLIP of your own is a folder "clipscore_mine" whose reward.json
+says {"kind": "clipscore"}.
 """
 
 from __future__ import annotations
@@ -52,16 +54,25 @@ def kind_of(root: Path, name: str) -> str | None:
 
 
 def load_installed(
-    root: Path, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, batch: int = 32
+    root: Path,
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch: int = 32,
 ) -> ModelReward:
-    """Load an installed reward: the trunk in `dtype`, the head in float32, at most `batch` pictures at a time."""
+    """Load an installed reward: the trunk in `dtype`, the head in float32, at most `batch` pictures at a
+    time.
+    """
     present = installed(root)
     if name not in present:
         raise RewardError(_absent(root, name, present))
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        raise RewardError(f"reward '{name}' needs transformers: pip install transformers (ComfyUI brings it)") from error
+        raise RewardError(
+            f"reward '{name}' needs transformers: pip install transformers (ComfyUI brings it)"
+        ) from error
     return LOADERS[str(kind_of(root, name))](Folder.of(root, name), name, dtype, batch).to(device)
 
 

@@ -1,9 +1,12 @@
-"""PickScore v1: CLIP ViT-H/14, fine-tuned on choices of Pick-a-Pic's users (Kirstain et al., arXiv 2305.01569).
+"""PickScore v1: CLIP ViT-H/14, fine-tuned on choices of Pick-a-Pic's users (Kirstain et al., arXiv
+2305.01569).
 
-    score = exp(logit_scale) · cos(picture, prompt)          the authors' model card, github.com/yuvalkirstain/PickScore
+    score = exp(logit_scale) · cos(picture, prompt)          the authors' model card,
+    github.com/yuvalkirstain/PickScore
 
-The temperature is near 100, scores lie about 18 to 24; flow_grpo divides them by 26 to come near 1. Pictures: CLIPImageProcessor's (short
-edge to 224 by PIL's bicubic kernel, the middle, CLIP's mean and deviation); prompts: 77 tokens. It was trained on pairs of one prompt.
+The temperature is near 100, scores lie about 18 to 24; flow_grpo divides them by 26 to come near 1. Pictures:
+CLIPImageProcessor's (short edge to 224 by PIL's bicubic kernel, the middle, CLIP's mean and deviation);
+prompts: 77 tokens. It was trained on pairs of one prompt.
 """
 
 import torch

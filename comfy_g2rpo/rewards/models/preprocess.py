@@ -27,7 +27,10 @@ MAX_ASPECT = 32  # beyond it a resized picture takes gigabytes, and its middle s
 
 @dataclass(frozen=True)
 class Pictures:
-    """Say how pictures become a model's input; `rounds`: the middle of an odd rest as torchvision takes it, not as transformers does."""
+    """Say how pictures become a model's input.
+
+    `rounds`: the middle of an odd rest as torchvision takes it, not as transformers does.
+    """
 
     size: int
     fit: str = "crop"
@@ -39,31 +42,52 @@ class Pictures:
     def __call__(self, images: Tensor, name: str = "reward") -> Tensor:
         """Prepare images [B, H, W, 3] in [0, 1]: [B, 3, size, size] float32 on the CPU."""
         if images.ndim != 4 or images.shape[-1] != 3:
-            raise RewardError(f"reward '{name}' got images of shape {list(images.shape)}; give [B, H, W, 3], without an alpha channel")
+            raise RewardError(
+                f"reward '{name}' got images of shape {list(images.shape)}; give [B, H, W, 3], without "
+                "an alpha channel"
+            )
         height, width = images.shape[1:3]
         if not height or not width or max(height, width) > MAX_ASPECT * min(height, width):
-            raise RewardError(f"reward '{name}' got pictures of {width} × {height}; no side may be over {MAX_ASPECT} times the other")
+            raise RewardError(
+                f"reward '{name}' got pictures of {width} × {height}; no side may be over {MAX_ASPECT} "
+                "times the other"
+            )
         fit = self._padded if self.fit == "pad" else self._resized
-        fitted = torch.stack([fit(levels(picture)) for picture in images]) if len(images) else torch.zeros(0, 3, self.size, self.size)
+        fitted = (
+            torch.stack([fit(levels(picture)) for picture in images])
+            if len(images)
+            else torch.zeros(0, 3, self.size, self.size)
+        )
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (fitted - mean) / std
 
     def _resized(self, picture: Tensor) -> Tensor:
         """Resize a picture [H, W, 3] of bytes by PIL and take the middle: [3, size, size] in [0, 1]."""
         height, width = picture.shape[:2]
-        rows, columns = (self.size, self.size) if self.fit == "squash" else short_edge(height, width, self.size)
+        rows, columns = (
+            (self.size, self.size) if self.fit == "squash" else short_edge(height, width, self.size)
+        )
         top, left = middle(rows - self.size, self.rounds), middle(columns - self.size, self.rounds)
         resized = np.asarray(Image.fromarray(picture.numpy()).resize((columns, rows), self.kernel))
-        return torch.from_numpy(resized[top : top + self.size, left : left + self.size].copy()).permute(2, 0, 1).float() / 255
+        return (
+            torch.from_numpy(resized[top : top + self.size, left : left + self.size].copy())
+            .permute(2, 0, 1)
+            .float()
+            / 255
+        )
 
     def _padded(self, picture: Tensor) -> Tensor:
-        """Resize a picture [H, W, 3] of bytes by its long edge, bicubic with antialiasing: [3, size, size], zeros around."""
+        """Resize a picture [H, W, 3] of bytes by its long edge, bicubic with antialiasing: [3, size,
+        size], zeros around.
+        """
         height, width = picture.shape[:2]
         scale = self.size / float(max(height, width))
         rows, columns = (max(1, round(edge * scale)) for edge in (height, width))
         unit = picture.permute(2, 0, 1)[None].float() / 255
         if (rows, columns) != (height, width):
-            unit = torch.nn.functional.interpolate(unit, (rows, columns), mode="bicubic", antialias=True, align_corners=False)
+            unit = torch.nn.functional.interpolate(
+                unit, (rows, columns), mode="bicubic", antialias=True, align_corners=False
+            )
         fitted = torch.zeros(3, self.size, self.size)
         top, left = (self.size - rows) // 2, (self.size - columns) // 2
         fitted[:, top : top + rows, left : left + columns] = unit[0]
@@ -72,7 +96,16 @@ class Pictures:
 
 def levels(picture: Tensor) -> Tensor:
     """Round a picture [H, W, 3] in [0, 1] to bytes on the CPU; NaN becomes black."""
-    return picture.detach().to(torch.float32, copy=True).nan_to_num_(0.0).mul_(255).round_().clamp_(0, 255).byte().cpu()
+    return (
+        picture.detach()
+        .to(torch.float32, copy=True)
+        .nan_to_num_(0.0)
+        .mul_(255)
+        .round_()
+        .clamp_(0, 255)
+        .byte()
+        .cpu()
+    )
 
 
 def short_edge(height: int, width: int, size: int) -> tuple[int, int]:
@@ -83,13 +116,21 @@ def short_edge(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def middle(rest: int, rounds: bool) -> int:
-    """Return where the middle begins: half the rest, rounded down (transformers), or half to even (torchvision)."""
+    """Return where the middle begins: half the rest, rounded down (transformers), or half to even
+    (torchvision).
+    """
     return round(rest / 2) if rounds else rest // 2
 
 
 def three(values: object, name: str) -> tuple[float, ...]:
     """Return a mean or deviation of three channels from a preprocessor's file."""
-    sound = isinstance(values, Sequence) and len(values) == 3 and all(type(value) in (int, float) and 0 < value <= 1 for value in values)
+    sound = (
+        isinstance(values, Sequence)
+        and len(values) == 3
+        and all(type(value) in (int, float) and 0 < value <= 1 for value in values)
+    )
     if not sound:
-        raise RewardError(f"preprocessor_config.json: {name} is {str(values)[:80]!a}; it must be three numbers in (0, 1]")
+        raise RewardError(
+            f"preprocessor_config.json: {name} is {str(values)[:80]!a}; it must be three numbers in (0, 1]"
+        )
     return tuple(float(value) for value in values)

@@ -1,10 +1,12 @@
 """Judge whether a picture of coloured shapes shows what its prompt, or the prompt's columns, ask for.
 
-    graded = (colour · shape · count [· relation])^(1/checks) · tidiness^(1/2),  every check in [.05, 1]; what is not asked for is no check
+    graded = (colour · shape · count [· relation])^(1/checks) · tidiness^(1/2),  every check in [.05, 1]; what
+    is not asked for is no check
 
-The mean is geometric because an arithmetic one pays for a half-fixed picture. A missing object lowers colour, shape and count at once; a
-surplus one lowers count and tidiness, by about as much. What no asked-for object explains (surplus objects, specks, smears) is untidy.
-What is clearly right scores exactly 1: a group of right pictures ties, where a z-score would blow differences of no meaning up.
+The mean is geometric because an arithmetic one pays for a half-fixed picture. A missing object lowers colour,
+shape and count at once; a surplus one lowers count and tidiness, by about as much. What no asked-for object
+explains (surplus objects, specks, smears) is untidy. What is clearly right scores exactly 1: a group of right
+pictures ties, where a z-score would blow differences of no meaning up.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,9 @@ from .vocabulary import COLOURS, RELATIONS, SHAPES, Scene, scene_of
 
 MAX_THINGS = 4
 FLOOR = 0.05  # of a check, so that one failure does not hide progress in the others
-CLEAR_DISTANCE = 18.0  # pixels between centres at which a relation is clearly right, or clearly wrong on the other side
+CLEAR_DISTANCE = (
+    18.0  # pixels between centres at which a relation is clearly right, or clearly wrong on the other side
+)
 ACROSS = 16.0  # pixels off the axis that are forgiven, and over which the rest of the score is lost
 PASS_SHAPE, PASS_RELATION, PASS_TIDINESS = 0.5, 0.84, 0.9  # for the strict score
 
@@ -27,7 +31,8 @@ PASS_SHAPE, PASS_RELATION, PASS_TIDINESS = 0.5, 0.84, 0.9  # for the strict scor
 class Request:
     """Hold scenes as arrays.
 
-    asked: [B, T], whether there is a thing at all; colour, shape: [B, T] palette and shape index, -1 = any; axis: [B, 2], 0 = no relation.
+    asked: [B, T], whether there is a thing at all; colour, shape: [B, T] palette and shape index, -1 = any;
+    axis: [B, 2], 0 = no relation.
     """
 
     asked: np.ndarray
@@ -49,13 +54,19 @@ class Checks:
 
 
 def agreement(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Grade colour, shape, count and relation of images [B, H, W, 3] in [0, 1]: [B] in [0, 1], NaN for a prompt that asks for none."""
+    """Grade colour, shape, count and relation of images [B, H, W, 3] in [0, 1]: [B] in [0, 1], NaN for a
+    prompt that asks for none.
+    """
     scenes = [scene_of(prompt) for prompt in prompts]
     request = request_of(scenes)
     checks = check(request, detect(images.cpu().numpy()))
     related, coloured, shaped = request.axis.any(1), (request.colour >= 0).any(1), (request.shape >= 0).any(1)
-    colour, shape, count, relation = (np.log(FLOOR + (1 - FLOOR) * c) for c in (checks.colour, checks.shape, checks.count, checks.relation))
-    mean_log = (coloured * colour + shaped * shape + count + related * relation) / (1 + coloured + shaped + related)
+    colour, shape, count, relation = (
+        np.log(FLOOR + (1 - FLOOR) * c) for c in (checks.colour, checks.shape, checks.count, checks.relation)
+    )
+    mean_log = (coloured * colour + shaped * shape + count + related * relation) / (
+        1 + coloured + shaped + related
+    )
     return _readable(np.exp(mean_log) * np.sqrt(checks.tidiness), scenes)
 
 
@@ -88,9 +99,13 @@ def check(request: Request, found: Objects) -> Checks:
     asked = request.asked
     number, related = asked.sum(1), request.axis.any(1)
     there, any_colour = (found.colour >= 0)[:, None, :], (request.colour < 0)[:, :, None]
-    same_colour = (any_colour | (request.colour[:, :, None] == found.colour[:, None, :])) & there & asked[:, :, None]
+    same_colour = (
+        (any_colour | (request.colour[:, :, None] == found.colour[:, None, :])) & there & asked[:, :, None]
+    )
     colour = same_colour * (found.vividness * found.presence)[:, None, :]
-    asked_shape = np.take_along_axis(found.shape, np.maximum(request.shape, 0)[:, None, :], axis=2).swapaxes(1, 2)
+    asked_shape = np.take_along_axis(found.shape, np.maximum(request.shape, 0)[:, None, :], axis=2).swapaxes(
+        1, 2
+    )
     asked_shape = np.where((request.shape < 0)[:, :, None], there, asked_shape)
     shape = asked_shape * found.presence[:, None, :] * asked[:, :, None]
     likeness = 0.6 * colour + 0.4 * shape
@@ -110,12 +125,17 @@ def check(request: Request, found: Objects) -> Checks:
         count=np.minimum(found.count, number) / np.maximum(np.maximum(found.count, number), 1),
         relation=place * of_chosen(likeness)[:, :2].min(1),
         tidiness=tidiness,
-        exact=things_right.all(1) & number_right & (tidiness >= PASS_TIDINESS) & (~related | (place >= PASS_RELATION)),
+        exact=things_right.all(1)
+        & number_right
+        & (tidiness >= PASS_TIDINESS)
+        & (~related | (place >= PASS_RELATION)),
     )
 
 
 def match(likeness: np.ndarray) -> np.ndarray:
-    """Give each thing the object most like it, the most alike pair first: likeness [B, T, N] to a boolean assignment [B, T, N]."""
+    """Give each thing the object most like it, the most alike pair first: likeness [B, T, N] to a boolean
+    assignment [B, T, N].
+    """
     batch, things, objects = likeness.shape
     left, chosen, everyone = likeness.copy(), np.zeros(likeness.shape, bool), np.arange(batch)
     for _ in range(things):
@@ -127,7 +147,9 @@ def match(likeness: np.ndarray) -> np.ndarray:
 
 
 def relation(dx: np.ndarray, dy: np.ndarray, axis: np.ndarray) -> np.ndarray:
-    """Grade how clearly an object at (dx, dy) [B] from another one lies along the axis [B, 2]: [B] in [0, 1]."""
+    """Grade how clearly an object at (dx, dy) [B] from another one lies along the axis [B, 2]: [B] in [0,
+    1].
+    """
     along = dx * axis[:, 0] + dy * axis[:, 1]
     across = np.abs(dx * axis[:, 1] + dy * axis[:, 0])
     beyond = across - np.maximum(ACROSS, along)

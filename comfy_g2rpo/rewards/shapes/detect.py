@@ -1,8 +1,9 @@
 """Find flat coloured shapes in 64x64 pictures by their pixels alone, for a whole batch at once.
 
 Every number here is in pixels of a 64x64 picture, or in 8-bit levels where it is a colour.
-A pixel is explained as `background + coverage · (colour - background)`, so that soft edges and washed-out colours are fractions of a
-colour and never another one. A shape is the closeness (intersection over union) of a component to the ideal shape of its own moments.
+A pixel is explained as `background + coverage · (colour - background)`, so that soft edges and washed-out
+colours are fractions of a colour and never another one. A shape is the closeness (intersection over union) of
+a component to the ideal shape of its own moments.
 """
 
 from dataclasses import dataclass
@@ -14,9 +15,14 @@ from .vocabulary import BACKGROUND, COLOURS
 
 MAX_OBJECTS = 8
 INK = 50.0  # levels from the background at which a pixel counts as drawn
-COLOUR_TOLERANCE = 70.0  # levels off the line from background to colour at which a pixel is no longer of that colour
+COLOUR_TOLERANCE = (
+    70.0  # levels off the line from background to colour at which a pixel is no longer of that colour
+)
 SPECK = 20  # pixels below which a component is dirt, not an object
-FULL_AREA, FULL_SIDE = 70.0, 28.0  # an object counts in full from this area on and up to this side, and not at all at 1.5 times the side
+FULL_AREA, FULL_SIDE = (
+    70.0,
+    28.0,
+)  # an object counts in full from this area on and up to this side, and not at all at 1.5 times the side
 CLEAR = 0.95  # of a shape score: from here on a shape is as good as drawn
 TEMPERATURE = 0.02  # in units of intersection over union; circle and square of equal moments are 0.09 apart
 
@@ -28,8 +34,9 @@ _DIRECTIONS = np.array(list(COLOURS.values()), np.float32) - _BACKGROUND
 class Objects:
     """Hold the largest objects of each picture, padded to `MAX_OBJECTS`.
 
-    area, presence, vividness, x, y: [B, N], 0 = no object; colour: [B, N] palette index, -1 = no object; shape: [B, N, S] closeness to
-    each of `SHAPES` in [0, 1]; count: [B] objects, by their presence in [0, 1]; ink: [B] drawn pixels.
+    area, presence, vividness, x, y: [B, N], 0 = no object; colour: [B, N] palette index, -1 = no object;
+    shape: [B, N, S] closeness to each of `SHAPES` in [0, 1]; count: [B] objects, by their presence in [0, 1];
+    ink: [B] drawn pixels.
     """
 
     area: np.ndarray
@@ -46,7 +53,10 @@ class Objects:
 def detect(images: np.ndarray) -> Objects:
     """Find the objects in images [B, H, W, 3] in [0, 1]."""
     batch, height, width, _ = images.shape
-    drawn = sum((images[..., channel] * np.float32(255) - _BACKGROUND[channel]) ** 2 for channel in range(3)) > INK**2
+    drawn = (
+        sum((images[..., channel] * np.float32(255) - _BACKGROUND[channel]) ** 2 for channel in range(3))
+        > INK**2
+    )
     image, y, x = np.nonzero(drawn)
     colour, coverage = unmix(images[drawn] * np.float32(255) - _BACKGROUND)
     plane = np.where(coverage > 0, image * len(COLOURS) + colour, -1)
@@ -62,7 +72,9 @@ def detect(images: np.ndarray) -> Objects:
     image_of, colour_of = np.divmod(home, len(COLOURS))
 
     centre, side = boxes(component, x, y, len(area))
-    presence = np.clip((area - SPECK / 2) / (FULL_AREA - SPECK / 2), 0, 1) * np.clip(3 - 2 * side.max(0) / FULL_SIDE, 0, 1)
+    presence = np.clip((area - SPECK / 2) / (FULL_AREA - SPECK / 2), 0, 1) * np.clip(
+        3 - 2 * side.max(0) / FULL_SIDE, 0, 1
+    )
     cell, order = _cells(image_of, area)
 
     def laid_out(values: np.ndarray, empty: int = 0) -> np.ndarray:
@@ -84,7 +96,9 @@ def detect(images: np.ndarray) -> Objects:
 
 
 def unmix(offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Explain each pixel's offset [P, 3] from the background by one colour: (palette index [P], coverage [P] in [0, 1], 0 = none)."""
+    """Explain each pixel's offset [P, 3] from the background by one colour: (palette index [P], coverage
+    [P] in [0, 1], 0 = none).
+    """
     r, g, b = np.ascontiguousarray(offset.T)
     best = np.full(len(r), np.float32(COLOUR_TOLERANCE**2))
     colour, coverage = np.zeros(len(r), int), np.zeros(len(r), np.float32)
@@ -96,14 +110,18 @@ def unmix(offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return colour, coverage * (1 - best / np.float32(COLOUR_TOLERANCE**2))
 
 
-def components(plane: np.ndarray, x: np.ndarray, y: np.ndarray, coverage: np.ndarray, height: int, width: int) -> np.ndarray:
+def components(
+    plane: np.ndarray, x: np.ndarray, y: np.ndarray, coverage: np.ndarray, height: int, width: int
+) -> np.ndarray:
     """Number the 4-connected components of each plane's pixels [P], all in one call: [P], 0 = none.
 
-    Pixels of at least half coverage connect; a softer one joins a neighbour, so that two objects may come as close as blurred edges touch.
+    Pixels of at least half coverage connect; a softer one joins a neighbour, so that two objects may come as
+    close as blurred edges touch.
     """
     used = np.bincount(plane + 1) >= SPECK
     used[:1] = False
-    # An empty row below each plane and an empty column keep neighbours apart, so that all planes form one tall picture.
+    # An empty row below each plane and an empty column keep neighbours apart, so that all planes form one
+    # tall picture.
     top = (np.cumsum(used) - 1) * (height + 1)
     inside = used[plane + 1]
     row = np.where(inside, top[plane + 1] + y, height)
@@ -111,7 +129,8 @@ def components(plane: np.ndarray, x: np.ndarray, y: np.ndarray, coverage: np.nda
     tall[row, x] = inside & (coverage >= 0.5)
     number = label(tall)[0]
     beside = np.maximum(
-        np.maximum(number[row, x - 1], number[row, x + 1]), np.maximum(number[row - 1, x], number[(row + 1) % len(tall), x])
+        np.maximum(number[row, x - 1], number[row, x + 1]),
+        np.maximum(number[row - 1, x], number[(row + 1) % len(tall), x]),
     )
     own = number[row, x]
     return np.where(inside, np.where(own > 0, own, beside), 0)
@@ -129,15 +148,21 @@ def boxes(component: np.ndarray, x: np.ndarray, y: np.ndarray, count: int) -> tu
 
 
 def vividness(component: np.ndarray, coverage: np.ndarray, count: int) -> np.ndarray:
-    """Measure how full the colour of each component is: [C] in [0, 1]; soft edges of a crisp object are forgiven."""
+    """Measure how full the colour of each component is: [C] in [0, 1].
+
+    Soft edges of a crisp object are forgiven.
+    """
     mass = np.bincount(component, coverage, count)
     return np.minimum(np.bincount(component, coverage * coverage, count) / np.maximum(mass, 1e-6) / 0.85, 1)
 
 
-def shape_scores(component: np.ndarray, x: np.ndarray, y: np.ndarray, coverage: np.ndarray, count: int) -> np.ndarray:
+def shape_scores(
+    component: np.ndarray, x: np.ndarray, y: np.ndarray, coverage: np.ndarray, count: int
+) -> np.ndarray:
     """Score each component as circle, square and triangle: [C, S] in [0, 1].
 
-    A score is the probability of that shape (softmax over the closeness to each ideal shape), times how well it is drawn and proportioned.
+    A score is the probability of that shape (softmax over the closeness to each ideal shape), times how well
+    it is drawn and proportioned.
     """
 
     def total(values: np.ndarray) -> np.ndarray:
@@ -156,32 +181,50 @@ def shape_scores(component: np.ndarray, x: np.ndarray, y: np.ndarray, coverage: 
         proportion.append(np.minimum(width, height) / np.maximum(width, height))
     closeness = np.stack(closeness, axis=1)
     likelihood = np.exp((closeness - closeness.max(1, keepdims=True)) / TEMPERATURE)
-    quality = np.clip((closeness - 0.6) / 0.25, 0, 1) * np.clip((np.stack(proportion, axis=1) - 0.5) / 0.3, 0, 1)
+    quality = np.clip((closeness - 0.6) / 0.25, 0, 1) * np.clip(
+        (np.stack(proportion, axis=1) - 0.5) / 0.3, 0, 1
+    )
     return np.minimum(likelihood / likelihood.sum(1, keepdims=True) * quality / CLEAR, 1)
 
 
 _Ideal = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def _circle(dx: np.ndarray, dy: np.ndarray, spread_x: np.ndarray, spread_y: np.ndarray, component: np.ndarray) -> _Ideal:
+def _circle(
+    dx: np.ndarray, dy: np.ndarray, spread_x: np.ndarray, spread_y: np.ndarray, component: np.ndarray
+) -> _Ideal:
     """Draw the circle (ellipse) of given moments: (width, height, area [C], coverage [P])."""
     a, b = 2 * spread_x, 2 * spread_y
     inward = (1 - np.sqrt((dx / a[component]) ** 2 + (dy / b[component]) ** 2)) * np.sqrt(a * b)[component]
     return 2 * a, 2 * b, np.pi * a * b, _edge(inward)
 
 
-def _square(dx: np.ndarray, dy: np.ndarray, spread_x: np.ndarray, spread_y: np.ndarray, component: np.ndarray) -> _Ideal:
+def _square(
+    dx: np.ndarray, dy: np.ndarray, spread_x: np.ndarray, spread_y: np.ndarray, component: np.ndarray
+) -> _Ideal:
     """Draw the square (rectangle) of given moments: (width, height, area [C], coverage [P])."""
     width, height = np.sqrt(12) * spread_x, np.sqrt(12) * spread_y
-    return width, height, width * height, _edge(width[component] / 2 - np.abs(dx)) * _edge(height[component] / 2 - np.abs(dy))
+    return (
+        width,
+        height,
+        width * height,
+        _edge(width[component] / 2 - np.abs(dx)) * _edge(height[component] / 2 - np.abs(dy)),
+    )
 
 
-def _triangle(dx: np.ndarray, dy: np.ndarray, spread_x: np.ndarray, spread_y: np.ndarray, component: np.ndarray) -> _Ideal:
+def _triangle(
+    dx: np.ndarray, dy: np.ndarray, spread_x: np.ndarray, spread_y: np.ndarray, component: np.ndarray
+) -> _Ideal:
     """Draw the upright isosceles triangle of given moments: (width, height, area [C], coverage [P])."""
     width, height = np.sqrt(24) * spread_x, np.sqrt(18) * spread_y
     flank = (dy / height[component] + 2 / 3) * width[component] / 2 - np.abs(dx)
     slope = height / np.hypot(height, width / 2)
-    return width, height, width * height / 2, _edge(flank * slope[component]) * _edge(height[component] / 3 - dy)
+    return (
+        width,
+        height,
+        width * height / 2,
+        _edge(flank * slope[component]) * _edge(height[component] / 3 - dy),
+    )
 
 
 def _edge(inward: np.ndarray) -> np.ndarray:
@@ -190,7 +233,9 @@ def _edge(inward: np.ndarray) -> np.ndarray:
 
 
 def _cells(image: np.ndarray, area: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """Place the components [C] of each image in a row, the largest first: ((image, rank), component) of those that fit."""
+    """Place the components [C] of each image in a row, the largest first: ((image, rank), component) of
+    those that fit.
+    """
     order = np.lexsort((-area, image))
     rank = np.arange(len(image)) - np.searchsorted(image[order], image[order])
     fits = rank < MAX_OBJECTS

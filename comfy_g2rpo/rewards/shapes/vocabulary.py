@@ -53,30 +53,41 @@ class Scene:
 
 
 def scene_of(prompt: str) -> Scene | None:
-    """Read what a prompt asks for from its columns where it has any of COLUMNS, else from its words; None where neither says it.
+    """Read what a prompt asks for from its columns where it has any of COLUMNS, else from its words; None
+    where neither says it.
 
-    `target_count` (1 if it is not given) things of `colour` and `shape`, or one of them in `relation` to one of `other_colour` and
-    `other_shape`; a colour or shape that is not given is not judged.
+    `target_count` (1 if it is not given) things of `colour` and `shape`, or one of them in `relation` to one
+    of `other_colour` and `other_shape`; a colour or shape that is not given is not judged.
     """
     columns = columns_of(prompt)
     if not any(name in columns for name in COLUMNS):
         return parse(prompt)
     for name, values in WORDS.items():
         if name in columns and columns[name] not in values:
-            raise RewardError(f"column {name} of {prompt[:80]!a} is {columns[name]!r:.40}; choose one of: {', '.join(values)}")
+            raise RewardError(
+                f"column {name} of {prompt[:80]!a} is {columns[name]!r:.40}; choose one of: "
+                f"{', '.join(values)}"
+            )
     first, relation = Thing(columns.get("colour"), columns.get("shape")), columns.get("relation")
     others = [name for name in ("other_colour", "other_shape") if name in columns]
     if relation is None and others:
-        raise RewardError(f"column {others[0]} of {prompt[:80]!a} needs a relation; choose one of: {', '.join(RELATIONS)}")
+        raise RewardError(
+            f"column {others[0]} of {prompt[:80]!a} needs a relation; choose one of: {', '.join(RELATIONS)}"
+        )
     if relation is not None:
         second = Thing(columns.get("other_colour"), columns.get("other_shape"))
         if "target_count" in columns or first == second:
             remedy = "leave target_count out, and give other_colour or other_shape"
-            raise RewardError(f"column relation of {prompt[:80]!a} is between one thing and another; {remedy}")
+            raise RewardError(
+                f"column relation of {prompt[:80]!a} is between one thing and another; {remedy}"
+            )
         return Scene((first, second), relation)
     count = columns.get("target_count", 1)
     if isinstance(count, bool) or count not in range(1, MAX_COUNT + 1):
-        raise RewardError(f"column target_count of {prompt[:80]!a} is {count!r:.40}; it must be a whole number from 1 to {MAX_COUNT}")
+        raise RewardError(
+            f"column target_count of {prompt[:80]!a} is {count!r:.40}; it must be a whole number from "
+            f"1 to {MAX_COUNT}"
+        )
     return Scene((first,) * int(count))
 
 

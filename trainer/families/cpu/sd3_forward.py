@@ -1,8 +1,10 @@
-"""The forward of a Stable Diffusion 3 transformer in rollouts: what diffusers computes, without gradients, nothing of it twice.
+"""The forward of a Stable Diffusion 3 transformer in rollouts: what diffusers computes, without gradients,
+nothing of it twice.
 
-The adapter is added to copies of the weights; the model itself is not touched. q, k and v are one product. What depends on a state's
-prompt and noise level alone (the modulation, and the text's q, k and v in the first block) is computed once per pair and kept. What the
-last block would compute for the text and drop is left out.
+The adapter is added to copies of the weights; the model itself is not touched. q, k and v are one product.
+What depends on a state's prompt and noise level alone (the modulation, and the text's q, k and v in the first
+block) is computed once per pair and kept. What the last block would compute for the text and drop is left
+out.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from torch import Tensor, nn
 EPS = 1e-6  # of every norm in this architecture
 PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 PACKED = 2**20  # numbers in the largest weight that is worth a second copy
-ROWS = 512  # tokens from which oneDNN is faster than PyTorch's own choice; it keeps half a megabyte of code for every shape that it meets
+# tokens from which oneDNN is faster than PyTorch's own choice; it keeps half a megabyte of code for every
+# shape that it meets
+ROWS = 512
 KEPT = 256  # pairs of a prompt and a noise level
 
 
@@ -37,16 +41,25 @@ class Affine:
         bases = [layer.get_base_layer() if hasattr(layer, "get_delta_weight") else layer for layer in layers]
         weights = [adapted(base, layer) for base, layer in zip(bases, layers, strict=True)]
         biases = [base.bias for base in bases]
-        self.weight, self.bias = (values[0] if len(layers) == 1 else torch.cat(values) for values in (weights, biases))
+        self.weight, self.bias = (
+            values[0] if len(layers) == 1 else torch.cat(values) for values in (weights, biases)
+        )
         self.packed = None
-        if PACKS and self.weight.device.type == "cpu" and self.weight.dtype == torch.float32 and self.weight.numel() <= PACKED:
+        if (
+            PACKS
+            and self.weight.device.type == "cpu"
+            and self.weight.dtype == torch.float32
+            and self.weight.numel() <= PACKED
+        ):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS)
 
     def __call__(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         """Apply the layer, and tanh-GELU where asked, to x [B, N, …]; what follows N is one vector."""
         x = x.flatten(2)
         if self.packed is not None and len(x) * x.shape[1] >= ROWS:
-            name, kind = ("gelu", "tanh") if gelu else ("none", "")  # applied while the product is still in the cache
+            name, kind = (
+                ("gelu", "tanh") if gelu else ("none", "")
+            )  # applied while the product is still in the cache
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], kind)
         out = F.linear(x, self.weight, self.bias)
         return F.gelu(out, approximate="tanh") if gelu else out
@@ -54,7 +67,11 @@ class Affine:
 
 def adapted(base: nn.Module, layer: nn.Module) -> Tensor:
     """Return a layer's weight with what its active adapters add to it."""
-    names = [] if base is layer or layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+    names = (
+        []
+        if base is layer or layer.disable_adapters
+        else [name for name in layer.active_adapters if name in layer.lora_A]
+    )
     return sum((layer.get_delta_weight(name) for name in names), base.weight)
 
 
@@ -77,7 +94,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Heads:
-    """q, k and v of one stream, or k and v alone: one projection, and the weights of the RMS norms of q and k."""
+    """q, k and v of one stream, or k and v alone: one projection, and the weights of the RMS norms of q
+    and k.
+    """
 
     def __init__(self, layers: Sequence[nn.Module], norms: Sequence[nn.Module | None], heads: int) -> None:
         self.project, self.parts, self.heads = Affine(*layers), len(layers), heads
@@ -105,8 +124,15 @@ def normalise(x: Tensor, weights: Sequence[Tensor], lengths: Sequence[int]) -> T
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend from q [B, heads, n, d] to k, v [B, heads, N, d]; return [B, n, heads, d]."""
     if k.shape[2] <= k.shape[3] and k.device.type == "cpu":
-        # With so few tokens the scores are smaller than q, and plain products beat the kernel that avoids them.
-        scores = torch.baddbmm(q.new_empty(()), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+        # With so few tokens the scores are smaller than q, and plain products beat the kernel that avoids
+        # them.
+        scores = torch.baddbmm(
+            q.new_empty(()),
+            q.flatten(0, 1),
+            k.flatten(0, 1).transpose(1, 2),
+            beta=0,
+            alpha=q.shape[-1] ** -0.5,
+        )
         out = torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(q.shape)
     else:
         out = F.scaled_dot_product_attention(q, k, v)
@@ -114,15 +140,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Stream:
-    """The image's or the text's half of a block; `drops` is the last block's text, of which only k and v are wanted."""
+    """The image's or the text's half of a block.
 
-    def __init__(self, norm: nn.Module, heads: Heads, out: nn.Module | None, feed_forward: nn.Module | None) -> None:
+    `drops` is the last block's text, of which only k and v are wanted.
+    """
+
+    def __init__(
+        self, norm: nn.Module, heads: Heads, out: nn.Module | None, feed_forward: nn.Module | None
+    ) -> None:
         self.drops = feed_forward is None
         vectors = norm.linear.out_features // norm.linear.in_features
         self.modulation = Modulation(norm.linear, (0,) if self.drops else range(1, vectors, 3))
         self.heads = heads
         if not self.drops:
-            self.out, self.wide, self.narrow = Affine(out), Affine(feed_forward.net[0].proj), Affine(feed_forward.net[2])
+            self.out, self.wide, self.narrow = (
+                Affine(out),
+                Affine(feed_forward.net[0].proj),
+                Affine(feed_forward.net[2]),
+            )
 
     def feed(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """Add the feed-forward layer to x [B, N, D], in place."""
@@ -130,20 +165,36 @@ class Stream:
 
 
 class Block:
-    """A joint block: two streams that attend to each other, and in some models the image once more to itself."""
+    """A joint block: two streams that attend to each other, and in some models the image once more to
+    itself.
+    """
 
     def __init__(self, block: JointTransformerBlock) -> None:
         attn, more, heads = block.attn, block.attn2, block.attn.heads
         image = Heads((attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), heads)
         self.image = Stream(block.norm1, image, attn.to_out[0], block.ff)
-        layers, norms = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k)
+        layers, norms = (
+            (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+            (attn.norm_added_q, attn.norm_added_k),
+        )
         drops = int(block.context_pre_only)
-        self.text = Stream(block.norm1_context, Heads(layers[drops:], norms[drops:], heads), attn.to_add_out, block.ff_context)
-        self.more = None if more is None else Heads((more.to_q, more.to_k, more.to_v), (more.norm_q, more.norm_k), heads)
+        self.text = Stream(
+            block.norm1_context,
+            Heads(layers[drops:], norms[drops:], heads),
+            attn.to_add_out,
+            block.ff_context,
+        )
+        self.more = (
+            None
+            if more is None
+            else Heads((more.to_q, more.to_k, more.to_v), (more.norm_q, more.norm_k), heads)
+        )
         self.more_out = None if more is None else Affine(more.to_out[0])
 
     def attend_jointly(self, image: Tensor, words: Tensor) -> Tensor:
-        """Let both streams, [3, B, heads, N, d] and [3 or 2, B, heads, M, d], attend to each other: [B, N + M or N, heads, d]."""
+        """Let both streams, [3, B, heads, N, d] and [3 or 2, B, heads, M, d], attend to each other: [B, N
+        + M or N, heads, d].
+        """
         (_, batch, heads, n, d), m = image.shape, words.shape[3]
         k, v = image.new_empty(2, batch, heads, n + m, d)
         q = image.new_empty(batch, heads, n if self.text.drops else n + m, d)
@@ -162,13 +213,20 @@ class Block:
         shift, scale = (vectors[1], vectors[0]) if self.text.drops else vectors[:2]
         return self.text.heads.project(modulate(text, shift, scale))
 
-    def __call__(self, x: Tensor, text: Tensor, image: Tensor, own: Tensor, words: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Run image tokens x [B, N, D] and text tokens [B, M, D], in place, with their modulation; `words` where those are known."""
+    def __call__(
+        self, x: Tensor, text: Tensor, image: Tensor, own: Tensor, words: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run image tokens x [B, N, D] and text tokens [B, M, D], in place, with their modulation.
+
+        `words` where those are known.
+        """
         n = x.shape[1]
         (shift, scale, gate, *rest), own = image.unbind(1), own.unbind(1)
         normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
         words = self.words(text, own) if words is None else words
-        seen = self.attend_jointly(self.image.heads(torch.addcmul(shift, normed, scale)), self.text.heads.split(words))
+        seen = self.attend_jointly(
+            self.image.heads(torch.addcmul(shift, normed, scale)), self.text.heads.split(words)
+        )
         x.addcmul_(gate, self.image.out(seen[:, :n]))
         if self.more:
             q, k, v = self.more(torch.addcmul(rest[3], normed, rest[4])).contiguous()
@@ -183,7 +241,10 @@ class Block:
 
 
 class Merged:
-    """A transformer with its adapter merged, as it stands when this is made; what it keeps is for the prompts that it has seen."""
+    """A transformer with its adapter merged, as it stands when this is made.
+
+    What it keeps is for the prompts that it has seen.
+    """
 
     def __init__(self, transformer: SD3Transformer2DModel) -> None:
         self.transformer = transformer
@@ -198,7 +259,11 @@ class Merged:
         model, (height, width), side = self.transformer, x.shape[-2:], self.transformer.config.patch_size
         row = self.look_up(sigma, cond)
         text, words, end, *vectors = self.known
-        x, text, words = model.pos_embed(x).contiguous(), text.index_select(0, row), words.index_select(0, row)
+        x, text, words = (
+            model.pos_embed(x).contiguous(),
+            text.index_select(0, row),
+            words.index_select(0, row),
+        )
         for block, image, own in zip(self.blocks, vectors[::2], vectors[1::2], strict=True):
             x, text = block(x, text, image.index_select(0, row), own.index_select(0, row), words)
             words = None
@@ -208,7 +273,9 @@ class Merged:
         return out.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height, width)
 
     def look_up(self, sigma: Tensor, cond: Sequence[TextFeatures]) -> Tensor:
-        """Return where in `known` each state's prompt and noise level are [B], after computing what is new."""
+        """Return where in `known` each state's prompt and noise level are [B], after computing what is
+        new.
+        """
         pairs = [(id(c), s) for c, s in zip(cond, sigma.tolist(), strict=True)]
         if len(self.row) > KEPT:
             self.row, self.prompts, self.known = {}, [], []
@@ -220,10 +287,17 @@ class Merged:
         return torch.tensor([self.row[pair] for pair in pairs], device=sigma.device)
 
     def prepare(self, sigma: Tensor, cond: Sequence[TextFeatures]) -> list[Tensor]:
-        """Compute what U pairs determine alone: text [U, M, D], the first block's words [U, M, …], modulation [U, parts, 1, D]."""
+        """Compute what U pairs determine alone: text [U, M, D], the first block's words [U, M, …],
+        modulation [U, parts, 1, D].
+        """
         model = self.transformer
-        tokens, pooled = (torch.stack([getattr(c, name) for c in cond]).to(self.last.weight.dtype) for name in ("tokens", "pooled"))
+        tokens, pooled = (
+            torch.stack([getattr(c, name) for c in cond]).to(self.last.weight.dtype)
+            for name in ("tokens", "pooled")
+        )
         conditioning = F.silu(model.time_text_embed(sigma * 1000, pooled))
         text = model.context_embedder(tokens)
-        vectors = [stream.modulation(conditioning) for block in self.blocks for stream in (block.image, block.text)]
+        vectors = [
+            stream.modulation(conditioning) for block in self.blocks for stream in (block.image, block.text)
+        ]
         return [text, self.blocks[0].words(text, vectors[1].unbind(1)), self.last(conditioning), *vectors]

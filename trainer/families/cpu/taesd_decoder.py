@@ -1,7 +1,9 @@
-"""The decoder of a tiny autoencoder (TAESD) on a CPU: the linear maps of diffusers', none of them computed on a finer grid than it needs.
+"""The decoder of a tiny autoencoder (TAESD) on a CPU: the linear maps of diffusers', none of them computed on
+a finer grid than it needs.
 
-A nearest-neighbour upsampling and the 3×3 convolution after it are one transposed convolution with 4×4 numbers: 4 products per output
-in place of 9. Where the last stage has no blocks, as in the bundled model, both of its convolutions are one on the coarse grid.
+A nearest-neighbour upsampling and the 3×3 convolution after it are one transposed convolution with 4×4
+numbers: 4 products per output in place of 9. Where the last stage has no blocks, as in the bundled model,
+both of its convolutions are one on the coarse grid.
 """
 
 from __future__ import annotations
@@ -21,8 +23,14 @@ SIDES = (0, -1)
 
 
 def foldable(vae: nn.Module) -> bool:
-    """Say whether the decoder is one whose layers are all known here, at a precision at which sums of weights keep their meaning."""
-    if not isinstance(vae, AutoencoderTiny) or vae.device.type != "cpu" or vae.dtype not in (torch.float32, torch.float64):
+    """Say whether the decoder is one whose layers are all known here, at a precision at which sums of
+    weights keep their meaning.
+    """
+    if (
+        not isinstance(vae, AutoencoderTiny)
+        or vae.device.type != "cpu"
+        or vae.dtype not in (torch.float32, torch.float64)
+    ):
         return False
     known = nn.Conv2d | nn.ReLU | AutoencoderTinyBlock
     layers = list(vae.decoder.layers)
@@ -97,15 +105,20 @@ class Upscale:
 
 
 class LastStage:
-    """An upscaling and a 3×3 convolution with nothing between them: one 3×3 convolution that yields every cell's 2×2 pixels."""
+    """An upscaling and a 3×3 convolution with nothing between them: one 3×3 convolution that yields every
+    cell's 2×2 pixels.
+    """
 
     def __init__(self, first: Upscale, second: nn.Conv2d) -> None:
         near, far = first.weight, second.weight.detach()
         whole = F.conv2d(near, far, padding=2)  # [in, out, 6, 6]: what one cell adds to the pixels around it
-        self.weight = whole.unflatten(3, (3, 2)).unflatten(2, (3, 2)).flip(2, 4).permute(1, 3, 5, 0, 2, 4).flatten(3, 4)
+        self.weight = (
+            whole.unflatten(3, (3, 2)).unflatten(2, (3, 2)).flip(2, 4).permute(1, 3, 5, 0, 2, 4).flatten(3, 4)
+        )
         self.weight = self.weight.reshape(-1, len(near), 3, 3).contiguous(memory_format=torch.channels_last)
         self.bias = second.bias.detach().repeat_interleave(4)
-        # The second convolution sees zeros around the first one's result; what the first one would have there is taken off again.
+        # The second convolution sees zeros around the first one's result; what the first one would have there
+        # is taken off again.
         self.rows = {side: F.conv1d(near[:, :, side], far[:, :, side], padding=2) for side in SIDES}
         self.columns = {side: F.conv1d(near[..., side], far[..., side], padding=2) for side in SIDES}
         self.corners = {(y, x): near[:, :, y, x] @ far[:, :, y, x].T for y in SIDES for x in SIDES}

@@ -1,4 +1,6 @@
-"""Diffusers folders: what is wrong with one is said before its weights are read, with the command that mends it."""
+"""Diffusers folders: what is wrong with one is said before its weights are read, with the command that
+mends it.
+"""
 
 from __future__ import annotations
 
@@ -27,20 +29,25 @@ def load_pipeline(
     replaced: Mapping[str, Any] | None = None,
     later: Sequence[str] = (),
 ) -> Any:
-    """Load a diffusers folder as a pipeline class from this machine alone; `optional` components that it lacks stay away.
+    """Load a diffusers folder as a pipeline class from this machine alone; `optional` components that it
+    lacks stay away.
 
-    `replaced` components are taken as they are given, and the folder's own are not looked at. Components that are loaded `later` are
-    looked at and stay away.
+    `replaced` components are taken as they are given, and the folder's own are not looked at. Components that
+    are loaded `later` are looked at and stay away.
     """
     folder = Path(path)
     parts = components(folder, kind.__name__)
     check_weights(folder, {name: part for name, part in parts.items() if name not in (replaced or {})})
-    given = {name: None for name in optional if parts.get(name, [None, None])[1] is None and name in parts} | dict(replaced or {})
+    given = {
+        name: None for name in optional if parts.get(name, [None, None])[1] is None and name in parts
+    } | dict(replaced or {})
     pipeline = read(kind, folder, dtype, dict.fromkeys(later) | given)
     for name in (name for name in pipeline.components if name.startswith("tokenizer")):
         # transformers makes an empty vocabulary where a tokenizer's files are missing.
         tokenizer = getattr(pipeline, name)
-        if tokenizer is not None and len(getattr(tokenizer, "tokenizer", tokenizer)) < 256:  # a processor has one inside
+        if (
+            tokenizer is not None and len(getattr(tokenizer, "tokenizer", tokenizer)) < 256
+        ):  # a processor has one inside
             raise ValueError(f"model.path {folder}: the files of its {name} are missing; {remedy(folder)}")
     return pipeline
 
@@ -56,10 +63,14 @@ def load_parts(kind: Any, path: Path, dtype: torch.dtype, names: Sequence[str]) 
 def read(kind: Any, folder: Path, dtype: torch.dtype, given: Mapping[str, Any]) -> Any:
     """Read a pipeline whose `given` components are not the folder's."""
     try:
-        return kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **given)
+        return kind.from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **given
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"model.path {folder}: this folder cannot be loaded ({reason}); {remedy(folder)}") from error
+        raise ValueError(
+            f"model.path {folder}: this folder cannot be loaded ({reason}); {remedy(folder)}"
+        ) from error
 
 
 def pipeline_name(folder: Path | None) -> str:
@@ -74,46 +85,68 @@ def pipeline_name(folder: Path | None) -> str:
 
 
 def components(folder: Path, wanted: str) -> dict[str, list[str | None]]:
-    """Read a folder's index: library and class of every component; a folder of another kind of model is refused."""
+    """Read a folder's index: library and class of every component.
+
+    A folder of another kind of model is refused.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
         title = FAMILIES[PIPELINES[wanted]]
-        raise FileNotFoundError(f"model.path {folder}: no model_index.json there; give the folder of a diffusers {title} model")
+        raise FileNotFoundError(
+            f"model.path {folder}: no model_index.json there; give the folder of a diffusers {title} model"
+        )
     try:
         content = json.loads(index.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{index}: not a JSON file ({error}); {remedy(folder)}") from error
     found = content.get("_class_name") if isinstance(content, dict) else None
     if found in PIPELINES and PIPELINES[found] != PIPELINES[wanted]:
-        raise ValueError(f"model.path {folder}: it holds {FAMILIES[PIPELINES[found]]}; set model.family: {PIPELINES[found]}")
+        raise ValueError(
+            f"model.path {folder}: it holds {FAMILIES[PIPELINES[found]]}; set model.family: "
+            f"{PIPELINES[found]}"
+        )
     if not isinstance(content, dict) or found != wanted:
         given = f"a {found}" if found else "no pipeline's name"
-        raise ValueError(f"model.path {folder}: its model_index.json holds {given}, not a {wanted}; give another folder")
+        raise ValueError(
+            f"model.path {folder}: its model_index.json holds {given}, not a {wanted}; give another folder"
+        )
     return {name: value for name, value in content.items() if isinstance(value, list) and len(value) == 2}
 
 
 def check_weights(folder: Path, parts: dict[str, list[str | None]]) -> None:
-    """Refuse a folder with a missing component, a missing shard or a file that a download has left unfinished."""
+    """Refuse a folder with a missing component, a missing shard or a file that a download has left
+    unfinished.
+    """
     for name, (library, kind) in parts.items():
         if kind is None or library is None:
             continue
         if not (folder / name).is_dir():
-            raise ValueError(f"model.path {folder}: it lacks the folder {name} ({kind}); {remedy(folder, name)}")
+            raise ValueError(
+                f"model.path {folder}: it lacks the folder {name} ({kind}); {remedy(folder, name)}"
+            )
         for file in weight_files(folder / name):
             try:
                 header = read_header(file)
             except FileError as error:
-                raise ValueError(f"model.path {folder}: {name}/{file.name} is incomplete ({error}); {remedy(folder, name)}") from error
+                raise ValueError(
+                    f"model.path {folder}: {name}/{file.name} is incomplete ({error}); {remedy(folder, name)}"
+                ) from error
             ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
             with file.open("rb") as stream:
                 start = 8 + int.from_bytes(stream.read(8), "little")
             if (size := file.stat().st_size) != start + max(ends, default=0):
                 want = start + max(ends, default=0)
-                raise ValueError(f"model.path {folder}: {name}/{file.name} has {size:,} of {want:,} bytes; {remedy(folder, name)}")
+                raise ValueError(
+                    f"model.path {folder}: {name}/{file.name} has {size:,} of {want:,} bytes; "
+                    f"{remedy(folder, name)}"
+                )
 
 
 def weight_files(part: Path) -> Iterator[Path]:
-    """List a component's weight files, those of its index where it is split; one that is listed but absent is refused."""
+    """List a component's weight files, those of its index where it is split.
+
+    One that is listed but absent is refused.
+    """
     for stem in STEMS:
         index = part / f"{stem}.safetensors.index.json"
         if not index.is_file():
@@ -122,17 +155,24 @@ def weight_files(part: Path) -> Iterator[Path]:
         try:
             shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index}: not an index of weight files; {remedy(part.parent, part.name)}") from error
+            raise ValueError(
+                f"{index}: not an index of weight files; {remedy(part.parent, part.name)}"
+            ) from error
         missing = [shard for shard in shards if not (part / shard).is_file()]
         if missing:
             count = f"{len(missing)} of its {len(shards)} weight files"
-            raise ValueError(f"model.path {part.parent}: {part.name} lacks {count}, {missing[0]} first; {remedy(part.parent, part.name)}")
+            raise ValueError(
+                f"model.path {part.parent}: {part.name} lacks {count}, {missing[0]} first; "
+                f"{remedy(part.parent, part.name)}"
+            )
         yield from (part / shard for shard in shards)
 
 
 def remedy(folder: Path, part: str | None = None) -> str:
     """Name the command that fetches a folder, or a component of it, again."""
-    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)" + re.escape(os.sep) + "snapshots", str(folder.absolute()))
+    cached = re.search(
+        r"models--([\w.-]+?)--([\w.-]+)" + re.escape(os.sep) + "snapshots", str(folder.absolute())
+    )
     wanted = f" --include '{part}/*'" if part else ""
     if cached:
         return f"fetch it again with: hf download {cached[1]}/{cached[2]}{wanted}"

@@ -1,7 +1,9 @@
-"""The parts of a model, wherever they lie: a diffusers folder, a file for each part, one checkpoint, or a mixture.
+"""The parts of a model, wherever they lie: a diffusers folder, a file for each part, one checkpoint, or a
+mixture.
 
-A folder brings its own configurations. For files they are shipped (`families/facts`), and their sizes read off the weights.
-Text encoders are loaded when the first prompt is encoded, so a run whose prompts are all in the cache never loads them.
+A folder brings its own configurations. For files they are shipped (`families/facts`), and their sizes read
+off the weights. Text encoders are loaded when the first prompt is encoded, so a run whose prompts are all in
+the cache never loads them.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ VAE_PREFIXES = ("vae.", "first_stage_model.")
 
 
 class Parts:
-    """Loads the parts of one model: `pipeline` all but the text encoders, `attach` lets a policy load those when it needs them."""
+    """Loads the parts of one model: `pipeline` all but the text encoders, `attach` lets a policy load
+    those when it needs them.
+    """
 
     def __init__(
         self,
@@ -45,19 +49,30 @@ class Parts:
         device: torch.device | str,
         optional: Sequence[str] = (),
     ) -> None:
-        self.kind, self.family, self.section, self.device, self.optional = kind, family, section, device, tuple(optional)
+        self.kind, self.family, self.section, self.device, self.optional = (
+            kind,
+            family,
+            section,
+            device,
+            tuple(optional),
+        )
         self.title = FAMILIES[family]
         self.dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
         self.folder = path if path and path.is_dir() else None
         self.checkpoint = path if path and not path.is_dir() else None
         self.transformer = self._hold_transformer()
-        self.config = read_config(self.folder, "transformer") or (sizes.TRANSFORMERS[family](self.transformer) if self.transformer else {})
+        self.config = read_config(self.folder, "transformer") or (
+            sizes.TRANSFORMERS[family](self.transformer) if self.transformer else {}
+        )
         self.facts = self._facts()
         self.text = TextFiles(self.title, self.facts, section.text_encoders, self.checkpoint)
         self.text.check_width(self.config)
 
     def pipeline(self, ready: Mapping[str, Any] | None = None) -> Any:
-        """Load the pipeline without its text encoders onto the device; components that are `ready` are taken as they are."""
+        """Load the pipeline without its text encoders onto the device.
+
+        Components that are `ready` are taken as they are.
+        """
         given: dict[str, Any] = dict(ready or {})
         if self.transformer:
             given["transformer"] = self._build_transformer(self.transformer)
@@ -66,13 +81,19 @@ class Parts:
         if self.folder:
             given |= dict.fromkeys(self.text.held)
             later = [name for name in self.encoders() if name not in given]
-            made = diffusers_folder.load_pipeline(self.kind, self.folder, self.dtype, self.optional, given, later)
+            made = diffusers_folder.load_pipeline(
+                self.kind, self.folder, self.dtype, self.optional, given, later
+            )
             self.text.check_words(made)
             return made.to(self.device)
         self.text.check(self.encoders(), self.optional)
-        given["scheduler"] = getattr(diffusers, self.facts["scheduler"]["_class_name"]).from_config(self.facts["scheduler"])
+        given["scheduler"] = getattr(diffusers, self.facts["scheduler"]["_class_name"]).from_config(
+            self.facts["scheduler"]
+        )
         given |= load_tokenizers(self.facts, self.section.tokenizers, self.transformer.path, self.text.held)
-        absent = [name for name in (*self.facts["text_encoders"], *self.facts["tokenizers"]) if name not in given]
+        absent = [
+            name for name in (*self.facts["text_encoders"], *self.facts["tokenizers"]) if name not in given
+        ]
         made = self.kind(**given, **dict.fromkeys(absent), **self.facts.get("options", {}))
         self.text.check_words(made)
         return made.to(self.device)
@@ -107,13 +128,18 @@ class Parts:
             field, path = "model.path", self.checkpoint
         if path is None:
             if self.folder is None:
-                raise ValueError("model.path is missing; give it, or model.transformer with model.text_encoders and model.vae")
+                raise ValueError(
+                    "model.path is missing; give it, or model.transformer with model.text_encoders and "
+                    "model.vae"
+                )
             return None
         layout = weight_names.by_rules(weight_names.TRANSFORMERS[self.family])
         held = hold_transformer(field, Path(path), key_names.FAMILIES[self.family], layout)
         known = key_names.family_of_model(key.rpartition(".")[0] for key in held.tensors)
         if known and known[0].name != self.family:
-            remedy = f"set model.family: {known[0].name}" if known[0].name in FAMILIES else "give another file"
+            remedy = (
+                f"set model.family: {known[0].name}" if known[0].name in FAMILIES else "give another file"
+            )
             raise ValueError(f"{field} {path} holds {known[0].title}, not {self.title}; {remedy}")
         if known is None:
             raise ValueError(f"{field} {path} holds no transformer of {self.title}; give the file of one")
@@ -127,7 +153,10 @@ class Parts:
         if self.family == "flux2":
             name = "flux2_klein"
             if guided and self.folder is None:
-                raise ValueError("model.path is missing: FLUX.2 dev needs its folder; its transformer and VAE may be files of their own")
+                raise ValueError(
+                    "model.path is missing: FLUX.2 dev needs its folder; its transformer and VAE may "
+                    "be files of their own"
+                )
         if self.family == "wan" and self.config.get("in_channels") == 48:
             name = "wan_5b"
         facts: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
@@ -137,7 +166,9 @@ class Parts:
         config, described = self.config, f"{self.folder} describes"
         if "_class_name" not in config:
             config, described = {**self.facts["transformer"], **config}, "its shapes describe"
-        return build(held, lambda: getattr(diffusers, config["_class_name"]).from_config(config), described, self.dtype)
+        return build(
+            held, lambda: getattr(diffusers, config["_class_name"]).from_config(config), described, self.dtype
+        )
 
     def _hold_vae(self) -> Held | None:
         """Look at the file that has the VAE; a folder may have it, too."""
@@ -158,11 +189,21 @@ class Parts:
         wanted = fact["config"]
         remedy = f"give {fact['title']} ({fact['file']}); {download(fact['hub'])}"
         held, found = described_vae(held, remedy, wanted)
-        channels, ours = (config.get("z_dim") or config["latent_channels"] for config in ({**wanted, **found}, wanted))
+        channels, ours = (
+            config.get("z_dim") or config["latent_channels"] for config in ({**wanted, **found}, wanted)
+        )
         if channels != ours:
-            raise ValueError(f"{held.field} {held.path} has {channels} latent channels, but {self.title} works with {ours}; {remedy}")
+            raise ValueError(
+                f"{held.field} {held.path} has {channels} latent channels, but {self.title} works with "
+                f"{ours}; {remedy}"
+            )
         config = read_config(self.folder, "vae") or {**wanted, **found}
-        return build(held, lambda: getattr(diffusers, wanted["_class_name"]).from_config(config), "its shapes describe", self.dtype)
+        return build(
+            held,
+            lambda: getattr(diffusers, wanted["_class_name"]).from_config(config),
+            "its shapes describe",
+            self.dtype,
+        )
 
     def _encoder_files(self, parts: Sequence[str]) -> dict[str, Path]:
         """List the files that text features depend on, by names that do not change when they move."""
@@ -186,14 +227,21 @@ def described_vae(held: Held, remedy: str, wanted: Mapping[str, Any]) -> tuple[H
         what = "a VAE for video" if causal else "a VAE for pictures"
         raise ValueError(f"{held.field} {held.path} is {what}, another kind than this model's; {remedy}")
     if plain:
-        stages = len({key.split(".")[2] for key in keys if key.startswith(("encoder.down.", "encoder.down_blocks."))})
+        stages = len(
+            {key.split(".")[2] for key in keys if key.startswith(("encoder.down.", "encoder.down_blocks."))}
+        )
         held = replace(held, layout=weight_names.ldm_vae(stages))
         return held, sizes.kl_vae(held)
-    residual = "encoder.downsamples.0.downsamples.0.residual.2.weight" in keys or "encoder.down_blocks.0.resnets.0.conv1.weight" in keys
+    residual = (
+        "encoder.downsamples.0.downsamples.0.residual.2.weight" in keys
+        or "encoder.down_blocks.0.resnets.0.conv1.weight" in keys
+    )
     if residual != bool(wanted.get("is_residual")):
         raise ValueError(f"{held.field} {held.path} is the VAE of another Wan; {remedy}")
     first = "encoder.downsamples.0.downsamples.{}" if residual else "encoder.downsamples.{}"
-    resnets = next(number for number in range(len(keys)) if f"{first.format(number)}.residual.2.weight" not in keys)
+    resnets = next(
+        number for number in range(len(keys)) if f"{first.format(number)}.residual.2.weight" not in keys
+    )
     held = replace(held, layout=weight_names.wan_vae(resnets, residual))
     return held, sizes.wan_vae(held, residual)
 
@@ -206,7 +254,9 @@ def read_config(root: Path | None, part: str) -> dict[str, Any] | None:
     try:
         content = json.loads(file.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file}: not a JSON file ({error}); {diffusers_folder.remedy(root, part)}") from error
+        raise ValueError(
+            f"{file}: not a JSON file ({error}); {diffusers_folder.remedy(root, part)}"
+        ) from error
     return content if isinstance(content, dict) else None
 
 

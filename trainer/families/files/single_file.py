@@ -1,4 +1,6 @@
-"""Weights from one file, as ComfyUI's models folder holds it: native or diffusers' names, bare or in a checkpoint, 16 bit or fp8."""
+"""Weights from one file, as ComfyUI's models folder holds it: native or diffusers' names, bare or in a
+checkpoint, 16 bit or fp8.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ class Held:
         """Return the shape of what diffusers calls `name`, which the file must have."""
         origin = self.find(name)
         if origin is None:
-            raise ValueError(f"{self.field} {self.path}: it lacks {name} of {self.title}; give a whole model's file")
+            raise ValueError(
+                f"{self.field} {self.path}: it lacks {name} of {self.title}; give a whole model's file"
+            )
         begin, end = origin.rows
         return (end - begin, *self.tensors[origin.key].shape[1:])
 
@@ -82,12 +86,20 @@ class Held:
 
 
 def hold(field: str, title: str, path: Path, prefixes: tuple[str, ...] = ()) -> Held:
-    """Look at a file; of the `prefixes` that may stand before a model's names, the first that occurs is taken."""
+    """Look at a file.
+
+    Of the `prefixes` that may stand before a model's names, the first that occurs is taken.
+    """
     if not path.is_file():
         raise ValueError(f"{field} {path} is no file; give one .safetensors file")
     tensors = look_at(path).tensors
     prefix = next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in tensors)), "")
-    return Held(field, title, path, {key.removeprefix(prefix): stored for key, stored in tensors.items() if key.startswith(prefix)})
+    return Held(
+        field,
+        title,
+        path,
+        {key.removeprefix(prefix): stored for key, stored in tensors.items() if key.startswith(prefix)},
+    )
 
 
 def hold_transformer(field: str, path: Path, family: Family, layout: Layout) -> Held:
@@ -95,19 +107,30 @@ def hold_transformer(field: str, path: Path, family: Family, layout: Layout) -> 
     return replace(hold(field, f"a {family.title}", path, PREFIXES), layout=layout, links=family)
 
 
-def build(held: Held, make: Callable[[], nn.Module], described: str, dtype: torch.dtype, given: Mapping[str, Tensor] | None = None) -> Any:
-    """Make a module and fill it from a file; `described` says which it is, as in "the model that …", `given` weights are not looked for."""
+def build(
+    held: Held,
+    make: Callable[[], nn.Module],
+    described: str,
+    dtype: torch.dtype,
+    given: Mapping[str, Tensor] | None = None,
+) -> Any:
+    """Make a module and fill it from a file.
+
+    `described` says which it is, as in "the model that …", `given` weights are not looked for.
+    """
     with init_empty_weights(include_buffers=False):
         module = make()
     # A count of training batches is no weight.
-    found = {name: value for name, value in module.state_dict().items() if name.endswith("num_batches_tracked")} | dict(given or {})
+    found = {
+        name: value for name, value in module.state_dict().items() if name.endswith("num_batches_tracked")
+    } | dict(given or {})
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items() if name not in found}
     origins = {name: origin(held, name, shape, described) for name, shape in wanted.items()}
     used = {each.key for each in origins.values()}
     if strange := sorted(key for key in held.tensors if key not in used and not UNUSED.fullmatch(key)):
         raise ValueError(
-            f"{held.field} {held.path}: {len(strange)} of its weights, {strange[0]} first, are not in the model that {described}; "
-            f"give the file of such a model, or another model.path"
+            f"{held.field} {held.path}: {len(strange)} of its weights, {strange[0]} first, are not in the "
+            f"model that {described}; give the file of such a model, or another model.path"
         )
     known: dict[Origin, Tensor] = {}
     # What diffusers keeps in fp32 when it loads a folder in another precision.
@@ -115,7 +138,11 @@ def build(held: Held, make: Callable[[], nn.Module], described: str, dtype: torc
     for name, shape in wanted.items():
         # Embeddings that stand under two names are read, and kept, once.
         again, kind = known.get(origins[name]), torch.float32 if exact & set(name.split(".")) else dtype
-        found[name] = read(held, origins[name], kind).reshape(shape).contiguous() if again is None else again.reshape(shape)
+        found[name] = (
+            read(held, origins[name], kind).reshape(shape).contiguous()
+            if again is None
+            else again.reshape(shape)
+        )
         if name.endswith(EMBEDDINGS):
             known[origins[name]] = found[name]
     module.load_state_dict(found, assign=True)
@@ -123,20 +150,29 @@ def build(held: Held, make: Callable[[], nn.Module], described: str, dtype: torc
 
 
 def origin(held: Held, name: str, shape: tuple[int, ...], described: str) -> Origin:
-    """Find a wanted weight; one that is not there, of another size or in a type that is not read is refused."""
+    """Find a wanted weight.
+
+    One that is not there, of another size or in a type that is not read is refused.
+    """
     found = held.find(name)
     got = held.size(name)
     # Latent diffusion keeps linear layers as convolutions of one cell.
     if math.prod(got) != math.prod(shape) or got[:1] != shape[:1]:
         stored = list(held.tensors[found.key].shape)
         raise ValueError(
-            f"{held.field} {held.path}: {found.key} is {stored}, which does not give {name} {list(shape)} of the model that "
-            f"{described}; give the file of such a model, or another model.path"
+            f"{held.field} {held.path}: {found.key} is {stored}, which does not give {name} {list(shape)} of "
+            f"the model that {described}; give the file of such a model, or another model.path"
         )
     kind, scale = held.tensors[found.key].dtype, scale_of(held, found.key)
-    if kind not in READ or (scale and math.prod(held.tensors[scale].shape) != 1) or any(key in held.tensors for key in packed(found.key)):
+    if (
+        kind not in READ
+        or (scale and math.prod(held.tensors[scale].shape) != 1)
+        or any(key in held.tensors for key in packed(found.key))
+    ):
         what = f"{found.key} is of type {kind}" if kind not in READ else f"{found.key} is packed in blocks"
-        raise ValueError(f"{held.field} {held.path}: {what}, which is not read; give the model in 16 bit or fp8")
+        raise ValueError(
+            f"{held.field} {held.path}: {what}, which is not read; give the model in 16 bit or fp8"
+        )
     return found
 
 
@@ -148,7 +184,9 @@ def packed(key: str) -> tuple[str, ...]:
 def scale_of(held: Held, key: str) -> str | None:
     """Return the key of the number that a weight in fp8 is multiplied by."""
     module, _, leaf = key.rpartition(".")
-    return next((name for word in SCALES if leaf == "weight" and (name := f"{module}.{word}") in held.tensors), None)
+    return next(
+        (name for word in SCALES if leaf == "weight" and (name := f"{module}.{word}") in held.tensors), None
+    )
 
 
 def read(held: Held, origin: Origin, dtype: torch.dtype) -> Tensor:

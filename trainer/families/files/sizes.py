@@ -1,4 +1,5 @@
-"""What a model's configuration says of its size, read off the shapes of its weights; the rest of a configuration is shipped.
+"""What a model's configuration says of its size, read off the shapes of its weights; the rest of a
+configuration is shipped.
 
 Heads are of the size that the published models have. Names are those of diffusers and transformers.
 """
@@ -12,11 +13,14 @@ from .single_file import Held
 
 
 def from_noise(held: Held, taken: int, made: int) -> int:
-    """Return the channels that a model takes, which must be those that it makes: others need a picture, a mask or a control."""
+    """Return the channels that a model takes, which must be those that it makes: others need a picture, a
+    mask or a control.
+    """
     if taken != made:
         what = f"its first layer takes {taken} channels, its last makes {made}"
         raise ValueError(
-            f"{held.field} {held.path}: {what}: a variant that fills in, edits or starts from a picture; give the text-to-image model"
+            f"{held.field} {held.path}: {what}: a variant that fills in, edits or starts from a "
+            "picture; give the text-to-image model"
         )
     return taken
 
@@ -30,7 +34,9 @@ def sd3(held: Held) -> dict[str, Any]:
         "num_layers": layers,
         "num_attention_heads": width // 64,
         "caption_projection_dim": width,
-        "in_channels": from_noise(held, held.size("pos_embed.proj.weight")[1], held.size("proj_out.weight")[0] // 4),
+        "in_channels": from_noise(
+            held, held.size("pos_embed.proj.weight")[1], held.size("proj_out.weight")[0] // 4
+        ),
         "joint_attention_dim": held.size("context_embedder.weight")[1],
         "pooled_projection_dim": held.size("time_text_embed.text_embedder.linear_1.weight")[1],
         "pos_embed_max_size": math.isqrt(table),
@@ -122,15 +128,27 @@ def lumina2(held: Held) -> dict[str, Any]:
     }
 
 
-TRANSFORMERS = {"sd3": sd3, "flux": flux, "flux2": flux2, "qwen_image": qwen_image, "wan": wan, "z_image": z_image, "lumina2": lumina2}
+TRANSFORMERS = {
+    "sd3": sd3,
+    "flux": flux,
+    "flux2": flux2,
+    "qwen_image": qwen_image,
+    "wan": wan,
+    "z_image": z_image,
+    "lumina2": lumina2,
+}
 
 
 def kl_vae(held: Held) -> dict[str, Any]:
     """Describe an autoencoder of latent diffusion's kind."""
     stages = held.count("encoder.down_blocks.{}.resnets.0.conv1.weight")
     widths = [held.size(f"encoder.down_blocks.{stage}.resnets.0.conv1.weight")[0] for stage in range(stages)]
-    decoding = [held.size(f"decoder.up_blocks.{stage}.resnets.0.conv1.weight")[0] for stage in reversed(range(stages))]
-    own = {} if decoding == widths else {"decoder_block_out_channels": decoding}  # FLUX.2 has one with a small decoder
+    decoding = [
+        held.size(f"decoder.up_blocks.{stage}.resnets.0.conv1.weight")[0] for stage in reversed(range(stages))
+    ]
+    own = (
+        {} if decoding == widths else {"decoder_block_out_channels": decoding}
+    )  # FLUX.2 has one with a small decoder
     return {
         **own,
         "latent_channels": held.size("decoder.conv_in.weight")[1],
@@ -145,8 +163,13 @@ def kl_vae(held: Held) -> dict[str, Any]:
 
 def wan_vae(held: Held, residual: bool) -> dict[str, Any]:
     """Describe the autoencoder of Wan or Qwen-Image; that of Wan 2.2 is `residual`."""
-    found = {"base_dim": held.size("encoder.conv_in.weight")[0], "z_dim": held.size("post_quant_conv.weight")[0]}
-    blocks = "encoder.down_blocks.0.resnets.{}.conv1.weight" if residual else "encoder.down_blocks.{}.conv1.weight"
+    found = {
+        "base_dim": held.size("encoder.conv_in.weight")[0],
+        "z_dim": held.size("post_quant_conv.weight")[0],
+    }
+    blocks = (
+        "encoder.down_blocks.0.resnets.{}.conv1.weight" if residual else "encoder.down_blocks.{}.conv1.weight"
+    )
     found["num_res_blocks"] = held.count(blocks)
     if residual:
         found["decoder_base_dim"] = held.size("decoder.conv_in.weight")[0] // 4
@@ -188,9 +211,16 @@ def gemma2(held: Held) -> dict[str, Any]:
 
 
 def qwen(held: Held, head: int = 128) -> dict[str, Any]:
-    """Describe a Qwen language model, with the tower that sees for Qwen2.5-VL; heads are of the size `head` where no norm tells it."""
+    """Describe a Qwen language model, with the tower that sees for Qwen2.5-VL.
+
+    Heads are of the size `head` where no norm tells it.
+    """
     words, width = held.size("embed_tokens.weight")
-    own = {"head_dim": held.size("layers.0.self_attn.q_norm.weight")[0]} if held.has("layers.0.self_attn.q_norm.weight") else {}
+    own = (
+        {"head_dim": held.size("layers.0.self_attn.q_norm.weight")[0]}
+        if held.has("layers.0.self_attn.q_norm.weight")
+        else {}
+    )
     head = own.get("head_dim", head)
     found: dict[str, Any] = {
         **own,
@@ -213,4 +243,12 @@ def qwen(held: Held, head: int = 128) -> dict[str, Any]:
     return found
 
 
-TEXT = {"clip_l": clip, "clip_g": clip, "t5xxl": t5, "umt5xxl": t5, "qwen2_5_vl": qwen, "qwen3": qwen, "gemma2": gemma2}
+TEXT = {
+    "clip_l": clip,
+    "clip_g": clip,
+    "t5xxl": t5,
+    "umt5xxl": t5,
+    "qwen2_5_vl": qwen,
+    "qwen3": qwen,
+    "gemma2": gemma2,
+}

@@ -1,4 +1,6 @@
-"""Text encoders from files of their own or from a checkpoint: each file is recognised by its weights, whatever it is called."""
+"""Text encoders from files of their own or from a checkpoint: each file is recognised by its weights,
+whatever it is called.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,13 @@ WIDE_CLIP = 1280
 class TextFiles:
     """The files of a model's text encoders by the components of its pipeline."""
 
-    def __init__(self, title: str, facts: Mapping[str, Any], files: Sequence[str], checkpoint: Path | None) -> None:
+    def __init__(
+        self, title: str, facts: Mapping[str, Any], files: Sequence[str], checkpoint: Path | None
+    ) -> None:
         self.title, self.facts = title, facts
-        self.held = self._assign([hold("model.text_encoders", "a text encoder", Path(file)) for file in files])
+        self.held = self._assign(
+            [hold("model.text_encoders", "a text encoder", Path(file)) for file in files]
+        )
         if checkpoint:
             # Files of their own go before what a checkpoint has.
             self.held = self._assign(within(hold("model.path", "a text encoder", checkpoint))) | self.held
@@ -36,19 +42,32 @@ class TextFiles:
         """Say which component every file is for; one that the model does not have is refused."""
         found = [named(held) for held in found]
         kinds = [kind_of(held) for held in found]
-        clips = [held.size("embeddings.token_embedding.weight")[1] for held, kind in zip(found, kinds, strict=True) if kind == "clip"]
+        clips = [
+            held.size("embeddings.token_embedding.weight")[1]
+            for held, kind in zip(found, kinds, strict=True)
+            if kind == "clip"
+        ]
         assigned: dict[str, Held] = {}
         for held, kind in zip(found, kinds, strict=True):
             if kind == "clip":
                 width = held.size("embeddings.token_embedding.weight")[1]
                 kind = "clip_g" if width >= WIDE_CLIP or width > min(clips) else "clip_l"
-            component = next((name for name, wanted in self.facts["text_encoders"].items() if wanted == kind), None)
+            component = next(
+                (name for name, wanted in self.facts["text_encoders"].items() if wanted == kind), None
+            )
             title = facts_of_text(kind)["title"]
             if component is None:
-                wanted = " and ".join(facts_of_text(each)["title"] for each in self.facts["text_encoders"].values())
-                raise ValueError(f"{held.field} {held.path} is {title}, but {self.title} reads its prompts by {wanted}; remove it")
+                wanted = " and ".join(
+                    facts_of_text(each)["title"] for each in self.facts["text_encoders"].values()
+                )
+                raise ValueError(
+                    f"{held.field} {held.path} is {title}, but {self.title} reads its prompts by "
+                    f"{wanted}; remove it"
+                )
             if component in assigned:
-                raise ValueError(f"{held.field} {held.path} is {title}, and so is {assigned[component].path}; remove one")
+                raise ValueError(
+                    f"{held.field} {held.path} is {title}, and so is {assigned[component].path}; remove one"
+                )
             assigned[component] = replace(held, title=title)
         return assigned
 
@@ -58,7 +77,10 @@ class TextFiles:
             if name not in self.held and name not in optional:
                 fact = facts_of_text(self.facts["text_encoders"][name])
                 where = f"{fact['title']} ({fact['file']} in ComfyUI's models/text_encoders)"
-                raise ValueError(f"model.text_encoders lacks {where} of {self.title}; fetch it with: hf download {fact['hub']}")
+                raise ValueError(
+                    f"model.text_encoders lacks {where} of {self.title}; fetch it with: hf download "
+                    f"{fact['hub']}"
+                )
 
     def check_words(self, pipeline: Any) -> None:
         """Refuse a tokenizer that knows more words than its text encoder."""
@@ -68,8 +90,8 @@ class TextFiles:
             words = getattr(pipeline, name)
             if words is not None and len(words) > known:
                 raise ValueError(
-                    f"model.tokenizers: its {name} has {len(words)} words, but {held.title} of {held.path} knows {known}; "
-                    f"give the tokenizers of this model"
+                    f"model.tokenizers: its {name} has {len(words)} words, but {held.title} of {held.path} "
+                    f"knows {known}; give the tokenizers of this model"
                 )
 
     def check_width(self, transformer: Mapping[str, Any]) -> None:
@@ -82,8 +104,8 @@ class TextFiles:
         width = layers * (found.get("d_model") or found["hidden_size"])
         if transformer.get(field, width) != width:
             raise ValueError(
-                f"{held.field} {held.path}: {held.title} of this size gives {width} features, but this {self.title} reads "
-                f"{transformer[field]}; give the text encoder that belongs to it"
+                f"{held.field} {held.path}: {held.title} of this size gives {width} features, but this "
+                f"{self.title} reads {transformer[field]}; give the text encoder that belongs to it"
             )
 
     def build(self, name: str, held: Held, dtype: torch.dtype) -> nn.Module:
@@ -93,7 +115,9 @@ class TextFiles:
         config: dict[str, Any] = {**fact["config"], **found}
         if "vision_config" in config:
             config["vision_config"] = {**fact["config"]["vision_config"], **found.get("vision_config", {})}
-        model = getattr(transformers, self.facts.get("text_classes", {}).get(name, fact["config"]["architectures"][0]))
+        model = getattr(
+            transformers, self.facts.get("text_classes", {}).get(name, fact["config"]["architectures"][0])
+        )
 
         def make() -> nn.Module:
             made = model(model.config_class.from_dict(config))
@@ -102,7 +126,8 @@ class TextFiles:
                 made.lm_head = nn.Identity()
             return made
 
-        # Stable Diffusion 3 takes CLIP-L's pooled output as it is, which transformers gives behind a projection.
+        # Stable Diffusion 3 takes CLIP-L's pooled output as it is, which transformers gives behind a
+        # projection.
         plain = kind == "clip_l" and name in self.facts.get("text_classes", {})
         given = {"text_projection.weight": torch.eye(found["hidden_size"], dtype=dtype)} if plain else {}
         return build(held, make, "its shapes describe", dtype, given)
@@ -120,7 +145,9 @@ def within(held: Held) -> list[Held]:
 
 def named(held: Held) -> Held:
     """Take what wraps the model off the names of its weights."""
-    return replace(held, tensors={bare(key): stored for key, stored in held.tensors.items()}, layout=text_encoder)
+    return replace(
+        held, tensors={bare(key): stored for key, stored in held.tensors.items()}, layout=text_encoder
+    )
 
 
 def kind_of(held: Held) -> str:
@@ -130,14 +157,18 @@ def kind_of(held: Held) -> str:
     if held.has("encoder.block.0.layer.1.DenseReluDense.wi_0.weight"):
         every = held.has("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight")
         return "umt5xxl" if every else "t5xxl"
-    if held.has("layers.0.pre_feedforward_layernorm.weight") and not held.has("layers.0.self_attn.q_norm.weight"):
+    if held.has("layers.0.pre_feedforward_layernorm.weight") and not held.has(
+        "layers.0.self_attn.q_norm.weight"
+    ):
         return "gemma2"
     if held.has("layers.0.self_attn.q_norm.weight") and held.has("embed_tokens.weight"):
         return "qwen3"
     if held.has("layers.0.self_attn.q_proj.bias") and held.has("visual.patch_embed.proj.weight"):
         return "qwen2_5_vl"
     known = "CLIP, T5, UMT5, Qwen2.5-VL, Qwen3 or Gemma 2"
-    raise ValueError(f"{held.field} {held.path} holds no text encoder that is known; give {known} as safetensors")
+    raise ValueError(
+        f"{held.field} {held.path} holds no text encoder that is known; give {known} as safetensors"
+    )
 
 
 @lru_cache

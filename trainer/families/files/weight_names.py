@@ -1,7 +1,9 @@
-"""Where a weight that diffusers or transformers asks for stands in files as ComfyUI keeps them: rules over names, as data.
+"""Where a weight that diffusers or transformers asks for stands in files as ComfyUI keeps them: rules over
+names, as data.
 
-What `comfy_g2rpo/lora/key_names.py` knows is not repeated: here are the norms and tables of transformers, the VAEs, the text encoders.
-Sources: the published files' keys; `loaders/single_file_utils.py` of diffusers; `comfy/ldm` and `comfy/sd.py` of ComfyUI.
+What `comfy_g2rpo/lora/key_names.py` knows is not repeated: here are the norms and tables of transformers, the
+VAEs, the text encoders. Sources: the published files' keys; `loaders/single_file_utils.py` of diffusers;
+`comfy/ldm` and `comfy/sd.py` of ComfyUI.
 """
 
 from __future__ import annotations
@@ -24,8 +26,14 @@ FLUX_NORMS = [
 ]
 TRANSFORMERS: dict[str, Rules] = {
     "sd3": (
-        (r"transformer_blocks\.(\d+)\.(attn2?)\.norm_([qk])\.weight", r"joint_blocks.\1.x_block.\2.ln_\3.weight"),
-        (r"transformer_blocks\.(\d+)\.attn\.norm_added_([qk])\.weight", r"joint_blocks.\1.context_block.attn.ln_\2.weight"),
+        (
+            r"transformer_blocks\.(\d+)\.(attn2?)\.norm_([qk])\.weight",
+            r"joint_blocks.\1.x_block.\2.ln_\3.weight",
+        ),
+        (
+            r"transformer_blocks\.(\d+)\.attn\.norm_added_([qk])\.weight",
+            r"joint_blocks.\1.context_block.attn.ln_\2.weight",
+        ),
         (r"pos_embed\.pos_embed", "pos_embed"),
     ),
     "flux": tuple(FLUX_NORMS),
@@ -81,7 +89,13 @@ WAN_VAE: Rules = (
     (r"quant_conv\.(.+)", r"conv1.\1"),
     (r"post_quant_conv\.(.+)", r"conv2.\1"),
 )
-WAN_RESNET = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6", "conv_shortcut": "shortcut"}
+WAN_RESNET = {
+    "norm1": "residual.0",
+    "conv1": "residual.2",
+    "norm2": "residual.3",
+    "conv2": "residual.6",
+    "conv_shortcut": "shortcut",
+}
 TEXT_WRAPPERS = ("transformer.", "model.", "language_model.", "text_model.")
 
 Layout = Callable[[str], Iterable[str]]
@@ -101,11 +115,17 @@ def by_rules(rules: Rules) -> Layout:
 
 
 def ldm_vae(blocks: int) -> Layout:
-    """Make the layout of an autoencoder as latent diffusion names it; its decoder counts `blocks` from the other end."""
+    """Make the layout of an autoencoder as latent diffusion names it.
+
+    Its decoder counts `blocks` from the other end.
+    """
 
     def layout(name: str) -> Iterator[str]:
         yield name
-        other = next((found.expand(other) for pattern, other in LDM_VAE if (found := re.fullmatch(pattern, name))), name)
+        other = next(
+            (found.expand(other) for pattern, other in LDM_VAE if (found := re.fullmatch(pattern, name))),
+            name,
+        )
         other = re.sub(r"(?<=^decoder\.up\.)\d+", lambda found: str(blocks - 1 - int(found[0])), other)
         yield other.replace(".conv_shortcut.", ".nin_shortcut.")
 
@@ -113,7 +133,10 @@ def ldm_vae(blocks: int) -> Layout:
 
 
 def wan_vae(resnets: int, nested: bool) -> Layout:
-    """Make the layout of Wan's own autoencoder with so many residual blocks per stage; that of 2.2 is `nested`."""
+    """Make the layout of Wan's own autoencoder with so many residual blocks per stage.
+
+    That of 2.2 is `nested`.
+    """
 
     def layout(name: str) -> Iterator[str]:
         yield name
@@ -137,14 +160,19 @@ def wan_vae(resnets: int, nested: bool) -> Layout:
 
 
 def bare(name: str) -> str:
-    """Take off a text encoder's weight name what wraps the model, which differs between versions and files."""
+    """Take off a text encoder's weight name what wraps the model, which differs between versions and
+    files.
+    """
     while wrapper := next((each for each in TEXT_WRAPPERS if name.startswith(each)), None):
         name = name.removeprefix(wrapper)
     return name
 
 
 def text_encoder(name: str) -> Iterator[str]:
-    """List the names of a text encoder's weight in a file whose names are `bare`; embeddings that are shared may stand under either."""
+    """List the names of a text encoder's weight in a file whose names are `bare`.
+
+    Embeddings that are shared may stand under either.
+    """
     name = bare(name)
     yield name
     shared = ("shared.weight", "encoder.embed_tokens.weight")

@@ -1,4 +1,6 @@
-"""What models that edit a picture share: a prompt comes with a picture, and its features hold what the model has seen of that."""
+"""What models that edit a picture share: a prompt comes with a picture, and its features hold what the
+model has seen of that.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ Velocity = Callable[[Tensor, Tensor, Sequence[Any]], Tensor]
 
 
 class Editing:
-    """A family whose prompts start from pictures; a `Cond` has a field `picture` [C, h, w], the picture's latent."""
+    """A family whose prompts start from pictures.
+
+    A `Cond` has a field `picture` [C, h, w], the picture's latent.
+    """
 
     reference_size: int
     _digests: dict[str, str]
@@ -29,7 +34,9 @@ class Editing:
         self.reference_size, self._digests = reference_size, {}
 
     def key(self, prompt: str) -> str:
-        """Return what a prompt's features are kept under: its text and the content of its picture as it was when first seen."""
+        """Return what a prompt's features are kept under: its text and the content of its picture as it
+        was when first seen.
+        """
         place = image_of(prompt)
         if place is None:
             return str(prompt)

@@ -27,7 +27,10 @@ KEPT = 64
 
 
 class Adapted:
-    """A pipeline whose transformer carries a LoRA. A family adds `_forward` or `velocity`, `latent_shape`, targets, `encode_one`."""
+    """A pipeline whose transformer carries a LoRA.
+
+    A family adds `_forward` or `velocity`, `latent_shape`, targets, `encode_one`.
+    """
 
     decodes_while_rolling = True
     lora_style = "diffusers"
@@ -43,14 +46,20 @@ class Adapted:
     """Loads the pipeline's text encoders when the first prompt is encoded; None where they are there."""
     _encoders_taken = False
     packed = False
-    """Whether weights of the transformer are kept in few bits, or in the computer's memory, and made when they are used."""
+    """Whether weights of the transformer are kept in few bits, or in the computer's memory, and made when
+    they are used.
+    """
 
     def __init__(self, pipeline: Any, autocast: torch.dtype | None = None) -> None:
         self.pipeline, self.autocast = pipeline, autocast
         self.transformer: Any = pipeline.transformer.requires_grad_(False).eval()
         self.vae: Any = pipeline.vae.requires_grad_(False).eval()
         # Looked up once: diffusers walks through every module for them.
-        self.device, self.dtype, self.vae_dtype = pipeline.device, pipeline.transformer.dtype, pipeline.vae.dtype
+        self.device, self.dtype, self.vae_dtype = (
+            pipeline.device,
+            pipeline.transformer.dtype,
+            pipeline.vae.dtype,
+        )
         if all(weight.dim() < 5 for weight in self.vae.parameters()):
             self.vae.to(memory_format=torch.channels_last)  # a video decoder's weights have no such format
         self._folded = TinyDecoder(self.vae.decoder) if foldable(self.vae) else None
@@ -79,10 +88,15 @@ class Adapted:
         return [self._encoded(prompt) for prompt in prompts]
 
     def key(self, prompt: str) -> str:
-        """Return what a prompt's features are kept under; a prompt with a picture is refused where the model takes none."""
+        """Return what a prompt's features are kept under.
+
+        A prompt with a picture is refused where the model takes none.
+        """
         if image_of(prompt):
             remedy = "remove that column, or choose FLUX.1 Kontext or Qwen-Image-Edit"
-            raise ValueError(f"prompts: {prompt[:60]!a} has an image to start from, but this model takes none; {remedy}")
+            raise ValueError(
+                f"prompts: {prompt[:60]!a} has an image to start from, but this model takes none; {remedy}"
+            )
         return prompt
 
     def _encoded(self, prompt: str) -> Any:
@@ -119,7 +133,9 @@ class Adapted:
         self._encoders_taken = False
 
     def add_lora(self, rank: int, alpha: float, seed: int, feed_forward: bool = False) -> None:
-        """Put a fresh adapter on the attention projections (and the feed-forward ones): A seeded as N(0, 1/3n), B zero."""
+        """Put a fresh adapter on the attention projections (and the feed-forward ones): A seeded as N(0,
+        1/3n), B zero.
+        """
         self.attach_lora(rank, alpha, feed_forward)
         with torch.no_grad():
             for name, (down, up) in self.pairs().items():
@@ -133,19 +149,30 @@ class Adapted:
         """Put an adapter on the projections whose numbers nobody has set yet."""
         targets = (*self.attention, *(self.feed_forward if feed_forward else ()))
         pattern = rf"{self.blocks}\.({'|'.join(target.replace('.', chr(92) + '.') for target in targets)})"
-        self.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=False))
+        self.transformer.add_adapter(
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=False)
+        )
         self.find_layers()
 
     def moved(self, device: torch.device) -> None:
         """Take note that the model is on a device now, and bring along what has been made of it."""
         self.device = device
         self._folded = TinyDecoder(self.vae.decoder) if foldable(self.vae) else None
-        self._prompts = {key: self.cond(*(tensor.to(device) for tensor in found)) for key, found in self._prompts.items()}
+        self._prompts = {
+            key: self.cond(*(tensor.to(device) for tensor in found)) for key, found in self._prompts.items()
+        }
 
     def load_lora(self, path: Path) -> None:
-        """Put the adapter of a file of any form on the model, to draw with; a file that does not fit is refused."""
+        """Put the adapter of a file of any form on the model, to draw with.
+
+        A file that does not fit is refused.
+        """
         pairs = for_transformer(path, self.transformer)
-        state = {f"transformer.{name}.lora_{part}.weight": pair[i] for name, pair in pairs.items() for i, part in enumerate("AB")}
+        state = {
+            f"transformer.{name}.lora_{part}.weight": pair[i]
+            for name, pair in pairs.items()
+            for i, part in enumerate("AB")
+        }
         self.transformer.load_lora_adapter(state)
         self.find_layers()
 
@@ -154,12 +181,21 @@ class Adapted:
         return renamed(self.names, pairs, "native") if self.names else pairs
 
     def find_layers(self) -> None:
-        """Take note of the layers that carry an adapter, whoever put it there: those that `reference` switches off."""
-        self.layers = {name: module for name, module in self.transformer.named_modules() if hasattr(module, "get_delta_weight")}
+        """Take note of the layers that carry an adapter, whoever put it there: those that `reference`
+        switches off.
+        """
+        self.layers = {
+            name: module
+            for name, module in self.transformer.named_modules()
+            if hasattr(module, "get_delta_weight")
+        }
 
     def pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """Return the adapter's (A, B) by module name."""
-        return {name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for name, layer in self.layers.items()}
+        return {
+            name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+            for name, layer in self.layers.items()
+        }
 
     def parameters(self) -> list[nn.Parameter]:
         """List the adapter's parameters: A, B of every module in order."""
@@ -186,7 +222,9 @@ class Adapted:
 
     @contextmanager
     def completing(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """Evaluate completions inside the context: by the transformer's own blocks, under autocast to `dtype` where it is given."""
+        """Evaluate completions inside the context: by the transformer's own blocks, under autocast to
+        `dtype` where it is given.
+        """
         kept, self.autocast = self.autocast, dtype or self.autocast
         try:
             yield
@@ -198,7 +236,9 @@ class Adapted:
         return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
 
     def pipeline_sigmas(self, num_steps: int, shape: Sequence[int]) -> Tensor:
-        """Return the noise levels [T+1] that the pipeline's scheduler sets where no shift by resolution is asked for."""
+        """Return the noise levels [T+1] that the pipeline's scheduler sets where no shift by resolution is
+        asked for.
+        """
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
         scheduler.set_timesteps(num_steps)
         return scheduler.sigmas.float().cpu()
@@ -217,5 +257,7 @@ def cells(width: int, height: int, scale: int, patch: int) -> tuple[int, int]:
     """Return (h, w) of the latent of a picture; `scale` pixels are a cell, `patch` cells a token's side."""
     factor = scale * patch
     if width % factor or height % factor:
-        raise ValueError(f"model.width and model.height are {width}×{height}; both must be multiples of {factor}")
+        raise ValueError(
+            f"model.width and model.height are {width}×{height}; both must be multiples of {factor}"
+        )
     return height // scale, width // scale

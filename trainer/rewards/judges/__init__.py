@@ -1,4 +1,6 @@
-"""Judges over HTTP: vision-language models behind OpenAI's interface, and rewards that `g2rpo rewards serve` offers."""
+"""Judges over HTTP: vision-language models behind OpenAI's interface, and rewards that `g2rpo rewards
+serve` offers.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def connect(section: RewardSection) -> Reward:
     name, folder = section.name, os.environ.get(CACHE)
     check_url(name, section.url or "")
     limits = Limits(timeout=section.timeout, retries=section.retries, concurrency=section.concurrency)
-    client = Client(name, section.url or "", key_of(name), limits, Cache(Path(folder).expanduser() if folder else None))
+    client = Client(
+        name, section.url or "", key_of(name), limits, Cache(Path(folder).expanduser() if folder else None)
+    )
     if section.protocol == "g2rpo":
         return connect_remote(client, section.batch)
     kind = KINDS[section.protocol]
@@ -39,12 +43,16 @@ def connect(section: RewardSection) -> Reward:
 
 
 def key_of(name: str) -> str:
-    """Return a judge's key: G2RPO_JUDGE_KEY_<NAME> where several judges have their own, or G2RPO_JUDGE_KEY; never from a file."""
+    """Return a judge's key: G2RPO_JUDGE_KEY_<NAME> where several judges have their own, or
+    G2RPO_JUDGE_KEY; never from a file.
+    """
     own = f"{KEY}_{re.sub(r'[^A-Z0-9]', '_', name.upper())}"
     variable = own if own in os.environ else KEY
     key = os.environ.get(variable, "").strip()
     if not re.fullmatch(r"[\x21-\x7e]{0,4096}", key):
-        raise RewardError(f"judge {name!r}: {variable} holds blanks or other signs that no key has; set it anew")
+        raise RewardError(
+            f"judge {name!r}: {variable} holds blanks or other signs that no key has; set it anew"
+        )
     return key
 
 
@@ -53,7 +61,11 @@ def only_model(client: Client) -> str:
 
     def names(answer: Any) -> list[str]:
         rows = answer.get("data") if isinstance(answer, dict) else None
-        return [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row] if isinstance(rows, list) else []
+        return (
+            [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row]
+            if isinstance(rows, list)
+            else []
+        )
 
     found = client.get("/models", names)
     if len(found) != 1:

@@ -1,4 +1,6 @@
-"""Remember a judge's scores by the hash of pictures, prompt and question: in memory, and as JSON lines in a folder where one is given."""
+"""Remember a judge's scores by the hash of pictures, prompt and question: in memory, and as JSON lines in
+a folder where one is given.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ KEY = re.compile(r"[0-9a-f]{32}")
 
 
 class Cache:
-    """At most MAX_SCORES scores, the oldest leave first; `folder` keeps them for other runs in scores.jsonl, which only ever grows."""
+    """At most MAX_SCORES scores, the oldest leave first.
+
+    `folder` keeps them for other runs in scores.jsonl, which only ever grows.
+    """
 
     def __init__(self, folder: Path | None = None, most: int = MAX_SCORES) -> None:
         self.most, self.scores = most, {}
@@ -45,7 +50,11 @@ class Cache:
                 with open(self.path, "ab", buffering=0) as file:
                     file.write(("\n" + lines).encode())
             except OSError as error:
-                LOG.warning("cannot write %s: %s; scores are kept in memory alone", self.path, (error.strerror or str(error)).lower())
+                LOG.warning(
+                    "cannot write %s: %s; scores are kept in memory alone",
+                    self.path,
+                    (error.strerror or str(error)).lower(),
+                )
                 self.path = None
 
     def _keep(self, items: Iterable[tuple[str, float]]) -> None:
@@ -65,7 +74,10 @@ def _lines(path: Path) -> Iterable[tuple[str, float]]:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise RewardError(f"cannot read {path}: {(error.strerror or str(error)).lower()}; mend it or unset G2RPO_JUDGE_CACHE") from error
+        raise RewardError(
+            f"cannot read {path}: {(error.strerror or str(error)).lower()}; mend it or unset "
+            "G2RPO_JUDGE_CACHE"
+        ) from error
 
 
 def _item(line: str) -> tuple[str, float] | None:
@@ -75,16 +87,27 @@ def _item(line: str) -> tuple[str, float] | None:
     except (ValueError, RecursionError):
         return None
     key, score = (row.get("key"), row.get("score")) if isinstance(row, dict) else (None, None)
-    if not isinstance(key, str) or not KEY.fullmatch(key) or type(score) not in (int, float) or not math.isfinite(score):
+    if (
+        not isinstance(key, str)
+        or not KEY.fullmatch(key)
+        or type(score) not in (int, float)
+        or not math.isfinite(score)
+    ):
         return None
     return key, float(score)
 
 
 def digest(*parts: Any) -> str:
-    """Name what a score depends on, in 32 hexadecimal digits: texts, numbers, and pictures [H, W, 3] uint8."""
+    """Name what a score depends on, in 32 hexadecimal digits: texts, numbers, and pictures [H, W, 3]
+    uint8.
+    """
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
-        content = part.tobytes() if isinstance(part, np.ndarray) else json.dumps(part, sort_keys=True, default=str).encode()
+        content = (
+            part.tobytes()
+            if isinstance(part, np.ndarray)
+            else json.dumps(part, sort_keys=True, default=str).encode()
+        )
         head = f"{part.shape} {part.dtype}" if isinstance(part, np.ndarray) else "json"
         found.update(f"{head} {len(content)}\n".encode() + content)
     return found.hexdigest()

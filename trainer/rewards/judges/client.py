@@ -1,7 +1,8 @@
-"""Ask a judge over HTTP: several questions at once, again after a failure, never for ever; a question without a sound answer has no score.
+"""Ask a judge over HTTP: several questions at once, again after a failure, never for ever; a question without
+a sound answer has no score.
 
-Every call runs its own event loop in the thread that it is called from (a rollout calls from the thread of rewards that run elsewhere), so
-that nothing is left behind when it ends: no connection, task, file or thread.
+Every call runs its own event loop in the thread that it is called from (a rollout calls from the thread of
+rewards that run elsewhere), so that nothing is left behind when it ends: no connection, task, file or thread.
 """
 
 from __future__ import annotations
@@ -51,12 +52,17 @@ class Limits:
 
     @property
     def patience(self) -> int:
-        """Return after how many failures in a row the rest of a call is not asked, and the next call begins with one attempt."""
+        """Return after how many failures in a row the rest of a call is not asked, and the next call
+        begins with one attempt.
+        """
         return max(8, 2 * self.concurrency)
 
 
 class Fault(Exception):
-    """Why a question has no answer: `kind` is counted, and logged once with its detail; `again` says whether another attempt may help."""
+    """Why a question has no answer: `kind` is counted, and logged once with its detail.
+
+    `again` says whether another attempt may help.
+    """
 
     def __init__(self, kind: str, detail: str = "", *, again: bool = False, wait: float = 0.0) -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
@@ -69,7 +75,9 @@ class Nonsense(Fault):
 
 @dataclass(frozen=True)
 class Question:
-    """One request for one or more scores: their keys in the cache, its body, made when it is sent, and how its answer is read."""
+    """One request for one or more scores: their keys in the cache, its body, made when it is sent, and how
+    its answer is read.
+    """
 
     keys: tuple[str, ...]
     body: Callable[[], dict[str, Any]]
@@ -79,8 +87,21 @@ class Question:
 class Client:
     """Speaks to one judge at `url`; `key`, where there is one, is its bearer token."""
 
-    def __init__(self, name: str, url: str, key: str = "", limits: Limits | None = None, cache: Cache | None = None, seed: int = 0) -> None:
-        self.name, self.url, self.limits, self.cache = name, url.rstrip("/"), limits or Limits(), cache or Cache()
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        key: str = "",
+        limits: Limits | None = None,
+        cache: Cache | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.name, self.url, self.limits, self.cache = (
+            name,
+            url.rstrip("/"),
+            limits or Limits(),
+            cache or Cache(),
+        )
         self.faults: Counter[str] = Counter()
         self._key, self._random = key, random.Random(f"judge {seed}")
         self._failed = 0  # questions in a row
@@ -89,14 +110,21 @@ class Client:
 
     def get(self, path: str, read: Callable[[Any], Any]) -> Any:
         """Return what is read from the JSON at a path; a failure is an error in words."""
-        return self._insist(lambda session: self._again(session, "GET", path, None, read, self.limits.retries))
+        return self._insist(
+            lambda session: self._again(session, "GET", path, None, read, self.limits.retries)
+        )
 
     def answer(self, path: str, body: dict[str, Any], read: Callable[[Any], Any]) -> Any:
         """Return what is read from the answer to one request; a failure is an error in words."""
-        return self._insist(lambda session: self._again(session, "POST", path, encoded(body), read, self.limits.retries))
+        return self._insist(
+            lambda session: self._again(session, "POST", path, encoded(body), read, self.limits.retries)
+        )
 
     def ask(self, path: str, questions: Sequence[Question]) -> dict[str, float]:
-        """Return the scores of all questions by key, without those that failed; every kind of failure is logged once."""
+        """Return the scores of all questions by key, without those that failed.
+
+        Every kind of failure is logged once.
+        """
         found: dict[str, float] = {}
         try:
             self._run(lambda session: self._ask_all(session, path, iter(questions), found))
@@ -137,7 +165,8 @@ class Client:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         try:
-            # What is not decompressed cannot grow; what is not followed or read from the environment cannot lead elsewhere.
+            # What is not decompressed cannot grow; what is not followed or read from the environment cannot
+            # lead elsewhere.
             async with aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=self.limits.concurrency),
                 cookie_jar=aiohttp.DummyCookieJar(),
@@ -151,7 +180,13 @@ class Client:
             with self._lock:
                 del self._running[task]
 
-    async def _ask_all(self, session: aiohttp.ClientSession, path: str, questions: Iterator[Question], found: dict[str, float]) -> None:
+    async def _ask_all(
+        self,
+        session: aiohttp.ClientSession,
+        path: str,
+        questions: Iterator[Question],
+        found: dict[str, float],
+    ) -> None:
         """Answer questions by as many workers as may ask at once."""
         if self._failed >= self.limits.patience and (first := next(questions, None)):
             # It kept failing in the call before: one question, asked once, says whether it has come back.
@@ -172,10 +207,19 @@ class Client:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _settle(self, session: aiohttp.ClientSession, path: str, question: Question, retries: int, found: dict[str, float]) -> None:
+    async def _settle(
+        self,
+        session: aiohttp.ClientSession,
+        path: str,
+        question: Question,
+        retries: int,
+        found: dict[str, float],
+    ) -> None:
         """Put a question's scores into `found`, or count why there are none."""
         try:
-            scores = await self._again(session, "POST", path, encoded(question.body()), question.read, retries)
+            scores = await self._again(
+                session, "POST", path, encoded(question.body()), question.read, retries
+            )
             found.update(zip(question.keys, scores, strict=True))
             self._failed = 0
         except Fault as fault:
@@ -183,7 +227,13 @@ class Client:
             self.count(fault)
 
     async def _again(
-        self, session: aiohttp.ClientSession, method: str, path: str, body: bytes | None, read: Callable[[Any], Any], retries: int
+        self,
+        session: aiohttp.ClientSession,
+        method: str,
+        path: str,
+        body: bytes | None,
+        read: Callable[[Any], Any],
+        retries: int,
     ) -> Any:
         """Exchange until there is an answer, it cannot be mended, or the attempts are used up."""
         for attempt in count():
@@ -195,22 +245,30 @@ class Client:
                 await asyncio.sleep(self._wait(attempt, fault.wait))
 
     def _wait(self, attempt: int, asked: float) -> float:
-        """Return the seconds before another attempt: doubled every time, at random between half and all, no less than was asked for."""
+        """Return the seconds before another attempt: doubled every time, at random between half and all,
+        no less than was asked for.
+        """
         longest = min(self.limits.first_wait * 2**attempt, self.limits.longest_wait)
         return max(longest * self._random.uniform(0.5, 1), min(asked, self.limits.longest_asked_wait))
 
-    async def _exchange(self, session: aiohttp.ClientSession, method: str, path: str, body: bytes | None) -> Any:
+    async def _exchange(
+        self, session: aiohttp.ClientSession, method: str, path: str, body: bytes | None
+    ) -> Any:
         """Send one request and read its JSON."""
         sent = None if body is None else io.BytesIO(body)
         headers = {} if body is None else {"Content-Type": "application/json"}
         try:
-            async with session.request(method, self.url + path, data=sent, headers=headers, allow_redirects=False) as response:
+            async with session.request(
+                method, self.url + path, data=sent, headers=headers, allow_redirects=False
+            ) as response:
                 content = await _content(response, self.limits.max_bytes)
                 status, asked = response.status, retry_after(response.headers.get("Retry-After", ""))
         except asyncio.TimeoutError as error:
             raise Fault(f"no answer within {self.limits.timeout:g} s", again=True) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise Fault(f"connection failed ({type(error).__name__})", self._plain(str(error)), again=True) from error
+            raise Fault(
+                f"connection failed ({type(error).__name__})", self._plain(str(error)), again=True
+            ) from error
         if status != 200:
             remedy = f"; {REMEDIES[status]}" if status in REMEDIES else ""
             said = self._plain(content.decode("utf-8", "replace"))
@@ -218,7 +276,9 @@ class Client:
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise Nonsense("the answer is not JSON", self._plain(content.decode("utf-8", "replace"))) from error
+            raise Nonsense(
+                "the answer is not JSON", self._plain(content.decode("utf-8", "replace"))
+            ) from error
 
     def _plain(self, text: str) -> str:
         """Shorten foreign text to one harmless line without the key."""
@@ -243,9 +303,16 @@ def encoded(body: dict[str, Any]) -> bytes:
 
 
 def retry_after(value: str) -> float:
-    """Read a Retry-After header, a number of seconds or a date, as seconds from now; 0 where it says nothing."""
+    """Read a Retry-After header, a number of seconds or a date, as seconds from now.
+
+    0 where it says nothing.
+    """
     try:
-        seconds = float(value) if value.strip().isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
+        seconds = (
+            float(value)
+            if value.strip().isdigit()
+            else parsedate_to_datetime(value).timestamp() - time.time()
+        )
     except (ValueError, TypeError, IndexError, OverflowError):
         return 0.0
     return max(seconds, 0.0) if math.isfinite(seconds) else 0.0

@@ -1,11 +1,13 @@
-"""Judges that speak OpenAI's chat completions: vLLM, SGLang, llama.cpp, OpenAI. One word is asked for; its probabilities are the score.
+"""Judges that speak OpenAI's chat completions: vLLM, SGLang, llama.cpp, OpenAI. One word is asked for; its
+probabilities are the score.
 
     yes_no    P(yes) / (P(yes) + P(no)), as VQAScore has it (arXiv 2404.01291)
     rating    Σ d·P(d) / Σ P(d) over d = 1 … 5
     pairwise  the share of the group's other pictures to which one is preferred (pairwise.py)
 
-The probabilities are those of the answer's first word among the server's `top_logprobs`. Whether it gives any shows at the trial question
-with which every run begins; if not, the word itself counts, which is coarser. What is neither is no score.
+The probabilities are those of the answer's first word among the server's `top_logprobs`. Whether it gives any
+shows at the trial question with which every run begins; if not, the word itself counts, which is coarser.
+What is neither is no score.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ PATH = "/chat/completions"
 TOP = 20  # what OpenAI and vLLM give at most
 LEAST_MASS = 0.5  # of the probability that must lie on the words that were asked for
 TOKENS = 4  # some tokenizers begin an answer with a blank one
-LIMITS = ("max_tokens", "max_completion_tokens")  # the field that bounds an answer; OpenAI's newer models know the second alone
+LIMITS = (
+    "max_tokens",
+    "max_completion_tokens",
+)  # the field that bounds an answer; OpenAI's newer models know the second alone
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,15 @@ KINDS = {
         "As a target it ends in whatever the model calls excellent; watch it with another judge.",
     ),
     "pairwise": Kind(
-        'Which of these two pictures is the better picture of "{prompt}"? Answer with one digit: 1 for the first, 2 for the second.',
+        (
+            'Which of these two pictures is the better picture of "{prompt}"? Answer with one digit: 1 for '
+            "the first, 2 for the second."
+        ),
         {"1": 1.0, "2": 0.0},
-        "A win rate inside a group: its mean is one half whatever happens, so progress shows in other rewards alone.",
+        (
+            "A win rate inside a group: its mean is one half whatever happens, so progress shows in other "
+            "rewards alone."
+        ),
     ),
 }
 
@@ -112,7 +123,10 @@ class Completion(Answer):
 
 @dataclass(frozen=True)
 class Chat:
-    """One model of one server, asked one kind of question; `words` says that it gives no probabilities, `limit` how it calls TOKENS."""
+    """One model of one server, asked one kind of question.
+
+    `words` says that it gives no probabilities, `limit` how it calls TOKENS.
+    """
 
     client: Client
     model: str
@@ -129,7 +143,9 @@ class Chat:
         """Return the answers about pictures and prompts, by key; those that failed are missing."""
         known = self.client.cache.get(wanted)
         questions = [
-            Question((key,), partial(self.body, *asked), lambda answer: [read(answer, self.worth, self.words)])
+            Question(
+                (key,), partial(self.body, *asked), lambda answer: [read(answer, self.worth, self.words)]
+            )
             for key, asked in wanted.items()
             if key not in known
         ]
@@ -137,9 +153,17 @@ class Chat:
 
     def body(self, pictures: Sequence[np.ndarray], prompt: str) -> dict[str, Any]:
         """Write a request: the pictures in their order, then the question."""
-        shown = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{to_base64(picture)}"}} for picture in pictures]
+        shown = [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{to_base64(picture)}"}}
+            for picture in pictures
+        ]
         content = [*shown, {"type": "text", "text": self.text(prompt)}]
-        body = {"model": self.model, "messages": [{"role": "user", "content": content}], self.limit: TOKENS, "temperature": 0}
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            self.limit: TOKENS,
+            "temperature": 0,
+        }
         return body if self.words else body | {"logprobs": True, "top_logprobs": TOP}
 
     def text(self, prompt: str) -> str:
@@ -148,7 +172,10 @@ class Chat:
         return re.sub(r"\{(\w+)\}", lambda name: str(known.get(name[1], name[0])), self.question)
 
     def tried(self, pictures: int) -> Chat:
-        """Ask a trial question, so that a wrong address, key or model shows before a run begins; see whether probabilities come."""
+        """Ask a trial question, so that a wrong address, key or model shows before a run begins.
+
+        See whether probabilities come.
+        """
         shown = [np.full((64, 64, 3), 40 + 150 * i, np.uint8) for i in range(pictures)]
 
         def has_words_alone(answer: Any) -> bool:
@@ -166,7 +193,10 @@ class Chat:
                 if "HTTP 400" not in str(refused) or i == len(ways) - 1:
                     raise
         if words:
-            LOG.warning("judge %r gives no log-probabilities; its words alone count, which is coarser", self.client.name)
+            LOG.warning(
+                "judge %r gives no log-probabilities; its words alone count, which is coarser",
+                self.client.name,
+            )
         return replace(way, words=words)
 
 
@@ -203,7 +233,9 @@ def parsed(answer: Any) -> Choice:
         return Completion.model_validate(answer).choices[0]
     except ValidationError as error:
         first = error.errors()[0]
-        raise Nonsense("the answer is no chat completion", f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise Nonsense(
+            "the answer is no chat completion", f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from error
 
 
 def read(answer: Any, worth: Mapping[str, float], words: bool) -> float:
@@ -224,7 +256,10 @@ def read(answer: Any, worth: Mapping[str, float], words: bool) -> float:
             masses[word] += math.exp(candidate.logprob)
     total = sum(masses.values())
     if not LEAST_MASS <= total <= 1.01:
-        raise Nonsense(f"the answer is none of {allowed}", f"{ascii(first.token)[:60]}; {total:.2f} of the probability lies on them")
+        raise Nonsense(
+            f"the answer is none of {allowed}",
+            f"{ascii(first.token)[:60]}; {total:.2f} of the probability lies on them",
+        )
     return sum(worth[word] * mass for word, mass in masses.items()) / total
 
 

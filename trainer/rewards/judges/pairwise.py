@@ -1,4 +1,6 @@
-"""Win rates inside a group: each picture is held against some others, in both orders, because models favour a place."""
+"""Win rates inside a group: each picture is held against some others, in both orders, because models
+favour a place.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class PairwiseReward:
         self.chat.client.cancel()
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score images [B, H, W, 3] by prompts [B], each distinct prompt a group: [B], NaN for a picture without enough comparisons."""
+        """Score images [B, H, W, 3] by prompts [B], each distinct prompt a group: [B], NaN for a picture
+        without enough comparisons.
+        """
         scores = torch.full((len(images),), torch.nan)
         pictures = levels(images)
         for prompt in dict.fromkeys(prompts):
@@ -63,18 +67,27 @@ class PairwiseReward:
 
 
 def draw_pairs(names: Sequence[str], opponents: int) -> list[tuple[int, int]]:
-    """Pair n pictures: everyone with everyone, or, where that is more, everyone with `opponents` others, drawn by the pictures' names."""
+    """Pair n pictures: everyone with everyone, or, where that is more, everyone with `opponents` others,
+    drawn by the pictures' names.
+    """
     count = len(names)
     if count - 1 <= opponents:
         return [(i, j) for i in range(count) for j in range(i + 1, count)]
     ring = list(range(count))
     random.Random(" ".join(names)).shuffle(ring)
     # Neighbours on a ring up to a distance: connected, and the same number for everyone.
-    return [(ring[i], ring[(i + step) % count]) for step in range(1, opponents // 2 + 1) for i in range(count)]
+    return [
+        (ring[i], ring[(i + step) % count]) for step in range(1, opponents // 2 + 1) for i in range(count)
+    ]
 
 
-def win_rates(count: int, pairs: Sequence[tuple[int, int]], first_wins: Mapping[tuple[int, int], float]) -> Tensor:
-    """Average P(first wins) over both orders of each pair, then over each picture's pairs: [n]; NaN below half of its pairs."""
+def win_rates(
+    count: int, pairs: Sequence[tuple[int, int]], first_wins: Mapping[tuple[int, int], float]
+) -> Tensor:
+    """Average P(first wins) over both orders of each pair, then over each picture's pairs: [n].
+
+    NaN below half of its pairs.
+    """
     won, asked = [[] for _ in range(count)], [0] * count
     for i, j in pairs:
         asked[i] += 1
@@ -84,4 +97,7 @@ def win_rates(count: int, pairs: Sequence[tuple[int, int]], first_wins: Mapping[
             won[i].append(share)
             won[j].append(1 - share)
     sound = [len(shares) > 0 and 2 * len(shares) >= asked[i] for i, shares in enumerate(won)]
-    return torch.tensor([sum(shares) / len(shares) if sound[i] else math.nan for i, shares in enumerate(won)], dtype=torch.float32)
+    return torch.tensor(
+        [sum(shares) / len(shares) if sound[i] else math.nan for i, shares in enumerate(won)],
+        dtype=torch.float32,
+    )

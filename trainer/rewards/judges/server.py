@@ -1,7 +1,9 @@
-"""The server of `g2rpo rewards serve`: one reward behind two addresses, for those who hold its token (protocol.py says what is spoken).
+"""The server of `g2rpo rewards serve`: one reward behind two addresses, for those who hold its token
+(protocol.py says what is spoken).
 
-What comes in is checked in this order, on every method and address alike: Host, marks of a browser, token; then address, method, size,
-form. The rest of the world is refused before anything of its request but the head is looked at.
+What comes in is checked in this order, on every method and address alike: Host, marks of a browser, token;
+then address, method, size, form. The rest of the world is refused before anything of its request but the head
+is looked at.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from .sent_pictures import MAX_PIXELS, PictureError, from_base64
 MAX_BODY = 72 * 2**20  # what MAX_PIXELS may take as PNG in base64, and the prompts
 MAX_WAITING = 16
 BODY_SECONDS = 60.0
-BROWSER = ("Origin", "Referer", "Sec-Fetch-Site", "Sec-Fetch-Mode", "Sec-Fetch-Dest", "Sec-Fetch-User", "Cookie")
+FETCH = ("Sec-Fetch-Site", "Sec-Fetch-Mode", "Sec-Fetch-Dest", "Sec-Fetch-User")
+BROWSER = ("Origin", "Referer", *FETCH, "Cookie")
 
 
 class Refusal(Exception):
@@ -48,12 +51,16 @@ class Refusal(Exception):
 
 
 class JudgeServer:
-    """Answers requests about one reward; it is called by one client or several, and judges for one at a time."""
+    """Answers requests about one reward.
+
+    It is called by one client or several, and judges for one at a time.
+    """
 
     def __init__(self, reward: Reward, token: str, hosts: Sequence[str]) -> None:
         if needs_group(reward):
             raise RewardError(
-                f"reward {reward.name!r} compares the pictures of a group, which a served reward never sees whole; choose another"
+                f"reward {reward.name!r} compares the pictures of a group, which a served reward never "
+                "sees whole; choose another"
             )
         self.reward, self.hosts = reward, frozenset(host.lower() for host in hosts)
         self._token = f"Bearer {token}".encode()
@@ -96,7 +103,8 @@ class JudgeServer:
         if any(mark in request.headers for mark in BROWSER):
             raise Refusal(403, "no browser is served")
         given = request.headers.getall("Authorization", [])
-        if len(given) != 1 or not hmac.compare_digest(given[0].encode("utf-8", "surrogateescape"), self._token):
+        sent = [each.encode("utf-8", "surrogateescape") for each in given]
+        if len(sent) != 1 or not hmac.compare_digest(sent[0], self._token):
             raise Refusal(401, "give the token of the server's token file as bearer token")
         if "Upgrade" in request.headers:
             raise Refusal(400, "there is nothing to upgrade to")
@@ -104,7 +112,11 @@ class JudgeServer:
     async def about(self, request: web.BaseRequest) -> dict[str, Any]:
         """Say who judges."""
         reward = self.reward
-        about = {"name": reward.name, "licence": reward.licence[:200], "compares_across_prompts": bool(reward.compares_across_prompts)}
+        about = {
+            "name": reward.name,
+            "licence": reward.licence[:200],
+            "compares_across_prompts": bool(reward.compares_across_prompts),
+        }
         return About(protocol=PROTOCOL, note=note_of(reward)[:2000], **about).model_dump()
 
     async def score(self, request: web.BaseRequest) -> dict[str, Any]:
@@ -115,7 +127,9 @@ class JudgeServer:
         try:
             content = await read_body(request)
             loop = asyncio.get_running_loop()
-            return {"scores": finite(await loop.run_in_executor(self._thread, self._in_turn, request, content))}
+            return {
+                "scores": finite(await loop.run_in_executor(self._thread, self._in_turn, request, content))
+            }
         finally:
             self._waiting -= 1
 
@@ -132,7 +146,10 @@ class JudgeServer:
 
 async def read_body(request: web.BaseRequest) -> bytes:
     """Read a body of JSON whose length is known and bounded."""
-    if request.headers.get("Content-Type", "").lower() != "application/json" or "Content-Encoding" in request.headers:
+    if (
+        request.headers.get("Content-Type", "").lower() != "application/json"
+        or "Content-Encoding" in request.headers
+    ):
         raise Refusal(415, "send application/json as it is, uncompressed")
     if request.content_length is None:
         raise Refusal(411, "send a Content-Length")
@@ -150,13 +167,27 @@ def judge(reward: Reward, content: bytes) -> list[float]:
         asked = Request.model_validate(json.loads(content))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise Refusal(400, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}"[:300]) from error
+        raise Refusal(
+            400, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}"[:300]
+        ) from error
     except (ValueError, RecursionError) as error:
         raise Refusal(400, "the body is not JSON") from error
-    columns = [{}] * len(asked.images) if asked.columns is None else [without_places(each) for each in asked.columns]
+    columns = (
+        [{}] * len(asked.images)
+        if asked.columns is None
+        else [without_places(each) for each in asked.columns]
+    )
     if not len(asked.images) == len(asked.prompts) == len(columns):
-        raise Refusal(400, f"{len(asked.images)} images, {len(asked.prompts)} prompts, {len(columns)} columns; give one of each per image")
-    prompts = [Prompt(text, more) if more else text for text, more in zip(asked.prompts, columns, strict=True)]
+        raise Refusal(
+            400,
+            (
+                f"{len(asked.images)} images, {len(asked.prompts)} prompts, {len(columns)} columns; give "
+                "one of each per image"
+            ),
+        )
+    prompts = [
+        Prompt(text, more) if more else text for text, more in zip(asked.prompts, columns, strict=True)
+    ]
     try:
         return checked(reward, pictures(asked.images), prompts).tolist()
     except PictureError as error:
@@ -173,7 +204,9 @@ def pictures(images: Sequence[str]) -> Tensor:
         if found and picture.shape != found[0].shape:
             raise PictureError(f"images.{i} is not of the size of images.0; send one size at a time")
         if picture.shape[0] * picture.shape[1] * len(images) > MAX_PIXELS:
-            raise PictureError(f"{len(images)} images of this size have more than {MAX_PIXELS} pixels; send fewer at once")
+            raise PictureError(
+                f"{len(images)} images of this size have more than {MAX_PIXELS} pixels; send fewer at once"
+            )
         found.append(picture)
     return torch.from_numpy(np.stack(found)).float() / 255
 
@@ -189,11 +222,17 @@ def token_of(path: Path) -> str:
         pass
     with os.fdopen(os.open(path, os.O_RDONLY | flags)) as file:
         state = os.fstat(file.fileno())
-        if os.name == "posix" and (not stat.S_ISREG(state.st_mode) or state.st_mode & 0o077 or state.st_uid != os.getuid()):
-            raise RewardError(f"token file {path} can be read by others; remove it, or make it yours alone (chmod 600)")
+        if os.name == "posix" and (
+            not stat.S_ISREG(state.st_mode) or state.st_mode & 0o077 or state.st_uid != os.getuid()
+        ):
+            raise RewardError(
+                f"token file {path} can be read by others; remove it, or make it yours alone (chmod 600)"
+            )
         token = file.read(4096).strip()
     if len(token) < 32 or not token.isascii() or not token.isprintable() or " " in token:
-        raise RewardError(f"token file {path} holds no token of at least 32 signs; remove it, and a new one is made")
+        raise RewardError(
+            f"token file {path} holds no token of at least 32 signs; remove it, and a new one is made"
+        )
     return token
 
 
@@ -204,25 +243,38 @@ def listen(host: str, port: int) -> socket.socket:
     except ValueError as error:
         raise RewardError(f"--host is {host[:80]!a}; give an IP address, such as 127.0.0.1") from error
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if address.version == 6 else socket.AF_INET)
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if address.version == 6 else socket.AF_INET
+        )
     except OSError as error:
         raise RewardError(
-            f"cannot listen at {host} port {port}: {(error.strerror or str(error)).lower()}; choose another --port"
+            f"cannot listen at {host} port {port}: {(error.strerror or str(error)).lower()}; choose "
+            "another --port"
         ) from error
 
 
 def names_of(host: str, port: int, known_as: Sequence[str]) -> tuple[str, ...]:
-    """List what a request may call this server: its address and port, localhost where that is meant, and what the user says."""
+    """List what a request may call this server: its address and port, localhost where that is meant, and
+    what the user says.
+    """
     address = ip_address(host)
     if address.is_unspecified and not known_as:
-        raise RewardError(f"--host {host} is every address of this machine; say with --known-as HOST:PORT what clients call it")
+        raise RewardError(
+            f"--host {host} is every address of this machine; say with --known-as HOST:PORT what "
+            "clients call it"
+        )
     own = [f"[{host}]" if address.version == 6 else host] if not address.is_unspecified else []
-    return (*(f"{name}:{port}" for name in [*own, *(["localhost"] if address.is_loopback else [])]), *known_as)
+    return (
+        *(f"{name}:{port}" for name in [*own, *(["localhost"] if address.is_loopback else [])]),
+        *known_as,
+    )
 
 
 async def serve(server: JudgeServer, at: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
     """Serve until cancelled."""
-    low = web.Server(server, access_log=None, auto_decompress=False, lingering_time=1.0, keepalive_timeout=30.0)
+    low = web.Server(
+        server, access_log=None, auto_decompress=False, lingering_time=1.0, keepalive_timeout=30.0
+    )
     runner = web.ServerRunner(low)
     await runner.setup()
     try:
