@@ -33,14 +33,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from comfy_g2rpo.advantages import integrate
+from comfy_g2rpo.advantages import integrate, rank_correlation
 from comfy_g2rpo.plan import ROOT, Plan
 from comfy_g2rpo.recipes import Recipe, build_plan, recipe
 from comfy_g2rpo.rewards import load as load_reward
-from comfy_g2rpo.rollout import roll_out, seeded_noise
-from comfy_g2rpo.run.rank_guard import Speed, rank_correlation
+from comfy_g2rpo.rollout import seeded_noise
+from comfy_g2rpo.run.rank_guard import Speed
 from comfy_g2rpo.run.scorer import Scorer, to_8_bit
 from comfy_g2rpo.schedule import shifted_sigmas
+from comfy_g2rpo.speed.fitting_rollout import roll_out
 from comfy_g2rpo.speed.step_cache import Shortcut
 from comfy_g2rpo.update import records, update
 from g2rpo_trainer.model.cheap_forward import completions, multiplies_fp8

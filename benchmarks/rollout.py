@@ -28,10 +28,12 @@ from torch import Tensor, nn
 
 from comfy_g2rpo.advantages import integrate
 from comfy_g2rpo.plan import Plan, singular
+from comfy_g2rpo.rewards import Reward
 from comfy_g2rpo.rewards import load as load_reward
-from comfy_g2rpo.rollout import roll_out, seeded_noise
+from comfy_g2rpo.rollout import seeded_noise
 from comfy_g2rpo.run.scorer import Scorer
 from comfy_g2rpo.schedule import shifted_sigmas
+from comfy_g2rpo.speed.fitting_rollout import roll_out
 from g2rpo_trainer.families.sd3 import SD3, load_pipeline
 from g2rpo_trainer.model.placing import keep_freed_memory
 
@@ -46,7 +48,7 @@ TARGETS = {16: {"one by one": 9.0, "batched over G": 1.8}, 8: {"one by one": 6.0
 
 
 @dataclass
-class Metered:
+class Metered(Reward):
     """A policy, decoder and reward that count the CPU seconds spent in them."""
 
     policy: SD3

@@ -125,7 +125,7 @@ def rate(name: str, reward: Reward, images: Tensor, rounds: int, clock: Callable
 
 
 @dataclass
-class Elsewhere:
+class Elsewhere(Reward):
     """A judge that lives elsewhere: this machine waits for it."""
 
     runs_elsewhere: bool

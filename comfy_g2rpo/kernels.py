@@ -26,9 +26,7 @@ class Step(NamedTuple):
 
 
 def _sde_step(g: Tensor, sigma: Tensor, dt: Tensor) -> Step:
-    """Discretise the reverse SDE with diffusion g that keeps the flow's marginals (Flow-GRPO, arXiv
-    2505.05470, eq. 9).
-    """
+    """Discretise the reverse SDE that keeps the flow's marginals (Flow-GRPO, arXiv 2505.05470, eq. 9)."""
     return Step(1 + g**2 * dt / (2 * sigma), (1 + g**2 * (1 - sigma) / (2 * sigma)) * dt, g * torch.sqrt(-dt))
 
 
@@ -53,9 +51,7 @@ def dance_sde_step(sigma: Tensor, sigma_next: Tensor, eta: float, sigma_max: Sig
 
 
 def cps_step(sigma: Tensor, sigma_next: Tensor, eta: float, sigma_max: Sigma) -> Step:
-    """Coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952): fresh and kept noise together have
-    exactly the level σ′.
-    """
+    """Flow-CPS (arXiv 2509.05952): fresh and kept noise together have exactly the level σ′."""
     std = sigma_next * math.sin(eta * math.pi / 2)
     kept = sigma_next * math.cos(eta * math.pi / 2)
     clean = 1 - sigma_next
@@ -68,9 +64,8 @@ STEPS = {"ode": ode_step, "flow_sde": flow_sde_step, "dance_sde": dance_sde_step
 def step(kernel: str, sigma: Sigma, sigma_next: Sigma, eta: float, sigma_max: Sigma) -> Step:
     """Return the coefficients of one step of the named kernel."""
     sigma = torch.as_tensor(sigma)
-    return STEPS[kernel](
-        sigma, torch.as_tensor(sigma_next, dtype=sigma.dtype, device=sigma.device), eta, sigma_max
-    )
+    sigma_next = torch.as_tensor(sigma_next, dtype=sigma.dtype, device=sigma.device)
+    return STEPS[kernel](sigma, sigma_next, eta, sigma_max)
 
 
 def _transition(
@@ -108,8 +103,7 @@ def cps(
 
 
 def dpm_2m_step(sigma_before: Sigma, sigma: Sigma, sigma_next: Sigma) -> tuple[Tensor, Tensor, Tensor]:
-    """Return DPM-Solver++(2M)'s coefficients (arXiv 2211.01095, algorithm 2) on x, v and the previous step's
-    denoised x − σv.
+    """Return DPM-Solver++(2M)'s coefficients (arXiv 2211.01095, algorithm 2) on x, v and the last x − σv.
 
     With λ = log((1−σ)/σ) for a flow. First order where λ is infinite: after σ = 1, and into σ′ = 0.
     """
@@ -122,10 +116,7 @@ def dpm_2m_step(sigma_before: Sigma, sigma: Sigma, sigma_next: Sigma) -> tuple[T
 
 
 def log_prob(x_next: Tensor, mean: Tensor, std: Sigma) -> Tensor:
-    """Return the Gaussian log-density of x_next [B, …] as [B]: the mean over elements, not the sum.
-
-    Std is above 0.
-    """
+    """Return the Gaussian log-density of x_next [B, …] as [B], the mean over elements; std is above 0."""
     std = over(torch.as_tensor(std, dtype=x_next.dtype, device=x_next.device), x_next)
     density = -0.5 * ((x_next - mean) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1)

@@ -1,9 +1,10 @@
-"""One field of a recipe or a run: its sentence, its bounds and its choices."""
+"""One setting: its sentence, its bounds or choices, and the one place that checks a value against them."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -15,12 +16,44 @@ def option(
     choices: tuple[str, ...] = (),
 ) -> Any:
     """Declare a field with its sentence and its bounds or choices."""
-    return dataclasses.field(
-        default=default, metadata={"help": text, "low": low, "high": high, "choices": choices}
-    )
+    rule = {"help": text, "low": low, "high": high, "choices": choices}
+    return dataclasses.field(default=default, metadata=rule)
 
 
-def nearest(name: str, known: Any) -> str:
+def complaint(
+    name: str, value: Any, low: float | None = None, high: float | None = None, choices: Sequence[str] = ()
+) -> str:
+    """Return what is wrong with the value of a setting, in one line that names it; nothing if it is sound.
+
+    Of a tuple, every element must lie within the bounds, and there must be at least one.
+    """
+    if choices and value not in choices:
+        return f"{name} is {value!r:.80}{nearest(str(value), choices)}; choose one of: {', '.join(choices)}"
+    if value == ():
+        return f"{name} is empty; list at least one"
+    numbers = value if isinstance(value, tuple) else (value,)
+    if low is None or all(low <= number <= high for number in numbers):
+        return ""
+    return f"{name} is {value!r:.80}; it must lie between {low:.10g} and {high:.10g}"
+
+
+def check_value(
+    name: str, value: Any, low: float | None = None, high: float | None = None, choices: Sequence[str] = ()
+) -> None:
+    """Raise ValueError with the complaint about a value, if there is one."""
+    if wrong := complaint(name, value, low, high, choices):
+        raise ValueError(wrong)
+
+
+def check_fields(made: Any) -> None:
+    """Raise ValueError for the first field of a dataclass of options that is out of its bounds."""
+    for field in dataclasses.fields(made):
+        rule, value = field.metadata, getattr(made, field.name)
+        if value is not None:
+            check_value(field.name, value, rule["low"], rule["high"], rule["choices"])
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean …?)" for a misspelt name, or nothing."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""

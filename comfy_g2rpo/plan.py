@@ -24,10 +24,7 @@ DETERMINISTIC = ("ode", "dpm_2m")
 
 @dataclass(frozen=True)
 class State:
-    """One state and the edge that leads to it.
-
-    `noise` is the id of its draw, negative for the mirrored (antithetic) one, 0 for none.
-    """
+    """One state and the edge that leads to it; `noise` identifies its draw: mirrored below 0, none at 0."""
 
     index: int
     parent: int = ROOT
@@ -39,7 +36,7 @@ class State:
 
     @property
     def trained(self) -> bool:
-        """Say whether the edge to this state gets an advantage."""
+        """Return whether the edge to this state gets an advantage."""
         return self.group >= 0
 
 
@@ -52,8 +49,7 @@ class Leaf:
 
 
 class Coefficients:
-    """Per-state tensors [N] of the edge x′ = x_coef·x + v_coef·v + past_coef·denoised_before + std·ε, and the
-    state's own sigma.
+    """Tensors [N] of the edges x′ = x_coef·x + v_coef·v + past_coef·denoised_before + std·ε, and sigmas.
 
     A root is pure noise: std 1, the rest 0.
     """
@@ -131,27 +127,21 @@ class Plan:
         trained = [self.states[i] for i in self.transitions]
         if not trained:
             return 0, 0, 0
-        return (
-            1 + max(s.group for s in trained),
-            1 + max(s.member for s in trained),
-            1 + max(leaf.granularity for leaf in self.leaves),
-        )
+        level = max(leaf.granularity for leaf in self.leaves)
+        return 1 + max(s.group for s in trained), 1 + max(s.member for s in trained), 1 + level
 
     def coefficients(self, sigmas: Tensor) -> Coefficients:
         """Compute every edge's coefficients once, for rollout and learner alike; sigmas: [T+1]."""
         if len(sigmas) != self.num_steps + 1:
-            raise ValueError(
-                f"sigmas has {len(sigmas)} levels; a plan of {self.num_steps} steps needs "
-                f"{self.num_steps + 1}"
-            )
+            count = self.num_steps
+            raise ValueError(f"sigmas has {len(sigmas)} levels; a plan of {count} steps needs {count + 1}")
         return Coefficients(self, sigmas)
 
     def values(self, scores: Tensor) -> Tensor:
-        """Give each trained edge the mean score of the leaves beneath it: [R, images] → [R, K, G, L]; NaN
-        where there is none.
+        """Give each trained edge the mean score of the leaves beneath it: [R, images] → [R, K, G, L].
 
-        In the singular tree that is one leaf per granularity; in a tree that splits again it is BranchGRPO's
-        fusion (arXiv 2509.06040).
+        NaN where there is none. In the singular tree that is one leaf per granularity; in a tree that splits
+        again it is BranchGRPO's fusion (arXiv 2509.06040).
         """
         column = {state: i for i, state in enumerate(self.images)}
         places, sources = [], []
@@ -204,9 +194,7 @@ class PlanBuilder:
         return start
 
     def finish(self, start: int, indices: Sequence[int], solver: str) -> int:
-        """Walk on from a state that noise led to: the first step by Euler, for a multistep solver's past
-        would be that before the noise.
-        """
+        # The first step by Euler: a multistep solver's past would be that before the noise.
         return self.follow(self.follow(start, indices[:1]), indices[1:], solver)
 
     def score(self, state: int, granularity: int = 0) -> None:
@@ -233,8 +221,7 @@ def singular(
     anchor_image: bool = False,
     coarsest: int = 1,
 ) -> Plan:
-    """Plan G²RPO's tree: per start noise a deterministic anchor, at each branch step G stochastic branches,
-    each completed per granularity.
+    """Plan G²RPO's tree: per start an anchor, at each branch step G branches, completed per granularity.
 
     `window` > 1 keeps the branches stochastic for further steps (Flow-GRPO-Fast); `antithetic` mirrors every
     second branch's noise. `coarsest` > 1 approximates the completions of smaller granularities: at that
@@ -255,13 +242,9 @@ def singular(
                     noise = -tree._draws if antithetic and window == 1 and member % 2 else tree.draw()
                     state = tree.add(State(j + 1, state, kernel, eta, noise, group + offset, member))
                 for level, stride in enumerate(granularities):
-                    rest = completion_indices(
-                        num_steps,
-                        steps[-1],
-                        max(stride, coarsest),
-                        "exact" if stride < coarsest else terminal,
-                    )[1:]
-                    tree.score(tree.finish(state, rest, "dpm_2m" if stride < coarsest else "ode"), level)
+                    solver, end = ("dpm_2m", "exact") if stride < coarsest else ("ode", terminal)
+                    rest = completion_indices(num_steps, steps[-1], max(stride, coarsest), end)[1:]
+                    tree.score(tree.finish(state, rest, solver), level)
             group += len(steps)
     return tree.build()
 
@@ -278,12 +261,11 @@ def independent(
     tail: str = "ode",
     coarsest: int = 1,
 ) -> Plan:
-    """Plan G trajectories that are stochastic on the given steps (Flow-GRPO, DanceGRPO, MixGRPO); common
-    prefixes are still run once.
+    """Plan G trajectories that are stochastic on the given steps (Flow-GRPO, DanceGRPO, MixGRPO).
 
-    `trained_steps` (default: all the stochastic ones) get an advantage; `tail` is the solver of the steps
-    after the last stochastic one. `coarsest` > 1 approximates those steps but the first: at that stride, by
-    the second-order solver.
+    Common prefixes are still run once. `trained_steps` (default: all the stochastic ones) get an advantage;
+    `tail` is the solver of the steps after the last stochastic one. `coarsest` > 1 approximates those steps
+    but the first: at that stride, by the second-order solver.
     """
     check_steps(num_steps, stochastic_steps)
     trained = sorted(stochastic_steps if trained_steps is None else trained_steps)
@@ -292,16 +274,13 @@ def independent(
     for member, state in enumerate(roots):
         for j in range(num_steps if coarsest == 1 else max(stochastic_steps) + 1):
             if j in stochastic_steps:
-                group = trained.index(j) if j in trained else -1
-                state = tree.add(
-                    State(j + 1, state, kernel, eta, tree.draw(), group, member if group >= 0 else -1)
-                )
+                place = (trained.index(j), member) if j in trained else (-1, -1)
+                state = tree.add(State(j + 1, state, kernel, eta, tree.draw(), *place))
             else:
                 state = tree.follow(state, [j + 1], tail if j > max(stochastic_steps) else "ode")
         if coarsest > 1:
-            state = tree.finish(
-                state, completion_indices(num_steps, max(stochastic_steps), coarsest)[1:], "dpm_2m"
-            )
+            rest = completion_indices(num_steps, max(stochastic_steps), coarsest)[1:]
+            state = tree.finish(state, rest, "dpm_2m")
         tree.score(state)
     return tree.build()
 
@@ -322,15 +301,12 @@ def count_forwards(
     terminal: Terminal = "exact",
 ) -> int:
     """Count the model evaluations of one G²RPO group, everything shared."""
-    return singular(
-        num_steps, branch_steps, group_size, granularities, terminal=terminal, anchor_image=anchor_image
-    ).forwards
+    tree = {"terminal": terminal, "anchor_image": anchor_image}
+    return singular(num_steps, branch_steps, group_size, granularities, **tree).forwards
 
 
 def check_steps(num_steps: int, steps: Sequence[int]) -> None:
     """Raise ValueError unless `steps` is a non-empty choice from 0…num_steps−1."""
     if not len(steps) or min(steps) < 0 or max(steps) >= num_steps:
-        raise ValueError(
-            f"branch steps are {list(steps)}; choose at least one from 0…{num_steps - 1} for "
-            f"{num_steps} steps"
-        )
+        choice = f"choose at least one from 0…{num_steps - 1} for {num_steps} steps"
+        raise ValueError(f"branch steps are {list(steps)}; {choice}")

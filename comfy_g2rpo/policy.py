@@ -11,16 +11,10 @@ from torch import Tensor, nn
 
 
 class Policy(Protocol):
-    """A flow model with an adapter.
-
-    Conditioning is opaque: one object per row, made and understood by the policy alone.
-    """
+    """A flow model with an adapter; conditioning is one object per row that the policy alone reads."""
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Any]) -> Tensor:
-        """Return v = ε − x₀, guidance included, float32 like x [B, …] in model space.
-
-        Sigma: float32 [B]; cond: B objects.
-        """
+        """Return v = ε − x₀ with guidance, float32 like x [B, …] in model space; sigma: [B], cond: B."""
         ...
 
     def parameters(self) -> list[nn.Parameter]:
@@ -32,9 +26,7 @@ class Policy(Protocol):
         ...
 
     def inference(self) -> AbstractContextManager[None]:
-        """Make velocity fast and without gradients inside the context, for instance with the adapter
-        merged into the weights.
-        """
+        """Make velocity fast and free of gradients inside the context, such as by a merged adapter."""
         ...
 
 
@@ -43,10 +35,7 @@ class Trainee(Policy, Protocol):
 
     device: torch.device
     decodes_while_rolling: bool
-    """Whether pictures may be decoded between two forwards of a rollout.
-
-    Not where a host moves models on and off the device.
-    """
+    """Whether images may be decoded between two forwards: not where a host moves models on and off."""
 
     def encode(self, prompts: Sequence[str]) -> list[Any]:
         """Return one conditioning object per prompt, computed once per text."""

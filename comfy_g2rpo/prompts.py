@@ -26,10 +26,7 @@ class PromptError(ValueError):
 
 
 class Prompt(str):
-    """A prompt with the other columns of its row, for rewards that read them.
-
-    It equals, hashes and is written as its text.
-    """
+    """A prompt with the other columns of its row; it equals, hashes and is written as its text."""
 
     columns: Mapping[str, Any]
 
@@ -40,7 +37,7 @@ class Prompt(str):
         return made
 
     def __getnewargs__(self) -> tuple[str, dict[str, Any]]:
-        """Say how a copy is made."""
+        """Return how a copy is made."""
         return str(self), dict(self.columns)
 
 
@@ -142,10 +139,7 @@ def prompts_of(lines: Sequence[str], name: str, jsonl: bool = False) -> tuple[li
 
 
 def numbered(lines: Sequence[str], name: str, jsonl: bool = False) -> tuple[list[tuple[str, int]], int]:
-    """Take the distinct prompts of some lines, each with its line.
-
-    A text may come again with another picture to start from.
-    """
+    """Return the distinct prompts of some lines with their lines; another image makes another prompt."""
     parse = _json_prompt if jsonl else _text_prompt
     found: dict[tuple[str, str | None], tuple[str, int]] = {}
     count = 0
@@ -181,10 +175,7 @@ def beside(prompt: str, folder: Path) -> str:
 
 
 def starting(prompt: str, folder: Path, place: str) -> str:
-    """Read a prompt's `image` as the path, beside the prompt file, of a picture to start from.
-
-    Refuse what is none, by its place.
-    """
+    """Read a prompt's `image` as a path beside the prompt file; refuse what is none, by its place."""
     if "image" not in columns_of(prompt):
         return prompt
     given = columns_of(prompt)["image"]
@@ -256,10 +247,7 @@ def _column(value: Any, place: str, within: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class PromptCursor:
-    """Draw prompts in seeded epochs, each prompt once per epoch.
-
-    A step's batch depends on nothing but (seed, step).
-    """
+    """Draws prompts in seeded epochs, each once per epoch; a batch depends on (seed, step) alone."""
 
     prompts: Sequence[str]
     per_step: int

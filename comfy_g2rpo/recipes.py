@@ -1,8 +1,7 @@
 """Named methods as data: G²RPO and its relatives are settings on five axes, not classes.
 
-Kernel · which steps are stochastic · shape of the tree · advantage · objective. Every field's metadata is its
-documentation: the command line's help, the configuration's bounds and the graph blocks' tooltips are made
-from it.
+Kernel · which steps are stochastic · shape of the tree · advantage · objective. The command line's help, the
+configuration's bounds and the graph blocks' tooltips are made from the fields.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .advantages import MIXES
-from .options import nearest, option
+from .options import check_fields, nearest, option
 from .plan import Plan, independent, singular
 
 PRODIGYS_LEAST = 0.1
@@ -24,133 +23,133 @@ KERNELS = ("flow_sde", "dance_sde", "cps")
 class Recipe:
     """How one iteration explores, judges and updates."""
 
-    num_steps: int = option(16, "Steps of a trajectory (T).", 1, 1000)
-    shift: float = option(3.0, "Time shift of the noise schedule; 1 is linear.", 0.01, 100)
-    kernel: str = option("flow_sde", "Stochastic step.", choices=KERNELS)
-    eta: float = option(0.7, "Exploration strength η of a stochastic step.", 0, 10)
+    num_steps: int = option(
+        16, "Sampling steps of an image. More look finer and cost in proportion.", 1, 1000
+    )
+    shift: float = option(3.0, "Time shift: above 1, more steps go to high noise; 1 is linear.", 0.01, 100)
+    kernel: str = option("flow_sde", "How noise is added when exploring. Keep flow_sde.", choices=KERNELS)
+    eta: float = option(
+        0.7,
+        "How far branches stray. Too low: they look alike and teach little; too high: broken images.",
+        0,
+        10,
+    )
 
     steps: str = option(
         "first_half",
-        "Steps that may be stochastic: the first half, all, or all but the last.",
+        "Steps that may explore. Early steps decide what is in the image, late ones its texture.",
         choices=("first_half", "all", "all_but_last"),
     )
     pick: str = option(
         "every",
-        (
-            "Which of them an iteration takes: every one, a random window, a sliding window, or a random "
-            "choice of `pick_size` single steps."
-        ),
+        "Which of them an iteration takes: every one, some next to each other, or single ones at random. "
+        "Fewer are cheaper and noisier.",
         choices=("every", "random_window", "sliding_window", "random"),
     )
-    pick_size: int = option(1, "Size of the window or of the random choice, in steps.", 1, 1000)
-    slide_every: int = option(25, "Iterations after which a sliding window moves on by one step.", 1, 100000)
+    pick_size: int = option(1, "How many steps a window or a random choice takes.", 1, 1000)
+    slide_every: int = option(25, "Iterations until a sliding window moves on by one step.", 1, 100000)
     train_share: float = option(
-        1.0,
-        "Share of the stochastic steps of independent trajectories that is trained, chosen at random.",
-        0.01,
-        1,
+        1.0, "Share of the exploring steps that is trained; less is quicker and noisier.", 0.01, 1
     )
 
     tree: str = option(
         "singular",
-        "Branches of one anchor, or independent trajectories.",
+        "Branches that leave one image at a single step, or whole images of their own (the older methods).",
         choices=("singular", "independent"),
     )
     group_size: int = option(
-        12, "Samples that are compared with one another (G); fewer than 6 are noisy.", 2, 1024
+        12, "Images that are compared with one another. Below 6 is noisy; more costs in proportion.", 2, 1024
     )
-    starts: int = option(1, "Start noises, each with its own anchor, per prompt (singular tree).", 1, 64)
-    shared_start: bool = option(False, "Start all independent trajectories from one noise.")
+    starts: int = option(1, "Start noises per prompt. More see more variety and cost in proportion.", 1, 64)
+    shared_start: bool = option(
+        False, "Start a prompt's independent images from one noise, to compare alike."
+    )
     granularities: tuple[int, ...] = option(
-        (1, 2), "Strides of the deterministic completions (Λ); each gives a reward of its own.", 1, 1000
+        (1, 2),
+        "Strides at which a branch is finished: 1 takes every step, 2 every second. Each gives a score; more "
+        "make scores surer and cost more.",
+        1,
+        1000,
     )
     terminal: str = option(
         "exact",
-        "What a stride that misses the end does: one short step more, or a jump.",
+        "Where a stride misses the end: one short step more, or the jump of the published code.",
         choices=("exact", "published"),
     )
-    antithetic: bool = option(False, "Draw the branches' noise in mirrored pairs.")
+    antithetic: bool = option(False, "Draw the branches' noise in opposite pairs, which evens out chance.")
 
     mix: str = option(
         "zscore",
-        "How several rewards become one: the sum of their z-scores, the sum of the scores themselves, the "
-        "least z-score, or the product of their ranks in the group.",
+        "How several rewards become one: z-scores added, raw scores added, the worst z-score, or ranks "
+        "multiplied. zscore suits rewards of different scales.",
         choices=MIXES,
     )
     std: str = option(
         "group",
-        "Standard deviation that scales the advantage: the group's, or that of all prompts.",
+        "What scores are divided by: the spread of their own group, or of all prompts.",
         choices=("group", "global"),
     )
     std_floor: float = option(
         1e-8,
-        "Added to that deviation, in units of the reward; a group that spreads less teaches nothing.",
+        "Smallest spread of a group that teaches, in the reward's units. Raise it for noisy rewards.",
         0,
         1e6,
     )
-    clamp: float = option(5.0, "Bound on the absolute advantage.", 0.01, 1000)
+    clamp: float = option(5.0, "Largest advantage of one image, so that no outlier rules a step.", 0.01, 1000)
     diversity_weight: float = option(
         0.0,
-        "Weight of being unlike the rest of the group, against 1 for a reward (SetPO); 0 turns it off.",
+        "Reward for looking unlike the group, against collapse; 1 pulls like a reward, 0 is off.",
         0,
         1000,
     )
     diversity_by: str = option(
         "auto",
-        (
-            "What pictures are compared by: pixels, the embedding of a reward model, or that one where a "
-            "reward has it."
-        ),
+        "What likeness is measured by: pixels, a reward model's view (embed), or that where there is one.",
         choices=("auto", "pixels", "embed"),
     )
     step_weight: str = option(
         "uniform",
-        "Weight of a step: uniform, by its noise level, or such that every step's gradient has one scale.",
+        "How much each exploring step counts: alike, by its noise, or so that all pull equally hard.",
         choices=("uniform", "std", "balanced"),
     )
 
     objective: str = option(
         "on_policy",
-        "Exact gradient of one update per rollout, or the clipped ratio.",
+        "The exact gradient for one update per rollout, or the clipped ratio, which allows several.",
         choices=("on_policy", "clip"),
     )
-    clip: float = option(
-        1e-4,
-        "Clip range of the ratio (log-probabilities are means over elements, hence the small numbers).",
-        0,
-        1,
-    )
-    epochs: int = option(1, "Passes over one rollout (clipped objective).", 1, 100)
+    clip: float = option(1e-4, "How far a clipped update may go. Small, for likelihoods are means.", 0, 1)
+    epochs: int = option(1, "Updates from one rollout. Needs objective clip; more can overshoot.", 1, 100)
     update: str = option(
         "accumulate",
-        "Optimizer steps: one per rollout, or one per branch step.",
+        "One optimizer step per rollout, or one per exploring step, as the published code does.",
         choices=("accumulate", "per_step"),
     )
     kl: float = option(
-        0.0, "Weight β of the velocity KL, to the model without adapter where nothing else is named.", 0, 1000
+        0.0, "Pull back to the reference model, against drift and reward hacking. Costs a forward.", 0, 1000
     )
     kl_reference: str = option(
-        "base",
-        (
-            "What the velocity KL is measured against: the model without this adapter, or with the adapter "
-            "that the run began with."
-        ),
-        choices=("base", "start"),
+        "base", "Pull back to the model without this LoRA, or to the run's start.", choices=("base", "start")
     )
 
     optimizer: str = option(
         "adamw",
-        (
-            "AdamW; AdamW with 8-bit moments (headless, by bitsandbytes); or Prodigy (headless, by "
-            "prodigyopt), whose learning_rate is 1."
-        ),
+        "adamw; adamw_8bit, which saves memory; or prodigy, which finds its own rate (set learning_rate: 1). "
+        "The last two run headless only.",
         choices=("adamw", "adamw_8bit", "prodigy"),
     )
-    learning_rate: float = option(1e-4, "AdamW's learning rate.", 0, 1)
-    weight_decay: float = option(1e-4, "AdamW's weight decay.", 0, 1)
-    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.", 0, 1e9)
+    learning_rate: float = option(
+        1e-4, "How fast it learns. Too high collapses images within few steps; halve it then.", 0, 1
+    )
+    weight_decay: float = option(1e-4, "Pull of the LoRA's weights towards zero.", 0, 1)
+    max_grad_norm: float = option(
+        1.0, "Longest gradient that an update follows; a guard against jumps.", 0, 1e9
+    )
     ema: float = option(
-        0.0, "Decay of the adapter's moving average, which is then what is saved; 0 turns it off.", 0, 0.99999
+        0.0,
+        "Save a moving average of the LoRA, which is calmer; 0.9 looks back ten steps, 0 is off.",
+        0,
+        0.99999,
     )
 
 
@@ -198,49 +197,30 @@ RECIPES: dict[str, Recipe] = {
 def recipe(name: str, **changes: Any) -> Recipe:
     """Return a named recipe with some fields changed, checked against their bounds."""
     if name not in RECIPES:
-        raise ValueError(
-            f"recipe {name!r} is unknown{nearest(name, RECIPES)}; there are: {', '.join(RECIPES)}"
-        )
+        known = ", ".join(RECIPES)
+        raise ValueError(f"recipe {name!r} is unknown{nearest(name, RECIPES)}; there are: {known}")
     return check(dataclasses.replace(RECIPES[name], **changes))
 
 
 def check(made: Recipe) -> Recipe:
     """Raise ValueError that names the first field out of its bounds; return the recipe otherwise."""
-    for name, field in FIELDS.items():
-        value, rule = getattr(made, name), field.metadata
-        if rule["choices"] and value not in rule["choices"]:
-            raise ValueError(
-                f"{name} is {value!r}{nearest(str(value), rule['choices'])}; choose one of: "
-                f"{', '.join(rule['choices'])}"
-            )
-        if rule["low"] is not None:
-            values = value if isinstance(value, tuple) else (value,)
-            if not values or not all(rule["low"] <= v <= rule["high"] for v in values):
-                raise ValueError(f"{name} is {value}; it must lie between {rule['low']} and {rule['high']}")
+    check_fields(made)
     if made.tree == "independent" and made.granularities != (1,):
-        raise ValueError(
-            f"granularities is {made.granularities}; independent trajectories have no completions, so "
-            "it must be (1,)"
-        )
+        remedy = "independent trajectories have no completions, so it must be (1,)"
+        raise ValueError(f"granularities is {made.granularities}; {remedy}")
     if made.objective == "on_policy" and (made.epochs > 1 or made.update == "per_step"):
-        raise ValueError(
-            "epochs above 1 and update per_step leave the rollout's policy; choose objective: clip"
-        )
+        leaving = "epochs above 1 and update per_step leave the rollout's policy"
+        raise ValueError(f"{leaving}; choose objective: clip")
     if made.optimizer == "prodigy" and made.learning_rate < PRODIGYS_LEAST:
-        raise ValueError(
-            f"learning_rate is {made.learning_rate:g}; prodigy finds its own and takes this for a "
-            "factor: set it to 1"
-        )
+        remedy = "prodigy finds its own and takes this for a factor: set it to 1"
+        raise ValueError(f"learning_rate is {made.learning_rate:g}; {remedy}")
     return made
 
 
 def candidate_steps(made: Recipe) -> list[int]:
     """List the steps that may be stochastic."""
-    count = {
-        "first_half": max(made.num_steps // 2, 1),
-        "all": made.num_steps,
-        "all_but_last": max(made.num_steps - 1, 1),
-    }
+    steps = made.num_steps
+    count = {"first_half": max(steps // 2, 1), "all": steps, "all_but_last": max(steps - 1, 1)}
     return list(range(count[made.steps]))
 
 
@@ -260,24 +240,16 @@ def chosen_steps(made: Recipe, iteration: int, rng: random.Random) -> list[int]:
 
 
 def build_plan(made: Recipe, iteration: int = 0, seed: int = 0, coarsest: int = 1) -> Plan:
-    """Build the iteration's plan; the random choices depend on (seed, iteration) alone.
+    """Build the iteration's plan; `coarsest` > 1 approximates its completions.
 
-    `coarsest` > 1 approximates its completions.
+    The random choices depend on (seed, iteration) alone.
     """
     rng = random.Random(f"plan {seed} {iteration}")
     steps = chosen_steps(made, iteration, rng)
+    every = {"kernel": made.kernel, "eta": made.eta, "coarsest": coarsest}
     if made.tree == "independent":
-        trained = sorted(rng.sample(steps, max(round(made.train_share * len(steps)), 1)))
-        return independent(
-            made.num_steps,
-            steps,
-            made.group_size,
-            kernel=made.kernel,
-            eta=made.eta,
-            trained_steps=trained,
-            shared_start=made.shared_start,
-            coarsest=coarsest,
-        )
+        every["trained_steps"] = sorted(rng.sample(steps, max(round(made.train_share * len(steps)), 1)))
+        return independent(made.num_steps, steps, made.group_size, shared_start=made.shared_start, **every)
     # A window moves as one: its branches leave the anchor once, at its first step.
     windowed = made.pick in ("random_window", "sliding_window")
     return singular(
@@ -285,11 +257,9 @@ def build_plan(made: Recipe, iteration: int = 0, seed: int = 0, coarsest: int = 
         steps[:1] if windowed else steps,
         made.group_size,
         made.granularities,
-        kernel=made.kernel,
-        eta=made.eta,
         terminal=made.terminal,
         window=len(steps) if windowed else 1,
         starts=made.starts,
         antithetic=made.antithetic,
-        coarsest=coarsest,
+        **every,
     )

@@ -1,13 +1,10 @@
-"""Run plans against a policy: one batch of slots with mixed sigmas over prompts, branch steps, branches
-and granularities.
-"""
+"""Run plans: one batch of slots with mixed sigmas over prompts, branch steps, branches and granularities."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
@@ -17,19 +14,16 @@ from torch import Tensor
 from .kernels import over
 from .plan import ROOT, Coefficients, Plan
 from .policy import Policy
-from .speed.fitting_batch import Limit, limit_of
-from .speed.step_cache import Memory, Shortcut, Velocity, foreseen, remember
 
+Edge = tuple[int, int]
+"""A prompt and the number of the state that an edge of its plan leads to."""
 Sink = Callable[[list[int], list[int], Tensor], None]
 """Takes finished latents [n, …] with the prompt and the image (position in plan.images) of each."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a rollout leaves for the learner: the fork states of every prompt.
-
-    All noise can be drawn again from the seeds.
-    """
+    """The fork states of every prompt, for the learner; all noise can be drawn again from the seeds."""
 
     plan: Plan
     coefficients: Coefficients
@@ -42,18 +36,6 @@ class Rollout:
     def noise(self, prompt: int, state: int) -> Tensor:
         """Return the noise on the edge to `state`."""
         return state_noise(self.plan, state, self.seeds[prompt], self.x.shape[2:]).to(self.x.device)
-
-
-class _Value(NamedTuple):
-    """An evaluated state, and the denoised latent of its parent for multistep solvers.
-
-    What a shortcut remembers of a completion.
-    """
-
-    x: Tensor
-    velocity: Tensor
-    denoised_before: Tensor | None
-    memory: Memory | None = None
 
 
 def stream(*key: int | str) -> int:
@@ -72,123 +54,53 @@ def state_noise(plan: Plan, state: int, seed: int, shape: Sequence[int]) -> Tens
     return seeded_noise(shape, "rollout", seed, abs(noise)) * (1 if noise > 0 else -1)
 
 
-@torch.no_grad()
-def roll_out(
-    policy: Policy,
-    plan: Plan,
-    sigmas: Tensor,
-    conds: Sequence[Any],
-    seeds: Sequence[int],
-    shape: Sequence[int],
-    *,
-    slots: int | Limit = 64,
-    sink: Sink | None = None,
-    check: Callable[[], None] | None = None,
-    device: torch.device | str = "cpu",
-    start: Tensor | None = None,
-    shortcut: Shortcut | None = None,
-) -> Rollout:
-    """Run the plan once per prompt (conds[p], seeds[p]); latents have `shape` [C, H, W].
+class Batch(NamedTuple):
+    """Edges, the states [B, …] that they lead to, and their parents' denoised latents (multistep solvers)."""
 
-    `start` [P, …] are states to begin with, in place of noise drawn from the seeds.
-    At most `slots` states are evaluated at a time and the deepest go first, so that memory does not grow with
-    the group. Each distinct state is evaluated once. `check` is called before every forward and may raise to
-    stop. Results do not depend on `slots`: where memory runs out, they are halved and the rollout goes on. A
-    `shortcut` says how completions, the states that no noise follows, are evaluated, in batches of their own.
-    """
-    run = _Run(
-        plan, plan.coefficients(sigmas), tuple(seeds), tuple(shape), torch.device(device), start, shortcut
-    )
-    latents = None if sink else torch.empty(len(seeds), len(plan.images), *shape, device=device)
-
-    def keep(prompts: list[int], images: list[int], finished: Tensor) -> None:
-        latents[prompts, images] = finished
-
-    nfe, limit = 0, limit_of(slots)
-    with policy.inference():
-        while run.queue or run.finished:
-            if run.queue and (batch := run.take(limit.rows)).edges:
-                rows = [conds[p] for p, _ in batch.edges]
-                sigma, evaluate = (
-                    run.sigma([state for _, state in batch.edges]),
-                    run.evaluator(batch) or policy.velocity,
-                )
-                velocity = limit.parts(partial(_evaluated, evaluate, batch.x, sigma, rows, check), len(rows))
-                nfe += len(batch.edges)
-                run.file(batch, velocity)
-            while len(run.finished) >= limit.rows or (run.finished and not run.queue):
-                done, run.finished = run.finished[: limit.rows], run.finished[limit.rows :]
-                (sink or keep)(
-                    [p for p, _ in done], [run.image[state] for _, state in done], run.advance(done).x
-                )
-    return Rollout(plan, run.coefficients, run.seeds, run.fork_x, run.fork_v, latents, nfe)
-
-
-def _evaluated(
-    evaluate: Velocity,
-    x: Tensor,
-    sigma: Tensor,
-    conds: Sequence[Any],
-    check: Callable[[], None] | None,
-    part: slice,
-) -> Tensor:
-    """Evaluate some rows of a batch, in float32."""
-    if check:
-        check()
-    return evaluate(x[part], sigma[part], conds[part]).float()
-
-
-class _Batch(NamedTuple):
-    """Edges, the states [B, …] that they lead to, their parents' denoised latents for multistep solvers,
-    and what shortcuts remember.
-    """
-
-    edges: list[tuple[int, int]]
+    edges: list[Edge]
     x: Tensor
     denoised: Tensor | None
-    memories: list[Memory | None]
 
-    def rows(self, which: Sequence[int]) -> _Batch:
+    def rows(self, which: Sequence[int]) -> Batch:
         """Return some of the rows."""
         picked = self.denoised[which] if self.denoised is not None else None
-        return _Batch(
-            [self.edges[i] for i in which], self.x[which], picked, [self.memories[i] for i in which]
-        )
+        return Batch([self.edges[i] for i in which], self.x[which], picked)
 
 
-class _Run:
-    """The frontier of a rollout: edges whose parents are known, waiting for a slot."""
+class _Value(NamedTuple):
+    """An evaluated state, and the denoised latent of its parent for multistep solvers."""
+
+    x: Tensor
+    velocity: Tensor
+    denoised_before: Tensor | None
+
+
+class Frontier:
+    """The edges of a rollout whose parents are known, waiting for one of `slots` places in a forward."""
 
     def __init__(
         self,
         plan: Plan,
         coefficients: Coefficients,
-        seeds: tuple[int, ...],
-        shape: tuple[int, ...],
-        device: torch.device,
+        seeds: Sequence[int],
+        shape: Sequence[int],
+        device: torch.device | str,
+        slots: int,
         start: Tensor | None,
-        shortcut: Shortcut | None,
     ) -> None:
-        self.start, self.shortcut = start, shortcut
-        self.plan, self.coefficients, self.seeds, self.shape, self.device = (
-            plan,
-            coefficients,
-            seeds,
-            shape,
-            device,
-        )
+        self.plan, self.coefficients, self.seeds, self.shape = plan, coefficients, tuple(seeds), tuple(shape)
+        self.device, self.slots, self.start = torch.device(device), slots, start
         self.image = {state: i for i, state in enumerate(plan.images)}
         self.fork = {state: i for i, state in enumerate(plan.forks)}
         self.fork_x = torch.zeros(len(seeds), len(plan.forks), *shape, device=device)
         self.fork_v = torch.zeros_like(self.fork_x)
         self.multistep = any(state.kernel == "dpm_2m" for state in plan.states)
-        zero = torch.zeros(shape, device=device)
+        zero = torch.zeros(self.shape, device=device)
         self.known = {(p, ROOT): _Value(zero, zero, zero) for p in range(len(seeds))}
         self.waiting = {(p, ROOT): -1 for p in range(len(seeds))}
         self.queue: list[tuple[tuple[bool, int], int, int]] = []
-        self.finished: list[tuple[int, int]] = []
-        roots = [i for i, state in enumerate(plan.states) if state.parent == ROOT]
-        for state in roots:
+        self.finished: list[Edge] = []
+        for state in (i for i, state in enumerate(plan.states) if state.parent == ROOT):
             for p in range(len(seeds)):
                 self.open(p, state)
 
@@ -199,61 +111,30 @@ class _Run:
         else:
             self.finished.append((p, state))
 
-    def take(self, slots: int) -> _Batch:
-        """Compute the next states that must be evaluated, as many as there are slots: with a shortcut,
-        those of one kind alone.
-        """
-        if not self.shortcut:
-            return self.advance([heappop(self.queue)[1:] for _ in range(min(slots, len(self.queue)))])
-        trunk, parts, count = self.queue[0][0][0], [], 0
-        while self.queue and self.queue[0][0][0] == trunk and count < slots:
-            edges = []
-            while self.queue and self.queue[0][0][0] == trunk and count + len(edges) < slots:
-                edges.append(heappop(self.queue)[1:])
-            parts.append(self.foresee(self.advance(edges)))
-            count += len(parts[-1].edges)
-        if len(parts) == 1:
-            return parts[0]
-        edges, memories = (
-            [one for part in parts for one in getattr(part, name)] for name in ("edges", "memories")
-        )
-        denoised = torch.cat([part.denoised for part in parts]) if self.multistep else None
-        return _Batch(edges, torch.cat([part.x for part in parts]), denoised, memories)
+    def take(self) -> Batch:
+        """Compute the next states that must be evaluated, as many as there are slots."""
+        return self.advance([heappop(self.queue)[1:] for _ in range(min(self.slots, len(self.queue)))])
 
-    def foresee(self, batch: _Batch) -> _Batch:
-        """File the states whose velocity a shortcut foresees, and return the others."""
-        if not self.shortcut.cache:
-            return batch
-        done, velocity = foreseen(
-            batch.memories, batch.x, self.sigma([state for _, state in batch.edges]), self.shortcut.cache
-        )
-        if not any(done):
-            return batch
-        skipped = batch.rows([i for i, known in enumerate(done) if known])
-        self._keep(skipped, velocity, skipped.memories)
-        return batch.rows([i for i, known in enumerate(done) if not known])
+    def evaluate(
+        self, policy: Policy, batch: Batch, conds: Sequence[Any], check: Callable[[], None]
+    ) -> Tensor:
+        """Return the velocity [B, …] of a batch in float32, one conditioning object per row."""
+        check()
+        return policy.velocity(batch.x, self.sigma(batch.edges), conds).float()
 
-    def evaluator(self, batch: _Batch) -> Velocity | None:
-        """Return the shortcut's velocity for a batch of completions."""
-        return self.shortcut.velocity if self.shortcut and not self.plan.trunk[batch.edges[0][1]] else None
-
-    def sigma(self, states: list[int]) -> Tensor:
+    def sigma(self, edges: Sequence[Edge]) -> Tensor:
         """Return the noise levels of states as float32 [B]."""
-        return self.coefficients.sigma[states].to(self.device)
+        return self.coefficients.sigma[[state for _, state in edges]].to(self.device)
 
-    def advance(self, edges: list[tuple[int, int]]) -> _Batch:
-        """Compute the states [B, …] that edges lead to, and forget parents that nothing waits for any
-        more.
-        """
-        states = [state for _, state in edges]
+    def advance(self, edges: list[Edge]) -> Batch:
+        """Compute the states [B, …] that edges lead to, and forget parents that nothing waits for."""
+        c, states = self.coefficients, [state for _, state in edges]
         parents = [(p, self.plan.states[state].parent) for p, state in edges]
         before = [self.known[parent] for parent in parents]
         x = torch.stack([value.x for value in before])
         velocity = torch.stack([value.velocity for value in before])
-        c = self.coefficients
-        a, b, past, std = (
-            over(row[states].to(self.device), x) for row in (c.x_coef, c.v_coef, c.past_coef, c.std)
-        )
+        rows = (row[states].to(self.device) for row in (c.x_coef, c.v_coef, c.past_coef, c.std))
+        a, b, past, std = (over(row, x) for row in rows)
         out = a * x + b * velocity
         for i, (p, state) in enumerate(edges):
             if self.start is not None and self.plan.states[state].parent == ROOT:
@@ -264,28 +145,15 @@ class _Run:
                 out[i] += past[i] * before[i].denoised_before
         denoised = None
         if self.multistep:
-            sigma = over(
-                torch.stack([c.sigma[s] if s != ROOT else c.sigma.new_ones(()) for _, s in parents]).to(
-                    self.device
-                ),
-                x,
-            )
-            denoised = x - sigma * velocity
-        self._release(parents)
-        return _Batch(edges, out, denoised, [value.memory for value in before])
+            levels = [c.sigma[s] if s != ROOT else c.sigma.new_ones(()) for _, s in parents]
+            denoised = x - over(torch.stack(levels).to(self.device), x) * velocity
+        self.release(parents)
+        return Batch(edges, out, denoised)
 
-    def file(self, batch: _Batch, velocity: Tensor) -> None:
+    def file(self, batch: Batch, velocity: Tensor) -> None:
         """Keep evaluated states until their children have been computed, and open those."""
-        memories: list[Memory | None] = [None] * len(batch.edges)
-        if self.shortcut and self.shortcut.cache and not self.plan.trunk[batch.edges[0][1]]:
-            memories = [
-                *remember(batch.memories, batch.x, velocity, self.sigma([state for _, state in batch.edges]))
-            ]
-        self._keep(batch, velocity, memories)
-
-    def _keep(self, batch: _Batch, velocity: Tensor, memories: Sequence[Memory | None]) -> None:
         denoised = [None] * len(batch.edges) if batch.denoised is None else batch.denoised
-        for (p, state), *found in zip(batch.edges, batch.x, velocity, denoised, memories, strict=True):
+        for (p, state), *found in zip(batch.edges, batch.x, velocity, denoised, strict=True):
             value, fork = _Value(*found), self.fork.get(state)
             if fork is not None:
                 # A fork waits long for all its branches: a copy of its own does not hold the whole batch.
@@ -296,8 +164,52 @@ class _Run:
             for child in self.plan.children[state]:
                 self.open(p, child)
 
-    def _release(self, parents: list[tuple[int, int]]) -> None:
+    def release(self, parents: list[Edge]) -> None:
+        """Count a child of each parent as computed; forget parents without any left."""
         for parent in parents:
             self.waiting[parent] -= 1
             if self.waiting[parent] == 0:
                 del self.known[parent], self.waiting[parent]
+
+
+@torch.no_grad()
+def roll_out(
+    policy: Policy,
+    plan: Plan,
+    sigmas: Tensor,
+    conds: Sequence[Any],
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    *,
+    slots: int = 64,
+    sink: Sink | None = None,
+    check: Callable[[], None] | None = None,
+    device: torch.device | str = "cpu",
+    start: Tensor | None = None,
+    frontier: Callable[..., Frontier] = Frontier,
+) -> Rollout:
+    """Run the plan once per prompt (conds[p], seeds[p]); latents have `shape` [C, H, W].
+
+    `start` [P, …] are states to begin with, in place of noise drawn from the seeds. At most `slots` states
+    are evaluated at a time and the deepest go first, so that memory does not grow with the group. Each
+    distinct state is evaluated once, and results do not depend on `slots`. `check` is called before every
+    forward and may raise to stop. `frontier` makes another frontier than the plain one (`speed/`).
+    """
+    run = frontier(plan, plan.coefficients(sigmas), seeds, shape, device, slots, start)
+    latents = None if sink else torch.empty(len(seeds), len(plan.images), *shape, device=device)
+    nfe = 0
+    with policy.inference():
+        while run.queue or run.finished:
+            if run.queue and (batch := run.take()).edges:
+                rows = [conds[p] for p, _ in batch.edges]
+                run.file(batch, run.evaluate(policy, batch, rows, check or (lambda: None)))
+                nfe += len(rows)
+            while len(run.finished) >= run.slots or (run.finished and not run.queue):
+                done, run.finished = run.finished[: run.slots], run.finished[run.slots :]
+                prompts, images = [p for p, _ in done], [run.image[state] for _, state in done]
+                finished = run.advance(done).x
+                if sink:
+                    sink(prompts, images, finished)
+                else:
+                    latents[prompts, images] = finished
+    return Rollout(plan, run.coefficients, run.seeds, run.fork_x, run.fork_v, latents, nfe)

@@ -27,17 +27,15 @@ def shifted_sigmas(num_steps: int, shift: float = 3.0) -> Tensor:
 def completion_indices(
     num_steps: int, branch_step: int, granularity: int, terminal: Terminal = "exact"
 ) -> list[int]:
-    """List the schedule indices that the deterministic completion of a branch at `branch_step` visits, from
-    k+1 to T.
+    """List the schedule indices that the completion of a branch at step k visits, from k+1 to T.
 
     k+1, k+2, k+2+λ, k+2+2λ, … (G²RPO, arXiv 2510.01982, §3.3): the first completed step is always a fine one.
     Where the stride misses T, "exact" adds one short last step; "published" drops the last state and jumps to
     0 from the one before, as the paper's code does.
     """
     if not 0 <= branch_step < num_steps:
-        raise ValueError(
-            f"branch_step is {branch_step}; it must lie in 0…{num_steps - 1} for {num_steps} steps"
-        )
+        bounds = f"it must lie in 0…{num_steps - 1} for {num_steps} steps"
+        raise ValueError(f"branch_step is {branch_step}; {bounds}")
     if granularity < 1:
         raise ValueError(f"granularity is {granularity}; a stride is at least 1")
     indices = [branch_step + 1, *range(branch_step + 2, num_steps + 1, granularity)]

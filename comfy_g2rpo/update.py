@@ -1,5 +1,4 @@
-"""From advantages to gradients: the exact on-policy cotangent, and the clipped ratio for more than one update
-per rollout.
+"""From advantages to gradients: the exact on-policy cotangent, or the clipped ratio for several updates.
 
 A stochastic step is x′ = mean(x, v) + sε with ∂mean/∂v = c. With a density that is averaged over the D
 elements, ∇_v log p = cε/(sD), so the policy gradient of a whole group is one vector–Jacobian product with
@@ -10,8 +9,9 @@ v)/s: exactly 0 at v = v_old, and no next latent has to be stored.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,10 +28,7 @@ from .speed.fitting_batch import Limit, limit_of
 
 @dataclass(frozen=True)
 class Records:
-    """What travels from sampler to learner, one row per fork state.
-
-    `owner` gives the row of each of the S samples.
-    """
+    """What travels from sampler to learner, one row per fork state."""
 
     x: Tensor  # [N, …]
     direction: Tensor  # [N, …], Σ A ε over the fork's samples
@@ -43,58 +40,48 @@ class Records:
     prompt: Tensor  # [N], position in the rollout's prompts
     noise: Tensor | None = None  # [S, …], kept for the clipped objective alone
     advantage: Tensor | None = None  # [S]
-    owner: Tensor | None = None  # [S]
+    owner: Tensor | None = None  # [S], the row of each sample
 
     def __len__(self) -> int:
         return len(self.x)
 
     def rows(self, rows: Tensor) -> Records:
         """Return some rows [n] (long) with their samples."""
-        part = {
-            name: getattr(self, name)[rows]
-            for name in ("x", "direction", "sigma", "v_coef", "std", "weight", "step", "prompt")
-        }
+        names = ("x", "direction", "sigma", "v_coef", "std", "weight", "step", "prompt")
+        part = {name: getattr(self, name)[rows] for name in names}
         if self.owner is not None:
-            place = torch.full((len(self),), -1, device=rows.device).index_copy_(
-                0, rows, torch.arange(len(rows), device=rows.device)
-            )
+            place = torch.full((len(self),), -1, device=rows.device)
+            place[rows] = torch.arange(len(rows), device=rows.device)
             kept = place[self.owner] >= 0
-            part |= {
-                "noise": self.noise[kept],
-                "advantage": self.advantage[kept],
-                "owner": place[self.owner[kept]],
-            }
+            part |= {"noise": self.noise[kept], "advantage": self.advantage[kept]}
+            part["owner"] = place[self.owner[kept]]
         return Records(**part)
 
 
 def step_weights(v_coef: Tensor, std: Tensor, mode: str) -> Tensor:
-    """Weight the steps [N] by nothing, by their noise (TempFlow-GRPO), or by s/|c|, which gives every
-    step's gradient one scale; mean 1.
+    """Return the weights of steps [N], mean 1: uniform, by their noise s (TempFlow-GRPO), or balanced.
+
+    Balanced is s/|c|, which gives every step's gradient one scale.
     """
-    usable = std > 0
-    raw = {
-        "uniform": torch.ones_like(std),
-        "std": std,
-        "balanced": torch.where(usable, std / v_coef.abs().clamp(min=1e-12), 0.0),
-    }[mode]
+    balanced = torch.where(std > 0, std / v_coef.abs().clamp(min=1e-12), 0.0)
+    raw = {"uniform": torch.ones_like(std), "std": std, "balanced": balanced}[mode]
     return raw / raw.mean().clamp(min=1e-12)
 
 
 def records(
     rollout: Rollout, advantages: Sequence[Tensor], *, step_weight: str = "uniform", samples: bool = False
 ) -> Records:
-    """Collect the rows of a rollout.
+    """Collect the rows of a rollout with one table of advantages [K, G] per prompt.
 
-    Advantages: one [K, G] per prompt; `samples` keeps every sample for the clipped form.
+    `samples` keeps every sample for the clipped form.
     """
     plan, c = rollout.plan, rollout.coefficients
     groups, members, _ = plan.shape
     row = {fork: i for i, fork in enumerate(plan.forks)}
     first = {plan.states[child].parent: child for child in plan.transitions}
     child = torch.tensor([first[fork] for fork in plan.forks])
-    per_prompt = step_weights(c.v_coef[child], c.std[child], step_weight) / (
-        members * groups * len(advantages)
-    )
+    weights = step_weights(c.v_coef[child], c.std[child], step_weight)
+    weights = weights / (members * groups * len(advantages))
     direction = torch.zeros_like(rollout.x)
     noise, advantage, owner = [], [], []
     for p, table in enumerate(advantages):
@@ -116,7 +103,7 @@ def records(
         sigma=c.sigma[list(plan.forks)].repeat(prompts).to(device),
         v_coef=c.v_coef[child].repeat(prompts).to(device),
         std=c.std[child].repeat(prompts).to(device),
-        weight=per_prompt.repeat(prompts).to(device),
+        weight=weights.repeat(prompts).to(device),
         step=torch.tensor([plan.states[f].index for f in plan.forks]).repeat(prompts).to(device),
         prompt=torch.arange(prompts).repeat_interleave(len(row)).to(device),
     )
@@ -140,11 +127,10 @@ def cotangent(
     kernel: str = "flow_sde",
     sigma_max: Sigma = 1 - 1e-6,
 ) -> Tensor:
-    """Return −(c/(G·s·D))·d on the velocity, for directions d = Σ A_i ε_i [N, …]: the on-policy gradient of
-    the group's mean loss.
+    """Return −(c/(G·s·D))·d on the velocity, for directions d = Σ A_i ε_i [N, …]; 0 where s = 0.
 
-    Equal to autograd of the clipped loss at ratio 1 (method of arXiv 2510.01982, algebra in this module's
-    docstring); 0 where s = 0.
+    The on-policy gradient of the group's mean loss: equal to autograd of the clipped loss at ratio 1 (method
+    of arXiv 2510.01982, algebra in this module's docstring).
     """
     sigma = torch.as_tensor(sigma, dtype=directions.dtype, device=directions.device)
     _, v_coef, std = step(kernel, sigma, sigma_next, eta, sigma_max)
@@ -159,9 +145,8 @@ def _cotangent(direction: Tensor, v_coef: Tensor, std: Tensor, weight: Tensor) -
 
 def log_ratio(velocity: Tensor, velocity_old: Tensor, made: Records) -> Tensor:
     """Return log p_new/p_old of each sample [S] from the velocities [N, …] of the rows."""
-    delta = over(torch.where(made.std > 0, made.v_coef / made.std.clamp(min=1e-30), 0.0), velocity) * (
-        velocity_old - velocity
-    )
+    scale = torch.where(made.std > 0, made.v_coef / made.std.clamp(min=1e-30), 0.0)
+    delta = over(scale, velocity) * (velocity_old - velocity)
     square = delta.square().flatten(1).mean(1)
     return -((made.noise * delta[made.owner]).flatten(1).mean(1) + 0.5 * square[made.owner])
 
@@ -190,11 +175,11 @@ def backward(
     check: Callable[[], None] | None = None,
     reference: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> dict[str, float]:
-    """Accumulate the gradient of one objective over all rows; `old` [N, …] are the velocities of `snapshot`,
-    needed by the clipped form.
+    """Accumulate the gradient of one objective over all rows; return sums that explain the update.
 
-    The velocity KL adds β·mean‖v − v_ref‖²/D over the rows, v_ref inside the context `reference`: without the
-    adapter where it is not given. Returns sums and extremes that explain the update.
+    `old` [N, …] are the velocities of `snapshot`, which the clipped form needs. The velocity KL adds
+    β·mean‖v − v_ref‖²/D over the rows, v_ref inside the context `reference`: without the adapter where it is
+    not given.
     """
     stats = {"kl": 0.0, "clipped": 0.0, "ratio": 0.0, "ratio_deviation": 0.0}
     for i, part in enumerate(micro_batches(made, micro_batch)):
@@ -202,21 +187,17 @@ def backward(
         if check:
             check()
         if recipe.kl:
-            # First, for a reference may change the adapter's numbers, which the backward pass must find as
-            # they were.
+            # First: a reference may change the adapter's numbers, which the backward pass needs as they were.
             with torch.no_grad(), (reference or policy.reference)():
                 anchored = policy.velocity(part.x, part.sigma, cond)
         velocity = policy.velocity(part.x, part.sigma, cond)
         if recipe.objective == "clip":
-            loss, ratio = clipped_loss(
-                velocity, old[i * micro_batch : (i + 1) * micro_batch], part, recipe.clip
-            )
+            before = old[i * micro_batch : (i + 1) * micro_batch]
+            loss, ratio = clipped_loss(velocity, before, part, recipe.clip)
             deviation = (ratio.detach() - 1).abs()
             stats["clipped"] += (deviation > recipe.clip).sum().item()
             stats["ratio"] += ratio.detach().sum().item()
-            stats["ratio_deviation"] = max(
-                stats["ratio_deviation"], deviation.max().item() if len(deviation) else 0.0
-            )
+            stats["ratio_deviation"] = max(stats["ratio_deviation"], *deviation.tolist(), 0.0)
         else:
             loss = (velocity * _cotangent(part.direction, part.v_coef, part.std, part.weight)).sum()
         if recipe.kl:
@@ -228,9 +209,7 @@ def backward(
 
 
 def snapshot(policy: Policy, made: Records, conds: Sequence[Any], *, micro_batch: int | Limit = 32) -> Tensor:
-    """Compute the old velocities [N, …] in the batches, and with the kernels, that training will use: the
-    first ratio is then exactly 1.
-    """
+    """Return the old velocities [N, …], computed in training's own batches: the first ratio is exactly 1."""
 
     def velocity(rows: slice) -> Tensor:
         cond = [conds[p] for p in made.prompt[rows].tolist()]
@@ -251,61 +230,45 @@ def update(
     check: Callable[[], None] | None = None,
     reference: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> dict[str, float]:
-    """Take one optimizer step per rollout ("accumulate") or per branch step ("per_step"), `epochs` times
-    over; return the metrics.
+    """Take one optimizer step per rollout or per branch step, `epochs` times over; return the metrics.
 
     `reduce` averages a gradient over processes; `check` is called before every forward and may raise;
     `reference` is as in `backward`. A step whose gradient is not finite is skipped and counted. Where memory
     runs out, `micro_batch` is halved and the step begun again.
     """
-    limit = limit_of(micro_batch)
-    per_step = recipe.update == "per_step"
-    parts = (
-        [made.rows((made.step == k).nonzero().flatten()) for k in made.step.unique().tolist()]
-        if per_step
-        else [made]
-    )
-    parts = [dataclasses.replace(part, weight=part.weight * len(parts)) for part in parts]
-    old = [
-        snapshot(policy, part, conds, micro_batch=limit) if recipe.objective == "clip" else None
-        for part in parts
-    ]
+    limit, clips = limit_of(micro_batch), recipe.objective == "clip"
+    parts = by_step(made) if recipe.update == "per_step" else [made]
+    old = [snapshot(policy, part, conds, micro_batch=limit) if clips else None for part in parts]
 
     def gradient(part: Records, before: Tensor | None) -> dict[str, float]:
         optimizer.zero_grad(set_to_none=True)
-        return backward(
-            policy, part, conds, recipe, micro_batch=limit.rows, old=before, check=check, reference=reference
-        )
+        how = {"micro_batch": limit.rows, "old": before, "check": check, "reference": reference}
+        return backward(policy, part, conds, recipe, **how)
 
-    totals: dict[str, float] = {}
-    samples, norms, skipped = 0, [], 0
+    found, norms = [], []
     for _ in range(recipe.epochs):
         for part, before in zip(parts, old, strict=True):
-            stats = limit.until(partial(gradient, part, before), len(part))
-            samples += len(part.advantage) if part.advantage is not None else 0
-            totals = {
-                key: max(totals.get(key, 0), v) if key == "ratio_deviation" else totals.get(key, 0) + v
-                for key, v in stats.items()
-            }
-            norm = clip_gradients(policy.parameters(), recipe.max_grad_norm, reduce)
-            norms.append(norm)
-            if norm == norm and norm != float("inf"):
+            found.append(limit.until(partial(gradient, part, before), len(part)))
+            norms.append(clip_gradients(policy.parameters(), recipe.max_grad_norm, reduce))
+            if math.isfinite(norms[-1]):
                 optimizer.step()
-            else:
-                skipped += 1
     # Nobody looks at them again, and the next rollout needs the room.
     optimizer.zero_grad(set_to_none=True)
-    metrics = {
-        "grad_norm": sum(norms) / len(norms),
-        "lr": optimizer.param_groups[0]["lr"],
-        "skipped": float(skipped),
-    }
+    metrics = {"grad_norm": sum(norms) / len(norms), "lr": optimizer.param_groups[0]["lr"]}
+    metrics["skipped"] = float(sum(not math.isfinite(norm) for norm in norms))
     if recipe.kl:
-        metrics["kl/velocity"] = totals["kl"] / len(norms)
-    if recipe.objective == "clip" and samples:
-        metrics |= {"ratio/mean": totals["ratio"] / samples, "ratio/max_deviation": totals["ratio_deviation"]}
-        metrics["clip_share"] = totals["clipped"] / samples
+        metrics["kl/velocity"] = sum(stats["kl"] for stats in found) / len(norms)
+    if samples := len(made.advantage) * recipe.epochs if clips else 0:
+        metrics["ratio/mean"] = sum(stats["ratio"] for stats in found) / samples
+        metrics["ratio/max_deviation"] = max(stats["ratio_deviation"] for stats in found)
+        metrics["clip_share"] = sum(stats["clipped"] for stats in found) / samples
     return metrics
+
+
+def by_step(made: Records) -> list[Records]:
+    """Split rows by their branch step, each part weighted as if it were the whole."""
+    parts = [made.rows((made.step == k).nonzero().flatten()) for k in made.step.unique().tolist()]
+    return [dataclasses.replace(part, weight=part.weight * len(parts)) for part in parts]
 
 
 def clip_gradients(
@@ -318,27 +281,3 @@ def clip_gradients(
         if reduce:
             parameter.grad = reduce(parameter.grad)
     return nn.utils.clip_grad_norm_(parameters, max_norm).item()
-
-
-@contextmanager
-def swapped(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
-    """Give parameters other values inside the context."""
-    kept = [parameter.detach().clone() for parameter in parameters]
-
-    def put(numbers: Sequence[Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, number in zip(parameters, numbers, strict=True):
-                parameter.copy_(number)
-
-    put(values)
-    try:
-        yield
-    finally:
-        put(kept)
-
-
-@torch.no_grad()
-def update_average(average: Sequence[Tensor], parameters: Sequence[Tensor], decay: float) -> None:
-    """Move an exponential moving average of the adapter towards its parameters, in place."""
-    for mean, parameter in zip(average, parameters, strict=True):
-        mean.lerp_(parameter.detach(), 1 - decay)

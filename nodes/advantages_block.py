@@ -8,14 +8,13 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..comfy_g2rpo.advantages import mixed, moments, rank_agreement, zero_std_share
+from ..comfy_g2rpo.advantages import moments, rank_agreement, zero_std_share
 from ..comfy_g2rpo.plan import Plan
 from ..comfy_g2rpo.recipes import FIELDS
-from ..comfy_g2rpo.rewards.mixing import standing
+from ..comfy_g2rpo.rewards.mixing import mixed_advantages, ranking_scores
 from .inputs.checks import check_inputs
 from .inputs.judging import within
-from .inputs.widgets import recipe_input
-from .scoring import show
+from .inputs.widgets import output, recipe_input, show
 from .types import TRAINING, AdvantagesData, AdvantagesWire, RolloutData, RolloutWire, ScoresData, ScoresWire
 from .views.tables import Table, Tile, heatmap, ranked_grid
 
@@ -25,10 +24,7 @@ MISLEADING = 0.5  # rank agreement below which a coarse completion is worth a wa
 
 
 def checked_rewards(rollout: RolloutData, scores: ScoresData) -> Tensor:
-    """Lay scores [R, images] out by the rollout's plan: [R, K, G, L].
-
-    Raise ValueError where they do not belong together.
-    """
+    """Return scores [R, images] as [R, K, G, L], by the plan; raise ValueError where they do not fit it."""
     plan, values = rollout.rollout.plan, scores.values
     if values.ndim != 2 or values.shape[0] != len(scores.weights) or values.shape[1] != len(plan.images):
         found = f"{values.shape[-1]} images" if values.ndim else "no images"
@@ -54,7 +50,9 @@ def make_table(
     """Collect what the heat map shows."""
     levels = rewards.unbind(3)
     alone = [
-        mixed([level[..., None]], scores.weights, scores.mix, scores.gates, WITHOUT_CLAMP, std_floor)[0]
+        mixed_advantages(
+            [level[..., None]], scores.weights, scores.mix, scores.gates, WITHOUT_CLAMP, std_floor
+        )[0]
         for level in levels
     ]
     z = torch.stack(alone, 2)
@@ -85,12 +83,9 @@ def make_tiles(rollout: RolloutData, scores: ScoresData, advantages: Tensor) -> 
     for leaf in plan.leaves:
         strides.setdefault(leaf.state, []).append(rollout.granularities[leaf.granularity])
     places = branch_places(plan)
-    overall = standing(scores.values.cpu().float(), scores.weights, scores.mix, scores.gates).tolist()
-    pictures = (
-        scores.pictures
-        if scores.pictures is not None and len(scores.pictures) == len(plan.images)
-        else [None] * len(plan.images)
-    )
+    overall = ranking_scores(scores.values.cpu().float(), scores.weights, scores.mix, scores.gates).tolist()
+    known = scores.pictures is not None and len(scores.pictures) == len(plan.images)
+    pictures = scores.pictures if known else [None] * len(plan.images)
     tiles = []
     for image, (state, picture, score) in enumerate(zip(plan.images, pictures, overall, strict=True)):
         at = state
@@ -102,28 +97,20 @@ def make_tiles(rollout: RolloutData, scores: ScoresData, advantages: Tensor) -> 
         branch = plan.states[at]
         stride = ", ".join(map(str, strides[state]))
         where = f"step {places[branch.group][0]}, branch {branch.member}"
-        tiles.append(
-            Tile(
-                picture,
-                score,
-                float(advantages[branch.group, branch.member]),
-                (where, f"stride {stride}", f"image {image}"),
-            )
-        )
+        said = (where, f"stride {stride}", f"image {image}")
+        tiles.append(Tile(picture, score, float(advantages[branch.group, branch.member]), said))
     return tiles
 
 
 def summary(
     rollout: RolloutData, rewards: Tensor, advantages: Tensor, names: tuple[str, ...], std_floor: float
 ) -> str:
-    """Say how much there is to learn, and whether coarse completions mislead."""
-    share = zero_std_share(rewards, std_floor)
+    """Describe how much there is to learn, and whether coarse completions mislead."""
+    steps, branches = advantages.shape
     lines = [
-        (
-            f"{advantages.shape[0]} branch steps × {advantages.shape[1]} branches, mean |advantage| "
-            f"{advantages.abs().mean():.2f}"
-        ),
-        f"zero_std_share {share:.0%}: groups whose rewards are all equal, which teach nothing",
+        f"{steps} branch steps × {branches} branches, mean |advantage| {advantages.abs().mean():.2f}",
+        f"zero_std_share {zero_std_share(rewards, std_floor):.0%}: groups whose rewards are all equal, "
+        "which teach nothing",
     ]
     for name, row in zip(names, rewards, strict=True):
         agreement = rank_agreement(row[None])
@@ -152,10 +139,7 @@ class Advantages(io.ComfyNode):
             node_id="G2RPO_Advantages",
             display_name="Advantages",
             category=TRAINING,
-            description=(
-                "Compare every branch with its group: z-scores of the rewards, mixed and summed over "
-                "granularities. Shows why."
-            ),
+            description="Compare every branch with its group: which were better, by how much, and why.",
             inputs=[
                 RolloutWire.Input("rollout", tooltip="From Rollout."),
                 ScoresWire.Input(
@@ -170,27 +154,23 @@ class Advantages(io.ComfyNode):
                 ),
             ],
             outputs=[
-                AdvantagesWire.Output("advantages", display_name="advantages", tooltip="For Update LoRA."),
-                io.Image.Output(
+                output(AdvantagesWire, "advantages", "For Update LoRA."),
+                output(
+                    io.Image,
                     "heatmap",
-                    display_name="heatmap",
-                    tooltip="Z-score of each step's winner (the branch with the highest advantage) by "
+                    "Z-score of each step's winner (the branch with the highest advantage) by "
                     "granularity and branch step: positive where the granularity likes the winner too, "
                     "negative where it was outvoted, hatched where all rewards tie.",
                 ),
-                io.Image.Output(
+                output(
+                    io.Image,
                     "ranked",
-                    display_name="ranked",
-                    tooltip=(
-                        "Completions from best to worst with score and advantage; the frame says up or down."
-                    ),
+                    "Completions from best to worst with score and advantage; the frame says up or down.",
                 ),
-                io.String.Output(
+                output(
+                    io.String,
                     "summary",
-                    display_name="summary",
-                    tooltip=(
-                        "How much there is to learn, and whether coarse completions agree with fine ones."
-                    ),
+                    "How much there is to learn, and whether coarse completions agree with fine ones.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -200,12 +180,14 @@ class Advantages(io.ComfyNode):
     def execute(
         cls, rollout: RolloutData, scores: ScoresData, clamp: float, std_floor: float, per_branch: bool
     ) -> io.NodeOutput:
-        """Integrate and draw."""
+        """Compute the advantages and draw them."""
         check_inputs(cls, locals())
         for name, value in (("clamp", clamp), ("std_floor", std_floor)):
             within(name, value, FIELDS[name].metadata["low"], FIELDS[name].metadata["high"])
         rewards = checked_rewards(rollout, scores)
-        advantages = mixed([rewards], scores.weights, scores.mix, scores.gates, clamp, std_floor)[0]
+        advantages = mixed_advantages([rewards], scores.weights, scores.mix, scores.gates, clamp, std_floor)[
+            0
+        ]
         table = make_table(rollout, scores, rewards, advantages, std_floor)
         text = summary(rollout, rewards, advantages, scores.names, std_floor)
         # Made outside the executor's inference mode, so that a learner can use them.

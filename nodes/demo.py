@@ -1,6 +1,4 @@
-"""The bundled tiny model on core's own wires: MODEL by core's loader, CLIP and VAE as core's classes
-around narrower networks.
-"""
+"""The bundled tiny model as core's MODEL, CLIP and VAE."""
 
 from __future__ import annotations
 
@@ -21,6 +19,7 @@ from comfy.taesd.taesd import TAESD, Block, Clamp, conv
 from comfy_api.latest import io
 from torch import Tensor, nn
 
+from .inputs.widgets import output
 from .types import TRAINING
 
 TINY = Path(__file__).resolve().parent.parent / "models" / "tiny"
@@ -37,29 +36,33 @@ class TinyDemoLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the block."""
+        """Declare the block."""
         return io.Schema(
             node_id="G2RPO_TinyDemoLoader",
             display_name="Tiny Demo Loader",
             category=TRAINING,
-            description=(
-                "Loads the tiny model that comes with this pack: the architecture of Stable Diffusion 3.5 "
-                "with four million parameters. It draws a few coloured shapes at 64×64 pixels ('a red circle "
-                "and a blue square'), so that every graph can be tried in seconds, on any machine."
-            ),
+            description="Loads the tiny model that comes with this pack: the architecture of Stable "
+            "Diffusion 3.5 with four million parameters. It draws a few coloured shapes at 64×64 pixels ('a "
+            "red circle and a blue square'), so that every graph can be tried in seconds, on any machine.",
             inputs=[],
             outputs=[
-                io.Model.Output(
-                    display_name="MODEL",
-                    tooltip="Tiny flow model with a shift of 3; eight steps at cfg 1 are enough.",
+                output(
+                    io.Model,
+                    None,
+                    "Tiny flow model with a shift of 3; eight steps at cfg 1 are enough.",
+                    "MODEL",
                 ),
-                io.Clip.Output(
-                    display_name="CLIP",
-                    tooltip="Its text encoders: colours, shapes, numbers; prompts end at ten words.",
+                output(
+                    io.Clip,
+                    None,
+                    "Its text encoders: colours, shapes, numbers; prompts end at ten words.",
+                    "CLIP",
                 ),
-                io.Vae.Output(
-                    display_name="VAE",
-                    tooltip="Its encoder and decoder: 16 channels, Stable Diffusion 3's latent format.",
+                output(
+                    io.Vae,
+                    None,
+                    "Its encoder and decoder: 16 channels, Stable Diffusion 3's latent format.",
+                    "VAE",
                 ),
             ],
         )
@@ -67,15 +70,10 @@ class TinyDemoLoader(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         """Load all three."""
-        missing = [
-            f"models/tiny/{name}.safetensors"
-            for name in WEIGHTS
-            if not (TINY / f"{name}.safetensors").is_file()
-        ]
-        if missing:
-            raise ValueError(
-                f"Tiny Demo Loader: {missing[0]} is missing from this pack's folder; install the pack again"
-            )
+        for which, name in enumerate(WEIGHTS):
+            if not _weights(which).is_file():
+                lost = f"models/tiny/{name}.safetensors is missing from this pack's folder"
+                raise ValueError(f"Tiny Demo Loader: {lost}; install the pack again")
         return io.NodeOutput(comfy.sd.load_diffusion_model(str(_weights(0))), tiny_clip(), tiny_vae())
 
 
@@ -88,14 +86,10 @@ def _config(folder: str) -> dict[str, Any]:
 
 
 def tiny_vae() -> comfy.sd.VAE:
-    """Return core's VAE around the narrow autoencoder.
-
-    The LATENT wire keeps Stable Diffusion 3's latent format.
-    """
+    """Return core's VAE around the narrow autoencoder; latents keep Stable Diffusion 3's format."""
     # Core's own network is wider: it is built with arbitrary weights, for its settings alone, and replaced.
-    vae = comfy.sd.VAE(
-        sd=TAESD(latent_channels=_config("vae")["latent_channels"]).state_dict(), dtype=torch.float32
-    )
+    wider = TAESD(latent_channels=_config("vae")["latent_channels"])
+    vae = comfy.sd.VAE(sd=wider.state_dict(), dtype=torch.float32)
     vae.first_stage_model = _autoencoder().to(vae.vae_dtype).eval().requires_grad_(False)
     vae.patcher = comfy.model_patcher.ModelPatcher(
         vae.first_stage_model,
@@ -109,14 +103,10 @@ def _autoencoder() -> TAESD:
     config, wire = _config("vae"), comfy.latent_formats.SD3()
     model = TAESD(latent_channels=config["latent_channels"])
     model.taesd_encoder, model.taesd_decoder = _encoder(config), _decoder(config)
-    # Wire to model space is (z - shift) * scale, model space to the network's own m / scaling + shift; both
-    # steps in one.
-    weights = {
-        "vae_scale": torch.tensor(wire.scale_factor / config["scaling_factor"]),
-        "vae_shift": torch.tensor(
-            wire.shift_factor - config["shift_factor"] * config["scaling_factor"] / wire.scale_factor
-        ),
-    }
+    # In one: wire to model space is (z - shift) * scale, that to the network's own m / scaling + shift.
+    scale = wire.scale_factor / config["scaling_factor"]
+    shift = wire.shift_factor - config["shift_factor"] * config["scaling_factor"] / wire.scale_factor
+    weights = {"vae_scale": torch.tensor(scale), "vae_shift": torch.tensor(shift)}
     for key, tensor in _read(1).items():
         part, _, number, rest = key.split(".", 3)
         # Core's decoder has its clamp as a layer.
@@ -131,9 +121,8 @@ def _read(which: int) -> dict[str, Tensor]:
 
 def _encoder(config: dict[str, Any]) -> nn.Sequential:
     layers, before = [], config["in_channels"]
-    for stage, (blocks, width) in enumerate(
-        zip(config["num_encoder_blocks"], config["encoder_block_out_channels"], strict=True)
-    ):
+    stages = zip(config["num_encoder_blocks"], config["encoder_block_out_channels"], strict=True)
+    for stage, (blocks, width) in enumerate(stages):
         layers += [conv(before, width, stride=2, bias=False) if stage else conv(before, width)]
         layers += [Block(width, width) for _ in range(blocks)]
         before = width
@@ -145,18 +134,14 @@ def _decoder(config: dict[str, Any]) -> nn.Sequential:
     layers: list[nn.Module] = [Clamp(), conv(config["latent_channels"], widths[0]), nn.ReLU()]
     for blocks, width in zip(config["num_decoder_blocks"][:-1], widths[:-1], strict=True):
         layers += [Block(width, width) for _ in range(blocks)]
-        layers += [
-            nn.Upsample(scale_factor=config["upsampling_scaling_factor"]),
-            conv(width, width, bias=False),
-        ]
+        upsample = nn.Upsample(scale_factor=config["upsampling_scaling_factor"])
+        layers += [upsample, conv(width, width, bias=False)]
     layers += [Block(widths[-1], widths[-1]) for _ in range(config["num_decoder_blocks"][-1])]
     return nn.Sequential(*layers, conv(widths[-1], config["out_channels"]))
 
 
 def tiny_clip() -> comfy.sd.CLIP:
-    """Return core's CLIP around the two small text encoders, in the way in which core describes Stable
-    Diffusion 3's.
-    """
+    """Return core's CLIP around the two small text encoders, as core makes Stable Diffusion 3's."""
     target = SimpleNamespace(params={}, clip=_TextEncoders, tokenizer=_Tokenizers)
     clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
     for which, encoder in ((2, clip.cond_stage_model.l), (3, clip.cond_stage_model.g)):
@@ -229,13 +214,10 @@ class _Tokenizers:
     def tokenize_with_weights(
         self, text: str, return_word_ids: bool = False, **options: Any
     ) -> dict[str, Any]:
-        # A prompt that is too long is cut, as in diffusers; core would encode it in pieces. Some nodes ask
-        # for a third encoder's tokens.
-        tokens = {
-            name: getattr(self, name).tokenize_with_weights(text, return_word_ids, **options)[:1]
-            for name in "lg"
-        }
-        return {**tokens, "t5xxl": []}
+        both = {"l": self.l, "g": self.g}
+        # A prompt that is too long is cut, as in diffusers; core would encode it in pieces.
+        tokens = {n: t.tokenize_with_weights(text, return_word_ids, **options)[:1] for n, t in both.items()}
+        return {**tokens, "t5xxl": []}  # some nodes ask for a third encoder's tokens
 
     def untokenize(self, tokens: list[tuple[int, float]]) -> list[Any]:
         return self.l.untokenize(tokens)

@@ -1,6 +1,4 @@
-"""The block that loads a folder of ComfyUI's input directory: any sizes, names and prompts beside the
-images, broken files named.
-"""
+"""The block that loads images from a folder of ComfyUI's input directory, with their names and prompts."""
 
 from __future__ import annotations
 
@@ -22,8 +20,7 @@ from ..comfy_g2rpo.files.picture_files import PictureError, listed, read, size_o
 from .host.comfyui import contained
 from .inputs.checks import check_inputs
 from .inputs.judging import MAX_IMAGES, harmless
-from .inputs.widgets import node_id
-from .scoring import show
+from .inputs.widgets import int_input, node_id, output, show
 from .types import SCORING
 
 HERE = "(input)"
@@ -38,7 +35,7 @@ def choices() -> list[str]:
 
 
 def place_of(folder: str) -> Path:
-    """Return a listed folder; links out of the input directory are refused."""
+    """Return a listed folder; refuse a link out of the input directory."""
     base = Path(folder_paths.get_input_directory())
     return base if folder == HERE else contained(base, folder, "folder")
 
@@ -58,10 +55,8 @@ class LoadImageFolder(io.ComfyNode):
             node_id="G2RPO_LoadImageFolder",
             display_name="Load Image Folder",
             category=SCORING,
-            description=(
-                "Load the images of a folder in ComfyUI's input directory, one by one: sizes may differ. "
-                "Finds their prompts, too."
-            ),
+            description="Load the images of a folder in ComfyUI's input directory, one by one: sizes may "
+            "differ. Finds their prompts, too.",
             inputs=[
                 io.Combo.Input(
                     "folder",
@@ -69,51 +64,28 @@ class LoadImageFolder(io.ComfyNode):
                     tooltip="A folder in the input directory; (input) is that directory itself.",
                 ),
                 io.Boolean.Input("deep", default=False, tooltip="Also take the folders in that folder."),
-                io.Int.Input(
-                    "skip",
-                    default=0,
-                    min=0,
-                    max=1_000_000,
-                    tooltip="Leave out so many images at the beginning, by name.",
-                ),
-                io.Int.Input(
-                    "most", default=64, min=1, max=MAX_IMAGES, tooltip="Load at most so many images."
-                ),
-                io.Int.Input(
+                int_input("skip", 0, 0, 1_000_000, "Leave out so many images at the beginning, by name."),
+                int_input("most", 64, 1, MAX_IMAGES, "Load at most so many images."),
+                int_input(
                     "max_side",
-                    default=2048,
-                    min=64,
-                    max=16384,
-                    tooltip=(
-                        "Larger images are made smaller until their longer side is this, in pixels; that "
-                        "changes what rules measure."
-                    ),
+                    2048,
+                    64,
+                    16384,
+                    "Larger images are made smaller until their longer side is this, in pixels; that "
+                    "changes what rules measure.",
                 ),
             ],
             outputs=[
-                io.Image.Output(
-                    "images",
-                    display_name="images",
-                    is_output_list=True,
-                    tooltip="The images, by name; alpha is left out.",
-                ),
-                io.String.Output(
-                    "names", display_name="names", is_output_list=True, tooltip="Their file names."
-                ),
-                io.String.Output(
+                output(io.Image, "images", "The images, by name; alpha is left out.", many=True),
+                output(io.String, "names", "Their file names.", many=True),
+                output(
+                    io.String,
                     "prompts",
-                    display_name="prompts",
-                    is_output_list=True,
-                    tooltip=(
-                        "Their prompts: from Save Scored Images, a .txt beside the file, or the PNG's own "
-                        "graph; blank if unknown."
-                    ),
+                    "Their prompts: from Save Scored Images, a .txt beside the file, or the PNG's own "
+                    "graph; blank if unknown.",
+                    many=True,
                 ),
-                io.String.Output(
-                    "report",
-                    display_name="report",
-                    tooltip="How many were loaded, and which could not be read.",
-                ),
+                output(io.String, "report", "How many were loaded, and which could not be read."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -122,19 +94,17 @@ class LoadImageFolder(io.ComfyNode):
     def fingerprint_inputs(
         cls, folder: str, deep: bool = False, skip: int = 0, most: int = 64, max_side: int = 2048
     ) -> str:
-        """Load again where a file has come, gone or changed."""
+        """Return what changes where a file has come, gone or changed."""
         try:
-            files = pictures_of(str(folder), bool(deep))
-            seen = [
-                f"{path} {status.st_size} {status.st_mtime_ns}" for path in files if (status := path.stat())
-            ]
+            stats = [(path, path.stat()) for path in pictures_of(str(folder), bool(deep))]
+            seen = [f"{path} {status.st_size} {status.st_mtime_ns}" for path, status in stats]
         except (ValueError, OSError) as error:
             seen = [str(error)]
         return hashlib.sha256("\n".join(seen).encode(errors="replace")).hexdigest()
 
     @classmethod
     def execute(cls, folder: str, deep: bool, skip: int, most: int, max_side: int) -> io.NodeOutput:
-        """Read the images; what cannot be read is named and left out."""
+        """Read the images; name and leave out what cannot be read."""
         check_inputs(cls, locals())
         every = pictures_of(folder, deep)
         chosen = every[skip : skip + most]
@@ -184,16 +154,13 @@ def smaller(image: Tensor, side: int) -> Tensor:
     height, width = image.shape[:2]
     if max(height, width) <= side:
         return image
-    size = (
-        max(round(height * side / max(height, width)), 1),
-        max(round(width * side / max(height, width)), 1),
-    )
+    size = [max(round(length * side / max(height, width)), 1) for length in (height, width)]
     shrunk = interpolate(image.movedim(-1, 0)[None], size, mode="bicubic", antialias=True)[0].movedim(0, -1)
     return torch.clamp(shrunk, 0, 1)
 
 
 def report(all_of_them: int, loaded: int, broken: list[str]) -> str:
-    """Word what was loaded and what was not; names are written so that no page can take them for markup."""
+    """Describe what was loaded and what was not; no page can take the names for markup."""
     lines = [f"{loaded} of {all_of_them} images loaded"]
     if broken:
         more = f" and {len(broken) - MAX_NAMED} more" if len(broken) > MAX_NAMED else ""

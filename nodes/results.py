@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -13,18 +14,18 @@ from ..comfy_g2rpo import lora
 from ..comfy_g2rpo.files.safe import HEADER_TENSORS
 from ..comfy_g2rpo.prompts import prompts_of
 from ..comfy_g2rpo.run.evaluation import Evaluation, compare, evaluate
-from ..comfy_g2rpo.run.folder import RunFolder, is_run
+from ..comfy_g2rpo.run.folder import RunFolder
 from ..comfy_g2rpo.run.pace import Pace
 from ..comfy_g2rpo.schedule import shifted_sigmas
-from .host.comfyui import NAME_TIP, check_interrupted, fresh_lora, lora_listing, run_place
+from .host.comfyui import check_interrupted, fresh_lora, known_run, lora_listing
 from .host.routes import list_runs, read_metrics, runs_root
 from .host.train_run import checked_schedule, model_shift
+from .inputs import widgets
 from .inputs.checks import check_inputs
 from .inputs.judging import checked_prompt
-from .inputs.widgets import announce
+from .inputs.widgets import announce, int_input, output, show, text_area
 from .model.adapter import Adapter, diffusers_pairs
 from .model.comfy_policy import check_flow, text_policy
-from .scoring import show
 from .types import TRAINING, RewardSet, RewardWire
 from .views.curve import reward_curve
 from .views.tables import Pair, before_after
@@ -44,10 +45,8 @@ class CompareLoRA(io.ComfyNode):
             node_id="G2RPO_CompareLoRA",
             display_name="Compare LoRA",
             category=TRAINING,
-            description=(
-                "Draw the same prompts from the same noises with two models, score both, and tell the "
-                "change from chance."
-            ),
+            description="Draw the same prompts from the same noises with two models, score both, and tell "
+            "the change from chance.",
             inputs=[
                 io.Model.Input("base", tooltip="The model before training."),
                 io.Model.Input(
@@ -55,51 +54,13 @@ class CompareLoRA(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", tooltip="Text encoder of both."),
                 io.Vae.Input("vae", tooltip="VAE of both."),
-                RewardWire.Input("reward", tooltip="Rewards that score the pictures."),
-                io.String.Input(
-                    "prompts",
-                    multiline=True,
-                    default="",
-                    tooltip="One prompt per line; best ones that nothing was trained on.",
-                ),
-                io.String.Input(
-                    "negative",
-                    multiline=True,
-                    default="",
-                    tooltip="Negative prompt; it plays a part where guidance is above 1.",
-                ),
-                io.Float.Input(
-                    "guidance",
-                    default=1.0,
-                    min=1.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="Classifier-free guidance; 1 is none.",
-                ),
-                io.Int.Input(
-                    "width", default=512, min=16, max=4096, step=8, tooltip="Width of the pictures in pixels."
-                ),
-                io.Int.Input(
-                    "height",
-                    default=512,
-                    min=16,
-                    max=4096,
-                    step=8,
-                    tooltip="Height of the pictures in pixels.",
-                ),
-                io.Int.Input("num_steps", default=16, min=1, max=1000, tooltip="Steps of Euler's solver."),
-                io.Int.Input("noises", default=2, min=1, max=64, tooltip="Start noises per prompt."),
-                io.Int.Input(
-                    "slots", default=8, min=1, max=4096, tooltip="Latents in one forward; bounds the memory."
-                ),
-                io.Int.Input(
-                    "seed",
-                    control_after_generate=False,
-                    default=0,
-                    min=0,
-                    max=2**31 - 1,
-                    tooltip="Seed of the start noises.",
-                ),
+                RewardWire.Input("reward", tooltip="Rewards that score the images."),
+                text_area("prompts", "One prompt per line; best ones that nothing was trained on."),
+                *widgets.drawing_inputs(),
+                int_input("num_steps", 16, 1, 1000, "Sampling steps of an image."),
+                int_input("noises", 2, 1, 64, "Images per prompt, each from a noise of its own."),
+                widgets.slots_input("Images in one forward. Lower it where memory runs out."),
+                widgets.seed_input("Seed of the start noises."),
                 io.Sigmas.Input(
                     "sigmas",
                     optional=True,
@@ -107,15 +68,11 @@ class CompareLoRA(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(
-                    "sheet",
-                    display_name="sheet",
-                    tooltip="Base above, tuned below, with scores and their change.",
-                ),
-                io.String.Output(
+                output(io.Image, "sheet", "Base above, tuned below, with scores and their change."),
+                output(
+                    io.String,
                     "summary",
-                    display_name="summary",
-                    tooltip="Gain of every reward with its 95 % interval and p-value, paired by prompt.",
+                    "Gain of every reward with its 95 % interval and p-value, paired by prompt.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -166,7 +123,7 @@ class CompareLoRA(io.ComfyNode):
 
 
 def pairs(before: Evaluation, after: Evaluation) -> list[Pair]:
-    """Pair the pictures that both looks kept."""
+    """Pair the pictures that both evaluations kept."""
     made = []
     for old, new in zip(before.samples, after.samples, strict=True):
         scores = {name: (old.scores[name], new.scores[name]) for name in old.scores}
@@ -175,15 +132,12 @@ def pairs(before: Evaluation, after: Evaluation) -> list[Pair]:
 
 
 def gains(before: Evaluation, after: Evaluation) -> str:
-    """Say how much every reward changed and how sure that is."""
+    """Describe how much every reward changed and how sure that is."""
     lines = []
     old, new = before.means(), after.means()
     for name, gain in compare(before, after).items():
-        sure = (
-            ""
-            if gain["p"] != gain["p"]
-            else f" ± {gain['ci95']:.3f} (95 %, {len(before.prompts)} prompts), p = {gain['p']:.2g}"
-        )
+        sure = f" ± {gain['ci95']:.3f} (95 %, {len(before.prompts)} prompts), p = {gain['p']:.2g}"
+        sure = "" if math.isnan(gain["p"]) else sure
         lines.append(f"{name}: {old[name]:.3f} → {new[name]:.3f}, {gain['mean']:+.3f}{sure}")
     return "\n".join(lines)
 
@@ -198,9 +152,8 @@ class RunMonitor(io.ComfyNode):
             node_id="G2RPO_RunMonitor",
             display_name="Run Monitor",
             category=TRAINING,
-            description=(
-                "Curves and samples of a run, read from its folder: of one that goes on, or of one long ago."
-            ),
+            description="Curves and samples of a run, read from its folder: of one that goes on, or of one "
+            "long ago.",
             inputs=[
                 io.Combo.Input(
                     "run",
@@ -210,13 +163,9 @@ class RunMonitor(io.ComfyNode):
                 )
             ],
             outputs=[
-                io.Image.Output(
-                    "curve", display_name="curve", tooltip="Training and held-out rewards over the steps."
-                ),
-                io.String.Output(
-                    "summary",
-                    display_name="summary",
-                    tooltip="The last row of its metrics, and what came out if it has ended.",
+                output(io.Image, "curve", "Training and held-out rewards over the steps."),
+                output(
+                    io.String, "summary", "The last row of its metrics, and what came out if it has ended."
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -225,7 +174,7 @@ class RunMonitor(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, run: str = NEWEST) -> bool | str:
-        """Take a run that is younger than the page's list, and say what is wrong with any other name."""
+        """Allow a run that is younger than the page's list; return what is wrong with any other name."""
         try:
             found(run)
         except ValueError as error:
@@ -234,7 +183,7 @@ class RunMonitor(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, run: str = NEWEST) -> str:
-        """Change when the run's metrics do."""
+        """Return what changes when the run's metrics do."""
         folder = found(run)
         if folder is None:
             return ""
@@ -275,17 +224,11 @@ def all_rows(folder: RunFolder) -> tuple[list[dict[str, Any]], int | None]:
 
 
 def found(run: str) -> RunFolder | None:
-    """Return a run by its name, or the newest if there is one yet.
-
-    It is only read: another process may be writing it.
-    """
+    """Return a run to read, by its name, or the newest one; None where there is none yet."""
     names = run_names()
     if run == NEWEST and not names:
         return None
-    place = run_place(names[0] if run == NEWEST else run)
-    if not is_run(place):
-        raise ValueError(f"run: there is no run named {run[:80]!a}; choose one of the list")
-    return RunFolder(place)
+    return known_run(names[0] if run == NEWEST else run, "choose one of the list")
 
 
 class SaveLoRA(io.ComfyNode):
@@ -298,40 +241,28 @@ class SaveLoRA(io.ComfyNode):
             node_id="G2RPO_SaveLoRA",
             display_name="Save LoRA (G²RPO)",
             category=TRAINING,
-            description=(
-                "Write a LoRA under models/loras/g2rpo, with scale and notes. Nothing is overwritten."
-            ),
+            description="Write a LoRA under models/loras/g2rpo, with scale and notes. Nothing is "
+            "overwritten.",
             inputs=[
                 io.LoraModel.Input("lora", tooltip="From Train LoRA or Update LoRA."),
-                io.String.Input(
-                    "name",
-                    default="my-lora",
-                    tooltip="Name of the file; a number is added where it exists. " + NAME_TIP,
-                ),
+                widgets.name_input("name", "Name of the file; a number is added where it exists.", "my-lora"),
                 io.Combo.Input(
                     "key_names",
                     options=list(lora.STYLES)[::-1],
                     default="native",
-                    tooltip=(
-                        "native: ComfyUI, every model. diffusers: ComfyUI and diffusers, where the model "
-                        "has exact names there."
-                    ),
+                    tooltip="native: ComfyUI, every model. diffusers: ComfyUI and diffusers, where the model "
+                    "has exact names there.",
                 ),
                 io.Model.Input(
                     "model",
                     optional=True,
                     tooltip="The model it was trained on; needed for diffusers' names.",
                 ),
-                io.String.Input(
-                    "run",
-                    optional=True,
-                    force_input=True,
-                    tooltip="The run it comes from: recipe, step and rewards are noted in the file.",
+                widgets.linked_text(
+                    "run", "The run it comes from: recipe, step and rewards are noted in the file."
                 ),
             ],
-            outputs=[
-                io.String.Output("file", display_name="file", tooltip="Its name in the list of LoRA loaders.")
-            ],
+            outputs=[output(io.String, "file", "Its name in the list of LoRA loaders.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
@@ -359,10 +290,7 @@ def save(wire: dict[str, Tensor], name: str, style: str, model: Any, run: str | 
     folded = lora.fold(read.pairs, read.alphas)
     notes: dict[str, str] = {}
     if run:
-        place = run_place(run)
-        if not is_run(place):
-            raise ValueError(f"run: there is no run named {run[:80]!a}; connect the output of Train LoRA")
-        chosen = RunFolder(place).outcome()
+        chosen = known_run(run, "connect the output of Train LoRA").outcome()
         notes = lora.read(chosen / "lora.safetensors").metadata if chosen else {}
     place = fresh_lora(name, "name")
     if style == "diffusers":
@@ -376,13 +304,8 @@ def save(wire: dict[str, Tensor], name: str, style: str, model: Any, run: str | 
         raise ValueError(
             f"lora: its modules have different ranks {sorted(ranks)}; save one that this pack has trained"
         )
-    lora.write(
-        place,
-        folded,
-        float(ranks.pop()),
-        style=style,
-        metadata={k: v for k, v in notes.items() if k.startswith("g2rpo.")},
-    )
+    kept = {name: note for name, note in notes.items() if name.startswith("g2rpo.")}
+    lora.write(place, folded, float(ranks.pop()), style=style, metadata=kept)
     return lora_listing(place)
 
 

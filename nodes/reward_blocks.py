@@ -1,6 +1,4 @@
-"""Blocks that make a reward: a rule or an installed model, several with weights and gates, a picture to be
-like.
-"""
+"""Blocks that make a reward: a rule or an installed model, a mix of several, a picture to be like."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from ..comfy_g2rpo.rewards.likeness import KINDS, Likeness, reference_reward
 from .host.reward_models import DTYPES, choices, find, how_to_get_more, stamp
 from .inputs.checks import check_inputs
 from .inputs.judging import MAX_REWARDS, MAX_SCORE, MAX_WEIGHT, checked_images, describe, rounded, within
-from .scoring import show
+from .inputs.widgets import output, show
 from .types import SCORING, RewardSet, RewardWire
 
 MAX_BATCH = 256
@@ -40,6 +38,18 @@ GATES_TIP = (
 )
 
 
+def reward_outputs(about: str) -> list[io.Output]:
+    """Declare the outputs of a block that makes one reward."""
+    tip = "For Score Images, Score Rollout, Mix Rewards and Train LoRA."
+    return [output(RewardWire, "loaded", tip, shown="reward"), output(io.String, "about", about)]
+
+
+def one_reward(block: type[io.ComfyNode], found: Reward, *more: str) -> io.NodeOutput:
+    """Return one reward and its description, which the node shows."""
+    text = "\n\n".join(filter(None, (describe(found), *more)))
+    return io.NodeOutput(RewardSet((found,), (1.0,)), text, ui=show(block, text))
+
+
 class LoadReward(io.ComfyNode):
     """One reward: a built-in rule, or an installed model."""
 
@@ -50,10 +60,8 @@ class LoadReward(io.ComfyNode):
             node_id="G2RPO_LoadReward",
             display_name="Load Reward",
             category=SCORING,
-            description=(
-                "Choose what makes an image good: a built-in rule, or a reward model that lies in "
-                "models/g2rpo_rewards."
-            ),
+            description="Choose what makes an image good: a built-in rule, or a reward model that lies in "
+            "models/g2rpo_rewards.",
             inputs=[
                 io.Combo.Input(
                     "reward",
@@ -66,10 +74,8 @@ class LoadReward(io.ComfyNode):
                     options=list(DTYPES),
                     default="fp32",
                     optional=True,
-                    tooltip=(
-                        "Of a reward model's trunk; its head always computes in fp32. bf16 takes half the "
-                        "memory. Rules ignore it."
-                    ),
+                    tooltip="Of a reward model's trunk; its head always computes in fp32. bf16 takes half "
+                    "the memory. Rules ignore it.",
                 ),
                 io.Int.Input(
                     "batch",
@@ -77,42 +83,27 @@ class LoadReward(io.ComfyNode):
                     min=1,
                     max=MAX_BATCH,
                     optional=True,
-                    tooltip=(
-                        "Images that a reward model judges at once; lower it where memory runs out. Scores "
-                        "do not depend on it."
-                    ),
+                    tooltip="Images that a reward model judges at once; lower it where memory runs out. "
+                    "Scores do not depend on it.",
                 ),
             ],
-            outputs=[
-                RewardWire.Output(
-                    "loaded",
-                    display_name="reward",
-                    tooltip="For Score Images, Score Rollout, Mix Rewards and Train LoRA.",
-                ),
-                io.String.Output(
-                    "about",
-                    display_name="about",
-                    tooltip=(
-                        "What it measures, its licence, how it fails as a target, and how to get more "
-                        "rewards."
-                    ),
-                ),
-            ],
+            outputs=reward_outputs(
+                "What it measures, its licence, how it fails as a target, and how to get more rewards."
+            ),
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, reward: str, precision: str = "fp32", batch: int = 16) -> str:
-        """Load again what was fetched again."""
+        """Return what changes when the reward is fetched again."""
         return f"{reward} {precision} {batch} {stamp(str(reward))}"
 
     @classmethod
     def execute(cls, reward: str, precision: str = "fp32", batch: int = 16) -> io.NodeOutput:
-        """Find the reward, which the schema of this moment lists."""
+        """Load the reward; the schema lists those that are there now."""
         check_inputs(cls, locals())
         found = find(reward, precision or "fp32", batch or 16)
-        text = "\n\n".join(filter(None, (describe(found), how_to_get_more())))
-        return io.NodeOutput(RewardSet((found,), (1.0,)), text, ui=show(cls, text))
+        return one_reward(cls, found, how_to_get_more())
 
 
 class MixRewards(io.ComfyNode):
@@ -123,37 +114,34 @@ class MixRewards(io.ComfyNode):
         """Declare the block."""
         inputs: list[io.Input] = []
         for i in range(1, MAX_REWARDS + 1):
-            said = f"Reward number {i}; a mix may be mixed again." if i > 2 else f"Reward number {i}."
-            inputs.append(RewardWire.Input(f"reward_{i}", optional=i > 2, tooltip=said))
+            tip = f"Reward number {i}{'; a mix may be mixed again' if i > 2 else ''}."
+            inputs.append(RewardWire.Input(f"reward_{i}", optional=i > 2, tooltip=tip))
         for i in range(1, MAX_REWARDS + 1):
-            said = f"Weight of reward {i}; a negative one punishes, 0 leaves its gate alone."
+            tip = f"Weight of reward {i}; a negative one punishes, 0 leaves its gate alone."
             bounds = {"min": -MAX_WEIGHT, "max": MAX_WEIGHT, "step": 0.05}
-            inputs.append(io.Float.Input(f"weight_{i}", default=1.0, optional=i > 2, tooltip=said, **bounds))
-        inputs.append(
-            io.Combo.Input("mix", options=list(MIXES), default="zscore", optional=True, tooltip=MIX_TIP)
-        )
-        inputs.append(io.String.Input("gates", default="", multiline=True, optional=True, tooltip=GATES_TIP))
+            inputs.append(io.Float.Input(f"weight_{i}", default=1.0, optional=i > 2, tooltip=tip, **bounds))
+        inputs += [
+            io.Combo.Input("mix", options=list(MIXES), default="zscore", optional=True, tooltip=MIX_TIP),
+            io.String.Input("gates", default="", multiline=True, optional=True, tooltip=GATES_TIP),
+        ]
         return io.Schema(
             node_id="G2RPO_MixRewards",
             display_name="Mix Rewards",
             category=SCORING,
-            description=(
-                "Judge by several rewards at once. A reward that comes twice counts once, with the sum of "
-                "its weights."
-            ),
+            description="Judge by several rewards at once. A reward that comes twice counts once, with the "
+            "sum of its weights.",
             inputs=inputs,
             outputs=[
-                RewardWire.Output(
+                output(
+                    RewardWire,
                     "mixed",
-                    display_name="reward",
-                    tooltip="All of them, for Score Images, Score Rollout and Train LoRA.",
+                    "All of them, for Score Images, Score Rollout and Train LoRA.",
+                    shown="reward",
                 ),
-                io.String.Output(
+                output(
+                    io.String,
                     "about",
-                    display_name="about",
-                    tooltip=(
-                        "The parts with their weights, licences and whether scores compare across prompts."
-                    ),
+                    "The parts with their weights, licences and whether scores compare across prompts.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -177,7 +165,7 @@ class MixRewards(io.ComfyNode):
         mix: str = "zscore",
         gates: str = "",
     ) -> io.NodeOutput:
-        """Flatten the mix."""
+        """Make one set of all the rewards."""
         check_inputs(cls, locals())
         sets = (reward_1, reward_2, reward_3, reward_4, reward_5, reward_6)
         weights = (weight_1, weight_2, weight_3, weight_4, weight_5, weight_6)
@@ -193,7 +181,7 @@ class MixRewards(io.ComfyNode):
 def flattened(
     sets: tuple[RewardSet | None, ...], weights: tuple[float, ...], mix: str, gates: dict[str, float]
 ) -> RewardSet:
-    """Make one set of several: weights multiply, a reward that comes twice counts once; gates come along."""
+    """Make one set of several: weights multiply, a reward that comes twice counts once, gates stay."""
     total: dict[str, float] = {}
     rewards: dict[str, Reward] = {}
     limits: dict[str, float] = {}
@@ -247,19 +235,15 @@ def parse_gates(text: str) -> dict[str, float]:
 
 
 def gate_text(weight: float, gate: float | None) -> str:
-    """Word a gate."""
-    return (
-        ""
-        if gate is None
-        else f"\nPasses {'at most' if weight < 0 else 'from'} {gate:g}{' on' if weight >= 0 else ''}."
-    )
+    """Describe a gate."""
+    if gate is None:
+        return ""
+    return f"\nPasses at most {gate:g}." if weight < 0 else f"\nPasses from {gate:g} on."
 
 
 @dataclass(frozen=True)
-class Like:
-    """Judge by the likeness to one reference, whose digest is in the name: another reference is another
-    reward.
-    """
+class Like(Reward):
+    """Judge by the likeness to one reference; its digest is in the name, so that each is its own reward."""
 
     likeness: Likeness
     digest: str
@@ -273,12 +257,12 @@ class Like:
 
     @property
     def note(self) -> str:
-        """Say how it fails as a target."""
+        """Return how it fails as a target."""
         return self.likeness.note
 
     @property
     def function(self) -> object:
-        """Return what says what it measures."""
+        """Return the function whose docstring says what it measures."""
         return KINDS[self.likeness.name].likeness
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -296,9 +280,8 @@ class ReferenceReward(io.ComfyNode):
             node_id="G2RPO_ReferenceReward",
             display_name="Reference Reward",
             category=SCORING,
-            description=(
-                "Judge by how like a picture of yours, or a palette, an image is. No model, no prompt."
-            ),
+            description="Judge by how like a picture of yours, or a palette, an image is. No model, no "
+            "prompt.",
             inputs=[
                 io.Combo.Input(
                     "kind",
@@ -316,22 +299,11 @@ class ReferenceReward(io.ComfyNode):
                     "colours",
                     default="",
                     optional=True,
-                    tooltip=(
-                        "For palette: up to 16 colours separated by commas or spaces, such as #ff8800, "
-                        "#002244."
-                    ),
+                    tooltip="For palette: up to 16 colours separated by commas or spaces, such as #ff8800, "
+                    "#002244.",
                 ),
             ],
-            outputs=[
-                RewardWire.Output(
-                    "loaded",
-                    display_name="reward",
-                    tooltip="For Score Images, Score Rollout, Mix Rewards and Train LoRA.",
-                ),
-                io.String.Output(
-                    "about", display_name="about", tooltip="What it measures and how it fails as a target."
-                ),
-            ],
+            outputs=reward_outputs("What it measures and how it fails as a target."),
             hidden=[io.Hidden.unique_id],
         )
 
@@ -348,12 +320,11 @@ class ReferenceReward(io.ComfyNode):
             wanted = reference_picture(reference)
             seen = wanted.mul(255).round().byte().numpy().tobytes()
         found = Like(reference_reward(kind, wanted), hashlib.sha256(seen).hexdigest()[:8])
-        text = describe(found)
-        return io.NodeOutput(RewardSet((found,), (1.0,)), text, ui=show(cls, text))
+        return one_reward(cls, found)
 
 
 def reference_picture(reference: Tensor | None) -> Tensor:
-    """Take the one picture [H, W, 3] to be like."""
+    """Return the one picture [H, W, 3] to be like."""
     if reference is None:
         raise ValueError("reference is not connected; connect an image, or choose the kind palette")
     images = checked_images([reference], "reference")

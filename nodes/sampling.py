@@ -17,9 +17,10 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..comfy_g2rpo.plan import Leaf, Plan, PlanBuilder, State, singular
-from ..comfy_g2rpo.rollout import Rollout, roll_out
+from ..comfy_g2rpo.rollout import Rollout
+from ..comfy_g2rpo.speed.fitting_rollout import roll_out
 from .inputs.checks import blamed, check_inputs
-from .inputs.widgets import Progress, announce, int_list, recipe_input
+from .inputs.widgets import Progress, announce, int_input, int_list, output, recipe_input, slots_input
 from .model.comfy_policy import check_flow
 from .model.conditioning import Conds, first_row, velocity
 from .types import SAMPLING, RolloutData, RolloutWire
@@ -28,6 +29,7 @@ MISFIT = (
     "guider: its model does not take this latent_image with this conditioning; choose another size, or the "
     "model's own text encoder"
 )
+MASKED = "latent_image: it has a noise mask, and a masked step has no exact probability; remove the mask"
 MAX_STATES = 200_000
 MAX_POSITIONS = 2**22  # of one latent
 MAX_LEVELS = 1001
@@ -42,16 +44,12 @@ class _Inside:
     def __init__(
         self, guider: Any, extra_args: dict[str, Any], done: Callable[[Tensor, Tensor, Tensor], None]
     ) -> None:
-        self.guider, self.options, self.seed, self.done = (
-            guider,
-            extra_args["model_options"],
-            extra_args.get("seed"),
-            done,
-        )
+        self.guider, self.done = guider, done
+        self.options, self.seed = extra_args["model_options"], extra_args.get("seed")
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Do nothing: core has done it."""
+        """Do nothing: core has loaded the model."""
         yield
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Conds]) -> Tensor:
@@ -79,9 +77,8 @@ class SingularSDE(comfy.samplers.Sampler):
         self.branch_step, self.branch, self.kernel, self.eta = branch_step, branch, kernel, eta
 
     def plan(self, num_steps: int) -> Plan:
-        """Plan the one branch, with the noise that it has in a rollout: there, draw 1 is the start and
-        branches count on from 2.
-        """
+        """Plan the one branch, with the noise that it has in a rollout."""
+        # There, draw 1 is the start and branches count on from 2.
         tree = PlanBuilder(num_steps)
         anchor = tree.follow(tree.root(), range(1, self.branch_step + 1))
         branch = tree.add(State(self.branch_step + 1, anchor, self.kernel, self.eta, self.branch + 2, 0, 0))
@@ -103,10 +100,7 @@ class SingularSDE(comfy.samplers.Sampler):
         check_flow(model_wrap.model_patcher)
         check_sigmas(sigmas)
         if denoise_mask is not None:
-            raise ValueError(
-                "latent_image: it has a noise mask, and a masked step has no exact probability; remove "
-                "the mask"
-            )
+            raise ValueError(MASKED)
         num_steps, images = len(sigmas) - 1, len(noise)
         check_fit(model_wrap.model_patcher, latent_image)
         if self.branch_step >= num_steps:
@@ -136,10 +130,7 @@ class SingularSDE(comfy.samplers.Sampler):
 
 
 class Tree(comfy.samplers.Sampler):
-    """A rollout of one group as a sampler, so that all that core sets up around one applies.
-
-    `rollout` holds what it found.
-    """
+    """A rollout of one group as a sampler, inside all that core sets up around one; it keeps `rollout`."""
 
     def __init__(self, plan: Plan, slots: int, progress: Progress) -> None:
         self.tree, self.slots, self.progress = plan, slots, progress
@@ -157,8 +148,7 @@ class Tree(comfy.samplers.Sampler):
         disable_pbar: bool = False,
     ) -> Tensor:
         """Return every image of the plan [images, …]."""
-        # The guider was given as many rows as there are slots, so that core makes room for them; they are all
-        # the same.
+        # The guider got as many equal rows as there are slots, so that core makes room for them.
         start = start_state(self, model_wrap, sigmas, noise, latent_image)[:1]
         self.rollout = roll_out(
             _Inside(model_wrap, extra_args, lambda x, *_: self.progress.done(len(x))),
@@ -195,10 +185,7 @@ def check_sigmas(sigmas: Tensor) -> None:
 
 
 def one_latent(model: Any, latent: dict[str, Any]) -> Tensor:
-    """Return a LATENT's one row [1, …] with the model's channels, as core's samplers would.
-
-    ValueError where a rollout cannot use it.
-    """
+    """Return a LATENT's one row [1, …] with the model's channels; raise ValueError where none is there."""
     samples = latent.get("samples")
     if not isinstance(samples, Tensor) or getattr(samples, "is_nested", False):
         raise ValueError(
@@ -206,9 +193,7 @@ def one_latent(model: Any, latent: dict[str, Any]) -> Tensor:
             "an image latent"
         )
     if latent.get("noise_mask") is not None:
-        raise ValueError(
-            "latent_image: it has a noise mask, and a masked step has no exact probability; remove the mask"
-        )
+        raise ValueError(MASKED)
     if (
         samples.ndim not in (4, 5)
         or samples.shape[0] != 1
@@ -264,24 +249,15 @@ def group_plan(
     antithetic: bool,
     positions: int,
 ) -> Plan:
-    """Plan a group's tree, with its anchor as the first image; ValueError where it would be too much work."""
+    """Plan a group's tree, its anchor as the first image; raise ValueError where it is too much work."""
     most = len(branch_steps) * group_size * len(granularities) * num_steps
     if most > MAX_STATES:
         raise ValueError(
             f"group_size: a tree of up to {most} states is above the limit of {MAX_STATES}; lower it "
             "or name fewer branch_steps"
         )
-    plan = singular(
-        num_steps,
-        branch_steps,
-        group_size,
-        granularities,
-        kernel=kernel,
-        eta=eta,
-        terminal=terminal,
-        antithetic=antithetic,
-        anchor_image=True,
-    )
+    style = {"kernel": kernel, "eta": eta, "terminal": terminal, "antithetic": antithetic}
+    plan = singular(num_steps, branch_steps, group_size, granularities, **style, anchor_image=True)
     if plan.forwards * positions > MAX_WORK:
         raise ValueError(
             f"group_size: {plan.forwards} forwards × {positions} latent positions are above the limit of "
@@ -296,25 +272,21 @@ class SingularSDESampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the block."""
+        """Declare the block."""
         return io.Schema(
             node_id="G2RPO_SingularSDESampler",
             display_name="Singular SDE Sampler",
             category=SAMPLING,
-            description=(
-                "Samples with Euler's steps and exactly one stochastic step: one branch of what Rollout "
-                "explores, in any graph."
-            ),
+            description="Samples with Euler's steps and exactly one stochastic step: one branch of what "
+            "Rollout explores, in any graph.",
             inputs=[
-                io.Int.Input(
-                    "branch_step", default=0, min=0, max=999, tooltip="The stochastic step; 0 is the first."
-                ),
-                io.Int.Input(
+                int_input("branch_step", 0, 0, 999, "The stochastic step; 0 is the first."),
+                int_input(
                     "branch",
-                    default=0,
-                    min=0,
-                    max=1_000_000,
-                    tooltip="Which noise the step gets. With the same NOISE it is the branch of this number "
+                    0,
+                    0,
+                    1_000_000,
+                    "Which noise the step gets. With the same NOISE it is the branch of this number "
                     "in Rollout, counted from 0 through all its branch steps (group size 4 and steps 0-3: 5 "
                     "is the second branch of the second step).",
                 ),
@@ -340,7 +312,7 @@ class RolloutBlock(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Describe the block."""
+        """Declare the block."""
         return io.Schema(
             node_id="G2RPO_Rollout",
             display_name="Rollout",
@@ -356,12 +328,14 @@ class RolloutBlock(io.ComfyNode):
                 io.Noise.Input(
                     "noise", tooltip="The start noise of the anchor; its seed also draws the branches' noise."
                 ),
-                io.Sigmas.Input("sigmas", tooltip="The noise levels of the trajectory, falling to 0."),
+                io.Sigmas.Input(
+                    "sigmas",
+                    tooltip=("The noise levels of the image, falling to 0: from any scheduler node."),
+                ),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip=(
-                        "An empty latent of one image, or one to start from at a lower first noise level."
-                    ),
+                    tooltip="An empty latent of one image, or one to start from at a lower first noise "
+                    "level.",
                 ),
                 io.String.Input(
                     "branch_steps",
@@ -374,32 +348,17 @@ class RolloutBlock(io.ComfyNode):
                 recipe_input("eta"),
                 recipe_input("terminal"),
                 recipe_input("antithetic"),
-                io.Int.Input(
-                    "slots",
-                    default=8,
-                    min=1,
-                    max=256,
-                    tooltip="Latents evaluated at a time: more are faster until memory is full. With 1 every "
+                slots_input(
+                    "Latents evaluated at a time: more are faster until memory is full. With 1 every "
                     "image equals that of "
                     "an ordinary sampler bit by bit; with more it differs by the rounding of batches.",
+                    256,
                 ),
             ],
             outputs=[
-                RolloutWire.Output(
-                    "rollout",
-                    display_name="rollout",
-                    tooltip="For Score Rollout, Advantages and Update LoRA.",
-                ),
-                io.Latent.Output(
-                    "completions",
-                    display_name="completions",
-                    tooltip="Every completed branch, in the rollout's order.",
-                ),
-                io.Latent.Output(
-                    "anchor",
-                    display_name="anchor",
-                    tooltip="The deterministic image that the branches leave from.",
-                ),
+                output(RolloutWire, "rollout", "For Score Rollout, Advantages and Update LoRA."),
+                output(io.Latent, "completions", "Every completed branch, in the rollout's order."),
+                output(io.Latent, "anchor", "The deterministic image that the branches leave from."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -435,14 +394,12 @@ class RolloutBlock(io.ComfyNode):
         strides = int_list(granularities, "granularities", 1, 1000)
         plan = group_plan(num_steps, steps, group_size, strides, kernel, eta, terminal, antithetic, positions)
         size = "×".join(map(str, reversed(samples.shape[2:])))
-        said = (
-            f"{plan.forwards} forwards on {size} latents for {len(plan.images) - 1} images and their anchor"
-        )
+        count = len(plan.images) - 1
+        said = f"{plan.forwards} forwards on {size} latents for {count} images and their anchor"
         announce(cls, said)
         tree = Tree(plan, slots, Progress(cls, plan.forwards))
-        images = _run(
-            tree, guider, noise, sigmas, {**latent_image, "samples": samples}, min(slots, plan.forwards)
-        )
+        latent, rows = {**latent_image, "samples": samples}, min(slots, plan.forwards)
+        images = _run(tree, guider, noise, sigmas, latent, rows)
         data = RolloutData(_without_anchor(tree.rollout), guider, sigmas.clone(), strides, steps)
         return io.NodeOutput(data, {"samples": images[1:]}, {"samples": images[:1]}, ui=ui.PreviewText(said))
 
@@ -452,21 +409,13 @@ def _run(tree: Tree, guider: Any, noise: Any, sigmas: Tensor, latent: dict[str, 
     samples = latent["samples"]
     more = (rows, *[1] * (samples.ndim - 1))
     with blamed(MISFIT):
-        images = copy.copy(guider).sample(
-            start_noise(noise, latent).repeat(more),
-            samples.repeat(more),
-            tree,
-            sigmas,
-            disable_pbar=True,
-            seed=noise.seed,
-        )
+        start, latents = start_noise(noise, latent).repeat(more), samples.repeat(more)
+        images = copy.copy(guider).sample(start, latents, tree, sigmas, disable_pbar=True, seed=noise.seed)
     return images.to(comfy.model_management.intermediate_device())
 
 
 def _without_anchor(rollout: Rollout) -> Rollout:
-    """Drop the anchor's own image, which is the first: what is left are the branches', which are compared
-    with one another.
-    """
+    """Return the rollout without its first image, the anchor's: only branches are compared."""
     device = comfy.model_management.intermediate_device()
     # Made outside the executor's inference mode, so that a learner can use them.
     with torch.inference_mode(False):

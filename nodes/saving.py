@@ -1,11 +1,10 @@
-"""The block that saves scored images: PNGs that carry their scores beside ComfyUI's own notes, and a table
-of them.
-"""
+"""The block that saves scored images: PNG files with their scores, and a table of them."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -25,8 +24,8 @@ from ..comfy_g2rpo.files.csv_table import csv_bytes
 from ..comfy_g2rpo.files.safe import FileError, finite, write_bytes
 from .host.comfyui import checked_name, contained
 from .inputs.checks import check_inputs, check_number
-from .inputs.judging import MAX_IMAGES, MAX_SCORE, best_first, bounded, checked_images, one, rounded
-from .scoring import show
+from .inputs.judging import MAX_IMAGES, best_first, check_count, one, rounded, scored_images
+from .inputs.widgets import int_input, linked_text, output, scores_input, show
 from .types import SCORING, ScoresData, ScoresWire
 
 MAX_PARTS = 4  # folders and name of a prefix
@@ -45,10 +44,8 @@ class SaveScoredImages(io.ComfyNode):
             node_id="G2RPO_SaveScoredImages",
             display_name="Save Scored Images",
             category=SCORING,
-            description=(
-                "Save images, best first, with their scores in the PNG files and in a CSV table beside "
-                "them. Overwrites nothing."
-            ),
+            description="Save images, best first, with their scores in the PNG files and in a CSV table "
+            "beside them. Overwrites nothing.",
             is_input_list=True,
             is_output_node=True,
             inputs=[
@@ -56,44 +53,24 @@ class SaveScoredImages(io.ComfyNode):
                     "images",
                     tooltip="The images that were scored, in a batch or in a list; sizes may differ.",
                 ),
-                io.Float.Input(
-                    "scores",
-                    force_input=True,
-                    min=-MAX_SCORE,
-                    max=MAX_SCORE,
-                    tooltip="One score per image in the same order, from Score Images or any other block.",
-                ),
+                scores_input("Score Images or any other block"),
                 io.String.Input(
                     "prefix",
                     default="scored/image",
                     tooltip="Folders and name of the files in the output directory, such as cats/best. Each "
                     "part: letters, digits, dots, dashes and underscores.",
                 ),
-                io.Int.Input(
-                    "most", default=0, min=0, max=MAX_IMAGES, tooltip="Save so many of the best; 0 saves all."
-                ),
+                int_input("most", 0, 0, MAX_IMAGES, "Save so many of the best; 0 saves all."),
                 ScoresWire.Input(
                     "details",
                     optional=True,
                     tooltip="From Score Images: every reward's own score and the prompts are written, too.",
                 ),
-                io.String.Input(
-                    "names",
-                    optional=True,
-                    force_input=True,
-                    tooltip="One name per image for the table, such as Load Image Folder gives.",
-                ),
+                linked_text("names", "One name per image for the table, such as Load Image Folder gives."),
             ],
             outputs=[
-                io.String.Output(
-                    "files",
-                    display_name="files",
-                    is_output_list=True,
-                    tooltip="The files under the output directory.",
-                ),
-                io.String.Output(
-                    "table", display_name="table", tooltip="The CSV file under the output directory."
-                ),
+                output(io.String, "files", "The files under the output directory.", many=True),
+                output(io.String, "table", "The CSV file under the output directory."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
@@ -110,25 +87,15 @@ class SaveScoredImages(io.ComfyNode):
     ) -> io.NodeOutput:
         """Number the files from the best to the worst and write them."""
         check_inputs(cls, locals())
-        pictures = checked_images(images)
-        values = [bounded("scores", value) for value in scores]
-        if len(values) != len(pictures):
-            raise ValueError(
-                f"scores has {len(values)} entries for {len(pictures)} images; connect the scores of "
-                "these very images"
-            )
-        if names is not None and len(names) != len(pictures):
-            raise ValueError(
-                f"names has {len(names)} entries for {len(pictures)} images; connect one per image, or "
-                "nothing"
-            )
+        pictures, values = scored_images(images, scores)
+        check_count("names", names, len(pictures))
         about = None if details is None else checked_details(one("details", details), len(pictures))
         place = prefix_place(one("prefix", prefix))
         check_number("most", one("most", most), 0, MAX_IMAGES, whole=True)
         count = most[0] or len(pictures)
         order = best_first(values)[:count]
         core = {} if args.disable_metadata else core_notes(cls)
-        files, rows = [], []
+        files, rows, columns = [], [], () if about is None else about.names
         for rank, i in enumerate(order, 1):
             throw_exception_if_processing_interrupted()
             note = note_of(i, rank, len(pictures), values[i], about)
@@ -136,17 +103,14 @@ class SaveScoredImages(io.ComfyNode):
             file = write_new(place, png_bytes(pictures[i], i, chunks), "_.png")
             files.append(file)
             parts = [] if about is None else about.values[:, i].tolist()
-            rows.append(
-                (rank, file.name, "" if names is None else names[i], note["prompt"], values[i], *parts)
-            )
-        table = write_new(
-            place, csv_bytes((*HEADER, *(() if about is None else about.names)), rows), "_scores.csv"
-        )
+            name = "" if names is None else names[i]
+            rows.append((rank, file.name, name, note["prompt"], values[i], *parts))
+        table = write_new(place, csv_bytes((*HEADER, *columns), rows), "_scores.csv")
         return io.NodeOutput(*named(files, table), ui=ui_of(cls, files))
 
 
 def checked_details(details: ScoresData, count: int) -> ScoresData:
-    """See that the details belong to as many images."""
+    """Return the details; raise ValueError unless they belong to as many images."""
     if details.values.ndim != 2 or details.values.shape != (len(details.names), count):
         found = details.values.shape[-1] if details.values.ndim else 0
         raise ValueError(
@@ -156,9 +120,7 @@ def checked_details(details: ScoresData, count: int) -> ScoresData:
 
 
 def prefix_place(prefix: str) -> Path:
-    """Turn a prefix into folder and beginning of the files' names, under the output directory, links
-    followed.
-    """
+    """Return the output directory's folder and the beginning of the files' names that a prefix gives."""
     parts = prefix.strip().split("/")
     if len(parts) > MAX_PARTS:
         raise ValueError(f"prefix has {len(parts)} parts; at most {MAX_PARTS} are allowed, such as cats/best")
@@ -174,7 +136,7 @@ def core_notes(block: type[io.ComfyNode]) -> dict[str, str]:
 
 
 def note_of(i: int, rank: int, of: int, score: float, about: ScoresData | None) -> dict[str, Any]:
-    """Make what a file says about its scores."""
+    """Return what a file says about its scores."""
     note: dict[str, Any] = {"score": score, "rank": rank, "of": of, "prompt": ""}
     if about is not None:
         note["scores"] = dict(zip(about.names, about.values[:, i].tolist(), strict=True))
@@ -197,17 +159,13 @@ def png_bytes(image: Tensor, number: int, chunks: dict[str, str]) -> bytes:
 
 
 def write_new(place: Path, content: bytes, ending: str) -> Path:
-    """Write <place>_<number><ending> under the first number above all that are there.
-
-    A file of another's is never replaced.
-    """
+    """Write <place>_<number><ending> with a number above all that are there, and never replace a file."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         for number in range(next_number(place), MAX_NUMBER):
             file = place.with_name(f"{place.name}_{number:05d}{ending}")
             try:
-                # The name is taken first, so that nobody else can have it; then the whole content takes its
-                # place at once.
+                # Taking the name first keeps everybody else off it; the content then comes as a whole.
                 os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             except FileExistsError:
                 continue
@@ -227,16 +185,13 @@ def write_new(place: Path, content: bytes, ending: str) -> Path:
 
 def next_number(place: Path) -> int:
     """Return one more than the highest number of the files that begin alike."""
-    digits = [
-        entry.name[len(place.name) + 1 :].partition("_")[0] for entry in place.parent.glob(f"{place.name}_*")
-    ]
-    return 1 + max(
-        (int(text) for text in digits if text.isascii() and text.isdigit() and len(text) < 8), default=0
-    )
+    others = place.parent.glob(f"{place.name}_*")
+    found = [re.match(r"\d{1,7}(?=_|\Z)", other.name[len(place.name) + 1 :], re.ASCII) for other in others]
+    return 1 + max((int(match[0]) for match in found if match), default=0)
 
 
 def named(files: Sequence[Path], table: Path) -> tuple[list[str], str]:
-    """Name files as the output directory lists them."""
+    """Return the names of files as the output directory lists them."""
     root = os.path.realpath(folder_paths.get_output_directory())
     names = [os.path.relpath(file, root).replace(os.sep, "/") for file in (*files, table)]
     return names[:-1], names[-1]

@@ -1,7 +1,4 @@
-"""Blocks that judge pictures: scores of any images, scores of a rollout.
-
-A score belongs to one image, never to a batch.
-"""
+"""Blocks that judge pictures, of a rollout or any others; a score belongs to one image, never to a batch."""
 
 from __future__ import annotations
 
@@ -11,20 +8,21 @@ from typing import Any
 
 import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
-from server import PromptServer
 from torch import Tensor
 
 from ..comfy_g2rpo.prompts import MAX_CHARACTERS
 from ..comfy_g2rpo.rewards.protocol import embedder
 from ..comfy_g2rpo.run.scorer import Scorer
+from .inputs import widgets
 from .inputs.checks import check_inputs, check_number
 from .inputs.judging import (
     MAX_IMAGES,
     MAX_SCORE,
     best_first,
     bounded,
+    check_count,
     checked_images,
     checked_latents,
     checked_prompt,
@@ -36,22 +34,20 @@ from .inputs.judging import (
     parse_votes,
     prompts_for,
     score_table,
+    scored_images,
     within,
 )
-from .inputs.widgets import node_id
-from .types import SCORING, RewardSet, RewardWire, RolloutData, RolloutWire, ScoresData, ScoresWire
+from .inputs.widgets import int_input, linked_text, output, show, text_area
+from .types import SCORING, RewardSet, RolloutData, RolloutWire, ScoresData, ScoresWire
 from .views.drawing import number
 from .views.tables import Tile, ranked_grid
 
 DECODE_BATCH = 8  # completions between two looks at the stop button
 
 
-def show(cls: type[io.ComfyNode], text: str) -> ui.PreviewText:
-    """Show a text in the node while it runs, and keep it among the run's outputs."""
-    server = getattr(PromptServer, "instance", None)
-    if server is not None and node_id(cls) is not None:
-        server.send_progress_text(text, node_id(cls))
-    return ui.PreviewText(text)
+def table_output() -> io.Output:
+    """Declare the output of a ranking as text."""
+    return output(io.String, "table", "The ranking as text, with each reward's own score.")
 
 
 class ScoreImages(io.ComfyNode):
@@ -64,65 +60,42 @@ class ScoreImages(io.ComfyNode):
             node_id="G2RPO_ScoreImages",
             display_name="Score Images",
             category=SCORING,
-            description=(
-                "Score every image by a reward and rank them: any images, no training needed. Images in a "
-                "list may differ in size."
-            ),
+            description="Score every image by a reward and rank them: any images, no training needed. Images "
+            "in a list may differ in size.",
             is_input_list=True,
             is_output_node=True,
             inputs=[
                 io.Image.Input(
                     "images",
-                    tooltip=(
-                        f"Images to judge, up to {MAX_IMAGES}. Alpha is ignored; a broken image (NaN) gets "
-                        "the score nan."
-                    ),
+                    tooltip=f"Images to judge, up to {MAX_IMAGES}. Alpha is ignored; a broken image (NaN) "
+                    "gets the score nan.",
                 ),
-                RewardWire.Input("reward", tooltip="From Load Reward, or several from Mix Rewards."),
-                io.String.Input(
+                widgets.reward_input(),
+                text_area(
                     "prompt",
-                    default="",
-                    multiline=True,
-                    tooltip="What the images should show: one prompt for all, a list with one per image, or "
-                    "one per line if there are as "
-                    f"many lines as images. At most {MAX_CHARACTERS} characters each.",
+                    "What the images should show: one prompt for all, a list with one per image, or one per "
+                    f"line if there are as many lines as images. At most {MAX_CHARACTERS} characters each.",
                 ),
-                io.String.Input(
-                    "names",
-                    optional=True,
-                    force_input=True,
-                    tooltip="One name per image for sheet and table, as Load Image Folder gives them.",
+                linked_text(
+                    "names", "One name per image for sheet and table, as Load Image Folder gives them."
                 ),
             ],
             outputs=[
-                io.Float.Output(
+                output(
+                    io.Float,
                     "scores",
-                    display_name="scores",
-                    is_output_list=True,
-                    tooltip=(
-                        "One score per image, in the order of the images; nan where it could not be judged."
-                    ),
+                    "One score per image, in the order of the images; nan where it could not be judged.",
+                    many=True,
                 ),
-                io.Int.Output(
-                    "best_first",
-                    display_name="best_first",
-                    is_output_list=True,
-                    tooltip="Positions of the images (from 0), the best one first.",
+                output(
+                    io.Int, "best_first", "Positions of the images (from 0), the best one first.", many=True
                 ),
-                io.Image.Output(
-                    "ranked",
-                    display_name="ranked",
-                    tooltip="A sheet of the images from best to worst with their scores.",
-                ),
-                io.String.Output(
-                    "table",
-                    display_name="table",
-                    tooltip="The ranking as text, with each reward's own score.",
-                ),
-                ScoresWire.Output(
+                output(io.Image, "ranked", "A sheet of the images from best to worst with their scores."),
+                table_output(),
+                output(
+                    ScoresWire,
                     "details",
-                    display_name="details",
-                    tooltip="Every reward's own scores and the prompts, for Save Scored Images.",
+                    "Every reward's own scores and the prompts, for Save Scored Images.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -135,27 +108,19 @@ class ScoreImages(io.ComfyNode):
         """Judge and rank."""
         check_inputs(cls, locals())
         rewards, pictures = one("reward", reward), checked_images(images)
-        titles = (
-            [f"image {i}" for i in range(len(pictures))]
-            if names is None
-            else [harmless(name) for name in names]
-        )
-        if len(titles) != len(pictures):
-            raise ValueError(
-                f"names has {len(titles)} entries for {len(pictures)} images; connect one per image, "
-                "or nothing"
-            )
+        check_count("names", names, len(pictures))
+        count = range(len(pictures))
+        titles = [f"image {i}" for i in count] if names is None else [harmless(name) for name in names]
         prompts, notes = prompts_for(prompt, len(pictures))
         channels = {picture.shape[-1] for picture in pictures}
         notes += ["alpha was ignored"] if 4 in channels else []
         notes += ["grey images were judged as grey RGB"] if 1 in channels else []
         if len(set(prompts)) > 1:
             relative = [each.name for each in rewards.rewards if not each.compares_across_prompts]
-            notes += (
-                [f"the prompts differ, and {', '.join(relative)} compares only images of one prompt"]
-                if relative
-                else []
-            )
+            if relative:
+                notes.append(
+                    f"the prompts differ, and {', '.join(relative)} compares only images of one prompt"
+                )
         if (blank := sum(not text.strip() for text in prompts)) and any(
             embedder([each]) for each in rewards.rewards
         ):
@@ -167,10 +132,8 @@ class ScoreImages(io.ComfyNode):
             )
         scores = judge(rewards, pictures, prompts)
         mixed = overall(rewards, scores)
-        tiles = [
-            Tile(picture, score, lines=(title,))
-            for picture, score, title in zip(pictures, mixed, titles, strict=True)
-        ]
+        shown = zip(pictures, mixed, titles, strict=True)
+        tiles = [Tile(picture, score, lines=(title,)) for picture, score, title in shown]
         text = score_table(rewards, scores, notes, "images", titles)
         grid = ranked_grid(tiles, "Images from best to worst")
         judges = tuple(each.name for each in rewards.rewards)
@@ -190,21 +153,13 @@ class SelectBest(io.ComfyNode):
             node_id="G2RPO_SelectBest",
             display_name="Select Best",
             category=SCORING,
-            description=(
-                "Keep the images with the best scores, best first, of all or of every prompt. Images "
-                "without a score are dropped."
-            ),
+            description="Keep the images with the best scores, best first, of all or of every prompt. Images "
+            "without a score are dropped.",
             is_input_list=True,
             inputs=[
                 io.Image.Input("images", tooltip="The images that were scored."),
-                io.Float.Input(
-                    "scores",
-                    force_input=True,
-                    min=-MAX_SCORE,
-                    max=MAX_SCORE,
-                    tooltip="One score per image in the same order, from Score Images.",
-                ),
-                io.Int.Input("k", default=1, min=1, max=MAX_IMAGES, tooltip="Keep at most so many images."),
+                widgets.scores_input("Score Images"),
+                int_input("k", 1, 1, MAX_IMAGES, "Keep at most so many images."),
                 io.Boolean.Input(
                     "use_threshold",
                     default=False,
@@ -216,44 +171,25 @@ class SelectBest(io.ComfyNode):
                     min=-MAX_SCORE,
                     max=MAX_SCORE,
                     step=0.01,
-                    tooltip=(
-                        "Lowest score to keep, in the reward's own units; counts only with use_threshold."
-                    ),
+                    tooltip="Lowest score to keep, in the reward's own units; counts only with "
+                    "use_threshold.",
                 ),
-                io.String.Input(
+                linked_text(
                     "prompts",
-                    optional=True,
-                    force_input=True,
-                    tooltip=(
-                        "One prompt per image, as Load Image Folder gives them: then k images of every "
-                        "prompt are kept."
-                    ),
+                    "One prompt per image, as Load Image Folder gives them: then k images of every "
+                    "prompt are kept.",
                 ),
             ],
             outputs=[
-                io.Image.Output(
+                output(
+                    io.Image,
                     "best",
-                    display_name="images",
-                    tooltip="What was kept, best first, as one batch: all of one size.",
+                    "What was kept, best first, as one batch: all of one size.",
+                    shown="images",
                 ),
-                io.Int.Output(
-                    "kept",
-                    display_name="kept",
-                    is_output_list=True,
-                    tooltip="Positions (from 0) of the kept images, best first.",
-                ),
-                io.Image.Output(
-                    "image_list",
-                    display_name="image_list",
-                    is_output_list=True,
-                    tooltip="What was kept one by one: of any sizes.",
-                ),
-                io.Float.Output(
-                    "kept_scores",
-                    display_name="kept_scores",
-                    is_output_list=True,
-                    tooltip="The scores of what was kept.",
-                ),
+                output(io.Int, "kept", "Positions (from 0) of the kept images, best first.", many=True),
+                output(io.Image, "image_list", "What was kept one by one: of any sizes.", many=True),
+                output(io.Float, "kept_scores", "The scores of what was kept.", many=True),
             ],
         )
 
@@ -269,13 +205,7 @@ class SelectBest(io.ComfyNode):
     ) -> io.NodeOutput:
         """Select and sort."""
         check_inputs(cls, locals())
-        pictures = checked_images(images)
-        values = [bounded("scores", value) for value in scores]
-        if len(values) != len(pictures):
-            raise ValueError(
-                f"scores has {len(values)} entries for {len(pictures)} images; connect the scores of "
-                "these very images"
-            )
+        pictures, values = scored_images(images, scores)
         check_number("k", one("k", k), 1, MAX_IMAGES, whole=True)
         order = [i for i in best_first(values) if not math.isnan(values[i])]
         if not order:
@@ -289,17 +219,11 @@ class SelectBest(io.ComfyNode):
                     f"threshold {lowest:g} is above the best score {number(values[order[0]])}; lower it"
                 )
             order = [i for i in order if values[i] >= lowest]
-        groups = [""] * len(pictures) if prompts is None else prompts
-        if len(groups) != len(pictures):
-            raise ValueError(
-                f"prompts has {len(groups)} texts for {len(pictures)} images; connect one per image, "
-                "or nothing"
-            )
-        kept = best_of_each(order, groups, k[0])
+        check_count("prompts", prompts, len(pictures), "texts")
+        kept = best_of_each(order, prompts or [""] * len(pictures), k[0])
         chosen = [pictures[i] for i in kept]
-        return io.NodeOutput(
-            one_batch(chosen), kept, [image[None] for image in chosen], [values[i] for i in kept]
-        )
+        singles, best_scores = [image[None] for image in chosen], [values[i] for i in kept]
+        return io.NodeOutput(one_batch(chosen), kept, singles, best_scores)
 
 
 def best_of_each(order: Sequence[int], groups: Sequence[str], count: int) -> list[int]:
@@ -314,10 +238,7 @@ def best_of_each(order: Sequence[int], groups: Sequence[str], count: int) -> lis
 
 
 def one_batch(images: Sequence[Tensor]) -> Tensor | ExecutionBlocker:
-    """Put images of one size into a batch.
-
-    Of several sizes there is none, and whoever wants it is told so.
-    """
+    """Put images of one size into a batch; images of several sizes block the blocks that want one."""
     sizes = sorted({tuple(image.shape) for image in images})
     if len(sizes) > 1:
         return ExecutionBlocker(
@@ -340,29 +261,13 @@ class ScoreRollout(io.ComfyNode):
             inputs=[
                 RolloutWire.Input("rollout", tooltip="From Rollout."),
                 io.Vae.Input("vae", tooltip="The VAE of the model that made the rollout."),
-                RewardWire.Input("reward", tooltip="From Load Reward, or several from Mix Rewards."),
-                io.String.Input(
-                    "prompt",
-                    default="",
-                    multiline=True,
-                    tooltip=(
-                        f"The prompt that the rollout was made with, at most {MAX_CHARACTERS} characters; "
-                        "rewards read it."
-                    ),
-                ),
+                widgets.reward_input(),
+                widgets.rollout_prompt_input("rewards read it", multiline=True),
             ],
             outputs=[
-                ScoresWire.Output("scores", display_name="scores", tooltip="For Advantages."),
-                io.Image.Output(
-                    "pictures",
-                    display_name="pictures",
-                    tooltip="The decoded completions, in the order of the rollout.",
-                ),
-                io.String.Output(
-                    "table",
-                    display_name="table",
-                    tooltip="The ranking as text, with each reward's own score.",
-                ),
+                output(ScoresWire, "scores", "For Advantages."),
+                output(io.Image, "pictures", "The decoded completions, in the order of the rollout."),
+                table_output(),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -383,11 +288,8 @@ class ScoreRollout(io.ComfyNode):
         )
         scorer([0] * len(latents), list(range(len(latents))), latents)
         pictures = torch.stack([scorer.pictures[0, i] for i in range(len(latents))])
-        names = tuple(each.name for each in reward.rewards)
-        found = scorer.scores[:, 0]
-        scores = ScoresData(
-            names, reward.weights, found, text, pictures.nan_to_num(0.0), reward.mix, reward.gates
-        )
+        names, shown = tuple(each.name for each in reward.rewards), pictures.nan_to_num(0.0)
+        scores = ScoresData(names, reward.weights, scorer.scores[:, 0], text, shown, reward.mix, reward.gates)
         table = score_table(reward, scores.values, [], "completions")
         return io.NodeOutput(scores, scores.pictures, table, ui=show(cls, table))
 
@@ -402,20 +304,15 @@ class ScoresFromValues(io.ComfyNode):
             node_id="G2RPO_ScoresFromValues",
             display_name="Scores From Values",
             category=SCORING,
-            description=(
-                "Let any graph, or your own votes, judge a rollout: one number per completion, higher is "
-                "better."
-            ),
+            description="Let any graph, or your own votes, judge a rollout: one number per completion, "
+            "higher is better.",
             is_input_list=True,
             inputs=[
                 RolloutWire.Input("rollout", tooltip="The rollout that is judged."),
-                io.String.Input(
+                text_area(
                     "votes",
-                    default="",
-                    multiline=True,
-                    tooltip="One number per completion in the order of the rollout, separated by commas, "
-                    "spaces or new lines; "
-                    "nan where you have no opinion. Leave empty if values are connected.",
+                    "One number per completion in the order of the rollout, separated by commas, spaces or "
+                    "new lines; nan where you have no opinion. Leave empty if values are connected.",
                 ),
                 io.Float.Input(
                     "values",
@@ -431,7 +328,7 @@ class ScoresFromValues(io.ComfyNode):
                     tooltip="The decoded completions, if the ranked grid is to show them.",
                 ),
             ],
-            outputs=[ScoresWire.Output("made", display_name="scores", tooltip="For Advantages.")],
+            outputs=[output(ScoresWire, "made", "For Advantages.", shown="scores")],
         )
 
     @classmethod
@@ -461,9 +358,8 @@ class ScoresFromValues(io.ComfyNode):
                 "decoded completions, or nothing"
             )
         shown = None if images is None else torch.stack(images)[..., :3].float().expand(-1, -1, -1, 3)
-        return io.NodeOutput(
-            ScoresData((name,), (1.0,), torch.tensor([found], dtype=torch.float32), "", shown)
-        )
+        table = torch.tensor([found], dtype=torch.float32)
+        return io.NodeOutput(ScoresData((name,), (1.0,), table, "", shown))
 
 
 NODES: list[type[io.ComfyNode]] = [ScoreImages, SelectBest, ScoreRollout, ScoresFromValues]

@@ -24,14 +24,17 @@ SCORING = "image/scoring"
 
 @dataclass(frozen=True)
 class RewardSet:
-    """Rewards with their weights and gates, and how they become one: one from Load Reward, several from
-    Mix Rewards.
-    """
+    """Rewards with their weights and gates, and how they become one."""
 
     rewards: tuple[Reward, ...]
     weights: tuple[float, ...]
     mix: str = "zscore"
     gates: tuple[float | None, ...] = ()
+
+    @property
+    def named_weights(self) -> dict[str, float]:
+        """Return every reward's weight by its name."""
+        return {reward.name: weight for reward, weight in zip(self.rewards, self.weights, strict=True)}
 
     @property
     def all_gates(self) -> tuple[float | None, ...]:
@@ -52,10 +55,7 @@ class RolloutData:
 
 @dataclass(frozen=True)
 class ScoresData:
-    """Scores [R, images] in the order of the plan's images, or of any images.
-
-    Pictures [images, H, W, 3] where they were decoded.
-    """
+    """Scores [R, images] in the order of the images; pictures [images, H, W, 3] where they were decoded."""
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
@@ -79,9 +79,7 @@ class AdvantagesData:
 
 @dataclass(frozen=True)
 class PolicyData:
-    """A LoRA in training on a MODEL: weights, AdamW's state, how far it is, and the run that keeps it
-    (blank: none).
-    """
+    """A LoRA in training on a MODEL: weights, AdamW's state, its step, the run that keeps it (or blank)."""
 
     model: Any
     adapter: Any

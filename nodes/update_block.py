@@ -22,17 +22,18 @@ from ..comfy_g2rpo.run.optimizers import load_optimizer_tensors, optimizer_tenso
 from ..comfy_g2rpo.run.pace import Pace
 from ..comfy_g2rpo.run.setup import Learner, Setup
 from ..comfy_g2rpo.update import records, update
-from .host.comfyui import NAME_TIP, check_interrupted, run_place
+from .host.comfyui import check_interrupted, run_place
 from .host.train_run import fingerprint, metadata
+from .inputs import widgets
 from .inputs.checks import check_inputs
-from .inputs.widgets import announce, recipe_input
-from .model.adapter import TARGETS, Adapter, fresh_adapter, is_large, lora_model, with_adapter
+from .inputs.widgets import announce, output, recipe_input
+from .model.adapter import Adapter, fresh_adapter, is_large, lora_model, with_adapter
 from .model.comfy_policy import GraphPolicy, check_flow
 from .types import TRAINING, AdvantagesData, AdvantagesWire, PolicyData, PolicyWire
 
 
 class LoRAPolicy(io.ComfyNode):
-    """The start of a graph that trains: a fresh LoRA, or the newest one of a run."""
+    """The start of a graph that trains: a fresh LoRA, or a run's newest."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -41,49 +42,24 @@ class LoRAPolicy(io.ComfyNode):
             node_id="G2RPO_LoRAPolicy",
             display_name="LoRA Policy",
             category=TRAINING,
-            description=(
-                "A LoRA in training on the model. A named run keeps it, and every run of the graph goes on "
-                "from there."
-            ),
+            description="A LoRA in training on the model. A named run keeps it, and every run of the graph "
+            "goes on from there.",
             inputs=[
-                io.Model.Input("model", tooltip="The flow model that is aligned. It is not changed."),
-                io.Int.Input("rank", default=16, min=1, max=512, tooltip="Rank of the LoRA."),
-                io.Float.Input(
-                    "alpha",
-                    default=16.0,
-                    min=0.01,
-                    max=4096.0,
-                    step=1.0,
-                    tooltip="The LoRA's scale is alpha / rank.",
-                ),
-                io.Combo.Input(
-                    "targets", options=list(TARGETS), default=TARGETS[0], tooltip="Layers that get a LoRA."
-                ),
-                recipe_input("learning_rate", step=1e-6),
-                io.Int.Input(
-                    "seed",
-                    control_after_generate=False,
-                    default=0,
-                    min=0,
-                    max=2**31 - 1,
-                    tooltip="Seed of a fresh LoRA's weights.",
-                ),
-                io.String.Input(
-                    "run", default="", tooltip="Run that keeps the LoRA; blank keeps nothing. " + NAME_TIP
-                ),
+                widgets.trained_model_input(),
+                *widgets.lora_inputs(),
+                widgets.learning_rate_input(),
+                widgets.seed_input("Seed of a fresh LoRA's weights."),
+                widgets.name_input("run", "Run that keeps the LoRA; blank keeps nothing."),
             ],
             outputs=[
-                PolicyWire.Output("policy", display_name="policy", tooltip="For Update LoRA."),
-                io.Model.Output(
+                output(PolicyWire, "policy", "For Update LoRA."),
+                output(
+                    io.Model,
                     "tuned",
-                    display_name="model",
-                    tooltip="The model with the LoRA as it stands: for the guider of Rollout.",
+                    "The model with the LoRA as it stands: for the guider of Rollout.",
+                    shown="model",
                 ),
-                io.Int.Output(
-                    "step",
-                    display_name="step",
-                    tooltip="Updates made so far: a seed that differs at every one.",
-                ),
+                output(io.Int, "step", "Updates made so far: a seed that differs at every one."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -99,7 +75,7 @@ class LoRAPolicy(io.ComfyNode):
         seed: int = 0,
         run: str = "",
     ) -> str:
-        """Change when the run has a new checkpoint, so that the graph goes on."""
+        """Return what changes with every new checkpoint of the run, so that the graph goes on."""
         if not run.strip():
             return ""
         newest = RunFolder(run_place(run)).latest()
@@ -120,7 +96,7 @@ class LoRAPolicy(io.ComfyNode):
 
 
 def continued(fresh: PolicyData, run: str, seed: int) -> PolicyData:
-    """Open the run and take its newest LoRA; an unknown run is begun."""
+    """Open the run and return its newest LoRA as a policy; begin the run if there is none yet."""
     adapter, place = fresh.adapter, run_place(run)
     config = {
         "config": {
@@ -136,9 +112,8 @@ def continued(fresh: PolicyData, run: str, seed: int) -> PolicyData:
         folder.truncate_metrics(0)
         return dataclasses.replace(fresh, run=run)
     tensors, progress = read_progress(newest, ())
-    numbers = fitting(
-        tensors, "parameter", [part for pair in adapter.pairs.values() for part in pair], newest
-    )
+    like = [part for pair in adapter.pairs.values() for part in pair]
+    numbers = fitting(tensors, "parameter", like, newest)
     pairs = {name: (numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(adapter.pairs)}
     state = {key: tensor for key, tensor in tensors.items() if key.startswith("optimizer/")}
     with torch.inference_mode(False):
@@ -165,7 +140,7 @@ class UpdateLoRA(io.ComfyNode):
             display_name="Update LoRA",
             category=TRAINING,
             description=(
-                "One update of the LoRA from one group's advantages: the exact policy gradient, by AdamW."
+                "One update of the LoRA: what scored above its group becomes likelier, the rest less likely."
             ),
             inputs=[
                 PolicyWire.Input("policy", tooltip="From LoRA Policy, or from another Update LoRA."),
@@ -176,22 +151,18 @@ class UpdateLoRA(io.ComfyNode):
                 recipe_input("step_weight"),
                 recipe_input("max_grad_norm"),
                 recipe_input("weight_decay", step=1e-5),
-                io.Int.Input(
+                widgets.int_input(
                     "micro_batch",
-                    default=1,
-                    min=1,
-                    max=256,
-                    tooltip="Branch steps in one forward and backward; bounds memory.",
+                    1,
+                    1,
+                    256,
+                    ("Branch steps that are learned from at once. Lower it where memory runs out."),
                 ),
             ],
             outputs=[
-                PolicyWire.Output("updated", display_name="policy", tooltip="The policy after the update."),
-                io.LoraModel.Output(
-                    "lora",
-                    display_name="lora",
-                    tooltip="Its LoRA alone, for Save LoRA and core's Load LoRA Model.",
-                ),
-                io.Model.Output("tuned", display_name="model", tooltip="The model with the updated LoRA."),
+                output(PolicyWire, "updated", "The policy after the update.", shown="policy"),
+                output(io.LoraModel, "lora", "Its LoRA alone, for Save LoRA and core's Load LoRA Model."),
+                output(io.Model, "tuned", "The model with the updated LoRA.", shown="model"),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -210,15 +181,8 @@ class UpdateLoRA(io.ComfyNode):
     ) -> io.NodeOutput:
         """Take the step, and keep it in the policy's run."""
         check_inputs(cls, locals())
-        rate = policy.learning_rate
-        made = recipe(
-            "g2rpo",
-            kl=kl,
-            step_weight=step_weight,
-            max_grad_norm=max_grad_norm,
-            weight_decay=weight_decay,
-            learning_rate=rate,
-        )
+        given = {"kl": kl, "step_weight": step_weight, "max_grad_norm": max_grad_norm}
+        made = recipe("g2rpo", **given, weight_decay=weight_decay, learning_rate=policy.learning_rate)
         check_current(policy)
         with torch.inference_mode(False), torch.enable_grad():
             trained, optimizer = trainee(policy, advantages, weight_decay)
@@ -239,7 +203,7 @@ class UpdateLoRA(io.ComfyNode):
 
 
 def check_current(policy: PolicyData) -> None:
-    """Refuse a policy that its run has left behind: saving its next step would replace another."""
+    """Raise ValueError where the run has gone on: saving this policy's next step would replace another."""
     if not policy.run:
         return
     newest = RunFolder(run_place(policy.run)).latest()
@@ -252,9 +216,7 @@ def check_current(policy: PolicyData) -> None:
 def trainee(
     policy: PolicyData, advantages: AdvantagesData, weight_decay: float
 ) -> tuple[GraphPolicy, torch.optim.AdamW]:
-    """Put the policy's LoRA on its own model under the rollout's conditioning and guidance, with AdamW
-    where it stood.
-    """
+    """Return the policy's LoRA on its own model, with the rollout's conditioning, and its AdamW."""
     rollout = advantages.rollout
     if rollout.guider.model_patcher.model is not policy.model.model:
         raise ValueError(

@@ -1,6 +1,4 @@
-"""The block that asks people: it shows a rollout's pictures, and until somebody has voted nothing below it
-runs.
-"""
+"""The block that asks people: it shows a rollout's pictures, and nothing below it runs before a vote."""
 
 from __future__ import annotations
 
@@ -14,13 +12,13 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
-from ..comfy_g2rpo.prompts import MAX_CHARACTERS
-from ..comfy_g2rpo.run.folder import RunFolder, is_run
+from ..comfy_g2rpo.run.folder import RunFolder
 from ..comfy_g2rpo.votes.ballots import append, matching, read, votes_file, write_ballot
 from ..comfy_g2rpo.votes.strengths import MAX_PICTURES, Votes, parse, picture_key, scores
-from .host.comfyui import NAME_TIP, run_place
+from .host.comfyui import known_run, run_place
 from .inputs.checks import check_inputs
 from .inputs.judging import checked_images, checked_prompt, rounded
+from .inputs.widgets import name_input, output, rollout_prompt_input
 from .types import SCORING, RolloutData, RolloutWire, ScoresData, ScoresWire
 
 SHOWN_PROMPT = 500  # characters
@@ -36,49 +34,29 @@ class VoteRollout(io.ComfyNode):
             node_id="G2RPO_VoteRollout",
             display_name="Vote",
             category=SCORING,
-            description=(
-                "Let people judge a rollout: click the best picture first, then run again. Without votes "
-                "nothing below runs."
-            ),
+            description="Let people judge a rollout: click the best picture first, then run again. Without "
+            "votes nothing below runs.",
             inputs=[
                 RolloutWire.Input("rollout", tooltip="The rollout that is judged."),
                 io.Image.Input(
                     "pictures",
-                    tooltip=(
-                        f"Its decoded completions, {MAX_PICTURES} at most: from VAE Decode, or the "
-                        "pictures of Score Rollout."
-                    ),
+                    tooltip=f"Its decoded completions, {MAX_PICTURES} at most: from VAE Decode, or the "
+                    "pictures of Score Rollout.",
                 ),
-                io.String.Input(
-                    "prompt",
-                    default="",
-                    tooltip=(
-                        f"The prompt that the rollout was made with, at most {MAX_CHARACTERS} characters; "
-                        "votes are kept with it."
-                    ),
-                ),
+                rollout_prompt_input("votes are kept with it"),
                 io.String.Input(
                     "votes",
                     default="",
-                    tooltip=(
-                        "Votes on the pictures that are shown, as the page writes them (JSON); those on "
-                        "other pictures do not count."
-                    ),
+                    tooltip="Votes on the pictures that are shown, as the page writes them (JSON); those on "
+                    "other pictures do not count.",
                 ),
-                io.String.Input(
-                    "run",
-                    default="",
-                    tooltip="Run that keeps the votes: the same as in LoRA Policy. Blank keeps none. "
-                    + NAME_TIP,
-                ),
+                name_input("run", "Run that keeps the votes: the same as in LoRA Policy. Blank keeps none."),
             ],
             outputs=[
-                ScoresWire.Output(
+                output(
+                    ScoresWire,
                     "scores",
-                    display_name="scores",
-                    tooltip=(
-                        "Bradley–Terry strengths, for Advantages; nan for a picture that nobody compared."
-                    ),
+                    "Bradley–Terry strengths, for Advantages; nan for a picture that nobody compared.",
                 )
             ],
             hidden=[io.Hidden.unique_id],
@@ -89,7 +67,7 @@ class VoteRollout(io.ComfyNode):
     def fingerprint_inputs(
         cls, rollout: Any = None, pictures: Any = None, prompt: str = "", votes: str = "", run: str = ""
     ) -> str:
-        """Change when the run has other votes, which may come from elsewhere."""
+        """Return what changes when the run has other votes, which may come from elsewhere."""
         if not isinstance(run, str) or not run.strip():
             return ""
         kept = votes_file(run_place(run))
@@ -99,7 +77,7 @@ class VoteRollout(io.ComfyNode):
     def execute(
         cls, rollout: RolloutData, pictures: Tensor, prompt: str, votes: str, run: str
     ) -> io.NodeOutput:
-        """Show the pictures; hand on their scores, or nothing."""
+        """Show the pictures; return their scores, or block what comes after."""
         check_inputs(cls, locals())
         text, place = checked_prompt(prompt), run_of(run)
         images = group_of(rollout, pictures)
@@ -127,15 +105,10 @@ class VoteRollout(io.ComfyNode):
 
 
 def run_of(run: str) -> Path | None:
-    """Return the folder of the run that keeps the votes; None where none does."""
+    """Return the folder of the run that keeps the votes; None where there is none."""
     if not run.strip():
         return None
-    place = run_place(run)
-    if not is_run(place):
-        raise ValueError(
-            f"run: there is no run named {run[:80]!a}; write the one of LoRA Policy, or leave it blank"
-        )
-    return place
+    return known_run(run, "write the one of LoRA Policy, or leave it blank").path
 
 
 def group_of(rollout: RolloutData, pictures: Tensor) -> Tensor:
@@ -164,7 +137,7 @@ def kept(place: Path, mine: Votes | None, shown: dict[str, Tensor], prompt: str)
 
 
 def ballot(shown: dict[str, Tensor], prompt: str, found: list[Votes]) -> dict[str, Any]:
-    """Save the pictures where the page finds them, and say which votes count."""
+    """Save the pictures where the page finds them; return them with the votes that count."""
     images = list(shown.values())
     files = ui.ImageSaveHelper.save_images(
         images, f"g2rpo_vote_{next(iter(shown))}", io.FolderType.temp, None, 1

@@ -2,8 +2,6 @@
 core's own loaders make them.
 """
 
-import logging
-
 import comfy.model_management
 import comfy.sd
 import comfy.utils
@@ -11,18 +9,6 @@ import comfy_side
 import torch
 
 files, given = comfy_side.given(), comfy_side.given_tensors()
-
-
-class Warnings(logging.Handler):
-    """Collect what core only says in its log, such as a LoRA key that it does not take."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep the message."""
-        self.messages.append(record.getMessage())
 
 
 def velocity(model: object) -> torch.Tensor:
@@ -36,12 +22,9 @@ def velocity(model: object) -> torch.Tensor:
 with torch.no_grad():
     model = comfy.sd.load_diffusion_model(files["transformer"])
     base = velocity(model)
-    heard = Warnings()
-    logging.getLogger().addHandler(heard)
+    heard = comfy_side.hear_warnings()
     tuned_model, _ = comfy.sd.load_lora_for_models(
         model, None, comfy.utils.load_torch_file(files["lora"]), 1.0, 0.0
     )
     tuned = velocity(tuned_model)
-comfy_side.answer(
-    {"patched": len(tuned_model.patches), "warnings": heard.messages}, {"base": base, "tuned": tuned}
-)
+comfy_side.answer({"patched": len(tuned_model.patches), "warnings": heard}, {"base": base, "tuned": tuned})

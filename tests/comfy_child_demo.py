@@ -6,59 +6,35 @@ import comfy.sd
 import comfy.taesd.taesd
 import comfy_side
 import torch
+from comfy_graphs import block, core
 
 given, tensors = comfy_side.given(), comfy_side.given_tensors()
-loader = {"1": {"class_type": "G2RPO_TinyDemoLoader", "inputs": {}}}
-
-
-def encode(number: int, text: str) -> dict[str, dict]:
-    """Return a text encoding node."""
-    return {f"text{number}": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": text}}}
-
-
-texts: dict[str, dict] = {}
-for number, text in enumerate(given["prompts"]):
-    texts |= encode(number, text)
+loader = {"1": block("TinyDemoLoader")}
+texts = {
+    f"text{i}": core("CLIPTextEncode", clip=["1", 1], text=text) for i, text in enumerate(given["prompts"])
+}
 features = comfy_side.run_prompt({**loader, **texts}, {name: (name, 0) for name in texts})
 assert features.ok, features
 conds = [features.values[name][0] for name in texts]
 
-sampling = {
-    "seed": given["seed"],
-    "steps": 8,
-    "cfg": 1.0,
-    "sampler_name": "euler",
-    "scheduler": "simple",
-    "denoise": 1.0,
-}
+sampling = {"steps": 8, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+wires = {"positive": ["drawn", 0], "negative": ["drawn", 0], "latent_image": ["2", 0]}
 words = dict.fromkeys(("clip_l", "clip_g", "t5xxl"), given["drawn"])
 strengths = {"strength_model": 1.0, "strength_clip": 1.0}
 tiling = {"tile_size": 64, "overlap": 16, "temporal_size": 64, "temporal_overlap": 8}
 drawing = {
     **loader,
-    **encode(0, given["drawn"]),
-    "2": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 3}},
-    "3": {
-        "class_type": "KSampler",
-        "inputs": {
-            **sampling,
-            "model": ["1", 0],
-            "positive": ["text0", 0],
-            "negative": ["text0", 0],
-            "latent_image": ["2", 0],
-        },
-    },
-    "4": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["1", 2]}},
-    "5": {"class_type": "VAEEncode", "inputs": {"pixels": ["4", 0], "vae": ["1", 2]}},
-    "6": {"class_type": "VAEDecodeTiled", "inputs": {"samples": ["3", 0], "vae": ["1", 2], **tiling}},
-    "7": {"class_type": "CLIPSetLastLayer", "inputs": {"clip": ["1", 1], "stop_at_clip_layer": -1}},
-    "8": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["7", 0], "text": "(a red circle:1.2)"}},
-    "9": {"class_type": "CLIPTextEncodeSD3", "inputs": {"clip": ["1", 1], **words, "empty_padding": "none"}},
-    "10": {
-        "class_type": "LoraLoader",
-        "inputs": {"model": ["1", 0], "clip": ["1", 1], "lora_name": "a.safetensors", **strengths},
-    },
-    "11": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["10", 1], "text": given["drawn"]}},
+    "drawn": core("CLIPTextEncode", clip=["1", 1], text=given["drawn"]),
+    "2": core("EmptySD3LatentImage", width=64, height=64, batch_size=3),
+    "3": core("KSampler", model=["1", 0], seed=given["seed"], **wires, **sampling),
+    "4": core("VAEDecode", samples=["3", 0], vae=["1", 2]),
+    "5": core("VAEEncode", pixels=["4", 0], vae=["1", 2]),
+    "6": core("VAEDecodeTiled", samples=["3", 0], vae=["1", 2], **tiling),
+    "7": core("CLIPSetLastLayer", clip=["1", 1], stop_at_clip_layer=-1),
+    "8": core("CLIPTextEncode", clip=["7", 0], text="(a red circle:1.2)"),
+    "9": core("CLIPTextEncodeSD3", clip=["1", 1], **words, empty_padding="none"),
+    "10": core("LoraLoader", model=["1", 0], clip=["1", 1], lora_name="a.safetensors", **strengths),
+    "11": core("CLIPTextEncode", clip=["10", 1], text=given["drawn"]),
 }
 want = {"latent": ("3", 0), "image": ("4", 0), "encoded": ("5", 0), "tiled": ("6", 0), "weighted": ("8", 0)}
 more = {"sd3": ("9", 0), "lora": ("11", 0)}

@@ -2,8 +2,6 @@
 through LoraLoaderModelOnly.
 """
 
-import logging
-
 import comfy.model_management
 import comfy.sd
 import comfy_side
@@ -12,18 +10,6 @@ import torch
 import nodes
 
 files, given = comfy_side.given(), comfy_side.given_tensors()
-
-
-class Warnings(logging.Handler):
-    """Collect what core only says in its log, such as a LoRA key that it does not take."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep the message."""
-        self.messages.append(record.getMessage())
 
 
 def velocity(model: object, pictures: list[torch.Tensor] | None = None) -> torch.Tensor:
@@ -41,11 +27,8 @@ def velocity(model: object, pictures: list[torch.Tensor] | None = None) -> torch
 with torch.no_grad():
     model = comfy.sd.load_diffusion_model(files["transformer"], {"dtype": torch.float32})
     base, edited = velocity(model), velocity(model, [given["picture"]])
-    heard = Warnings()
-    logging.getLogger().addHandler(heard)
+    heard = comfy_side.hear_warnings()
     (tuned_model,) = nodes.LoraLoaderModelOnly().load_lora_model_only(model, files["lora"], 1.0)
     tuned = velocity(tuned_model)
 mapped = sum(len(patches) for patches in tuned_model.patches.values())
-comfy_side.answer(
-    {"mapped": mapped, "warnings": heard.messages}, {"base": base, "edited": edited, "tuned": tuned}
-)
+comfy_side.answer({"mapped": mapped, "warnings": heard}, {"base": base, "edited": edited, "tuned": tuned})

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import comfy_side
 import folder_paths
 import torch
 from comfy_api.latest import io
+from comfy_graphs import SETTINGS, block, core, drawing, run
 from comfy_hostile_files import attack_files
 from comfy_hostile_tools import Court, Watch, live_bytes
 from comfy_hostile_wires import attack_wires
@@ -43,156 +45,50 @@ watch = Watch([OUTPUT, BASE / "models/loras/g2rpo", BASE / "temp"], OUTSIDE)
 court = Court(watch, PACK)
 
 SMALL = {"negative": "", "guidance": 1.0, "width": 16, "height": 16, "seed": 0}
+CIRCLE = "a red circle"
+SAMPLER = {"sampler": ["SingularSDESampler", 0], "sigmas": ["sigmas", 0], "latent_image": ["empty", 0]}
 GRAPH: dict[str, Any] = {
-    "load": {"class_type": "G2RPO_TinyDemoLoader", "inputs": {}},
-    "text": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["load", 1], "text": "a red circle"}},
-    "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": 3}},
-    "sigmas": {
-        "class_type": "BasicScheduler",
-        "inputs": {"model": ["load", 0], "scheduler": "simple", "steps": 3, "denoise": 1.0},
-    },
-    "empty": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
-    "guider": {
-        "class_type": "BasicGuider",
-        "inputs": {"model": ["LoRAPolicy", 1], "conditioning": ["text", 0]},
-    },
-    "draw": {
-        "class_type": "SamplerCustomAdvanced",
-        "inputs": {
-            name: [node, 0]
-            for name, node in (("noise", "noise"), ("guider", "guider"), ("sampler", "SingularSDESampler"))
-        }
-        | {"sigmas": ["sigmas", 0], "latent_image": ["empty", 0]},
-    },
-    "picture": {"class_type": "VAEDecode", "inputs": {"samples": ["draw", 0], "vae": ["load", 2]}},
+    **drawing(CIRCLE, steps=3, model=["LoRAPolicy", 1]),
+    "draw": core("SamplerCustomAdvanced", noise=["noise", 0], guider=["guider", 0], **SAMPLER),
+    "picture": core("VAEDecode", samples=["draw", 0], vae=["load", 2]),
 }
 MODEL, CLIP, VAE = (["load", i] for i in range(3))
-INPUTS: dict[str, dict[str, Any]] = {
+TREE, REWARD = {"rollout": ["Rollout", 0]}, {"reward": ["LoadReward", 0]}
+JUDGED = {**REWARD, "prompt": CIRCLE}
+PICTURES = {"images": ["ScoreRollout", 1], "scores": ["ScoreImages", 0]}
+SHORT = {"prompts": f"{CIRCLE}\na blue square", "heldout_prompts": "a green circle", "sigmas": ["sigmas", 0]}
+SHORT |= {"changes": "group_size = 2\ngranularities = 1\neval_noises = 1"}
+SHORT |= {"heldout_reward": ["LoadReward", 0]}
+COMPARED = {"base": MODEL, "tuned": ["LoRAPolicy", 1], "clip": CLIP, "vae": VAE, "prompts": CIRCLE}
+GIVEN: dict[str, dict[str, Any]] = {
     "TinyDemoLoader": {},
     "SingularSDESampler": {"branch_step": 1, "branch": 0, "kernel": "flow_sde", "eta": 0.7},
-    "LoRAPolicy": {
-        "model": MODEL,
-        "rank": 2,
-        "alpha": 2.0,
-        "targets": "attention",
-        "learning_rate": 1e-3,
-        "seed": 0,
-        "run": "",
-    },
-    "Rollout": {
-        "guider": ["guider", 0],
-        "noise": ["noise", 0],
-        "sigmas": ["sigmas", 0],
-        "latent_image": ["empty", 0],
-    }
-    | {
-        "branch_steps": "0,1",
-        "group_size": 2,
-        "granularities": "1",
-        "kernel": "flow_sde",
-        "eta": 0.7,
-        "terminal": "exact",
-    }
-    | {"antithetic": False, "slots": 4},
+    "LoRAPolicy": {"model": MODEL, "rank": 2, "alpha": 2.0, "run": ""},
+    "Rollout": {"branch_steps": "0,1", "group_size": 2, "eta": 0.7, "slots": 4},
     "LoadReward": {"reward": "colourfulness", "precision": "fp32", "batch": 4},
     "ReferenceReward": {"kind": "phash", "reference": ["picture", 0], "colours": ""},
     "MixRewards": {f"reward_{i}": ["LoadReward", 0] for i in range(1, 7)}
     | {f"weight_{i}": 1.0 for i in range(1, 7)}
     | {"mix": "zscore", "gates": ""},
     "LoadImageFolder": {"folder": "(input)", "deep": False, "skip": 0, "most": 4, "max_side": 64},
-    "ScoreRollout": {
-        "rollout": ["Rollout", 0],
-        "vae": VAE,
-        "reward": ["LoadReward", 0],
-        "prompt": "a red circle",
-    },
-    "ScoreImages": {"images": ["ScoreRollout", 1], "reward": ["LoadReward", 0], "prompt": "a red circle"}
-    | {"names": ["LoadImageFolder", 1]},
-    "SelectBest": {
-        "images": ["ScoreRollout", 1],
-        "scores": ["ScoreImages", 0],
-        "k": 2,
-        "use_threshold": True,
-        "threshold": 0.0,
-    }
-    | {"prompts": ["LoadImageFolder", 2]},
-    "SaveScoredImages": {
-        "images": ["ScoreRollout", 1],
-        "scores": ["ScoreImages", 0],
-        "prefix": "scored/image",
-        "most": 0,
-    }
+    "ScoreRollout": {**TREE, **JUDGED},
+    "ScoreImages": {**JUDGED, "images": ["ScoreRollout", 1], "names": ["LoadImageFolder", 1]},
+    "SelectBest": {**PICTURES, "k": 2, "use_threshold": True, "prompts": ["LoadImageFolder", 2]},
+    "SaveScoredImages": {**PICTURES, "prefix": "scored/image", "most": 0}
     | {"details": ["ScoreImages", 4], "names": ["LoadImageFolder", 1]},
-    "VoteRollout": {
-        "rollout": ["Rollout", 0],
-        "pictures": ["ScoreRollout", 1],
-        "prompt": "a red circle",
-        "votes": "",
-        "run": "",
-    },
-    "ScoresFromValues": {
-        "rollout": ["Rollout", 0],
-        "votes": "",
-        "values": ["ScoreImages", 0],
-        "pictures": ["ScoreRollout", 1],
-    },
-    "Advantages": {
-        "rollout": ["Rollout", 0],
-        "scores": ["ScoresFromValues", 0],
-        "clamp": 5.0,
-        "std_floor": 1e-8,
-        "per_branch": False,
-    },
-    "UpdateLoRA": {
-        "policy": ["LoRAPolicy", 0],
-        "advantages": ["Advantages", 0],
-        "kl": 0.01,
-        "step_weight": "uniform",
-    }
-    | {"max_grad_norm": 1.0, "weight_decay": 0.0, "micro_batch": 2},
-    "TrainLoRA": {
-        "model": MODEL,
-        "clip": CLIP,
-        "vae": VAE,
-        "reward": ["LoadReward", 0],
-        "recipe": "g2rpo",
-        "steps": 1,
-        **SMALL,
-    }
-    | {
-        "prompts": "a red circle\na blue square",
-        "heldout_prompts": "a green circle",
-        "learning_rate": 1e-3,
-        "rank": 2,
-        "alpha": 2.0,
-    }
-    | {
-        "targets": "attention",
-        "prompts_per_step": 1,
-        "slots": 8,
-        "eval_every": 0,
-        "run": "",
-        "heldout_reward": ["LoadReward", 0],
-    }
-    | {"changes": "group_size = 2\ngranularities = 1\neval_noises = 1", "sigmas": ["sigmas", 0]},
-    "CompareLoRA": {
-        "base": MODEL,
-        "tuned": ["LoRAPolicy", 1],
-        "clip": CLIP,
-        "vae": VAE,
-        "reward": ["LoadReward", 0],
-        **SMALL,
-    }
-    | {"prompts": "a red circle", "num_steps": 1, "noises": 1, "slots": 2, "sigmas": ["sigmas", 0]},
+    "VoteRollout": {**TREE, "pictures": ["ScoreRollout", 1], "prompt": CIRCLE, "votes": "", "run": ""},
+    "ScoresFromValues": {**TREE, "votes": "", "values": ["ScoreImages", 0], "pictures": ["ScoreRollout", 1]},
+    "Advantages": {**TREE, "scores": ["ScoresFromValues", 0]},
+    "UpdateLoRA": {"policy": ["LoRAPolicy", 0], "advantages": ["Advantages", 0], "kl": 0.01}
+    | {"micro_batch": 2},
+    "TrainLoRA": {**REWARD, **SMALL, **SHORT},
+    "CompareLoRA": {**COMPARED, **REWARD, **SMALL, "num_steps": 1, "noises": 1, "slots": 2}
+    | {"sigmas": ["sigmas", 0]},
     "RunMonitor": {"run": "newest"},
-    "SaveLoRA": {
-        "lora": ["UpdateLoRA", 1],
-        "name": "saved",
-        "key_names": "native",
-        "model": MODEL,
-        "run": ["TrainLoRA", 4],
-    },
+    "SaveLoRA": {"lora": ["UpdateLoRA", 1], "name": "saved", "key_names": "native", "model": MODEL}
+    | {"run": ["TrainLoRA", 4]},
 }
+INPUTS = {name: {**SETTINGS.get(name, {}), **inputs} for name, inputs in GIVEN.items()}
 assert INPUTS.keys() == BLOCKS.keys(), (
     f"blocks that nobody attacks, or that are gone: {INPUTS.keys() ^ BLOCKS.keys()}"
 )
@@ -201,7 +97,7 @@ for name, inputs in INPUTS.items():
     assert inputs.keys() == declared, (
         f"{name}: inputs that nobody attacks, or that are gone: {inputs.keys() ^ declared}"
     )
-    GRAPH[name] = {"class_type": f"G2RPO_{name}", "inputs": inputs}
+    GRAPH[name] = block(name, **inputs)
 NAMED = {"ValueError", "FileError", "RunError", "LoraError", "PromptError", "RewardError", "VoteError"}
 HEAVY = {"TrainLoRA", "CompareLoRA"}
 LIST_BLOCKS = {name for name, block in BLOCKS.items() if block.define_schema().is_input_list}
@@ -221,10 +117,7 @@ def real_inputs() -> dict[str, dict[str, Any]]:
     # Run Monitor refuses to look before there is a run.
     assert comfy_side.run_prompt(needed("TrainLoRA")).ok
     links = {tuple(v) for inputs in INPUTS.values() for v in inputs.values() if isinstance(v, list)}
-    ran = comfy_side.run_prompt(
-        GRAPH, {f"{node} {slot}": (node, slot) for node, slot in links} | {"picture": ("picture", 0)}
-    )
-    assert ran.ok, ran
+    ran = run(GRAPH, **{f"{node} {slot}": (node, slot) for node, slot in links}, picture=("picture", 0))
     made: dict[str, dict[str, Any]] = {}
     for name, inputs in INPUTS.items():
         values = {
@@ -256,6 +149,8 @@ def allowed_number(one: Any, value: Any) -> bool:
 def hostile_values(one: Any) -> list[tuple[Any, bool | None]]:
     """List what a widget gets, and whether it must be refused."""
     junk: list[Any] = [None, True, [1], {}, b"1", 1j, object()]
+    if one.optional:
+        del junk[0]
     if isinstance(one, (io.Int.Input, io.Float.Input)):
         near = [
             math.nextafter(one.min, -math.inf),
@@ -264,32 +159,15 @@ def hostile_values(one: Any) -> list[tuple[Any, bool | None]]:
             one.max + 1,
         ]
         values = [*given["numbers"], *near, "7", *junk]
-        return [
-            (value, True)
-            for value in values
-            if not allowed_number(one, value) and not (value is None and one.optional)
-        ]
+        return [(value, True) for value in values if not allowed_number(one, value)]
     if isinstance(one, io.Boolean.Input):
-        return [
-            (value, True)
-            for value in ("true", 2, 0.0, math.nan, *junk)
-            if value is not True and not (value is None and one.optional)
-        ]
+        return [(value, True) for value in ("true", 2, 0.0, math.nan, *junk) if value is not True]
     if isinstance(one, io.Combo.Input):
-        return [
-            (value, True)
-            for value in (*given["strings"], *junk)
-            if value != "newest" and not (value is None and one.optional)
-        ]
+        return [(value, True) for value in (*given["strings"], *junk) if value != "newest"]
     if isinstance(one, io.String.Input):
-        texts = [
-            (text, True if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text) else None)
-            for text in given["strings"]
-        ]
-        return [
-            *texts,
-            *((value, True) for value in (*junk, 7, math.nan) if not (value is None and one.optional)),
-        ]
+        broken = [any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text) for text in given["strings"]]
+        texts = [(text, bad or None) for text, bad in zip(given["strings"], broken, strict=True)]
+        return [*texts, *((value, True) for value in (*junk, 7, math.nan))]
     return []
 
 
@@ -311,13 +189,8 @@ def attack_widgets(real: Mapping[str, Mapping[str, Any]]) -> None:
                 changed = {**inputs, one.id: [value] if name in LIST_BLOCKS else value}
                 if one.id == "votes" and "values" in inputs:
                     changed["values"] = None
-                court.attack(
-                    name,
-                    f"{one.id} = {value!a:.60}",
-                    [one.id],
-                    lambda n=name, c=changed: execute(n, c),
-                    refuse,
-                )
+                act = partial(execute, name, changed)
+                court.attack(name, f"{one.id} = {value!a:.60}", [one.id], act, refuse)
 
 
 def attack_through_core() -> None:
@@ -325,23 +198,17 @@ def attack_through_core() -> None:
     for name in BLOCKS:
         graph = needed(name)
         for one in BLOCKS[name].define_schema().inputs:
-            if isinstance(one, (io.Int.Input, io.Float.Input)) and not isinstance(INPUTS[name][one.id], list):
-                values: list[Any] = [one.min - 1, one.max + 1, math.nan, -math.inf]
-            elif isinstance(one, (io.String.Input, io.Combo.Input)) and not isinstance(
-                INPUTS[name][one.id], list
-            ):
+            values: list[Any] = []
+            if isinstance(one, (io.Int.Input, io.Float.Input)):
+                values = [one.min - 1, one.max + 1, math.nan, -math.inf]
+            elif isinstance(one, (io.String.Input, io.Combo.Input)):
                 values = ["../../x", "\ud800", "a\0b"]
-            else:
-                continue
-            for value in values:
+            usual = INPUTS[name][one.id]
+            for value in values if not isinstance(usual, list) else ():
                 graph[name]["inputs"][one.id] = value
-                court.attack(
-                    name,
-                    f"{one.id} = {value!a} in a graph",
-                    [one.id],
-                    lambda n=name, g=graph, w=one.id: refused(n, g, w),
-                )
-            graph[name]["inputs"][one.id] = INPUTS[name][one.id]
+                act = partial(refused, name, graph, one.id)
+                court.attack(name, f"{one.id} = {value!a} in a graph", [one.id], act)
+            graph[name]["inputs"][one.id] = usual
 
 
 def refused(name: str, graph: Mapping[str, Any], widget: str) -> None:

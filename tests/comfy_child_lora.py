@@ -2,7 +2,6 @@
 every architecture, and the velocities of tiny models through core's loaders.
 """
 
-import logging
 from types import SimpleNamespace
 
 import comfy.lora
@@ -150,23 +149,10 @@ def model_of(family: str) -> torch.nn.Module:
     return model
 
 
-class Warnings(logging.Handler):
-    """Collect what core only says in its log, such as a LoRA key that it does not take."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep the message."""
-        self.messages.append(record.getMessage())
-
-
-heard = Warnings()
-logging.getLogger().addHandler(heard)
+heard = comfy_side.hear_warnings()
 answers, tensors = {}, {}
 for name, (family, file, wants_tensors) in asked["files"].items():
-    heard.messages.clear()
+    heard.clear()
     try:
         model = model_of(family)
     except (TypeError, ImportError, AttributeError) as error:
@@ -183,7 +169,7 @@ for name, (family, file, wants_tensors) in asked["files"].items():
         key, offset, function = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
         patches.setdefault(key, []).append((1.0, adapter, 1.0, offset, function))
     answers[name] = {
-        "ignored": [m.removeprefix("lora key not loaded: ") for m in heard.messages],
+        "ignored": [m.removeprefix("lora key not loaded: ") for m in heard],
         "strange": sorted(patches.keys() - weights.keys()),
     }
     if wants_tensors:
@@ -192,7 +178,7 @@ for name, (family, file, wants_tensors) in asked["files"].items():
             tensors[f"{name}|{key}"] = comfy.lora.calculate_weight(
                 patches[key], torch.zeros(weights[key]), key
             )
-    answers[name]["errors"] = [message for message in heard.messages if message.startswith("ERROR")]
+    answers[name]["errors"] = [message for message in heard if message.startswith("ERROR")]
 answers["new"] = hasattr(comfy.utils, "z_image_to_diffusers")
 if block := getattr(nodes_flux, "Flux2Scheduler", None):
     tensors["flux2 sigmas"] = block.execute(20, 768, 512).result[0]
@@ -214,11 +200,11 @@ def outputs(name: str, file: str, loras: dict[str, str]) -> dict[str, object]:
     tensors[f"output|{name}"] = velocity(model, inputs)
     said = {}
     for form, lora_name in loras.items():
-        heard.messages.clear()
+        heard.clear()
         (tuned,) = nodes.LoraLoaderModelOnly().load_lora_model_only(model, lora_name, 1.0)
         tensors[f"output|{name}|{form}"] = velocity(tuned, inputs)
         said[form] = {
-            "warnings": list(heard.messages),
+            "warnings": list(heard),
             "mapped": sum(len(patches) for patches in tuned.patches.values()),
         }
     return said

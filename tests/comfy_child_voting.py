@@ -10,21 +10,12 @@ from typing import Any
 import comfy_side
 import folder_paths
 import numpy as np
+from comfy_graphs import block, core, drawing
 from PIL import Image
 
 PROMPT = "two red circles"
 VOTE, UPDATE = "vote", "update"
 given = comfy_side.given()
-
-
-def block(name: str, /, **inputs: Any) -> dict[str, Any]:
-    """Return a node of the pack."""
-    return {"class_type": f"G2RPO_{name}", "inputs": inputs}
-
-
-def core(name: str, /, **inputs: Any) -> dict[str, Any]:
-    """Return a node of core."""
-    return {"class_type": name, "inputs": inputs}
 
 
 def graph(
@@ -34,38 +25,25 @@ def graph(
 
     `run` is LoRA Policy's, `kept_in` the one that keeps the votes if it is another.
     """
-    rolling = {"kernel": "flow_sde", "eta": 0.9, "terminal": "exact", "antithetic": False, "slots": 8}
+    keeping = run if kept_in is None else kept_in
     made = {
-        "load": block("TinyDemoLoader"),
-        "policy": block((((((("LoRAPolicy")))))), model=["load", 0], rank=4, alpha=4.0, targets="attention", learning_rate=1e-3, seed=0, run=run),  # noqa: E501
-        "text": core("CLIPTextEncode", clip=["load", 1], text=PROMPT),
-        "guider": core("BasicGuider", model=["policy", 1], conditioning=["text", 0]),
-        "noise": core("RandomNoise", noise_seed=["policy", 2]),
-        "sigmas": core("BasicScheduler", model=["load", 0], scheduler="simple", steps=4, denoise=1.0),
-        "empty": core("EmptySD3LatentImage", width=64, height=64, batch_size=1),
-        "rollout": block((((((("Rollout")))))), guider=["guider", 0], noise=["noise", 0], sigmas=["sigmas", 0], latent_image=["empty", 0],  # noqa: E501
-                         branch_steps="0,1", group_size=4, granularities="1", **rolling),
+        **drawing(PROMPT, steps=4, seed=["policy", 2], model=["policy", 1]),
+        "policy": block("LoRAPolicy", model=["load", 0], run=run),
+        "rollout": block("Rollout", branch_steps="0,1", group_size=4),
         "decode": core("VAEDecode", samples=["rollout", 1], vae=["load", 2]),
-        VOTE: block("VoteRollout", rollout=["rollout", 0], pictures=["decode", 0], prompt=prompt, votes=votes,
-                    run=run if kept_in is None else kept_in),
-    }  # fmt: skip
-    if tail:
-        made["advantages"] = block(
-            "Advantages",
+        VOTE: block(
+            "VoteRollout",
             rollout=["rollout", 0],
-            scores=[VOTE, 0],
-            clamp=5.0,
-            std_floor=1e-8,
-            per_branch=False,
-        )
-        settings = {
-            "kl": 0.0,
-            "step_weight": "uniform",
-            "max_grad_norm": 1.0,
-            "weight_decay": 0.0,
-            "micro_batch": 4,
-        }
-        made[UPDATE] = block("UpdateLoRA", policy=["policy", 0], advantages=["advantages", 0], **settings)
+            pictures=["decode", 0],
+            prompt=prompt,
+            votes=votes,
+            run=keeping,
+        ),
+    }
+    if tail:
+        made["advantages"] = block("Advantages", scores=[VOTE, 0])
+        wires = {"policy": ["policy", 0], "advantages": ["advantages", 0]}
+        made[UPDATE] = block("UpdateLoRA", **wires, micro_batch=4)
     return made
 
 

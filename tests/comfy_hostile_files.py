@@ -8,6 +8,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ HEADERS: dict[str, bytes] = {
     "nothing in it": b"",
     "a pickle in it": b"\x80\x04\x95" + b"x" * 100,
 }
+
+
+def nan(tensor: torch.Tensor) -> torch.Tensor:
+    """Return as many NaN."""
+    return tensor * torch.nan
 
 
 def written(name: str, content: str | bytes) -> Poison:
@@ -132,62 +138,44 @@ def checkpoint_named(name: str) -> Poison:
     return lambda run: shutil.copytree(run / "checkpoints/000001", run / "checkpoints" / name) and None
 
 
+def cut(name: str) -> Poison:
+    """Take a file's end away."""
+    return lambda run: (run / name).write_bytes((run / name).read_bytes()[:-100]) and None
+
+
+def state_tensors() -> dict[str, Poison]:
+    """List poisoned optimizer states and weights."""
+    first = "optimizer/0/exp_avg"
+    changes: dict[str, dict[str, Any]] = {
+        "NaN weights": {"parameter/1": nan},
+        "whole numbers": {"parameter/1": lambda t: t.long()},
+        "another shape": {"parameter/1": torch.zeros(2, 2)},
+        "NaN in the optimizer": {first: nan},
+        "a negative square": {"optimizer/0/exp_avg_sq": lambda t: t - 1},
+        "an optimizer of another shape": {first: torch.zeros(2)},
+        "a lone number for a moment": {first: torch.tensor(0.0)},
+        "a step that is none": {"optimizer/0/step": torch.tensor(-5.0)},
+    }
+    for key in ("x/exp_avg", "0/exp_avg/y", "999/exp_avg", "0/foreign", "-1/exp_avg"):
+        changes[f"the key optimizer/{key}"] = {f"optimizer/{key}": torch.zeros(1)}
+    made = {what: tensors(STATE, change) for what, change in changes.items()}
+    made["no parameters"] = tensors(STATE, {}, "parameter/1")
+    made["half an optimizer"] = tensors(STATE, {}, "exp_avg_sq")
+    return made
+
+
 def checkpoints() -> list[Case]:
     """List poisoned checkpoints."""
-    nan, one = (lambda t: t * torch.nan), "optimizer/0/exp_avg"
-    cases: list[Case] = [
-        (f"state.safetensors: {what}", written(STATE, content), "TP") for what, content in HEADERS.items()
-    ]
-    cases += [(f"lora.safetensors: {what}", written(LORA, content), "S") for what, content in HEADERS.items()]
+    cases: list[Case] = []
     many = {f"x{i}": torch.zeros(1) for i in range(20_001)}
     for file, who in ((STATE, "TP"), (LORA, "S")):
-        cases.append((f"{file}: 20 001 tensors", tensors(file, many), who))
-        cases.append(
-            (
-                f"{file}: cut",
-                lambda run, f=file: (run / f).write_bytes((run / f).read_bytes()[:-100]) and None,
-                who,
-            )
-        )
+        name = Path(file).name
+        cases += [(f"{name}: {what}", written(file, content), who) for what, content in HEADERS.items()]
+        cases += [(f"{file}: 20 001 tensors", tensors(file, many), who), (f"{file}: cut", cut(file), who)]
         cases.append((f"{file}: gone", lambda run, f=file: (run / f).unlink(), ""))
-    cases += [
-        ("state.safetensors: NaN weights", tensors(STATE, {"parameter/1": nan}), "TP"),
-        ("state.safetensors: whole numbers", tensors(STATE, {"parameter/1": lambda t: t.long()}), "TP"),
-        ("state.safetensors: another shape", tensors(STATE, {"parameter/1": torch.zeros(2, 2)}), "TP"),
-        ("state.safetensors: no parameters", tensors(STATE, {}, "parameter/1"), "TP"),
-        ("state.safetensors: NaN in the optimizer", tensors(STATE, {one: nan}), "TP"),
-        ("state.safetensors: half an optimizer", tensors(STATE, {}, "exp_avg_sq"), "TP"),
-        (
-            "state.safetensors: a negative square",
-            tensors(STATE, {"optimizer/0/exp_avg_sq": lambda t: t - 1}),
-            "TP",
-        ),
-        ("state.safetensors: an optimizer of another shape", tensors(STATE, {one: torch.zeros(2)}), "TP"),
-        ("state.safetensors: a lone number for a moment", tensors(STATE, {one: torch.tensor(0.0)}), "TP"),
-        (
-            "state.safetensors: a step that is none",
-            tensors(STATE, {"optimizer/0/step": torch.tensor(-5.0)}),
-            "TP",
-        ),
-    ]
-    for key in (
-        "optimizer/x/exp_avg",
-        "optimizer/0/exp_avg/y",
-        "optimizer/999/exp_avg",
-        "optimizer/0/foreign",
-        "optimizer/-1/exp_avg",
-        "foreign",
-    ):
-        cases.append(
-            (
-                f"state.safetensors: the key {key}",
-                tensors(STATE, {key: torch.zeros(1)}),
-                "" if key == "foreign" else "TP",
-            )
-        )
-    cases += [("lora.safetensors: NaN weights", every_tensor(LORA, nan), "S")]
-    cases += [("lora.safetensors: foreign keys", tensors(LORA, {"../../x": torch.zeros(1)}), "S")]
-    broken = [
+    cases += [(f"state.safetensors: {what}", poison, "TP") for what, poison in state_tensors().items()]
+    foreign_key = tensors(STATE, {"foreign": torch.zeros(1)})
+    texts = [
         "{",
         "[]",
         "null",
@@ -197,79 +185,67 @@ def checkpoints() -> list[Case]:
         '{"step": -1}',
         '{"step": 1e999}',
         '{"step": true}',
-        '{"step": 2}',
-        DEEP,
-        "\ud800",
     ]
-    cases += [
-        (f"state.json: {text!a:.20}", written("checkpoints/000001/state.json", text), "TP") for text in broken
-    ]
+    texts += ['{"step": 2}', DEEP, "\ud800"]
+    broken = {text: written("checkpoints/000001/state.json", text) for text in texts}
     names = ["12abc", "1²", "9" * 200, "000001.bak", ".DS_Store"]
-    return [*cases, *((f"checkpoints: one named {name:.12}", checkpoint_named(name), "") for name in names)]
+    return [
+        *cases,
+        ("state.safetensors: the key foreign", foreign_key, ""),
+        ("lora.safetensors: NaN weights", every_tensor(LORA, nan), "S"),
+        ("lora.safetensors: foreign keys", tensors(LORA, {"../../x": torch.zeros(1)}), "S"),
+        *((f"state.json: {text!a:.20}", poison, "TP") for text, poison in broken.items()),
+        *((f"checkpoints: one named {name:.12}", checkpoint_named(name), "") for name in names),
+    ]
+
+
+def configurations() -> list[Case]:
+    """List poisoned configurations."""
+    broken = ["{", "[]", "null", "7", '"x"', '{"config": []}', '{"config": {"lora": 7}}', '{"config": null}']
+    cases: list[Case] = [
+        (f"config.json: {text!a:.30}", written("config.json", text), "TP")
+        for text in (*broken, DEEP, "\ud800", "")
+    ]
+
+    def other_model(content: Any) -> Any:
+        content["config"]["model"]["fingerprint"] = "x" * 10**5
+        return content
+
+    cases.append(("config.json: another model's", edited("config.json", other_model), "TP"))
+    for steps in ("a", -1, 1e308, [1], {}, True, 10**30):
+
+        def change(content: Any, steps: Any = steps) -> Any:
+            train = {**content["config"].get("train", {}), "steps": steps}
+            return {**content, "config": {**content["config"], "train": train}}
+
+        cases.append((f"config.json: {steps!r:.20} steps", edited("config.json", change), ""))
+    return cases
 
 
 def documents() -> list[Case]:
-    """List poisoned configurations, metrics and summaries."""
-    broken = [
-        "{",
+    """List poisoned metrics and summaries."""
+    summaries = ("{", "[]", DEEP, '{"a": "\\ud800"}', "x" * 2**21)
+    rows = [
         "[]",
-        "null",
         "7",
-        '"x"',
-        '{"config": []}',
-        '{"config": {"lora": 7}}',
-        '{"config": null}',
+        "null",
+        "{",
         DEEP,
-        "\ud800",
-        "",
+        '{"step": "x"}',
+        '{"step": 1e400, "reward/a/mean": NaN}',
+        '{"step": null}',
     ]
-    cases: list[Case] = [
-        (f"config.json: {text!a:.30}", written("config.json", text), "TP") for text in broken
-    ]
-    cases += [
-        (
-            "config.json: another model's",
-            edited("config.json", lambda c: c["config"]["model"].update(fingerprint="x" * 10**5) or c),
-            "TP",
-        )
-    ]
-    for steps in ("a", -1, 1e308, [1], {}, True, 10**30):
-
-        def change(c, steps=steps):
-            train = {**c["config"].get("train", {}), "steps": steps}
-            return {**c, "config": {**c["config"], "train": train}}
-
-        cases.append((f"config.json: {steps!r:.20} steps", edited("config.json", change), ""))
-    cases += [
-        (f"summary.json: {text!a:.20}", written("summary.json", text), "")
-        for text in ("{", "[]", DEEP, '{"a": "\\ud800"}', "x" * 2**21)
-    ]
-    lines = [
-        "[]\n",
-        "7\n",
-        "null\n",
-        "{\n",
-        DEEP + "\n",
-        '{"step": "x"}\n',
-        '{"step": 1e400, "reward/a/mean": NaN}\n',
-        '{"step": null}\n',
-    ]
-    lines += [
-        '{"step": 1, "reward/<script>alert(1)</script>/mean": 1e308}\n',
-        '{"step": 1, "reward/\\ud800/mean": 1, "a\\u0000": -1e308}\n',
-    ]
-    lines += [
-        json.dumps({"step": 1, f"reward/{'x' * 10**5}/mean": 0.5}) + "\n",
-        '{"step": 99999999999999999999999, "heldout/a/mean": 1}\n',
-    ]
-    lines += [
-        '{"step": -1, "reward/a/mean": 1}\n{"step": 1e300, "reward/a/mean": -1}\n',
-        '{"step": 1, "reward/torn',
-    ]
-    cases += [(f"metrics.jsonl: {text!a:.30}", row(text), "") for text in lines]
+    rows += ['{"step": 1, "reward/<script>alert(1)</script>/mean": 1e308}']
+    rows += ['{"step": 1, "reward/\\ud800/mean": 1, "a\\u0000": -1e308}']
+    rows += [json.dumps({"step": 1, f"reward/{'x' * 10**5}/mean": 0.5})]
+    rows += ['{"step": 99999999999999999999999, "heldout/a/mean": 1}']
+    rows += ['{"step": -1, "reward/a/mean": 1}\n{"step": 1e300, "reward/a/mean": -1}']
+    lines = [*(f"{line}\n" for line in rows), '{"step": 1, "reward/torn']
     first = ["", "{}\n", DEEP[:4000] + "\n", '{"schema": "other/1"}\n', "[]\n", "\ud800\n"]
     return [
-        *cases,
+        *configurations(),
+        *((f"summary.json: {text!a:.20}", written("summary.json", text), "") for text in summaries),
+        *((f"metrics.jsonl: {text!a:.30}", row(text), "") for text in lines),
         *((f"metrics.jsonl begins {text!a:.20}", written("metrics.jsonl", text), "TPMS") for text in first),
     ]
 
@@ -317,22 +293,10 @@ def attack_files(
             poison(run)
             before = contents(outside)
             changed = {"steps": 2, "run": run.name} if letter == "T" else {"run": run.name}
-            names = [
-                "run",
-                "checkpoint",
-                *(
-                    name
-                    for name in ("config.json", "metrics.jsonl", "state.json", "lora.safetensors")
-                    if name in what
-                ),
-            ]
-            court.attack(
-                block,
-                f"run: {what}",
-                names,
-                lambda b=block, c=changed: execute(b, {**real[b], **c}),
-                True if letter in who else None,
-            )
+            files = ("config.json", "metrics.jsonl", "state.json", "lora.safetensors")
+            names = ["run", "checkpoint", *(name for name in files if name in what)]
+            act = partial(execute, block, {**real[block], **changed})
+            court.attack(block, f"run: {what}", names, act, True if letter in who else None)
             if contents(outside) != before:
                 court.faults.append(f"{block}, run: {what}: files outside were changed")
             remove(run)

@@ -5,8 +5,8 @@ models that are no flow models.
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,8 @@ from comfy.taesd.taesd import TAESD
 from comfy_hostile_tools import Court
 from torch import Tensor
 
-types = comfy_side.pack_module("nodes.types")
-rollouts = comfy_side.pack_module("comfy_g2rpo.rollout")
-
 Inputs = Mapping[str, Mapping[str, Any]]
+Execute = Callable[[str, Mapping[str, Any]], Any]
 Case = tuple[str, Any, bool | None]
 """What it is, the object, and whether it must be refused (None: it may be)."""
 
@@ -110,100 +108,53 @@ def vaes() -> list[Case]:
 def latents() -> list[Case]:
     """List wrong LATENTs; the model has 16 channels and at most 32 × 32 positions."""
     whole = torch.zeros(1, 16, 8, 8)
-    shapes = [
-        (0, 16, 8, 8),
-        (2, 16, 8, 8),
-        (1, 16, 1, 8, 8),
-        (1, 16, 3, 8, 8),
-        (1, 16, 8),
-        (16, 8, 8),
-        (1, 16, 0, 8),
-        (1, 16, 8, 0),
-        (),
-        (0,),
-    ]
-    cases: list[Case] = [(f"a latent {shape}", {"samples": torch.zeros(shape)}, True) for shape in shapes]
-    cases += [
-        (f"numbers of {kind}", {"samples": whole.to(kind)}, True)
-        for kind in (torch.int64, torch.bool, torch.complex64)
-    ]
-    cases += [
-        (f"numbers of {kind}", {"samples": whole.to(kind)}, False)
-        for kind in (torch.float16, torch.bfloat16, torch.float64)
-    ]
-    cases += [
-        (f"a latent of {bad}", {"samples": torch.full((1, 16, 8, 8), bad)}, True)
-        for bad in (torch.nan, torch.inf)
-    ]
-    cases += [("four channels that are not empty", {"samples": torch.ones(1, 4, 8, 8)}, True)]
-    cases += [("four channels that are empty", {"samples": torch.zeros(1, 4, 8, 8)}, False)]
-    cases += [
+    shapes = [(0, 16, 8, 8), (2, 16, 8, 8), (1, 16, 1, 8, 8), (1, 16, 3, 8, 8)]
+    shapes += [(1, 16, 8), (16, 8, 8), (1, 16, 0, 8), (1, 16, 8, 0), (), (0,)]
+    refused = {f"a latent {shape}": torch.zeros(shape) for shape in shapes}
+    refused |= {f"numbers of {kind}": whole.to(kind) for kind in (torch.int64, torch.bool, torch.complex64)}
+    refused |= {f"a latent of {bad}": torch.full_like(whole, bad) for bad in (torch.nan, torch.inf)}
+    refused["four channels that are not empty"] = torch.ones(1, 4, 8, 8)
+    refused["more positions than the model has"] = torch.zeros(1, 16, 80, 80)
+    refused["more than anybody can wait for"] = torch.zeros(1, 1, 1, 1).expand(1, 16, 60_000, 60_000)
+    taken = {f"numbers of {kind}": whole.to(kind) for kind in (torch.float16, torch.bfloat16, torch.float64)}
+    taken["four channels that are empty"] = torch.zeros(1, 4, 8, 8)
+    taken |= {"one position": torch.zeros(1, 16, 1, 1), "odd sides": torch.zeros(1, 16, 7, 5)}
+    return [
+        *((what, {"samples": made}, True) for what, made in refused.items()),
+        *((what, {"samples": made}, False) for what, made in taken.items()),
         ("a mask", {"samples": whole, "noise_mask": torch.ones(1, 1, 64, 64)}, True),
         ("no samples", {"x": whole}, True),
-    ]
-    cases += [("more positions than the model has", {"samples": torch.zeros(1, 16, 80, 80)}, True)]
-    cases += [
-        (
-            "more than anybody can wait for",
-            {"samples": torch.zeros(1, 1, 1, 1).expand(1, 16, 60_000, 60_000)},
-            True,
-        )
-    ]
-    return [
-        *cases,
-        ("one position", {"samples": torch.zeros(1, 16, 1, 1)}, False),
-        ("odd sides", {"samples": torch.zeros(1, 16, 7, 5)}, False),
     ]
 
 
 def schedules() -> list[Case]:
     """List wrong SIGMAS."""
-    rows = [
-        [],
-        [1.0],
-        [0.0],
-        [0.0, 1.0],
-        [1.0, 1.0, 0.0],
-        [2.0, 1.0, 0.0],
-        [1.0, torch.nan, 0.0],
-        [torch.inf, 0.0],
-        [1.0, 0.5, -0.1],
-    ]
-    cases: list[Case] = [(f"sigmas {row}", torch.tensor(row), True) for row in rows]
-    cases += [
+    rows = [[], [1.0], [0.0], [0.0, 1.0], [1.0, 1.0, 0.0], [2.0, 1.0, 0.0]]
+    rows += [[1.0, torch.nan, 0.0], [torch.inf, 0.0], [1.0, 0.5, -0.1]]
+    return [
+        *((f"sigmas {row}", torch.tensor(row), True) for row in rows),
         ("sigmas in two rows", torch.tensor([[1.0, 0.0]] * 2), True),
         ("a lone number", torch.tensor(1.0), True),
-    ]
-    cases += [
         ("whole numbers", torch.tensor([1, 0]), True),
         ("complex numbers", torch.tensor([1 + 0j, 0j]), True),
-    ]
-    cases += [
         ("a million levels", torch.linspace(1, 0, 10**6), True),
         ("levels that end early", torch.tensor([1.0, 0.5]), True),
-    ]
-    cases += [
         ("levels that hardly differ", torch.tensor([1.0, 1 - 1e-7, 1e-7, 0.0]), None),
         ("one step", torch.tensor([1.0, 0.0]), None),
+        ("half precision", torch.tensor([1.0, 0.75, 0.5, 0.0]).half(), None),
     ]
-    return [*cases, ("half precision", torch.tensor([1.0, 0.75, 0.5, 0.0]).half(), None)]
 
 
 def noises() -> list[Case]:
     """List wrong NOISEs."""
     whole = torch.zeros(1, 16, 8, 8)
-    cases: list[Case] = [
-        (f"noise {shape}", WrongNoise(torch.zeros(shape)), True)
-        for shape in ((1, 4, 8, 8), (2, 16, 8, 8), (1, 16, 9, 9), (3,))
-    ]
-    cases += [
-        (f"noise of {bad}", WrongNoise(torch.full_like(whole, bad)), True) for bad in (torch.nan, torch.inf)
-    ]
-    cases += [
-        ("noise that is none", WrongNoise(None), True),
-        ("noise of whole numbers", WrongNoise(whole.long()), True),
-    ]
-    return [*cases, *((f"the seed {seed}", WrongNoise(whole, seed), False) for seed in (-1, 2**64 - 1))]
+    made = {
+        f"noise {shape}": torch.zeros(shape) for shape in ((1, 4, 8, 8), (2, 16, 8, 8), (1, 16, 9, 9), (3,))
+    }
+    made |= {f"noise of {bad}": torch.full_like(whole, bad) for bad in (torch.nan, torch.inf)}
+    made |= {"noise that is none": None, "noise of whole numbers": whole.long()}
+    seeds = [(f"the seed {seed}", WrongNoise(whole, seed), False) for seed in (-1, 2**64 - 1)]
+    return [*((what, WrongNoise(noise), True) for what, noise in made.items()), *seeds]
 
 
 def images() -> list[Case]:
@@ -218,13 +169,10 @@ def images() -> list[Case]:
         (1, 1, 4, 4, 3),
         (),
     ]
-    cases: list[Case] = [(f"an image {shape}", torch.zeros(shape), True) for shape in shapes]
-    cases += [
-        (f"pixels of {kind}", torch.zeros(4, 4, 4, 3).to(kind), True)
-        for kind in (torch.uint8, torch.int64, torch.bool, torch.complex64)
-    ]
+    kinds = (torch.uint8, torch.int64, torch.bool, torch.complex64)
     return [
-        *cases,
+        *((f"an image {shape}", torch.zeros(shape), True) for shape in shapes),
+        *((f"pixels of {kind}", torch.zeros(4, 4, 4, 3).to(kind), True) for kind in kinds),
         ("megapixels that are not there", torch.zeros(1, 1, 1, 1).expand(2000, 4096, 4096, 3), True),
     ]
 
@@ -233,14 +181,16 @@ def loras(good: Mapping[str, Tensor]) -> list[Case]:
     """List wrong LORA_MODELs."""
     module = next(iter(good)).rsplit(".", 2)[0]
     down, up, alpha = (f"{module}.{part}" for part in ("lora_down.weight", "lora_up.weight", "alpha"))
+
+    def layers(names: Iterable[str]) -> dict[str, Tensor]:
+        parts = ("lora_down.weight", "lora_up.weight")
+        return {f"diffusion_model.{name}.{part}": torch.zeros(1, 1) for name in names for part in parts}
+
     changed: dict[str, dict[Any, Any]] = {
         "a foreign key": {"text_encoder.x.lora_down.weight": torch.zeros(1)},
         "a key that climbs": {"diffusion_model.../../x.alpha": torch.tensor(1.0)},
         "a key of markup": {"diffusion_model.<script>.alpha": torch.tensor(1.0)},
-        "a key that is too long": {
-            f"diffusion_model.{'a' * 10**5}.{part}": torch.zeros(1, 1)
-            for part in ("lora_down.weight", "lora_up.weight")
-        },
+        "a key that is too long": layers(["a" * 10**5]),
         "a key that is none": {7: torch.zeros(1)},
         "a surrogate in a key": {"diffusion_model.\ud800.alpha": torch.tensor(1.0)},
         "NaN weights": {up: torch.full_like(good[up], torch.nan)},
@@ -256,119 +206,54 @@ def loras(good: Mapping[str, Tensor]) -> list[Case]:
         "a sparse tensor": {down: torch.zeros(2, 3).to_sparse()},
         "a tensor without storage": {down: torch.zeros(2, 3, device="meta")},
     }
-    cases: list[Case] = [(what, {**good, **change}, True) for what, change in changed.items()]
-    many = {
-        f"diffusion_model.m{i}.{part}": torch.zeros(1, 1)
-        for i in range(10_001)
-        for part in ("lora_down.weight", "lora_up.weight")
-    }
-    half = {key: tensor for key, tensor in good.items() if key != up}
     return [
-        *cases,
-        ("20 002 tensors", many, True),
-        ("a missing half", half, True),
+        *((what, {**good, **change}, True) for what, change in changed.items()),
+        ("20 002 tensors", layers(f"m{i}" for i in range(10_001)), True),
+        ("a missing half", {key: tensor for key, tensor in good.items() if key != up}, True),
         ("nothing but an alpha", {alpha: good[alpha]}, True),
     ]
 
 
-def ours(real: Inputs) -> Iterator[tuple[str, str, Case]]:
-    """Yield (block, input, case) for our own wires with broken content."""
-    rollout = real["Advantages"]["rollout"]
-    scores, advantages = real["Advantages"]["scores"], real["UpdateLoRA"]["advantages"]
-    policy = real["UpdateLoRA"]["policy"]
-    tables = [
-        scores.values[:, :1],
-        scores.values[0],
-        torch.full_like(scores.values, torch.nan),
-        scores.values + torch.inf,
-        torch.zeros(0, 0),
-    ]
-    for table in tables:
-        yield (
-            "Advantages",
-            "scores",
-            (
-                f"scores {list(table.shape)} {table.flatten()[:1]}",
-                dataclasses.replace(scores, values=table),
-                True,
-            ),
-        )
-    equal = dataclasses.replace(scores, values=torch.ones_like(scores.values))
-    yield "Advantages", "scores", ("scores that are all equal", equal, False)
-    yield (
-        "Advantages",
-        "scores",
-        (
-            "scores near the largest number",
-            dataclasses.replace(scores, values=scores.values * 0 + 3e38),
-            None,
-        ),
-    )
-    yield "Advantages", "scores", ("NaN as a weight", dataclasses.replace(scores, weights=(torch.nan,)), True)
-    broken = dataclasses.replace(rollout.rollout, latents=torch.full_like(rollout.rollout.latents, torch.nan))
-    yield (
-        "ScoreRollout",
-        "rollout",
-        ("completions of NaN", dataclasses.replace(rollout, rollout=broken), None),
-    )
-    for bad in (
-        None,
-        rollout.rollout.latents[:, :1],
-        rollout.rollout.latents[..., 0],
-        rollout.rollout.latents[:, :, :4],
-    ):
-        changed = dataclasses.replace(rollout, rollout=dataclasses.replace(rollout.rollout, latents=bad))
-        yield (
-            "ScoreRollout",
-            "rollout",
-            (f"completions {None if bad is None else list(bad.shape)}", changed, True),
-        )
-    for table in (
-        torch.full_like(advantages.table, torch.nan),
-        advantages.table[:1],
-        advantages.table[:, :1],
-        torch.zeros(3, 3, 3),
-    ):
-        changed = dataclasses.replace(advantages, table=table)
-        yield (
-            "UpdateLoRA",
-            "advantages",
-            (f"advantages {list(table.shape)} {table.flatten()[:1]}", changed, True),
-        )
+def wrong_scores(scores: Any) -> Iterator[Case]:
+    """Yield broken scores."""
+    values = scores.values
+    nan = torch.full_like(values, torch.nan)
+    for table in (values[:, :1], values[0], nan, values + torch.inf, torch.zeros(0, 0)):
+        yield f"scores {list(table.shape)} {table.flatten()[:1]}", replace(scores, values=table), True
+    yield "scores that are all equal", replace(scores, values=torch.ones_like(values)), False
+    yield "scores near the largest number", replace(scores, values=values * 0 + 3e38), None
+    yield "NaN as a weight", replace(scores, weights=(torch.nan,)), True
+
+
+def wrong_rollouts(data: Any) -> Iterator[Case]:
+    """Yield rollouts with broken completions."""
+    rollout, latents = data.rollout, data.rollout.latents
+    broken = torch.full_like(latents, torch.nan)
+    yield "completions of NaN", replace(data, rollout=replace(rollout, latents=broken)), None
+    for bad in (None, latents[:, :1], latents[..., 0], latents[:, :, :4]):
+        what = f"completions {None if bad is None else list(bad.shape)}"
+        yield what, replace(data, rollout=replace(rollout, latents=bad)), True
+
+
+def wrong_advantages(data: Any) -> Iterator[Case]:
+    """Yield broken advantages."""
+    nan = torch.full_like(data.table, torch.nan)
+    for table in (nan, data.table[:1], data.table[:, :1], torch.zeros(3, 3, 3)):
+        yield f"advantages {list(table.shape)} {table.flatten()[:1]}", replace(data, table=table), True
+
+
+def wrong_policies(policy: Any) -> Iterator[Case]:
+    """Yield policies with broken LoRAs and of runs that are not there."""
     adapter = policy.adapter
     pairs = {name: (torch.full_like(down, torch.nan), up) for name, (down, up) in adapter.pairs.items()}
-    yield (
-        "UpdateLoRA",
-        "policy",
-        (
-            "a LoRA of NaN",
-            dataclasses.replace(policy, adapter=dataclasses.replace(adapter, pairs=pairs)),
-            True,
-        ),
-    )
-    yield (
-        "UpdateLoRA",
-        "policy",
-        (
-            "another model's LoRA",
-            dataclasses.replace(policy, adapter=dataclasses.replace(adapter, pairs={})),
-            True,
-        ),
-    )
-    yield (
-        "UpdateLoRA",
-        "policy",
-        ("a run that is gone", dataclasses.replace(policy, run="gone", step=0), True),
-    )
-    yield "UpdateLoRA", "policy", ("a run outside", dataclasses.replace(policy, run="../../x"), True)
+    yield "a LoRA of NaN", replace(policy, adapter=replace(adapter, pairs=pairs)), True
+    yield "another model's LoRA", replace(policy, adapter=replace(adapter, pairs={})), True
+    yield "a run that is gone", replace(policy, run="gone", step=0), True
+    yield "a run outside", replace(policy, run="../../x"), True
 
 
 def attack_wires(
-    court: Court,
-    real: Inputs,
-    execute: Callable[[str, Mapping[str, Any]], Any],
-    blocks: Mapping[str, Any],
-    lists: Collection[str],
+    court: Court, real: Inputs, execute: Execute, blocks: Mapping[str, Any], lists: Collection[str]
 ) -> None:
     """Put every wrong object on every wire."""
     cases: dict[str, list[Case]] = {
@@ -376,8 +261,6 @@ def attack_wires(
         "CLIP": clips(),
         "VAE": vaes(),
         "LATENT": latents(),
-    }
-    cases |= {
         "SIGMAS": schedules(),
         "NOISE": noises(),
         "IMAGE": images(),
@@ -394,82 +277,75 @@ def attack_wires(
                 if kind == "IMAGE" and isinstance(thing, list):
                     continue
                 sent = {**inputs, one.id: [thing] if name in lists else thing}
-                # Every training begins anew; a file under native names needs no model.
-                sent |= (
-                    {"run": f"wire-{len(court.counts)}-{court.counts[name]['attacks']}"}
-                    if name == "TrainLoRA"
-                    else {}
-                )
+                if name == "TrainLoRA":
+                    # Every training begins anew.
+                    sent["run"] = f"wire-{len(court.counts)}-{court.counts[name]['attacks']}"
                 if name == "SaveLoRA" and kind == "MODEL":
-                    # Only the names of its layers count there.
-                    sent, refuse = (
-                        {**sent, "key_names": "diffusers"},
-                        refuse if id(thing) in junk_things else None,
-                    )
+                    # A file under native names needs no model; only the names of its layers count there.
+                    sent["key_names"] = "diffusers"
+                    refuse = refuse if id(thing) in junk_things else None
                 # Names that say enough: a size that does not fit may be the picture's, a LoRA's file is named
                 # by its key.
                 names = [one.id, *ALSO.get(kind, ())]
-                court.attack(name, f"{one.id}: {what}", names, lambda n=name, s=sent: execute(n, s), refuse)
-    for name, wire, (what, thing, refuse) in ours(real):
-        court.attack(
-            name,
-            f"{wire}: {what}",
-            [wire, "weights", "run"],
-            lambda n=name, w=wire, t=thing: execute(n, {**real[n], w: t}),
-            refuse,
-        )
+                court.attack(name, f"{one.id}: {what}", names, partial(execute, name, sent), refuse)
+    for name, wire, wrong in (
+        ("Advantages", "scores", wrong_scores),
+        ("ScoreRollout", "rollout", wrong_rollouts),
+        ("UpdateLoRA", "advantages", wrong_advantages),
+        ("UpdateLoRA", "policy", wrong_policies),
+    ):
+        for what, thing, refuse in wrong(real[name][wire]):
+            act = partial(execute, name, {**real[name], wire: thing})
+            court.attack(name, f"{wire}: {what}", [wire, "weights", "run"], act, refuse)
     attack_lists(court, real, execute)
     attack_guiders(court, real, execute)
+    attack_demo(court, execute)
+
+
+def attack_demo(court: Court, execute: Execute) -> None:
+    """Take the bundled model's files away."""
     demo = comfy_side.pack_module("nodes.demo")
     whole, demo.TINY = demo.TINY, demo.TINY / "nowhere"
     court.attack(
-        "TinyDemoLoader", "its files are gone", ["models/tiny"], lambda: execute("TinyDemoLoader", {}), True
+        "TinyDemoLoader", "its files are gone", ["models/tiny"], partial(execute, "TinyDemoLoader", {}), True
     )
     demo.TINY = whole
 
 
-def attack_lists(court: Court, real: Inputs, execute: Callable[[str, Mapping[str, Any]], Any]) -> None:
-    """Send lists of the wrong length to the blocks that take lists."""
+def attack_lists(court: Court, real: Inputs, execute: Execute) -> None:
+    """Send lists of the wrong length, or with a wrong entry, to the blocks that take lists."""
+
+    def attack(
+        name: str, key: str, sent: Any, what: str, names: Sequence[str] = (), nan: bool = False
+    ) -> None:
+        # So large a k asks for every picture.
+        more = {"k": [100]} if (name, key) == ("SelectBest", "images") and nan else {}
+        act = partial(execute, name, {**real[name], key: sent, **more})
+        court.attack(name, f"{key}: {what}", [key, *names], act, allow_nan=nan)
+
+    lists = ["images", "scores", "votes", "values", "names", "prompts", "details"]
     for name in ("ScoreImages", "SelectBest", "ScoresFromValues", "SaveScoredImages"):
         for key, value in real[name].items():
             for sent in ([], [*value, *value]):
-                court.attack(
-                    name,
-                    f"{key}: {len(sent)} entries",
-                    [key, "images", "scores", "votes", "values", "names", "prompts", "details"],
-                    lambda n=name, k=key, s=sent: execute(n, {**real[n], k: s}),
-                )
+                attack(name, key, sent, f"{len(sent)} entries", lists)
+    pictures = {"ScoreImages": "images", "SelectBest": "images", "SaveScoredImages": "images"}
+    pictures["ScoresFromValues"] = "pictures"
+    numbers = {"SelectBest": "scores", "SaveScoredImages": "scores", "ScoresFromValues": "values"}
     for bad in (float("nan"), float("inf"), 1e300, None, "0.5", True):
-        values = [bad, *real["SelectBest"]["scores"][1:]]
-        for name, key in (
-            ("SelectBest", "scores"),
-            ("SaveScoredImages", "scores"),
-            ("ScoresFromValues", "values"),
-        ):
-            court.attack(
-                name, f"{key}: {bad}", [key], lambda n=name, k=key, v=values: execute(n, {**real[n], k: v})
-            )
+        for name, key in numbers.items():
+            attack(name, key, [bad, *real["SelectBest"]["scores"][1:]], f"{bad}")
     picture = real["SelectBest"]["images"][0]
-    for what, batch in (
-        ("another size", torch.zeros(1, 5, 5, 3)),
-        ("another type", picture[:1].half()),
-        ("NaN", picture[:1] * torch.nan),
-        ("a large value", picture[:1] + 9),
-    ):
-        sent = [picture[:-1], batch]
-        for name, key in (
-            ("ScoreImages", "images"),
-            ("SelectBest", "images"),
-            ("SaveScoredImages", "images"),
-            ("ScoresFromValues", "pictures"),
-        ):
-            k = {**real[name], key: sent} | ({"k": [100]} if name == "SelectBest" else {})
-            court.attack(
-                name, f"{key}: one of {what}", [key], lambda n=name, s=k: execute(n, s), allow_nan=True
-            )
+    for what, batch in {
+        "another size": torch.zeros(1, 5, 5, 3),
+        "another type": picture[:1].half(),
+        "NaN": picture[:1] * torch.nan,
+        "a large value": picture[:1] + 9,
+    }.items():
+        for name, key in pictures.items():
+            attack(name, key, [picture[:-1], batch], f"one of {what}", nan=True)
 
 
-def attack_guiders(court: Court, real: Inputs, execute: Callable[[str, Mapping[str, Any]], Any]) -> None:
+def attack_guiders(court: Court, real: Inputs, execute: Execute) -> None:
     """Send guiders with the wrong conditioning or model to Rollout, and wrong latents to the sampler in
     core's own sampling.
     """
@@ -479,14 +355,8 @@ def attack_guiders(court: Court, real: Inputs, execute: Callable[[str, Mapping[s
         *((w, comfy_guider(model, c.made), r) for w, c, r in clips()),
         *((w, comfy_guider(m, guider), r) for w, m, r in models(model)),
     ]:
-        court.attack(
-            "Rollout",
-            f"guider: {what}",
-            ["guider", "model"],
-            lambda g=thing: execute("Rollout", {**real["Rollout"], "guider": g}),
-            refuse,
-            allow_nan=True,
-        )
+        act = partial(execute, "Rollout", {**real["Rollout"], "guider": thing})
+        court.attack("Rollout", f"guider: {what}", ["guider", "model"], act, refuse, allow_nan=True)
     sampler = execute("SingularSDESampler", real["SingularSDESampler"]).args[0]
     custom = comfy_side.node_class("SamplerCustomAdvanced")
     for what, latent, refuse in latents():

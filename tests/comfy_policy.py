@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import comfy.sd
 import comfy_side
 import folder_paths
 import torch
+from comfy_graphs import WIRES, block, core, drawing, outputs
 from comfy_policy_tools import (
     changes,
     checkpoint_error,
@@ -43,58 +45,27 @@ ROWS = [
 ]
 BLANK = [[GIVEN["blank_tokens"], {"pooled_output": GIVEN["blank_pooled"]}]]
 
-GRAPH = {
-    "model": {"class_type": "G2RPO_TinyDemoLoader", "inputs": {}},
-    "text": {
-        "class_type": "CLIPTextEncode",
-        "inputs": {"clip": ["model", 1], "text": "a red circle and a blue square"},
-    },
-    "blank": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["model", 1], "text": ""}},
-    "guider": {
-        "class_type": "CFGGuider",
-        "inputs": {"model": ["model", 0], "positive": ["text", 0], "negative": ["blank", 0], "cfg": 2.0},
-    },
-    "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": 2**63 + 7}},
-    "sigmas": {
-        "class_type": "BasicScheduler",
-        "inputs": {"model": ["model", 0], "scheduler": "simple", "steps": 5, "denoise": 1.0},
-    },
-    "latent": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
-    "euler": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
-    "singular": {
-        "class_type": "G2RPO_SingularSDESampler",
-        "inputs": {"branch_step": 2, "branch": 4, "kernel": "cps", "eta": 0.6},
-    },
-}
-WIRES = {
-    "noise": ["noise", 0],
-    "guider": ["guider", 0],
-    "sigmas": ["sigmas", 0],
-    "latent_image": ["latent", 0],
-}
-ROLLOUT = {
-    **WIRES,
+BRANCH = {"branch_step": 2, "branch": 4, "kernel": "cps"}
+TREE = {
     "branch_steps": "0,2",
     "group_size": 3,
     "granularities": "1,2",
     "kernel": "cps",
     "eta": 0.6,
-    "terminal": "exact",
-    "antithetic": False,
     "slots": 1,
 }
-GRAPH |= {
-    "image": {"class_type": "SamplerCustomAdvanced", "inputs": {**WIRES, "sampler": ["euler", 0]}},
-    "branch": {"class_type": "SamplerCustomAdvanced", "inputs": {**WIRES, "sampler": ["singular", 0]}},
-    "rollout": {"class_type": "G2RPO_Rollout", "inputs": ROLLOUT},
+TREE |= {"terminal": "exact", "antithetic": False}
+GRAPH = {
+    **drawing("a red circle and a blue square", steps=5, seed=2**63 + 7),
+    "blank": core("CLIPTextEncode", clip=["load", 1], text=""),
+    "guider": core("CFGGuider", model=["load", 0], positive=["text", 0], negative=["blank", 0], cfg=2.0),
+    "euler": core("KSamplerSelect", sampler_name="euler"),
+    "singular": block("SingularSDESampler", **BRANCH, eta=0.6),
+    "image": core("SamplerCustomAdvanced", **WIRES, sampler=["euler", 0]),
+    "branch": core("SamplerCustomAdvanced", **WIRES, sampler=["singular", 0]),
+    "rollout": block("Rollout", **TREE),
 }
-WANT = {
-    "image": ("image", 0),
-    "branch": ("branch", 0),
-    "data": ("rollout", 0),
-    "completions": ("rollout", 1),
-    "anchor": ("rollout", 2),
-}
+WANT = {"image": ("image", 0), "branch": ("branch", 0), **outputs(rollout="data completions anchor")}
 
 
 def changed_graph(node: str, **inputs: object) -> dict[str, Any]:
@@ -121,20 +92,14 @@ def sampling() -> dict[str, Any]:
     batched = run(changed_graph("rollout", slots=16), "completions", "anchor")
     partly = run(changed_graph("sigmas", denoise=0.6), "image", "anchor")
     started = changed_graph("sigmas", denoise=0.6)
-    started["latent"] = {"class_type": "VAEEncode", "inputs": {"vae": ["model", 2], "pixels": ["picture", 0]}}
-    started["picture"] = {
-        "class_type": "EmptyImage",
-        "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0x80FF20},
-    }
+    started["empty"] = core("VAEEncode", vae=["load", 2], pixels=["picture", 0])
+    started["picture"] = core("EmptyImage", width=64, height=64, batch_size=1, color=0x80FF20)
     begun = run(started)
     split = changed_graph("rollout")
-    split["halves"] = {"class_type": "SplitSigmas", "inputs": {"sigmas": ["sigmas", 0], "step": 3}}
+    split["halves"] = core("SplitSigmas", sigmas=["sigmas", 0], step=3)
     for sampler in ("image", "branch"):
-        split[sampler] = {**GRAPH[sampler], "inputs": {**GRAPH[sampler]["inputs"], "sigmas": ["halves", 0]}}
-    split["singular"] = {
-        **GRAPH["singular"],
-        "inputs": {"branch_step": 2, "branch": 4, "kernel": "cps", "eta": 0.0},
-    }
+        split[sampler] = changed_graph(sampler, sigmas=["halves", 0])[sampler]
+    split["singular"] = block("SingularSDESampler", **BRANCH, eta=0.0)
     halves = run(split, "image", "branch")
     return {
         "anchor": torch.equal(alone["image"]["samples"], alone["anchor"]["samples"]),
@@ -433,30 +398,9 @@ def refusal(work: Callable[[], object]) -> str:
 def refusals(model: Any) -> dict[str, str]:
     """Give the blocks what they cannot use."""
     eps = core_node("ModelSamplingDiscrete", model, "eps", False)
-    start, sigmas, latent = (
-        core_node("RandomNoise", 3),
-        torch.tensor([1.0, 0.6, 0.2, 0.0]),
-        torch.zeros(1, 16, 8, 8),
-    )
-    usual = {
-        "guider": guider_of(model),
-        "noise": start,
-        "sigmas": sigmas,
-        "latent_image": {"samples": latent},
-        **{
-            name: ROLLOUT[name]
-            for name in (
-                "branch_steps",
-                "group_size",
-                "granularities",
-                "kernel",
-                "eta",
-                "terminal",
-                "antithetic",
-                "slots",
-            )
-        },
-    }
+    sigmas, latent = torch.tensor([1.0, 0.6, 0.2, 0.0]), torch.zeros(1, 16, 8, 8)
+    usual = {"guider": guider_of(model), "noise": core_node("RandomNoise", 3), "sigmas": sigmas, **TREE}
+    usual["latent_image"] = {"samples": latent}
     cases: dict[str, dict[str, Any]] = {
         "not a flow": {"guider": guider_of(eps)},
         "batch": {"latent_image": {"samples": latent.repeat(2, 1, 1, 1)}},
@@ -480,33 +424,19 @@ def refusals(model: Any) -> dict[str, str]:
         name: refusal(lambda case=case: sampling_module.RolloutBlock.execute(**{**usual, **case}))
         for name, case in cases.items()
     }
-    texts = [
-        "",
-        " ",
-        "x",
-        "-1",
-        "3-1",
-        "0-",
-        "1.5",
-        "٣",
-        "0\x000",
-        "<b>",
-        "../..",
-        "9" * 100000,
-        "0-999999",
-        "0," * 30000,
-        "\ud800",
-        "1;2",
-    ]
-    lists = {
-        text[:20]: refusal(lambda text=text: widgets_module.int_list(text, "branch_steps", 0, 2))
-        for text in texts
-    }
     alone = policy_module.GraphPolicy(guider_of(model))
     words["outside"] = refusal(lambda: alone.velocity(X, SIGMA, ROWS))
     words["targets"] = refusal(lambda: policy_module.fresh_adapter(model, 4, 4, 0, "all"))
     words["no adapter"] = refusal(alone.adapter)
-    return {**words, **{f"list {text!a}": said for text, said in lists.items()}}
+    return words | refused_lists()
+
+
+def refused_lists() -> dict[str, str]:
+    """Give the blocks lists of numbers that are none."""
+    texts = ["", " ", "x", "-1", "3-1", "0-", "1.5", "٣", "0\x000", "<b>", "../..", "9" * 100000]
+    texts += ["0-999999", "0," * 30000, "\ud800", "1;2"]
+    read = widgets_module.int_list
+    return {f"list {text[:20]!a}": refusal(partial(read, text, "branch_steps", 0, 2)) for text in texts}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import asyncio
 import importlib
 import inspect
 import json
+import logging
 import os
 import runpy
 import sys
@@ -84,7 +85,18 @@ def pack_module(name: str) -> ModuleType:
     return importlib.import_module(f"{root}.{name}")
 
 
-class _Anything(str):
+def hear_warnings() -> list[str]:
+    """Collect from now on what core only says in its log, such as a LoRA key that it does not take."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    return messages
+
+
+class Anything(str):
+    """A type that goes with every other."""
+
     def __ne__(self, other: object) -> bool:
         return False
 
@@ -93,7 +105,7 @@ class _Catch:
     """An output node that keeps whatever arrives."""
 
     INPUT_TYPES = classmethod(
-        lambda cls: {"required": {"value": (_Anything("*"), {}), "name": ("STRING", {"default": ""})}}
+        lambda cls: {"required": {"value": (Anything("*"), {}), "name": ("STRING", {"default": ""})}}
     )
     RETURN_TYPES = ()
     FUNCTION = "keep"

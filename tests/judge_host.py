@@ -9,16 +9,22 @@ import base64
 import io
 import json
 import math
+import os
 import random
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from aiohttp import web
 from PIL import Image
+from torch import Tensor
+
+from g2rpo_trainer.rewards.judges import connect
+from g2rpo_trainer.rewards.judges.client import Limits
 
 Misbehaviour = Callable[["JudgeHost", web.Request, dict[str, Any]], Any]
 
@@ -29,6 +35,15 @@ def section(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(
         **(about | {"timeout": 2.0, "retries": 3, "concurrency": 8, "batch": 32} | changes)
     )
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take no key from the environment, and wait little between attempts."""
+    for name in [name for name in os.environ if name.startswith("G2RPO_JUDGE")]:
+        monkeypatch.delenv(name)
+    make, waits = Limits.__init__, {"first_wait": 0.01, "longest_wait": 0.05, "longest_asked_wait": 0.3}
+    monkeypatch.setattr(Limits, "__init__", lambda self, **given: make(self, **(waits | given)))
 
 
 def pictures_of(body: dict[str, Any]) -> list[np.ndarray]:
@@ -142,14 +157,33 @@ class JudgeHost:
             self.now -= 1
 
 
+@contextmanager
+def judging(
+    behave: Misbehaviour | None = None, keep: bool = True, **changes: Any
+) -> Iterator[tuple[JudgeHost, Any]]:
+    """Serve a judge and reach it as a recipe does."""
+    with JudgeHost(behave, keep) as host:
+        yield host, connect(section(url=host.url, **changes))
+
+
+def ask(judge: Any, images: Tensor) -> Tensor:
+    """Ask a judge about pictures, all by one prompt."""
+    return judge.score(images, ["x"] * len(images))
+
+
 def after(count: int, behave: Misbehaviour) -> Misbehaviour:
     """Behave well for the first questions, such as the trial one."""
     return lambda host, request, body: behave(host, request, body) if host.asked > count else None
 
 
-def flaky(host: JudgeHost, request: web.Request, body: dict[str, Any]) -> web.Response | None:
-    """Fail three times in ten."""
-    return web.json_response({"error": "busy"}, status=500) if host.random.random() < 0.3 else None
+def sometimes(share: float, behave: Misbehaviour) -> Misbehaviour:
+    """Misbehave for a share of the questions."""
+    return lambda host, request, body: behave(host, request, body) if host.random.random() < share else None
+
+
+def status(code: int, **headers: str) -> Misbehaviour:
+    """Answer with a status alone."""
+    return lambda *_: web.Response(status=code, headers=headers)
 
 
 async def slow(host: JudgeHost, request: web.Request, body: dict[str, Any]) -> None:

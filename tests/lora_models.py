@@ -11,7 +11,8 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from g2rpo_trainer.lora.ask_diffusers import PIPELINES
+from comfy_g2rpo.lora.key_names import FAMILIES
+from g2rpo_trainer.lora.ask_diffusers import pipeline_name
 
 HEAD = {"attention_head_dim": 64, "num_attention_heads": 2}
 TEXT = {"joint_attention_dim": 32}
@@ -153,7 +154,7 @@ def change(model: nn.Module) -> dict[str, Tensor]:
 
 def pipeline_of(name: str, transformer: nn.Module) -> diffusers.DiffusionPipeline:
     """Make a pipeline of a transformer alone."""
-    cls = getattr(diffusers, PIPELINES[name])
+    cls = getattr(diffusers, pipeline_name(FAMILIES[name]))
     parts = {
         part: None
         for part, value in signature(cls.__init__).parameters.items()

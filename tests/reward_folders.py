@@ -41,14 +41,8 @@ def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
     rest = [byte for byte in range(256) if byte not in printable]
     letters = [chr(byte) for byte in printable] + [chr(256 + place) for place in range(len(rest))]
     merges = ["r e", "re d</w>"]
-    words = [
-        *letters,
-        *(f"{letter}</w>" for letter in letters),
-        "re",
-        "red</w>",
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "re", "red</w>"]
+    words += ["<|startoftext|>", "<|endoftext|>"]
     return {word: number for number, word in enumerate(words)}, merges
 
 
@@ -61,25 +55,8 @@ CLIP_TEXT = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 77,
 }
-BERT_WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    "a",
-    "red",
-    "cube",
-    "on",
-    "the",
-    "table",
-    ",",
-    "##s",
-    "b",
-    "##l",
-    "##u",
-    "##e",
-]
+BERT_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cube", "on", "the", "table", ","]
+BERT_WORDS += ["##s", "b", "##l", "##u", "##e"]
 
 
 def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -98,19 +75,10 @@ def clip_model(act: str = "gelu", seed: int = 0) -> nn.Module:
     """Make transformers' own CLIP with random weights."""
     from transformers import CLIPConfig, CLIPModel
 
-    text = {
-        **CLIP_TEXT,
-        "hidden_act": act,
-        "bos_token_id": VOCABULARY - 2,
-        "eos_token_id": VOCABULARY - 1,
-        "pad_token_id": VOCABULARY - 1,
-    }
-    return shaken(
-        CLIPModel(
-            CLIPConfig(text_config=text, vision_config={**VISION, "hidden_act": act}, projection_dim=EMBED)
-        ),
-        seed,
-    )
+    config = clip_config(act)
+    marks = {"bos_token_id": VOCABULARY - 2, "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}
+    config["text_config"] |= marks
+    return shaken(CLIPModel(CLIPConfig(**config)), seed)
 
 
 def write_folder(
@@ -121,18 +89,22 @@ def write_folder(
     folder.mkdir(parents=True)
     (folder / "reward.json").write_text(json.dumps({"kind": kind, "source": "test", "revision": "0"}))
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(
-        {key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()},
-        folder / "model.safetensors",
-    )
+    weights = {key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()}
+    save_file(weights, folder / "model.safetensors")
     return folder
+
+
+def clip_tokenizer() -> tuple[str, str]:
+    """Return the content of CLIP's two tokenizer files."""
+    words, merges = clip_vocabulary()
+    return json.dumps(words), "\n".join(["#version: 0.2", *merges, ""])
 
 
 def write_clip_tokenizer(folder: Path) -> None:
     """Write CLIP's two tokenizer files."""
-    words, merges = clip_vocabulary()
-    (folder / "vocab.json").write_text(json.dumps(words))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    words, merges = clip_tokenizer()
+    (folder / "vocab.json").write_text(words)
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
 
 
 def clip_config(act: str = "gelu") -> dict[str, Any]:
@@ -148,13 +120,11 @@ def clip_folder(
     root: Path, name: str, kind: str, model: nn.Module, preprocessor: dict[str, Any] | None = None
 ) -> Path:
     """Write a CLIP reward."""
-    folder = write_folder(
-        root, name, kind, clip_config(model.config.vision_config.hidden_act), model.state_dict()
-    )
+    config = clip_config(model.config.vision_config.hidden_act)
+    folder = write_folder(root, name, kind, config, model.state_dict())
     write_clip_tokenizer(folder)
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(preprocessor or {"size": {"shortest_edge": IMAGE}})
-    )
+    pictures = preprocessor or {"size": {"shortest_edge": IMAGE}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
     return folder
 
 
@@ -167,24 +137,23 @@ def open_clip_weights(seed: int = 0) -> dict[str, Tensor]:
 
     def blocks(prefix: str, width: int) -> dict[str, Tensor]:
         shapes = {
-            "ln_1.weight": (width,),
-            "ln_1.bias": (width,),
-            "attn.in_proj_weight": (3 * width, width),
-            "attn.in_proj_bias": (3 * width,),
-            "attn.out_proj.weight": (width, width),
-            "attn.out_proj.bias": (width,),
-            "ln_2.weight": (width,),
-            "ln_2.bias": (width,),
-            "mlp.c_fc.weight": (4 * width, width),
-            "mlp.c_fc.bias": (4 * width,),
-            "mlp.c_proj.weight": (width, 4 * width),
-            "mlp.c_proj.bias": (width,),
+            "ln_1": (width,),
+            "attn.in_proj": (3 * width, width),
+            "attn.out_proj": (width, width),
+            "ln_2": (width,),
+            "mlp.c_fc": (4 * width, width),
+            "mlp.c_proj": (width, 4 * width),
         }
-        return {
-            f"{prefix}.resblocks.{i}.{key}": draw(*shape)
-            for i in range(LAYERS)
-            for key, shape in shapes.items()
-        }
+        made = {}
+        for i in range(LAYERS):
+            for key, shape in shapes.items():
+                joint = "_" if key == "attn.in_proj" else "."
+                made[f"{prefix}.resblocks.{i}.{key}{joint}weight"] = draw(*shape)
+                made[f"{prefix}.resblocks.{i}.{key}{joint}bias"] = draw(shape[0])
+        return made
+
+    def norm(prefix: str, width: int) -> dict[str, Tensor]:
+        return {f"{prefix}.{part}": draw(width) + (part == "weight") for part in ("weight", "bias")}
 
     patches = (IMAGE // PATCH) ** 2
     return {
@@ -192,16 +161,13 @@ def open_clip_weights(seed: int = 0) -> dict[str, Tensor]:
         "visual.positional_embedding": draw(patches + 1, WIDTH),
         "visual.proj": draw(WIDTH, EMBED),
         "visual.conv1.weight": draw(WIDTH, 3, PATCH, PATCH),
-        **{
-            f"visual.{norm}.{part}": draw(WIDTH) + (part == "weight")
-            for norm in ("ln_pre", "ln_post")
-            for part in ("weight", "bias")
-        },
+        **norm("visual.ln_pre", WIDTH),
+        **norm("visual.ln_post", WIDTH),
         **blocks("visual.transformer", WIDTH),
         "token_embedding.weight": draw(VOCABULARY, TEXT_WIDTH),
         "positional_embedding": draw(77, TEXT_WIDTH),
         **blocks("transformer", TEXT_WIDTH),
-        **{f"ln_final.{part}": draw(TEXT_WIDTH) + (part == "weight") for part in ("weight", "bias")},
+        **norm("ln_final", TEXT_WIDTH),
         "text_projection": draw(TEXT_WIDTH, EMBED),
         "logit_scale": torch.tensor(4.6),
     }
@@ -209,9 +175,8 @@ def open_clip_weights(seed: int = 0) -> dict[str, Tensor]:
 
 def hps_folder(root: Path, name: str, weights: dict[str, Tensor]) -> Path:
     """Write HPS from weights in open_clip's layout, as fetching does."""
-    folder = write_folder(
-        root, name, "hpsv2", clip_config(), rewrite_weights.ready(rewrite_weights.open_clip(weights))
-    )
+    ready = rewrite_weights.ready(rewrite_weights.open_clip(weights))
+    folder = write_folder(root, name, "hpsv2", clip_config(), ready)
     write_clip_tokenizer(folder)
     return folder
 
@@ -228,74 +193,74 @@ BLIP_TEXT = {
 }
 
 
+def imagereward_config() -> dict[str, Any]:
+    """Return what a tiny ImageReward's config.json says."""
+    return {
+        "vision_config": {**VISION, "layer_norm_eps": 1e-6, "hidden_act": "gelu"},
+        "text_config": BLIP_TEXT,
+    }
+
+
+class Drawn(dict[str, Tensor]):
+    """Random weights, drawn layer by layer."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, name: str, *shape: int) -> None:
+        """Draw a tensor."""
+        self[name] = torch.randn(shape, generator=self.generator)
+
+    def linear(self, name: str, out: int, of: int) -> None:
+        """Draw a matrix and its bias."""
+        self[f"{name}.weight"] = torch.randn(out, of, generator=self.generator) * of**-0.5
+        self[f"{name}.bias"] = 0.3 * torch.randn(out, generator=self.generator)
+
+    def norms(self, width: int, *names: str) -> None:
+        """Draw norms."""
+        for name in names:
+            self[f"{name}.weight"] = 1 + 0.3 * torch.randn(width, generator=self.generator)
+            self[f"{name}.bias"] = 0.3 * torch.randn(width, generator=self.generator)
+
+
 def imagereward_weights(seed: int = 0) -> dict[str, Tensor]:
     """Make random weights in ImageReward.pt's layout: timm's ViT, BLIP's BERT and the head."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def linear(name: str, out: int, of: int) -> dict[str, Tensor]:
-        return {
-            f"{name}.weight": torch.randn(out, of, generator=generator) * of**-0.5,
-            f"{name}.bias": 0.3 * torch.randn(out, generator=generator),
-        }
-
-    def norm(name: str, width: int) -> dict[str, Tensor]:
-        return {
-            key: value + key.endswith("weight")
-            for key, value in linear(name, width, 1).items()
-            if value.ndim == 1
-        } | {f"{name}.weight": 1 + 0.3 * torch.randn(width, generator=generator)}
-
-    vit, bert, wide = "blip.visual_encoder", "blip.text_encoder", TEXT_WIDTH
-    found = (
-        linear(f"{vit}.patch_embed.proj", WIDTH, 3 * PATCH**2)
-        | norm(f"{vit}.norm", WIDTH)
-        | norm(f"{bert}.embeddings.LayerNorm", wide)
-    )
-    found[f"{vit}.patch_embed.proj.weight"] = found[f"{vit}.patch_embed.proj.weight"].view(
-        WIDTH, 3, PATCH, PATCH
-    )
-    found[f"{vit}.cls_token"] = torch.randn(1, 1, WIDTH, generator=generator)
-    found[f"{vit}.pos_embed"] = torch.randn(1, (IMAGE // PATCH) ** 2 + 1, WIDTH, generator=generator)
-    found[f"{bert}.embeddings.word_embeddings.weight"] = torch.randn(
-        BLIP_TEXT["vocab_size"], wide, generator=generator
-    )
-    found[f"{bert}.embeddings.position_embeddings.weight"] = torch.randn(
-        BLIP_TEXT["max_position_embeddings"], wide, generator=generator
-    )
-    found[f"{bert}.embeddings.position_ids"] = torch.arange(BLIP_TEXT["max_position_embeddings"])[None]
+    vit, bert, wide, made = "blip.visual_encoder", "blip.text_encoder", TEXT_WIDTH, Drawn(seed)
+    patches, embeddings = f"{vit}.patch_embed.proj", f"{bert}.embeddings"
+    made.linear(patches, WIDTH, 3 * PATCH**2)
+    made[f"{patches}.weight"] = made[f"{patches}.weight"].view(WIDTH, 3, PATCH, PATCH)
+    made.norms(WIDTH, f"{vit}.norm")
+    made.norms(wide, f"{embeddings}.LayerNorm")
+    made.draw(f"{vit}.cls_token", 1, 1, WIDTH)
+    made.draw(f"{vit}.pos_embed", 1, (IMAGE // PATCH) ** 2 + 1, WIDTH)
+    made.draw(f"{embeddings}.word_embeddings.weight", BLIP_TEXT["vocab_size"], wide)
+    made.draw(f"{embeddings}.position_embeddings.weight", BLIP_TEXT["max_position_embeddings"], wide)
+    made[f"{embeddings}.position_ids"] = torch.arange(BLIP_TEXT["max_position_embeddings"])[None]
     for i in range(LAYERS):
         block, layer = f"{vit}.blocks.{i}", f"{bert}.encoder.layer.{i}"
-        found |= norm(f"{block}.norm1", WIDTH) | norm(f"{block}.norm2", WIDTH)
-        found |= linear(f"{block}.attn.qkv", 3 * WIDTH, WIDTH) | linear(f"{block}.attn.proj", WIDTH, WIDTH)
-        found |= linear(f"{block}.mlp.fc1", 4 * WIDTH, WIDTH) | linear(f"{block}.mlp.fc2", WIDTH, 4 * WIDTH)
-        for attention, source in (("attention", wide), ("crossattention", WIDTH)):
-            found |= linear(f"{layer}.{attention}.self.query", wide, wide) | norm(
-                f"{layer}.{attention}.output.LayerNorm", wide
-            )
-            found |= linear(f"{layer}.{attention}.self.key", wide, source) | linear(
-                f"{layer}.{attention}.self.value", wide, source
-            )
-            found |= linear(f"{layer}.{attention}.output.dense", wide, wide)
-        found |= linear(f"{layer}.intermediate.dense", 4 * wide, wide) | linear(
-            f"{layer}.output.dense", wide, 4 * wide
-        )
-        found |= norm(f"{layer}.output.LayerNorm", wide)
-    for place, (of, out) in zip(
-        (0, 2, 4, 6, 7), ((wide, 1024), (1024, 128), (128, 64), (64, 16), (16, 1)), strict=True
-    ):
-        found |= linear(f"mlp.layers.{place}", out, of)
-    return found | linear("blip.vision_proj", 8, WIDTH) | linear("blip.text_proj", 8, wide)
+        made.norms(WIDTH, f"{block}.norm1", f"{block}.norm2")
+        for name, out, of in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4)):
+            made.linear(f"{block}.{name}", out * WIDTH, of * WIDTH)
+        for attention, source in ((f"{layer}.attention", wide), (f"{layer}.crossattention", WIDTH)):
+            for name, of in (("query", wide), ("key", source), ("value", source)):
+                made.linear(f"{attention}.self.{name}", wide, of)
+            made.linear(f"{attention}.output.dense", wide, wide)
+            made.norms(wide, f"{attention}.output.LayerNorm")
+        made.linear(f"{layer}.intermediate.dense", 4 * wide, wide)
+        made.linear(f"{layer}.output.dense", wide, 4 * wide)
+        made.norms(wide, f"{layer}.output.LayerNorm")
+    sides = (wide, 1024, 128, 64, 16, 1)
+    for place, of, out in zip((0, 2, 4, 6, 7), sides, sides[1:], strict=False):
+        made.linear(f"mlp.layers.{place}", out, of)
+    made.linear("blip.vision_proj", 8, WIDTH)
+    made.linear("blip.text_proj", 8, wide)
+    return dict(made)
 
 
 def imagereward_folder(root: Path, name: str, weights: dict[str, Tensor]) -> Path:
     """Write ImageReward from weights in their published layout, as fetching does."""
-    config = {
-        "vision_config": {**VISION, "layer_norm_eps": 1e-6, "hidden_act": "gelu"},
-        "text_config": BLIP_TEXT,
-    }
-    folder = write_folder(
-        root, name, "imagereward", config, rewrite_weights.ready(rewrite_weights.imagereward(weights))
-    )
+    ready = rewrite_weights.ready(rewrite_weights.imagereward(weights))
+    folder = write_folder(root, name, "imagereward", imagereward_config(), ready)
     (folder / "vocab.txt").write_text("\n".join(BERT_WORDS) + "\n")
     return folder
 
@@ -318,14 +283,10 @@ def aesthetic_folder(
 ) -> Path:
     """Write a LAION predictor from CLIP and a head, as fetching does."""
     tower = rewrite_weights.tower(model.state_dict(), ("vision_model.", "visual_projection."))
-    config = {
-        "projection_dim": EMBED,
-        "vision_config": {**VISION, "hidden_act": "quick_gelu"},
-        "head": list(widths),
-    }
-    return write_folder(
-        root, name, "aesthetic", config, rewrite_weights.ready(tower | rewrite_weights.head(head))
-    )
+    vision = {**VISION, "hidden_act": "quick_gelu"}
+    config = {"projection_dim": EMBED, "vision_config": vision, "head": list(widths)}
+    ready = rewrite_weights.ready(tower | rewrite_weights.head(head))
+    return write_folder(root, name, "aesthetic", config, ready)
 
 
 def siglip_vision(seed: int = 0) -> nn.Module:
@@ -335,17 +296,17 @@ def siglip_vision(seed: int = 0) -> nn.Module:
     return shaken(SiglipVisionModel(SiglipVisionConfig(**VISION)), seed)
 
 
+def named_vision(model: nn.Module) -> dict[str, Tensor]:
+    """Name the weights of a picture tower as those of a whole SigLIP."""
+    return {f"vision_model.{key.removeprefix('vision_model.')}": t for key, t in model.state_dict().items()}
+
+
 def aesthetic_v25_folder(
     root: Path, name: str, model: nn.Module, head: dict[str, Tensor], widths: tuple[int, ...]
 ) -> Path:
     """Write Aesthetic Predictor v2.5 from SigLIP, named as in the published SiglipModel, and a head, as
     fetching does.
     """
-    published = {
-        f"vision_model.{key.removeprefix('vision_model.')}": tensor
-        for key, tensor in model.state_dict().items()
-    }
     config = {"vision_config": VISION, "head": list(widths)}
-    return write_folder(
-        root, name, "aesthetic_v2.5", config, rewrite_weights.ready(published | rewrite_weights.head(head))
-    )
+    ready = rewrite_weights.ready(named_vision(model) | rewrite_weights.head(head))
+    return write_folder(root, name, "aesthetic_v2.5", config, ready)

@@ -8,10 +8,10 @@ import torch
 from scoring import BATCH, CONTEXT, VOCABULARY, Elsewhere, Words, rate
 from torch import Tensor
 
-from comfy_g2rpo.rewards.protocol import runs_elsewhere
+from comfy_g2rpo.rewards import Reward
 
 
-class Costly:
+class Costly(Reward):
     """A reward that takes a second per call and one per picture, on a clock of its own."""
 
     name, licence, compares_across_prompts = "costly", "", True
@@ -44,5 +44,5 @@ def test_words_are_tokens_that_end_with_the_highest() -> None:
 
 
 def test_the_judge_elsewhere_says_where_it_is() -> None:
-    assert runs_elsewhere(Elsewhere(True))
-    assert not runs_elsewhere(Elsewhere(False))
+    assert Elsewhere(True).runs_elsewhere
+    assert not Elsewhere(False).runs_elsewhere

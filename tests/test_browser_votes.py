@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from comfy_host import COMFYUIS, ROOT, Server, make_base, server
+from program import call
 
 from comfy_g2rpo.run.folder import RunFolder
 from comfy_g2rpo.votes import ballots
 from comfy_g2rpo.votes.strengths import Votes, from_table
-from g2rpo_trainer import cli
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="no playwright: pip install playwright, and a Chromium, to test the page"
@@ -137,23 +137,7 @@ def test_a_group_is_clicked_through_and_the_model_learns_from_it(
         keys = ours.group()
         assert ours.votes() is None and ours.tool("Vote and go on").is_disabled()
 
-        # The first click is the best; what was clicked can be taken back.
-        ours.click(4, 2)
-        page.keyboard.press("ArrowRight")
-        page.keyboard.press("Enter")
-        page.keyboard.press("7")
-        assert ours.votes() == {
-            "pictures": keys,
-            "ranking": [keys[i] for i in (4, 2, 3, 6)],
-            "winners": [keys[i] for i in (4, 2, 3, 6)],
-        }
-        page.keyboard.press("Backspace")
-        ours.click(2)
-        assert (ours.votes() or {})["ranking"] == [keys[4], keys[3]]
-        assert page.locator(CHOICE).nth(4).get_attribute("aria-label") == "Picture 5, 1"
-        page.locator(".g2rpo-tools input").uncheck()
-        assert ours.votes() == {"pictures": keys, "ranking": [keys[4], keys[3]]}
-        page.locator(".g2rpo-tools input").check()
+        check_ranking(ours, keys)
         ours.shoot(f"{renderer}-voted")
 
         assert page.get_by_text('{"pictures"').count() == 0 == page.locator("input[value*=pictures]").count()
@@ -192,6 +176,24 @@ def test_a_group_is_clicked_through_and_the_model_learns_from_it(
         assert not workflow_page.refused(page)
 
 
+def check_ranking(ours: Page, keys: list[str]) -> None:
+    """Click and type a ranking: the first click is the best; what was clicked can be taken back."""
+    page = ours.page
+    ours.click(4, 2)
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.keyboard.press("7")
+    best = [keys[i] for i in (4, 2, 3, 6)]
+    assert ours.votes() == {"pictures": keys, "ranking": best, "winners": best}
+    page.keyboard.press("Backspace")
+    ours.click(2)
+    assert (ours.votes() or {})["ranking"] == [keys[4], keys[3]]
+    assert page.locator(CHOICE).nth(4).get_attribute("aria-label") == "Picture 5, 1"
+    page.locator(".g2rpo-tools input").uncheck()
+    assert ours.votes() == {"pictures": keys, "ranking": [keys[4], keys[3]]}
+    page.locator(".g2rpo-tools input").check()
+
+
 def check_undo(ours: Page, keys: list[str]) -> None:
     """Make all nodes anew, as undo does: the group and the votes on it stay."""
     page, before = ours.page, ours.votes()
@@ -207,11 +209,9 @@ def voted_page(tmp_path: Path) -> Iterator[tuple[Any, Path, list[str]]]:
     """Open the page that the command writes, from a file."""
     run = RunFolder.create(tmp_path / "run", {"config": {}}).path
     for i, prompt in enumerate(("a red cat", HOSTILE)):
-        ballots.write_ballot(
-            run, torch.rand(5, 24, 24, 3, generator=torch.Generator().manual_seed(i)), prompt, 1
-        )
-    with pytest.raises(SystemExit):
-        cli.main(["vote", str(run)])
+        pictures = torch.rand(5, 24, 24, 3, generator=torch.Generator().manual_seed(i))
+        ballots.write_ballot(run, pictures, prompt, 1)
+    call("vote", run)
     asked: list[str] = []
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(
@@ -251,8 +251,7 @@ def test_the_offline_page_saves_votes_that_the_run_takes(
         page.locator("#save").click()
     download.value.save_as(tmp_path / "votes.json")
     first, second = (list(ballot.files) for ballot in ballots.read_ballots(run))
-    with pytest.raises(SystemExit):
-        cli.main(["vote", str(run), "--take", str(tmp_path / "votes.json")])
+    call("vote", run, "--take", tmp_path / "votes.json")
     ranked = (first[3], first[1])
     assert ballots.read(run) == [
         Votes(tuple(first), ranked, ranked, prompt="a red cat", voter="Ann"),

@@ -13,9 +13,10 @@ from comfy_g2rpo.prompts import PromptCursor, PromptError
 from comfy_g2rpo.recipes import FIELDS, RECIPES
 from comfy_g2rpo.rewards import RewardError
 from g2rpo_trainer.config import reading
+from g2rpo_trainer.config.bundled import bundled_recipes
 from g2rpo_trainer.config.reading import ConfigError
 
-BUNDLED = sorted(path.stem for path in reading.bundled_folder("recipes").glob("*.yaml"))
+BUNDLED = sorted(bundled_recipes())
 
 
 @pytest.fixture
@@ -85,8 +86,8 @@ WRONG = {
     "rewards=[{name: agreement, weigth: 2}]": (
         "rewards.0.weigth is unknown (did you mean rewards.0.weight?); remove it or correct its name"
     ),
-    "method.eta=-1": "method.eta is -1; it must be at least 0",
-    "method.granularities=[0]": "method.granularities.0 is 0; it must be at least 1",
+    "method.eta=-1": "method.eta is -1.0; it must lie between 0 and 10",
+    "method.granularities=[0]": "method.granularities is (0,); it must lie between 1 and 1000",
     "method.granularities=[]": "method.granularities is empty; list at least one",
     "method.granularities=3": "method.granularities is 3; it must be a list, such as [1, 2]",
     "method.kernel=flowsde": (
@@ -98,7 +99,7 @@ WRONG = {
     "train.steps=ten": "train.steps is 'ten'; it must be a whole number",
     "train.steps=2.5": "train.steps is 2.5; it must be a whole number",
     "train.steps=true": "train.steps is True; it must be something other than true or false",
-    "train.seed=99999999999": "train.seed is 99999999999; it must be at most 2147483647",
+    "train.seed=99999999999": "train.seed is 99999999999; it must lie between 0 and 2147483647",
     "lora.alpha=.nan": "lora.alpha is nan; it must be a finite number",
     "lora=3": "lora is 3; it must be a section with keys of its own",
     "model={}": (

@@ -9,10 +9,13 @@ import math
 from importlib.util import find_spec
 from pathlib import Path
 
+import family_model as family
 import flux2_folder
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline
+from family_model import LONG, SHORT, SIGMA, Batch, close
+from program import call
 from torch import Tensor
 
 from comfy_g2rpo import lora
@@ -21,17 +24,15 @@ from comfy_g2rpo.lora.forms import Form, in_core
 from comfy_g2rpo.lora.key_names import BOTH, FLUX2, family_of_model
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.rollout import roll_out, seeded_noise
-from comfy_g2rpo.run.folder import RunFolder
-from g2rpo_trainer import cli, families
+from g2rpo_trainer import families
 from g2rpo_trainer.config.reading import load as load_recipe
 from g2rpo_trainer.config.sections import ModelSection
 from g2rpo_trainer.families.flux2 import Flux2
-from g2rpo_trainer.model import prompt_cache
 from g2rpo_trainer.run import continue_from
 
 pytestmark = pytest.mark.xdist_group("flux2")  # one process makes what they share
 
-SHORT, LONG = "a cat", "a red circle left of two blue squares, in the rain"
+PROMPTS = (SHORT, LONG, "a dog")
 WIDTH, HEIGHT, SHAPE = 64, 48, (128, 3, 4)
 LENGTHS = {"klein base": 64, "klein": 64, "dev": 340}  # dev's template has a long message of its own
 MODULES = 8 + 4 + 2 * 2
@@ -50,30 +51,18 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {kind: flux2_folder.save(place / kind, kind) for kind in flux2_folder.KINDS}
 
 
-def load(folders: dict[str, Path], kind: str, lora_seed: int | None = None, **more: object) -> Flux2:
-    """Load a model as a run does; a LoRA that is asked for has moved away from zero."""
-    section = {
-        "family": "flux2",
-        "path": str(folders[kind]),
-        "width": WIDTH,
-        "height": HEIGHT,
-        "max_sequence_length": LENGTHS[kind],
-    }
-    policy = families.load(ModelSection(**section | more), folders[kind], "cpu")
-    if lora_seed is not None:
-        policy.add_lora(4, 8, lora_seed, feed_forward=True)
-        with torch.no_grad():
-            for name, (_, up) in policy.pairs().items():
-                up.copy_(0.02 * seeded_noise(up.shape, "up", name))
-    return policy
+def load(folders: dict[str, Path], kind: str, **more: object) -> Flux2:
+    """Load a model as a run does."""
+    section = {"family": "flux2", "path": str(folders[kind]), "width": WIDTH, "height": HEIGHT}
+    section |= {"max_sequence_length": LENGTHS[kind], **more}
+    return families.load(ModelSection(**section), folders[kind], "cpu")
 
 
 @pytest.fixture(scope="module")
 def bases(folders) -> dict[str, Flux2]:
     """Models without adapter; tests leave them as they are."""
-    return {
-        kind: load(folders, kind, guidance=1.0 if kind == "klein" else 4.0) for kind in flux2_folder.KINDS
-    }
+    guidance = {"klein base": 4.0, "klein": 1.0, "dev": 4.0}
+    return {kind: load(folders, kind, guidance=guidance[kind]) for kind in flux2_folder.KINDS}
 
 
 @pytest.fixture
@@ -82,13 +71,9 @@ def base(bases: dict[str, Flux2], kind: str) -> Flux2:
     return bases[kind]
 
 
-def batch(policy: Flux2) -> tuple[Tensor, Tensor, list]:
+def batch(policy: Flux2) -> Batch:
     """Give three latents at three noise levels, with three prompts."""
-    return (
-        seeded_noise((3, *SHAPE), "latents"),
-        torch.tensor([1.0, 0.6, 0.123]),
-        policy.encode([SHORT, LONG, "a dog"]),
-    )
+    return seeded_noise((3, *SHAPE), "latents"), torch.tensor(SIGMA), policy.encode(PROMPTS)
 
 
 def plain(policy: Flux2, x: Tensor, sigma: float, tokens: Tensor) -> Tensor:
@@ -114,12 +99,10 @@ def plain(policy: Flux2, x: Tensor, sigma: float, tokens: Tensor) -> Tensor:
 
 
 def test_the_velocity_is_diffusers_own_at_every_noise_level_whatever_else_is_in_the_batch(base):
-    x, sigma, cond = batch(base)
-    with torch.no_grad():
-        together = base.velocity(x, sigma, cond)
-        for row in range(3):
-            expected = plain(base, x[row], sigma[row].item(), cond[row].tokens)
-            assert torch.allclose(together[row], expected, rtol=0, atol=1e-5)
+    x, sigma, cond = given = batch(base)
+    family.check_rows(
+        base, given, lambda row: plain(base, x[row], sigma[row].item(), cond[row].tokens), alone=False
+    )
 
 
 def test_a_deterministic_rollout_is_the_pipelines_own_sampling(base):
@@ -129,7 +112,7 @@ def test_a_deterministic_rollout_is_the_pipelines_own_sampling(base):
     asked |= {"latents": rollout.noise(0, 0)[None], "max_sequence_length": base.max_sequence_length}
     picture = base.pipeline(prompt=LONG, **asked, output_type="pt").images
     assert torch.equal(sigmas, base.pipeline.scheduler.sigmas)
-    assert torch.allclose(base.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), rtol=0, atol=1e-5)
+    assert close(base.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1))
 
 
 def test_latents_stand_as_the_pipeline_cuts_them_and_pictures_are_whole(base):
@@ -138,7 +121,7 @@ def test_latents_stand_as_the_pipeline_cuts_them_and_pictures_are_whole(base):
     raw = Flux2Pipeline._unpatchify_latents(latents * (var + 1e-4).sqrt() + mean)
     pictures = base.decode(latents)
     expected = (base.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-    assert torch.allclose(pictures, expected, rtol=0, atol=1e-5)
+    assert close(pictures, expected)
     assert pictures.shape == (2, HEIGHT, WIDTH, 3) and pictures.is_contiguous()
 
 
@@ -153,10 +136,8 @@ def test_its_schedule_is_shifted_by_resolution_and_steps(bases, steps, shape, mu
 
 
 def test_in_16_bit_the_model_still_sees_the_exact_noise_level_and_guidance(folders):
-    policy, seen = load(folders, "dev", dtype="bf16", guidance=3.3), []
-    policy.transformer.time_guidance_embed.time_proj.register_forward_pre_hook(
-        lambda module, given: seen.append(given[0].clone())
-    )
+    policy = load(folders, "dev", dtype="bf16", guidance=3.3)
+    seen = family.given_to(policy.transformer.time_guidance_embed.time_proj)
     sigma = torch.tensor([0.9545454, 0.1234567])
     with policy.inference():
         policy.velocity(seeded_noise((2, *SHAPE), "x"), sigma, policy.encode([SHORT, LONG]))
@@ -164,81 +145,59 @@ def test_in_16_bit_the_model_still_sees_the_exact_noise_level_and_guidance(folde
 
 
 def test_the_cache_gives_the_same_features_and_spares_the_encoder(folders, tmp_path, monkeypatch):
-    monkeypatch.setenv("G2RPO_PROMPTS", str(tmp_path / "prompts"))
-    monkeypatch.setattr(prompt_cache, "SMALL", 0)
+    family.keep_prompts(tmp_path, monkeypatch)
     first, again = load(folders, "klein base").encode([SHORT, LONG]), load(folders, "klein base")
     again.drop_text_encoders()
     assert again.pipeline.text_encoder is None
-    assert all(
-        torch.equal(a.tokens, b.tokens) for a, b in zip(first, again.encode([SHORT, LONG]), strict=True)
-    )
+    assert family.same_features(first, again.encode([SHORT, LONG]))
 
 
 def test_guidance_needs_no_text_encoder_once_it_is_dropped(folders, bases):
-    fresh = load(folders, "klein base", guidance=4.0)
-    fresh.drop_text_encoders()
-    assert torch.equal(
-        fresh.velocity(*batch(bases["klein base"])), bases["klein base"].velocity(*batch(bases["klein base"]))
-    )
+    base = bases["klein base"]
+    family.check_dropped(base, load(folders, "klein base", guidance=4.0), batch(base))
 
 
 @pytest.fixture(scope="module")
 def tuned(folders) -> Flux2:
     """Dev with a LoRA on attention and feed-forward layers that has moved away from zero."""
-    return load(folders, "dev", lora_seed=0, guidance=4.0)
+    return family.moved(load(folders, "dev", guidance=4.0))
 
 
 def test_the_adapter_sits_on_both_kinds_of_blocks_and_the_reference_is_the_model_without_it(
     folders, bases, tuned
 ):
-    double = (
-        "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj attn.add_v_proj "
-        "attn.to_add_out"
-    )
-    single = {
-        f"single_transformer_blocks.{block}.attn.{name}"
-        for block in range(2)
-        for name in ("to_qkv_mlp_proj", "to_out")
-    }
-    attention = {f"transformer_blocks.0.{name}" for name in double.split()} | single
-    more = {
-        f"transformer_blocks.0.{name}"
-        for name in ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
-    }
+    double = "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj attn.add_v_proj"
+    double += " attn.to_add_out"
+    single = [f"{block}.attn.{name}" for block in range(2) for name in ("to_qkv_mlp_proj", "to_out")]
+    attention = {f"transformer_blocks.0.{name}" for name in double.split()}
+    attention |= {f"single_transformer_blocks.{name}" for name in single}
+    forward = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
+    more = {f"transformer_blocks.0.{name}" for name in forward}
     assert set(tuned.pairs()) == attention | more and len(attention | more) == MODULES
     fresh = load(folders, "klein base")
     fresh.add_lora(4, 8, 0)
     assert set(fresh.pairs()) == attention
-    given = batch(bases["dev"])
-    with torch.no_grad():
-        with tuned.reference():
-            assert torch.allclose(tuned.velocity(*given), bases["dev"].velocity(*given), rtol=0, atol=1e-6)
-        assert not torch.allclose(tuned.velocity(*given), bases["dev"].velocity(*given), atol=1e-3)
+    family.check_reference(tuned, bases["dev"], batch(bases["dev"]))
 
 
 def test_what_the_models_do_not_take_is_refused(folders, bases):
-    assert bases["klein"].latent_shape(WIDTH, HEIGHT) == SHAPE and bases["dev"].comfyui_shift == math.exp(
-        2.02
-    )
+    assert bases["klein"].latent_shape(WIDTH, HEIGHT) == SHAPE
+    assert bases["dev"].comfyui_shift == math.exp(2.02)
     with pytest.raises(ValueError, match="72×64; both must be multiples of 16"):
         bases["dev"].latent_shape(72, 64)
     with pytest.raises(ValueError, match="max_sequence_length is 0"):
         load(folders, "dev", max_sequence_length=0)
-    with pytest.raises(
-        ValueError,
-        match=r"model\.guidance is 4, but this FLUX\.2 \(klein, distilled\) takes no guidance; set it to 1",
-    ):
+    says = r"model\.guidance is 4, but this FLUX\.2 \(klein, distilled\) takes no guidance; set it to 1"
+    with pytest.raises(ValueError, match=says):
         load(folders, "klein", guidance=4.0)
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
 def test_dev_says_that_its_published_tokenizer_needs_torchvision(folders, tmp_path):
-    (tmp_path / "model_index.json").write_text(
-        (folders["dev"] / "model_index.json").read_text().replace("Qwen2Tokenizer", "PixtralProcessor")
-    )
-    with pytest.raises(
-        ValueError, match=r"by a PixtralProcessor, which needs torchvision: pip install torchvision"
-    ):
+    index = (folders["dev"] / "model_index.json").read_text()
+    (tmp_path / "model_index.json").write_text(index.replace("Qwen2Tokenizer", "PixtralProcessor"))
+    says = "by a PixtralProcessor, which needs torchvision: pip install torchvision"
+    with pytest.raises(ValueError, match=says):
         families.load(ModelSection(family="flux2", path=str(tmp_path)), tmp_path, "cpu")
 
 
@@ -252,50 +211,17 @@ def test_a_folder_is_known_to_have_diffusers_names_and_a_file_native_ones(bases)
 def run(folders, tmp_path_factory) -> Path:
     """One whole step of the bundled recipe on the tiny klein base, all targets."""
     place = tmp_path_factory.mktemp("run") / "run"
-    small = (
-        "model.dtype=fp32",
-        f"model.width={WIDTH}",
-        f"model.height={HEIGHT}",
-        "model.max_sequence_length=64",
-        "method.num_steps=4",
-    )
-    short = (
-        "method.group_size=3",
-        "train.steps=1",
-        "train.prompts_per_step=1",
-        "train.eval_every=0",
-        "train.eval_prompts=1",
-    )
-    quick = (
-        "prompts.heldout_share=0.1",
-        "lora.rank=4",
-        "lora.alpha=8",
-        "method.learning_rate=0.01",
-        "train.slots=16",
-    )
-    more = (f"model.path={folders['klein base']}", "lora.targets=attention+feed_forward")
-    with pytest.raises(SystemExit) as end:
-        cli.main(
-            [
-                "train",
-                "flux2_klein",
-                "--out",
-                str(place),
-                "--quiet",
-                *(p for s in (*small, *short, *quick, *more) for p in ("--set", s)),
-            ]
-        )
-    assert not end.value.code
+    more = (f"model.width={WIDTH}", f"model.height={HEIGHT}", "model.max_sequence_length=64")
+    targets = "lora.targets=attention+feed_forward"
+    assert family.train_recipe("flux2_klein", folders["klein base"], place, *more, targets) == 0
     return place
 
 
 def test_a_run_learns_and_names_its_modules_as_every_comfyui_that_has_the_model(run):
-    file = RunFolder.open(run).latest() / "lora.safetensors"
-    keys, written = read_tensors(file)[0], lora.read(file)
-    assert any(row.get("grad_norm", 0) > 0 for row in RunFolder.open(run).metrics())
-    assert len(written.pairs) == 2 + 2 + 4 + 2 * 2 and all(
-        up.any() for _, up in written.pairs.values()
-    )  # q, k and v are one
+    keys, written = read_tensors(family.lora_of(run))[0], lora.read(family.lora_of(run))
+    assert family.learnt(run)
+    # q, k and v are one.
+    assert len(written.pairs) == 2 + 2 + 4 + 2 * 2 and all(up.any() for _, up in written.pairs.values())
     assert all(f"diffusion_model.{module}.alpha" in keys for module in written.pairs)
     assert {in_core(FLUX2, module, Form("diffusion_model.")) for module in written.pairs} == {BOTH}
 
@@ -303,33 +229,20 @@ def test_a_run_learns_and_names_its_modules_as_every_comfyui_that_has_the_model(
 def test_the_exported_lora_of_a_run_has_the_same_effect_in_diffusers_and_in_the_next_run(
     run, folders, bases, tmp_path
 ):
-    file, base = RunFolder.open(run).latest() / "lora.safetensors", bases["klein base"]
-    with pytest.raises(SystemExit):
-        cli.main(
-            [
-                "export",
-                str(file),
-                "--form",
-                "diffusers",
-                "--no-alpha",
-                "--out",
-                str(tmp_path / "diffusers.safetensors"),
-            ]
-        )
+    file, base, exported = family.lora_of(run), bases["klein base"], tmp_path / "diffusers.safetensors"
+    call("export", file, "--form", "diffusers", "--no-alpha", "--out", exported)
     ours, theirs, continued = (load(folders, "klein base", guidance=4.0) for _ in range(3))
     ours.load_lora(file)
-    theirs.pipeline.load_lora_weights(tmp_path / "diffusers.safetensors")
+    theirs.pipeline.load_lora_weights(exported)
     continued.add_lora(4, 8, seed=3, feed_forward=True)
     continue_from(continued, file, 8 / 4, "flux2")
-    x, sigma, cond = batch(base)
+    x, sigma, cond = given = batch(base)
     with torch.no_grad():
-        changed = ours.velocity(x, sigma, cond)
-        assert torch.allclose(continued.velocity(x, sigma, cond), changed, rtol=0, atol=1e-5)
-        for row in range(3):
-            assert torch.allclose(
-                plain(theirs, x[row], sigma[row].item(), cond[row].tokens), changed[row], rtol=0, atol=1e-5
-            )
-    assert not torch.allclose(changed, base.velocity(x, sigma, cond), atol=1e-4)
+        changed, untrained = ours.velocity(*given), base.velocity(*given)
+        assert close(continued.velocity(*given), changed)
+    family.check_effect(
+        changed, lambda row: plain(theirs, x[row], sigma[row].item(), cond[row].tokens), untrained, 1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -339,10 +252,6 @@ def test_the_exported_lora_of_a_run_has_the_same_effect_in_diffusers_and_in_the_
 def test_the_bundled_recipes_are_the_published_ones(recipe, guidance, model):
     config = load_recipe(recipe)
     assert config.model.path == f"black-forest-labs/{model}" and config.model.guidance == guidance
-    assert (config.model.family, config.model.max_sequence_length, config.lora.rank, config.lora.alpha) == (
-        "flux2",
-        512,
-        64,
-        128,
-    )
+    assert (config.model.family, config.model.max_sequence_length) == ("flux2", 512)
+    assert (config.lora.rank, config.lora.alpha) == (64, 128)
     assert json.loads(config.model_dump_json())["method"]["group_size"] == 12

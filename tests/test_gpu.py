@@ -9,14 +9,14 @@ import pytest
 import torch
 from random_models import ARCHITECTURES, SMALL_SIDE, random_conds, random_policy
 
-from comfy_g2rpo.advantages import integrate
+from comfy_g2rpo.advantages import integrate, rank_correlation
 from comfy_g2rpo.plan import singular
 from comfy_g2rpo.recipes import build_plan, recipe
 from comfy_g2rpo.rewards import load
-from comfy_g2rpo.rollout import roll_out
-from comfy_g2rpo.run.rank_guard import Speed, rank_correlation
+from comfy_g2rpo.run.rank_guard import Speed
 from comfy_g2rpo.run.scorer import Scorer
 from comfy_g2rpo.schedule import shifted_sigmas
+from comfy_g2rpo.speed.fitting_rollout import roll_out
 from comfy_g2rpo.speed.step_cache import Shortcut
 from comfy_g2rpo.update import records, update
 from g2rpo_trainer.families.sd3 import SD3, load_pipeline

@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from toys import SHAPE, ToyPolicy
 
+from comfy_g2rpo.advantages import rank_correlation
 from comfy_g2rpo.kernels import dpm_2m_step
 from comfy_g2rpo.plan import ROOT, independent, singular
 from comfy_g2rpo.recipes import RECIPES, build_plan, recipe
-from comfy_g2rpo.rollout import roll_out
-from comfy_g2rpo.run.rank_guard import Speed, check, excerpt, explore, first_group, rank_correlation
+from comfy_g2rpo.rewards import Reward
+from comfy_g2rpo.run.rank_guard import Speed, check, excerpt, first_group, roll_out_guarded
 from comfy_g2rpo.run.scorer import Scorer, roll_out_and_score
 from comfy_g2rpo.schedule import shifted_sigmas
+from comfy_g2rpo.speed.fitting_rollout import roll_out
 from comfy_g2rpo.speed.step_cache import Shortcut
 
 STEPS, CONDS, SEEDS = 12, [0.3, -0.8], [11, 12]
@@ -40,7 +42,7 @@ class Painter(ToyPolicy):
         return -self.velocity(x, sigma, cond)
 
 
-class Brightness:
+class Brightness(Reward):
     """The mean of a picture."""
 
     name, licence, compares_across_prompts = "brightness", "", True
@@ -221,7 +223,7 @@ def explored(speed, velocity=None, step=0, cheap=True, made=MADE, rewards=JUDGES
             policy, plan, shifted_sigmas(STEPS), conds, seeds, SHAPE, scorer, 16, None, shortcut
         )
 
-    return explore(roll, made, speed, velocity, cheap, step, 0, 2, rewards), plans
+    return roll_out_guarded(roll, made, speed, velocity, cheap, step, 0, 2, rewards), plans
 
 
 def test_nothing_is_cheap_or_measured_unless_it_is_asked_for():
@@ -279,8 +281,10 @@ def test_the_processes_of_a_run_decide_together():
     def with_a_bad_one(found):
         return torch.cat([found, torch.tensor([[[-4.0, 4.0]]])], 1)
 
-    alone = explore(roll, MADE, Speed(cache=0.01), None, True, 0, 0, 2, [Brightness()])
-    shared = explore(roll, MADE, Speed(cache=0.01), None, True, 0, 0, 2, [Brightness()], with_a_bad_one)
+    alone = roll_out_guarded(roll, MADE, Speed(cache=0.01), None, True, 0, 0, 2, [Brightness()])
+    shared = roll_out_guarded(
+        roll, MADE, Speed(cache=0.01), None, True, 0, 0, 2, [Brightness()], with_a_bad_one
+    )
     assert alone.cheap and not shared.cheap and shared.metrics["guard/rank"] < alone.metrics["guard/rank"]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from aiohttp import web
-from judge_host import JudgeHost, after, close_mid_body, completion, flaky, hang, section, slow
+from judge_host import JudgeHost, after, ask, completion, hang, judging, section, sometimes, status
 from torch import Tensor
 
 from comfy_g2rpo.prompts import Prompt
@@ -29,19 +29,7 @@ from g2rpo_trainer.rewards.judges.client import Client, Limits, retry_after
 from g2rpo_trainer.rewards.judges.openai import KINDS, read
 from g2rpo_trainer.rewards.judges.pairwise import draw_pairs, win_rates
 
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take no key from the environment, and wait little between attempts."""
-    for name in [name for name in os.environ if name.startswith("G2RPO_JUDGE")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(Limits, "__init__", _quick(Limits.__init__))
-
-
-def _quick(make):
-    return lambda self, **given: make(
-        self, **({"first_wait": 0.01, "longest_wait": 0.05, "longest_asked_wait": 0.3} | given)
-    )
+patient = judge_host.patient
 
 
 def images_of(count: int, seed: int = 0, size: int = 8) -> Tensor:
@@ -64,8 +52,8 @@ def right_or_dropped(scores: Tensor, images: Tensor) -> bool:
 
 
 def test_yes_or_no_is_a_probability_of_the_words_that_were_asked_for() -> None:
-    with JudgeHost() as host:
-        judge, images = connect(section(url=host.url)), images_of(20)
+    with judging() as (host, judge):
+        images = images_of(20)
         scores = checked(judge, images, ["a cat"] * 20)
     assert torch.allclose(scores, truth(images), atol=1e-5)
     assert host.bodies[1]["logprobs"] is True and host.bodies[1]["temperature"] == 0
@@ -75,14 +63,13 @@ def test_yes_or_no_is_a_probability_of_the_words_that_were_asked_for() -> None:
 
 
 def test_a_rating_is_expected_over_its_digits() -> None:
-    with JudgeHost() as host:
-        judge, images = connect(section(url=host.url, protocol="rating")), images_of(5)
-        assert torch.allclose(judge.score(images, ["x"] * 5), 1 + 4 * truth(images), atol=1e-5)
+    with judging(protocol="rating") as (_, judge):
+        images = images_of(5)
+        assert torch.allclose(ask(judge, images), 1 + 4 * truth(images), atol=1e-5)
 
 
 def test_a_question_of_ones_own_takes_the_prompt_and_its_columns_in_one_pass() -> None:
-    with JudgeHost() as host:
-        judge = connect(section(url=host.url, question="Are there {target} in {prompt}? {other}"))
+    with judging(question="Are there {target} in {prompt}? {other}") as (host, judge):
         judge.score(images_of(1), [Prompt("a {target} b", {"target": 3})])
     assert judge_host.text_of(host.bodies[-1]) == "Are there 3 in a {target} b? {other}"
 
@@ -137,15 +124,12 @@ def test_nonsense_is_no_score_and_spoils_no_other(name: str, caplog: pytest.LogC
     dark = lambda body: judge_host.brightness(judge_host.pictures_of(body)[0]) < 0.5  # noqa: E731
 
     def behave(host: JudgeHost, request: web.Request, body: dict) -> web.Response | None:
-        return (
-            web.Response(text=json.dumps(NONSENSE[name]), content_type="application/json")
-            if dark(body)
-            else None
-        )
+        nonsense = web.Response(text=json.dumps(NONSENSE[name]), content_type="application/json")
+        return nonsense if dark(body) else None
 
-    with JudgeHost(after(1, behave)) as host:
-        judge, images = connect(section(url=host.url)), images_of(40)
-        scores = judge.score(images, ["x"] * 40)
+    with judging(after(1, behave)) as (_, judge):
+        images = images_of(40)
+        scores = ask(judge, images)
     assert right_or_dropped(scores, images) and torch.equal(scores.isnan(), truth(images) < 0.5)
     assert sum(judge.chat.client.faults.values()) == int(scores.isnan().sum())
     assert len(caplog.records) == len(judge.chat.client.faults) == 1 and "judge 'judge'" in caplog.text
@@ -156,9 +140,8 @@ def test_a_rating_in_words_is_one_of_five_digits(text: str) -> None:
     def behave(host: JudgeHost, request: web.Request, body: dict) -> dict:
         return {"choices": [{"message": {"content": "4" if host.asked == 1 else text}}]}
 
-    with JudgeHost(behave) as host:
-        judge = connect(section(url=host.url, protocol="rating"))
-        assert judge.chat.words and judge.score(images_of(1), ["x"]).isnan().all()
+    with judging(behave, protocol="rating") as (_, judge):
+        assert judge.chat.words and ask(judge, images_of(1)).isnan().all()
 
 
 def test_a_server_without_probabilities_is_named_and_its_words_count(
@@ -167,15 +150,12 @@ def test_a_server_without_probabilities_is_named_and_its_words_count(
     def behave(host: JudgeHost, request: web.Request, body: dict) -> object:
         if "logprobs" in body:
             return web.json_response({"error": "logprobs are not supported"}, status=400)
-        return {
-            "choices": [
-                {"message": {"content": "No" if judge_host.pictures_of(body)[0].mean() < 128 else "Yes"}}
-            ]
-        }
+        word = "No" if judge_host.pictures_of(body)[0].mean() < 128 else "Yes"
+        return {"choices": [{"message": {"content": word}}]}
 
-    with JudgeHost(behave) as host:
-        judge, images = connect(section(url=host.url)), images_of(10)
-        assert torch.equal(judge.score(images, ["x"] * 10), (truth(images) >= 128 / 255).float())
+    with judging(behave) as (_, judge):
+        images = images_of(10)
+        assert torch.equal(ask(judge, images), (truth(images) >= 128 / 255).float())
     assert "gives no log-probabilities" in caplog.text
 
 
@@ -183,60 +163,38 @@ def test_a_server_that_names_the_bound_of_an_answer_otherwise_is_understood() ->
     def behave(host: JudgeHost, request: web.Request, body: dict) -> web.Response | None:
         return web.Response(status=400, text="use max_completion_tokens") if "max_tokens" in body else None
 
-    with JudgeHost(behave) as host:
-        judge, images = connect(section(url=host.url)), images_of(3)
-        assert torch.allclose(judge.score(images, ["x"] * 3), truth(images), atol=1e-5) and host.asked == 5
+    with judging(behave) as (host, judge):
+        images = images_of(3)
+        assert torch.allclose(ask(judge, images), truth(images), atol=1e-5) and host.asked == 5
 
 
 # What is broken before a run begins
 
+NOWHERE, TWO = "http://127.0.0.1:9/v1", {"data": [{"id": "a"}, {"id": "b"}]}
 BROKEN = {
-    "no server": (
-        section(url="http://127.0.0.1:9/v1"),
-        None,
-        "judge 'judge' at http://127.0.0.1:9/v1: connection failed",
-    ),
-    "no key": (section(), lambda *_: web.Response(status=401), "HTTP 401; put its key into G2RPO_JUDGE_KEY"),
-    "no such address": (section(), lambda *_: web.Response(status=404), "HTTP 404; check url and model"),
-    "led elsewhere": (
-        section(),
-        lambda *_: web.Response(status=302, headers={"Location": "http://127.0.0.1:9/"}),
-        "HTTP 302",
-    ),
-    "another word": (section(), lambda *_: completion({"<think>": 0.99}), "the answer is none of yes, no"),
-    "another protocol": (
-        section(protocol="g2rpo"),
-        lambda *_: {"hello": 1},
-        "start it with g2rpo rewards serve",
-    ),
-    "several models": (
-        section(model=None),
-        lambda *_: {"data": [{"id": "a"}, {"id": "b"}]},
-        "has 2 models, such as a, b; name one under model",
-    ),
-    "no models": (section(model=None), lambda *_: [3], "has 0 models; name one under model"),
+    "no server": ({"url": NOWHERE}, None, f"judge 'judge' at {NOWHERE}: connection failed"),
+    "no key": ({}, status(401), "HTTP 401; put its key into G2RPO_JUDGE_KEY"),
+    "no such address": ({}, status(404), "HTTP 404; check url and model"),
+    "led elsewhere": ({}, status(302, Location=NOWHERE), "HTTP 302"),
+    "another word": ({}, lambda *_: completion({"<think>": 0.99}), "the answer is none of yes, no"),
+    "another protocol": ({"protocol": "g2rpo"}, lambda *_: {"hello": 1}, "start it with g2rpo rewards serve"),
+    "several models": ({"model": None}, lambda *_: TWO, "has 2 models, such as a, b; name one under model"),
+    "no models": ({"model": None}, lambda *_: [3], "has 0 models; name one under model"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_judge_that_cannot_work_is_refused_before_the_run(name: str) -> None:
-    asked, behave, words = BROKEN[name]
+    about, behave, words = BROKEN[name]
     with JudgeHost(behave) as host, pytest.raises(RewardError, match=words.replace("(", r"\(")):
-        connect(asked if asked.url else section(**(vars(asked) | {"url": host.url})))
+        connect(section(**{"url": host.url, **about}))
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "ftp://host/v1",
-        "ftp://me:secret@host/v1",
-        "file:///etc/passwd",
-        "http://me:secret@host/v1",
-        "http://host/v1?key=secret",
-        "host:80",
-        "",
-    ],
-)
+ADDRESSES = ["ftp://host/v1", "ftp://me:secret@host/v1", "file:///etc/passwd", "http://me:secret@host/v1"]
+ADDRESSES += ["http://host/v1?key=secret", "host:80", ""]
+
+
+@pytest.mark.parametrize("url", ADDRESSES)
 def test_an_address_is_plain_http_without_secrets(url: str) -> None:
     with pytest.raises(RewardError, match="url") as error:
         connect(section(url=url))
@@ -252,9 +210,8 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
     def echo(host: JudgeHost, request: web.Request, body: dict) -> web.Response:
         return web.Response(status=403, text=f"bad key {request.headers['Authorization']}")
 
-    with JudgeHost(after(1, echo)) as host:
-        judge = connect(section(url=host.url, name="my-judge"))
-        judge.score(images_of(1), ["x"])
+    with judging(after(1, echo), name="my-judge") as (host, judge):
+        ask(judge, images_of(1))
     assert host.headers[0]["Authorization"] == "Bearer sk-mine" and key_of("other") == "for-all"
     assert "HTTP 403" in caplog.text and "sk-mine" not in caplog.text and "for-all" not in caplog.text
 
@@ -270,63 +227,55 @@ def test_a_key_with_a_line_break_is_refused_without_being_shown(monkeypatch: pyt
 
 
 def test_a_flaky_judge_is_asked_again_and_every_score_is_right() -> None:
-    with JudgeHost(flaky) as host:
-        judge, images = connect(section(url=host.url, retries=8)), images_of(200)
-        assert torch.allclose(judge.score(images, ["x"] * 200), truth(images), atol=1e-5)
+    with judging(sometimes(0.3, status(500)), retries=8) as (host, judge):
+        images = images_of(200)
+        assert torch.allclose(ask(judge, images), truth(images), atol=1e-5)
     assert host.asked > 240 and not judge.chat.client.faults
 
 
 def test_a_hopeless_judge_drops_samples_and_soon_stops_being_asked() -> None:
-    with JudgeHost(after(1, lambda *_: web.Response(status=500))) as host:
-        judge = connect(section(url=host.url, retries=1, concurrency=4))
-        scores = judge.score(images_of(300), ["x"] * 300)
+    with judging(after(1, status(500)), retries=1, concurrency=4) as (host, judge):
+        scores = ask(judge, images_of(300))
         assert scores.isnan().all() and host.asked < 40
         # One attempt of the next call says whether it has come back.
         asked = host.asked
-        assert judge.score(images_of(3), ["x"] * 3).isnan().all() and host.asked == asked + 1
+        assert ask(judge, images_of(3)).isnan().all() and host.asked == asked + 1
         host.behave = None
-        assert judge.score(images_of(3), ["x"] * 3).isfinite().all()
+        assert ask(judge, images_of(3)).isfinite().all()
     assert judge.chat.client.faults["not asked, because the judge kept failing"] > 250
 
 
 def test_a_judge_that_hangs_costs_a_known_time() -> None:
-    with JudgeHost(after(1, hang)) as host:
-        judge = connect(section(url=host.url, retries=1, timeout=0.2, concurrency=4))
+    with judging(after(1, hang), retries=1, timeout=0.2, concurrency=4) as (_, judge):
         begin = time.perf_counter()
-        assert judge.score(images_of(100), ["x"] * 100).isnan().all()
+        assert ask(judge, images_of(100)).isnan().all()
     assert time.perf_counter() - begin < 15 and judge.chat.client.faults["no answer within 0.2 s"] >= 8
 
 
 def test_an_answer_that_breaks_off_is_asked_for_again() -> None:
-    def behave(host: JudgeHost, request: web.Request, body: dict):
-        return close_mid_body(host, request, body) if host.random.random() < 0.5 else None
-
-    with JudgeHost(after(1, behave)) as host:
-        judge, images = connect(section(url=host.url, retries=20)), images_of(30)
-        assert torch.allclose(judge.score(images, ["x"] * 30), truth(images), atol=1e-5)
+    with judging(after(1, sometimes(0.5, judge_host.close_mid_body)), retries=20) as (host, judge):
+        images = images_of(30)
+        assert torch.allclose(ask(judge, images), truth(images), atol=1e-5)
     assert host.asked > 40
 
 
 ONCE = {400: 1, 401: 1, 404: 1, 408: 3, 422: 1, 429: 3, 500: 3, 503: 3, 302: 1}
 
 
-@pytest.mark.parametrize("status", ONCE)
-def test_only_what_may_pass_is_asked_again(status: int) -> None:
-    with JudgeHost(after(1, lambda *_: web.Response(status=status))) as host:
-        judge = connect(section(url=host.url, retries=2))
-        assert judge.score(images_of(1), ["x"]).isnan().all()
-    assert host.asked == 1 + ONCE[status]
+@pytest.mark.parametrize("code", ONCE)
+def test_only_what_may_pass_is_asked_again(code: int) -> None:
+    with judging(after(1, status(code)), retries=2) as (host, judge):
+        assert ask(judge, images_of(1)).isnan().all()
+    assert host.asked == 1 + ONCE[code]
 
 
 def test_the_judge_says_how_long_to_wait_up_to_a_limit() -> None:
-    with JudgeHost(
-        lambda host, *_: (
-            web.Response(status=429, headers={"Retry-After": "3600"}) if host.asked == 2 else None
-        )
-    ) as host:
-        judge = connect(section(url=host.url))
+    def behave(host: JudgeHost, *_: object) -> web.Response | None:
+        return web.Response(status=429, headers={"Retry-After": "3600"}) if host.asked == 2 else None
+
+    with judging(behave) as (_, judge):
         begin = time.perf_counter()
-        assert judge.score(images_of(1), ["x"]).isfinite().all()
+        assert ask(judge, images_of(1)).isfinite().all()
     assert 0.3 <= time.perf_counter() - begin < 15
 
 
@@ -337,9 +286,8 @@ def test_retry_after_is_read_as_seconds_or_as_a_date() -> None:
 
 
 def test_waits_double_up_to_a_limit_and_are_spread_by_a_seed() -> None:
-    first, second = (
-        Client("a", "http://a", limits=Limits(first_wait=1, longest_wait=4), seed=3) for _ in range(2)
-    )
+    limits = Limits(first_wait=1, longest_wait=4)
+    first, second = (Client("a", "http://a", limits=limits, seed=3) for _ in range(2))
     waits = [first._wait(attempt, 0) for attempt in range(5)]
     assert waits == [second._wait(attempt, 0) for attempt in range(5)]
     assert all(top / 2 <= wait <= top for wait, top in zip(waits, (1, 2, 4, 4, 4), strict=True))
@@ -354,28 +302,25 @@ def test_an_answer_cannot_fill_the_memory(kind: str) -> None:
         answer.enable_compression(web.ContentCoding.gzip)
         return answer
 
-    with JudgeHost(after(1, behave)) as host:
-        judge = connect(section(url=host.url))
-        assert judge.score(images_of(1), ["x"]).isnan().all()
+    with judging(after(1, behave)) as (_, judge):
+        assert ask(judge, images_of(1)).isnan().all()
 
 
 def test_a_call_can_be_broken_off_from_another_thread_and_the_judge_used_again() -> None:
-    with JudgeHost(after(1, hang)) as host:
-        judge = connect(section(url=host.url, timeout=60))
+    with judging(after(1, hang), timeout=60) as (host, judge):
         timer = threading.Timer(0.3, judge.cancel)
         timer.start()
         begin = time.perf_counter()
         with pytest.raises(RewardError, match="judge 'judge' was broken off"):
-            judge.score(images_of(20), ["x"] * 20)
+            ask(judge, images_of(20))
         assert time.perf_counter() - begin < 5
         host.behave = None
-        assert judge.score(images_of(2), ["x"] * 2).isfinite().all()
+        assert ask(judge, images_of(2)).isfinite().all()
 
 
 def test_no_more_are_asked_at_once_than_agreed() -> None:
-    with JudgeHost(slow) as host:
-        judge = connect(section(url=host.url, concurrency=3))
-        judge.score(images_of(12), ["x"] * 12)
+    with judging(judge_host.slow, concurrency=3) as (host, judge):
+        ask(judge, images_of(12))
     assert host.most == 3
 
 
@@ -391,23 +336,18 @@ def resident() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files in /proc")
 def test_a_thousand_pictures_at_concurrency_8_leave_nothing_behind() -> None:
-    with JudgeHost(keep=False) as host:
-        judge, first, images = (
-            connect(section(url=host.url)),
-            images_of(1000, seed=1, size=32),
-            images_of(1000, seed=2, size=32),
-        )
-        judge.score(
-            first, ["x"] * 1000
-        )  # what is loaded once, and the memory that is needed for so many, is there now
+    with judging(keep=False) as (host, judge):
+        first, images = (images_of(1000, seed=seed, size=32) for seed in (1, 2))
+        # What is loaded once, and the memory that is needed for so many, is there after it.
+        ask(judge, first)
         gc.collect()
         before = open_files(), threading.active_count(), len(gc.get_objects()), resident()
-        scores = judge.score(images, ["x"] * 1000)
+        found = ask(judge, images)
         gc.collect()
         deadline = time.monotonic() + 5
         while (host.connections() or open_files() > before[0]) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert torch.allclose(scores, truth(images), atol=1e-5)
+        assert torch.allclose(found, truth(images), atol=1e-5)
         assert host.asked == 2001 and host.most <= 8 and host.connections() == 0
         assert open_files() <= before[0] and threading.active_count() == before[1]
         assert len(gc.get_objects()) < before[2] + 500 and resident() < before[3] + 64 * 2**20
@@ -418,8 +358,8 @@ def test_a_thousand_pictures_at_concurrency_8_leave_nothing_behind() -> None:
 
 
 def test_what_was_asked_once_is_not_asked_again() -> None:
-    with JudgeHost() as host:
-        judge, images = connect(section(url=host.url)), images_of(4)
+    with judging() as (host, judge):
+        images = images_of(4)
         twice = torch.cat([images, images])
         first = judge.score(twice, ["x"] * 8)
         assert host.asked == 5 and torch.equal(first[:4], first[4:])
@@ -429,37 +369,29 @@ def test_what_was_asked_once_is_not_asked_again() -> None:
 
 
 def test_a_failure_is_not_remembered() -> None:
-    with JudgeHost(after(1, lambda *_: web.Response(status=400))) as host:
-        judge = connect(section(url=host.url))
-        assert judge.score(images_of(2), ["x"] * 2).isnan().all()
+    with judging(after(1, status(400))) as (host, judge):
+        assert ask(judge, images_of(2)).isnan().all()
         host.behave = None
-        assert judge.score(images_of(2), ["x"] * 2).isfinite().all()
+        assert ask(judge, images_of(2)).isfinite().all()
 
 
 def test_scores_survive_in_a_folder_but_not_under_another_question(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("G2RPO_JUDGE_CACHE", str(tmp_path / "cache"))
-    with JudgeHost() as host:
-        first = connect(section(url=host.url)).score(images_of(5), ["x"] * 5)
-        assert (
-            torch.equal(connect(section(url=host.url)).score(images_of(5), ["x"] * 5), first)
-            and host.asked == 1 + 5 + 1
-        )
-        connect(section(url=host.url, question="Is it bright?")).score(images_of(5), ["x"] * 5)
+    with judging() as (host, judge):
+        first = ask(judge, images_of(5))
+        again = ask(connect(section(url=host.url)), images_of(5))
+        assert torch.equal(again, first) and host.asked == 1 + 5 + 1
+        ask(connect(section(url=host.url, question="Is it bright?")), images_of(5))
         assert host.asked == 1 + 5 + 1 + 1 + 5
 
 
 def test_a_damaged_cache_loses_its_damaged_lines_alone(tmp_path: Path) -> None:
     cache, key, other = Cache(tmp_path), digest("a"), digest("b")
     cache.put({key: 0.25})
-    hostile = [
-        '{"key": "' + key,
-        "[" * 10_000,
-        '{"key": 3, "score": 1}',
-        f'{{"key": "{other}", "score": NaN}}',
-        f'{{"key": "{other}", "score": true}}',
-    ]
+    hostile = ['{"key": "' + key, "[" * 10_000, '{"key": 3, "score": 1}']
+    hostile += [f'{{"key": "{other}", "score": {value}}}' for value in ("NaN", "true")]
     with open(tmp_path / "scores.jsonl", "ab") as file:
         file.write("\n".join(hostile).encode() + b'\n\xff\n{"key": "torn')
     again = Cache(tmp_path)
@@ -487,22 +419,18 @@ def test_a_cache_that_cannot_be_written_is_said_and_stops_nothing(
 
 
 def test_a_win_rate_orders_a_group_and_cancels_the_liking_for_a_place() -> None:
-    with JudgeHost() as host:
-        judge = connect(section(url=host.url, protocol="pairwise"))
+    with judging(protocol="pairwise") as (host, judge):
         images = torch.stack([torch.full((8, 8, 3), float(level)) for level in (10, 240, 60, 120, 200)]) / 255
-        scores = judge.score(images, ["x"] * 5)
+        scores = ask(judge, images)
     assert scores.argsort().tolist() == truth(images).argsort().tolist()
     assert scores.mean().item() == pytest.approx(0.5, abs=1e-6) and host.asked == 1 + 5 * 4
     assert judge.needs_group and not judge.compares_across_prompts
 
 
 def test_equal_pictures_are_not_asked_about_and_win_one_half() -> None:
-    with JudgeHost() as host:
-        judge = connect(section(url=host.url, protocol="pairwise"))
-        assert (
-            judge.score(images_of(1).repeat(4, 1, 1, 1), ["x"] * 4).tolist() == [0.5] * 4 and host.asked == 1
-        )
-        assert judge.score(images_of(1), ["x"]).isnan().all()
+    with judging(protocol="pairwise") as (host, judge):
+        assert ask(judge, images_of(1).repeat(4, 1, 1, 1)).tolist() == [0.5] * 4 and host.asked == 1
+        assert ask(judge, images_of(1)).isnan().all()
 
 
 def test_large_groups_meet_a_bounded_number_of_others_each_as_often() -> None:
@@ -528,12 +456,9 @@ def test_a_picture_without_half_of_its_comparisons_has_no_win_rate() -> None:
 
 
 def test_failed_comparisons_drop_pictures_and_never_turn_one_round() -> None:
-    with JudgeHost(
-        after(1, lambda host, *_: web.Response(status=400) if host.random.random() < 0.3 else None)
-    ) as host:
-        judge, images = connect(section(url=host.url, protocol="pairwise")), images_of(12, size=2)
-        scores, again = judge.score(images, ["x"] * 12), judge.score(images, ["x"] * 12)
+    with judging(after(1, sometimes(0.3, status(400))), protocol="pairwise") as (_, judge):
+        images = images_of(12, size=2)
+        scores, again = ask(judge, images), ask(judge, images)
     logging.getLogger(__name__).info("win rates %s, and with the missing asked again %s", scores, again)
-    assert (
-        scores.isnan() | ((scores >= 0) & (scores <= 1))
-    ).all() and again.isnan().sum() <= scores.isnan().sum()
+    assert (scores.isnan() | ((scores >= 0) & (scores <= 1))).all()
+    assert again.isnan().sum() <= scores.isnan().sum()

@@ -13,10 +13,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import judge_host
 import pytest
 import torch
-from aiohttp import web
-from judge_host import JudgeHost, after, close_mid_body, completion, hang, pictures_of, slow
+from judge_host import (
+    JudgeHost,
+    after,
+    close_mid_body,
+    completion,
+    hang,
+    pictures_of,
+    slow,
+    sometimes,
+    status,
+)
 from test_run import config
 
 from comfy_g2rpo.rewards import RewardError
@@ -24,20 +34,8 @@ from comfy_g2rpo.run.folder import RunFolder, read_state
 from comfy_g2rpo.run.scorer import Scorer
 from g2rpo_trainer import run as training
 from g2rpo_trainer.reports.progress import Silent
-from g2rpo_trainer.rewards.judges.client import Limits
 
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait little between attempts, and take no key from the environment."""
-    make = Limits.__init__
-    monkeypatch.setattr(
-        Limits,
-        "__init__",
-        lambda self, **given: make(self, **({"first_wait": 0.01, "longest_wait": 0.05} | given)),
-    )
-    for name in [name for name in os.environ if name.startswith("G2RPO_JUDGE")]:
-        monkeypatch.delenv(name)
+patient = judge_host.patient
 
 
 @pytest.fixture
@@ -78,33 +76,26 @@ def made(tmp_path: Path, host: JudgeHost, train: dict[str, Any] | None = None, *
     )
 
 
-def nonsense(host: JudgeHost, request: Any, body: dict[str, Any]) -> dict[str, Any] | None:
-    """Talk nonsense two times in ten."""
-    return completion({"Maybe": 1.0}) if host.random.random() < 0.2 else None
+BAD = {
+    "slow": slow,
+    "failing": sometimes(0.3, status(500)),
+    "hang_up": sometimes(0.3, close_mid_body),
+    "nonsense": sometimes(0.2, lambda *_: completion({"Maybe": 1.0})),
+}
 
 
-def hang_up(host: JudgeHost, request: Any, body: dict[str, Any]) -> Any:
-    """Close in the middle of an answer three times in ten."""
-    return close_mid_body(host, request, body) if host.random.random() < 0.3 else None
-
-
-def failing(host: JudgeHost, request: Any, body: dict[str, Any]) -> Any:
-    """Answer 500 three times in ten."""
-    return web.Response(status=500) if host.random.random() < 0.3 else None
-
-
-@pytest.mark.parametrize("behave", [slow, failing, hang_up, nonsense], ids=lambda behave: behave.__name__)
+@pytest.mark.parametrize("behave", BAD)
 def test_a_run_ends_under_a_bad_judge_and_no_picture_is_mis_scored(
-    behave: Any, tmp_path: Path, seen: list[tuple[float, float]], caplog: pytest.LogCaptureFixture
+    behave: str, tmp_path: Path, seen: list[tuple[float, float]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with JudgeHost(after(1, behave)) as host:
+    with JudgeHost(after(1, BAD[behave])) as host:
         run = made(tmp_path, host, retries=8, train={"max_dropped": 0.5})
         summary = training.train(run, tmp_path / "run", progress=Silent())
     assert summary["steps"] == 2 and len(seen) > 30
     assert all(math.isnan(score) or abs(score - bright) < 1e-4 for bright, score in seen)
     dropped = sum(math.isnan(score) for _, score in seen)
-    assert (dropped > 0) == (behave is nonsense)
-    assert [record.name for record in caplog.records].count("g2rpo_trainer.judges") == (behave is nonsense)
+    assert (dropped > 0) == (behave == "nonsense")
+    assert [record.name for record in caplog.records].count("g2rpo_trainer.judges") == (behave == "nonsense")
     rows = [row for row in RunFolder.open(tmp_path / "run").metrics() if "nfe" in row]
     assert all(row["dropped_share"] <= 0.5 for row in rows)
 

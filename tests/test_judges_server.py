@@ -29,7 +29,7 @@ from judge_host import section
 from PIL import Image
 
 from comfy_g2rpo.prompts import Prompt, columns_of
-from comfy_g2rpo.rewards import RewardError, Rule, checked
+from comfy_g2rpo.rewards import Reward, RewardError, Rule, checked
 from g2rpo_trainer.cli import main
 from g2rpo_trainer.rewards.judges import connect, server
 from g2rpo_trainer.rewards.judges.client import Limits
@@ -38,23 +38,12 @@ from g2rpo_trainer.rewards.judges.server import JudgeServer, listen, names_of, t
 
 TOKEN = "t" * 43
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PROPFIND", "BREW")
-ADDRESSES = (
-    "/about",
-    "/score",
-    "/",
-    "/about/",
-    "//about",
-    "/about?x=1",
-    "/ABOUT",
-    "/%61bout",
-    "/nothing",
-    "/score/../about",
-    "*",
-)
+ADDRESSES = ("/about", "/score", "/", "/about/", "//about", "/about?x=1", "/ABOUT", "/%61bout", "/nothing")
+ADDRESSES += ("/score/../about", "*")
 SERVED = {("GET", "/about"), ("POST", "/score")}
 
 
-class Bright:
+class Bright(Reward):
     """A reward that notes what it was asked."""
 
     name, licence, compares_across_prompts, note = "bright", "MIT", True, "ends in white"
@@ -69,9 +58,8 @@ class Bright:
         self.entered.set()
         self.go.wait(20)
         self.asked.append((images, list(prompts)))
-        return torch.where(
-            torch.tensor([p == "unreadable" for p in prompts]), torch.nan, images.mean((1, 2, 3))
-        )
+        unreadable = torch.tensor([prompt == "unreadable" for prompt in prompts])
+        return torch.where(unreadable, torch.nan, images.mean((1, 2, 3)))
 
 
 @contextmanager
@@ -101,18 +89,9 @@ def serving(reward: Any = None, module: ModuleType = server) -> Iterator[tuple[i
             assert not thread.is_alive()
 
 
-def send(
-    port: int,
-    method: str,
-    path: str,
-    headers: dict[str, Any] | None = None,
-    body: bytes = b"",
-    patience: float = 10,
-) -> int:
-    """Send one request by hand, the sound headers changed by `headers` (None leaves one out, a list
-    repeats one); return the status.
-    """
-    return send_for_answer(port, method, path, headers, body, patience)[0]
+def send(port: int, method: str, path: str, *given: Any, **named: Any) -> int:
+    """Send one request by hand as send_for_answer does; return the status."""
+    return send_for_answer(port, method, path, *given, **named)[0]
 
 
 def send_for_answer(
@@ -123,19 +102,17 @@ def send_for_answer(
     body: bytes = b"",
     patience: float = 10,
 ) -> tuple[int, str]:
-    """Send one request by hand; return the status and the whole answer."""
-    sound: dict[str, Any] = {
-        "Host": f"127.0.0.1:{port}",
-        "Authorization": f"Bearer {TOKEN}",
-        "Connection": "close",
-    }
+    """Send one request by hand, the sound headers changed by `headers` (None leaves one out, a list
+    repeats one); return the status and the whole answer.
+    """
+    sound: dict[str, Any] = {"Host": f"127.0.0.1:{port}", "Authorization": f"Bearer {TOKEN}"}
+    sound["Connection"] = "close"
     if body or method in ("POST", "PUT", "PATCH"):
         sound |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
     lines = [f"{method} {path} HTTP/1.1"]
     for name, value in (sound | (headers or {})).items():
-        lines += [
-            f"{name}: {one}" for one in (value if isinstance(value, list) else [value]) if one is not None
-        ]
+        values = value if isinstance(value, list) else [value]
+        lines += [f"{name}: {one}" for one in values if one is not None]
     with socket.create_connection(("127.0.0.1", port), timeout=patience) as connection:
         connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
         answer = b""
@@ -150,14 +127,8 @@ def send_for_answer(
 def whole(answer: bytes, method: str) -> bool:
     """Say whether all of an answer has come."""
     head, end, body = answer.partition(b"\r\n\r\n")
-    length = next(
-        (
-            int(line.split(b":")[1])
-            for line in head.split(b"\r\n")
-            if line.lower().startswith(b"content-length:")
-        ),
-        0,
-    )
+    named = [line.lower().partition(b"content-length:") for line in head.split(b"\r\n")]
+    length = next((int(value) for before, name, value in named if name and not before), 0)
     return bool(end) and (method == "HEAD" or len(body) >= length)
 
 
@@ -173,6 +144,7 @@ def ask(**changes: Any) -> bytes:
     return json.dumps({"images": [png()], "prompts": ["x"]} | changes).encode()
 
 
+UPGRADE = {"Connection": "Upgrade", "Upgrade": "websocket"}
 STRANGERS: dict[str, tuple[dict[str, Any], int]] = {
     "another host": ({"Host": "evil.example"}, 421),
     "no host": ({"Host": None}, 421),
@@ -192,13 +164,10 @@ STRANGERS: dict[str, tuple[dict[str, Any], int]] = {
     "a shorter token": ({"Authorization": f"Bearer {TOKEN[:-1]}"}, 401),
     "the token of another scheme": ({"Authorization": f"Basic {TOKEN}"}, 401),
     "the token in other letters": ({"Authorization": f"Bearer {TOKEN.upper()}"}, 401),
-    "no token but an upgrade": (
-        {"Authorization": None, "Connection": "Upgrade", "Upgrade": "websocket"},
-        401,
-    ),
+    "no token but an upgrade": ({"Authorization": None, **UPGRADE}, 401),
 }
 ODD: dict[str, tuple[dict[str, Any], bytes, int]] = {
-    "an upgrade": ({"Connection": "Upgrade", "Upgrade": "websocket"}, ask(), 400),
+    "an upgrade": (UPGRADE, ask(), 400),
     "text": ({"Content-Type": "text/plain"}, ask(), 415),
     "a form": ({"Content-Type": "application/x-www-form-urlencoded"}, ask(), 415),
     "no type": ({"Content-Type": None}, ask(), 415),
@@ -218,13 +187,8 @@ def audit(
                 # Where HTTP itself breaks off, which the parser sees to, 400 comes first.
                 if (got := send(port, method, path, headers)) not in (status, 400):
                     yield f"{method} {path} by {name}: {got}"
-            expected = (
-                (200,)
-                if (method, path) in SERVED
-                else (405, 400)
-                if path in ("/about", "/score")
-                else (404, 400)
-            )
+            known = (405, 400) if path in ("/about", "/score") else (404, 400)
+            expected = (200,) if (method, path) in SERVED else known
             if (got := send(port, method, path, body=ask() if method == "POST" else b"")) not in expected:
                 yield f"{method} {path}: {got}"
         for name, (headers, body, status) in ODD.items():
@@ -275,21 +239,17 @@ def test_nobody_but_the_holder_of_the_token_gets_anything_at_any_address() -> No
     assert list(audit()) == []
 
 
+COMPARE, ADMIT = "hmac.compare_digest", "            self.admit(request)"
+METHODS_OF = "            methods = self.routes.get(request.raw_path)"
 WEAKENED = {
     "any host": ("len(hosts) != 1 or hosts[0].lower() not in self.hosts", "False"),
     "any page": ("any(mark in request.headers for mark in BROWSER)", "False"),
     "no marks of fetch": ("*FETCH, ", ""),
-    "any token": (
-        "len(sent) != 1 or not hmac.compare_digest",
-        "len(sent) > 1 or None is hmac.compare_digest",
-    ),
+    "any token": (f"len(sent) != 1 or not {COMPARE}", f"len(sent) > 1 or None is {COMPARE}"),
     "half a token": ("compare_digest(sent[0], self._token)", "compare_digest(sent[0][:9], self._token[:9])"),
     "addresses before the token": (
-        "            self.admit(request)\n            methods = self.routes.get(request.raw_path)\n",
-        (
-            "            methods = self.routes.get(request.raw_path)\n            methods is None or "
-            "self.admit(request)\n"
-        ),
+        f"{ADMIT}\n{METHODS_OF}\n",
+        f"{METHODS_OF}\n            methods is None or self.admit(request)\n",
     ),
     "addresses with more": ("self.routes.get(request.raw_path)", "self.routes.get(request.path)"),
     "any method": ("if request.method not in methods:", "if request.method == 'BREW':"),
@@ -335,18 +295,12 @@ def test_a_served_reward_scores_as_it_does_at_home(judge: tuple[Any, Bright]) ->
     prompts = [f"prompt {i}" for i in range(49)] + ["unreadable"]
     scores, expected = checked(far, images, prompts), home.score(images, prompts)
     assert torch.allclose(scores[:49], expected[:49], atol=1e-7) and scores[49].isnan()
-    assert (far.name, far.licence, far.compares_across_prompts, far.note) == (
-        "far",
-        "MIT",
-        True,
-        "ends in white",
-    )
+    about = (far.name, far.licence, far.compares_across_prompts, far.note)
+    assert about == ("far", "MIT", True, "ends in white")
     assert max(len(asked) for _, asked in home.asked[:-1]) == 4
     for pictures, asked in home.asked[:-1]:
-        assert all(
-            torch.equal(picture, images[prompts.index(prompt)])
-            for picture, prompt in zip(pictures, asked, strict=True)
-        )
+        for picture, prompt in zip(pictures, asked, strict=True):
+            assert torch.equal(picture, images[prompts.index(prompt)])
 
 
 def test_columns_travel_with_their_prompt_and_are_part_of_what_is_remembered(
@@ -356,10 +310,8 @@ def test_columns_travel_with_their_prompt_and_are_part_of_what_is_remembered(
     image = torch.rand(1, 4, 4, 3)
     for count in (2, 3, 3):
         far.score(image, [Prompt("a cat", {"count": count, "of": ["a", 1]})])
-    assert [dict(columns_of(prompts[0])) for _, prompts in home.asked] == [
-        {"count": 2, "of": ["a", 1]},
-        {"count": 3, "of": ["a", 1]},
-    ]
+    sent = [dict(columns_of(prompts[0])) for _, prompts in home.asked]
+    assert sent == [{"count": count, "of": ["a", 1]} for count in (2, 3)]
 
 
 def test_paths_of_pictures_are_neither_sent_nor_taken(judge: tuple[Any, Bright]) -> None:
@@ -375,10 +327,8 @@ def test_large_pictures_go_in_as_many_requests_as_the_server_allows(judge: tuple
     far.client.limits = Limits(concurrency=1)
     images = torch.zeros(2, 3000, 3000, 3)
     images[1] = 1
-    assert far.score(images, ["x"] * 2).tolist() == [0, 1] and [len(asked) for _, asked in home.asked] == [
-        1,
-        1,
-    ]
+    assert far.score(images, ["x"] * 2).tolist() == [0, 1]
+    assert [len(asked) for _, asked in home.asked] == [1, 1]
 
 
 def test_a_reward_that_breaks_is_a_failure_in_words_not_a_score(

@@ -12,7 +12,7 @@ from test_update import CONDS, SEEDS, rolled
 from toys import SHAPE, ToyPolicy
 
 from comfy_g2rpo.recipes import build_plan, recipe
-from comfy_g2rpo.rollout import roll_out
+from comfy_g2rpo.rewards import Reward
 from comfy_g2rpo.run.batch_limits import Limits
 from comfy_g2rpo.run.evaluation import velocity_distance
 from comfy_g2rpo.run.folder import RunFolder
@@ -22,6 +22,7 @@ from comfy_g2rpo.run.scorer import Scorer
 from comfy_g2rpo.run.setup import make_learner
 from comfy_g2rpo.schedule import shifted_sigmas
 from comfy_g2rpo.speed.fitting_batch import Limit, OutOfMemory
+from comfy_g2rpo.speed.fitting_rollout import roll_out
 from comfy_g2rpo.update import records, update
 from g2rpo_trainer import run as training
 from g2rpo_trainer.reports.progress import Silent
@@ -101,7 +102,7 @@ def test_a_gradient_that_breaks_off_half_way_is_begun_again_from_nothing():
 
 
 def test_decoding_in_smaller_batches_scores_the_same():
-    class Brightness:
+    class Brightness(Reward):
         name, licence, compares_across_prompts = "brightness", "Apache-2.0", True
 
         def score(self, images, prompts):

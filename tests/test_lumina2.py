@@ -6,9 +6,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import family_model as family
 import lumina2_folder
 import pytest
 import torch
+from family_model import LONG, SHORT, SIGMA, Batch, close
+from program import call
 from torch import Tensor
 
 from comfy_g2rpo import lora
@@ -16,16 +19,14 @@ from comfy_g2rpo.lora.forms import Form, in_core
 from comfy_g2rpo.lora.key_names import BOTH, LUMINA2, family_of_model
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.rollout import roll_out, seeded_noise
-from comfy_g2rpo.run.folder import RunFolder
 from comfy_g2rpo.schedule import shifted_sigmas
-from g2rpo_trainer import cli, families
+from g2rpo_trainer import families
 from g2rpo_trainer.config.sections import ModelSection
 from g2rpo_trainer.families.lumina2 import Lumina2
-from g2rpo_trainer.model import prompt_cache
 
 pytestmark = pytest.mark.xdist_group("lumina2")  # one process makes what they share
 
-SHORT, LONG = "a cat", "a red circle left of two blue squares, in the rain"
+PROMPTS = (SHORT, LONG, "a dog")
 WIDTH, HEIGHT, SHAPE = 64, 48, (16, 6, 8)
 
 
@@ -37,14 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, **more: object) -> Lumina2:
     """Load the model as a run does."""
-    section = {
-        "family": "lumina2",
-        "path": str(folder),
-        "width": WIDTH,
-        "height": HEIGHT,
-        "max_sequence_length": 256,
-    }
-    return families.load(ModelSection(**section | more), folder, "cpu")
+    section = {"family": "lumina2", "path": str(folder), "width": WIDTH, "height": HEIGHT}
+    return families.load(ModelSection(**section | {"max_sequence_length": 256} | more), folder, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +49,9 @@ def base(folder: Path) -> Lumina2:
 
 
 @pytest.fixture
-def batch(base: Lumina2) -> tuple[Tensor, Tensor, list]:
+def batch(base: Lumina2) -> Batch:
     """Three latents at three noise levels, with prompts of different lengths."""
-    return (
-        seeded_noise((3, *SHAPE), "latents"),
-        torch.tensor([1.0, 0.6, 0.123]),
-        base.encode([SHORT, LONG, "a dog"]),
-    )
+    return seeded_noise((3, *SHAPE), "latents"), torch.tensor(SIGMA), base.encode(PROMPTS)
 
 
 def plain(policy: Lumina2, x: Tensor, sigma: float, prompt: str) -> Tensor:
@@ -78,12 +69,9 @@ def plain(policy: Lumina2, x: Tensor, sigma: float, prompt: str) -> Tensor:
 def test_the_velocity_is_diffusers_own_at_every_noise_level_whatever_else_is_in_the_batch(base, batch):
     x, sigma, cond = batch
     assert len({len(c.tokens) for c in cond}) > 1
-    with torch.no_grad():
-        together = base.velocity(x, sigma, cond)
-        for row, prompt in enumerate((SHORT, LONG, "a dog")):
-            assert torch.allclose(
-                together[row], plain(base, x[row], sigma[row].item(), prompt), rtol=0, atol=1e-5
-            )
+    family.check_rows(
+        base, batch, lambda row: plain(base, x[row], sigma[row].item(), PROMPTS[row]), alone=False
+    )
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -91,45 +79,31 @@ def test_a_deterministic_rollout_is_the_pipelines_own_sampling(folder, guidance)
     policy = load(folder, guidance=guidance)
     sigmas = policy.pipeline_sigmas(4, SHAPE)
     rollout = roll_out(policy, deterministic(4), sigmas, policy.encode([LONG]), [5], SHAPE)
-    asked = {
-        "height": HEIGHT,
-        "width": WIDTH,
-        "num_inference_steps": 4,
-        "guidance_scale": guidance,
-        "latents": rollout.noise(0, 0)[None],
-    }
+    asked = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 4, "guidance_scale": guidance}
+    asked |= {"latents": rollout.noise(0, 0)[None]}
     picture = policy.pipeline(LONG, **asked, output_type="pt").images
     assert torch.equal(sigmas, policy.pipeline.scheduler.sigmas)
-    assert torch.allclose(
-        policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), rtol=0, atol=1e-5
-    )
+    assert close(policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("steps", [2, 30])
 def test_its_schedule_is_shifted_as_comfyuis_is(base, steps):
-    assert torch.allclose(
-        base.pipeline_sigmas(steps, SHAPE), shifted_sigmas(steps, base.comfyui_shift), rtol=0, atol=1e-6
-    )
+    assert close(base.pipeline_sigmas(steps, SHAPE), shifted_sigmas(steps, base.comfyui_shift), 1e-6)
 
 
 def test_in_16_bit_the_model_still_sees_the_exact_noise_level(folder):
-    policy, seen = load(folder, dtype="bf16"), []
-    policy.transformer.time_caption_embed.time_proj.register_forward_pre_hook(
-        lambda module, given: seen.append(given[0].clone())
-    )
+    policy = load(folder, dtype="bf16")
+    seen = family.given_to(policy.transformer.time_caption_embed.time_proj)
     sigma = torch.tensor([0.9545, 0.954])
     with torch.no_grad():
         policy.velocity(seeded_noise((2, *SHAPE), "latents"), sigma, policy.encode([SHORT, LONG]))
-    assert torch.allclose(seen[0], 1 - sigma, rtol=0, atol=1e-6)
+    assert close(seen[0], 1 - sigma, 1e-6)
 
 
 def test_the_cache_gives_the_same_features_and_the_encoder_stays_on_the_disk(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("G2RPO_PROMPTS", str(tmp_path / "prompts"))
-    monkeypatch.setattr(prompt_cache, "SMALL", 0)
+    family.keep_prompts(tmp_path, monkeypatch)
     first, again = load(folder).encode([SHORT, LONG, ""]), load(folder)
-    assert all(
-        torch.equal(a.tokens, b.tokens) for a, b in zip(first, again.encode([SHORT, LONG, ""]), strict=True)
-    )
+    assert family.same_features(first, again.encode([SHORT, LONG, ""]))
     assert again.pipeline.text_encoder is None
 
 
@@ -145,69 +119,28 @@ def test_what_the_model_does_not_take_is_refused(base, folder):
 def run(folder, tmp_path_factory) -> Path:
     """One whole step of the bundled recipe on the tiny model, all targets."""
     place = tmp_path_factory.mktemp("run") / "run"
-    small = (
-        "model.dtype=fp32",
-        f"model.width={WIDTH}",
-        f"model.height={HEIGHT}",
-        f"model.path={folder}",
-        "method.num_steps=4",
-    )
-    short = (
-        "method.group_size=3",
-        "train.steps=1",
-        "train.prompts_per_step=1",
-        "train.eval_every=0",
-        "train.eval_prompts=1",
-    )
-    quick = (
-        "prompts.heldout_share=0.1",
-        "lora.rank=4",
-        "lora.alpha=8",
-        "method.learning_rate=0.01",
-        "train.slots=16",
-    )
-    words = [
-        word
-        for setting in (*small, *short, *quick, "lora.targets=attention+feed_forward")
-        for word in ("--set", setting)
-    ]
-    with pytest.raises(SystemExit) as end:
-        cli.main(["train", "lumina2", "--out", str(place), "--quiet", *words])
-    assert not end.value.code
+    size = (f"model.width={WIDTH}", f"model.height={HEIGHT}")
+    assert family.train_recipe("lumina2", folder, place, *size, "lora.targets=attention+feed_forward") == 0
     return place
 
 
 def test_a_run_learns_and_leaves_a_lora_that_comfyui_maps_and_diffusers_loads_once_it_is_exported(
     run, folder, base, batch, tmp_path
 ):
-    file = RunFolder.open(run).latest() / "lora.safetensors"
+    file, exported = family.lora_of(run), tmp_path / "diffusers.safetensors"
     written = lora.read(file)
-    assert any(row.get("grad_norm", 0) > 0 for row in RunFolder.open(run).metrics())
-    assert len(written.pairs) == 4 * 5 and all(
-        up.any() for _, up in written.pairs.values()
-    )  # q, k and v are one
+    assert family.learnt(run)
+    # q, k and v are one.
+    assert len(written.pairs) == 4 * 5 and all(up.any() for _, up in written.pairs.values())
     assert {in_core(LUMINA2, module, Form("diffusion_model.")) for module in written.pairs} == {BOTH}
-    with pytest.raises(SystemExit):
-        cli.main(
-            [
-                "export",
-                str(file),
-                "--form",
-                "diffusers",
-                "--no-alpha",
-                "--out",
-                str(tmp_path / "diffusers.safetensors"),
-            ]
-        )
+    call("export", file, "--form", "diffusers", "--no-alpha", "--out", exported)
     ours, theirs = load(folder, guidance=4.0), load(folder, guidance=4.0)
     ours.load_lora(file)
-    theirs.pipeline.load_lora_weights(tmp_path / "diffusers.safetensors")
+    theirs.pipeline.load_lora_weights(exported)
     theirs.take_text_encoders()
-    x, sigma, cond = batch
+    x, sigma, _ = batch
     with torch.no_grad():
-        changed = ours.velocity(x, sigma, cond)
-        for row, prompt in enumerate((SHORT, LONG, "a dog")):
-            assert torch.allclose(
-                plain(theirs, x[row], sigma[row].item(), prompt), changed[row], rtol=0, atol=1e-5
-            )
-    assert not torch.allclose(changed, base.velocity(*batch), atol=1e-4)
+        changed, untrained = ours.velocity(*batch), base.velocity(*batch)
+    family.check_effect(
+        changed, lambda row: plain(theirs, x[row], sigma[row].item(), PROMPTS[row]), untrained, 1e-4
+    )

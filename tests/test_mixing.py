@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_g2rpo.advantages import MIXES, blend, gated, global_std, group_ranks, integrate, mixed
+from comfy_g2rpo.advantages import MIXES, global_std, group_ranks, integrate
 from comfy_g2rpo.recipes import recipe
 from comfy_g2rpo.rewards import REWARDS, MixedReward, RewardError, Rule, mix
+from comfy_g2rpo.rewards.mixing import apply_gates, blend, mixed_advantages
 
 every_mix = pytest.mark.parametrize("mode", MIXES)
 NAN = torch.nan
@@ -21,7 +22,7 @@ def table(*rows):
 
 def advantage(rewards, weights=None, mode="zscore", gates=()):
     """Mix one group: [G]."""
-    return mixed([rewards], weights or [1.0] * len(rewards), mode, gates)[0][0]
+    return mixed_advantages([rewards], weights or [1.0] * len(rewards), mode, gates)[0][0]
 
 
 @st.composite
@@ -41,7 +42,7 @@ def test_the_default_is_integrate_bit_for_bit(problem, everywhere):
     rewards, weights, _ = problem
     groups = [rewards, rewards * 3 + 1]
     std = global_std(groups) if everywhere else None
-    made = mixed(groups, weights, clamp=2.0, floor=1e-3, everywhere=groups if everywhere else None)
+    made = mixed_advantages(groups, weights, clamp=2.0, floor=1e-3, everywhere=groups if everywhere else None)
     assert all(
         torch.equal(one, integrate(group, weights, 2.0, 1e-3, std))
         for one, group in zip(made, groups, strict=True)
@@ -55,9 +56,9 @@ def test_the_recipe_s_default_is_zscore():
 @given(problems(), st.sampled_from(MIXES), st.booleans())
 def test_advantages_are_finite_and_sum_to_zero_over_the_group(problem, mode, everywhere):
     rewards, weights, gates = problem
-    made = mixed([rewards], weights, mode, gates, everywhere=[rewards, rewards + 1] if everywhere else None)[
-        0
-    ]
+    made = mixed_advantages(
+        [rewards], weights, mode, gates, everywhere=[rewards, rewards + 1] if everywhere else None
+    )[0]
     assert made.isfinite().all()
     assert made.sum(1).abs().max() < 1e-4
 
@@ -66,17 +67,19 @@ def test_advantages_are_finite_and_sum_to_zero_over_the_group(problem, mode, eve
 def test_the_order_of_the_members_does_not_matter(problem, mode, random):
     rewards, weights, gates = problem
     order = random.sample(range(rewards.shape[2]), rewards.shape[2])
-    made = mixed([rewards], weights, mode, gates)[0]
-    assert torch.allclose(mixed([rewards[:, :, order]], weights, mode, gates)[0], made[:, order], atol=1e-4)
+    made = mixed_advantages([rewards], weights, mode, gates)[0]
+    assert torch.allclose(
+        mixed_advantages([rewards[:, :, order]], weights, mode, gates)[0], made[:, order], atol=1e-4
+    )
 
 
 @given(problems(), st.sampled_from(MIXES))
 def test_a_member_that_nobody_judges_gets_0_and_is_as_if_it_were_not_there(problem, mode):
     rewards, weights, gates = problem
     stranger = torch.full_like(rewards[:, :, :1], NAN)
-    made = mixed([torch.cat([stranger, rewards], 2)], weights, mode, gates)[0]
+    made = mixed_advantages([torch.cat([stranger, rewards], 2)], weights, mode, gates)[0]
     assert (made[:, 0] == 0).all()
-    assert torch.allclose(made[:, 1:], mixed([rewards], weights, mode, gates)[0], atol=1e-5)
+    assert torch.allclose(made[:, 1:], mixed_advantages([rewards], weights, mode, gates)[0], atol=1e-5)
 
 
 @given(problems(), st.sampled_from(MIXES), st.sampled_from([NAN, 3.0]))
@@ -85,33 +88,35 @@ def test_a_reward_that_judges_nobody_or_ties_has_no_say(problem, mode, value):
     mute = torch.full_like(rewards[:1], value)
     judged = ~rewards.isnan().all(0)
     mute = torch.where(judged, mute, NAN)
-    made = mixed([torch.cat([rewards, mute])], [*weights, 1.0], mode, [*gates, None])[0]
+    made = mixed_advantages([torch.cat([rewards, mute])], [*weights, 1.0], mode, [*gates, None])[0]
     # A gate replaces scores of what fails it, so a tie is none any more: it then says what the gate says.
     if value != value or not any(gate is not None for gate in gates):
-        assert torch.allclose(made, mixed([rewards], weights, mode, gates)[0], atol=1e-4)
+        assert torch.allclose(made, mixed_advantages([rewards], weights, mode, gates)[0], atol=1e-4)
 
 
 @given(problems(gates=False, missing=False), st.sampled_from(["zscore", "minimum", "rank_product"]))
 def test_the_units_of_a_reward_do_not_matter_but_to_the_sum(problem, mode):
     rewards, weights, _ = problem
     other = rewards * torch.tensor([7.0, 0.01, 300.0])[: len(rewards), None, None, None] + 5
-    assert torch.allclose(mixed([other], weights, mode)[0], mixed([rewards], weights, mode)[0], atol=2e-2)
+    assert torch.allclose(
+        mixed_advantages([other], weights, mode)[0], mixed_advantages([rewards], weights, mode)[0], atol=2e-2
+    )
 
 
 @given(problems(gates=False, missing=False))
 def test_a_rank_product_asks_for_the_order_alone(problem):
     rewards, weights, _ = problem
     assert torch.equal(
-        mixed([rewards**3 + rewards], weights, "rank_product")[0],
-        mixed([rewards], weights, "rank_product")[0],
+        mixed_advantages([rewards**3 + rewards], weights, "rank_product")[0],
+        mixed_advantages([rewards], weights, "rank_product")[0],
     )
 
 
 @given(problems(gates=False), st.sampled_from(MIXES))
 def test_a_negative_weight_is_the_reward_upside_down(problem, mode):
     rewards, weights, _ = problem
-    flipped = mixed([-rewards], [-weight for weight in weights], mode)[0]
-    assert torch.allclose(flipped, mixed([rewards], weights, mode)[0], atol=1e-4)
+    flipped = mixed_advantages([-rewards], [-weight for weight in weights], mode)[0]
+    assert torch.allclose(flipped, mixed_advantages([rewards], weights, mode)[0], atol=1e-4)
 
 
 @every_mix
@@ -188,7 +193,7 @@ def test_what_fails_a_gate_is_never_above_what_passes(problem, mode):
     for row, weight, gate in zip(rewards[..., 0], weights, gates, strict=True):
         if gate is not None:
             failed |= (row > gate) if weight < 0 else (row < gate)
-    made = mixed([rewards], weights, mode, gates, clamp=1000.0)[0]
+    made = mixed_advantages([rewards], weights, mode, gates, clamp=1000.0)[0]
     for group, bad in zip(made, failed, strict=True):
         if bad.any() and not bad.all():
             assert group[bad].max() < group[~bad].min()
@@ -255,26 +260,26 @@ def test_a_reward_that_judges_only_what_failed_has_no_say(mode):
 
 def test_gates_follow_the_scale_of_all_prompts():
     groups = [table([0.9, 0.1, 0.9], [1.0, 1.0, 1.0]), table([0.9, 0.8, 0.7], [0.0, 20.0, 40.0])]
-    made = mixed(groups, [0.0, 1.0], gates=[0.5, None], everywhere=groups)
+    made = mixed_advantages(groups, [0.0, 1.0], gates=[0.5, None], everywhere=groups)
     assert made[0][0, 1] < made[0][0, 0] and made[0].abs().max() < 5
 
 
 def test_gates_look_at_each_completion_by_itself():
     rewards = torch.tensor([[[[0.9, 0.1], [0.9, 0.9], [0.8, 0.8]]]])
-    found = gated(rewards, [1.0], [0.5])
+    found = apply_gates(rewards, [1.0], [0.5])
     assert found[0, 0, 0, 0] == pytest.approx(0.9) and found[0, 0, 0, 1] < 0.8
 
 
 def test_mistakes_are_named():
     rewards = table([0.0, 1.0], [1.0, 0.0])
     with pytest.raises(ValueError, match="mix is 'max'; choose one of: zscore, sum, minimum, rank_product"):
-        mixed([rewards], [1.0, 1.0], "max")
+        mixed_advantages([rewards], [1.0, 1.0], "max")
     with pytest.raises(ValueError, match="weights has 2 and gates 1 entries for 2 rewards"):
-        mixed([rewards], [1.0, 1.0], "sum", [0.5])
+        mixed_advantages([rewards], [1.0, 1.0], "sum", [0.5])
     with pytest.raises(ValueError, match="weights has 1 and gates 0 entries for 2 rewards"):
-        mixed([rewards], [1.0], "sum")
+        mixed_advantages([rewards], [1.0], "sum")
     with pytest.raises(ValueError, match="weights are all 0"):
-        mixed([rewards], [0.0, 0.0], "zscore", [0.5, None])
+        mixed_advantages([rewards], [0.0, 0.0], "zscore", [0.5, None])
 
 
 def test_single_pictures_are_mixed_by_sum_or_minimum():

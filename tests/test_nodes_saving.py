@@ -13,12 +13,11 @@ from comfy_host import COMFYUIS, Answer, make_base, run_script
 from PIL import Image, PngImagePlugin
 from reward_folders import clip_folder, clip_model
 
-from comfy_g2rpo.advantages import mixed
 from comfy_g2rpo.files.captions import CHUNK, caption_of
 from comfy_g2rpo.files.picture_files import ORIENTATION, read
 from comfy_g2rpo.plan import singular
 from comfy_g2rpo.rewards import load, score_all
-from comfy_g2rpo.rewards.mixing import standing
+from comfy_g2rpo.rewards.mixing import mixed_advantages, ranking_scores
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("scripts in comfyui")]
 
@@ -266,7 +265,7 @@ def test_a_mix_ranks_as_it_says(core: Answer) -> None:
     for name, scores in core.data["mixes"].items():
         mix, _, gate = name.partition(" ")
         assert scores == pytest.approx(
-            standing(table, [1.0, 2.0], mix, [50.0, None] if gate else ()).tolist(), rel=1e-3
+            ranking_scores(table, [1.0, 2.0], mix, [50.0, None] if gate else ()).tolist(), rel=1e-3
         ), name
     plain, gated = core.data["mixes"]["sum"], core.data["mixes"]["sum colourfulness = 50"]
     below = [i for i in range(5) if table[0, i] < 50]
@@ -298,8 +297,10 @@ def test_the_best_of_every_prompt_may_differ_in_size(core: Answer) -> None:
 def test_the_mix_and_its_gates_reach_advantages_and_training(core: Answer) -> None:
     scores = singular(4, [0, 1], 6, (1,)).values(core.tensors["rollout scores"])
     weights, gates = (1.0, 0.5), (None, -2.6)
-    assert torch.equal(core.tensors["rollout advantages"], mixed([scores], weights, "rank_product", gates)[0])
-    assert not torch.allclose(core.tensors["rollout advantages"], mixed([scores], weights)[0])
+    assert torch.equal(
+        core.tensors[("rollout advantages")], mixed_advantages([scores], weights, "rank_product", gates)[0]
+    )
+    assert not torch.allclose(core.tensors["rollout advantages"], mixed_advantages([scores], weights)[0])
     assert core.data["trained"]["method"]["mix"] == "rank_product"
     assert core.data["trained"]["rewards"] == [
         {"name": "clipscore", "weight": 1.0},

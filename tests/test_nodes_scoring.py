@@ -12,7 +12,7 @@ from comfy_host import COMFYUIS, Answer, make_base, run_script
 from comfy_g2rpo.advantages import integrate
 from comfy_g2rpo.plan import singular
 from comfy_g2rpo.rewards import load, score_all
-from comfy_g2rpo.rewards.mixing import standing
+from comfy_g2rpo.rewards.mixing import ranking_scores
 from comfy_g2rpo.run.scorer import to_8_bit
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("scripts in comfyui")]
@@ -194,7 +194,7 @@ def test_advantages_are_the_engines(core: Answer) -> None:
 
 def test_any_graph_can_be_the_judge(core: Answer) -> None:
     assert torch.allclose(
-        core.tensors["voted_scores"][0], standing(core.tensors["scores"], WEIGHTS), atol=0.02
+        core.tensors["voted_scores"][0], ranking_scores(core.tensors["scores"], WEIGHTS), atol=0.02
     )
     expected = integrate(singular(6, [0, 2], 5, (1, 2)).values(core.tensors["voted_scores"]), None, 5.0, 1e-8)
     assert torch.allclose(core.tensors["voted_table"], expected, atol=1e-6)

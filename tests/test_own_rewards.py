@@ -197,7 +197,8 @@ def test_a_mistake_in_a_reward_is_named_with_its_remedy(recipe: Path, setting: s
 
 
 def test_a_held_out_name_that_is_trained_on_is_the_same_reward(recipe: Path) -> None:
-    trained, judges = build_all(reading.load(recipe, ["heldout_rewards=[redness, agreement, jpeg]"]))
+    made = reading.load(recipe, ["heldout_rewards=[redness, agreement, jpeg]"])
+    trained, judges = build_all(made.rewards, made.heldout_rewards)
     assert [reward.name for reward in judges] == ["redness", "agreement", "jpeg"] and judges[:2] == trained
 
 

@@ -11,6 +11,7 @@ from flux_folder import transformer
 from make_presets import RECIPES
 from test_memory import config
 
+from comfy_g2rpo.rewards import Reward
 from g2rpo_trainer.cli import main
 from g2rpo_trainer.config.reading import ConfigError, load, make_recipe
 from g2rpo_trainer.cost import presets
@@ -18,9 +19,11 @@ from g2rpo_trainer.cost.card_memory import GIB, footprint, resident
 from g2rpo_trainer.cost.meta_model import build, look, of_published, published
 from g2rpo_trainer.cost.meta_model import made as made_of
 from g2rpo_trainer.cost.presets import SIZES, Card, preflight, preset_settings
-from g2rpo_trainer.families.files.parts import CONFIGS
+from g2rpo_trainer.families.files.parts import FACTS as CONFIGS
 from g2rpo_trainer.families.flux import Flux
-from g2rpo_trainer.model.placing import EmbeddingInTurn, check_card, in_turn
+from g2rpo_trainer.families.qwen_edit import QwenEdit
+from g2rpo_trainer.families.qwen_image import QwenImage
+from g2rpo_trainer.model.placing import InTurn, check_card, in_turn
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +122,7 @@ def test_a_train_command_that_does_not_fit_ends_before_anything_is_loaded(
 
 
 def test_a_model_that_edits_needs_more_for_the_picture_that_it_looks_at(tmp_path):
-    plain = of_published(published()["Qwen/Qwen-Image"])
+    plain = of_published(published()["Qwen/Qwen-Image"], QwenImage)
     plain = dataclasses.replace(plain, transformer={**plain.transformer, "num_layers": 1})
     made = config(
         Path("models/tiny"),
@@ -128,7 +131,8 @@ def test_a_model_that_edits_needs_more_for_the_picture_that_it_looks_at(tmp_path
         model={"dtype": "bf16", "reference_size": 512, "width": 512, "height": 512},
     )
     peaks = [
-        footprint(made, sketch).peaks["update"] for sketch in (plain, dataclasses.replace(plain, edits=True))
+        footprint(made, sketch).peaks["update"]
+        for sketch in (plain, dataclasses.replace(plain, policy=QwenEdit))
     ]
     assert peaks[1] > 1.1 * peaks[0]
 
@@ -138,8 +142,8 @@ def test_a_model_that_a_sketch_does_not_tell_about_is_trained_without_an_estimat
 ):
     made = config(wide, "flux", tmp_path)
     monkeypatch.setattr(Flux, "velocity", lambda self, x, sigma, cond: x[x > 0])
-    assert preflight(made, Card("RTX 4060", GIB)).startswith("memory cannot be foreseen for this model")
-    assert presets.foreseen(made)[1] == ""
+    assert preflight(made, Card("RTX 4060", GIB)).startswith("memory cannot be estimated for this model")
+    assert presets.estimate_memory(made)[1] == ""
 
 
 def test_packing_and_swapping_bring_the_estimate_down(wide, tmp_path):
@@ -182,7 +186,7 @@ def weights_of(name: str) -> int:
     with torch.device("meta"):
         return sum(
             tensor.numel()
-            for tensor in made_of(of_published(published()[name]).transformer).state_dict().values()
+            for tensor in made_of(of_published(published()[name], Flux).transformer).state_dict().values()
         )
 
 
@@ -222,7 +226,7 @@ class Weights(torch.nn.Linear):
         return self
 
 
-class Judge:
+class Judge(Reward):
     """A reward with weights on a card."""
 
     name, licence, compares_across_prompts, runs_elsewhere = "judge", "Apache-2.0", True, True
@@ -242,8 +246,8 @@ class Judge:
 def test_rewards_take_turns_on_the_card():
     judge = Judge()
     alone = in_turn(judge, torch.device("meta"))
-    assert isinstance(alone, EmbeddingInTurn) and judge.module.sent == ["cpu"]
-    assert alone.name == "judge" and not alone.runs_elsewhere and not hasattr(alone, "settle")
+    assert isinstance(alone, InTurn) and judge.module.sent == ["cpu"]
+    assert alone.name == "judge" and not alone.runs_elsewhere
     assert alone.score(torch.zeros(2, 4, 4, 3), ["a", "b"]).shape == (2,)
     assert alone.embed(torch.zeros(2, 4, 4, 3)).shape == (2, 2)
     assert judge.module.sent == ["cpu", "meta", "cpu", "meta", "cpu"]

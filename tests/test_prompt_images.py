@@ -16,7 +16,7 @@ from drawn_pictures import picture, starting
 from comfy_g2rpo.files.picture_files import read as load_picture
 from comfy_g2rpo.prompts import Prompt, PromptError, columns_of, image_of, load, read, titled
 from comfy_g2rpo.rewards import RewardError
-from g2rpo_trainer.config.reading import bundled_folder
+from g2rpo_trainer.config.bundled import bundled_folder
 from g2rpo_trainer.config.sections import RewardSection
 from g2rpo_trainer.reports.ranking import read_prompts
 from g2rpo_trainer.rewards.references import compared

@@ -8,7 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
-import native_files
+import native_names
 import pytest
 import qwen_edit_folder
 import torch
@@ -222,7 +222,7 @@ def test_its_files_are_the_model_of_the_folder(base, folder, batch, tmp_path):
         if kind == qwen_edit_folder.KINDS[0]
         else ("qwen_edit_2511", {"__index_timestep_zero__": torch.ones(1)})
     )
-    texts = native_files.native_qwen(base.pipeline.text_encoder.state_dict())
+    texts = native_names.qwen(base.pipeline.text_encoder.state_dict())
     files = {
         "transformer": base.transformer.state_dict() | mark,
         "vae": base.vae.state_dict(),
@@ -249,7 +249,8 @@ def test_its_files_are_the_model_of_the_folder(base, folder, batch, tmp_path):
         with pytest.raises(
             ValueError,
             match=(
-                r"Qwen-Image-Edit-2511 looks at its picture in its own way; set model\.edits: qwen_edit_2511"
+                r"Qwen-Image-Edit-2511 looks at its picture in its own way; set model\.edits: "
+                r"qwen_edit_2511"
             ),
         ):
             families.load(section(folder, path=None, edits="qwen_edit_2509", **given), None, "cpu")

@@ -7,28 +7,23 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import family_model as family
 import pytest
 import qwen_folder
 import torch
 from diffusers import QwenImagePipeline
+from family_model import LONG, SHORT, SIGMA, Batch, close
 from torch import Tensor
 
 from comfy_g2rpo import lora
 from comfy_g2rpo.files.safe import read_tensors
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.rollout import roll_out, seeded_noise
-from comfy_g2rpo.run.folder import RunFolder
 from g2rpo_trainer import families
-from g2rpo_trainer.config.reading import from_dict
 from g2rpo_trainer.config.sections import ModelSection
 from g2rpo_trainer.families.flux import unpack
 from g2rpo_trainer.families.qwen_image import QwenImage
-from g2rpo_trainer.model import prompt_cache
-from g2rpo_trainer.model.inference import draw
-from g2rpo_trainer.reports.progress import Silent
-from g2rpo_trainer.run import train
 
-SHORT, LONG = "a cat", "a red circle left of two blue squares, in the rain"
 WIDTH, HEIGHT, SHAPE = 64, 48, (16, 6, 8)
 
 
@@ -38,22 +33,10 @@ def folder(tmp_path_factory) -> Path:
     return qwen_folder.save(tmp_path_factory.mktemp("qwen") / "model")
 
 
-def load(folder: Path, guidance: float = 1.0, lora_seed: int | None = None, **more: object) -> QwenImage:
-    """Load the model as a run does; a LoRA that is asked for has moved away from zero."""
-    policy = families.load(section(folder, guidance=guidance, **more), folder, "cpu")
-    if lora_seed is not None:
-        policy.add_lora(4, 8, lora_seed, feed_forward=True)
-        with torch.no_grad():
-            for name, (_, up) in policy.pairs().items():
-                up.copy_(0.02 * seeded_noise(up.shape, "up", name))
-    return policy
-
-
-def section(folder: Path, **more: object) -> ModelSection:
-    """Write the model's section of a configuration."""
-    return ModelSection(
-        **{"family": "qwen_image", "path": str(folder), "width": WIDTH, "height": HEIGHT} | more
-    )
+def load(folder: Path, **more: object) -> QwenImage:
+    """Load the model as a run does."""
+    section = {"family": "qwen_image", "path": str(folder), "width": WIDTH, "height": HEIGHT} | more
+    return families.load(ModelSection(**section), folder, "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -63,13 +46,9 @@ def base(folder) -> QwenImage:
 
 
 @pytest.fixture
-def batch(base: QwenImage) -> tuple[Tensor, Tensor, list]:
+def batch(base: QwenImage) -> Batch:
     """Three latents at three noise levels, with prompts of different lengths."""
-    return (
-        seeded_noise((3, *SHAPE), "latents"),
-        torch.tensor([1.0, 0.6, 0.123]),
-        base.encode([SHORT, LONG, ""]),
-    )
+    return seeded_noise((3, *SHAPE), "latents"), torch.tensor(SIGMA), base.encode([SHORT, LONG, ""])
 
 
 def plain(policy: QwenImage, x: Tensor, sigma: float, tokens: Tensor) -> Tensor:
@@ -83,14 +62,7 @@ def plain(policy: QwenImage, x: Tensor, sigma: float, tokens: Tensor) -> Tensor:
 def test_the_velocity_is_diffusers_own_at_every_noise_level_whatever_else_is_in_the_batch(base, batch):
     x, sigma, cond = batch
     assert len({len(c.tokens) for c in cond}) == 3
-    with torch.no_grad():
-        together = base.velocity(x, sigma, cond)
-        for row in range(3):
-            expected = plain(base, x[row], sigma[row].item(), cond[row].tokens)
-            assert torch.allclose(together[row], expected, rtol=0, atol=1e-5)
-            assert torch.allclose(
-                base.velocity(x[[row]], sigma[[row]], [cond[row]])[0], expected, rtol=0, atol=1e-5
-            )
+    family.check_rows(base, batch, lambda row: plain(base, x[row], sigma[row].item(), cond[row].tokens))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -102,12 +74,10 @@ def test_a_deterministic_rollout_is_the_pipelines_own_sampling(folder, guidance)
     guided = {"negative_prompt": " ", "true_cfg_scale": guidance} if guidance > 1 else {}
     asked = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 4, "latents": start}
     latents = policy.pipeline(LONG, **asked, **guided, output_type="latent").images
-    assert torch.allclose(rollout.latents[0], unpack(latents, 3, 4), rtol=0, atol=1e-5)
+    assert close(rollout.latents[0], unpack(latents, 3, 4))
     assert torch.equal(sigmas, policy.pipeline.scheduler.sigmas)
     picture = policy.pipeline(LONG, **asked, **guided, output_type="pt").images
-    assert torch.allclose(
-        policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), rtol=0, atol=1e-5
-    )
+    assert close(policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1))
 
 
 def test_guidance_keeps_the_norm_of_every_token(base, folder, batch):
@@ -132,10 +102,8 @@ def test_its_schedule_is_shifted_by_resolution_and_ends_where_the_scheduler_says
 
 
 def test_in_16_bit_the_model_still_sees_the_exact_noise_level(folder):
-    policy, seen = load(folder, dtype="bf16"), []
-    policy.transformer.time_text_embed.time_proj.register_forward_pre_hook(
-        lambda module, given: seen.append(given[0].clone())
-    )
+    policy = load(folder, dtype="bf16")
+    seen = family.given_to(policy.transformer.time_text_embed.time_proj)
     sigma = torch.tensor([0.9545, 0.954])
     with torch.no_grad():
         policy.velocity(seeded_noise((2, *SHAPE), "latents"), sigma, policy.encode([SHORT, LONG]))
@@ -145,64 +113,45 @@ def test_in_16_bit_the_model_still_sees_the_exact_noise_level(folder):
 def test_prompts_are_encoded_as_the_pipeline_does_and_cut_at_the_length_asked_for(base, folder):
     tokens, mask = base.pipeline.encode_prompt([SHORT, LONG], max_sequence_length=512)
     for row, cond in enumerate(base.encode([SHORT, LONG])):
-        assert torch.allclose(cond.tokens, tokens[row][mask[row].bool()], rtol=0, atol=1e-5)
+        assert close(cond.tokens, tokens[row][mask[row].bool()])
     assert len(load(folder, max_sequence_length=140).encode([LONG])[0].tokens) == 140
 
 
 def test_the_cache_gives_the_same_features_and_spares_the_encoder(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("G2RPO_PROMPTS", str(tmp_path / "prompts"))
-    monkeypatch.setattr(prompt_cache, "SMALL", 0)
-    first = load(folder).encode([SHORT, LONG])
-    again = load(folder)
+    family.keep_prompts(tmp_path, monkeypatch)
+    first, again = load(folder).encode([SHORT, LONG]), load(folder)
     again.pipeline.text_encoder = None
-    assert all(
-        torch.equal(a.tokens, b.tokens) for a, b in zip(first, again.encode([SHORT, LONG]), strict=True)
-    )
+    assert family.same_features(first, again.encode([SHORT, LONG]))
 
 
 def test_guidance_needs_no_text_encoder_once_it_is_dropped(folder, batch):
-    policy = load(folder, guidance=4.0)
-    expected = policy.velocity(*batch)
-    fresh = load(folder, guidance=4.0)
-    fresh.drop_text_encoders()
-    assert fresh.pipeline.text_encoder is None and torch.equal(fresh.velocity(*batch), expected)
+    family.check_dropped(load(folder, guidance=4.0), load(folder, guidance=4.0), batch)
 
 
 def test_decoding_is_the_pipelines_own_with_every_channel_at_its_mean_and_scale(base):
     latents = seeded_noise((2, *SHAPE), "latents")
     config = base.vae.config
-    mean, std = (
-        torch.tensor(values)[:, None, None, None] for values in (config.latents_mean, config.latents_std)
-    )
-    expected = torch.cat(
-        [base.vae.decode((latent[:, None] * std + mean)[None]).sample[:, :, 0] for latent in latents]
-    )
+    mean, std = (torch.tensor(v)[:, None, None, None] for v in (config.latents_mean, config.latents_std))
+    raw = [(latent[:, None] * std + mean)[None] for latent in latents]
+    expected = torch.cat([base.vae.decode(latent).sample[:, :, 0] for latent in raw])
     pictures = base.decode(latents)
-    assert torch.allclose(pictures, (expected / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), rtol=0, atol=1e-5)
+    assert close(pictures, (expected / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
     assert pictures.shape == (2, HEIGHT, WIDTH, 3) and pictures.is_contiguous()
 
 
 def test_a_fresh_adapter_sits_on_both_streams_of_every_block_and_changes_nothing(base, folder, batch):
     policy = load(folder)
     policy.add_lora(4, 4, 1, feed_forward=True)
-    block = (
-        "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj attn.add_v_proj "
-        "attn.to_add_out"
-    )
-    block += " img_mlp.net.0.proj img_mlp.net.2 txt_mlp.net.0.proj txt_mlp.net.2"
-    assert set(policy.pairs()) == {
-        f"transformer_blocks.{number}.{name}" for number in range(2) for name in block.split()
-    }
+    block = "attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj attn.add_v_proj"
+    block += " attn.to_add_out img_mlp.net.0.proj img_mlp.net.2 txt_mlp.net.0.proj txt_mlp.net.2"
+    wanted = {f"transformer_blocks.{number}.{name}" for number in range(2) for name in block.split()}
+    assert set(policy.pairs()) == wanted
     with torch.no_grad():
-        assert torch.allclose(policy.velocity(*batch), base.velocity(*batch), rtol=0, atol=1e-6)
+        assert close(policy.velocity(*batch), base.velocity(*batch), 1e-6)
 
 
 def test_the_reference_is_the_model_without_adapter(base, folder, batch):
-    policy = load(folder, lora_seed=0)
-    with torch.no_grad():
-        with policy.reference():
-            assert torch.allclose(policy.velocity(*batch), base.velocity(*batch), rtol=0, atol=1e-6)
-        assert not torch.allclose(policy.velocity(*batch), base.velocity(*batch), atol=1e-3)
+    family.check_reference(family.moved(load(folder)), base, batch)
 
 
 def test_a_size_between_tokens_and_a_length_of_nothing_are_refused(base, folder):
@@ -217,51 +166,26 @@ def run(folder, tmp_path_factory) -> tuple[dict, Path]:
     """One whole step with guidance, the model's own schedule and all targets, and a look at a held-out
     prompt.
     """
-    place = tmp_path_factory.mktemp("run")
-    (place / "train.txt").write_text(f"{SHORT}\n{LONG}\n")
-    (place / "heldout.txt").write_text("a dog\n")
-    tree = {
-        "model": {
-            "family": "qwen_image",
-            "path": str(folder),
-            "width": WIDTH,
-            "height": HEIGHT,
-            "guidance": 4.0,
-            "schedule": "pipeline",
-        },
-        "lora": {"rank": 4, "alpha": 8, "targets": "attention+feed_forward"},
-        "method": {"name": "g2rpo", "num_steps": 4, "group_size": 3, "learning_rate": 1e-2},
-        "rewards": [{"name": "colourfulness"}],
-        "prompts": {"train": str(place / "train.txt"), "heldout": str(place / "heldout.txt")},
-        "train": {"steps": 1, "prompts_per_step": 2, "eval_noises": 1, "checkpoint_every": 1},
-    }
-    train(from_dict(tree), place / "run", progress=Silent())
-    return tree, place / "run"
+    model = {"family": "qwen_image", "path": str(folder), "width": WIDTH, "height": HEIGHT, "guidance": 4.0}
+    return family.one_step(tmp_path_factory.mktemp("run"), model)
 
 
 def test_a_run_learns_and_leaves_a_lora_that_diffusers_loads_with_the_same_effect(run, folder, batch):
     _, place = run
-    rows = RunFolder.open(place).metrics()
-    assert any(row.get("grad_norm", 0) > 0 for row in rows)
-    file = RunFolder.open(place).latest() / "lora.safetensors"
+    file = family.lora_of(place)
+    assert family.learnt(place) and any(up.any() for _, up in lora.read(file).pairs.values())
     assert all(key.startswith("diffusion_model.transformer_blocks.") for key in read_tensors(file)[0])
-    assert any(up.any() for _, up in lora.read(file).pairs.values())
     ours, theirs = load(folder), load(folder)
     ours.load_lora(file)
     # Diffusers itself, on the file as it lies there.
     theirs.pipeline.load_lora_weights(file)
     x, sigma, cond = batch
     with torch.no_grad():
-        changed = ours.velocity(x, sigma, cond)
-        for row in range(3):
-            assert torch.allclose(
-                plain(theirs, x[row], sigma[row].item(), cond[row].tokens), changed[row], rtol=0, atol=1e-5
-            )
-    assert not torch.equal(changed, load(folder).velocity(x, sigma, cond))
+        changed, untrained = ours.velocity(*batch), load(folder).velocity(*batch)
+    family.check_effect(
+        changed, lambda row: plain(theirs, x[row], sigma[row].item(), cond[row].tokens), untrained
+    )
 
 
 def test_pictures_can_be_drawn_with_the_lora_of_a_run(run):
-    tree, place = run
-    file = RunFolder.open(place).latest() / "lora.safetensors"
-    (with_lora,), (without,) = (draw(from_dict(tree), [LONG], 1, given) for given in (file, None))
-    assert with_lora.shape == (HEIGHT, WIDTH, 3) and not torch.equal(with_lora, without)
+    family.check_drawing(*run, HEIGHT, WIDTH)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from comfy_g2rpo.rewards import RewardError, Rule
+from comfy_g2rpo.rewards import Reward, RewardError, Rule
 from comfy_g2rpo.run import scorer as scoring
 from comfy_g2rpo.run.scorer import Scorer, to_8_bit
 
@@ -51,7 +51,7 @@ def test_the_check_runs_before_every_batch():
     assert len(count) == 3
 
 
-class Elsewhere:
+class Elsewhere(Reward):
     """A reward on another device: each call waits until it is let go, and notes its thread."""
 
     name, licence, compares_across_prompts, runs_elsewhere = "elsewhere", "", True, True
@@ -73,7 +73,7 @@ class Elsewhere:
 
 
 @dataclass
-class Rank:
+class Rank(Reward):
     """A reward that must see a whole group: each picture's place by brightness."""
 
     runs_elsewhere: bool = False

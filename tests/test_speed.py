@@ -209,7 +209,7 @@ def test_what_changes_nothing_is_refused_and_so_is_what_is_out_of_bounds(flux, m
         ValueError, match=r"speed.precision is bf16, which the model has anyway .*; remove it, or choose fp8"
     ):
         completions(flux, Speed(precision="bf16"))
-    with pytest.raises(ConfigError, match=r"speed.cache is 2.*; it must be at most 1"):
+    with pytest.raises(ConfigError, match=r"speed.cache is 2.*; it must lie between 0 and 1"):
         config(tmp_path, speed={"cache": 2})
 
 

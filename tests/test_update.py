@@ -12,6 +12,7 @@ from comfy_g2rpo.advantages import integrate
 from comfy_g2rpo.plan import deterministic, singular
 from comfy_g2rpo.recipes import RECIPES, build_plan, recipe
 from comfy_g2rpo.rollout import roll_out
+from comfy_g2rpo.run.optimizers import swapped, update_average
 from comfy_g2rpo.schedule import shifted_sigmas
 from comfy_g2rpo.update import (
     backward,
@@ -21,9 +22,7 @@ from comfy_g2rpo.update import (
     records,
     snapshot,
     step_weights,
-    swapped,
     update,
-    update_average,
 )
 
 CONDS, SEEDS = [0.3, -0.8], [11, 12]

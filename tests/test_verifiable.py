@@ -16,7 +16,6 @@ from torch import Tensor
 from comfy_g2rpo.prompts import Prompt
 from comfy_g2rpo.rewards import REWARDS, RewardError, check_prompts, checked
 from comfy_g2rpo.rewards.likeness import KINDS, colour_histogram, lab, reference_reward
-from comfy_g2rpo.rewards.protocol import note_of
 
 RANDOM = torch.rand(4, 48, 64, 3, generator=torch.Generator().manual_seed(3))
 RANDOM = (RANDOM * 255).round() / 255
@@ -78,7 +77,7 @@ def test_a_blank_picture_has_no_symmetry_and_horizontal_stripes_have_it_all():
 )
 def test_what_a_reward_ends_in_is_said(name: str):
     reward = REWARDS.get(name) or reference_reward(name, PALETTE if name == "palette" else RANDOM[0])
-    assert note_of(reward)
+    assert reward.note
 
 
 @pytest.mark.parametrize("kind", KINDS)

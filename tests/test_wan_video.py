@@ -16,7 +16,7 @@ from torch import Tensor
 from comfy_g2rpo import lora
 from comfy_g2rpo.files.picture_files import read, strip
 from comfy_g2rpo.plan import deterministic
-from comfy_g2rpo.rewards import REWARDS, Rule
+from comfy_g2rpo.rewards import REWARDS, Reward, Rule
 from comfy_g2rpo.rewards.clips import OfFrames, described, judged
 from comfy_g2rpo.rollout import roll_out, seeded_noise
 from comfy_g2rpo.run.diversity import describe
@@ -128,7 +128,7 @@ def test_frames_that_cannot_be_judged_are_left_out_and_a_broken_clip_is_not_judg
 
 
 def test_a_reward_of_groups_compares_frames_of_one_moment():
-    class Ranks:
+    class Ranks(Reward):
         """Judge by the place in the group."""
 
         name, licence, compares_across_prompts, needs_group = "ranks", "yours", False, True

@@ -21,8 +21,8 @@ from comfy_g2rpo.run.watch import (
     evaluated,
     gained,
     rising,
+    sign_row,
     signs,
-    standing,
     together,
     unit,
 )
@@ -180,7 +180,7 @@ def test_a_rise_at_the_training_size_with_a_fall_at_the_preview_size_is_a_sign()
 def test_an_alarm_is_a_sign_that_has_lasted(history, patience):
     row = {}
     for i, kinds in enumerate(history):
-        row = standing(dict.fromkeys(kinds, "words"), row, patience)
+        row = sign_row(dict.fromkeys(kinds, "words"), row, patience)
         recent = history[max(i - patience + 1, 0) : i + 1]
         lasting = len(recent) == patience and any(all(kind in kinds for kinds in recent) for kind in SIGNS)
         assert ("alarm" in row) == lasting and ("sign" in row) == bool(kinds)
@@ -199,7 +199,7 @@ def test_chance_alone_hardly_ever_raises_an_alarm():
             base = base or now
             best = max([base, *history], key=lambda e: e.means()["held"])
             row = (
-                standing(signs(Seen(base, best, now, 1, {"proxy": 1.0}, Pace())), row, Pace().patience)
+                sign_row(signs(Seen(base, best, now, 1, {"proxy": 1.0}, Pace())), row, Pace().patience)
                 if history
                 else {}
             )

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import family_model as family
 import pytest
 import torch
 import z_image_folder
+from family_model import LONG, SHORT, SIGMA, Batch, close
 from torch import Tensor
 
 from comfy_g2rpo.files.safe import read_tensors
@@ -16,18 +18,12 @@ from comfy_g2rpo.lora.forms import Form, in_core
 from comfy_g2rpo.lora.key_names import NEW, Z_IMAGE, family_of_model
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.rollout import roll_out, seeded_noise
-from comfy_g2rpo.run.folder import RunFolder
 from comfy_g2rpo.schedule import shifted_sigmas
 from g2rpo_trainer import families
-from g2rpo_trainer.config.reading import from_dict
 from g2rpo_trainer.config.sections import ModelSection
 from g2rpo_trainer.families.z_image import ZImage
-from g2rpo_trainer.model import prompt_cache
-from g2rpo_trainer.model.inference import draw
-from g2rpo_trainer.reports.progress import Silent
-from g2rpo_trainer.run import continue_from, train
+from g2rpo_trainer.run import continue_from
 
-SHORT, LONG = "a cat", "a red circle left of two blue squares, in the rain"
 WIDTH, HEIGHT, SHAPE = 64, 96, (16, 12, 8)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -38,16 +34,10 @@ def folder(tmp_path_factory) -> Path:
     return z_image_folder.save(tmp_path_factory.mktemp("z_image") / "model")
 
 
-def load(folder: Path, lora_seed: int | None = None, **more: object) -> ZImage:
-    """Load the model as a run does; a LoRA that is asked for has moved away from zero."""
+def load(folder: Path, **more: object) -> ZImage:
+    """Load the model as a run does."""
     section = {"family": "z_image", "path": str(folder), "width": WIDTH, "height": HEIGHT} | more
-    policy = families.load(ModelSection(**section), folder, "cpu")
-    if lora_seed is not None:
-        policy.add_lora(4, 8, lora_seed, feed_forward=True)
-        with torch.no_grad():
-            for name, (_, up) in policy.pairs().items():
-                up.copy_(0.02 * seeded_noise(up.shape, "up", name))
-    return policy
+    return families.load(ModelSection(**section), folder, "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -57,13 +47,9 @@ def base(folder) -> ZImage:
 
 
 @pytest.fixture
-def batch(base: ZImage) -> tuple[Tensor, Tensor, list]:
+def batch(base: ZImage) -> Batch:
     """Three latents at three noise levels, with prompts of different lengths."""
-    return (
-        seeded_noise((3, *SHAPE), "latents"),
-        torch.tensor([1.0, 0.6, 0.123]),
-        base.encode([SHORT, LONG, ""]),
-    )
+    return seeded_noise((3, *SHAPE), "latents"), torch.tensor(SIGMA), base.encode([SHORT, LONG, ""])
 
 
 def plain(policy: ZImage, x: Tensor, sigma: float, tokens: Tensor) -> Tensor:
@@ -76,14 +62,7 @@ def test_the_velocity_is_diffusers_own_at_every_noise_level_whatever_else_is_in_
     x, sigma, cond = batch
     # In steps of 32 tokens, which is what the model pads them to.
     assert len({-(-len(c.tokens) // 32) for c in cond}) == 2 and len({len(c.tokens) for c in cond}) == 3
-    with torch.no_grad():
-        together = base.velocity(x, sigma, cond)
-        for row in range(3):
-            expected = plain(base, x[row], sigma[row].item(), cond[row].tokens)
-            assert torch.allclose(together[row], expected, rtol=0, atol=1e-5)
-            assert torch.allclose(
-                base.velocity(x[[row]], sigma[[row]], [cond[row]])[0], expected, rtol=0, atol=1e-5
-            )
+    family.check_rows(base, batch, lambda row: plain(base, x[row], sigma[row].item(), cond[row].tokens))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
@@ -95,12 +74,10 @@ def test_a_deterministic_rollout_is_the_pipelines_own_sampling(folder, guidance)
     asked = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 4, "guidance_scale": guidance - 1}
     asked |= {"latents": rollout.noise(0, 0)[None], "max_sequence_length": 256}
     latents = policy.pipeline(LONG, **asked, output_type="latent").images
-    assert torch.allclose(rollout.latents[0], latents, rtol=0, atol=1e-5)
+    assert close(rollout.latents[0], latents)
     assert torch.equal(sigmas, policy.pipeline.scheduler.sigmas)
     picture = policy.pipeline(LONG, **asked, output_type="pt").images
-    assert torch.allclose(
-        policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), rtol=0, atol=1e-5
-    )
+    assert close(policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("steps", [2, 9, 50])
@@ -108,20 +85,16 @@ def test_a_deterministic_rollout_is_the_pipelines_own_sampling(folder, guidance)
 def test_its_schedule_has_a_static_shift_or_one_by_resolution_as_the_folder_says(
     base, tmp_path, steps, shape
 ):
-    assert torch.allclose(base.pipeline_sigmas(steps, shape), shifted_sigmas(steps, 3.0), rtol=0, atol=1e-6)
+    assert close(base.pipeline_sigmas(steps, shape), shifted_sigmas(steps, 3.0), 1e-6)
     dynamic = load(z_image_folder.save(tmp_path / "dynamic", "dynamic"))
     mu = 0.5 + (shape[1] * shape[2] / 4 - 256) * (1.15 - 0.5) / (4096 - 256)
     shift = torch.tensor(mu, dtype=torch.float64).exp().item()
-    assert torch.allclose(
-        dynamic.pipeline_sigmas(steps, shape), shifted_sigmas(steps, shift), rtol=0, atol=1e-6
-    )
+    assert close(dynamic.pipeline_sigmas(steps, shape), shifted_sigmas(steps, shift), 1e-6)
 
 
 def test_in_16_bit_the_model_still_sees_the_exact_noise_level(folder):
-    policy, seen = load(folder, dtype="bf16"), []
-    policy.transformer.t_embedder.register_forward_pre_hook(
-        lambda module, given: seen.append(given[0].clone())
-    )
+    policy = load(folder, dtype="bf16")
+    seen = family.given_to(policy.transformer.t_embedder)
     sigma = torch.tensor([0.9545, 0.954])
     with torch.no_grad():
         policy.velocity(seeded_noise((2, *SHAPE), "latents"), sigma, policy.encode([SHORT, LONG]))
@@ -130,52 +103,34 @@ def test_in_16_bit_the_model_still_sees_the_exact_noise_level(folder):
 
 def test_prompts_are_encoded_as_the_pipeline_does_and_cut_at_the_length_asked_for(base, folder):
     tokens, _ = base.pipeline.encode_prompt([SHORT, LONG], do_classifier_free_guidance=False)
-    assert all(
-        torch.allclose(cond.tokens, own, rtol=0, atol=1e-5)
-        for cond, own in zip(base.encode([SHORT, LONG]), tokens, strict=True)
-    )
+    for cond, own in zip(base.encode([SHORT, LONG]), tokens, strict=True):
+        assert close(cond.tokens, own)
     assert len(load(folder, max_sequence_length=40).encode([LONG])[0].tokens) == 40
 
 
 def test_the_cache_gives_the_same_features_and_spares_the_encoder(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("G2RPO_PROMPTS", str(tmp_path / "prompts"))
-    monkeypatch.setattr(prompt_cache, "SMALL", 0)
+    family.keep_prompts(tmp_path, monkeypatch)
     first, again = load(folder).encode([SHORT, LONG]), load(folder)
     again.pipeline.text_encoder = None
-    assert all(
-        torch.equal(a.tokens, b.tokens) for a, b in zip(first, again.encode([SHORT, LONG]), strict=True)
-    )
+    assert family.same_features(first, again.encode([SHORT, LONG]))
 
 
 def test_guidance_needs_no_text_encoder_once_it_is_dropped(folder, batch):
-    expected = load(folder, guidance=5.0).velocity(*batch)
-    fresh = load(folder, guidance=5.0)
-    fresh.drop_text_encoders()
-    assert fresh.pipeline.text_encoder is None and torch.equal(fresh.velocity(*batch), expected)
+    family.check_dropped(load(folder, guidance=5.0), load(folder, guidance=5.0), batch)
 
 
 def test_a_fresh_adapter_sits_on_all_blocks_and_changes_nothing(base, folder, batch):
     policy = load(folder)
     policy.add_lora(4, 4, 1, feed_forward=True)
-    block = [
-        *(f"attention.{name}" for name in ATTENTION),
-        *(f"feed_forward.w{number}" for number in (1, 2, 3)),
-    ]
-    assert set(policy.pairs()) == {
-        f"{where}.{name}"
-        for where in ("layers.0", "layers.1", "noise_refiner.0", "context_refiner.0")
-        for name in block
-    }
+    block = [*(f"attention.{name}" for name in ATTENTION), *(f"feed_forward.w{i}" for i in (1, 2, 3))]
+    places = ("layers.0", "layers.1", "noise_refiner.0", "context_refiner.0")
+    assert set(policy.pairs()) == {f"{place}.{name}" for place in places for name in block}
     with torch.no_grad():
-        assert torch.allclose(policy.velocity(*batch), base.velocity(*batch), rtol=0, atol=1e-6)
+        assert close(policy.velocity(*batch), base.velocity(*batch), 1e-6)
 
 
 def test_the_reference_is_the_model_without_adapter(base, folder, batch):
-    policy = load(folder, lora_seed=0)
-    with torch.no_grad():
-        with policy.reference():
-            assert torch.allclose(policy.velocity(*batch), base.velocity(*batch), rtol=0, atol=1e-6)
-        assert not torch.allclose(policy.velocity(*batch), base.velocity(*batch), atol=1e-3)
+    family.check_reference(family.moved(load(folder)), base, batch)
 
 
 def test_a_size_between_tokens_and_a_length_of_nothing_are_refused(base, folder):
@@ -190,32 +145,14 @@ def run(folder, tmp_path_factory) -> tuple[dict, Path]:
     """One whole step with guidance, the model's own schedule and all targets, and a look at a held-out
     prompt.
     """
-    place = tmp_path_factory.mktemp("run")
-    (place / "train.txt").write_text(f"{SHORT}\n{LONG}\n")
-    (place / "heldout.txt").write_text("a dog\n")
-    tree = {
-        "model": {
-            "family": "z_image",
-            "path": str(folder),
-            "width": WIDTH,
-            "height": HEIGHT,
-            "guidance": 5.0,
-            "schedule": "pipeline",
-        },
-        "lora": {"rank": 4, "alpha": 8, "targets": "attention+feed_forward"},
-        "method": {"name": "g2rpo", "num_steps": 4, "group_size": 3, "learning_rate": 1e-2},
-        "rewards": [{"name": "colourfulness"}],
-        "prompts": {"train": str(place / "train.txt"), "heldout": str(place / "heldout.txt")},
-        "train": {"steps": 1, "prompts_per_step": 2, "eval_noises": 1, "checkpoint_every": 1},
-    }
-    train(from_dict(tree), place / "run", progress=Silent())
-    return tree, place / "run"
+    model = {"family": "z_image", "path": str(folder), "width": WIDTH, "height": HEIGHT, "guidance": 5.0}
+    return family.one_step(tmp_path_factory.mktemp("run"), model)
 
 
 def test_a_run_learns_and_leaves_a_lora_that_diffusers_loads_with_the_same_effect(run, folder, batch):
     _, place = run
-    assert any(row.get("grad_norm", 0) > 0 for row in RunFolder.open(place).metrics())
-    file = RunFolder.open(place).latest() / "lora.safetensors"
+    file = family.lora_of(place)
+    assert family.learnt(place)
     ours, theirs, continued = load(folder), load(folder), load(folder)
     ours.load_lora(file)
     # Diffusers itself, on the file as it lies there.
@@ -224,21 +161,16 @@ def test_a_run_learns_and_leaves_a_lora_that_diffusers_loads_with_the_same_effec
     continue_from(continued, file, 8 / 4, "z_image")
     x, sigma, cond = batch
     with torch.no_grad():
-        changed = ours.velocity(x, sigma, cond)
-        assert torch.allclose(continued.velocity(x, sigma, cond), changed, rtol=0, atol=1e-5)
-        for row in range(3):
-            assert torch.allclose(
-                plain(theirs, x[row], sigma[row].item(), cond[row].tokens), changed[row], rtol=0, atol=1e-5
-            )
-    assert not torch.equal(changed, load(folder).velocity(x, sigma, cond))
+        changed, untrained = ours.velocity(*batch), load(folder).velocity(*batch)
+        assert close(continued.velocity(*batch), changed)
+    family.check_effect(
+        changed, lambda row: plain(theirs, x[row], sigma[row].item(), cond[row].tokens), untrained
+    )
 
 
 def test_a_run_names_its_modules_as_the_comfyui_that_runs_the_model_maps_them(run):
-    keys = read_tensors(RunFolder.open(run[1]).latest() / "lora.safetensors")[0]
-    modules = {
-        key.removeprefix("diffusion_model.").rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in keys
-    }
-    assert len(modules) == 4 * 7 and all(key.startswith("diffusion_model.") for key in keys)
+    modules = family.modules_in(read_tensors(family.lora_of(run[1]))[0])
+    assert len(modules) == 4 * 7
     assert {in_core(Z_IMAGE, module, Form("diffusion_model.")) for module in modules} <= {NEW, "both"}
 
 
@@ -247,7 +179,4 @@ def test_a_folder_is_known_to_have_diffusers_names(base):
 
 
 def test_pictures_can_be_drawn_with_the_lora_of_a_run(run):
-    tree, place = run
-    file = RunFolder.open(place).latest() / "lora.safetensors"
-    (with_lora,), (without,) = (draw(from_dict(tree), [LONG], 1, given) for given in (file, None))
-    assert with_lora.shape == (HEIGHT, WIDTH, 3) and not torch.equal(with_lora, without)
+    family.check_drawing(*run, HEIGHT, WIDTH)

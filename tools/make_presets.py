@@ -11,22 +11,16 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from g2rpo_trainer.config.reading import bundled_folder, load
+from g2rpo_trainer.config.bundled import bundled_folder
+from g2rpo_trainer.config.family_names import FAMILIES
+from g2rpo_trainer.config.reading import load
 from g2rpo_trainer.cost.card_memory import GIB, sized
 from g2rpo_trainer.cost.card_memory import footprint as foresee
 from g2rpo_trainer.cost.meta_model import build, look
 from g2rpo_trainer.cost.presets import SIZES, Card, with_preset
 from g2rpo_trainer.model.stored_linear import blocks_of
 
-RECIPES = {
-    "flux": "flux_dev",
-    "flux2": "flux2_klein",
-    "lumina2": "lumina2",
-    "qwen_image": "qwen_image",
-    "sd3": "sd35_medium",
-    "wan": "wan21",
-    "z_image": "z_image",
-}
+RECIPES = {name: family.recipe for name, family in sorted(FAMILIES.items())}
 FREE = 0.97
 """Share of a card that is free when a run begins."""
 

@@ -15,24 +15,28 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from workflow_graph import BYPASSED, MUTED, Graph
+from workflow_graph import BYPASSED, Graph
 from workflow_parts import (
     FAMILIES,
     ROOT,
     TINY,
     Family,
+    advantages,
+    begin,
     conditions,
     draw,
     empty,
     encode,
     guide,
-    load,
+    judged,
     mixed,
+    policy,
     preview,
     reward,
     rollout,
     schedule,
     train,
+    update,
     write_prompt,
 )
 from workflow_rank import rank
@@ -43,9 +47,7 @@ WORKFLOWS = ROOT / "workflows"
 
 def score(graph: Graph, family: Family) -> None:
     """Score pictures and keep the best; nothing is trained."""
-    graph.column(f"Model · {family.label}")
-    graph.note(
-        f"**Score pictures and keep the best — {family.label}**\n\n{family.files}\n\n"
+    text = (
         "Press **Run**: a batch of pictures is drawn, *Score Images* judges each of them and *Select "
         "Best* keeps two.\n\n"
         "**Look at** the ranked sheet and at the table in *Score Images*: every reward's own score, "
@@ -54,7 +56,7 @@ def score(graph: Graph, family: Family) -> None:
         "of both *Score Images* and "
         "*Select Best* instead of *VAE Decode*. Rewards that read the prompt want one that fits."
     )
-    model = load(graph, family)
+    model = begin(graph, family, "Score pictures and keep the best", text)
     graph.column("Pictures")
     prompt = write_prompt(graph, family)
     conditioning = encode(graph, family, model.clip, prompt)
@@ -62,25 +64,18 @@ def score(graph: Graph, family: Family) -> None:
     graph.column("Judge")
     judge = mixed(graph, family.rewards)
     graph.column("Scores")
-    scored = graph.add(
-        "G2RPO_ScoreImages", {"images": images, "reward": judge, "prompt": prompt}, size=(400, 420)
-    )
+    wires = {"images": images, "reward": judge, "prompt": prompt}
+    scored = graph.add("G2RPO_ScoreImages", wires, size=(400, 420))
     best = graph.add("G2RPO_SelectBest", {"images": images, "scores": scored["scores"], "k": 2})
     graph.column("Results")
     preview(graph, scored["ranked"], "Ranked, best first", (480, 420))
-    graph.add(
-        "SaveImage",
-        {"images": best["images"], "filename_prefix": f"g2rpo_best_{family.name}"},
-        "The best two",
-        size=(480, 360),
-    )
+    saved = {"images": best["images"], "filename_prefix": f"g2rpo_best_{family.name}"}
+    graph.add("SaveImage", saved, "The best two", size=(480, 360))
 
 
 def look(graph: Graph, family: Family) -> None:
     """Look at one rollout."""
-    graph.column(f"Model · {family.label}")
-    graph.note(
-        f"**Look at one rollout — {family.label}**\n\n{family.files}\n\n"
+    text = (
         "Press **Run**. *Rollout* draws the deterministic picture, the anchor. At each branch step a "
         "group of branches leaves it "
         "by one stochastic step and is completed without noise, once per granularity.\n\n"
@@ -93,7 +88,7 @@ def look(graph: Graph, family: Family) -> None:
         "*Scores From Values* are the judge: any graph can be, and so can you: disconnect *values* and "
         "type your own votes."
     )
-    model = load(graph, family)
+    model = begin(graph, family, "Look at one rollout", text)
     graph.column("Prompt and noise")
     prompt = write_prompt(graph, family)
     conditioning = conditions(graph, family, model.clip, prompt)
@@ -102,18 +97,9 @@ def look(graph: Graph, family: Family) -> None:
     graph.column("Rollout")
     guider = guide(graph, family, model.model, conditioning)
     tree = rollout(graph, family, guider, noise, sigmas, latent, "1,2")
-    branch = graph.add(
-        "G2RPO_SingularSDESampler",
-        {"branch_step": int(family.branch_steps[0]), "branch": 3},
-        "Branch 3 by itself",
-    )
-    wires = {
-        "noise": noise,
-        "guider": guider,
-        "sampler": branch["SAMPLER"],
-        "sigmas": sigmas,
-        "latent_image": latent,
-    }
+    settings = {"branch_step": int(family.branch_steps[0]), "branch": 3}
+    sampler = graph.add("G2RPO_SingularSDESampler", settings, "Branch 3 by itself")["SAMPLER"]
+    wires = {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent_image": latent}
     single = graph.add("SamplerCustomAdvanced", wires)["output"]
     graph.column("Anchor and a branch")
     for latents, title in ((tree["anchor"], "Anchor"), (single, "Branch 3")):
@@ -121,27 +107,16 @@ def look(graph: Graph, family: Family) -> None:
         preview(graph, images, title, (300, 300))
     graph.column("Judge")
     judge = reward(graph, family.rewards[0][0])
-    scored = graph.add(
-        "G2RPO_ScoreRollout",
-        {"rollout": tree["rollout"], "vae": model.vae, "reward": judge, "prompt": prompt},
-        lines=10,
-    )
+    scored = judged(graph, tree, model, judge, prompt, lines=10)
     other = reward(graph, family.rewards[1][0], "Another judge")
     pictures = scored["pictures"]
-    judged = graph.add(
-        "G2RPO_ScoreImages",
-        {"images": pictures, "reward": other, "prompt": prompt},
-        "Any graph can judge",
-        lines=10,
-    )
+    wires = {"images": pictures, "reward": other, "prompt": prompt}
+    values = graph.add("G2RPO_ScoreImages", wires, "Any graph can judge", lines=10)["scores"]
     graph.column("Why branches are pushed")
-    shown = graph.add(
-        "G2RPO_Advantages", {"rollout": tree["rollout"], "scores": scored["scores"]}, size=(400, 290)
-    )
-    wires = {"rollout": tree["rollout"], "values": judged["scores"], "pictures": pictures, "votes": ""}
+    shown = advantages(graph, tree, scored["scores"])
+    wires = {"rollout": tree["rollout"], "values": values, "pictures": pictures, "votes": ""}
     values = graph.add("G2RPO_ScoresFromValues", wires, lines=3)["scores"]
-    settings = {"rollout": tree["rollout"], "scores": values, "per_branch": True}
-    others = graph.add("G2RPO_Advantages", settings, "Advantages (the other judge)", size=(400, 290))
+    others = advantages(graph, tree, values, "Advantages (the other judge)", per_branch=True)
     graph.column("Results")
     preview(graph, shown["heatmap"], "Heat map: step × granularity", (480, 340))
     preview(graph, shown["ranked"], "Ranked, best first", (480, 480))
@@ -150,9 +125,7 @@ def look(graph: Graph, family: Family) -> None:
 
 def train_lora(graph: Graph, family: Family) -> None:
     """Train a LoRA in one block."""
-    graph.column(f"Model · {family.label}")
-    graph.note(
-        f"**Train a LoRA in one block — {family.label}**\n\n{family.files}\n\n"
+    text = (
         f"Press **Run**: {family.steps} steps, {family.price}. The log says the price before anything "
         "runs.\n\n"
         "**Look at** the curve in *Train LoRA* while it runs. Solid: the reward on training prompts; "
@@ -168,7 +141,7 @@ def train_lora(graph: Graph, family: Family) -> None:
             else "\n\nOut of memory? Lower *slots*. The rewards are examples: put in what you want more of."
         )
     )
-    model = load(graph, family)
+    model = begin(graph, family, "Train a LoRA in one block", text)
     graph.column("Judges")
     judge = reward(graph, family.target, "Reward: what is trained")
     watch = mixed(graph, tuple((name, 1.0) for name in family.watch), "Held-out rewards: only measure")
@@ -176,20 +149,14 @@ def train_lora(graph: Graph, family: Family) -> None:
     trained = train(graph, family, model, family.steps, judge, watch)
     graph.column("Results")
     preview(graph, trained["curve"], "Curve", (480, 400))
-    graph.add(
-        "LossGraphNode",
-        {"loss": trained["loss"], "filename_prefix": "loss_graph"},
-        "Minus the reward",
-        size=(480, 420),
-    )
+    loss = {"loss": trained["loss"], "filename_prefix": "loss_graph"}
+    graph.add("LossGraphNode", loss, "Minus the reward", size=(480, 420))
 
 
 def loop(graph: Graph, family: Family) -> None:
     """Make the graph the loop."""
     run = f"{family.name}-loop"
-    graph.column(f"Model · {family.label}")
-    graph.note(
-        f"**The graph is the loop — {family.label}**\n\n{family.files}\n\n"
+    text = (
         "Every press of **Run** is one update: rollout, scores, advantages, one step of the optimizer. "
         "Set the batch count beside the Run button to 20 for 20 updates.\n\n"
         f"*LoRA Policy* keeps the LoRA in the run {run} and goes on from there, after a restart too; "
@@ -201,52 +168,35 @@ def loop(graph: Graph, family: Family) -> None:
         "Change judge, prompt or branch steps between two presses as you like.\n\n"
         "For a file: right-click *Save LoRA*, Mode, Always."
     )
-    model = load(graph, family)
-    settings = {
-        "rank": family.rank,
-        "alpha": float(family.rank),
-        "learning_rate": family.learning_rate,
-        "run": run,
-    }
-    policy = graph.add("G2RPO_LoRAPolicy", {"model": model.model} | settings)
+    model = begin(graph, family, "The graph is the loop", text)
+    learner = policy(graph, family, model, family.learning_rate, run)
     graph.column("Prompt and noise")
     prompt = write_prompt(graph, family)
     conditioning = encode(graph, family, model.clip, prompt)
-    noise = graph.add("RandomNoise", {"noise_seed": policy["step"]}, "Noise: another at every step")["NOISE"]
+    noise = graph.add("RandomNoise", {"noise_seed": learner["step"]}, "Noise: another at every step")["NOISE"]
     sigmas, latent = schedule(graph, family, model.model), empty(graph, family)
     graph.column("Rollout and scores")
-    guider = guide(graph, family, policy["model"], conditioning)
+    guider = guide(graph, family, learner["model"], conditioning)
     tree = rollout(graph, family, guider, noise, sigmas, latent, "2")
     judge = reward(graph, family.target)
-    scored = graph.add(
-        "G2RPO_ScoreRollout",
-        {"rollout": tree["rollout"], "vae": model.vae, "reward": judge, "prompt": prompt},
-        lines=8,
-    )
+    scored = judged(graph, tree, model, judge, prompt, lines=8)
     graph.column("Update")
-    advantages = graph.add(
-        "G2RPO_Advantages", {"rollout": tree["rollout"], "scores": scored["scores"]}, size=(400, 290)
-    )
-    wires = {"policy": policy["policy"], "advantages": advantages["advantages"]}
-    updated = graph.add("G2RPO_UpdateLoRA", wires | {"micro_batch": family.micro_batch}, size=(400, 240))
-    wires = {"lora": updated["lora"], "model": updated["model"], "name": f"{family.name}-loop"}
-    graph.add("G2RPO_SaveLoRA", wires, mode=MUTED, size=(400, 200))
+    worth = advantages(graph, tree, scored["scores"])
+    updated = update(graph, family, learner, worth, run)
     graph.column("The same noise after the update")
     images = draw(graph, family, model, updated["model"], conditioning, 1, latent)
     preview(graph, images, "Fixed noise, updated LoRA", (300, 300))
     graph.column("The run so far")
     graph.add("G2RPO_RunMonitor", {"run": "newest"}, size=(400, 560))
     graph.column("Results")
-    preview(graph, advantages["heatmap"], "Heat map: step × granularity", (480, 340))
-    preview(graph, advantages["ranked"], "Ranked, best first", (480, 560))
+    preview(graph, worth["heatmap"], "Heat map: step × granularity", (480, 340))
+    preview(graph, worth["ranked"], "Ranked, best first", (480, 560))
 
 
 def resume(graph: Graph, family: Family) -> None:
     """Go on with a run and compare."""
     steps, name = family.steps * 3 // 2, f"{family.name}-lora"
-    graph.column(f"Model · {family.label}")
-    graph.note(
-        f"**Resume and compare — {family.label}**\n\n{family.files}\n\n"
+    text = (
         f"The same run as in g2rpo_train_lora_{family.name}, with {steps} steps instead of "
         f"{family.steps}: press **Run** and it goes on "
         "where that one ended: LoRA, optimizer, random draws and curve. Run that one first. Only "
@@ -258,7 +208,7 @@ def resume(graph: Graph, family: Family) -> None:
         "switch that on with Ctrl+B: "
         "the file works in every graph."
     )
-    model = load(graph, family)
+    model = begin(graph, family, "Resume and compare", text)
     graph.column("Judges")
     judge = reward(graph, family.target, "Reward: what is trained")
     watch = mixed(graph, tuple((each, 1.0) for each in family.watch), "Held-out rewards: only measure")
@@ -281,10 +231,14 @@ def resume(graph: Graph, family: Family) -> None:
         "prompts": family.heldout,
         "negative": "",
         "guidance": family.cfg,
+        "num_steps": family.num_steps,
+    }
+    settings |= {
         "width": family.size,
         "height": family.size,
+        "slots": family.slots,
+        "noises": 2 if family is TINY else 1,
     }
-    settings |= {"num_steps": family.num_steps, "noises": 2 if family is TINY else 1, "slots": family.slots}
     compared = graph.add("G2RPO_CompareLoRA", wires | settings, size=(400, 700))
     graph.column("The file in any graph")
     loader = {"model": model.model, "lora_name": f"g2rpo/{name}.safetensors", "strength_model": 1.0}

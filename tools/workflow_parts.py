@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from workflow_graph import Graph, Node, Socket
+from workflow_graph import MUTED, Graph, Node, Socket
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -164,6 +164,13 @@ def load(graph: Graph, family: Family) -> Model:
     return Model(unet["MODEL"], clip["CLIP"], graph.add("VAELoader", {"vae_name": "ae.safetensors"})["VAE"])
 
 
+def begin(graph: Graph, family: Family, title: str, text: str) -> Model:
+    """Begin a graph with its note and the model."""
+    graph.column(f"Model · {family.label}")
+    graph.note(f"**{title} — {family.label}**\n\n{family.files}\n\n{text}")
+    return load(graph, family)
+
+
 def write_prompt(graph: Graph, family: Family) -> Socket:
     """Add the field in which the prompt is written once."""
     return graph.add("PrimitiveStringMultiline", {"value": family.prompt}, "Prompt", lines=3)["STRING"]
@@ -224,17 +231,12 @@ def draw(
     conditioning: tuple[Socket, Socket],
     seed: int,
     latent: Socket,
+    denoise: float = 1.0,
 ) -> Socket:
     """Add core's usual sampler and the decoder; return the pictures."""
     wires = {"model": tuned, "positive": conditioning[0], "negative": conditioning[1], "latent_image": latent}
-    settings = {
-        "seed": seed,
-        "steps": family.num_steps,
-        "cfg": family.cfg,
-        "sampler_name": "euler",
-        "scheduler": "simple",
-        "denoise": 1.0,
-    }
+    settings = {"seed": seed, "steps": family.num_steps, "cfg": family.cfg, "denoise": denoise}
+    settings |= {"sampler_name": "euler", "scheduler": "simple"}
     latents = graph.add("KSampler", wires | settings)["LATENT"]
     return graph.add("VAEDecode", {"samples": latents, "vae": model.vae})["IMAGE"]
 
@@ -297,3 +299,30 @@ def train(
     }
     wires |= {"heldout_reward": heldout} if heldout else {}
     return graph.add("G2RPO_TrainLoRA", wires | settings, size=(460, 1400))
+
+
+def policy(graph: Graph, family: Family, model: Model, rate: float, run: str) -> Node:
+    """Add the LoRA that a graph trains by itself."""
+    settings = {"rank": family.rank, "alpha": float(family.rank), "learning_rate": rate, "run": run}
+    return graph.add("G2RPO_LoRAPolicy", {"model": model.model} | settings)
+
+
+def judged(graph: Graph, tree: Node, model: Model, judge: Socket, prompt: Socket, lines: int) -> Node:
+    """Add the scores of a rollout."""
+    wires = {"rollout": tree["rollout"], "vae": model.vae, "reward": judge, "prompt": prompt}
+    return graph.add("G2RPO_ScoreRollout", wires, lines=lines)
+
+
+def advantages(graph: Graph, tree: Node, scores: Socket, title: str = "", per_branch: bool = False) -> Node:
+    """Add what scores are worth to the learner."""
+    values = {"rollout": tree["rollout"], "scores": scores} | ({"per_branch": True} if per_branch else {})
+    return graph.add("G2RPO_Advantages", values, title, size=(400, 290))
+
+
+def update(graph: Graph, family: Family, learner: Node, worth: Node, name: str) -> Node:
+    """Add one update of the LoRA, and its file, which is only written on demand."""
+    wires = {"policy": learner["policy"], "advantages": worth["advantages"]}
+    updated = graph.add("G2RPO_UpdateLoRA", wires | {"micro_batch": family.micro_batch}, size=(400, 240))
+    wires = {"lora": updated["lora"], "model": updated["model"], "name": name}
+    graph.add("G2RPO_SaveLoRA", wires, mode=MUTED, size=(400, 200))
+    return updated

@@ -1,6 +1,4 @@
-"""The command line: `g2rpo train | plan | sample | score | compare | vote | export | check-lora | report |
-options | version`.
-"""
+"""The command line `g2rpo`: its program, and the commands that have no file of their own."""
 
 from __future__ import annotations
 
@@ -16,11 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .commands.arguments import CommandError
 from .commands.compare import compare
 from .commands.export import check_lora, export
 from .commands.rewards import rewards_app
 from .commands.score import score
 from .commands.vote import vote
+from .config.bundled import bundled_recipes
 
 if TYPE_CHECKING:
     from .config.reading import Config
@@ -36,10 +36,7 @@ app = typer.Typer(
 
 Recipe = Annotated[
     str,
-    typer.Argument(
-        metavar="RECIPE",
-        help="A YAML file, or a bundled one: demo, demo_multi, demo_gated, sd35_medium, flux_dev.",
-    ),
+    typer.Argument(metavar="RECIPE", help=f"A YAML file, or a bundled one: {', '.join(bundled_recipes())}."),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -51,10 +48,6 @@ Preset = Annotated[
 
 
 WAITING = 3  # exit code of a run that waits for votes
-
-
-class CommandError(ValueError):
-    """Arguments that do not go together."""
 
 
 @app.command()
@@ -97,23 +90,16 @@ def train(
     try:
         summary = run(config, folder, resume=resume, replace=replace, progress=progress)
         if summary and not quiet:
-            typer.echo(
-                f"LoRA: {folder / summary['lora']}\nsee {folder / 'before_after.png'} and "
-                f"{folder / 'curves.png'}"
-            )
+            see = f"see {folder / 'before_after.png'} and {folder / 'curves.png'}"
+            typer.echo(f"LoRA: {folder / summary['lora']}\n{see}")
     except KeyboardInterrupt:
         progress.close()
         typer.echo(f"interrupted; continue with: {resume_command(recipe, folder, settings or [])}", err=True)
         raise typer.Exit(130) from None
     except UnvotedError:
         progress.close()
-        typer.echo(
-            (
-                f"vote with: g2rpo vote {shlex.quote(str(folder))}, then: "
-                f"{resume_command(recipe, folder, settings or [])}"
-            ),
-            err=True,
-        )
+        then = resume_command(recipe, folder, settings or [])
+        typer.echo(f"vote with: g2rpo vote {shlex.quote(str(folder))}, then: {then}", err=True)
         raise typer.Exit(WAITING) from None
     finally:
         progress.close()
@@ -124,12 +110,12 @@ def plan(recipe: Recipe, settings: Settings = None, preset: Preset = None) -> No
     """Say what a recipe will cost before anything runs: forwards, pictures, time, memory."""
     from .config.reading import load
     from .cost.estimate import count, measure, table
-    from .cost.presets import foreseen, preset_settings
+    from .cost.presets import estimate_memory, preset_settings
 
     config = load(recipe, preset_settings(recipe, preset, settings or []))
     counts = count(config)
     quieten_libraries()
-    memory, trouble = foreseen(config)
+    memory, trouble = estimate_memory(config)
     try:
         cost = None if trouble else measure(config)
     except (OSError, ValueError) as error:
@@ -173,17 +159,13 @@ def sample(
             f"--image is given {len(images)} times for {len(prompt)} prompts; give one for all, or one "
             "for each"
         )
-    places = (
-        [out]
-        if len(prompt) == 1
-        else [out.with_name(f"{out.stem}-{i:03d}{out.suffix}") for i in range(len(prompt))]
-    )
+    numbered = [out.with_name(f"{out.stem}-{i:03d}{out.suffix}") for i in range(len(prompt))]
+    places = [out] if len(prompt) == 1 else numbered
     for place in places:
         if place.exists() and not replace:
             raise CommandError(f"{place} exists; choose another --out, or give --replace")
-    config, own_lora = configuration(
-        recipe, [*(settings or []), *([f"model.path={json.dumps(model)}"] if model else [])]
-    )
+    other_model = [f"model.path={json.dumps(model)}"] if model else []
+    config, own_lora = configuration(recipe, [*(settings or []), *other_model])
     quieten_libraries()
     from comfy_g2rpo.prompts import starting, with_columns
     from comfy_g2rpo.run.folder import save_picture
@@ -242,9 +224,7 @@ def version() -> None:
 
 
 def configuration(source: str, settings: list[str]) -> tuple[Config, Path | None]:
-    """Load a recipe, or what a run was made with together with its LoRA: the best where the watch ended
-    it, else the newest.
-    """
+    """Load a recipe, or a run's settings and its LoRA: the best where the watch ended it, else the newest."""
     from comfy_g2rpo.run.folder import RunFolder, is_run
 
     from .config.reading import apply_overrides, from_dict, load
@@ -257,15 +237,10 @@ def configuration(source: str, settings: list[str]) -> tuple[Config, Path | None
 
 
 def quieten_libraries() -> None:
-    """Keep the model libraries' bars and notices out of the display, and the libraries themselves off the
-    network.
-    """
+    """Keep the model libraries' bars and notices off the display, and the libraries off the network."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for name, value in {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DIFFUSERS_VERBOSITY": "error",
-        "HF_HUB_OFFLINE": "1",
-    }.items():
+    settings = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     import diffusers
@@ -282,10 +257,7 @@ def resume_command(recipe: str, folder: Path, settings: list[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command.
-
-    What a user can mend becomes one line and exit code 2, anything else keeps its traceback.
-    """
+    """Run a command; an error that a user can fix becomes one line and exit code 2."""
     try:
         app(arguments)
     except (ValueError, OSError) as error:
@@ -302,7 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def ours(traceback: TracebackType | None) -> bool:
-    """Say whether an error was raised by this project's own code, which words its errors for the user."""
+    """Return whether this project's own code raised an error, which it then words for the user."""
     while traceback and traceback.tb_next:
         traceback = traceback.tb_next
     module = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""

@@ -1,6 +1,4 @@
-"""The headless host of a run: models from disk, processes through accelerate, Ctrl-C, and the report at
-the end.
-"""
+"""The headless host of a run: models from disk, processes, Ctrl-C, and the report at the end."""
 
 from __future__ import annotations
 
@@ -42,7 +40,8 @@ def train(
 ) -> dict[str, Any]:
     """Run or continue a run in the folder `out` and return its summary.
 
-    A stop leaves a checkpoint of the last finished step.
+    `learn` repeats the three verbs of `comfy_g2rpo.run.iteration`: explore, score, update. A stop leaves a
+    checkpoint of the last finished step.
     """
     accelerator = Accelerator(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
     main = accelerator.is_main_process
@@ -71,40 +70,25 @@ def train(
 def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -> Setup:
     """Load what a run needs; every mistake of the configuration shows here, before the first forward."""
     keep_freed_memory()
-    if config.train.prompts_per_step % accelerator.num_processes:
-        count = accelerator.num_processes
-        raise ValueError(
-            f"train.prompts_per_step is {config.train.prompts_per_step}; {count} processes need a "
-            f"multiple of {count}"
-        )
-    if accelerator.num_processes > 1 and any(reward.name == VOTES for reward in config.rewards):
-        raise ValueError(
-            "rewards has votes, for which a run waits by stopping, and that needs a single process; start one"
-        )
-    recipe = make_recipe(config)
+    check_processes(config, accelerator.num_processes)
+    recipe, pace, speed = make_recipe(config), make_pace(config), make_speed(config)
     heldout = Path(config.prompts.heldout) if config.prompts.heldout else None
     prompts = load_prompts(
         Path(config.prompts.train), heldout, config.prompts.heldout_share, config.train.seed
     )
-    rewards, judges = build_all(config, accelerator.device, run)
+    rewards, judges = build_all(config.rewards, config.heldout_rewards, accelerator.device, run)
     if config.memory.rewards_in_turn:
         alone = {reward.name: in_turn(reward, accelerator.device) for reward in (*rewards, *judges)}
         rewards, judges = (tuple(alone[reward.name] for reward in some) for some in (rewards, judges))
     check_prompts(judges, [*prompts.train, *prompts.heldout])
-    rank_guard.check(make_speed(config), rewards)
-    pace = make_pace(config)
+    rank_guard.check(speed, rewards)
     policy = load_policy(config, accelerator.device, prompts_ahead(prompts, pace))
-    policy.add_lora(
-        config.lora.rank, config.lora.alpha, config.train.seed, config.lora.targets != "attention"
-    )
-    if config.lora.init:
-        continue_from(
-            policy, Path(config.lora.init), config.lora.alpha / config.lora.rank, config.model.family
-        )
-    shape, preview = (
-        policy.latent_shape(config.model.width, config.model.height),
-        preview_shape(pace, policy.latent_shape),
-    )
+    lora = config.lora
+    policy.add_lora(lora.rank, lora.alpha, config.train.seed, lora.targets != "attention")
+    if lora.init:
+        continue_from(policy, Path(lora.init), lora.alpha / lora.rank, config.model.family)
+    shape = policy.latent_shape(config.model.width, config.model.height)
+    preview = preview_shape(pace, policy.latent_shape)
     return Setup(
         recipe=recipe,
         optimizer=make_optimizer,
@@ -114,39 +98,52 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
         weights=tuple(reward.weight for reward in config.rewards),
         gates=tuple(reward.gate for reward in config.rewards),
         judges=judges,
-        speed=make_speed(config),
-        velocity=completions(policy, make_speed(config)),
+        speed=speed,
+        velocity=completions(policy, speed),
         measures={reward.name: reward.weight for reward in config.heldout_rewards},
         prompts=prompts,
         sigmas=families.sigmas(policy, config.model.schedule, recipe, shape),
         shape=shape,
-        alpha=config.lora.alpha,
+        alpha=lora.alpha,
         style=policy.lora_style,
         rename=policy.rename,
-        metadata={
-            "g2rpo.version": __version__,
-            "g2rpo.base_model": Path(config.model.transformer or config.model.path).name,
-            "g2rpo.family": str(config.model.family),
-            "g2rpo.base_loras": ", ".join(
-                f"{worn.strength:g} {Path(worn.path).name}" for worn in config.model.lora
-            )
-            or "none",
-            "g2rpo.recipe": config.method.name,
-            "g2rpo.rewards": ", ".join(map(described, config.rewards)),
-        },
+        metadata=lora_metadata(config),
         world=world(accelerator),
         preview=preview,
         preview_sigmas=families.sigmas(policy, config.model.schedule, recipe, preview) if preview else None,
     )
 
 
-def described(reward: TrainedReward) -> str:
+def check_processes(config: Config, count: int) -> None:
+    """Refuse a number of processes that the configuration cannot be shared out over."""
+    if config.train.prompts_per_step % count:
+        needs = f"{count} processes need a multiple of {count}"
+        raise ValueError(f"train.prompts_per_step is {config.train.prompts_per_step}; {needs}")
+    if count > 1 and any(reward.name == VOTES for reward in config.rewards):
+        needs = "for which a run waits by stopping, and that needs a single process; start one"
+        raise ValueError(f"rewards has votes, {needs}")
+
+
+def lora_metadata(config: Config) -> dict[str, str]:
+    """Return what a LoRA file says about itself."""
+    applied = (f"{each.strength:g} {Path(each.path).name}" for each in config.model.lora)
+    return {
+        "g2rpo.version": __version__,
+        "g2rpo.base_model": Path(config.model.transformer or config.model.path).name,
+        "g2rpo.family": str(config.model.family),
+        "g2rpo.base_loras": ", ".join(applied) or "none",
+        "g2rpo.recipe": config.method.name,
+        "g2rpo.rewards": ", ".join(map(weighted, config.rewards)),
+    }
+
+
+def weighted(reward: TrainedReward) -> str:
     """Name a reward with its weight and gate."""
     return f"{reward.weight:g} {reward.name}" + ("" if reward.gate is None else f" (gate {reward.gate:g})")
 
 
 def world(accelerator: Accelerator) -> World:
-    """Say how the processes of a run find together."""
+    """Return how the processes of a run find together."""
     if accelerator.num_processes == 1:
         return World()
     return World(
@@ -163,7 +160,7 @@ def world(accelerator: Accelerator) -> World:
 
 
 def load_policy(config: Config, device: torch.device | str, prompts: Sequence[str] = ()) -> FamilyPolicy:
-    """Load the model of a configuration onto a device, with the LoRAs that it wears.
+    """Load the model of a configuration onto a device, with the LoRAs already applied to it.
 
     With prompts, they are encoded and the text encoders dropped before the transformer comes to the device.
     """
@@ -172,18 +169,15 @@ def load_policy(config: Config, device: torch.device | str, prompts: Sequence[st
         policy: Any = families.load(
             config.model, model_folder(config.model.path, bool(config.model.transformer)), "cpu"
         )
-        for worn in config.model.lora:
-            add_frozen(policy.transformer, Path(worn.path), worn.strength, config.model.family)
+        for applied in config.model.lora:
+            add_frozen(policy.transformer, Path(applied.path), applied.strength, config.model.family)
         return policy
 
     return load_in_stages(load, config.memory, torch.device(device), prompts)
 
 
 def continue_from(policy: FamilyPolicy, path: Path, scale: float, family: str | None = None) -> None:
-    """Start from a LoRA file of any form.
-
-    What it lacks in rank or modules stays fresh, a scale that differs is folded into B.
-    """
+    """Start from a LoRA file of any form; what it lacks stays fresh, other scales are folded into B."""
     ours = policy.pairs()
     theirs = start_from(path, {name: (len(up), *down.shape) for name, (down, up) in ours.items()}, family)
     with torch.no_grad():
@@ -207,10 +201,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[str], None]]:
-    """Turn the first Ctrl-C into a stop at the next forward, so that no update is torn.
-
-    The second one stops at once.
-    """
+    """Turn the first Ctrl-C into a stop at the next forward; the second stops at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield lambda phase: None

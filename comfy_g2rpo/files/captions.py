@@ -1,6 +1,4 @@
-"""What a picture on disk was asked to show: our own note in a PNG, a text file beside it, ComfyUI's graph,
-or a web UI's parameters.
-"""
+"""What an image on disk was asked to show: by our note, a text file, ComfyUI's graph or a web UI."""
 
 from __future__ import annotations
 
@@ -20,10 +18,7 @@ MAX_TEXT_FILE = 100_000
 
 
 def caption_of(path: Path) -> tuple[str, str]:
-    """Find a picture's prompt and say where: "note", "txt", "comfyui", "parameters".
-
-    Blank and "" where there is none.
-    """
+    """Find an image's prompt and where: "note", "txt", "comfyui", "parameters"; blank and "" without."""
     chunks = texts(path) if path.suffix.lower() == ".png" else {}
     candidates = (
         ("note", lambda: noted(chunks.get(CHUNK, ""))),
@@ -83,10 +78,7 @@ def of_parameters(text: str) -> str:
 
 
 def of_graph(graph: Any) -> str:
-    """Follow the positive conditioning of a ComfyUI graph to its text.
-
-    Blank unless exactly one text is found.
-    """
+    """Follow a ComfyUI graph's positive conditioning to its text; blank unless exactly one is found."""
     if not isinstance(graph, dict):
         return ""
     found: dict[str, None] = {}

@@ -45,10 +45,7 @@ class PictureError(ValueError):
 
 
 def listed(folder: Path, deep: bool = False) -> list[Path]:
-    """List the pictures of a folder, and of the folders in it where `deep`.
-
-    Hidden ones and links to elsewhere are left out.
-    """
+    """List a folder's images, with `deep` those of its folders too; no hidden ones, no links elsewhere."""
     root = Path(folder).resolve()
     found = (path for path in root.glob("**/*" if deep else "*") if path.suffix.lower() in SUFFIXES)
     kept = [path for path in found if path.is_file() and path.resolve().is_relative_to(root)]
@@ -67,9 +64,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Read a picture's width and height from its header, as `read` will give them (of a PNG without
-    looking behind its pixels).
-    """
+    """Read an image's width and height from its header, as `read` will give them."""
     with opened(path) as image:
         width, height = image.size
         # Asked for its EXIF, a PNG without any is read to its end.
@@ -80,9 +75,7 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 def read(path: Path) -> Tensor:
-    """Read a picture as [H, W, 3] float32 in [0, 1]: its first frame, turned upright, alpha left out as
-    ComfyUI does.
-    """
+    """Read an image as [H, W, 3] float32 in [0, 1]: first frame, upright, without alpha, as ComfyUI does."""
     with opened(path) as image:
         return torch.from_numpy(levels(ImageOps.exif_transpose(image)))
 
@@ -113,9 +106,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 
 def levels(image: Image.Image) -> np.ndarray:
-    """Turn any mode into [H, W, 3] in [0, 1]: 16-bit grey by 65535, floating-point grey as it is or by
-    255.
-    """
+    """Turn any mode into [H, W, 3] in [0, 1]: 16-bit grey by 65535, float grey as it is or by 255."""
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0, neginf=0.0)
         top = 65535.0 if image.mode != "F" else 255.0 if grey.size and grey.max() > 1 else 1.0
@@ -126,10 +117,7 @@ def levels(image: Image.Image) -> np.ndarray:
 
 
 def texts(path: Path) -> dict[str, str]:
-    """Read the text chunks that stand before a PNG's pixels.
-
-    Empty for other pictures and for those that cannot be read.
-    """
+    """Read the text chunks before a PNG's pixels; empty for other images and unreadable ones."""
     try:
         with opened(path) as image:
             return {str(key): str(value) for key, value in image.info.items() if isinstance(value, str)}
@@ -138,9 +126,7 @@ def texts(path: Path) -> dict[str, str]:
 
 
 def batches(sizes: Sequence[tuple[int, int]], count: int, pixels: int) -> list[list[int]]:
-    """Put pictures of one size together, at most `count` and about `pixels` in a batch: positions, sizes
-    in order of appearance.
-    """
+    """Put images of one size together, at most `count` and about `pixels` in a batch: their positions."""
     groups: dict[tuple[int, int], list[int]] = {}
     for i, size in enumerate(sizes):
         groups.setdefault(size, []).append(i)

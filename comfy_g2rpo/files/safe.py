@@ -1,6 +1,4 @@
-"""Files that are whole or absent: tensors, JSON and bytes are written beside their target and moved into
-place.
-"""
+"""Files that are whole or absent: written beside their target and moved into place."""
 
 from __future__ import annotations
 
@@ -151,5 +149,5 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def sound(tensor: Tensor, least: float = -math.inf) -> bool:
-    """Say whether a tensor holds finite floating-point numbers, none below `least`."""
+    """Return whether a tensor holds finite floating-point numbers, none below `least`."""
     return tensor.is_floating_point() and bool((tensor.isfinite() & (tensor >= least)).all())

@@ -39,10 +39,7 @@ class LoraError(FileError):
 
 @dataclass(frozen=True)
 class Lora:
-    """What a file holds: by module (down [rank, in …], up [out, rank …]) and alpha.
-
-    The change of a weight is alpha/rank · up · down.
-    """
+    """A file's (down [rank, in …], up [out, rank …]) and alpha by module; the change is α/rank·up·down."""
 
     pairs: dict[str, tuple[Tensor, Tensor]]
     alphas: dict[str, float]
@@ -59,9 +56,7 @@ class Lora:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what diffusers' `load_lora_weights` takes: its SD3 loader refuses `.alpha` keys, the
-        scale is in the up matrix.
-        """
+        """Return what diffusers' `load_lora_weights` takes: no `.alpha`, the scale in the up matrix."""
         weights = {}
         for module, (down, up) in fold(self.pairs, self.alphas).items():
             weights[f"transformer.{module}.lora_A.weight"] = down
@@ -83,10 +78,7 @@ def write(
     rename: Rename | None = None,
     metadata: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a LoRA file whose every loader applies alpha/rank · up · down, its modules renamed.
-
-    `metadata` is kept as text.
-    """
+    """Write a LoRA file whose every loader applies alpha/rank · up · down; `metadata` is kept as text."""
     tensors = named(pairs, alpha, path, style, rename)
     write_tensors(path, tensors, {key: str(value) for key, value in (metadata or {}).items()})
 

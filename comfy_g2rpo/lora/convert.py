@@ -51,10 +51,7 @@ def family_of(pairs: Pairs, path: object, named: str | None = None) -> Family:
 
 
 def renamed(family: Family, pairs: Pairs, naming: str) -> dict[str, Pair]:
-    """Put pairs, of either naming, under the names of one: `native` or `diffusers`.
-
-    Every change of weight stays what it was.
-    """
+    """Rename pairs of either naming to `native` or `diffusers`; every change of weight stays what it was."""
     if naming not in NAMINGS:
         raise LoraError(f"naming is {naming!r}; choose one of: {', '.join(NAMINGS)}")
     made: dict[str, Pair] = {}
@@ -91,10 +88,7 @@ def swapped(link: Link, pair: Pair) -> Pair:
 
 
 def fused(link: Link, parts: Mapping[int, Pair]) -> Pair:
-    """Join the pairs of a native module's parts, by place, into one.
-
-    A part that is missing changes nothing.
-    """
+    """Join the pairs of a native module's parts, by place; a part that is missing changes nothing."""
     if len(link.diffusers) == 1:
         return parts[0]
     units = {len(up) / link.shares[place] for place, (_, up) in parts.items()}
@@ -149,10 +143,7 @@ def _widest(tensors: object) -> torch.dtype:
 
 
 def scaled(pairs: Pairs, alphas: Mapping[str, float]) -> dict[str, Pair]:
-    """Multiply every scale alpha/rank into up.
-
-    A 16-bit matrix becomes float32 where the product would be rounded.
-    """
+    """Multiply every scale alpha/rank into up, in float32 where a 16-bit product would be rounded."""
     made = {}
     for module, (down, up) in pairs.items():
         scale = alphas[module] / len(down)
@@ -163,10 +154,7 @@ def scaled(pairs: Pairs, alphas: Mapping[str, float]) -> dict[str, Pair]:
 
 
 def resized(pairs: Pairs, rank: int) -> tuple[dict[str, Pair], float]:
-    """Cut pairs to at most a rank by SVD.
-
-    Return the relative error of all changes together, in the Frobenius norm.
-    """
+    """Cut pairs to at most a rank by SVD; return the relative error of all changes (Frobenius norm)."""
     made, lost, whole = {}, 0.0, 0.0
     for module, (down, up) in pairs.items():
         q_up, r_up = torch.linalg.qr(up.flatten(1).double())
@@ -190,10 +178,7 @@ EXACT = 1024  # below this side a full SVD takes less than a second
 
 
 def extracted(change: Tensor, rank: int) -> tuple[Pair, float, float]:
-    """Approximate a change of weight [out, in …] by a pair.
-
-    Return it, the squared norm of what it misses and that of the change.
-    """
+    """Approximate a change [out, in …] by a pair; return it, its squared error and the change's norm²."""
     flat = change.flatten(1).float()
     rank = min(rank, *flat.shape)
     if min(flat.shape) <= EXACT:

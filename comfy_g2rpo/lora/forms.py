@@ -1,6 +1,4 @@
-"""The forms that LoRA files come in: which tensor is what, by name, and what is wrong with a file that a
-loader would half read.
-"""
+"""The forms that LoRA files come in: which tensor is what, and what a loader would half read."""
 
 from __future__ import annotations
 
@@ -11,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import MAX_NAME, MODULE, LoraError, check_pair
@@ -128,10 +125,7 @@ def understand(
     path: object,
     adapter: Mapping[str, Any] | None = None,
 ) -> Reading:
-    """Sort the tensors of a LoRA file of any known form.
-
-    `adapter` is the peft configuration that lies beside it.
-    """
+    """Sort the tensors of a LoRA file of any known form; `adapter` is a peft configuration beside it."""
     parts: dict[str, dict[str, Tensor]] = {}
     forms: dict[str, Form] = {}
     text, other, unknown = [], [], []
@@ -192,9 +186,7 @@ def _settings(metadata: Mapping[str, str], adapter: Mapping[str, Any] | None) ->
 
 
 def _alpha(path: object, module: str, found: Mapping[str, Tensor], settings: Mapping[str, Any]) -> float:
-    """Return the alpha by which alpha/rank is the trained scale: the file's own, else peft's, else the
-    rank.
-    """
+    """Return the alpha by which alpha/rank is the trained scale: the file's, else peft's, else the rank."""
     rank = len(found["down"]) if found["down"].ndim else 1
     if "alpha" in found:
         if found["alpha"].numel() != 1:
@@ -215,7 +207,7 @@ def _alpha(path: object, module: str, found: Mapping[str, Tensor], settings: Map
 
 
 def in_core(family: Family, module: str, form: Form) -> str:
-    """Say which ComfyUI (both, 0.33 alone, none) takes a module in the form in which it is written."""
+    """Return which ComfyUI (both, 0.33 alone, none) takes a module in the form in which it is written."""
     link = family.find(module)
     native, mapped = link is not None and module == link.native, family.in_core(module)
     mmdit, flux, qwen, next_dit = (
@@ -235,7 +227,7 @@ def in_core(family: Family, module: str, form: Form) -> str:
 
 
 def naming_in(family: Family, module: str) -> str:
-    """Say whether a module is named natively, as in diffusers, or the same in both."""
+    """Return whether a module is named natively, as in diffusers, or the same in both."""
     link = family.find(module)
     if link is None:
         return "unknown"
@@ -243,7 +235,7 @@ def naming_in(family: Family, module: str) -> str:
 
 
 def faults(reading: Reading) -> list[str]:
-    """Say what keeps a file from being exported as it is."""
+    """Return what keeps a file from being exported as it is."""
     made = []
     if reading.dora:
         made.append(
@@ -275,9 +267,3 @@ def check_sound(reading: Reading, path: object) -> None:
         raise LoraError(f"{path} is refused: {'; '.join(problems)}")
     if not reading.pairs:
         raise LoraError(f"{path} holds no LoRA pair for the model; choose another file")
-
-
-def dtype_of(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> torch.dtype:
-    """Return the dtype that most of the matrices are in."""
-    kinds = [tensor.dtype for pair in pairs.values() for tensor in pair]
-    return max(set(kinds), key=kinds.count)

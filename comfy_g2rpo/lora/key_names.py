@@ -52,10 +52,7 @@ class Family:
     core_lacks: frozenset[str] = frozenset()
     """Diffusers modules that it does not map all the same."""
     pipeline_takes_alpha: bool = False
-    """Whether diffusers' `load_lora_weights` takes `.alpha` beside its own names.
-
-    `load_lora_adapter` always does.
-    """
+    """Whether diffusers' `load_lora_weights` takes `.alpha` beside its own names."""
     ratios: tuple[tuple[str, float], ...] = ()
     """Rows over columns of native modules whose names another family has, too."""
     sizes: tuple[tuple[int, int], ...] = ()
@@ -74,7 +71,7 @@ class Family:
         return self.index[pattern].at(number) if pattern in self.index else None
 
     def fits(self, modules: Mapping[str, tuple[int, int]]) -> bool:
-        """Say whether all modules (rows, columns) can be this family's."""
+        """Return whether all modules (rows, columns) can be this family's."""
         ratios = dict(self.ratios)
         for module, (rows, columns) in modules.items():
             ratio = ratios.get(template(module)[0])
@@ -83,7 +80,7 @@ class Family:
         return True
 
     def in_core(self, module: str) -> str:
-        """Say which ComfyUI maps `transformer.<module>`."""
+        """Return which ComfyUI maps `transformer.<module>`."""
         known = FAMILIES[self.core_names or self.name]
         link = known.find(module)
         lacking = (
@@ -401,10 +398,7 @@ FAMILIES = {family.name: family for family in (SD3, FLUX, FLUX2, QWEN_IMAGE, WAN
 
 
 def candidates(modules: Mapping[str, tuple[int, int]]) -> list[Family]:
-    """List the families that have all modules (rows, columns).
-
-    The published sizes decide where the names do not.
-    """
+    """List the families that have all modules (rows, columns); sizes decide where names do not."""
     fitting = [family for family in FAMILIES.values() if family.fits(modules)]
     if len(fitting) < 2 or not modules:
         return fitting

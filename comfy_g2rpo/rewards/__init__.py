@@ -1,7 +1,4 @@
-"""Rewards: what training makes more of.
-
-A new one is an object with the members of `Reward`, or a function in a `Rule`, listed here.
-"""
+"""Rewards: what training makes more of. A new one is a `Reward`, or a function in a `Rule`, listed here."""
 
 from difflib import get_close_matches
 

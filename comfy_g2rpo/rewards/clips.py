@@ -1,6 +1,4 @@
-"""Rewards of clips: every frame judged and averaged, the worst frame, or some frames side by side as one
-picture.
-"""
+"""Rewards of clips: every frame judged and averaged, the worst frame, or frames side by side."""
 
 from __future__ import annotations
 
@@ -9,22 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..files.picture_files import strip
-from .protocol import (
-    Reward,
-    canceller,
-    check_prompts,
-    checked,
-    embedder,
-    may_abstain,
-    module_of,
-    needs_group,
-    note_of,
-    runs_elsewhere,
-    settle,
-)
+from .protocol import Reward, Wrapped, checked
 
 MODES = ("mean", "min", "strip")
 DEFAULT = "mean"
@@ -33,11 +19,8 @@ Embed = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class OfFrames:
-    """A reward, and how it judges a clip: one of MODES.
-
-    On pictures, and in every other respect, it is that reward.
-    """
+class OfFrames(Wrapped):
+    """A reward, and how it judges a clip: one of MODES. In every other respect it is that reward."""
 
     reward: Reward
     frames: str = DEFAULT
@@ -45,68 +28,6 @@ class OfFrames:
     def __post_init__(self) -> None:
         if self.frames not in MODES:
             raise ValueError(f"frames is {self.frames!a}; choose one of: {', '.join(MODES)}")
-
-    @property
-    def name(self) -> str:
-        """Name the reward."""
-        return self.reward.name
-
-    @property
-    def licence(self) -> str:
-        """Name its licence."""
-        return self.reward.licence
-
-    @property
-    def compares_across_prompts(self) -> bool:
-        """Say whether a score means the same for every prompt."""
-        return self.reward.compares_across_prompts
-
-    @property
-    def note(self) -> str:
-        """Say how it fails as a target."""
-        return note_of(self.reward)
-
-    @property
-    def needs_group(self) -> bool:
-        """Say whether it compares the members of a group."""
-        return needs_group(self.reward)
-
-    @property
-    def runs_elsewhere(self) -> bool:
-        """Say whether it waits for a device or a network."""
-        return runs_elsewhere(self.reward)
-
-    @property
-    def may_abstain(self) -> bool:
-        """Say whether a missing score is an opinion withheld."""
-        return may_abstain(self.reward)
-
-    @property
-    def cancel(self) -> Callable[[], None] | None:
-        """Return what breaks a call off."""
-        return canceller(self.reward)
-
-    @property
-    def module(self) -> nn.Module | None:
-        """Return its weights."""
-        return module_of(self.reward)
-
-    @property
-    def embed(self) -> Embed | None:
-        """Return its function from images to features."""
-        return embedder([self.reward])
-
-    def settle(self) -> None:
-        """Let it stop a run."""
-        settle([self.reward])
-
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Let it refuse prompts."""
-        check_prompts([self.reward], prompts)
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score images [B, H, W, 3] by prompts [B]: [B]."""
-        return self.reward.score(images, prompts)
 
 
 def judged(reward: Reward, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -128,12 +49,9 @@ def judged(reward: Reward, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def by_frame(reward: Reward, clips: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Score every frame of clips [B, F, H, W, 3]: [B, F].
-
-    A reward that compares a group compares frames of one moment.
-    """
+    """Score every frame of clips [B, F, H, W, 3]: [B, F]; group rewards compare frames of one moment."""
     count, frames, height, width, _ = clips.shape
-    if needs_group(reward):
+    if reward.needs_group:
         return torch.stack([checked(reward, clips[:, moment], prompts) for moment in range(frames)], 1)
     flat, texts = clips.flatten(0, 1), [prompt for prompt in prompts for _ in range(frames)]
     room = max(PIXELS // (height * width), 1)
@@ -142,9 +60,7 @@ def by_frame(reward: Reward, clips: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def described(describe: Callable[[Tensor], dict[str, Tensor]], pictures: Tensor) -> dict[str, Tensor]:
-    """Describe pictures [B, H, W, 3], or clips [B, F, H, W, 3] frame by frame: [B, D] by measure,
-    distances of the same size.
-    """
+    """Describe images [B, H, W, 3], or clips frame by frame: [B, D] by measure."""
     if pictures.ndim != 5:
         return describe(pictures)
     found: dict[str, Any] = describe(pictures.flatten(0, 1))

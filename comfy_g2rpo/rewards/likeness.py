@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.fft import dctn
 from torch import Tensor, from_numpy
 from torch.nn.functional import interpolate
 
-from .protocol import RewardError
+from .protocol import Reward, RewardError
 
 HASH_SIDE, HASH_BITS = 32, 8  # pixels that a picture is shrunk to; frequencies a side that are kept of them
 BINS = 8  # a channel
@@ -35,9 +34,7 @@ _XYZ = _XYZ / _XYZ.sum(1, keepdims=True)
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to compare: what is kept of a reference (a picture [H, W, 3], or a palette), and how like it
-    images [B, H, W, 3] are.
-    """
+    """A way to compare: what is kept of a reference, and how like it images [B, H, W, 3] are."""
 
     keep: Callable[[Any], Any]
     likeness: Callable[[Tensor, Any], np.ndarray]
@@ -45,10 +42,8 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Likeness:
-    """Judge by the likeness to each prompt's reference: what `find` returns of it, one object for one
-    reference, None for none.
-    """
+class Likeness(Reward):
+    """Judges by the likeness to each prompt's reference: what `find` returns, None for none."""
 
     name: str
     find: Callable[[str], Any]
@@ -58,7 +53,7 @@ class Likeness:
 
     @property
     def note(self) -> str:
-        """Say how the reward fails as a target."""
+        """Return how the reward fails as a target."""
         return KINDS[self.name].note
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
@@ -76,9 +71,7 @@ class Likeness:
 
 
 def reference_reward(kind: str, reference: Any) -> Likeness:
-    """Make the reward of one of KINDS for one reference: a picture [H, W, 3] or [1, H, W, 3] in [0, 1], or
-    hex colours for `palette`.
-    """
+    """Make the reward of one of KINDS for one reference: an image [H, W, 3], or hex colours (`palette`)."""
     if kind not in KINDS:
         raise RewardError(f"kind is {str(kind)[:40]!a}; choose one of: {', '.join(KINDS)}")
     kept = KINDS[kind].keep(reference)
@@ -112,6 +105,8 @@ def hash_bits(images: Tensor) -> np.ndarray:
     lowest frequencies, the mean left out, lies above their median. (Zauner, "Implementation and benchmarking
     of perceptual image hash functions", 2010, §3.2.1.)
     """
+    from scipy.fft import dctn  # slow to import, and few ask for this
+
     luma = images.double() @ torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
     small = interpolate(luma[:, None] * 255, (HASH_SIDE, HASH_SIDE), mode="area")[:, 0].numpy()
     low = dctn(small, axes=(1, 2), norm="ortho")[:, :HASH_BITS, :HASH_BITS].reshape(len(small), -1)[:, 1:]
@@ -130,10 +125,7 @@ def hash_likeness(images: Tensor, reference: np.ndarray) -> np.ndarray:
 
 
 def colour_histogram(images: Tensor) -> np.ndarray:
-    """Return the share of each of 8 × 8 × 8 RGB cells in pictures: [B, 512].
-
-    A colour between cells is shared out trilinearly.
-    """
+    """Return the share of each of 8 × 8 × 8 RGB cells, shared out trilinearly: [B, 512]."""
     place = images.double().numpy().reshape(-1, 3).T.clip(0, 1) * (BINS - 1)
     low = np.minimum(np.floor(place), BINS - 2)
     shares = np.stack([1 - (place - low), place - low])

@@ -1,4 +1,8 @@
-"""Several rewards as one: for single images, and for ranking a group of them."""
+"""Several rewards as one: in a group that is compared, for ranking images, and for single images.
+
+What holds of every mix in a group: a reward that judges nobody there has no say, nor one whose scores are all
+equal; the order of the members does not matter; the advantages of a group sum to 0.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +13,141 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..advantages import FLOOR, blend, moments
+from ..advantages import FLOOR, MIXES, global_std, group_ranks, integrate, moments
 from .protocol import Reward, RewardError, score_all
+
+UNITLESS_FLOOR = 1e-5  # for the spread of mixed z-scores or ranks
+MAX_RANKED = 8192  # pictures of one group whose ranks are compared pair by pair
+
+
+def mixed_advantages(
+    groups: Sequence[Tensor],
+    weights: Sequence[float],
+    mix: str = "zscore",
+    gates: Sequence[float | None] = (),
+    clamp: float = 5.0,
+    floor: float = FLOOR,
+    everywhere: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Return the advantages [K, G] of every prompt's rewards [R, K, G, L].
+
+    `everywhere` lists the rewards of all prompts of all processes: their spread is then the scale, instead of
+    each group's own.
+    """
+    scale = None if everywhere is None else global_std(everywhere)
+    blended = [blend(rewards, weights, mix, gates, floor, scale) for rewards in groups]
+    if everywhere is not None:
+        scale = global_std([blend(rewards, weights, mix, gates, floor, scale) for rewards in everywhere])
+    # Ranks and z-scores have no unit, as the floor has.
+    floor = floor if mix in ("zscore", "sum") else UNITLESS_FLOOR
+    weights = [weight for weight in weights if weight] if mix == "zscore" else [1.0]
+    return [integrate(rewards, weights, clamp, floor, scale) for rewards in blended]
+
+
+def blend(
+    rewards: Tensor,
+    weights: Sequence[float],
+    mix: str,
+    gates: Sequence[float | None] = (),
+    floor: float = FLOOR,
+    std: Tensor | None = None,
+) -> Tensor:
+    """Mix rewards [R, K, G, L] into one score [1, K, G, L] that is compared within its group.
+
+        zscore         leave them apart: `integrate` sums w · z
+        sum            Σ w r, in the rewards' own units
+        minimum        min w z: as good as the worst of its z-scores
+        rank_product   (Π rank^|w|)^(1/Σ|w|) of the ranks 1 … G, the best last; equal scores share their mean
+        rank, w < 0 turns the order
+
+    A member that lacks a score of a reward that judges others of its group is left out (NaN), but in
+    `zscore`, where what it has counts. A weight of 0 leaves its reward's gate alone.
+    """
+    if mix not in MIXES:
+        raise ValueError(f"mix is {mix!r}; choose one of: {', '.join(MIXES)}")
+    if len(weights) != len(rewards) or len(gates) not in (0, len(rewards)):
+        raise ValueError(
+            f"weights has {len(weights)} and gates {len(gates)} entries for {len(rewards)} rewards; "
+            "give one per reward"
+        )
+    if not any(weights):
+        raise ValueError("weights are all 0; give at least one reward a weight")
+    rewards = apply_gates(rewards.float(), weights, gates, floor, std)
+    used = [index for index, weight in enumerate(weights) if weight]
+    rewards, std = rewards[used], None if std is None else std[used]
+    if mix == "zscore":
+        return rewards
+    weight = torch.tensor(
+        [weights[index] for index in used], dtype=rewards.dtype, device=rewards.device
+    ).view(-1, 1, 1, 1)
+    judges = ~rewards.isnan().all(2, keepdim=True)
+    complete = (~rewards.isnan() | ~judges).all(0) & judges.any(0)
+    # In float64, so that what is equal in exact arithmetic stays equal: the z-score of rounding would be
+    # noise at full strength.
+    rewards, weight = torch.where(complete, rewards, torch.nan).double(), weight.double()
+    mean, own = moments(rewards)
+    if mix == "sum":
+        score = torch.where(judges, weight * rewards, 0.0).sum(0)
+    elif mix == "minimum":
+        z = weight * (rewards - mean) / ((own if std is None else std) + floor)
+        least = torch.where(own > floor, z, torch.inf).amin(0)
+        score = torch.where(least.isinf(), 0.0, least)
+    else:
+        share = weight.abs() * (own > floor)
+        share = share / share.sum(0).clamp(min=torch.finfo(share.dtype).tiny)
+        score = torch.where(share > 0, share * group_ranks(weight.sign() * rewards).log(), 0.0).sum(0).exp()
+    return torch.where(complete, score, torch.nan).float()[None]
+
+
+def apply_gates(
+    rewards: Tensor,
+    weights: Sequence[float],
+    gates: Sequence[float | None],
+    floor: float = FLOOR,
+    std: Tensor | None = None,
+) -> Tensor:
+    """Make members on the wrong side of a gate the worst of their group in every reward: [R, K, G, L] to the
+    same shape.
+
+    The wrong side is below; for a negative weight, above. Such a member gets one standard deviation less than
+    the worst that passes, so that whatever else it scored neither counts nor shifts the others; where none
+    passes, all are equal and teach nothing. A member that a gate cannot judge, though it judges others of the
+    group, is left out (NaN).
+    """
+    closed = [index for index, gate in enumerate(gates) if gate is not None]
+    if not closed:
+        return rewards
+    sign = torch.tensor(
+        [-1.0 if weight < 0 else 1.0 for weight in weights], dtype=rewards.dtype, device=rewards.device
+    ).view(-1, 1, 1, 1)
+    limit = torch.tensor([gates[index] for index in closed], dtype=rewards.dtype, device=rewards.device).view(
+        -1, 1, 1, 1
+    )
+    judged = rewards[closed]
+    failed = (sign[closed] * judged < sign[closed] * limit).any(0)
+    unknown = (judged.isnan() & ~judged.isnan().all(2, keepdim=True)).any(0) & ~failed
+    passing = torch.where(failed | unknown, torch.nan, sign * rewards)
+    spread = moments(passing)[1]
+    # Where those that pass are equal, any distance will do: the z-score knows but one.
+    step = torch.where(
+        spread > floor, spread, torch.ones_like(spread) if std is None else torch.where(std > floor, std, 1.0)
+    )
+    worst = torch.where(passing.isnan(), torch.inf, passing).amin(2, keepdim=True) - step
+    # A reward that judges none of those that pass has no say.
+    anyone = (~failed & ~unknown).any(1, keepdim=True)
+    worst = torch.where(
+        worst.isinf(), torch.where(anyone | rewards.isnan().all(2, keepdim=True), torch.nan, 0.0), worst
+    )
+    return sign * torch.where(failed, worst, passing)
 
 
 @dataclass(frozen=True)
-class MixedReward:
+class MixedReward(Reward):
     """Judge by the weighted sum, or the minimum, of several rewards in their own units; NaN where one cannot
     judge, or a gate fails.
 
     For one picture at a time. Z-scores, ranks and what a gate does in training need a group to compare with:
-    `advantages.blend`.
+    `blend`.
     """
 
     rewards: tuple[Reward, ...]
@@ -45,7 +173,7 @@ class MixedReward:
 
     @property
     def compares_across_prompts(self) -> bool:
-        """Say whether every part's score means the same for every prompt."""
+        """Return whether every part's score means the same for every prompt."""
         return all(reward.compares_across_prompts for reward in self.rewards)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -88,10 +216,7 @@ def mix(
     return mixed
 
 
-MAX_RANKED = 8192  # pictures of one group whose ranks are compared pair by pair
-
-
-def standing(
+def ranking_scores(
     scores: Tensor,
     weights: Sequence[float],
     mix: str = "zscore",
@@ -121,11 +246,11 @@ def standing(
                 f"mix is rank_product for {len(members)} pictures; at most {MAX_RANKED} are ranked, "
                 "choose zscore or give fewer"
             )
-        made[members] = of_group(scores[:, members], weights, mix, gates)
+        made[members] = mix_group(scores[:, members], weights, mix, gates)
     return made
 
 
-def of_group(scores: Tensor, weights: Sequence[float], mix: str, gates: Sequence[float | None]) -> Tensor:
+def mix_group(scores: Tensor, weights: Sequence[float], mix: str, gates: Sequence[float | None]) -> Tensor:
     """Mix the scores [R, n] of one group: [n]."""
     blended = blend(scores[:, None, :, None], weights, mix, gates)
     if mix != "zscore":

@@ -119,9 +119,7 @@ def _file_bytes(image: Tensor, kind: str, quality: int) -> int:
 
 
 def _levels(image: Tensor) -> np.ndarray:
-    """Lay a picture's channels out as planes [3, H, W] of levels: one picture at a time, which caches hold
-    and no batch can change.
-    """
+    """Return an image's channels as planes [3, H, W] of levels, one image at a time."""
     return np.ascontiguousarray(np.moveaxis(image.cpu().numpy().astype(np.float64), -1, 0)) * 255
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,35 +12,61 @@ TOLERANCE = 1e-3  # by which images may leave [0, 1] through rounding
 
 
 class RewardError(ValueError):
-    """Say that a reward, or what it was given, cannot be used."""
+    """A reward, or what it was given, cannot be used."""
 
 
-class Reward(Protocol):
-    """Judge images [B, H, W, 3] float32 in [0, 1] by their prompts: scores float32 [B], higher is better, NaN
-    = cannot judge.
+class Reward:
+    """Judges images [B, H, W, 3] float32 in [0, 1] by their prompts; a subclass overrides what differs."""
 
-    It may also have `needs_group`, `runs_elsewhere`, `cancel`, `may_abstain`, `settle`, `module`, `note` and
-    `embed`; the functions below say what each means.
-    """
-
-    @property
-    def name(self) -> str:
-        """Name the reward in metrics, recipes and errors."""
-
-    @property
-    def licence(self) -> str:
-        """Name the licence of the judge's code and weights."""
-
-    @property
-    def compares_across_prompts(self) -> bool:
-        """Say whether a score means the same for every prompt."""
+    name: str
+    """What metrics, recipes and errors call it."""
+    licence: str
+    """Licence of the judge's code and weights."""
+    compares_across_prompts: bool
+    """Whether a score means the same for every prompt."""
+    note = ""
+    """How it fails as a target."""
+    needs_group = False
+    """Whether it must see all images of a prompt's group in one call, as a pairwise judge and votes must."""
+    runs_elsewhere = False
+    """Whether it waits for a device or a network, so that decoding may go on beside it."""
+    may_abstain = False
+    """Whether a missing score is an opinion withheld, as with people, and no failure of the judge."""
+    module: nn.Module | None = None
+    """Weights that a host may move between devices."""
+    embed: Callable[[Tensor], Tensor] | None = None
+    """Images [B, H, W, 3] → unit-norm features [B, D]."""
+    cancel: Callable[[], None] | None = None
+    """Breaks off a call that is under way, from any thread."""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score images [B, H, W, 3] by prompts [B]: [B]."""
+        """Return scores [B] float32, higher is better; NaN for an image that it cannot judge."""
+        raise NotImplementedError
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts, by RewardError, before anything runs."""
+
+    def settle(self) -> None:
+        """Stop a run, by raising, once all images of a step have been seen and people must be asked."""
+
+
+def _forwarded(member: str) -> property:
+    return property(lambda self: getattr(self.reward, member))
+
+
+class Wrapped(Reward):
+    """Another reward in every respect; a subclass overrides those in which it differs."""
+
+    reward: Reward
+    name, licence, note = map(_forwarded, ("name", "licence", "note"))
+    compares_across_prompts, needs_group = map(_forwarded, ("compares_across_prompts", "needs_group"))
+    runs_elsewhere, may_abstain = map(_forwarded, ("runs_elsewhere", "may_abstain"))
+    module, embed, cancel = map(_forwarded, ("module", "embed", "cancel"))
+    score, check_prompts, settle = map(_forwarded, ("score", "check_prompts", "settle"))
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(Reward):
     """Judge by a plain function of images and prompts."""
 
     name: str
@@ -61,62 +86,15 @@ class Rule:
         return self.function(images, prompts)
 
 
-def needs_group(reward: Reward) -> bool:
-    """Say whether a reward must see all pictures of a prompt's group in one call, as a pairwise judge and
-    votes must.
-    """
-    return bool(getattr(reward, "needs_group", False))
-
-
-def runs_elsewhere(reward: Reward) -> bool:
-    """Say whether a reward waits for a device or a network, so that decoding may go on beside it."""
-    return bool(getattr(reward, "runs_elsewhere", False))
-
-
-def may_abstain(reward: Reward) -> bool:
-    """Say whether a score that is missing is an opinion withheld, as with people, and no failure of the
-    judge.
-    """
-    return bool(getattr(reward, "may_abstain", False))
-
-
-def settle(rewards: Sequence[Reward]) -> None:
-    """Let rewards that wait for people say so, by raising, once all pictures of a step have been seen."""
-    for reward in rewards:
-        if (say := getattr(reward, "settle", None)) is not None:
-            say()
-
-
-def canceller(reward: Reward) -> Callable[[], None] | None:
-    """Return what breaks off a reward's call that is under way, from any thread; None where nothing can."""
-    return getattr(reward, "cancel", None)
-
-
-def module_of(reward: Reward) -> nn.Module | None:
-    """Return the weights that a host may move between devices; None for a reward without any."""
-    return getattr(reward, "module", None)
-
-
-def note_of(reward: Reward) -> str:
-    """Say how a reward fails as a target; empty where it does not say."""
-    return str(getattr(reward, "note", ""))
-
-
 def embedder(rewards: Sequence[Reward]) -> Callable[[Tensor], Tensor] | None:
-    """Return the first reward's function from images [B, H, W, 3] to unit-norm features [B, D].
-
-    None where no reward has one.
-    """
-    return next((embed for reward in rewards if (embed := getattr(reward, "embed", None)) is not None), None)
+    """Return the first reward's function from images to features; None where no reward has one."""
+    return next((reward.embed for reward in rewards if reward.embed is not None), None)
 
 
 def check_prompts(rewards: Sequence[Reward], prompts: Sequence[str]) -> None:
-    """Let each reward that looks at prompts or their columns refuse them, by RewardError, before anything
-    runs.
-    """
+    """Let each reward refuse prompts, by RewardError, before anything runs."""
     for reward in rewards:
-        if check := getattr(reward, "check_prompts", None):
-            check(prompts)
+        reward.check_prompts(prompts)
 
 
 def score_all(rewards: Sequence[Reward], images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -127,9 +105,7 @@ def score_all(rewards: Sequence[Reward], images: Tensor, prompts: Sequence[str])
 
 
 def checked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Score images [B, H, W, 3] by one reward and check what goes in and what comes out: [B] float32 on
-    the CPU, NaN for a broken image.
-    """
+    """Score images [B, H, W, 3] by one reward, checked both ways: [B] on the CPU, NaN for a broken image."""
     finite = _finite_images(reward.name, images, prompts)
     # A judge never sees NaN: some raise on it, others answer with a number.
     judged = images.detach().float()

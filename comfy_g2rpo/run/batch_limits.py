@@ -1,30 +1,17 @@
-"""How much fits into memory at once: found out by running out of it, and halved until it fits.
-
-Results do not depend on it.
-"""
+"""How much fits into memory at once, halved where it runs out; results do not depend on it."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 
-import torch
-
-from .pace import Pace
-
-try:
-    import resource
-except ImportError:  # Windows has none
-    resource = None
 from ..speed.fitting_batch import Limit
+from .pace import Pace
 
 
 @dataclass
 class Limits:
-    """What a run does at once: latents in a forward of the rollout, pictures in a decoding, latents in a
-    forward and backward.
-    """
+    """How many rows a rollout's forward, a decoding and an update's pass take at once."""
 
     slots: Limit
     decode_batch: Limit
@@ -51,13 +38,3 @@ class Limits:
         fresh = [f"{name} is {rows} from now on" for name, rows in now.items() if self.said.get(name) != rows]
         self.said = now
         return f"memory ran out: {', '.join(fresh)}; results stay the same" if fresh else ""
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the peak memory of the device, or of the process, in bytes; 0 where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return 0
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from .. import lora
-from ..update import swapped
 from .folder import RunFolder, fitting, read_progress, write_state
-from .optimizers import load_optimizer_tensors, optimizer_tensors
+from .optimizers import load_optimizer_tensors, optimizer_tensors, swapped
 from .setup import Learner, Setup
 from .watch import best_step
 
@@ -21,10 +20,7 @@ def averaged(setup: Setup, learner: Learner) -> AbstractContextManager[None]:
 
 
 def save(setup: Setup, learner: Learner, folder: RunFolder) -> None:
-    """Write a checkpoint: the adapter as a LoRA file, and all that a bit-equal continuation needs.
-
-    The best one stays beside the newest.
-    """
+    """Write a checkpoint: a LoRA file and what a bit-equal continuation needs; the best one stays too."""
     if not setup.world.speaks or (folder.latest() and int(folder.latest().name) == learner.step):
         return
     tensors = {
@@ -50,10 +46,7 @@ def save(setup: Setup, learner: Learner, folder: RunFolder) -> None:
 
 
 def restore(setup: Setup, learner: Learner, folder: RunFolder) -> None:
-    """Bring adapter, average, optimizer and metrics back to the newest checkpoint.
-
-    Without one, to the start.
-    """
+    """Bring everything back to the newest checkpoint; without one, to the start."""
     place = folder.latest()
     if place is None:
         if setup.world.speaks:

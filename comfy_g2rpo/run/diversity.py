@@ -1,6 +1,4 @@
-"""How different pictures are from one another: distances for the watch, and diversity shaping of the
-advantage (SetPO).
-"""
+"""How different images are: distances for the watch, and diversity shaping (SetPO)."""
 
 from __future__ import annotations
 
@@ -13,37 +11,25 @@ from torch import Tensor
 from ..advantages import integrate
 
 SIDE = 8  # pixels are compared on pictures reduced to this many on a side: what is drawn, not its texture
-MEASURES = ("pixels", "embed")
 
 Describe = Callable[[Tensor], Tensor]
-"""Pictures [B, H, W, 3] → features [B, D].
-
-The distance of two is 0 if they are equal and at most 1 (pixels) or 2 (embed).
-"""
+"""Images [B, H, W, 3] → features [B, D], at distances from 0 to 1 (pixels) or 2 (embed)."""
 
 
 def pixel_features(images: Tensor, side: int = SIDE) -> Tensor:
-    """Reduce pictures [B, H, W, 3] in [0, 1] to side × side means, over √D: [B, D].
-
-    The distance is then the RMS difference of a value.
-    """
+    """Reduce images [B, H, W, 3] to side × side means, over √D: [B, D]; distance is then RMS difference."""
     small = F.adaptive_avg_pool2d(images.movedim(-1, 1).float(), side).flatten(1)
     return small / small.shape[1] ** 0.5
 
 
 def distances(features: Tensor) -> Tensor:
-    """Return the Euclidean distances of features [..., N, D]: [..., N, N], 0 on the diagonal, NaN where a
-    feature is.
-    """
+    """Return the Euclidean distances of features [..., N, D]: [..., N, N], NaN where a feature is."""
     # Not the matrix form: its rounding gives equal pictures a distance.
     return torch.cdist(features.float(), features.float(), compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def mean_distance(features: Tensor) -> Tensor:
-    """Return the mean distance over the pairs of [..., N, D]: [...].
-
-    Members with NaN are left out, NaN where fewer than two are left.
-    """
+    """Return the mean distance over the pairs of [..., N, D]: [...], NaN members left out."""
     apart = distances(features)
     pairs = ~apart.isnan() & ~torch.eye(apart.shape[-1], dtype=torch.bool, device=apart.device)
     count = pairs.sum((-2, -1))
@@ -53,9 +39,7 @@ def mean_distance(features: Tensor) -> Tensor:
 
 
 def spread(features: Tensor) -> dict[str, Tensor]:
-    """Return how far the pictures [P, N, D] of each prompt lie from one another ("group" [P]) and from
-    other prompts' ("set" [P]).
-    """
+    """Return how far images [P, N, D] lie from their prompt's ("group" [P]) and others' ("set" [P])."""
     prompts, noises = features.shape[:2]
     # Two prompts' pictures of the same noise are compared, so that the price grows with N and not with N².
     apart = distances(features.movedim(1, 0))
@@ -114,10 +98,7 @@ def measure(embed: Describe | None, wanted: str) -> str:
 
 
 def describe(images: Tensor, embed: Describe | None) -> dict[str, Tensor]:
-    """Describe pictures [B, H, W, 3] by every measure at hand: [B, D] each, on the CPU.
-
-    NaN for a broken picture.
-    """
+    """Describe images [B, H, W, 3] by every measure at hand: [B, D] each on the CPU, NaN if broken."""
     found = {"pixels": pixel_features(images).cpu()}
     if embed is not None:
         whole = ~images.flatten(1).isnan().any(1)

@@ -56,9 +56,7 @@ class Evaluation:
         return {name: scores.nanmean().item() for name, scores in zip(self.names, self.scores, strict=True)}
 
     def metrics(self) -> dict[str, float]:
-        """Return mean and half width of the 95 % interval over prompts, as a row of metrics, and what the
-        watch found.
-        """
+        """Return mean and half of the 95 % interval over prompts, and the watch's numbers, as a row."""
         row = {}
         for name, scores in zip(self.names, self.scores, strict=True):
             by_prompt = scores.nanmean(1)
@@ -237,9 +235,7 @@ def samples(names: Sequence[str], rows: Sequence[tuple[str, int]], scorer: Score
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
-    """Return the paired gain of each reward: its mean, half width of the 95 % interval, and two-sided p of
-    a t-test over prompts.
-    """
+    """Return each reward's paired gain: mean, half of the 95 % interval, p of a t-test over prompts."""
     from scipy.stats import ttest_rel
 
     found = {}
@@ -255,10 +251,7 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]
 
 
 def interval(values: Tensor) -> tuple[float, float]:
-    """Return the mean of values [n] and the half width of its 95 % interval by Student's t.
-
-    NaN does not count.
-    """
+    """Return the mean of values [n], NaN left out, and half of its 95 % interval by Student's t."""
     from scipy.stats import t
 
     known = values[~values.isnan()]
@@ -291,9 +284,7 @@ def probe(
     batch: int,
     check: Callable[[], None] | None = None,
 ) -> tuple[Tensor, float]:
-    """Return scores [R, P] of pictures drawn as rollouts draw them, from the noises of `seeds` [P], and
-    the velocity KL at their states.
-    """
+    """Return scores [R, P] of images drawn as rollouts draw them, and the velocity KL at their states."""
     plan, conds = exploring(recipe), policy.encode(prompts)
     scorer = Scorer(policy.decode, judges, prompts, len(plan.images), batch, check=check)
     rollout = roll_out_and_score(policy, plan, sigmas, conds, seeds, shape, scorer, slots, check)
@@ -311,9 +302,7 @@ def velocity_distance(
     slots: int,
     check: Callable[[], None] | None = None,
 ) -> float:
-    """Return the mean of ‖v − v_ref‖²/D over some states of a rollout, v_ref without the adapter: the
-    velocity KL of the update.
-    """
+    """Return the mean of ‖v − v_ref‖²/D over some states of a rollout: the update's velocity KL."""
     count = len(rollout.plan.forks)
     chosen = sorted({round(i * (count - 1) / max(FORKS - 1, 1)) for i in range(FORKS)})
     sigma = (

@@ -1,7 +1,7 @@
 """The run folder: one layout for the command line, the graph blocks, the page and the tests.
 
     config.json                     what was asked for
-    metrics.jsonl                   line 1 names the schema, then one row of METRICS per step
+    metrics.jsonl                   line 1 names the schema, then one row per step (docs/metrics.md)
     images/<step>/                  index.json (prompt, seed, scores of each) and 000.png …: the same prompts
     and seeds at every step;
                                     of a clip some frames side by side, and all of them in 000.webp;
@@ -67,56 +67,9 @@ MAY_CHANGE = {
     "heldout_rewards": ASKING,
     "memory": FITTING,
 }
-"""Fields that a resumed run may have otherwise: none of them changes what is learned by more than
-rounding.
-"""
+"""Fields that may change on resume: they change what is learned by no more than rounding."""
 PREVIEW = "preview"
 CHECKPOINT_FILES = ("lora.safetensors", "state.safetensors", "state.json")
-
-METRICS = {
-    "step": "Updates made when the row was written; 0 is the untrained model.",
-    "reward/<name>/mean": "Mean training reward over the images of the step.",
-    "reward/<name>/std": "Their standard deviation.",
-    "heldout/<name>/mean": "Mean reward on held-out prompts with fixed noises, without exploration.",
-    "heldout/<name>/ci95": "Half width of its 95 % confidence interval.",
-    "advantage/abs_mean": "Mean absolute advantage.",
-    "zero_std_share": "Share of groups whose rewards are all equal and that therefore teach nothing.",
-    "kl/velocity": (
-        "Mean squared difference of the velocities with and without the adapter, over the states that were "
-        "trained on."
-    ),
-    "kl/heldout": (
-        "The same over states of held-out prompts: how far the model has moved. Growth without held-out "
-        "gain is drift."
-    ),
-    "diversity/group": (
-        "Mean distance of the pictures of a group from one another (RMS of reduced pixels, 0 to 1)."
-    ),
-    "diversity/<measure>/group": (
-        "The same over a held-out prompt's noises; measure: pixels, or the reward tower's embed (0 to 2)."
-    ),
-    "diversity/<measure>/set": "Mean distance of a held-out prompt's pictures from other prompts' pictures.",
-    "noise_gap/<name>": (
-        "How much higher held-out pictures score with the rollouts' exploration noise than without."
-    ),
-    "preview/<name>/mean": "Mean reward of some held-out prompts at the preview size.",
-    "dropped_share": "Share of the step's pictures that a reward could not judge.",
-    "alarm/<kind>": "Evaluations in a row that have shown this sign of hacking.",
-    "sign": "What the watch has noticed at this evaluation, in words.",
-    "alarm": "The same, once it has lasted for `patience` evaluations.",
-    "ratio/mean": "Mean probability ratio (clipped objective); 1 at the first update by construction.",
-    "ratio/max_deviation": "Largest distance of a ratio from 1.",
-    "clip_share": "Share of samples whose ratio was clipped.",
-    "grad_norm": "Norm of the gradient before clipping.",
-    "lr": "Learning rate.",
-    "nfe": "Model evaluations of the step.",
-    "time/rollout": "Seconds in the model during the rollout.",
-    "time/decode": "Seconds in the decoder.",
-    "time/reward": "Seconds in the rewards, or waiting for those that run elsewhere.",
-    "time/update": "Seconds in the update.",
-    "memory/peak": "Peak memory in bytes.",
-    "memory/<limit>": "Slots, decode_batch or micro_batch, where memory ran out and brought it down.",
-}
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -131,9 +84,7 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_progress(folder: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint's state and see that it is of the step that the folder's name says, with the named
-    counts.
-    """
+    """Read a checkpoint's state, and check its step and the named counts."""
     tensors, meta = read_state(folder)
     counts = [meta.get(name) for name in ("step", *names)]
     if counts[0] != int(folder.name) or not all(
@@ -147,10 +98,7 @@ def read_progress(folder: Path, names: Sequence[str]) -> tuple[dict[str, Tensor]
 
 
 def fitting(tensors: Mapping[str, Tensor], kind: str, like: Sequence[Tensor], place: Path) -> list[Tensor]:
-    """Take the tensors <kind>/0, <kind>/1 … of a checkpoint.
-
-    RunError unless they are finite and have the shapes of `like`.
-    """
+    """Take the finite tensors <kind>/0, <kind>/1 … with the shapes of `like`, else raise RunError."""
     found = [tensors.get(f"{kind}/{i}") for i in range(len(like))]
     if not all(
         value is not None and value.shape == target.shape and sound(value)
@@ -309,10 +257,7 @@ class RunFolder:
     def save_checkpoint(
         self, step: int, write: Callable[[Path], None], keep_last: int = 0, keep: int | None = None
     ) -> Path:
-        """Have `write` fill a folder and move it into place whole.
-
-        Of older ones the last `keep_last` (0 is all) and step `keep` stay.
-        """
+        """Let `write` fill a folder, move it into place, and keep the last `keep_last` and `keep`."""
         place = self.checkpoints / f"{step:06d}"
         with _writing(place):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -344,19 +289,14 @@ class RunFolder:
         return self.saved()[-1] if self.saved() else None
 
     def outcome(self) -> Path | None:
-        """Return the checkpoint that a finished run recommends (the best one where the watch ended it),
-        else the newest.
-        """
+        """Return the checkpoint that a finished run recommends, or the newest."""
         newest, summary = self.latest(), self.summary()
         if newest is None or summary.get("steps") != int(newest.name):
             return newest
         return next((place for place in self.saved() if int(place.name) == summary.get("lora_step")), newest)
 
     def save_samples(self, step: int, samples: Iterable[Sample], kind: str = "") -> None:
-        """Write the pictures of a step and their index.
-
-        A kind, such as PREVIEW, has a folder of its own beneath.
-        """
+        """Write a step's images and their index; a kind, such as PREVIEW, has a folder of its own."""
         folder, index = self.path / "images" / f"{step:06d}" / kind, []
         for i, sample in enumerate(samples):
             row = {
@@ -399,9 +339,7 @@ class RunFolder:
 
 
 def check_place(path: Path, replace: bool = False) -> None:
-    """Refuse a place where no run may start: another run, unless it is to be replaced, and anything that
-    is not a run.
-    """
+    """Refuse a place where no run may start: another run unless replaced, or what is no run."""
     path = Path(path)
     if is_run(path):
         if not replace:
@@ -414,7 +352,7 @@ def check_place(path: Path, replace: bool = False) -> None:
 
 
 def is_run(path: Path) -> bool:
-    """Say whether a folder is a run of this program, by its schema line."""
+    """Return whether a folder is a run of this program, by its schema line."""
     try:
         with open(path / "metrics.jsonl", "rb") as file:
             first = json.loads(file.readline(4096))
@@ -438,10 +376,7 @@ def save_picture(path: Path, image: Tensor) -> dict[str, Any]:
 
 
 def save_start(path: Path, start: Path) -> dict[str, Any]:
-    """Keep the picture that an edit starts from.
-
-    Return what an index says of it: nothing where it cannot be read any more.
-    """
+    """Keep the image that an edit starts from; return what an index says of it, nothing if unreadable."""
     try:
         save_png(path, read_picture(start))
     except PictureError:

@@ -1,130 +1,222 @@
-"""One iteration of a run: explore, score, update."""
+"""One iteration of a run: explore, score, update. Each verb leaves a frozen result for the next."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..advantages import mixed, zero_std_share
+from ..advantages import zero_std_share
 from ..plan import Plan
 from ..prompts import PromptCursor
 from ..rewards import Reward, RewardError
-from ..rewards.protocol import embedder, may_abstain, settle
+from ..rewards.mixing import mixed_advantages
+from ..rewards.protocol import embedder
 from ..rollout import Rollout, stream
 from ..speed.step_cache import Shortcut
-from ..update import records, swapped, update, update_average
-from .batch_limits import peak_memory
+from ..update import records
+from ..update import update as take_steps
 from .diversity import describe, mean_distance, measure, shaping
-from .optimizers import load_optimizer_tensors, optimizer_tensors
-from .rank_guard import explore
+from .optimizers import load_optimizer_tensors, optimizer_tensors, swapped, update_average
+from .peak_memory import peak_memory
+from .rank_guard import roll_out_guarded
 from .scorer import Scorer, roll_out_and_score
 from .setup import Check, Learner, Setup
 
 
-def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
-    """Make one update: roll out the step's prompts, score, learn; return the row of metrics.
+@dataclass(frozen=True)
+class Explored:
+    """The step's pictures as the rewards saw them, and the states that the learner differentiates at."""
 
-    An exception leaves the last step's state.
-    """
-    pace, recipe, policy, limits = setup.pace, setup.recipe, setup.policy, learner.limits
+    conds: Sequence[Any]
+    plan: Plan
+    rollout: Rollout
+    scores: Tensor  # [R, P, images]
+    features: Mapping[str, Sequence[Tensor]]  # by measure and prompt: [K, G, L, D]
+    cheap: bool  # whether completions may go on being cheap
+    guard: Mapping[str, float]  # metrics of the guard on cheap completions
+    seconds: Mapping[str, float]  # rollout, decode, reward
+
+    @property
+    def forwards(self) -> int:
+        """Count the forwards, those of the guard among them."""
+        return self.rollout.nfe + int(self.guard.get("guard/nfe", 0))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the scores say: rewards [R, K, G, L] and advantages [K, G] of every prompt."""
+
+    rewards: Sequence[Tensor]
+    advantages: Sequence[Tensor]
+    everywhere: Tensor  # [R, P, images] of all processes
+    dropped: float  # share of the pictures that the least able reward could not judge
+
+
+def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
+    """Explore, score, update; return the row of metrics. An exception leaves the last step's state."""
+    begin = time.perf_counter()
+    explored = explore(setup, learner, check)
+    rolled = time.perf_counter()
+    scored = score(setup, explored, learner.step + 1)
+    stats = update(setup, learner, explored, scored, check)
+    learner.step += 1
+    learner.cheap = explored.cheap
+    learner.forwards += explored.forwards * setup.world.count
+    end = time.perf_counter()
+    learner.seconds += end - begin
+    return step_row(setup, learner, explored, scored, stats, end - rolled)
+
+
+def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
+    """Roll out the step's prompts, and let the rewards judge every finished picture."""
     begin = time.perf_counter()
     prompts, seeds = draw(setup, learner.step)
-    conds = policy.encode(prompts)
-    rolling = partial(check, "rollout")
+    conds, rolling = setup.policy.encode(prompts), partial(check, "rollout")
 
     def roll(
         plan: Plan, places: Sequence[int], rewards: Sequence[Reward], shortcut: Shortcut | None
     ) -> tuple[Scorer, Rollout]:
         texts, given, drawn = ([part[p] for p in places] for part in (prompts, conds, seeds))
-        # The guard's pictures teach nothing and need no description.
-        describe = described(setup) if rewards is setup.rewards else None
+        # The guard's pictures teach nothing, so nobody needs their features.
+        features = features_of(setup) if rewards is setup.rewards else None
+        limits, images = learner.limits, len(plan.images)
         scorer = Scorer(
-            policy.decode,
-            rewards,
-            texts,
-            len(plan.images),
-            limits.decode_batch,
-            check=rolling,
-            describe=describe,
+            setup.policy.decode, rewards, texts, images, limits.decode_batch, check=rolling, describe=features
         )
-        return scorer, roll_out_and_score(
-            policy, plan, setup.sigmas, given, drawn, setup.shape, scorer, limits.slots, rolling, shortcut
-        )
+        how = setup.sigmas, given, drawn, setup.shape, scorer, limits.slots, rolling, shortcut
+        return scorer, roll_out_and_score(setup.policy, plan, *how)
 
-    now = {"cheap": learner.cheap, "step": learner.step, "seed": pace.seed, "prompts": len(prompts)}
-    explored = explore(
-        roll, recipe, setup.speed, setup.velocity, rewards=setup.rewards, gather=setup.world.gather, **now
+    found = roll_out_guarded(
+        roll,
+        setup.recipe,
+        setup.speed,
+        setup.velocity,
+        cheap=learner.cheap,
+        step=learner.step,
+        seed=setup.pace.seed,
+        prompts=len(prompts),
+        rewards=setup.rewards,
+        gather=setup.world.gather,
     )
-    plan, scorer, rollout = explored.plan, explored.scorer, explored.rollout
-    settle(setup.rewards)
-    rolled = time.perf_counter()
-    rewards = [plan.values(scorer.scores[:, p]) for p in range(len(prompts))]
-    everywhere = setup.world.gather(scorer.scores)
-    if everywhere.isnan().all():
-        none = f"rewards judged none of the {everywhere[0].numel()} pictures of step {learner.step + 1}"
-        raise RewardError(f"{none}; mend the prompts, or the judge that is asked, and resume the run")
-    dropped = dropped_share(setup, everywhere, learner.step + 1)
-    scale = [plan.values(scores) for scores in everywhere.unbind(1)] if recipe.std == "global" else None
-    advantages = mixed(rewards, setup.weights, recipe.mix, setup.gates, recipe.clamp, recipe.std_floor, scale)
+    for reward in setup.rewards:
+        reward.settle()
+    plan, seconds = found.plan, found.scorer.seconds
     features = {
         name: [plan.values(table.T).movedim(0, -1) for table in tables]
-        for name, tables in scorer.features.items()
+        for name, tables in found.scorer.features.items()
     }
-    if recipe.diversity_weight:
-        unlike = features[measure(embedder(setup.rewards), recipe.diversity_by)]
-        extra = [
-            shaping(f, reward, recipe.diversity_weight, recipe.clamp)
-            for f, reward in zip(unlike, rewards, strict=True)
-        ]
-        advantages = [advantage + more for advantage, more in zip(advantages, extra, strict=True)]
-    made = records(rollout, advantages, step_weight=recipe.step_weight, samples=recipe.objective == "clip")
-    with undone_on_error(setup, learner), policy.training():
-        learning = {
-            "micro_batch": limits.micro_batch,
-            "reduce": setup.world.reduce,
-            "check": partial(check, "update"),
-        }
-        if learner.start:
-            learning["reference"] = partial(swapped, policy.parameters(), learner.start)
-        stats = update(policy, made, conds, learner.optimizer, recipe, **learning)
-    if recipe.ema:
-        update_average(
-            learner.average, policy.parameters(), min(recipe.ema, (learner.step + 1) / (learner.step + 10))
-        )
-    learner.step += 1
-    learner.cheap = explored.cheap
-    learner.forwards += (rollout.nfe + int(explored.metrics.get("guard/nfe", 0))) * setup.world.count
-    updated = time.perf_counter()
-    learner.seconds += updated - begin
-    row: dict[str, float] = {"step": learner.step} | reward_metrics(setup.rewards, everywhere)
-    row["advantage/abs_mean"] = torch.stack(advantages).abs().mean().item()
-    row["zero_std_share"] = sum(zero_std_share(reward, recipe.std_floor) for reward in rewards) / len(rewards)
-    row["dropped_share"] = dropped
-    if "pixels" in features:
-        row["diversity/group"] = (
-            torch.stack([mean_distance(f.movedim(2, 1)).nanmean() for f in features["pixels"]])
-            .nanmean()
-            .item()
-        )
-    judged = scorer.seconds["decode"] + scorer.seconds["reward"]
-    times = {"rollout": rolled - begin - judged, **scorer.seconds, "update": updated - rolled}
-    row |= (
-        stats
-        | explored.metrics
-        | {"nfe": rollout.nfe}
-        | {f"memory/{name}": rows for name, rows in limits.lowered().items()}
+    rollout = time.perf_counter() - begin - seconds["decode"] - seconds["reward"]
+    return Explored(
+        conds,
+        plan,
+        found.rollout,
+        found.scorer.scores,
+        features,
+        found.cheap,
+        found.metrics,
+        {"rollout": rollout, **seconds},
     )
-    return row | {f"time/{k}": v for k, v in times.items()} | {"memory/peak": peak_memory(policy.device)}
 
 
-def described(setup: Setup) -> Callable[[Tensor], dict[str, Tensor]] | None:
-    """Return what measures the pictures of a rollout: a reward's embedding only where advantages need it,
-    for it costs another forward.
+def score(setup: Setup, explored: Explored, step: int) -> Scored:
+    """Turn the scores of a step into advantages; RewardError where too few images were judged."""
+    recipe, plan = setup.recipe, explored.plan
+    rewards = [plan.values(scores) for scores in explored.scores.unbind(1)]
+    everywhere = setup.world.gather(explored.scores)
+    if everywhere.isnan().all():
+        none = f"rewards judged none of the {everywhere[0].numel()} pictures of step {step}"
+        raise RewardError(f"{none}; mend the prompts, or the judge that is asked, and resume the run")
+    dropped = dropped_share(setup, everywhere, step)
+    scale = [plan.values(scores) for scores in everywhere.unbind(1)] if recipe.std == "global" else None
+    advantages = mixed_advantages(
+        rewards, setup.weights, recipe.mix, setup.gates, recipe.clamp, recipe.std_floor, scale
+    )
+    if recipe.diversity_weight:
+        unlike = explored.features[measure(embedder(setup.rewards), recipe.diversity_by)]
+        advantages = [
+            advantage + shaping(features, reward, recipe.diversity_weight, recipe.clamp)
+            for advantage, features, reward in zip(advantages, unlike, rewards, strict=True)
+        ]
+    return Scored(rewards, advantages, everywhere, dropped)
+
+
+def update(
+    setup: Setup, learner: Learner, explored: Explored, scored: Scored, check: Check
+) -> dict[str, float]:
+    """Take the optimizer's steps on the adapter, move its average, and return the update's metrics."""
+    recipe, policy = setup.recipe, setup.policy
+    made = records(
+        explored.rollout,
+        scored.advantages,
+        step_weight=recipe.step_weight,
+        samples=recipe.objective == "clip",
+    )
+    reference = partial(swapped, policy.parameters(), learner.start) if learner.start else None
+    with undone_on_error(setup, learner), policy.training():
+        stats = take_steps(
+            policy,
+            made,
+            explored.conds,
+            learner.optimizer,
+            recipe,
+            micro_batch=learner.limits.micro_batch,
+            reduce=setup.world.reduce,
+            check=partial(check, "update"),
+            reference=reference,
+        )
+    if recipe.ema:
+        decay = min(recipe.ema, (learner.step + 1) / (learner.step + 10))
+        update_average(learner.average, policy.parameters(), decay)
+    return stats
+
+
+def step_row(
+    setup: Setup,
+    learner: Learner,
+    explored: Explored,
+    scored: Scored,
+    stats: Mapping[str, float],
+    seconds: float,
+) -> dict[str, float]:
+    """Return the row of metrics of a step whose scoring and updating took `seconds`."""
+    row: dict[str, float] = {"step": learner.step}
+    for reward, values in zip(setup.rewards, scored.everywhere, strict=True):
+        valid = values[~values.isnan()]
+        row[f"reward/{reward.name}/mean"] = valid.mean().item()
+        row[f"reward/{reward.name}/std"] = valid.std().item()
+    row["advantage/abs_mean"] = torch.stack(list(scored.advantages)).abs().mean().item()
+    shares = [zero_std_share(reward, setup.recipe.std_floor) for reward in scored.rewards]
+    row["zero_std_share"] = sum(shares) / len(shares)
+    row["dropped_share"] = scored.dropped
+    if pixels := explored.features.get("pixels"):
+        apart = [mean_distance(features.movedim(2, 1)).nanmean() for features in pixels]
+        row["diversity/group"] = torch.stack(apart).nanmean().item()
+    row |= {**stats, **explored.guard, "nfe": explored.rollout.nfe}
+    row |= {f"memory/{name}": rows for name, rows in learner.limits.lowered().items()}
+    row |= {f"time/{name}": spent for name, spent in explored.seconds.items()}
+    return row | {"time/update": seconds, "memory/peak": peak_memory(setup.policy.device)}
+
+
+def draw(setup: Setup, step: int) -> tuple[list[str], list[int]]:
+    """Return this process's share of the step's prompts, and their seeds, by (seed, step) alone."""
+    pace, world = setup.pace, setup.world
+    prompts = PromptCursor(setup.prompts.train, pace.prompts_per_step, pace.seed).batch(step)
+    seeds = [stream("rollout", pace.seed, step, place) for place in range(len(prompts))]
+    mine = slice(world.index, None, world.count)
+    return prompts[mine], seeds[mine]
+
+
+def features_of(setup: Setup) -> Callable[[Tensor], dict[str, Tensor]] | None:
+    """Return what measures the pictures of a rollout, None where nothing asks for it.
+
+    A reward's embedding costs another forward, so it is taken only where advantages need it.
     """
     if not setup.recipe.diversity_weight:
         return None if setup.pace.watch == "off" else partial(describe, embed=None)
@@ -133,12 +225,9 @@ def described(setup: Setup) -> Callable[[Tensor], dict[str, Tensor]] | None:
 
 
 def dropped_share(setup: Setup, scores: Tensor, step: int) -> float:
-    """Return the share of pictures that the least able reward could not judge, scores [R, P, images].
-
-    RewardError above `max_dropped`.
-    """
+    """Return the share of images [R, P, images] that the worst reward could not judge, unless too many."""
     shares = scores.isnan().flatten(1).float().mean(1)
-    shares[torch.tensor([may_abstain(reward) for reward in setup.rewards])] = 0
+    shares[torch.tensor([reward.may_abstain for reward in setup.rewards])] = 0
     worst = int(shares.argmax())
     if shares[worst] > setup.pace.max_dropped:
         much = f"could not judge {shares[worst]:.0%} of the {scores[0].numel()} pictures of step {step}"
@@ -146,30 +235,6 @@ def dropped_share(setup: Setup, scores: Tensor, step: int) -> float:
         remedy = "mend the reward or its prompts, or raise max_dropped, and resume the run"
         raise RewardError(f"reward '{setup.rewards[worst].name}' {much}, and {allowed}; {remedy}")
     return shares[worst].item()
-
-
-def reward_metrics(rewards: Sequence[Reward], scores: Tensor) -> dict[str, float]:
-    """Return mean and standard deviation of each reward's valid scores [R, …]."""
-    row = {}
-    for reward, values in zip(rewards, scores, strict=True):
-        valid = values[~values.isnan()]
-        row |= {
-            f"reward/{reward.name}/mean": valid.mean().item(),
-            f"reward/{reward.name}/std": valid.std().item(),
-        }
-    return row
-
-
-def draw(setup: Setup, step: int) -> tuple[list[str], list[int]]:
-    """Return this process's share of the step's prompts, and the seed of each.
-
-    A function of (seed, step) alone.
-    """
-    pace, world = setup.pace, setup.world
-    prompts = PromptCursor(setup.prompts.train, pace.prompts_per_step, pace.seed).batch(step)
-    seeds = [stream("rollout", pace.seed, step, place) for place in range(len(prompts))]
-    mine = slice(world.index, None, world.count)
-    return prompts[mine], seeds[mine]
 
 
 @contextmanager

@@ -1,7 +1,4 @@
-"""A whole run, whoever hosts it: roll out, score, update; evaluate, save, stop, resume.
-
-The command line and the graph share it.
-"""
+"""A whole run, for command line and graph alike: train, evaluate, save, stop, resume."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from .evaluation import Evaluation, compare, evaluate
 from .folder import RunFolder
 from .iteration import iterate
 from .setup import Check, Learner, Setup
-from .watch import Seen, best_step, blind_spots, evaluated, signs, standing
+from .watch import Seen, best_step, blind_spots, evaluated, sign_row, signs
 
 
 class Watcher(Protocol):
@@ -44,10 +41,7 @@ def learn(
     check: Check,
     stops: tuple[type[BaseException], ...],
 ) -> None:
-    """Run up to the budget of steps or minutes.
-
-    One of `stops` leaves a checkpoint of the last finished step and goes on up.
-    """
+    """Run up to the budget of steps or minutes; one of `stops` leaves a checkpoint and goes on up."""
     pace, plan = (
         setup.pace,
         build_plan(setup.recipe, coarsest=setup.speed.tail_stride if learner.cheap else 1),
@@ -88,7 +82,7 @@ def learn(
 
 
 def tell(setup: Setup, learner: Learner, row: Mapping[str, Any], watcher: Watcher) -> None:
-    """Say what became of memory and of cheap completions in the iteration that made a row."""
+    """Tell the watcher what became of memory and of cheap completions in the iteration that made a row."""
     if news := learner.limits.news():
         watcher.note(f"step {row['step']}: {news}")
     while setup.velocity and setup.velocity.notes:
@@ -105,10 +99,7 @@ def tell(setup: Setup, learner: Learner, row: Mapping[str, Any], watcher: Watche
 
 
 def look(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, check: Check) -> None:
-    """Evaluate on the held-out prompts, unless this step has been.
-
-    Keep scores, pictures and a row of metrics, and the best checkpoint.
-    """
+    """Evaluate on held-out prompts, unless this step has been; keep scores, images, the best LoRA."""
     if not setup.world.speaks or not setup.prompts.heldout or looked(folder, learner.step):
         return
     recipe = None if setup.pace.watch == "off" else setup.recipe
@@ -138,10 +129,7 @@ def look(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, ch
 
 
 def notice(setup: Setup, folder: RunFolder, now: Evaluation) -> dict[str, Any]:
-    """Compare an evaluation with those before it, which the run folder holds.
-
-    Return what the watch adds to its row.
-    """
+    """Compare an evaluation with those in the run folder; return what the watch adds to its row."""
     rows = folder.metrics()
     looks = evaluated(rows)
     if not looks:
@@ -161,7 +149,7 @@ def notice(setup: Setup, folder: RunFolder, now: Evaluation) -> dict[str, Any]:
         rows,
         setup.measures,
     )
-    return standing(signs(seen), looks[-1], setup.pace.patience)
+    return sign_row(signs(seen), looks[-1], setup.pace.patience)
 
 
 def halt(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher) -> bool:
@@ -179,7 +167,7 @@ def alarm_at(rows: Sequence[Mapping[str, Any]], step: int) -> str:
 
 
 def looked(folder: RunFolder, step: int) -> bool:
-    """Say whether a step has its row of held-out metrics."""
+    """Return whether a step has its row of held-out metrics."""
     return any(row.get("step") == step for row in evaluated(folder.metrics()))
 
 
@@ -214,9 +202,7 @@ def finish(
 
 
 def verdict(setup: Setup, learner: Learner, folder: RunFolder) -> dict[str, Any]:
-    """Return what ended the run, what the watch saw, and the LoRA to use: the best where the watch ended
-    the run, else the last.
-    """
+    """Return what ended the run, what the watch saw, and the LoRA to use."""
     rows = folder.metrics()
     best = best_step(rows, setup.trained, setup.measures)
     stopped = setup.pace.watch == "stop" and bool(alarm_at(rows, learner.step))
@@ -234,10 +220,10 @@ def verdict(setup: Setup, learner: Learner, folder: RunFolder) -> dict[str, Any]
 
 
 def due(every: int, step: int) -> bool:
-    """Say whether something that happens every so many steps happens after this one."""
+    """Return whether something that happens every so many steps happens after this one."""
     return every > 0 and step % every == 0
 
 
 def out_of_time(setup: Setup, learner: Learner) -> bool:
-    """Say whether the budget of training minutes is spent."""
+    """Return whether the budget of training minutes is spent."""
     return setup.pace.minutes is not None and learner.seconds >= 60 * setup.pace.minutes

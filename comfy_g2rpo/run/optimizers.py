@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,10 +92,7 @@ GROUPS = {
 
 
 def adamw(parameters: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """Make AdamW, in one kernel on a GPU.
-
-    ValueError where the recipe names an optimizer that this host does not have.
-    """
+    """Make AdamW, in one kernel on a GPU; ValueError for an optimizer that this host lacks."""
     if recipe.optimizer != "adamw":
         raise ValueError(
             f"optimizer is {recipe.optimizer}, which the headless trainer alone has; set it to adamw"
@@ -106,9 +104,7 @@ def adamw(parameters: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.Opt
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Flatten an optimizer's state to `optimizer/<parameter>/<name>`, and its own numbers to
-    `optimizer/group/<name>`.
-    """
+    """Flatten an optimizer's state to `optimizer/<parameter>/<name>` and `optimizer/group/<name>`."""
     group = optimizer.param_groups[0]
     # Not by state_dict, in which bitsandbytes hides some of it.
     state = [optimizer.state.get(p, {}) for every in optimizer.param_groups for p in every["params"]]
@@ -126,10 +122,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give an optimizer the state that `optimizer_tensors` flattened, bit for bit.
-
-    RunError for what it would not have left.
-    """
+    """Give an optimizer the state that `optimizer_tensors` flattened, bit for bit, or raise RunError."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     kind = type(optimizer).__name__
     state: dict[int, dict[str, Any]] = {}
@@ -164,7 +157,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
 
 
 def _fits(form: Mapping[str, Kept], name: str, tensor: Tensor, parameter: Tensor) -> bool:
-    """Say whether a tensor may be what an optimizer keeps under a name."""
+    """Return whether a tensor may be what an optimizer keeps under a name."""
     kept = form.get(name)
     if kept is None or tensor.shape not in kept.shapes(parameter):
         return False
@@ -187,3 +180,27 @@ def _load_number(optimizer: torch.optim.Optimizer, kind: str, name: str, tensor:
         )
     for group in optimizer.param_groups:
         group[name] = wanted(tensor.item())
+
+
+@contextmanager
+def swapped(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Give parameters other values inside the context."""
+    kept = [parameter.detach().clone() for parameter in parameters]
+
+    def put(numbers: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, number in zip(parameters, numbers, strict=True):
+                parameter.copy_(number)
+
+    put(values)
+    try:
+        yield
+    finally:
+        put(kept)
+
+
+@torch.no_grad()
+def update_average(average: Sequence[Tensor], parameters: Sequence[Tensor], decay: float) -> None:
+    """Move an exponential moving average of the adapter towards its parameters, in place."""
+    for mean, parameter in zip(average, parameters, strict=True):
+        mean.lerp_(parameter.detach(), 1 - decay)

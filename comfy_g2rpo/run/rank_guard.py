@@ -18,12 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..advantages import group_ranks
+from ..advantages import rank_correlation
 from ..options import option
 from ..plan import ROOT, Leaf, Plan, State
 from ..recipes import Recipe, build_plan
 from ..rewards import Reward
-from ..rewards.protocol import needs_group
 from ..rollout import Rollout
 from ..speed.step_cache import Shortcut, Velocity
 from .scorer import Scorer
@@ -43,7 +42,7 @@ class Speed:
     )
     cache: float = option(
         0.0,
-        "Relative change of the velocity up to which a completion's step is foreseen; 0 runs all, try 0.1.",
+        "Relative change of the velocity up to which a completion's step is skipped; 0 runs all, try 0.1.",
         0,
         1,
     )
@@ -68,7 +67,7 @@ class Speed:
 
     @property
     def on(self) -> bool:
-        """Say whether anything is to be cheaper."""
+        """Return whether anything is to be cheaper."""
         return self.precision != "same" or self.compile or self.cache > 0 or self.tail_stride > 1
 
 
@@ -78,11 +77,8 @@ Roll = Callable[[Plan, Sequence[int], Sequence[Reward], Shortcut | None], tuple[
 """Roll out a plan for the prompts at the given places, judged by the given rewards."""
 
 
-class Explored(NamedTuple):
-    """An iteration's plan as it was run, its scores and its states.
-
-    Whether cheap completions go on; what was measured.
-    """
+class Guarded(NamedTuple):
+    """An iteration's plan, scores and states, whether cheap completions go on, and what was measured."""
 
     plan: Plan
     scorer: Scorer
@@ -93,7 +89,7 @@ class Explored(NamedTuple):
 
 def check(speed: Speed, rewards: Sequence[Reward]) -> None:
     """Raise ValueError unless some reward can judge the guard's pictures, which are single ones."""
-    if speed.on and all(map(needs_group, rewards)):
+    if speed.on and all(reward.needs_group for reward in rewards):
         names = ", ".join(reward.name for reward in rewards)
         raise ValueError(
             f"speed: its guard cannot ask {names}, which judge whole groups only; leave the section "
@@ -101,7 +97,7 @@ def check(speed: Speed, rewards: Sequence[Reward]) -> None:
         )
 
 
-def explore(
+def roll_out_guarded(
     roll: Roll,
     recipe: Recipe,
     speed: Speed,
@@ -112,7 +108,7 @@ def explore(
     prompts: int,
     rewards: Sequence[Reward],
     gather: Callable[[Tensor], Tensor] = lambda found: found,
-) -> Explored:
+) -> Guarded:
     """Roll out iteration `step` (from 0): by cheap completions while these are on, measured where it is time.
 
     `velocity` stands in for the policy's own in completions, where there is something to make it faster.
@@ -122,12 +118,12 @@ def explore(
     """
     places, exact = range(prompts), build_plan(recipe, step, seed)
     if not (speed.on and cheap):
-        return Explored(exact, *roll(exact, places, rewards, None), cheap, {})
+        return Guarded(exact, *roll(exact, places, rewards, None), cheap, {})
     plan = build_plan(recipe, step, seed, speed.tail_stride)
     scorer, rollout = roll(plan, places, rewards, Shortcut(velocity, speed.cache))
     if step % speed.guard_every:
-        return Explored(plan, scorer, rollout, cheap, {})
-    judges = [r for r, reward in enumerate(rewards) if not needs_group(reward)]
+        return Guarded(plan, scorer, rollout, cheap, {})
+    judges = [r for r, reward in enumerate(rewards) if not reward.needs_group]
     part, some = sample(exact, prompts, speed.guard_share, random.Random(f"guard {seed} {step}"))
     judged, measured = roll(part, some, [rewards[r] for r in judges], None)
     found = []
@@ -147,37 +143,13 @@ def explore(
     spent = measured.nfe if cheap else measured.nfe + rollout.nfe
     if not cheap:
         plan, (scorer, rollout) = exact, roll(exact, places, rewards, None)
-    return Explored(
+    return Guarded(
         plan, scorer, rollout, cheap, {"guard/rank": rank, "guard/on": float(cheap), "guard/nfe": spent}
     )
 
 
-def rank_correlation(cheap: Tensor, exact: Tensor) -> Tensor:
-    """Return Spearman's correlation over the members of rewards [R, K, G, L], as [R, K, L]; ties share their
-    mean rank.
-
-    Members that either side could not judge are left out. Without any order it is NaN, with one that only one
-    side sees 0.
-    """
-    unknown = cheap.isnan() | exact.isnan()
-    known = (~unknown).double()
-    ranks = [
-        group_ranks(scores.masked_fill(unknown, torch.nan)).double().nan_to_num(0.0)
-        for scores in (cheap, exact)
-    ]
-    a, b = (
-        known * (rank - rank.sum(2, keepdim=True) / known.sum(2, keepdim=True).clamp_min(1)) for rank in ranks
-    )
-    spread = [rank.square().sum(2) for rank in (a, b)]
-    ordered = torch.stack([s > 1e-9 for s in spread])
-    correlation = (a * b).sum(2) / (spread[0] * spread[1]).sqrt().clamp_min(1e-9)
-    return torch.where(ordered.all(0), correlation, torch.where(ordered.any(0), 0.0, torch.nan))
-
-
 def sample(plan: Plan, prompts: int, share: float, rng: random.Random) -> tuple[Plan, list[int]]:
-    """Choose about a share of the groups, one at least: some branch steps of every prompt, or some prompts
-    where groups share pictures.
-    """
+    """Choose a share of the groups, at least one: branch steps of every prompt, or whole prompts."""
     units = sorted({first_group(plan, leaf) for leaf in plan.leaves})
     if len(units) > 1:
         chosen = rng.sample(units, max(round(share * len(units)), 1))
@@ -195,10 +167,7 @@ def first_group(plan: Plan, leaf: Leaf) -> int:
 
 
 def excerpt(plan: Plan, groups: Collection[int]) -> Plan:
-    """Return the plan of the leaves whose first trained edge is of the given groups.
-
-    Noises and group numbers stay as they were.
-    """
+    """Return the plan of the leaves below the given groups; noises and group numbers stay."""
     leaves = [leaf for leaf in plan.leaves if first_group(plan, leaf) in groups]
     kept: set[int] = set()
     for leaf in leaves:

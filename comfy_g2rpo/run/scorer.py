@@ -19,9 +19,9 @@ from ..plan import Plan
 from ..policy import Decoder, Trainee
 from ..rewards import Reward
 from ..rewards.clips import described, judged
-from ..rewards.protocol import canceller, needs_group, runs_elsewhere
-from ..rollout import Rollout, roll_out
+from ..rollout import Rollout
 from ..speed.fitting_batch import Limit, limit_of
+from ..speed.fitting_rollout import roll_out
 from ..speed.step_cache import Shortcut
 
 MAX_WAITING = (
@@ -32,9 +32,7 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures [n, H, W, 3], or clips [n, F, H, W, 3], as 8-bit levels, which are free of NaN [n], prompt
-    and image position of each.
-    """
+    """Images or clips as 8-bit levels, whether free of NaN [n], with prompt and image position of each."""
 
     levels: Tensor
     whole: Tensor
@@ -67,17 +65,14 @@ class Scorer:
     check: Callable[[], None] | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "reward": 0.0})
     describe: Callable[[Tensor], dict[str, Tensor]] | None = None
-    """Pictures [B, H, W, 3] → features [B, D] by measure, gathered in `features` as [P, images, D].
-
-    NaN where no picture came.
-    """
+    """Images [B, H, W, 3] → features [B, D] by measure, gathered as [P, images, D], NaN where none came."""
 
     def __post_init__(self) -> None:
         self.scores = torch.full((len(self.rewards), len(self.prompts), self.images), torch.nan)
         self.pictures: dict[tuple[int, int], Tensor] = {}
         self.features: dict[str, Tensor] = {}
-        self._grouping = [r for r, reward in enumerate(self.rewards) if needs_group(reward)]
-        self._elsewhere = [r for r, reward in enumerate(self.rewards) if runs_elsewhere(reward)]
+        self._grouping = [r for r, reward in enumerate(self.rewards) if reward.needs_group]
+        self._elsewhere = [r for r, reward in enumerate(self.rewards) if reward.runs_elsewhere]
         self._here = [r for r in range(len(self.rewards)) if r not in {*self._grouping, *self._elsewhere}]
         self._groups: dict[int, _Group] = {}
         self._thread: ThreadPoolExecutor | None = None
@@ -85,10 +80,7 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, prompts: list[int], images: list[int], latents: Tensor) -> None:
-        """Score latents [n, …] of the given prompts and image positions.
-
-        Clips [n, F, H, W, 3] are judged by their frames.
-        """
+        """Score latents [n, …] of the given prompts and image positions; clips by their frames."""
         limit = limit_of(self.batch)
         size = limit.rows
         for start in range(0, len(prompts), size):
@@ -131,10 +123,7 @@ class Scorer:
         self._collect(MAX_WAITING)
 
     def _complete(self, batch: Batch) -> list[Batch]:
-        """Add pictures to the groups of their prompts.
-
-        Return those that are complete, in the order of the plan.
-        """
+        """Add images to their prompts' groups; return those that are complete, in the plan's order."""
         done = []
         for row, (prompt, image) in enumerate(zip(batch.prompts, batch.images, strict=True)):
             if prompt not in self._groups:
@@ -202,7 +191,7 @@ class Scorer:
         thread.shutdown(wait=False, cancel_futures=True)
         while not all(future.done() for future in waiting):
             # Again and again, because the call may have been about to begin.
-            for cancel in filter(None, (canceller(self.rewards[r]) for r in self._elsewhere)):
+            for cancel in filter(None, (self.rewards[r].cancel for r in self._elsewhere)):
                 cancel()
             wait(waiting, timeout=POLL_SECONDS)
         thread.shutdown(wait=True)
@@ -210,9 +199,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class _Group:
-    """The pictures of one prompt so far: levels [images, H, W, 3], and whether each that has arrived is
-    free of NaN.
-    """
+    """The images of one prompt so far: levels [images, H, W, 3], and whether each is free of NaN."""
 
     levels: Tensor
     whole: dict[int, bool]
@@ -230,27 +217,18 @@ def _batch(pictures: Tensor, prompts: Sequence[int], images: Sequence[int]) -> B
 
 
 def levels(pictures: Tensor) -> Tensor:
-    """Return pictures that hold nothing but 8-bit levels and NaN as those levels, uint8 on the CPU.
-
-    NaN as 0.
-    """
+    """Return images of 8-bit levels and NaN as those levels, uint8 on the CPU, NaN as 0."""
     return torch.where(pictures.isnan(), 0.0, pictures * 255).round().byte().cpu()
 
 
 @torch.no_grad()
 def _judged(reward: Reward, batch: Batch, texts: Sequence[str]) -> Tensor:
-    """Score a batch by one reward: [n].
-
-    Gradients are switched off anew, because every thread has its own switch.
-    """
+    """Score a batch by one reward: [n]; every thread must switch gradients off for itself."""
     return judged(reward, batch.pictures(), texts)
 
 
 def to_8_bit(images: Tensor) -> Tensor:
-    """Round images in [0, 1] to what a saved file holds: that is what is judged.
-
-    Infinite numbers become NaN, not white.
-    """
+    """Round images in [0, 1] to what a saved file holds; infinite numbers become NaN, not white."""
     finite = images.float().nan_to_num(torch.nan, torch.nan, torch.nan)  # a copy in any case
     return finite.clamp_(0, 1).mul_(255).round_().div_(255)
 
@@ -267,9 +245,7 @@ def roll_out_and_score(
     check: Callable[[], None] | None = None,
     shortcut: Shortcut | None = None,
 ) -> Rollout:
-    """Run a plan per prompt and hand every finished latent to the scorer: while rolling, or afterwards
-    where the host wants that.
-    """
+    """Run a plan per prompt and give the scorer every finished latent, while rolling or afterwards."""
     sink = scorer if policy.decodes_while_rolling else None
     with scorer:
         where = {"device": policy.device, "shortcut": shortcut}

@@ -1,6 +1,4 @@
-"""Fields of a recipe and of a run's pace as text, one `name = value` per line: what a widget or a file can
-hold.
-"""
+"""Fields of a recipe and of a run's pace as text: one `name = value` per line."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from dataclasses import Field
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .. import recipes
-from ..options import nearest
+from ..options import check_value, nearest
 from . import pace
 
 MAX_CHARACTERS = 4000
@@ -87,9 +85,7 @@ def _scalar(text: str, kind: Any, rule: Mapping[str, Any], place: str) -> Any:
             raise ValueError(f"{place} is {text[:80]!r}; write true or false")
         return text.lower() == "true"
     if kind is str:
-        if text not in rule["choices"]:
-            close = nearest(text, rule["choices"])
-            raise ValueError(f"{place} is {text[:80]!r}{close}; choose one of: {', '.join(rule['choices'])}")
+        check_value(place, text, choices=rule["choices"])
         return text
     try:
         value = kind(text)
@@ -97,6 +93,5 @@ def _scalar(text: str, kind: Any, rule: Mapping[str, Any], place: str) -> Any:
         raise ValueError(
             f"{place} is {text[:80]!r}; it must be {'a whole number' if kind is int else 'a number'}"
         ) from error
-    if rule["low"] is not None and not rule["low"] <= value <= rule["high"]:
-        raise ValueError(f"{place} is {value}; it must lie between {rule['low']} and {rule['high']}")
+    check_value(place, value, rule["low"], rule["high"])
     return value

@@ -24,10 +24,7 @@ from .rank_guard import Speed
 
 @dataclass(frozen=True)
 class World:
-    """The processes that share a run.
-
-    `gather` stacks scores [R, P, images] over P, `reduce` averages a gradient, `wait` lines them up.
-    """
+    """The processes of a run: `gather` stacks scores [R, P, …] over P, `reduce` averages, `wait` lines up."""
 
     index: int = 0
     count: int = 1
@@ -37,7 +34,7 @@ class World:
 
     @property
     def speaks(self) -> bool:
-        """Say whether this is the process that writes and shows."""
+        """Return whether this is the process that writes and shows."""
         return self.index == 0
 
 
@@ -69,9 +66,7 @@ class Setup:
     velocity: CheapVelocity | None = None
     """Evaluates completions in the policy's place, where `speed` asks for it."""
     measures: Mapping[str, float] = field(default_factory=dict)
-    """Say of the rewards that only measure in the watch, by name: 1 where it is left out, 0 is none, below
-    0 less is better.
-    """
+    """The watch's weights of rewards that only measure, by name: 1 if left out, below 0 less is better."""
 
     optimizer: Optimizers = adamw
     """Makes the recipe's optimizer."""
@@ -84,9 +79,7 @@ class Setup:
 
 @dataclass
 class Learner:
-    """What learning changes: the optimizer over the adapter, the adapter's moving average, and the count
-    of finished steps.
-    """
+    """What learning changes: the optimizer, the adapter's moving average, the count of steps."""
 
     optimizer: torch.optim.Optimizer
     average: list[Tensor]
@@ -118,10 +111,7 @@ PHASES = ("rollout", "update", "evaluate")
 
 
 def preview_shape(pace: Pace, shape_of: Callable[[int, int], tuple[int, ...]]) -> tuple[int, ...] | None:
-    """Return the shape of a latent at the preview size, by the host's own function of (width, height).
-
-    None without previews.
-    """
+    """Return the shape of a preview's latent, by the host's function of (width, height), or None."""
     if not pace.preview_width and not pace.preview_height:
         return None
     size = f"preview_width and preview_height are {pace.preview_width}×{pace.preview_height}"
@@ -146,9 +136,7 @@ def make_learner(setup: Setup) -> Learner:
 
 
 def prompts_ahead(prompts: Prompts, pace: Pace) -> tuple[str, ...]:
-    """Return the prompts that a run can come to: those that its steps draw, and those that it is measured
-    on.
-    """
+    """Return the prompts that a run can come to: its steps' and those that it is measured on."""
     drawn = min(pace.steps * pace.prompts_per_step, len(prompts.train))
     return (
         *PromptCursor(prompts.train, drawn, pace.seed).batch(0),

@@ -28,9 +28,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Seen:
-    """What the watch goes by: evaluations of the untrained model, the best step so far and now, the
-    trained rewards' weights, the rows.
-    """
+    """What the watch goes by: the evaluations at the start, at the best step and now, weights and rows."""
 
     base: Evaluation
     best: Evaluation
@@ -47,7 +45,7 @@ class Seen:
         return " and ".join(name for name in self.now.names if name in self.weights)
 
     def since(self, step: int) -> str:
-        """Say since when."""
+        """Return since when."""
         return f"since step {step}" if step else "against the untrained model"
 
 
@@ -60,11 +58,11 @@ class Change:
 
     @property
     def rose(self) -> bool:
-        """Say whether it is above 0 beyond chance."""
+        """Return whether it is above 0 beyond chance."""
         return self.mean > self.width
 
     def fell(self, least: float = 0.0) -> bool:
-        """Say whether it is below 0 beyond chance, and by `least`."""
+        """Return whether it is below 0 beyond chance, and by `least`."""
         return self.mean < -self.width and self.mean <= -least
 
     def __str__(self) -> str:
@@ -77,19 +75,14 @@ def changes(values: Tensor) -> Change:
 
 
 def unit(base: Evaluation, name: str) -> float:
-    """Return the standard deviation over prompts of a reward of the untrained model.
-
-    1 where there is none to go by.
-    """
+    """Return the untrained model's standard deviation of a reward over prompts, 1 where there is none."""
     by_prompt = base.scores[base.names.index(name)].nanmean(1)
     known = by_prompt[~by_prompt.isnan()]
     return (known.std().item() if len(known) > 1 else 0.0) or 1.0
 
 
 def together(base: Evaluation, weights: Mapping[str, float], change: Tensor) -> Tensor:
-    """Weigh the trained rewards' changes [R, P] into one [P], in standard deviations: Σ w·change/unit over
-    Σ|w| of those that judged.
-    """
+    """Weigh the trained rewards' changes [R, P] into [P]: Σ w·change/unit over Σ|w| of those that judged."""
     used = [(r, weights[name]) for r, name in enumerate(base.names) if weights.get(name)]
     if not used:
         # People, for instance, do not measure held-out pictures.
@@ -142,9 +135,7 @@ def unlearning(seen: Seen) -> str | None:
 
 
 def noise(seen: Seen) -> str | None:
-    """Notice that the trained rewards rose for pictures with exploration noise, and not for those that a
-    user draws.
-    """
+    """Notice that rewards rose for images with exploration noise, and not for those that a user draws."""
     if seen.base.noisy is None or seen.now.noisy is None:
         return None
     gap = changes(together(seen.base, seen.weights, seen.now.noisy - seen.base.noisy))
@@ -225,9 +216,7 @@ def blind_spots(
 
 
 def rising(rows: Sequence[Row], weights: Mapping[str, float]) -> bool:
-    """Say whether the trained rewards rose over the training steps: the last tenth of them against the
-    first, at least TREND each.
-    """
+    """Return whether the trained rewards rose from the first tenth of the steps to the last, by TREND."""
     steps = [row for row in rows if "nfe" in row]
     count = max(len(steps) // 10, TREND)
     if len(steps) < 2 * count:
@@ -242,10 +231,8 @@ def rising(rows: Sequence[Row], weights: Mapping[str, float]) -> bool:
     return total > 1.96 * math.sqrt(sum(weight**2 for weight in weights.values()))
 
 
-def standing(found: Mapping[str, str], before: Row, patience: int) -> dict[str, Any]:
-    """Return what goes into an evaluation's row, after the row of the one before: how often in a row each
-    sign was seen, and alarms.
-    """
+def sign_row(found: Mapping[str, str], before: Row, patience: int) -> dict[str, Any]:
+    """Return an evaluation's row: how often in a row each sign was seen, and alarms."""
     counts = {kind: int(before.get(f"alarm/{kind}") or 0) + 1 for kind in found}
     row: dict[str, Any] = {f"alarm/{kind}": count for kind, count in counts.items()}
     row |= {"sign": "; ".join(found.values())} if found else {}

@@ -1,6 +1,4 @@
-"""Draw without exploration, the last steps without the adapter: composition as it was learned, texture as
-the base model paints it.
-"""
+"""Draw without exploration, the last steps without the adapter: its layout, the base's texture."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from ..plan import deterministic
 from ..policy import Policy
-from ..rollout import roll_out
+from ..speed.fitting_rollout import roll_out
 
 
 def tail_steps(num_steps: int, share: float) -> int:

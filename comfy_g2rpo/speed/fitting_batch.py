@@ -11,12 +11,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-try:
-    import resource
-except ImportError:  # Windows has none
-    resource = None
-
-
 OutOfMemory: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 Result = TypeVar("Result")
@@ -47,10 +41,7 @@ class Limit:
         return found
 
     def attempt(self, work: Callable[[], Result], count: int) -> Result | None:
-        """Run work over `count` rows; None where memory ran out and the limit is half of them now.
-
-        One row that does not fit raises.
-        """
+        """Run work over `count` rows; None where memory ran out and the limit has been halved."""
         try:
             return work()
         except OutOfMemory:

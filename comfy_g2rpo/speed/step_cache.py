@@ -1,4 +1,4 @@
-"""Completions for less: another way to evaluate them, and steps whose velocity is foreseen instead of
+"""Completions for less: another way to evaluate them, and steps whose velocity is predicted instead of
 evaluated.
 
 A completion needs no log-probability, so whatever keeps the order of the rewards in a group is legal there.
@@ -27,14 +27,11 @@ class Shortcut:
     velocity: Velocity | None = None
     """Stands in for the policy's own velocity, such as the same in lower precision."""
     cache: float = 0.0
-    """Relative change of the velocity up to which a step is foreseen; 0 evaluates every step."""
+    """Relative change of the velocity up to which a step is predicted; 0 evaluates every step."""
 
 
 class Memory(NamedTuple):
-    """The last two evaluations on the way to a completed state.
-
-    `rate` and `slope` are None after only one.
-    """
+    """The last two evaluations on the way to a completed state; `rate` and `slope` need both."""
 
     x: Tensor
     velocity: Tensor
@@ -50,11 +47,10 @@ def norms(rows: Tensor) -> Tensor:
     return rows.flatten(1).norm(dim=1)
 
 
-def foreseen(
+def predict_velocity(
     memories: Sequence[Memory | None], x: Tensor, sigma: Tensor, tolerance: float
 ) -> tuple[list[bool], Tensor]:
-    """Say of which states x [B, …] at sigma [B] the velocity need not be evaluated, and return it for those:
-    [n, …].
+    """Choose the states x [B, …] at sigma [B] that need no evaluation; return their velocities [n, …].
 
     EasyCache's rule (arXiv 2507.02860), for every state by itself: as long as the velocity changes with the
     state at the rate that it last had, has it changed by less than `tolerance` of its norm? If so it is
@@ -77,9 +73,7 @@ def foreseen(
 
 
 def remember(memories: Sequence[Memory | None], x: Tensor, velocity: Tensor, sigma: Tensor) -> list[Memory]:
-    """Return what to remember of evaluated states x [B, …] with their velocities, given the memories of
-    their parents.
-    """
+    """Return what to remember of evaluated states x [B, …], given their parents' memories."""
     known = [i for i, memory in enumerate(memories) if memory is not None]
     made = [Memory(*row) for row in zip(x, velocity, sigma, strict=True)]
     if not known:

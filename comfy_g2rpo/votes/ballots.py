@@ -35,9 +35,7 @@ SAME = 1 / 255  # mean difference of two renderings of one picture
 
 @dataclass(frozen=True)
 class Ballot:
-    """A group that was shown: what was asked for, after how many steps, and the file of every picture by
-    its key.
-    """
+    """A group that was shown: the prompt, the step, and every image's file by its key."""
 
     prompt: str
     step: int
@@ -51,10 +49,7 @@ def votes_file(run: Path) -> Path:
 
 
 def append(run: Path, votes: Votes) -> None:
-    """Add votes to a run in one write, which is on the disk before this returns.
-
-    A line that was torn off before is repaired.
-    """
+    """Add votes to a run in one write that is on disk on return; a torn last line is repaired."""
     place = votes_file(run)
     line = (json.dumps(votes.table(), separators=(",", ":")) + "\n").encode()
     try:
@@ -77,10 +72,7 @@ def append(run: Path, votes: Votes) -> None:
 
 
 def _whole(content: bytes) -> bytes:
-    """Leave out a last line that was torn off.
-
-    One that only lacks its end, as an editor may leave it, stays.
-    """
+    """Leave out a last line that was torn off; one that only lacks its end stays."""
     tail = content[content.rfind(b"\n") + 1 :]
     if not tail:
         return content
@@ -135,10 +127,7 @@ def matching(votes: Sequence[Votes], keys: Sequence[str], prompt: str) -> list[V
 
 
 def score(run: Path, pictures: Tensor, prompt: str, step: int) -> Tensor | None:
-    """Score pictures [B, H, W, 3] by the votes that a run keeps: [B], NaN where nobody compared.
-
-    None where there are no votes at all.
-    """
+    """Score images [B, H, W, 3] by a run's votes: [B], NaN if never compared; None without votes."""
     votes, keys = read(run), [picture_key(picture) for picture in pictures]
     found = matching(votes, keys, prompt)
     if not found and votes:
@@ -183,10 +172,7 @@ def ballot_name(prompt: str, step: int, keys: Sequence[str]) -> str:
 
 
 def write_ballot(run: Path, pictures: Tensor, prompt: str, step: int) -> Path:
-    """Write a group [B, H, W, 3] for people to vote on, unless it lies there already.
-
-    A picture that comes twice is shown once.
-    """
+    """Write a group [B, H, W, 3] to vote on, unless it is there; an image that comes twice is shown once."""
     found = {key: picture for picture in pictures if (key := picture_key(picture))}
     if len(found) < 2:
         raise VoteError(
@@ -237,9 +223,7 @@ def open_ballots(run: Path) -> list[Ballot]:
 
 
 def pairs(run: Path) -> Iterator[tuple[Votes, Path, Path]]:
-    """Yield the votes and the pictures of the better and the worse for every pair that a run's votes
-    compare, where both lie in it.
-    """
+    """Yield votes with the better and the worse image of every pair that a run's votes compare."""
     ballots = read_ballots(run)
     for votes in read(run):
         files = {
@@ -254,9 +238,7 @@ def pairs(run: Path) -> Iterator[tuple[Votes, Path, Path]]:
 
 
 def export(run: Path, place: Path) -> int:
-    """Write a run's votes as pairs, one {"prompt", "winner", "loser"} per line with paths seen from the
-    file's folder; return how many.
-    """
+    """Write a run's votes as {"prompt", "winner", "loser"} lines, relative paths; return how many."""
     place = Path(place)
     if place.exists():
         raise RunError(f"{place} exists; choose another file")

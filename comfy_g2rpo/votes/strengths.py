@@ -69,10 +69,7 @@ class Votes:
 
 
 def picture_key(picture: Tensor) -> str:
-    """Name a picture [H, W, 3] in [0, 1] by its 8-bit pixels, which are those of its saved file.
-
-    "" where it holds NaN.
-    """
+    """Name an image [H, W, 3] by its 8-bit pixels, which are its file's; "" where it holds NaN."""
     levels = to_8_bit(picture.detach().cpu()) * 255
     if levels.isnan().any():
         return ""
@@ -195,10 +192,7 @@ def bradley_terry(wins: np.ndarray, variance: float = 1.0) -> np.ndarray:
 
 
 def scores(keys: Sequence[str], votes: Iterable[Votes]) -> Tensor:
-    """Score pictures by everybody's votes: [B] float32.
-
-    NaN for one that nobody has compared with another of them.
-    """
+    """Score images by everybody's votes: [B] float32, NaN for one that was never compared."""
     place = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     wins = np.zeros((len(place), len(place)))
     for vote in votes:

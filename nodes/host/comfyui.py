@@ -1,4 +1,4 @@
-"""What a run needs of ComfyUI: its folders, its interruption, its progress bar and its page."""
+"""What a run needs of ComfyUI: its folders, its stop button, its progress bar and its page."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from server import PromptServer
 
 from ...comfy_g2rpo.files.safe import FileError
+from ...comfy_g2rpo.run.folder import RunFolder, is_run
 from .routes import RUN_ID, runs_root
 
 EVENT = "g2rpo.progress"
@@ -29,7 +30,7 @@ check_interrupted: Callable[[], None] = comfy.model_management.throw_exception_i
 
 
 def checked_name(name: str, widget: str) -> str:
-    """Return a run's or file's name if it is one: it becomes a folder or file under ours."""
+    """Return the name of a run or file; raise ValueError unless it can be a folder or file under ours."""
     name = name.strip() if isinstance(name, str) else ""
     if not RUN_ID.fullmatch(name) or name.endswith(".") or DEVICES.fullmatch(name):
         raise ValueError(
@@ -40,7 +41,7 @@ def checked_name(name: str, widget: str) -> str:
 
 
 def contained(root: Path, name: str, widget: str) -> Path:
-    """Return root/name and see that it truly lies in the root, links followed."""
+    """Return root/name; raise ValueError unless it lies in the root, links followed."""
     base = os.path.realpath(root)
     place = os.path.realpath(os.path.join(base, name))
     if os.path.commonpath((base, place)) != base or place == base:
@@ -49,10 +50,7 @@ def contained(root: Path, name: str, widget: str) -> Path:
 
 
 def run_place(name: str, widget: str = "run") -> Path:
-    """Return where a run of this name lies, or would.
-
-    A link in it may not lead out of it, for what is written would follow.
-    """
+    """Return the folder of a run; refuse one that has a link out of it, which writing would follow."""
     place = contained(runs_root(), checked_name(name, widget), widget)
     for folder, folders, files in os.walk(place):
         for entry in (*folders, *files):
@@ -65,6 +63,14 @@ def run_place(name: str, widget: str = "run") -> Path:
     return place
 
 
+def known_run(name: str, advice: str) -> RunFolder:
+    """Return a run that exists; raise ValueError, with advice, where there is none of this name."""
+    place = run_place(name)
+    if not is_run(place):
+        raise ValueError(f"run: there is no run named {name[:80]!a}; {advice}")
+    return RunFolder(place)
+
+
 def loras_root() -> Path:
     """Return the folder of our LoRA files, one that LoraLoader lists."""
     return Path(folder_paths.get_folder_paths("loras")[0]) / "g2rpo"
@@ -74,9 +80,8 @@ def fresh_lora(stem: str, widget: str) -> Path:
     """Return the first LoRA file named stem, stem_00002, … that does not exist yet."""
     stem = checked_name(stem, widget)
     for number in range(1, 100_000):
-        place = contained(
-            loras_root(), f"{stem}.safetensors" if number == 1 else f"{stem}_{number:05d}.safetensors", widget
-        )
+        file = f"{stem}.safetensors" if number == 1 else f"{stem}_{number:05d}.safetensors"
+        place = contained(loras_root(), file, widget)
         if not place.exists():
             return place
     raise FileError(f"{widget} is {stem!r}, and all its numbers are taken; choose another name")
@@ -88,9 +93,7 @@ def lora_listing(place: Path) -> str:
 
 
 class Live:
-    """Tell the page and the progress bar how a run goes (comfy_g2rpo.loop.Watcher), and stop it where the
-    user asks for that.
-    """
+    """Tell the page and the progress bar how a run goes, and stop it where the user asks for that."""
 
     def __init__(self, node: str | None, run: str, rows: int = 0) -> None:
         self.node, self.run, self.rows = node, run, rows
@@ -100,7 +103,7 @@ class Live:
         self.bar: Any = None
 
     def start(self, total_steps: int, first_step: int, plan_line: str) -> None:
-        """Begin at `first_step`; the price of a step goes to the log before anything runs."""
+        """Begin at `first_step`; write the cost of a step into the log before anything runs."""
         self.total, self.first, self.at, self.began = total_steps, first_step, first_step, time.monotonic()
         self.bar = comfy.utils.ProgressBar(max(total_steps, 1), node_id=self.node)
         self.bar.update_absolute(first_step, max(total_steps, 1))
@@ -108,7 +111,7 @@ class Live:
         self.send("rollout", now=True)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """Take a row that the run folder holds."""
+        """Show a row that was added to the run folder."""
         self.rows += 1
         self.phase = ""
         if metrics["step"] == self.first:
@@ -119,16 +122,16 @@ class Live:
         self.send("rollout")
 
     def note(self, text: str) -> None:
-        """Put a remark into ComfyUI's log."""
+        """Write a note into ComfyUI's log."""
         logging.info("G²RPO run %s: %s", self.run, text)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Say that the run has ended."""
+        """Tell the page that the run has ended."""
         self.at = int(summary.get("steps", self.at))
         self.send("done", now=True)
 
     def stopped(self) -> None:
-        """Say that the run was stopped."""
+        """Tell the page that the run was stopped."""
         self.send("stopped", now=True)
 
     def check(self, phase: str) -> None:
@@ -146,13 +149,7 @@ class Live:
         self.sent = clock
         made = self.at - self.first
         left = (clock - self.began) / made * (self.total - self.at) if made > 0 else None
-        event = {
-            "node": self.node,
-            "run": self.run,
-            "step": self.at,
-            "total": self.total,
-            "phase": phase,
-            "done": self.done,
-        }
         of = max(self.expected[phase], self.done) if phase in self.expected else None
-        PromptServer.instance.send_sync(EVENT, {**event, "of": of, "seconds_left": left, "row": self.rows})
+        event = {"node": self.node, "run": self.run, "row": self.rows, "seconds_left": left}
+        event |= {"step": self.at, "total": self.total, "phase": phase, "done": self.done, "of": of}
+        PromptServer.instance.send_sync(EVENT, event)

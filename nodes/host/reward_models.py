@@ -1,6 +1,4 @@
-"""Reward models under ComfyUI's models/g2rpo_rewards: listed, loaded, and moved on and off the device like
-every other model of a graph.
-"""
+"""Reward models under ComfyUI's models/g2rpo_rewards, loaded and unloaded like any model of a graph."""
 
 from __future__ import annotations
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from ...comfy_g2rpo.rewards import REWARDS, Reward, load
 from ...comfy_g2rpo.rewards.models.installed import KNOWN, installed, load_installed
+from ...comfy_g2rpo.rewards.protocol import Wrapped
 
 FOLDER = "g2rpo_rewards"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -37,17 +36,15 @@ def choices() -> list[str]:
 
 
 def stamp(name: str) -> str:
-    """Tell an installed reward from the same one after it was fetched again; blank for a rule."""
+    """Return what changes when an installed reward is fetched again; blank for a rule."""
     if name in REWARDS or name not in choices():
         return ""
-    files = sorted((root() / name).iterdir())
-    return " ".join(
-        f"{file.name} {status.st_size} {status.st_mtime_ns}" for file in files if (status := file.stat())
-    )
+    stats = [(file.name, file.stat()) for file in sorted((root() / name).iterdir())]
+    return " ".join(f"{file} {status.st_size} {status.st_mtime_ns}" for file, status in stats)
 
 
 def find(name: str, dtype: str, batch: int) -> Reward:
-    """Load a rule or an installed reward model; one that some graph still holds is not loaded again."""
+    """Return a rule or an installed reward model; do not load one again that some graph still holds."""
     if name in REWARDS:
         return load(name)
     key = (name, stamp(name), dtype, batch)
@@ -55,22 +52,18 @@ def find(name: str, dtype: str, batch: int) -> Reward:
     if kept is None:
         # Nodes run in inference mode, and what is made there could not be moved while a training runs.
         with torch.inference_mode(False):
-            kept = Managed(
-                load_installed(root(), name, device="cpu", dtype=DTYPES[dtype], batch=batch), batch
-            )
+            found = load_installed(root(), name, device="cpu", dtype=DTYPES[dtype], batch=batch)
+            kept = Managed(found, batch)
         _loaded[key] = kept
     return kept
 
 
 def how_to_get_more() -> str:
-    """Say how reward models come here: never from a graph."""
+    """Return how more reward models come here, never from a graph; blank where all are here."""
     missing = [name for name in KNOWN if name not in installed(root())]
     command = f"g2rpo rewards fetch NAME --to models/{FOLDER}"
-    return (
-        f"To have more, run on the command line: {command}\nNAME: {', '.join(missing)}\nThen press R."
-        if missing
-        else ""
-    )
+    how = f"To have more, run on the command line: {command}\nNAME: {', '.join(missing)}\nThen press R."
+    return how if missing else ""
 
 
 class Held(nn.Module):
@@ -82,59 +75,36 @@ class Held(nn.Module):
 
 
 @dataclass(eq=False)
-class Managed:
+class Managed(Wrapped):
     """A reward model that asks ComfyUI for room on the device before it judges.
 
     It never runs beside the decoder in a thread, as ComfyUI's model management belongs to one thread.
     """
 
-    inner: Any
+    reward: Reward
     batch: int
+    module = None  # ComfyUI moves the weights
+    runs_elsewhere = False
 
     def __post_init__(self) -> None:
-        device, rest = (
-            comfy.model_management.get_torch_device(),
-            comfy.model_management.text_encoder_offload_device(),
-        )
         self.patcher = comfy.model_patcher.ModelPatcher(
-            Held(self.inner.module), load_device=device, offload_device=rest
+            Held(self.reward.module),
+            load_device=comfy.model_management.get_torch_device(),
+            offload_device=comfy.model_management.text_encoder_offload_device(),
         )
-
-    @property
-    def name(self) -> str:
-        """Name the reward."""
-        return str(self.inner.name)
-
-    @property
-    def licence(self) -> str:
-        """Name the licence of its weights."""
-        return str(self.inner.licence)
-
-    @property
-    def compares_across_prompts(self) -> bool:
-        """Say whether a score means the same for every prompt."""
-        return bool(self.inner.compares_across_prompts)
-
-    @property
-    def note(self) -> str:
-        """Say how it fails as a target."""
-        return str(self.inner.note)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images [B, H, W, 3] by prompts [B]: [B]."""
         self.move_in()
-        return self.inner.score(images, prompts)
+        return self.reward.score(images, prompts)
 
     def embed(self, images: Tensor) -> Tensor:
         """Return unit-norm features [B, D] of images [B, H, W, 3]."""
         self.move_in()
-        return self.inner.embed(images)
+        return self.reward.embed(images)
 
     def move_in(self) -> None:
-        """Have the weights on the device; others may have to leave.
-
-        The towers are plain modules, so that they come whole or not at all.
-        """
+        """Move the weights to the device as a whole; other models may have to leave."""
         with torch.inference_mode(False):
             room = self.batch * PICTURE_BYTES
             comfy.model_management.load_models_gpu([self.patcher], memory_required=room, force_full_load=True)

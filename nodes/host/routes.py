@@ -60,20 +60,17 @@ def register() -> None:
     from aiohttp import web
 
     async def answer(request: web.Request, read: Callable[[], dict[str, Any]]) -> web.Response:
-        # aiohttp adds HEAD to every GET, and ComfyUI's copy of the routes under /api forgets the option that
-        # prevents it.
+        # aiohttp adds HEAD to every GET; ComfyUI's copy of the routes under /api forgets to prevent it.
         if request.method != "GET":
             raise web.HTTPMethodNotAllowed(request.method, ["GET"])
         try:
             return web.json_response(await asyncio.to_thread(read))
-        except NotFoundError as error:
-            return web.json_response({"error": str(error)}, status=404)
         except ValueError as error:
-            return web.json_response({"error": str(error)}, status=400)
+            status = 404 if isinstance(error, NotFoundError) else 400
+            return web.json_response({"error": str(error)}, status=status)
         except OSError:
-            return web.json_response(
-                {"error": "the run's files cannot be read at the moment; try again"}, status=503
-            )
+            text = "the run's files cannot be read at the moment; try again"
+            return web.json_response({"error": text}, status=503)
 
     @server.routes.get("/g2rpo/runs")
     async def runs(request: web.Request) -> web.Response:
@@ -81,10 +78,8 @@ def register() -> None:
 
     @server.routes.get("/g2rpo/runs/{id}/metrics")
     async def metrics(request: web.Request) -> web.Response:
-        return await answer(
-            request,
-            lambda: read_metrics(runs_root(), request.match_info["id"], request.query.get("after", "0")),
-        )
+        run, after = request.match_info["id"], request.query.get("after", "0")
+        return await answer(request, lambda: read_metrics(runs_root(), run, after))
 
 
 def list_runs(root: Path) -> list[dict[str, Any]]:
@@ -101,23 +96,14 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
         if len(runs) == MAX_RUNS:
             break
         if is_run(place):
-            step = _last_row(place / "metrics.jsonl").get("step")
-            runs.append(
-                {
-                    "id": name,
-                    "steps": _total_steps(place),
-                    "step": _count(step),
-                    "modified": modified,
-                    "finished": _finished(place),
-                }
-            )
+            step = _count(_last_row(place / "metrics.jsonl").get("step"))
+            row = {"id": name, "steps": _total_steps(place), "step": step, "modified": modified}
+            runs.append({**row, "finished": _finished(place)})
     return runs
 
 
 def read_metrics(root: Path, run: str, after: str = "0") -> dict[str, Any]:
-    """Return the rows of a run after the first `after`, at most MAX_ROWS, and what else the page shows of
-    it.
-    """
+    """Return a run's rows after the first `after`, at most MAX_ROWS, and what else the page shows of it."""
     if not RUN_ID.fullmatch(run):
         raise ValueError(
             "a run's id has 1 to 64 letters, digits, dots, dashes and underscores, and starts with a "
@@ -165,10 +151,7 @@ def _folder_names(folder: Path) -> Iterator[str]:
 
 
 def _rows_after(path: Path, after: int) -> tuple[list[dict[str, Any]], int]:
-    """Read the rows after the first `after` and count all.
-
-    A last line without its end is not a row yet, a damaged one is an empty row.
-    """
+    """Read the rows after the first `after` and count all; a damaged row is empty, an unfinished one none."""
     rows: list[dict[str, Any]] = []
     size, number, full = 0, -1, False
     for line in _lines(path):
@@ -202,13 +185,12 @@ def _row(line: bytes) -> dict[str, Any]:
         return {}
     if not isinstance(row, dict):
         return {}
-    return finite(
-        {
-            key: value
-            for key, value in row.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-        }
-    )
+    return finite({key: value for key, value in row.items() if _is_number(value)})
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value out of JSON is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _last_row(path: Path) -> dict[str, Any]:
@@ -232,9 +214,8 @@ def _json_of(run: Path, *names: str) -> Any:
 
 def _count(value: Any) -> int | None:
     """Return a plausible number of steps, or None."""
-    return (
-        value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_AFTER else None
-    )
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return value if whole and 0 <= value <= MAX_AFTER else None
 
 
 def _total_steps(run: Path) -> int | None:
@@ -246,42 +227,31 @@ def _total_steps(run: Path) -> int | None:
 
 
 def _finished(run: Path) -> bool:
-    """Say whether the run came to its end."""
+    """Return whether the run came to its end."""
     return inside(run, "summary.json") is not None
 
 
 def _samples(run: Path) -> list[dict[str, Any]]:
     """List the pictures of the first step and of the newest ones."""
     images = inside(run, "images")
-    steps = (
-        sorted((name for name in _folder_names(images) if STEP.fullmatch(name)), key=int) if images else []
-    )
+    names = _folder_names(images) if images else []
+    steps = sorted((name for name in names if STEP.fullmatch(name)), key=int)
     shown = steps[:1] + steps[1:][-NEWEST_SAMPLES:]
-    samples = [
-        {"step": int(name), "folder": name, "files": _pictures(_json_of(run, "images", name, "index.json"))}
-        for name in shown
-    ]
-    return [sample for sample in samples if sample["files"]]
+    files = {name: _pictures(_json_of(run, "images", name, "index.json")) for name in shown}
+    return [{"step": int(name), "folder": name, "files": files[name]} for name in shown if files[name]]
 
 
 def _pictures(index: Any) -> list[dict[str, Any]]:
-    """Read the index of a step's pictures; only what has the form that a run writes is passed on."""
+    """Read the index of a step's pictures; return only what has the form that a run writes."""
     pictures = []
     for row in index[:MAX_PICTURES] if isinstance(index, list) else []:
-        file, prompt, scores = (
-            (row.get(key) for key in ("file", "prompt", "scores"))
-            if isinstance(row, dict)
-            else (None, None, None)
-        )
+        given = row if isinstance(row, dict) else {}
+        file, prompt, scores = (given.get(key) for key in ("file", "prompt", "scores"))
         if isinstance(file, str) and PICTURE.fullmatch(file):
-            numbers = (
-                {str(k)[:64]: v for k, v in scores.items() if isinstance(v, (int, float))}
-                if isinstance(scores, dict)
-                else {}
-            )
-            pictures.append(
-                {"file": file, "prompt": str(prompt or "")[:MAX_PROMPT], "scores": finite(numbers)}
-            )
+            scores = scores if isinstance(scores, dict) else {}
+            numbers = {str(k)[:64]: v for k, v in scores.items() if isinstance(v, (int, float))}
+            prompt = str(prompt or "")[:MAX_PROMPT]
+            pictures.append({"file": file, "prompt": prompt, "scores": finite(numbers)})
     return pictures
 
 

@@ -1,6 +1,4 @@
-"""A run on the MODEL that is on the wire: what was asked for, checked and turned into the loop's setup
-(comfy_g2rpo.loop), and the loop.
-"""
+"""A training run on a MODEL: what was asked for, checked and made into the loop's setup, and the loop."""
 
 from __future__ import annotations
 
@@ -47,7 +45,7 @@ FINGERPRINTED = 64  # weights that are looked into
 
 @dataclass(frozen=True)
 class Request:
-    """What Train LoRA was asked for, in the order of its inputs."""
+    """What Train LoRA was asked for: its inputs by name."""
 
     model: Any
     clip: Any
@@ -76,7 +74,7 @@ class Request:
 
 
 def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tuple[RunFolder, Adapter]:
-    """Run the loop, after saying what it will cost; return the run's folder and the LoRA as it was saved."""
+    """Tell the cost, then run the loop; return the run's folder and the LoRA as it was saved."""
     # Nodes run in inference mode, where nothing could be learned.
     with torch.inference_mode(False), torch.enable_grad():
         setup, config = make_setup(wanted)
@@ -100,17 +98,12 @@ def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tupl
         say(f"stopped by the watch, LoRA of step {summary['lora_step']}: {summary['alarms'][-1]['text']}")
     file = lora.read(folder.outcome() / "lora.safetensors")
     publish(folder, name)
-    rank = wanted.rank
-    return folder, Adapter(
-        {n: file.pairs[n] for n in setup.policy.pairs()}, rank, float(rank), wanted.targets
-    )
+    pairs = {module: file.pairs[module] for module in setup.policy.pairs()}
+    return folder, Adapter(pairs, wanted.rank, float(wanted.rank), wanted.targets)
 
 
 def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
-    """Check everything, load nothing large, encode the prompts ahead.
-
-    Return the loop's setup and what goes into config.json.
-    """
+    """Check everything and encode the prompts; return the loop's setup and the content of config.json."""
     method, train = settings.parse(wanted.changes, "changes")
     sigmas = checked_schedule(wanted.sigmas) if wanted.sigmas is not None else None
     made = make_recipe(wanted, method, sigmas)
@@ -126,17 +119,13 @@ def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
         sigmas = shifted_sigmas(made.num_steps, made.shift)
     adapter = fresh_adapter(wanted.model, wanted.rank, wanted.alpha, pace.seed, wanted.targets)
     saving = is_large(wanted.model)
-    policy = text_policy(
-        wanted.model, wanted.clip, wanted.vae, wanted.guidance, wanted.negative, adapter, checkpoint=saving
-    )
+    parts = wanted.model, wanted.clip, wanted.vae
+    policy = text_policy(*parts, wanted.guidance, wanted.negative, adapter, checkpoint=saving)
     with torch.no_grad():
         policy.encode(prompts_ahead(prompts, pace))
     held = wanted.heldout_reward or RewardSet((), ())
     judges = {reward.name: reward for reward in (*wanted.reward.rewards, *held.rewards)}
-    rewards = {
-        reward.name: weight
-        for reward, weight in zip(wanted.reward.rewards, wanted.reward.weights, strict=True)
-    }
+    rewards = wanted.reward.named_weights
     setup = Setup(
         recipe=made,
         pace=pace,
@@ -145,7 +134,7 @@ def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
         weights=wanted.reward.weights,
         gates=wanted.reward.gates,
         judges=tuple(judges.values()),
-        measures={reward.name: weight for reward, weight in zip(held.rewards, held.weights, strict=True)},
+        measures=held.named_weights,
         prompts=prompts,
         sigmas=sigmas,
         shape=policy.latent_shape(wanted.width, wanted.height),
@@ -158,15 +147,12 @@ def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
 
 
 def graph_pace(wanted: Request) -> dict[str, Any]:
-    """Take the pace that the widgets give; what they leave open suits one GPU and large pictures."""
+    """Return the pace that the widgets give; the rest suits one GPU and large pictures."""
+    typed = ("steps", "prompts_per_step", "seed", "slots", "eval_every")
     return {
-        "steps": wanted.steps,
-        "prompts_per_step": wanted.prompts_per_step,
-        "seed": wanted.seed,
-        "slots": wanted.slots,
+        **{name: getattr(wanted, name) for name in typed},
         "decode_batch": min(wanted.slots, 8),
         "micro_batch": max(wanted.slots // 4, 1),
-        "eval_every": wanted.eval_every,
         "eval_prompts": 16,
         "checkpoint_every": 5,
     }
@@ -175,23 +161,14 @@ def graph_pace(wanted: Request) -> dict[str, Any]:
 def make_recipe(wanted: Request, changes: dict[str, Any], sigmas: Tensor | None) -> Recipe:
     """Make the recipe: the named one, the model's own shift, the widgets, then the changes."""
     mix = {"mix": wanted.reward.mix} if len(wanted.reward.rewards) > 1 else {}
-    fields: dict[str, Any] = {
-        "shift": model_shift(wanted.model),
-        "learning_rate": wanted.learning_rate,
-        **mix,
-        **changes,
-    }
+    given = {"shift": model_shift(wanted.model), "learning_rate": wanted.learning_rate}
+    fields: dict[str, Any] = {**given, **mix, **changes}
     if sigmas is not None:
         fields["num_steps"] = len(sigmas) - 1
     made = recipes.recipe(wanted.recipe, **fields)
     # A bound before anything is built: what is typed into a line or two could fill the memory.
-    states = (
-        made.num_steps
-        * made.group_size
-        * len(recipes.candidate_steps(made))
-        * made.starts
-        * len(made.granularities)
-    )
+    branches = made.group_size * len(recipes.candidate_steps(made)) * made.starts
+    states = branches * made.num_steps * len(made.granularities)
     if states > MAX_STATES:
         raise ValueError(
             f"changes: a tree of up to {states} states is above the limit of {MAX_STATES}; lower "
@@ -209,7 +186,7 @@ def model_shift(model: Any) -> float:
 
 
 def checked_schedule(sigmas: Tensor) -> Tensor:
-    """Return noise levels [T+1] that fall from 1 to 0 as float32 on the CPU; refuse any others."""
+    """Return noise levels [T+1] as float32 on the CPU; raise ValueError unless they fall from 1 to 0."""
     check_sigmas(sigmas)
     levels = sigmas.detach().to("cpu", torch.float32, copy=True)
     if not math.isclose(levels[0].item(), 1.0, abs_tol=1e-3) or levels[-1] != 0:
@@ -221,7 +198,7 @@ def checked_schedule(sigmas: Tensor) -> Tensor:
 
 
 def make_prompts(wanted: Request, seed: int) -> Prompts:
-    """Read both prompt fields; without held-out prompts a fifth is set aside, where there are enough."""
+    """Read both prompt fields; without held-out prompts, set a fifth aside where there are enough."""
     trained, repeated = prompts_of(wanted.prompts.splitlines(), "prompts")
     notes = (f"{repeated} repeated prompts were dropped",) if repeated else ()
     if wanted.heldout_prompts.strip():
@@ -234,7 +211,7 @@ def make_prompts(wanted: Request, seed: int) -> Prompts:
 
 
 def price(setup: Setup, width: int, height: int) -> str:
-    """Say what the run will cost; refuse what nobody can have meant."""
+    """Return what the run will cost, in words; raise ValueError where it is far too much."""
     pace, plan = setup.pace, build_plan(setup.recipe, 0, setup.pace.seed)
     groups = pace.steps * pace.prompts_per_step
     # A forward and backward is worth three forwards.
@@ -247,10 +224,8 @@ def price(setup: Setup, width: int, height: int) -> str:
     if work > MAX_WORK:
         limit = f"{work:.1e} forwards × pixels are above the limit of {MAX_WORK:.0e}"
         raise ValueError(f"steps: {limit}; lower steps, prompts_per_step or the size")
-    return (
-        f"{pace.steps} steps cost {forwards} forwards and {groups * len(plan.images)} pictures of "
-        f"{width}×{height}"
-    )
+    pictures = f"{groups * len(plan.images)} pictures of {width}×{height}"
+    return f"{pace.steps} steps cost {forwards} forwards and {pictures}"
 
 
 def look_parts(setup: Setup) -> dict[str, tuple[int, int]]:
@@ -259,42 +234,34 @@ def look_parts(setup: Setup) -> dict[str, tuple[int, int]]:
 
 
 def expected(setup: Setup) -> dict[str, int]:
-    """Count about how often a step asks whether to stop, by phase: once per forward and per batch of
-    pictures.
-    """
+    """Return by phase how often a step asks whether to stop: once per forward and per batch of pictures."""
     pace, plan = setup.pace, build_plan(setup.recipe, 0, setup.pace.seed)
 
     def batches(*parts: tuple[int, int]) -> int:
         return sum(math.ceil(count / size) for count, size in parts)
 
+    def drawn(forwards: int, pictures: int) -> int:
+        return batches((forwards, pace.slots), (pictures, pace.decode_batch))
+
     groups = pace.prompts_per_step
     return {
-        "rollout": batches(
-            (groups * plan.forwards, pace.slots), (groups * len(plan.images), pace.decode_batch)
-        ),
+        "rollout": drawn(groups * plan.forwards, groups * len(plan.images)),
         "update": batches((groups * len(plan.forks), pace.micro_batch)),
-        "evaluate": sum(
-            batches((f, pace.slots), (p, pace.decode_batch)) for f, p in look_parts(setup).values()
-        ),
+        "evaluate": sum(drawn(*part) for part in look_parts(setup).values()),
     }
 
 
 def describe(wanted: Request, setup: Setup, rewards: dict[str, float], judges: list[str]) -> dict[str, Any]:
-    """Make a run's config.json: all that its results depend on."""
+    """Return the content of a run's config.json: all that its results depend on."""
+    made = dataclasses.asdict(setup.recipe)
     return {
         "config": {
             "model": {
                 "fingerprint": fingerprint(wanted.model),
-                "width": wanted.width,
-                "height": wanted.height,
-            }
-            | {"guidance": wanted.guidance, "negative": wanted.negative},
-            "lora": {"rank": wanted.rank, "alpha": wanted.alpha, "targets": wanted.targets},
-            "method": {
-                "name": wanted.recipe,
-                **dataclasses.asdict(setup.recipe),
-                "sigmas": setup.sigmas.tolist(),
+                **{name: getattr(wanted, name) for name in ("width", "height", "guidance", "negative")},
             },
+            "lora": {"rank": wanted.rank, "alpha": wanted.alpha, "targets": wanted.targets},
+            "method": {"name": wanted.recipe, **made, "sigmas": setup.sigmas.tolist()},
             "rewards": [
                 {"name": name, "weight": weight, **({} if gate is None else {"gate": gate})}
                 for (name, weight), gate in zip(rewards.items(), wanted.reward.all_gates, strict=True)
@@ -303,19 +270,22 @@ def describe(wanted: Request, setup: Setup, rewards: dict[str, float], judges: l
             "prompts": {"train": list(setup.prompts.train), "heldout": list(setup.prompts.heldout)},
             "train": dataclasses.asdict(setup.pace),
         },
-        "recipe": dataclasses.asdict(setup.recipe),
+        "recipe": made,
     }
 
 
 def name_of(config: dict[str, Any], recipe: str) -> str:
-    """Name a run by its settings: the same ones go on, others start a new run."""
-    settled = {s: {k: v for k, v in part.items() if k not in MAY_CHANGE.get(s, ())} if isinstance(part, dict) else part  # noqa: E501
-               for s, part in config["config"].items()}  # fmt: skip
-    return f"{recipe}-{hashlib.blake2b(json.dumps(finite(settled), sort_keys=True).encode(), digest_size=4).hexdigest()}"  # noqa: E501
+    """Return the name of a run by its settings: the same ones go on, others start a new run."""
+    settled = dict(config["config"])
+    for section, free in MAY_CHANGE.items():
+        if isinstance(part := settled.get(section), dict):
+            settled[section] = {key: value for key, value in part.items() if key not in free}
+    content = json.dumps(finite(settled), sort_keys=True).encode()
+    return f"{recipe}-{hashlib.blake2b(content, digest_size=4).hexdigest()}"
 
 
 def fingerprint(model: Any) -> str:
-    """Tell models apart by their class, their shapes and some of their weights."""
+    """Return what tells a model from others: its class, its shapes and some of its weights."""
     digest = hashlib.blake2b(digest_size=8)
     left = FINGERPRINTED
     for name, weight in model.model.diffusion_model.named_parameters():
@@ -328,7 +298,7 @@ def fingerprint(model: Any) -> str:
 
 
 def metadata(model: Any, recipe: str, rewards: dict[str, float]) -> dict[str, str]:
-    """Make what a LoRA file says about itself."""
+    """Return what a LoRA file says about itself."""
     return {
         "g2rpo.version": __version__,
         "g2rpo.base_model": type(model.model).__name__,

@@ -1,6 +1,4 @@
-"""What every block checks before it does anything: core keeps the bounds of what is typed, but what comes
-over a link is anybody's.
-"""
+"""What every block checks first: core keeps the bounds of what is typed, not of what comes over a link."""
 
 from __future__ import annotations
 
@@ -31,10 +29,7 @@ OURS = {
 
 @contextmanager
 def blamed(culprit: str) -> Iterator[None]:
-    """Turn a failure in the depths of a model into one line that begins with `culprit`.
-
-    What it was stays in the log as the cause.
-    """
+    """Turn a failure deep in a model into one line that begins with `culprit`; the log keeps the cause."""
     try:
         yield
     except FAILURES as error:
@@ -44,10 +39,10 @@ def blamed(culprit: str) -> Iterator[None]:
         raise ValueError(f"{culprit} ({type(error).__name__}: {said})") from error
 
 
-def check_inputs(block: type[io.ComfyNode], given: Mapping[str, Any]) -> None:
-    """Raise ValueError for the first input, by name, that the block's own schema does not allow.
+def check_inputs(block: type[io.ComfyNode], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the block's inputs by name, out of `given`, which may hold other names too.
 
-    `given` may hold other names too.
+    Raise ValueError for the first one that the block's own schema does not allow.
     """
     schema = block.define_schema()
     for one in schema.inputs:
@@ -57,12 +52,12 @@ def check_inputs(block: type[io.ComfyNode], given: Mapping[str, Any]) -> None:
         if not schema.is_input_list:
             check_value(one, value)
         elif one.get_io_type() in OURS:
-            # Lists of numbers and images are looked at by their blocks, element by element, and so is what
-            # texts say.
+            # A block looks at numbers, images and what texts say itself, element by element.
             for part in value:
                 check_value(one, part)
         elif isinstance(one, io.String.Input) and not all(isinstance(part, str) for part in value):
             raise ValueError(f"{one.id} holds something else than text; connect a text")
+    return {one.id: given.get(one.id) for one in schema.inputs}
 
 
 def check_value(one: io.Input, value: Any) -> None:
@@ -88,113 +83,96 @@ def check_value(one: io.Input, value: Any) -> None:
 
 def short(value: Any) -> str:
     """Describe a value in one short line."""
-    return (
-        ascii(value)[:60] if value is None or isinstance(value, (str, int, float)) else type(value).__name__
-    )
+    plain = value is None or isinstance(value, (str, int, float))
+    return ascii(value)[:60] if plain else type(value).__name__
 
 
 def check_number(name: str, value: Any, low: float, high: float, whole: bool) -> None:
     """Raise ValueError unless a number is of its kind, finite and within its bounds."""
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        raise ValueError(
-            f"{name} is {short(value)}; it must be a {'whole ' if whole else ''}number from {low:g} to "
-            f"{high:g}"
-        )
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{name} is {short(value)}; it must be a {kind} from {low:g} to {high:g}")
 
 
 def check_text(name: str, value: Any) -> None:
-    """Raise ValueError unless a text is one, of a sane length and without what no file, font or tokenizer
-    can take.
-    """
+    """Raise ValueError unless a text is one, not too long, without what no file or tokenizer can take."""
     if not isinstance(value, str):
         raise ValueError(f"{name} is {short(value)}; connect a text")
     if len(value) > MAX_TEXT:
         raise ValueError(f"{name} has {len(value)} characters; at most {MAX_TEXT} are allowed, shorten it")
+    check_characters(name, value, "text")
+
+
+def check_characters(name: str, value: str, what: str) -> None:
+    """Raise ValueError where a text holds what is no character."""
     strange = next((c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"), None)
     if strange is not None:
-        raise ValueError(f"{name} holds U+{ord(strange):04X}, which is no character; type the text again")
+        raise ValueError(f"{name} holds U+{ord(strange):04X}, which is no character; type the {what} again")
 
 
 def model_fault(value: Any) -> str:
-    """Say what is wrong with a MODEL."""
-    return (
-        ""
-        if isinstance(value, comfy.model_patcher.ModelPatcher)
-        else f"{short(value)} is no model; connect a model loader"
-    )
+    """Return what is wrong with a MODEL."""
+    real = isinstance(value, comfy.model_patcher.ModelPatcher)
+    return "" if real else f"{short(value)} is no model; connect a model loader"
 
 
 def clip_fault(value: Any) -> str:
-    """Say what is wrong with a CLIP; a checkpoint without text encoders gives None."""
-    return (
-        ""
-        if hasattr(value, "tokenize")
-        else f"{short(value)} is no text encoder; load one with a CLIP loader"
-    )
+    """Return what is wrong with a CLIP; a checkpoint without text encoders gives None."""
+    real = hasattr(value, "tokenize")
+    return "" if real else f"{short(value)} is no text encoder; load one with a CLIP loader"
 
 
 def vae_fault(value: Any) -> str:
-    """Say what is wrong with a VAE; a checkpoint without one gives an empty shell."""
+    """Return what is wrong with a VAE; a checkpoint without one gives an empty shell."""
     whole = hasattr(value, "decode") and getattr(value, "first_stage_model", value) is not None
     return "" if whole else "there is none in it; the checkpoint has no VAE, so load one with Load VAE"
 
 
 def guider_fault(value: Any) -> str:
-    """Say what is wrong with a GUIDER."""
-    return (
-        ""
-        if isinstance(value, comfy.samplers.CFGGuider)
-        else f"{short(value)} is no guider; connect BasicGuider or CFGGuider"
-    )
+    """Return what is wrong with a GUIDER."""
+    real = isinstance(value, comfy.samplers.CFGGuider)
+    return "" if real else f"{short(value)} is no guider; connect BasicGuider or CFGGuider"
 
 
 def noise_fault(value: Any) -> str:
-    """Say what is wrong with a NOISE."""
+    """Return what is wrong with a NOISE."""
     whole = hasattr(value, "generate_noise") and isinstance(getattr(value, "seed", None), int)
     return "" if whole else f"{short(value)} is no noise; connect RandomNoise"
 
 
 def latent_fault(value: Any) -> str:
-    """Say what is wrong with a LATENT."""
+    """Return what is wrong with a LATENT."""
     samples = value.get("samples") if isinstance(value, Mapping) else None
     if getattr(samples, "is_nested", False):
         return "several streams in one latent (video with sound) are not supported; connect an image latent"
     real = isinstance(samples, Tensor) and samples.is_floating_point()
-    return (
-        "" if real else f"{short(value)} holds no latent of floating-point numbers; connect an image latent"
-    )
+    fault = f"{short(value)} holds no latent of floating-point numbers; connect an image latent"
+    return "" if real else fault
 
 
 def sigmas_fault(value: Any) -> str:
-    """Say what is wrong with SIGMAS as a tensor; what levels a block can use is its own business."""
+    """Return what is wrong with SIGMAS as a tensor; every block checks the levels itself."""
     real = isinstance(value, Tensor) and value.is_floating_point()
     return "" if real else f"{short(value)} is no list of noise levels; connect a scheduler"
 
 
 def lora_fault(value: Any) -> str:
-    """Say what is wrong with a LORA_MODEL; its keys and shapes are looked at where it is used."""
+    """Return what is wrong with a LORA_MODEL; who uses it checks its keys and shapes."""
     if not isinstance(value, Mapping) or not value:
         return (
             f"{short(value)} is no LoRA; connect the output of Train LoRA, Update LoRA or core's Load LoRA "
             "Model"
         )
     bad = next((key for key, tensor in value.items() if not isinstance(key, str) or not usable(tensor)), None)
-    return (
-        ""
-        if bad is None
-        else f"its entry {short(bad)} is no tensor of real numbers; connect a LoRA of ordinary weights"
-    )
+    fault = f"its entry {short(bad)} is no tensor of real numbers; connect a LoRA of ordinary weights"
+    return "" if bad is None else fault
 
 
 def usable(tensor: Any) -> bool:
-    """Say whether something is a dense tensor of real numbers."""
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.layout is torch.strided
-        and not tensor.is_complex()
-        and not tensor.is_meta
-    )
+    """Return whether something is a dense tensor of real numbers."""
+    dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided
+    return dense and not tensor.is_complex() and not tensor.is_meta
 
 
 CORES = {

@@ -1,6 +1,4 @@
-"""What the scoring blocks do behind their schemas: check what arrives by wire, judge images in batches,
-word the outcome.
-"""
+"""What the scoring blocks share: checks of what they get, judging in batches, the outcome in words."""
 
 from __future__ import annotations
 
@@ -15,12 +13,12 @@ from torch import Tensor
 
 from ...comfy_g2rpo.prompts import MAX_CHARACTERS
 from ...comfy_g2rpo.rewards import Reward, score_all
-from ...comfy_g2rpo.rewards.mixing import standing
+from ...comfy_g2rpo.rewards.mixing import ranking_scores
 from ...comfy_g2rpo.rewards.models.catalogue import KNOWN
-from ...comfy_g2rpo.rewards.protocol import note_of
 from ...comfy_g2rpo.run.scorer import to_8_bit
 from ..types import RewardSet, RolloutData
 from ..views.drawing import number
+from .checks import check_characters
 
 MAX_IMAGES, MAX_PIXELS = 1024, 2**30  # of one run of a block
 MAX_VALUES_TEXT = 100_000  # characters of a list of values
@@ -34,37 +32,33 @@ _VALUE = re.compile(r"nan|[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", re.ASCII | re
 
 
 def within(name: str, value: float, low: float, high: float) -> float:
-    """Raise ValueError unless a number that may have come by wire lies in its bounds."""
+    """Return a number that may come over a link; raise ValueError unless it lies in its bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise ValueError(f"{name} is {str(value)[:40]}; it must be a number from {low:g} to {high:g}")
     return value
 
 
 def one(name: str, values: Sequence[Any]) -> Any:
-    """Take the only value of an input that arrives as a list."""
+    """Return the only value of an input that arrives as a list."""
     if len(values) != 1:
         raise ValueError(f"{name} got a list of {len(values)} values; connect one")
     return values[0]
 
 
 def checked_prompt(text: Any, name: str = "prompt") -> str:
-    """Raise ValueError unless a prompt is text of a sane length."""
+    """Return a prompt; raise ValueError unless it is a text, and not too long."""
     if not isinstance(text, str):
         raise ValueError(f"{name} is {type(text).__name__}; connect a text")
     if len(text) > MAX_CHARACTERS:
         raise ValueError(
             f"{name} has {len(text)} characters; at most {MAX_CHARACTERS} are allowed, shorten it"
         )
-    strange = next((c for c in text if c == "\0" or "\ud800" <= c <= "\udfff"), None)
-    if strange is not None:
-        raise ValueError(f"{name} holds U+{ord(strange):04X}, which is no character; type the prompt again")
+    check_characters(name, text, "prompt")
     return text
 
 
 def prompts_for(texts: Sequence[Any], count: int) -> tuple[list[str], list[str]]:
-    """Give each of `count` images its prompt, and say what was noticed: one for all, one per image, or one
-    per line.
-    """
+    """Return a prompt for each of `count` images, and notes: one for all, one per image, or one per line."""
     if len(texts) > 1:
         if len(texts) != count:
             raise ValueError(
@@ -75,30 +69,18 @@ def prompts_for(texts: Sequence[Any], count: int) -> tuple[list[str], list[str]]
     lines = [line.strip() for line in text.split("\n") if line.strip()] if isinstance(text, str) else []
     if count > 1 and len(lines) == count:
         return [checked_prompt(line, f"prompt, line {i}") for i, line in enumerate(lines, 1)], []
-    note = (
-        [f"prompt has {len(lines)} lines for {count} images, so all of it is every image's prompt"]
-        if len(lines) > 1
-        else []
-    )
-    return [checked_prompt(text)] * count, note
+    note = f"prompt has {len(lines)} lines for {count} images, so all of it is every image's prompt"
+    return [checked_prompt(text)] * count, [note] if len(lines) > 1 else []
 
 
 def checked_images(batches: Sequence[Any], name: str = "images") -> list[Tensor]:
-    """Take IMAGE batches [B, H, W, C] apart into images [H, W, C].
-
-    Raise ValueError for what is no image, or too many.
-    """
+    """Split IMAGE batches [B, H, W, C] into images [H, W, C]; raise ValueError for others, or too many."""
     images: list[Tensor] = []
     for batch in batches:
-        if (
-            not isinstance(batch, Tensor)
-            or batch.ndim != 4
-            or not batch.is_floating_point()
-            or batch.shape[-1] not in (1, 3, 4)
-        ):
-            found = (
-                f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-            )
+        known = isinstance(batch, Tensor)
+        real = known and batch.ndim == 4 and batch.is_floating_point() and batch.shape[-1] in (1, 3, 4)
+        if not real:
+            found = f"{batch.dtype} {list(batch.shape)}" if known else type(batch).__name__
             raise ValueError(
                 f"{name} is {found}; connect an IMAGE, floating-point [batch, height, width, 1, 3 or 4 "
                 "channels]"
@@ -120,34 +102,45 @@ def checked_images(batches: Sequence[Any], name: str = "images") -> list[Tensor]
     return images
 
 
-def judge(rewards: RewardSet, images: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
-    """Score images [H, W, C] of any sizes as their saved files would be: [R, images].
+def scored_images(batches: Sequence[Any], scores: Sequence[Any]) -> tuple[list[Tensor], list[float]]:
+    """Return images [H, W, C] and their scores; raise ValueError unless every image has one."""
+    images, values = checked_images(batches), [bounded("scores", value) for value in scores]
+    if len(values) != len(images):
+        raise ValueError(
+            f"scores has {len(values)} entries for {len(images)} images; connect the scores of these very "
+            "images"
+        )
+    return images, values
 
-    NaN for a broken image.
-    """
+
+def check_count(name: str, given: Sequence[Any] | None, count: int, what: str = "entries") -> None:
+    """Raise ValueError unless an optional list has one element per image."""
+    if given is not None and len(given) != count:
+        raise ValueError(
+            f"{name} has {len(given)} {what} for {count} images; connect one per image, or nothing"
+        )
+
+
+def judge(rewards: RewardSet, images: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+    """Score images [H, W, C] of any sizes as their saved files would be: [R, images], NaN for broken ones."""
     scores = torch.full((len(rewards.rewards), len(images)), torch.nan)
     start = 0
     while start < len(images):
         throw_exception_if_processing_interrupted()
         height, width, _ = shape = images[start].shape
-        stop = start + 1
-        while (
-            stop < len(images)
-            and images[stop].shape == shape
-            and (stop + 1 - start) * height * width <= CHUNK_PIXELS
-        ):
+        stop, limit = start + 1, start + CHUNK_PIXELS // (height * width)
+        while stop < min(limit, len(images)) and images[stop].shape == shape:
             stop += 1
-        scores[:, start:stop] = score_all(
-            rewards.rewards, rounded(torch.stack(list(images[start:stop])), start), prompts[start:stop]
-        )
+        batch = rounded(torch.stack(list(images[start:stop])), start)
+        scores[:, start:stop] = score_all(rewards.rewards, batch, prompts[start:stop])
         start = stop
     return scores
 
 
 def rounded(images: Tensor, first: int, name: str = "images") -> Tensor:
-    """Round images [B, H, W, C] to 8 bits and three channels.
+    """Round images [B, H, W, C] to 8 bits and three channels; a broken one becomes NaN throughout.
 
-    A broken one becomes NaN throughout, one in another range is refused.
+    Raise ValueError for one that lies outside [0, 1].
     """
     pixels = images.detach().float()
     pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels.expand(*pixels.shape[:3], 3)
@@ -164,66 +157,46 @@ def rounded(images: Tensor, first: int, name: str = "images") -> Tensor:
 
 
 def harmless(name: str) -> str:
-    """Write a name that a stranger chose so that no page can take it for markup."""
+    """Return a stranger's name as no page can take it for markup."""
     return "".join(c if c.isalnum() or c in " ._-+()#" else "_" for c in name[:80])
 
 
 def best_first(scores: Sequence[float]) -> list[int]:
-    """Order images from the best score to the worst.
-
-    Equal ones stay in order, those without a score come last.
-    """
+    """Order images from the best score to the worst, those without a score last; equal ones stay in order."""
     return sorted(range(len(scores)), key=lambda i: math.inf if math.isnan(scores[i]) else -scores[i])
 
 
 def overall(rewards: RewardSet, scores: Tensor) -> list[float]:
-    """Make one score per image of scores [R, images], as the set's mix and gates say."""
-    return standing(scores, rewards.weights, rewards.mix, rewards.gates).tolist()
+    """Return one score per image of scores [R, images], by the set's mix and gates."""
+    return ranking_scores(scores, rewards.weights, rewards.mix, rewards.gates).tolist()
 
 
 def score_table(
     rewards: RewardSet, scores: Tensor, notes: Sequence[str], what: str, titles: Sequence[str] = ()
 ) -> str:
-    """List scores [R, images] best first, with the parts of a mix.
-
-    The page shows it, so that titles must be harmless.
-    """
+    """List scores [R, images] best first, with the parts of a mix; titles must be harmless to a page."""
     mixed, names = overall(rewards, scores), [reward.name for reward in rewards.rewards]
     order = best_first(mixed)
     lines = [f"{len(order)} {what}, best first"]
     for rank, i in enumerate(order[:MAX_LINES], 1):
-        parts = ", ".join(
-            f"{name} {number(value)}" for name, value in zip(names, scores[:, i].tolist(), strict=True)
-        )
-        lines.append(
-            f"{rank}. {titles[i] if titles else f'image {i}'}: {number(mixed[i])}"
-            + (f"  ({parts})" if len(names) > 1 else "")
-        )
+        own = zip(names, scores[:, i].tolist(), strict=True)
+        parts = ", ".join(f"{name} {number(value)}" for name, value in own)
+        title = titles[i] if titles else f"image {i}"
+        lines.append(f"{rank}. {title}: {number(mixed[i])}" + (f"  ({parts})" if len(names) > 1 else ""))
     lines += [f"… and {len(order) - MAX_LINES} more"] if len(order) > MAX_LINES else []
-    missing = sum(map(math.isnan, mixed))
-    lines += (
-        [f"Note: {missing} could not be judged (broken image, or a prompt that the reward cannot read)"]
-        if missing
-        else []
-    )
-    return "\n".join(lines + [f"Note: {note}" for note in notes])
+    if missing := sum(map(math.isnan, mixed)):
+        why = "broken image, or a prompt that the reward cannot read"
+        lines.append(f"Note: {missing} could not be judged ({why})")
+    return "\n".join([*lines, *(f"Note: {note}" for note in notes)])
 
 
 def describe(reward: Reward) -> str:
-    """Say in a few lines what a reward measures, how it fails, its licence and whether its scores compare
-    across prompts.
-    """
+    """Describe a reward: what it measures, how it fails, its licence, whether prompts may differ."""
     known, function = KNOWN.get(reward.name), getattr(reward, "function", None)
-    said = (
-        f"{known.title}, {known.scale}"
-        if known
-        else (getattr(function, "__doc__", None) or "a reward model of your own").strip()
-    )
+    own = (getattr(function, "__doc__", None) or "a reward model of your own").strip()
+    said = f"{known.title}, {known.scale}" if known else own
     across = "Scores mean the same for every prompt." if reward.compares_across_prompts else RELATIVE
-    lines = [
-        f"{reward.name}: {said.splitlines()[0]}",
-        f"As a target: {note_of(reward)}" if note_of(reward) else "",
-    ]
+    lines = [f"{reward.name}: {said.splitlines()[0]}", f"As a target: {reward.note}" if reward.note else ""]
     return "\n".join(filter(None, [*lines, f"Licence: {reward.licence}", across]))
 
 
@@ -252,9 +225,7 @@ def checked_latents(rollout: RolloutData, vae: Any) -> Tensor:
 
 
 def decode(rollout: RolloutData, vae: Any, latents: Tensor) -> Tensor:
-    """Decode latents [n, C, …] in model space: [n, H, W, 3] in [0, 1], NaN throughout where a latent is
-    broken.
-    """
+    """Decode latents [n, C, …] in model space: [n, H, W, 3] in [0, 1], NaN where a latent is broken."""
     whole = latents.flatten(1).isfinite().all(1).cpu()
     images = vae.decode(rollout.guider.model_patcher.model.process_latent_out(latents.float()))
     images = images[:, 0] if images.ndim == 5 and images.shape[1] == 1 else images
@@ -269,12 +240,10 @@ def decode(rollout: RolloutData, vae: Any, latents: Tensor) -> Tensor:
 
 
 def bounded(name: str, value: Any) -> float:
-    """Take a score that is a number in the allowed range, or nan."""
-    return (
-        value
-        if isinstance(value, float) and math.isnan(value)
-        else float(within(name, value, -MAX_SCORE, MAX_SCORE))
-    )
+    """Return a score; raise ValueError unless it is nan or a number in the allowed range."""
+    if isinstance(value, float) and math.isnan(value):
+        return value
+    return float(within(name, value, -MAX_SCORE, MAX_SCORE))
 
 
 def parse_votes(text: str) -> list[float]:

@@ -1,5 +1,5 @@
-"""Inputs made from the recipes' own descriptions, lists of numbers typed as text, and what a block says
-before a long run.
+"""Inputs and outputs that several blocks declare alike, lists of numbers typed as text, and what a block
+tells the user while it runs.
 """
 
 from __future__ import annotations
@@ -10,10 +10,15 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from server import PromptServer
 
+from ...comfy_g2rpo.prompts import MAX_CHARACTERS
 from ...comfy_g2rpo.recipes import FIELDS
+from ..host.comfyui import NAME_TIP
+from ..model.adapter import TARGETS
+from ..types import RewardWire
+from .judging import MAX_SCORE
 
 LONGEST_LIST = 1000
 
@@ -33,17 +38,107 @@ def recipe_input(
     if rule["choices"]:
         return io.Combo.Input(name, options=list(rule["choices"]), default=default, tooltip=rule["help"])
     if isinstance(default, tuple):
-        text = ",".join(map(str, default))
-        return io.String.Input(
-            name, default=text, tooltip=f"{rule['help']} Numbers with commas, or a range such as 0-3."
-        )
+        tip = f"{rule['help']} Numbers with commas, or a range such as 0-3."
+        return io.String.Input(name, default=",".join(map(str, default)), tooltip=tip)
     low = rule["low"] if low is None else max(low, rule["low"])
     high = rule["high"] if high is None else min(high, rule["high"])
     if isinstance(default, int):
-        return io.Int.Input(name, default=default, min=int(low), max=int(high), tooltip=rule["help"])
+        return int_input(name, default, int(low), int(high), rule["help"])
     return io.Float.Input(
         name, default=default, min=low, max=high, step=step, round=False, tooltip=rule["help"]
     )
+
+
+def int_input(name: str, default: int, low: int, high: int, tip: str, step: int | None = None) -> io.Input:
+    """Make the input of a whole number."""
+    return io.Int.Input(name, default=default, min=low, max=high, step=step, tooltip=tip)
+
+
+def text_area(name: str, tip: str) -> io.Input:
+    """Make the input of a text of several lines."""
+    return io.String.Input(name, multiline=True, default="", tooltip=tip)
+
+
+def linked_text(name: str, tip: str) -> io.Input:
+    """Make an input that takes text from another block, or stays open."""
+    return io.String.Input(name, optional=True, force_input=True, tooltip=tip)
+
+
+def trained_model_input() -> io.Input:
+    """Make the input of the model that training starts from."""
+    return io.Model.Input("model", tooltip="The flow model that is aligned. It is not changed.")
+
+
+def lora_inputs() -> list[io.Input]:
+    """Make the inputs that shape a fresh LoRA."""
+    alpha = {"default": 16.0, "min": 0.01, "max": 4096.0, "step": 1.0}
+    return [
+        int_input("rank", 16, 1, 512, "Size of the LoRA: more can learn more, and makes a larger file."),
+        io.Float.Input(
+            "alpha", tooltip=("The LoRA works at strength alpha / rank. Keep it equal to the rank."), **alpha
+        ),
+        io.Combo.Input(
+            "targets",
+            options=list(TARGETS),
+            default=TARGETS[0],
+            tooltip=(
+                "Layers that learn: attention is usual, feed_forward learns more and takes more memory."
+            ),
+        ),
+    ]
+
+
+def learning_rate_input() -> io.Input:
+    """Make the input of AdamW's step size."""
+    return recipe_input("learning_rate", step=1e-6)
+
+
+def drawing_inputs(cost: str = "") -> list[io.Input]:
+    """Make the inputs of how pictures are drawn; `cost` goes on the sentence about guidance."""
+    guidance = {"default": 1.0, "min": 1.0, "max": 30.0, "step": 0.1}
+    return [
+        text_area("negative", "Negative prompt. It counts only where guidance is above 1."),
+        io.Float.Input("guidance", tooltip=f"Classifier-free guidance; 1 is none{cost}.", **guidance),
+        int_input("width", 512, 16, 4096, "Width of the images in pixels.", step=8),
+        int_input("height", 512, 16, 4096, "Height of the images in pixels.", step=8),
+    ]
+
+
+def slots_input(tip: str, high: int = 4096) -> io.Input:
+    """Make the input of how many latents share a forward."""
+    return int_input("slots", 8, 1, high, tip)
+
+
+def seed_input(tip: str) -> io.Input:
+    """Make the input of a seed, which stays the same from run to run."""
+    return io.Int.Input("seed", control_after_generate=False, default=0, min=0, max=2**31 - 1, tooltip=tip)
+
+
+def name_input(name: str, tip: str, default: str = "") -> io.Input:
+    """Make the input of the name of a run or file; its rules follow the tip."""
+    return io.String.Input(name, default=default, tooltip=f"{tip} {NAME_TIP}")
+
+
+def reward_input() -> io.Input:
+    """Make the input of the reward that judges pictures."""
+    return RewardWire.Input("reward", tooltip="From Load Reward, or several from Mix Rewards.")
+
+
+def scores_input(origin: str) -> io.Input:
+    """Make the input of images' scores; `origin` says where they may come from."""
+    tip = f"One score per image in the same order, from {origin}."
+    return io.Float.Input("scores", force_input=True, min=-MAX_SCORE, max=MAX_SCORE, tooltip=tip)
+
+
+def rollout_prompt_input(use: str, multiline: bool = False) -> io.Input:
+    """Make the input of a rollout's prompt; `use` says who reads it."""
+    tip = f"The prompt that the rollout was made with, at most {MAX_CHARACTERS} characters; {use}."
+    return io.String.Input("prompt", default="", multiline=multiline, tooltip=tip)
+
+
+def output(kind: Any, name: str | None, tip: str, shown: str = "", many: bool = False) -> io.Output:
+    """Make an output of a kind, which the page shows under its name or another one."""
+    return kind.Output(name, display_name=shown or name, tooltip=tip, is_output_list=many)
 
 
 def int_list(text: str, name: str, low: int, high: int) -> tuple[int, ...]:
@@ -75,12 +170,18 @@ def node_id(block: type[io.ComfyNode]) -> str | None:
     return getattr(block.hidden, "unique_id", None)
 
 
-def announce(block: type[io.ComfyNode], text: str) -> None:
-    """Say in the log and on the node what is about to be done."""
-    logging.info("%s: %s", block.define_schema().display_name, text)
+def show(block: type[io.ComfyNode], text: str) -> ui.PreviewText:
+    """Show a text on the node while it runs; return it for the node's outputs, where it stays."""
     server = getattr(PromptServer, "instance", None)
     if server is not None and node_id(block) is not None:
         server.send_progress_text(text, node_id(block))
+    return ui.PreviewText(text)
+
+
+def announce(block: type[io.ComfyNode], text: str) -> None:
+    """Tell the log and the node what comes next."""
+    logging.info("%s: %s", block.define_schema().display_name, text)
+    show(block, text)
 
 
 class Progress:

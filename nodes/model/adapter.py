@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import comfy.sd
@@ -58,9 +59,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA matrices by native module name (without "diffusion_model."): down [rank, in], up [out, rank],
-    float32 on the CPU.
-    """
+    """LoRA matrices down [rank, in] and up [out, rank] by native module name, float32 on the CPU."""
 
     pairs: dict[str, tuple[Tensor, Tensor]]
     rank: int
@@ -72,9 +71,8 @@ def target_modules(model: Any, targets: str) -> dict[str, nn.Module]:
     """Find the linear layers that an adapter sits on, in the model's order."""
     if targets not in TARGETS:
         raise ValueError(f"targets is {targets!r}; choose one of: {', '.join(TARGETS)}")
-    layers = {
-        name: module for name, module in model.model.diffusion_model.named_modules() if _is_linear(module)
-    }
+    modules = model.model.diffusion_model.named_modules()
+    layers = {name: module for name, module in modules if _is_linear(module)}
     for kind in KINDS:
         pattern = kind.attention if targets == "attention" else f"{kind.attention}|{kind.feed_forward}"
         if any(re.fullmatch(kind.attention, name) for name in layers):
@@ -86,18 +84,13 @@ def target_modules(model: Any, targets: str) -> dict[str, nn.Module]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Recognise core's linear layers, also quantised ones: they apply `weight_function` to a
-    two-dimensional weight.
-    """
-    return (
-        hasattr(module, "weight_function")
-        and hasattr(module, "in_features")
-        and getattr(module.weight, "ndim", 0) == 2
-    )
+    """Return whether a module is one of core's linear layers, also a quantised one."""
+    known = hasattr(module, "weight_function") and hasattr(module, "in_features")
+    return known and getattr(module.weight, "ndim", 0) == 2
 
 
 def is_large(model: Any) -> bool:
-    """Say whether training should save memory at the price of a second forward."""
+    """Return whether training should save memory at the cost of a second forward."""
     return model.model_size() > LARGE
 
 
@@ -112,9 +105,7 @@ def fresh_adapter(model: Any, rank: int, alpha: float, seed: int, targets: str =
 
 
 def lora_model(adapter: Adapter) -> dict[str, Tensor]:
-    """Return core's LORA_MODEL wire: native keys, the scale multiplied into up and `.alpha` = rank, as in
-    our files.
-    """
+    """Return a LORA_MODEL: native keys, the scale multiplied into up and `.alpha` = rank, as in our files."""
     _, down_name, up_name = STYLES["native"]
     weights = {}
     for name, (down, up) in fold(adapter.pairs, dict.fromkeys(adapter.pairs, adapter.alpha)).items():
@@ -125,17 +116,12 @@ def lora_model(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def with_adapter(model: Any, adapter: Adapter) -> Any:
-    """Return a clone of the model with the LoRA as core's weight patches, as LoraLoaderModelOnly makes it
-    at strength 1.
-    """
+    """Return a clone of the model with the LoRA on it, as LoraLoaderModelOnly makes it at strength 1."""
     return comfy.sd.load_lora_for_models(model, None, lora_model(adapter), 1.0, 0.0)[0]
 
 
 def diffusers_pairs(adapter: Adapter, model: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Rename an adapter to diffusers' modules, splitting fused matrices exactly: rows of up, down shared.
-
-    ValueError where that fails.
-    """
+    """Rename an adapter to diffusers' modules, and split fused matrices exactly: rows of up, down shared."""
     found = _diffusers_parts(model)
     pairs = {}
     for name, (down, up) in adapter.pairs.items():
@@ -146,9 +132,8 @@ def diffusers_pairs(adapter: Adapter, model: Any) -> dict[str, tuple[Tensor, Ten
                 "loads as well"
             )
         rows = sorted((start, len(up) if length is None else length) for _, start, length in parts)
-        if [start for start, _ in rows] != [
-            sum(length for _, length in rows[:i]) for i in range(len(rows))
-        ] or sum(rows[-1]) != len(up):
+        ends = [0, *accumulate(length for _, length in rows)]
+        if [*(start for start, _ in rows), len(up)] != ends:
             raise ValueError(
                 f"key names: {name} does not split into diffusers' modules exactly; choose the native names"
             )
@@ -175,9 +160,7 @@ def _diffusers_parts(model: Any) -> dict[str, list[tuple[str, int, int | None]]]
 
 
 def _rows(table: dict[str, Any]) -> Iterator[tuple[str, str, int, int | None]]:
-    """Read one of core's tables: diffusers key → native key, or (native key, (dimension, first row,
-    rows)).
-    """
+    """Read one of core's tables: diffusers key → native key, or (native key, (dim, first row, rows))."""
     for key, target in table.items():
         native, slices, *function = target if isinstance(target, tuple) else (target, None)
         if key.endswith(".weight") and not function and (slices is None or slices[0] == 0):

@@ -1,6 +1,4 @@
-"""What it takes to differentiate a model that core runs for inference only: contexts that put everything
-back when they are left.
-"""
+"""Contexts in which a model that core runs for inference only can be differentiated."""
 
 from __future__ import annotations
 
@@ -17,16 +15,14 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 @contextmanager
 def gradients(checkpoint: bool) -> Iterator[None]:
-    """Leave the executor's inference mode, and let models edit activations in place as core's do.
-
-    With checkpoints the recomputation allows that by itself, and the two must not be nested.
-    """
+    """Leave the executor's inference mode, and allow core's models to edit activations in place."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if hasattr(comfy.model_management, "in_training"):
             stack.callback(setattr, comfy.model_management, "in_training", comfy.model_management.in_training)
             comfy.model_management.in_training = True
+        # The recomputation of checkpoints allows edits by itself, and the two must not be nested.
         if not checkpoint:
             stack.enter_context(allow_mutation_on_saved_tensors())
         yield
@@ -34,30 +30,19 @@ def gradients(checkpoint: bool) -> Iterator[None]:
 
 @contextmanager
 def ordinary_weights(model: nn.Module) -> Iterator[None]:
-    """Show every parameter and buffer as an ordinary tensor without gradient over the same memory:
-    autograd refuses inference tensors.
-    """
+    """Show every weight as an ordinary tensor over the same memory: autograd refuses inference tensors."""
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
     seen: dict[int, Tensor] = {}
     try:
         for module in model.modules():
             for store in (module._parameters, module._buffers):
                 for name, tensor in store.items():
-                    # Quantised weights are subclasses with tensors inside; they never take part in autograd
-                    # as they are.
+                    # Quantised weights are subclasses, which take no part in autograd as they are.
                     if type(tensor) not in (Tensor, nn.Parameter):
                         continue
                     kept.append((store, name, tensor))
                     if id(tensor) not in seen:
-                        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-                        alias.set_(
-                            tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
-                        )
-                        seen[id(tensor)] = (
-                            nn.Parameter(alias, requires_grad=False)
-                            if isinstance(tensor, nn.Parameter)
-                            else alias
-                        )
+                        seen[id(tensor)] = _ordinary(tensor)
                     store[name] = seen[id(tensor)]
         yield
     finally:
@@ -65,8 +50,15 @@ def ordinary_weights(model: nn.Module) -> Iterator[None]:
             store[name] = tensor
 
 
+def _ordinary(tensor: Tensor) -> Tensor:
+    """Return an ordinary tensor, or parameter without gradient, over the memory of another one."""
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    return nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
+
+
 def pytorch_attention(function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
-    """Stand in for whichever attention core has chosen: not every kernel has a backward."""
+    """Replace whichever attention core has chosen: not every kernel has a backward."""
     return attention_pytorch(*args, **options)
 
 
@@ -88,9 +80,7 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
 
 
 def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a block's forward in a checkpoint that is exact though blocks edit their inputs in place: they
-    get copies, twice.
-    """
+    """Wrap a block's forward in a checkpoint; it gets copies of its inputs, which it may edit in place."""
 
     def call(*args: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -137,10 +127,7 @@ class _Place(int):
 
 
 def _taken_out(value: Any, tensors: list[Tensor]) -> Any:
-    """Copy a structure of lists, tuples and dicts, with a place for every floating tensor.
-
-    Those go to `tensors`.
-    """
+    """Copy a structure of lists, tuples and dicts, its floating tensors moved to `tensors`."""
     if isinstance(value, Tensor) and value.is_floating_point():
         tensors.append(value)
         return _Place(len(tensors) - 1)

@@ -1,7 +1,4 @@
-"""A policy over a MODEL: the guider's velocity with our LoRA, for rollouts and for training.
-
-The user's MODEL is never changed.
-"""
+"""A policy over a MODEL, which it never changes: the guider's velocity with our LoRA, also for training."""
 
 from __future__ import annotations
 
@@ -40,21 +37,19 @@ MISFIT = (
     "belongs to it"
 )
 
+CLIP_MISFIT = "clip: it cannot encode a prompt; connect the text encoder that belongs to the model"
+
 # They remember the steps of one image in order; a rollout visits states of many.
 STEP_CACHES = {"easycache", "lazycache"}
 
 
 def check_flow(model: Any, name: str = "model") -> None:
-    """Raise ValueError, with the input's name, unless the MODEL is a flow model whose steps may be taken
-    in any order.
-    """
+    """Raise ValueError, with the input's name, unless a MODEL is a flow model without step caches."""
     sampling, flow = model.get_model_object("model_sampling"), comfy.model_sampling.CONST
     kind = type(model.model).__name__
     # A subclass may predict something else than a velocity, or start from something else than noise.
-    whole = all(
-        getattr(type(sampling), part, None) is getattr(flow, part)
-        for part in ("calculate_denoised", "noise_scaling")
-    )
+    parts = ("calculate_denoised", "noise_scaling")
+    whole = all(getattr(type(sampling), part, None) is getattr(flow, part) for part in parts)
     if not isinstance(sampling, flow) or not whole or getattr(sampling, "noise_scale", 1.0) != 1.0:
         raise ValueError(
             f"{name}: {kind} is not a flow model; connect one that is, such as Stable Diffusion 3.5, "
@@ -68,7 +63,7 @@ def check_flow(model: Any, name: str = "model") -> None:
 
 
 class _Delta:
-    """What core calls with a layer's weight: adds the LoRA to it, rounded as core's own patches are."""
+    """Add the LoRA to a layer's weight when core calls it, rounded as core rounds its own patches."""
 
     def __init__(self, down: Tensor, up: Tensor, scale: float) -> None:
         self.down, self.up, self.scale, self.active, self.used = down, up, scale, True, False
@@ -82,19 +77,15 @@ class _Delta:
 
 
 class GraphPolicy:
-    """A policy (comfy_g2rpo.policy) over a guider: its model, its conditioning where a row has none of its
-    own, its guidance.
+    """A policy (comfy_g2rpo.policy) over a guider: its model, its guidance, its conditioning by default.
 
-    `velocity` is callable inside `inference()` and `training()` alone; outside them nothing of ours is on the
-    model.
+    Call `velocity` inside `inference()` or `training()`; outside them nothing of ours is on the model.
     """
 
     def __init__(self, guider: Any, adapter: Adapter | None = None, *, checkpoint: bool = False) -> None:
         check_flow(guider.model_patcher)
-        self._guider = copy.copy(guider)
-        self._guider.model_patcher = (
-            resident(guider.model_patcher) if adapter else guider.model_patcher.clone()
-        )
+        self._guider, model = copy.copy(guider), guider.model_patcher
+        self._guider.model_patcher = resident(model) if adapter else model.clone()
         self._guider.model_options = comfy.model_patcher.create_model_options_clone(guider.model_options)
         self._checkpoint = checkpoint
         self._given = adapter
@@ -112,12 +103,9 @@ class GraphPolicy:
             )
         # Nodes run in inference mode, where a parameter could never get a gradient.
         with torch.inference_mode(False):
-            for name, (down, up) in adapter.pairs.items():
-                down, up = (
-                    nn.Parameter(part.detach().to(self.device, torch.float32, copy=True))
-                    for part in (down, up)
-                )
-                self._deltas[name] = _Delta(down, up, adapter.alpha / adapter.rank)
+            for name, pair in adapter.pairs.items():
+                copies = (part.detach().to(self.device, torch.float32, copy=True) for part in pair)
+                self._deltas[name] = _Delta(*map(nn.Parameter, copies), adapter.alpha / adapter.rank)
 
     @property
     def model(self) -> Any:
@@ -149,12 +137,9 @@ class GraphPolicy:
         return Adapter(pairs, self._given.rank, self._given.alpha, self._given.targets)
 
     def set_adapter(self, adapter: Adapter) -> None:
-        """Take over an adapter's weights, in place."""
-        if (
-            self._given is None
-            or adapter.pairs.keys() != self._deltas.keys()
-            or adapter.rank != self._given.rank
-        ):
+        """Copy an adapter's weights into ours, in place."""
+        own = self._given
+        if own is None or adapter.pairs.keys() != self._deltas.keys() or adapter.rank != own.rank:
             raise ValueError(
                 "policy: the LoRA that is to be taken over has other modules or another rank; use one "
                 "of the same make"
@@ -168,10 +153,7 @@ class GraphPolicy:
                     own.copy_(new)
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Any]) -> Tensor:
-        """Return v [B, …], guidance included.
-
-        X: [B, …] in model space; cond: per row None (the guider's own) or CONDITIONING by kind.
-        """
+        """Return v [B, …] with guidance; cond: per row None (the guider's own) or CONDITIONING by kind."""
         if self._session is None:
             raise ValueError(
                 "policy: velocity is asked for outside inference() and training(), where no model is loaded"
@@ -197,9 +179,7 @@ class GraphPolicy:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Load the whole model and make velocities differentiable in the LoRA inside the context, forward
-        and backward.
-        """
+        """Load the whole model and make velocities differentiable in the LoRA inside the context."""
         with gradients(self._checkpoint), self._open(training=True):
             yield
 
@@ -214,9 +194,7 @@ class GraphPolicy:
 
 
 def resident(model: Any) -> Any:
-    """Clone a MODEL so that its weights can lie on the device as a whole: newer cores page them in and
-    out, under autograd's feet.
-    """
+    """Clone a MODEL so that its weights stay on the device as a whole: newer cores page them in and out."""
     if not getattr(model, "is_dynamic", bool)():
         return model.clone()
     try:
@@ -233,16 +211,10 @@ class _Session:
     """A loaded model with our layers' functions on it; everything that it changes is undone by its stack."""
 
     def __init__(self, policy: GraphPolicy, stack: ExitStack, training: bool) -> None:
-        self.guider, self.policy, self.stack, self.training = (
-            copy.copy(policy._guider),
-            policy,
-            stack,
-            training,
-        )
-        self.model = policy.model
-        self.base = {
-            kind: [entry.copy() for entry in entries] for kind, entries in self.guider.original_conds.items()
-        }
+        self.policy, self.stack, self.training = policy, stack, training
+        self.guider, self.model = copy.copy(policy._guider), policy.model
+        conds = self.guider.original_conds.items()
+        self.base = {kind: [entry.copy() for entry in entries] for kind, entries in conds}
         if any("hooks" in entry for entries in self.base.values() for entry in entries):
             raise ValueError(
                 "guider: conditioning with hooks (scheduled LoRAs) cannot be trained; use it without them"
@@ -265,9 +237,8 @@ class _Session:
             x, sigma = x.clone(), sigma.clone()
         if x.numel() > self.elements:
             self._load(x)
-        self.options["transformer_options"]["sample_sigmas"] = torch.cat(
-            [sigma.unique().flip(0), sigma.new_zeros(1)]
-        )
+        levels = torch.cat([sigma.unique().flip(0), sigma.new_zeros(1)])
+        self.options["transformer_options"]["sample_sigmas"] = levels
         with blamed(MISFIT):
             made = velocity(self.guider, x, sigma, [self._row(one, x[:1]) for one in cond], self.options)
         if self.policy._deltas and not any(delta.used for delta in self.policy._deltas.values()):
@@ -278,10 +249,7 @@ class _Session:
         return made
 
     def _load(self, x: Tensor) -> None:
-        """Load for a batch like x, the largest so far.
-
-        Core may rewrite the layers' functions while it does, so ours come after.
-        """
+        """Load for a batch like x, the largest so far."""
         first = self.elements == 0
         self.elements = x.numel()
         if self.training:
@@ -297,6 +265,7 @@ class _Session:
                 self.options, device=self.policy.device, dtype=self.model.model_dtype()
             )
             self.model.pre_run()
+        # Core may rewrite the layers' functions while it loads, so that ours come after.
         self._attach()
 
     def _load_whole(self) -> None:
@@ -306,9 +275,8 @@ class _Session:
             [self.model, *extra], memory_required=1e20, force_full_load=True
         )
         self.guider.inner_model, self.loaded = self.model.model, extra
-        if any(
-            parameter.device.type != self.policy.device.type for parameter in self.model.model.parameters()
-        ):
+        kind = self.policy.device.type
+        if any(parameter.device.type != kind for parameter in self.model.model.parameters()):
             raise ValueError(
                 "model: training needs all of it on the device; start ComfyUI without --novram, or "
                 "choose a smaller model"
@@ -326,9 +294,8 @@ class _Session:
     def _row(self, cond: Any, like: Tensor) -> Conds:
         """Process a row's conditioning once; None is the guider's own."""
         if id(cond) not in self.rows:
-            conds = {kind: [[None, entry] for entry in entries] for kind, entries in self.base.items()} | (
-                cond or {}
-            )
+            conds = {kind: [[None, entry] for entry in entries] for kind, entries in self.base.items()}
+            conds |= cond or {}
             if any("hooks" in entry[1] for entries in conds.values() for entry in entries):
                 raise ValueError(
                     "prompts: conditioning with hooks (scheduled LoRAs) cannot be trained; use it "
@@ -379,17 +346,12 @@ class TextPolicy(GraphPolicy):
 
     def _encoded(self, text: str) -> Any:
         if text not in self._texts:
-            with blamed(
-                "clip: it cannot encode a prompt; connect the text encoder that belongs to the model"
-            ):
+            with blamed(CLIP_MISFIT):
                 self._texts[text] = self._clip.encode_from_tokens_scheduled(self._clip.tokenize(text))
         return self._texts[text]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents [B, …] in model space to images [B, H, W, 3], float32 in [0, 1].
-
-        Not inside inference() or training().
-        """
+        """Decode latents [B, …] in model space to images [B, H, W, 3] in [0, 1], outside of any context."""
         if self._session is not None:
             raise ValueError(
                 "policy: decode is asked for inside inference() or training(); leave that first, the "
@@ -424,7 +386,7 @@ def text_policy(
     *,
     checkpoint: bool = False,
 ) -> TextPolicy:
-    """Make a policy whose conditioning is text, with classifier-free guidance where it is above 1."""
+    """Return a policy whose conditioning is text, with classifier-free guidance where it is above 1."""
     guider = comfy.samplers.CFGGuider(model)
     guider.set_cfg(max(guidance, 1.0))
     return TextPolicy(guider, clip, vae, negative, adapter, checkpoint=checkpoint)

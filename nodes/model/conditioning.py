@@ -1,5 +1,4 @@
-"""Rows of one batch with conditioning and a noise level of their own: which may share a forward, and how
-their tensors are joined.
+"""Rows with conditioning and a noise level of their own: which share a forward, and how they are joined.
 
 `conds` below are core's processed ones: {"positive": [entry, …], "negative": […]}; an entry's `model_conds`
 are what the model gets.
@@ -20,18 +19,8 @@ from torch import Tensor
 Conds = dict[str, list[dict[str, Any]]]
 
 # What core looks up at the first row's noise level alone, or ties to one entry.
-ENTRY_LOCAL = {
-    "area",
-    "mask",
-    "control",
-    "gligen",
-    "hooks",
-    "timestep_start",
-    "timestep_end",
-    "default",
-    "strength",
-}
 LEVEL_BOUND = {"control", "hooks", "timestep_start", "timestep_end"}
+ENTRY_LOCAL = LEVEL_BOUND | {"area", "mask", "gligen", "default", "strength"}
 PLAIN_OPTIONS = {"transformer_options", "to_load_options", "disable_cfg1_optimization"}
 PLAIN_TRANSFORMER_OPTIONS = {"sample_sigmas", "optimized_attention_override", "wrappers", "callbacks"}
 
@@ -63,14 +52,12 @@ def mapped(conds: Conds, change: Callable[[Tensor], Tensor]) -> Conds:
 
 
 def first_row(conds: Conds) -> Conds:
-    """Keep what a batch of one latent would get of conditioning that is itself a batch."""
+    """Return what a batch of one latent gets of conditioning that is itself a batch."""
     return mapped(conds, lambda tensor: tensor[:1] if tensor.ndim else tensor)
 
 
 def level_bound(options: dict[str, Any], conds: Conds) -> bool:
-    """Say whether something asks for the noise level of the first row alone, as schedules, ControlNets and
-    many model patches do.
-    """
+    """Return whether something reads the first row's noise level alone, as schedules and ControlNets do."""
     transformer = options.get("transformer_options", {})
     wrappers = [group for kind in transformer.get("wrappers", {}).values() for group in kind.values()]
     if set(options) - PLAIN_OPTIONS or set(transformer) - PLAIN_TRANSFORMER_OPTIONS or any(wrappers):
@@ -79,22 +66,16 @@ def level_bound(options: dict[str, Any], conds: Conds) -> bool:
 
 
 def joinable(one: Conds, other: Conds) -> bool:
-    """Say whether two rows may share a forward as rows of one batch: plain entries with tensors of equal
-    shapes.
-    """
-    if {kind: len(entries) for kind, entries in one.items()} != {
-        kind: len(entries) for kind, entries in other.items()
-    }:
+    """Return whether two rows may share a forward: plain entries with tensors of equal shapes."""
+    counts = [{kind: len(entries) for kind, entries in row.items()} for row in (one, other)]
+    if counts[0] != counts[1] or max(counts[0].values(), default=0) > 1:
         return False
     for kind in one:
         for a, b in zip(one[kind], other[kind], strict=True):
-            if (
-                len(one[kind]) > 1
-                or ENTRY_LOCAL & (set(a) | set(b))
-                or a["model_conds"].keys() != b["model_conds"].keys()
-            ):
+            first, second = a["model_conds"], b["model_conds"]
+            if ENTRY_LOCAL & (set(a) | set(b)) or first.keys() != second.keys():
                 return False
-            if not all(_alike(value, b["model_conds"][name]) for name, value in a["model_conds"].items()):
+            if not all(_alike(value, second[name]) for name, value in first.items()):
                 return False
     return True
 
@@ -108,14 +89,14 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _shape(cond: Any) -> Any:
-    """Describe a tensor or a list of them; anything else is like nothing, not even itself."""
+    """Return the shape of a tensor or of a list of them; anything else equals nothing, not even itself."""
     if isinstance(cond, Tensor):
         return tuple(cond.shape), cond.dtype
     return [_shape(part) for part in cond] if isinstance(cond, list) else object()
 
 
 def joined(rows: Sequence[Conds]) -> Conds:
-    """Make one conditioning whose tensors have a row per element of `rows`, all joinable."""
+    """Return one conditioning whose tensors have a row per element of `rows`, all joinable."""
     if all(row is rows[0] for row in rows):
         return rows[0]
 
@@ -162,10 +143,7 @@ def velocity(
     options: dict[str, Any],
     seed: int | None = None,
 ) -> Tensor:
-    """Return v = (x − denoised)/σ [B, …] with the guider's guidance.
-
-    X: [B, …] in model space, sigma: [B], rows: a conditioning each.
-    """
+    """Return v = (x − denoised)/σ [B, …] with the guider's guidance, for x in model space and sigma [B]."""
     parts, groups = [], grouped(rows, sigma, options)
     for group in groups:
         guider.conds = joined([rows[i] for i in group])

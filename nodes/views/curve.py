@@ -1,6 +1,4 @@
-"""The reward curve of a run as an IMAGE, from the rows of its metrics: training as a line with a band,
-held-out dashed with intervals.
-"""
+"""The reward curve of a run as an IMAGE, from the rows of its metrics."""
 
 from __future__ import annotations
 
@@ -24,12 +22,12 @@ from .drawing import (
     TITLE,
     WIDTH,
     fitted,
-    font,
     length,
     number,
     to_tensor,
     wrapped,
 )
+from .drawing import write as write_pixels
 
 FINER = 2  # drawn so many times larger and then reduced, because Pillow's lines have no soft edges
 SMOOTHING = 0.15  # weight of a new value in the moving average, as in the trainer's report
@@ -56,9 +54,7 @@ def reward_curve(rows: Sequence[Row], title: str = "Rewards", total_steps: int |
     if alarm := alarm_of(rows):
         notes += wrapped(alarm, SMALL, WIDTH - 2 * MARGIN, 2)
     top = MARGIN + 52 + 28 * (1 + len(notes))
-    heights = [
-        PLOT + AXIS + LEGEND * sum(map(len, (kinds(rows, name) for name in names))) for names in groups
-    ]
+    heights = [PLOT + AXIS + LEGEND * sum(len(kinds(rows, name)) for name in names) for names in groups]
     made = Image.new("RGB", (WIDTH * FINER, (top + sum(heights) + (0 if groups else 60)) * FINER), PAPER)
     pen = ImageDraw.Draw(made)
     write(pen, (MARGIN, MARGIN - 8), fitted(title, TITLE, WIDTH - 2 * MARGIN), INK, TITLE)
@@ -76,14 +72,14 @@ def reward_curve(rows: Sequence[Row], title: str = "Rewards", total_steps: int |
 
 
 def alarm_of(rows: Sequence[Row]) -> str:
-    """Say what the watch saw at the newest evaluation, if it is an alarm."""
+    """Return the alarm of the watch at the newest evaluation; blank if there is none."""
     looks = [row for row in rows if any(isinstance(key, str) and key.startswith("heldout/") for key in row)]
     text = looks[-1].get("alarm") if looks else None
     return f"Alarm at step {looks[-1].get('step')}: {text}" if isinstance(text, str) else ""
 
 
 def column(rows: Sequence[Row], name: str) -> Series:
-    """Take a metric's steps and values, where it was written and is a number."""
+    """Return a metric's steps and values, where it was written and is a number."""
 
     def known(value: Any) -> bool:
         return isinstance(value, (int, float)) and math.isfinite(value) and abs(value) < LARGEST
@@ -99,10 +95,7 @@ def kinds(rows: Sequence[Row], name: str) -> list[str]:
 
 
 def panels(rows: Sequence[Row]) -> tuple[list[list[str]], int]:
-    """Put rewards that stay in [0, 1] together and every other one by itself.
-
-    Count those for which there is no room.
-    """
+    """Group the rewards that stay in [0, 1], every other one by itself; count those without room."""
     written = (
         key.split("/") for row in rows for key in row if isinstance(key, str) and key.endswith("/mean")
     )
@@ -156,17 +149,13 @@ class Frame:
     def down(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
         """Place rewards, in pixels."""
         _, top, _, bottom = self.box
-        return np.clip(
-            bottom - (np.asarray(values, float) - self.y[0]) / (self.y[1] - self.y[0]) * (bottom - top),
-            top,
-            bottom,
-        )
+        share = (np.asarray(values, float) - self.y[0]) / (self.y[1] - self.y[0])
+        return np.clip(bottom - share * (bottom - top), top, bottom)
 
     def points(self, steps: np.ndarray, values: np.ndarray) -> list[tuple[float, float]]:
         """Place a line's points."""
-        return list(
-            zip((self.across(steps) * FINER).tolist(), (self.down(values) * FINER).tolist(), strict=True)
-        )
+        places = self.across(steps) * FINER, self.down(values) * FINER
+        return list(zip(*(each.tolist() for each in places), strict=True))
 
 
 def draw_panel(
@@ -195,16 +184,13 @@ def draw_panel(
     draw_axes(pen, frame)
     for name, colour in colours.items():
         draw_band(made, frame, rows, name, colour)
-    for name, colour in colours.items():
-        draw_training(pen, frame, rows, name, colour)
-    for name, colour in colours.items():
-        draw_heldout(pen, frame, rows, name, colour)
+    for draw in (draw_training, draw_heldout):
+        for name, colour in colours.items():
+            draw(pen, frame, rows, name, colour)
 
 
 def extent(rows: Sequence[Row], names: Sequence[str]) -> tuple[float, float]:
-    """Choose the scale: all lines, bands and intervals with a little air, and no room below 0 or above 1
-    that nothing needs.
-    """
+    """Choose the scale: all lines, bands and intervals with a little air, inside [0, 1] for shares."""
     means, edges = [], []
     for name in names:
         for kind, width in (("reward", "std"), ("heldout", "ci95")):
@@ -244,9 +230,8 @@ def draw_band(made: Image.Image, frame: Frame, rows: Sequence[Row], name: str, c
         return
     trend, width = smooth(means), smooth(np.abs(std))
     veil = Image.new("L", made.size, 0)
-    ImageDraw.Draw(veil).polygon(
-        frame.points(steps, trend - width) + frame.points(steps, trend + width)[::-1], 32
-    )
+    lower, upper = frame.points(steps, trend - width), frame.points(steps, trend + width)
+    ImageDraw.Draw(veil).polygon(lower + upper[::-1], 32)
     made.paste(colour, (0, 0), veil)
 
 
@@ -270,9 +255,8 @@ def draw_heldout(pen: ImageDraw.ImageDraw, frame: Frame, rows: Sequence[Row], na
     for start, end in pairwise(places):
         dash(pen, start, end, colour)
     if np.array_equal(steps, at):
-        for (x, low), (_, high) in zip(
-            frame.points(steps, means - widths), frame.points(steps, means + widths), strict=True
-        ):
+        lows, highs = frame.points(steps, means - widths), frame.points(steps, means + widths)
+        for (x, low), (_, high) in zip(lows, highs, strict=True):
             pen.line((x, low, x, high), colour, FINER + 1)
             for y in (low, high):
                 pen.line((x - 5 * FINER, y, x + 5 * FINER, y), colour, FINER + 1)
@@ -315,11 +299,8 @@ def dash(pen: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float,
     along, across = (end[0] - x) / far, (end[1] - y) / far
     for begin in np.arange(0, far, 18 * FINER):
         stop = min(begin + 11 * FINER, far)
-        pen.line(
-            (x + begin * along, y + begin * across, x + stop * along, y + stop * across),
-            colour,
-            2 * FINER + 1,
-        )
+        ends = (x + begin * along, y + begin * across, x + stop * along, y + stop * across)
+        pen.line(ends, colour, 2 * FINER + 1)
 
 
 def line(pen: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], colour: str, width: int) -> None:
@@ -336,7 +317,7 @@ def write(
     anchor: str | None = None,
 ) -> None:
     """Write a text at a place given in pixels of the finished sheet."""
-    pen.text((place[0] * FINER, place[1] * FINER), text, colour, font(size * FINER), anchor=anchor)
+    write_pixels(pen, (place[0] * FINER, place[1] * FINER), text, colour, size * FINER, anchor)
 
 
 def paler(colour: str) -> tuple[int, ...]:

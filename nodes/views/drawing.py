@@ -19,32 +19,14 @@ WIDTH, MARGIN, GAP = 1024, 28, 12
 TITLE, BODY, SMALL = 34, 24, 20
 INK, PALE, FAINT, PAPER = "#1a1a1a", "#666666", "#d9d9d9", "#ffffff"
 UP, DOWN = "#0072B2", "#C04F00"  # blue and vermilion, told apart by colour-blind eyes
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#B07800",
-    "#56B4E9",
-)  # after Okabe and Ito, the yellow darkened for white paper
+# After Okabe and Ito, the yellow darkened for white paper.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B07800", "#56B4E9")
 LONGEST = 2000  # characters of a text that are looked at
 
 # From DOWN over neutral to UP; both sides darken alike.
 _RAMP = np.array([(148, 56, 0), (236, 150, 92), (245, 245, 245), (112, 178, 222), (0, 82, 140)], float)
-_WORDS = {
-    "–": "-",
-    "—": "-",
-    "−": "-",
-    "×": "x",
-    "→": "->",
-    "…": "...",
-    "’": "'",
-    "‘": "'",
-    "“": '"',
-    "”": '"',
-    "ß": "ss",
-    "·": "-",
-}
+_WORDS = dict.fromkeys("–—−·", "-") | dict.fromkeys("’‘", "'") | dict.fromkeys("“”", '"')
+_WORDS |= {"×": "x", "→": "->", "…": "...", "ß": "ss"}
 
 
 @cache
@@ -57,9 +39,7 @@ def font(size: int) -> Any:
 
 
 def plain(text: str) -> str:
-    """Write a text with the letters that the font has: accents go, other scripts become '?', control
-    characters a space.
-    """
+    """Spell a text with the font's letters: accents go, other scripts become '?', control characters ' '."""
     spelt = "".join(_WORDS.get(c, c) for c in str(text)[:LONGEST])
     letters = [c for c in unicodedata.normalize("NFKD", spelt) if not unicodedata.combining(c)]
     return " ".join(
@@ -72,6 +52,18 @@ def length(text: str, size: int) -> float:
     return font(size).getlength(text)
 
 
+def write(
+    pen: ImageDraw.ImageDraw,
+    place: tuple[float, float],
+    text: str,
+    colour: str | tuple[int, int, int] = INK,
+    size: int = SMALL,
+    anchor: str | None = None,
+) -> None:
+    """Write a text at a place in pixels."""
+    pen.text(place, text, colour, font(size), anchor=anchor)
+
+
 def fitted(text: str, size: int, width: float) -> str:
     """Cut a text to a width in pixels."""
     text = plain(text)
@@ -80,9 +72,8 @@ def fitted(text: str, size: int, width: float) -> str:
     low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (
-            (middle, high) if length(text[:middle].rstrip() + "...", size) <= width else (low, middle - 1)
-        )
+        fits = length(text[:middle].rstrip() + "...", size) <= width
+        low, high = (middle, high) if fits else (low, middle - 1)
     return text[:low].rstrip() + "..."
 
 
@@ -111,22 +102,12 @@ def number(value: float) -> str:
     size = abs(value)
     if size >= 1e6 or 0 < size < 1e-3:
         return f"{value:.1e}"
-    return (
-        f"{value:.0f}"
-        if size >= 1e4
-        else f"{value:.1f}"
-        if size >= 100
-        else f"{value:.2f}"
-        if size >= 10
-        else f"{value:.3f}"
-    )
+    digits = 0 if size >= 1e4 else 1 if size >= 100 else 2 if size >= 10 else 3
+    return f"{value:.{digits}f}"
 
 
 def diverging(share: float) -> tuple[int, int, int]:
-    """Colour a share in [-1, 1]: vermilion below, neutral at 0, blue above.
-
-    What lies outside takes the end's colour.
-    """
+    """Return the colour of a share, cut to [-1, 1]: vermilion below, neutral at 0, blue above."""
     place = (float(np.clip(share, -1, 1)) + 1) * 2
     low = min(int(place), 3)
     return tuple(round(c) for c in _RAMP[low] + (place - low) * (_RAMP[low + 1] - _RAMP[low]))
@@ -144,28 +125,16 @@ def ink_on(colour: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def hatch(width: int, height: int) -> Image.Image:
-    """Make a hatched patch: a group that cannot teach anything."""
+    """Make a hatched patch, for a group that cannot teach anything."""
     y, x = np.mgrid[:height, :width]
     striped = (x + y) % 14 < 3
     return Image.fromarray(np.where(striped[..., None], np.uint8(168), np.uint8(236)).repeat(3, 2))
 
 
 def picture(image: Tensor, width: int, height: int) -> Image.Image:
-    """Fit an image [H, W, C] into a box.
-
-    Small ones keep their pixels, large ones are filtered, what is not finite is black.
-    """
-    pixels = (
-        image.detach()
-        .float()
-        .cpu()
-        .nan_to_num(0.0, 0.0, 0.0)
-        .clamp(0, 1)
-        .mul(255)
-        .round()
-        .to(torch.uint8)
-        .numpy()
-    )
+    """Fit an image [H, W, C] into a box; small ones keep their pixels, what is not finite is black."""
+    levels = image.detach().float().cpu().nan_to_num(0.0, 0.0, 0.0).clamp(0, 1).mul(255)
+    pixels = levels.round().to(torch.uint8).numpy()
     pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].repeat(3, -1)
     shown = Image.fromarray(np.ascontiguousarray(pixels))
     scale = min(width / shown.width, height / shown.height)
@@ -177,11 +146,9 @@ def sheet(height: int, title: str, captions: list[str]) -> tuple[Image.Image, Im
     """Open a sheet with its heading; `heading` says where the rest begins."""
     made = Image.new("RGB", (WIDTH, height), PAPER)
     pen = ImageDraw.Draw(made)
-    pen.text((MARGIN, MARGIN - 8), fitted(title, TITLE, WIDTH - 2 * MARGIN), INK, font(TITLE))
+    write(pen, (MARGIN, MARGIN - 8), fitted(title, TITLE, WIDTH - 2 * MARGIN), INK, TITLE)
     for i, caption in enumerate(captions):
-        pen.text(
-            (MARGIN, MARGIN + 40 + 28 * i), fitted(caption, SMALL, WIDTH - 2 * MARGIN), PALE, font(SMALL)
-        )
+        write(pen, (MARGIN, MARGIN + 40 + 28 * i), fitted(caption, SMALL, WIDTH - 2 * MARGIN), PALE)
     return made, pen
 
 

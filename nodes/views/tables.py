@@ -1,5 +1,4 @@
-"""Pictures that explain scores and advantages, as IMAGE tensors [1, H, 1024, 3]: heat map, ranked grid,
-before and after.
+"""Pictures that explain scores and advantages, as IMAGE [1, H, 1024, 3]: heat map, grid, before and after.
 
 Steps, branches and images count from 0, as everywhere in ComfyUI. Blue means up, vermilion down; signs,
 dashes and hatching say the same without colour. What does not fit is left out and said so.
@@ -30,7 +29,6 @@ from .drawing import (
     dashed,
     diverging,
     fitted,
-    font,
     hatch,
     heading,
     ink_on,
@@ -41,6 +39,7 @@ from .drawing import (
     signed,
     to_tensor,
     wrapped,
+    write,
 )
 
 MAX_STEPS, MAX_BRANCHES, MAX_LEVELS = 12, 24, 6
@@ -96,16 +95,14 @@ def heatmap(table: Table, per_branch: bool = False) -> Tensor:
     """
     columns = chosen(len(table.steps), MAX_STEPS)
     blocks = branch_blocks(table, columns) if per_branch else [("", winner_rows(table, columns))]
-    values = [
-        abs(cell[2]) for _, rows in blocks for _, cells in rows for cell in cells if math.isfinite(cell[2])
-    ]
+    cells = [cell for _, rows in blocks for _, row in rows for cell in row]
+    values = [abs(value) for _, _, value in cells if math.isfinite(value)]
     limit = max(math.ceil(max(values, default=0) * 2 - 1e-6) / 2, 1.0)
     if per_branch:
         title = "Advantage of every branch, and where it comes from"
         captions = ["Framed: the winner of each step. A stride is the granularity of a completion."]
-        captions += left_out(
-            table.advantage.shape[1], min(table.advantage.shape[1], MAX_BRANCHES), "branches"
-        )
+        branches = table.advantage.shape[1]
+        captions += left_out(branches, min(branches, MAX_BRANCHES), "branches")
     else:
         title = "How far the winner of each step stands out"
         captions = ["Large: standard deviations above its group; negative: this stride voted against it."]
@@ -121,7 +118,7 @@ def chosen(count: int, most: int) -> list[int]:
 
 
 def left_out(count: int, shown: int, what: str, how: str = "") -> list[str]:
-    """Say that not everything is shown, if so."""
+    """Return a caption where not everything is shown."""
     return [f"{shown} of {count} {what} are shown{how}."] if shown < count else []
 
 
@@ -146,8 +143,7 @@ def branch_blocks(table: Table, columns: Sequence[int]) -> list[tuple[str, list[
     def block(values: np.ndarray, tied: np.ndarray) -> list[tuple[str, list[Cell]]]:
         found = [[math.inf if tied[k] else float(values[k, g]) for k in columns] for g in branches]
         return [
-            (str(g), [(cell_text(value), "", value) for value in row])
-            for g, row in zip(branches, found, strict=True)
+            (str(g), [(cell_text(z), "", z) for z in row]) for g, row in zip(branches, found, strict=True)
         ]
 
     levels = enumerate(table.strides[:MAX_LEVELS])
@@ -159,13 +155,9 @@ def branch_blocks(table: Table, columns: Sequence[int]) -> list[tuple[str, list[
 
 def cell_text(value: float) -> str:
     """Write a cell's value."""
-    return (
-        "n/a"
-        if math.isnan(value)
-        else "tie"
-        if math.isinf(value)
-        else signed(value, 1 if abs(value) < 99.95 else 0)
-    )
+    if not math.isfinite(value):
+        return "n/a" if math.isnan(value) else "tie"
+    return signed(value, 1 if abs(value) < 99.95 else 0)
 
 
 def compact(value: float) -> str:
@@ -184,61 +176,48 @@ def draw_heatmap(
     """Lay the blocks out, with the axes beneath them and the colour bar at the foot."""
     per_branch = len(blocks) > 1
     row_height, block_gap = (40, 50) if per_branch else (92, 0)
-    top = heading(captions)
+    left, y = MARGIN + LABELS, heading(captions)
     body = sum(block_gap + row_height * len(rows) for _, rows in blocks)
-    made, pen = sheet(top + body + 112 + 130, title, captions)
+    made, pen = sheet(y + body + 112 + 130, title, captions)
     across = min((WIDTH - 2 * MARGIN - LABELS) // max(len(columns), 1), 220)
-    texts = [cell[0] for _, rows in blocks for _, cells in rows for cell in cells]
-    size = next(
-        (
-            s
-            for s in (26 if per_branch else 34, BODY, SMALL)
-            if all(length(text, s) <= across - 7 for text in texts)
-        ),
-        18,
-    )
-    left, y = MARGIN + LABELS, top
+    widest = [cell[0] for _, rows in blocks for _, cells in rows for cell in cells]
+    sizes = (26 if per_branch else 34, BODY, SMALL)
+    size = next((s for s in sizes if all(length(text, s) <= across - 7 for text in widest)), 18)
     winners = [int(table.advantage[k].argmax()) for k in columns]
     for at, (name, rows) in enumerate(blocks):
         if block_gap:
-            pen.text((MARGIN, y + block_gap - 10), name, INK, font(BODY), anchor="ls")
+            write(pen, (MARGIN, y + block_gap - 10), name, INK, BODY, "ls")
         y += block_gap
         for label, cells in rows:
-            word = f"branch {label}" if per_branch else label
-            pen.text(
-                (left - 14, y + row_height // 2),
-                fitted(word, BODY, LABELS - 14),
-                INK,
-                font(BODY),
-                anchor="rm",
-            )
+            word = fitted(f"branch {label}" if per_branch else label, BODY, LABELS - 14)
+            write(pen, (left - 14, y + row_height // 2), word, INK, BODY, "rm")
             for i, cell in enumerate(cells):
                 box = (left + i * across, y, left + (i + 1) * across - 3, y + row_height - 3)
                 draw_cell(made, pen, box, cell, limit, size)
                 if per_branch and at == 0 and label == str(winners[i]) and math.isfinite(cell[2]):
                     pen.rectangle(box, None, INK, 4)
             y += row_height
+    names = ["-" if table.tied[k].all() else f"br. {w}" for k, w in zip(columns, winners, strict=True)]
     axes = {
         "branch step": [str(table.steps[k]) for k in columns],
         "sigma": [f"{table.sigmas[k]:.2f}" for k in columns],
-        "winner": [
-            "-" if table.tied[k].all() else f"br. {winner}"
-            for k, winner in zip(columns, winners, strict=True)
-        ],
+        "winner": names,
     }
     for line, (name, texts) in enumerate(axes.items()):
-        pen.text((left - 14, y + 20 + 34 * line), name, PALE, font(BODY), anchor="rm")
-        for i, text in enumerate(texts):
-            fine = BODY if length(text, BODY) <= across - 6 else SMALL
-            pen.text(
-                (left + i * across + across // 2, y + 20 + 34 * line),
-                fitted(text, fine, across),
-                INK,
-                font(fine),
-                anchor="mm",
-            )
+        draw_axis(pen, (left, y + 20 + 34 * line), across, name, texts)
     draw_colour_bar(made, pen, y + 128, limit)
     return made
+
+
+def draw_axis(
+    pen: ImageDraw.ImageDraw, place: tuple[int, int], across: int, name: str, texts: Sequence[str]
+) -> None:
+    """Write a line of texts, one under each column, and its name to the left of them."""
+    left, y = place
+    write(pen, (left - 14, y), name, PALE, BODY, "rm")
+    for i, text in enumerate(texts):
+        size = BODY if length(text, BODY) <= across - 6 else SMALL
+        write(pen, (left + i * across + across // 2, y), fitted(text, size, across), INK, size, "mm")
 
 
 def draw_cell(
@@ -257,17 +236,15 @@ def draw_cell(
         made.paste(hatch(right - left + 1, bottom - top + 1), (left, top))
         width = length(text, SMALL) / 2 + 5
         pen.rectangle((middle[0] - width, middle[1] - 13, middle[0] + width, middle[1] + 13), PAPER)
-        pen.text(middle, text, INK, font(SMALL), anchor="mm")
+        write(pen, middle, text, INK, SMALL, "mm")
         return
     colour = diverging(value / limit) if math.isfinite(value) else (217, 217, 217)
     pen.rectangle(box, colour)
     width = right - left - 4
-    pen.text((middle[0], middle[1] - (14 if small else 0)), text, ink_on(colour), font(size), anchor="mm")
+    write(pen, (middle[0], middle[1] - (14 if small else 0)), text, ink_on(colour), size, "mm")
     if small:
         fine = SMALL if length(small, SMALL) <= width else 18
-        pen.text(
-            (middle[0], middle[1] + 22), fitted(small, fine, width), ink_on(colour), font(fine), anchor="mm"
-        )
+        write(pen, (middle[0], middle[1] + 22), fitted(small, fine, width), ink_on(colour), fine, "mm")
 
 
 def draw_colour_bar(made: Image.Image, pen: ImageDraw.ImageDraw, top: int, limit: float) -> None:
@@ -278,25 +255,20 @@ def draw_colour_bar(made: Image.Image, pen: ImageDraw.ImageDraw, top: int, limit
     for i, value in enumerate((-limit, -limit / 2, 0.0, limit / 2, limit)):
         x = left + round(i * (right - 1 - left) / 4)
         pen.line((x, top + 26, x, top + 34), INK, 2)
-        pen.text((x, top + 50), "0" if value == 0 else f"{value:+.3g}", INK, font(SMALL), anchor="mm")
-    pen.text((left - 14, top + 13), "colour", PALE, font(BODY), anchor="rm")
-    pen.text(
-        ((left + right) // 2, top + 78),
-        "standard deviations from the group's mean",
-        PALE,
-        font(SMALL),
-        anchor="mm",
-    )
+        write(pen, (x, top + 50), "0" if value == 0 else f"{value:+.3g}", INK, SMALL, "mm")
+    write(pen, (left - 14, top + 13), "colour", PALE, BODY, "rm")
+    unit = "standard deviations from the group's mean"
+    write(pen, ((left + right) // 2, top + 78), unit, PALE, SMALL, "mm")
     made.paste(hatch(44, 28), (right + 36, top - 1))
-    pen.text((right + 90, top + 13), "tie: all rewards equal,", INK, font(SMALL), anchor="lm")
-    pen.text((right + 90, top + 39), "teaches nothing", INK, font(SMALL), anchor="lm")
+    write(pen, (right + 90, top + 13), "tie: all rewards equal,", INK, SMALL, "lm")
+    write(pen, (right + 90, top + 39), "teaches nothing", INK, SMALL, "lm")
 
 
 def ranked_grid(tiles: Sequence[Tile], title: str = "Best to worst") -> Tensor:
-    """Draw pictures from the best score to the worst; a solid blue frame is pushed up by training, a dashed
-    vermilion one down.
+    """Draw pictures from the best score to the worst, those without a score last.
 
-    Pictures that could not be judged come last. Of more than 40 the best and the worst 20 are shown.
+    Training pushes a picture in a solid blue frame up, one in a dashed vermilion frame down.
+    Of more than 40 pictures the best and the worst 20 are shown.
     """
     scores = np.array([tile.score for tile in tiles], float)
     order = np.argsort(np.where(np.isnan(scores), np.inf, -scores), kind="stable")
@@ -317,7 +289,7 @@ def ranked_grid(tiles: Sequence[Tile], title: str = "Best to worst") -> Tensor:
     top = heading(captions)
     made, pen = sheet(top + down * max(math.ceil(len(places) / across), 1) + 8, title, captions)
     if not places:
-        pen.text((MARGIN, top), "There is no picture.", PALE, font(BODY))
+        write(pen, (MARGIN, top), "There is no picture.", PALE, BODY)
     for at, place in enumerate(places):
         corner = (MARGIN + at % across * (side + GAP), top + at // across * down)
         draw_tile(made, pen, corner, (side, tall), tiles[order[place]], place + 1)
@@ -337,7 +309,7 @@ def draw_tile(
     box = (left, top, left + side - 1, top + tall - 1)
     pen.rectangle(box, "#f0f0f0")
     if tile.picture is None:
-        pen.text((left + side // 2, top + tall // 2), "no picture", PALE, font(SMALL), anchor="mm")
+        write(pen, (left + side // 2, top + tall // 2), "no picture", PALE, SMALL, "mm")
     else:
         shown = picture(tile.picture, side - 2 * frame - 4, tall - 2 * frame - 4)
         made.paste(shown, (left + (side - shown.width) // 2, top + (tall - shown.height) // 2))
@@ -349,44 +321,38 @@ def draw_tile(
     else:
         pen.rectangle(box, None, FAINT, 2)
     y = top + tall + 6
-    place = f"{rank}."
-    pen.text((left, y), place, PALE, font(BODY))
-    pen.text((left + length(place, BODY) + 10, y), number(tile.score), INK, font(BODY))
+    write(pen, (left, y), f"{rank}.", PALE, BODY)
+    write(pen, (left + length(f"{rank}.", BODY) + 10, y), number(tile.score), INK, BODY)
     y += 30
     if tile.advantage is not None:
         text = f"adv. {signed(advantage)}"
-        pen.text((left, y), text, UP if advantage > 0 else DOWN if advantage < 0 else PALE, font(SMALL))
+        write(pen, (left, y), text, UP if advantage > 0 else DOWN if advantage < 0 else PALE, SMALL)
         y += 26
     for line in tile.lines:
-        pen.text((left, y), fitted(line, SMALL, side), PALE, font(SMALL))
+        write(pen, (left, y), fitted(line, SMALL, side), PALE)
         y += 26
 
 
 def before_after(
     pairs: Sequence[Pair], title: str = "Before and after", names: tuple[str, str] = ("base", "tuned")
 ) -> Tensor:
-    """Draw a block per prompt: its seeds side by side, above without the LoRA, below with it, scores and
-    their change beneath.
-    """
+    """Draw a block per prompt: its seeds without the LoRA, below them with it, then scores and changes."""
     prompts: dict[str, list[Pair]] = {}
     for pair in pairs:
         prompts.setdefault(pair.prompt, []).append(pair)
     shown = {prompt: group[:MAX_SEEDS] for prompt, group in list(prompts.items())[:MAX_PROMPTS]}
     count = sum(map(len, shown.values()))
-    captions = [
-        gain_line(name, [pair.scores[name] for pair in pairs if name in pair.scores])
-        for name in score_names(pairs)
-    ]
+    judged = {name: [p.scores[name] for p in pairs if name in p.scores] for name in score_names(pairs)}
+    captions = [gain_line(name, scores) for name, scores in judged.items()]
     captions += left_out(len(pairs), count, "pairs")
     across = min(max((len(group) for group in shown.values()), default=1), SEEDS_ACROSS)
     side = min((WIDTH - 2 * MARGIN - 86 - (across - 1) * GAP) // across, 360)
     blocks = [draw_block(prompt, group, side, across, names) for prompt, group in shown.items()]
     top = heading(captions)
-    made, pen = sheet(
-        top + sum(block.height + 22 for block in blocks) + (0 if blocks else 60), title, captions
-    )
+    body = sum(block.height + 22 for block in blocks) if blocks else 60
+    made, pen = sheet(top + body, title, captions)
     if not blocks:
-        pen.text((MARGIN, top), "There is no picture.", PALE, font(BODY))
+        write(pen, (MARGIN, top), "There is no picture.", PALE, BODY)
     for block in blocks:
         made.paste(block, (MARGIN, top))
         top += block.height + 22
@@ -399,16 +365,14 @@ def score_names(pairs: Sequence[Pair]) -> list[str]:
 
 
 def gain_line(name: str, scores: Sequence[tuple[float, float]]) -> str:
-    """Sum a reward's changes up in a sentence."""
+    """Describe all changes of a reward in one sentence."""
     judged = [(old, new) for old, new in scores if math.isfinite(old) and math.isfinite(new)]
     if not judged:
         return f"{name}: not judged"
     old, new = np.mean(judged, axis=0)
     better = sum(after > before for before, after in judged)
-    return (
-        f"{name}: mean {number(old)} -> {number(new)} ({change(old, new)}), better in {better} of "
-        f"{len(judged)}"
-    )
+    gain = f"mean {number(old)} -> {number(new)} ({change(old, new)})"
+    return f"{name}: {gain}, better in {better} of {len(judged)}"
 
 
 def change(old: float, new: float) -> str:
@@ -428,35 +392,28 @@ def draw_block(
     made = Image.new("RGB", (WIDTH - 2 * MARGIN, top + band * math.ceil(len(group) / across)), PAPER)
     pen = ImageDraw.Draw(made)
     for i, line in enumerate(heads):
-        pen.text((0, 30 * i), line, INK, font(BODY))
+        write(pen, (0, 30 * i), line, INK, BODY)
     for at, pair in enumerate(group):
         left, y = labels + at % across * (side + GAP), top + at // across * band
         for row, (name, image) in enumerate(zip(names, (pair.before, pair.after), strict=True)):
             if at % across == 0:
-                pen.text(
-                    (0, y + row * (side + 8) + side // 2),
-                    fitted(name, BODY, labels - 8),
-                    PALE,
-                    font(BODY),
-                    anchor="lm",
-                )
+                middle = y + row * (side + 8) + side // 2
+                write(pen, (0, middle), fitted(name, BODY, labels - 8), PALE, BODY, "lm")
             tile = picture(image, side, side)
             made.paste(tile, (left, y + row * (side + 8)))
         y += 2 * (side + 8)
         for name in scores:
             old, new = pair.scores.get(name, (math.nan, math.nan))
-            pen.text((left, y), fitted(name, SMALL, side), PALE, font(SMALL))
+            write(pen, (left, y), fitted(name, SMALL, side), PALE)
             text, colour = delta(old, new)
-            pen.text((left, y + 24), fitted(text, SMALL, side), colour, font(SMALL))
+            write(pen, (left, y + 24), fitted(text, SMALL, side), colour, SMALL)
             y += 52
     return made
 
 
 def delta(old: float, new: float) -> tuple[str, str]:
-    """Word a score's change and choose its colour."""
+    """Describe a score's change and choose its colour."""
     if not (math.isfinite(old) and math.isfinite(new)):
         return "not judged", PALE
     text = change(old, new)
-    return f"{number(old)} -> {number(new)}  {text}", UP if text.startswith("+") else DOWN if text.startswith(
-        "-"
-    ) else PALE
+    return f"{number(old)} -> {number(new)}  {text}", {"+": UP, "-": DOWN}.get(text[0], PALE)

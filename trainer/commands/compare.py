@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .score import CommandError, asked_for, judged
+from .arguments import AsJson, Batch, CommandError, Device, Prompts, Quiet
+from .score import asked_for, judged
 
 if TYPE_CHECKING:
     from ..reports.comparison import Change, Comparison
+
+Reward = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Reward that judges the pictures of two folders; repeat for several."),
+]
 
 
 def compare(
@@ -22,25 +28,18 @@ def compare(
             metavar="B", help="Another one of the same kind [default: run A itself, its last evaluation]."
         ),
     ] = None,
-    reward: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME", help="Reward that judges the pictures of two folders; repeat for several."
-        ),
-    ] = None,
+    reward: Reward = None,
     prompt: Annotated[
         str | None, typer.Option(help="What all pictures should show [default: each picture's own].")
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(metavar="JSONL", help='File of {"file": name, "prompt": …} lines.')
-    ] = None,
+    prompts: Prompts = None,
     out: Annotated[Path, typer.Option(metavar="HTML", help="The report to write.")] = Path("compare.html"),
     pictures: Annotated[int, typer.Option(min=0, max=1000, help="Pairs of pictures that it shows.")] = 48,
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite an existing report.")] = False,
-    batch: Annotated[int, typer.Option(min=1, max=1024, help="Pictures that are judged at once.")] = 32,
-    device: Annotated[str, typer.Option(help="Where reward models run: auto, cpu, cuda, mps.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    batch: Batch = 32,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare two runs by their held-out evaluations, or two folders of pictures of the same names: gains,
     win rates, one HTML file.
@@ -72,16 +71,8 @@ def compare(
         made = of_folders(before, after, reward, prompt, prompts, batch, device, quiet)
     write_bytes(out, page(made, pictures).encode(errors="replace"))
     if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    "before": made.before,
-                    "after": made.after,
-                    "changes": [each.row() for each in made.changes],
-                },
-                indent=1,
-            )
-        )
+        changes = [each.row() for each in made.changes]
+        typer.echo(json.dumps({"before": made.before, "after": made.after, "changes": changes}, indent=1))
         return
     for each in made.changes:
         typer.echo(line(each))
@@ -100,7 +91,7 @@ def of_folders(
     device: str,
     quiet: bool,
 ) -> Comparison:
-    """Judge the pictures that two folders share and pair their scores."""
+    """Judge the pictures that two folders share, and pair their scores."""
     from ..reports.comparison import Comparison, Pair, changes, same_names
 
     matched, notes = same_names(before, after)

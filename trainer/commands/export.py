@@ -1,6 +1,4 @@
-"""`g2rpo export` and `g2rpo check-lora`: LoRA files from one form into another, and what would load of
-them.
-"""
+"""`g2rpo export` and `g2rpo check-lora`: LoRA files into another form, and what would load of them."""
 
 from __future__ import annotations
 
@@ -12,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .arguments import CommandError, Family
+
 if TYPE_CHECKING:
     from comfy_g2rpo.lora.forms import Reading
-    from comfy_g2rpo.lora.key_names import Family
+    from comfy_g2rpo.lora.key_names import Family as FoundFamily
 
     from ..lora.ask_diffusers import Taken
     from ..lora.lora_files import Fit
@@ -25,36 +25,27 @@ LOSSY = 0.5
 """Share of a change that may be lost in merging before it is worth a note."""
 
 
-class CommandError(ValueError):
-    """Arguments that do not go together."""
+File = Annotated[
+    Path,
+    typer.Argument(metavar="FILE", help="A LoRA file of any known form; with --extract, a fine-tuned model."),
+]
+Out = Annotated[
+    Path, typer.Option(metavar="SAFETENSORS", help="The file to write; an existing one is never overwritten.")
+]
+Form = Annotated[
+    str,
+    typer.Option(
+        help="native (ComfyUI, every model), diffusers, or auto: the one that both read if there is one, "
+        "else native."
+    ),
+]
 
 
 def export(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE", help="A LoRA file of any known form; with --extract, a fine-tuned model."
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(metavar="SAFETENSORS", help="The file to write; an existing one is never overwritten."),
-    ],
-    form: Annotated[
-        str,
-        typer.Option(
-            help=(
-                "native (ComfyUI, every model), diffusers, or auto: the one that both read if there is "
-                "one, else native."
-            )
-        ),
-    ] = "auto",
-    family: Annotated[
-        str | None,
-        typer.Option(
-            help="sd3, flux, flux2, qwen_image, wan, z_image, lumina2 [default: told from the names]."
-        ),
-    ] = None,
+    file: File,
+    out: Out,
+    form: Form = "auto",
+    family: Family = None,
     rank: Annotated[
         int | None,
         typer.Option(min=1, max=4096, help="Cut every pair to this rank by SVD; with --extract: the rank."),
@@ -123,7 +114,7 @@ def _write(
     out: Path,
     pairs: Mapping[str, Any],
     style: str,
-    family: Family,
+    family: FoundFamily,
     rank: int | None,
     precision: str,
     metadata: dict,
@@ -147,13 +138,8 @@ def _write(
     spread = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     typer.echo(f"{len(pairs)} modules of {family.title}, {style} form, {spread}")
     if style == "diffusers" and alpha and not family.pipeline_takes_alpha:
-        typer.echo(
-            (
-                "note: diffusers reads it by transformer.load_lora_adapter; for pipeline.load_lora_weights "
-                "add --no-alpha"
-            ),
-            err=True,
-        )
+        reader = "transformer.load_lora_adapter; for pipeline.load_lora_weights add --no-alpha"
+        typer.echo(f"note: diffusers reads it by {reader}", err=True)
     typer.echo(out)
 
 
@@ -183,13 +169,8 @@ def _merge(file: Path, base: Path, out: Path, family: str | None, rank: int | No
         f"lost {lost:.1e} of the change"
     )
     if lost > LOSSY:
-        typer.echo(
-            (
-                "note: this type is too coarse for the change; merge into a 16 bit model, or load the LoRA "
-                "beside this one"
-            ),
-            err=True,
-        )
+        advice = "merge into a 16 bit model, or load the LoRA beside this one"
+        typer.echo(f"note: this type is too coarse for the change; {advice}", err=True)
     typer.echo(out)
 
 
@@ -217,16 +198,10 @@ def _extract(
 
 
 def _notes(reading: Reading) -> None:
-    """Say what a conversion took for granted or left behind."""
-    if reading.missing_alpha:
-        count, source = len(reading.missing_alpha), reading.alpha_from
-        typer.echo(
-            (
-                f"note: {count} pairs have no alpha; "
-                f"{f'taken from {source}' if source else 'their rank is taken for it'}"
-            ),
-            err=True,
-        )
+    """Print what a conversion took for granted or left out."""
+    if count := len(reading.missing_alpha):
+        how = f"taken from {reading.alpha_from}" if reading.alpha_from else "their rank is taken for it"
+        typer.echo(f"note: {count} pairs have no alpha; {how}", err=True)
     if reading.text:
         typer.echo(f"note: {len(reading.text)} keys of text encoders are left out", err=True)
 
@@ -237,12 +212,7 @@ def check_lora(
         Path | None,
         typer.Option(metavar="MODEL", help="A safetensors file, or a folder; only its header is read."),
     ] = None,
-    family: Annotated[
-        str | None,
-        typer.Option(
-            help="sd3, flux, flux2, qwen_image, wan, z_image, lumina2 [default: told from the names]."
-        ),
-    ] = None,
+    family: Family = None,
 ) -> None:
     """Say what of a LoRA file would load in ComfyUI and diffusers, what not, and what mends it.
 
@@ -256,10 +226,8 @@ def check_lora(
 
     reading = read_any(file)
     troubles: list[str] = []
-    lines = [
-        f"{len(reading.pairs)} pairs"
-        + (f", {len(reading.text)} keys of text encoders" if reading.text else "")
-    ]
+    more = f", {len(reading.text)} keys of text encoders" if reading.text else ""
+    lines = [f"{len(reading.pairs)} pairs{more}"]
     model = look_at(against) if against else None
     remedy = f"g2rpo export {shlex.quote(str(file))} --out NEW.safetensors"
     if reading.pairs:
@@ -279,9 +247,9 @@ def check_lora(
 
 
 def _loading(
-    reading: Reading, family: Family, diffusers: Taken, troubles: list[str], remedy: str
+    reading: Reading, family: FoundFamily, diffusers: Taken, troubles: list[str], remedy: str
 ) -> list[str]:
-    """Count by form what each program would load."""
+    """Count by form what each program would load, and add what is lost to `troubles`."""
     from comfy_g2rpo.lora.forms import in_core, naming_in
     from comfy_g2rpo.lora.key_names import BOTH, NEW, NONE
 
@@ -297,15 +265,9 @@ def _loading(
         taken = {module: in_core(family, module, reading.forms[module]) for module in modules}
         counts = Counter(taken.values())
         said = ", ".join(f"{counts[key]} {core[key]}" for key in (BOTH, NEW, NONE) if counts[key])
-        kind = {
-            "both": "names that are the same everywhere",
-            "native": "native names",
-            "diffusers": "diffusers names",
-        }[name]
-        lines.append(
-            f"{len(modules)} × {prefix or 'no prefix'} + {kind}: ComfyUI: {said}; diffusers: "
-            f"{_counted(modules, diffusers)}"
-        )
+        kind = "names that are the same everywhere" if name == "both" else f"{name} names"
+        by = f"ComfyUI: {said}; diffusers: {_counted(modules, diffusers)}"
+        lines.append(f"{len(modules)} × {prefix or 'no prefix'} + {kind}: {by}")
         if lost := [module for module in modules if taken[module] != BOTH]:
             version = "" if counts[NONE] else " before 0.33"
             troubles.append(
@@ -318,16 +280,12 @@ def _loading(
 def _counted(modules: Collection[str], diffusers: Taken) -> str:
     """Count what diffusers loads."""
     by_pipeline, by_adapter = (len(each & set(modules)) for each in (diffusers.pipeline, diffusers.adapter))
-    only = (
-        " (by load_lora_adapter; for load_lora_weights: export --form diffusers --no-alpha)"
-        if by_adapter > by_pipeline
-        else ""
-    )
-    return f"{max(by_pipeline, by_adapter)} load as they are{only}"
+    only = " (by load_lora_adapter; for load_lora_weights: export --form diffusers --no-alpha)"
+    return f"{max(by_pipeline, by_adapter)} load as they are{only if by_adapter > by_pipeline else ''}"
 
 
 def _forms(reading: Reading, troubles: list[str], remedy: str) -> list[str]:
-    """Say what else a loader would stumble over."""
+    """Describe what else could stop a loader, and add what is wrong to `troubles`."""
     from comfy_g2rpo.lora.forms import faults
 
     lines = []
@@ -345,8 +303,7 @@ def _forms(reading: Reading, troubles: list[str], remedy: str) -> list[str]:
             f"{len(reading.missing_alpha)} pairs without alpha: every loader takes 1 as scale; right "
             "only if alpha was the rank"
         )
-    if set(uneven) - set(wrong):
-        count = len(set(uneven) - set(wrong))
+    if count := len(set(uneven) - set(wrong)):
         lines.append(
             f"{count} pairs have alpha ≠ rank: ComfyUI heeds it, some of diffusers' loaders do not; "
             f"{remedy} folds it"
@@ -356,13 +313,10 @@ def _forms(reading: Reading, troubles: list[str], remedy: str) -> list[str]:
 
 
 def _fitting(made: Fit, troubles: list[str]) -> list[str]:
-    """Say how a LoRA and a model go together."""
-    for names, what in (
-        (made.absent, "are not in the model"),
-        (made.misshapen, "have another size in the model"),
-    ):
+    """Describe how a LoRA fits a model, and add what does not to `troubles`."""
+    wrong = ((made.absent, "are not"), (made.misshapen, "have another size"))
+    for names, what in wrong:
         if names:
-            troubles.append(
-                f"{len(names)} modules {what}, such as {names[0]}; take a LoRA that was made for it"
-            )
+            said = f"{len(names)} modules {what} in the model, such as {names[0]}"
+            troubles.append(f"{said}; take a LoRA that was made for it")
     return [f"model: {made.family.title}, {made.naming} names: {len(made.fitting)} modules fit"]

@@ -8,11 +8,14 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from .arguments import AsJson, Batch, CommandError, Device, Prompts, Quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,10 +30,6 @@ TAIL = ("sha256", "problem")
 MIXES = ("zscore", "sum", "minimum", "rank_product")
 
 
-class CommandError(ValueError):
-    """Arguments that do not go together."""
-
-
 @dataclass(frozen=True)
 class Asked:
     """One reward as it was asked for."""
@@ -40,57 +39,60 @@ class Asked:
     gate: float | None = None
 
 
+Reward = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[=WEIGHT]", help="Reward: built in, installed, or rewards.py:function; repeat to mix."
+    ),
+]
+Recipe = Annotated[
+    str | None, typer.Option(metavar="RECIPE", help="Take rewards, weights, gates and mix from this recipe.")
+]
+Mix = Annotated[str | None, typer.Option(help=f"How several rewards become one score: {', '.join(MIXES)}.")]
+Gate = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=LEAST", help="Score of a reward below which a picture comes last."),
+]
+Prompt = Annotated[
+    list[str] | None, typer.Option(help="What they should show: once for all, or once for each in order.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="For scores.csv and its journal [default: scores, for folders]."),
+]
+Sort = Annotated[
+    str,
+    typer.Option(metavar="score|NAME|file", help="What to sort by: the score, one reward, or the file name."),
+]
+Threshold = Annotated[
+    float | None, typer.Option(help="Keep what has at least this much of what is sorted by.")
+]
+CopyBest = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Copy what is kept there; nothing is overwritten.")
+]
+
+
 def score(
     places: Annotated[
         list[str], typer.Argument(metavar="FOLDER|IMAGE…", help="Pictures to judge, or folders of them.")
     ],
-    reward: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[=WEIGHT]",
-            help="Reward: built in, installed, or rewards.py:function; repeat to mix.",
-        ),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(metavar="RECIPE", help="Take rewards, weights, gates and mix from this recipe."),
-    ] = None,
-    mix: Annotated[
-        str | None, typer.Option(help=f"How several rewards become one score: {', '.join(MIXES)}.")
-    ] = None,
-    gate: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=LEAST", help="Score of a reward below which a picture comes last."),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="What they should show: once for all, or once for each in order.")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(metavar="JSONL", help='File of {"file": name, "prompt": …} lines.')
-    ] = None,
+    reward: Reward = None,
+    recipe: Recipe = None,
+    mix: Mix = None,
+    gate: Gate = None,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
     deep: Annotated[bool, typer.Option("--deep", help="Look into the folders in a folder, too.")] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="For scores.csv and its journal [default: scores, for folders]."),
-    ] = None,
-    sort: Annotated[
-        str,
-        typer.Option(
-            metavar="score|NAME|file", help="What to sort by: the score, one reward, or the file name."
-        ),
-    ] = "score",
+    out: Out = None,
+    sort: Sort = "score",
     top: Annotated[int | None, typer.Option(min=1, help="Keep so many of the best.")] = None,
     per_prompt: Annotated[bool, typer.Option("--per-prompt", help="Keep so many of every prompt.")] = False,
-    threshold: Annotated[
-        float | None, typer.Option(help="Keep what has at least this much of what is sorted by.")
-    ] = None,
-    copy_best: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Copy what is kept there; nothing is overwritten.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, max=1024, help="Pictures that are judged at once.")] = 32,
-    device: Annotated[str, typer.Option(help="Where reward models run: auto, cpu, cuda, mps.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    threshold: Threshold = None,
+    copy_best: CopyBest = None,
+    batch: Batch = 32,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Judge pictures, best first; stopped, the same command goes on where it was."""
     names = list(reward or [])
@@ -107,18 +109,16 @@ def score(
         )
     if any(Path(place).is_dir() for place in places):
         out = out or Path("scores")
-    entries, table = judged(
-        asked, [Path(place) for place in places], prompt or [], prompts, deep, out, batch, quiet
-    )
-    from comfy_g2rpo.rewards.mixing import standing
+    found = [Path(place) for place in places]
+    entries, table = judged(asked, found, prompt or [], prompts, deep, out, batch, quiet)
+    from comfy_g2rpo.rewards.mixing import ranking_scores
 
     from ..reports.ranking import copy_best as copy
     from ..reports.ranking import kept, order
 
     groups = [entry.prompt for entry in entries] if per_prompt else None
-    values = standing(
-        table, [each.weight for each in asked], mode, [each.gate for each in asked], groups
-    ).tolist()
+    weights, gates = [each.weight for each in asked], [each.gate for each in asked]
+    values = ranking_scores(table, weights, mode, gates, groups).tolist()
     key = values if sort in ("score", "file") else table[columns.index(sort)].tolist()
     paths = [str(entry.path) for entry in entries]
     ranked = order([math.nan] * len(paths) if sort == "file" else key, paths)
@@ -126,15 +126,8 @@ def score(
     if out:
         write_table(out / "scores.csv", entries, columns, table, values, ranked)
     shown = best if top is not None or threshold is not None else ranked
-    report(
-        entries,
-        columns,
-        table,
-        values,
-        shown,
-        as_json,
-        limit=len(shown) if as_json or top or not out else SHOWN,
-    )
+    limit = len(shown) if as_json or top or not out else SHOWN
+    report(entries, columns, table, values, shown, as_json, limit)
     if copy_best:
         copy([entries[i].path for i in best], copy_best)
     say_what_happened(entries, columns, out, copy_best and len(best), copy_best)
@@ -158,23 +151,19 @@ def asked_for(
     from ..config.sections import RewardSection
 
     least = dict(number_of(text, "--gate", 0.0) for text in gates)
-    asked, mode = [], mix
+    asked: list[Asked] = []
+    mode = mix
     if recipe:
         config = load(recipe, [])
-        asked = [
-            Asked(
-                RewardSection(**each.model_dump(include=set(RewardSection.model_fields))),
-                each.weight,
-                each.gate,
-            )
-            for each in config.rewards
-        ]
+        for each in config.rewards:
+            section = RewardSection(**each.model_dump(include=set(RewardSection.model_fields)))
+            asked.append(Asked(section, each.weight, each.gate))
         mode = mix or make_recipe(config).mix
     for text in names:
         name, weight = number_of(text, "--reward", 1.0)
         own = ":" in name
-        section = {"name": name.rpartition(":")[2], "path": name} if own else {"name": name}
-        asked.append(Asked(RewardSection(**section, device=device, batch=batch), weight))
+        given = {"name": name.rpartition(":")[2], "path": name} if own else {"name": name}
+        asked.append(Asked(RewardSection(**given, device=device, batch=batch), weight))
     columns = [each.section.name for each in asked]
     if len(set(columns)) < len(columns):
         raise CommandError(
@@ -189,9 +178,8 @@ def asked_for(
         raise CommandError(f"--mix is {mode[:80]!a}; choose one of: {', '.join(MIXES)}")
     for each in asked:
         check_reward(each.section)
-    return [
-        Asked(each.section, each.weight, least.get(each.section.name, each.gate)) for each in asked
-    ], mode or "zscore"
+    asked = [replace(each, gate=least.get(each.section.name, each.gate)) for each in asked]
+    return asked, mode or "zscore"
 
 
 def number_of(text: str, option: str, otherwise: float) -> tuple[str, float]:
@@ -217,7 +205,7 @@ def judged(
     quiet: bool,
 ) -> tuple[list[Entry], Tensor]:
     """Find the pictures and judge what the journal lacks; Ctrl-C says how to go on."""
-    # What a reward model's library has to say is said by our own errors; and it stays off the network.
+    # Our own errors say what a reward model's library has to say; and it stays off the network.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from ..model.inference import device
@@ -243,12 +231,8 @@ def judged(
         check_place(out / "scores.csv")
     journal = Journal(out / "scores.jsonl" if out else None)
     judges = [Judge(build(each.section, device()), identity(each.section)) for each in asked]
-    meter = Meter(
-        len(entries),
-        quiet or len(entries) < SHOWN,
-        lambda text: print(text, end="", file=sys.stderr, flush=True),
-        sys.stderr.isatty(),
-    )
+    write = partial(print, end="", file=sys.stderr, flush=True)
+    meter = Meter(len(entries), quiet or len(entries) < SHOWN, write, sys.stderr.isatty())
     try:
         entries = fill(journal, entries, judges, batch, meter)
     except KeyboardInterrupt:
@@ -259,39 +243,31 @@ def judged(
 
 
 def identity(section: RewardSection) -> str:
-    """Tell a reward from another one, or another version, of the same name."""
+    """Return what tells a reward from another one, or another version, of the same name."""
     from comfy_g2rpo import __version__
     from comfy_g2rpo.rewards import REWARDS
     from comfy_g2rpo.rewards.likeness import KINDS
 
     if section.path:
-        file = Path(section.path.rpartition(":")[0])
-        return (
-            f"{section.name} "
-            f"{hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else section.path}"
-        )
+        return f"{section.name} {digest(Path(section.path.rpartition(':')[0])) or section.path}"
     if section.url:
         question = hashlib.sha256((section.question or "").encode()).hexdigest()[:16]
         return f"{section.name} {section.url} {section.protocol} {section.model or ''} {question}"
     if section.name in REWARDS or section.name in KINDS:
-        reference = section.reference and Path(section.reference)
-        seen = (
-            f" {hashlib.sha256(reference.read_bytes()).hexdigest()[:16]}"
-            if reference and reference.is_file()
-            else ""
-        )
-        return f"{section.name} {__version__}{seen}{' '.join(['', *(section.palette or ())])}"
+        seen = digest(Path(section.reference)) if section.reference else ""
+        return " ".join([section.name, __version__, *filter(None, [seen]), *(section.palette or ())])
     from ..config.reward_checks import rewards_root
 
-    about = rewards_root() / section.name / "reward.json"
-    return (
-        f"{section.name} {hashlib.sha256(about.read_bytes()).hexdigest()[:16] if about.is_file() else ''} "
-        f"{section.dtype}"
-    )
+    return f"{section.name} {digest(rewards_root() / section.name / 'reward.json')} {section.dtype}"
+
+
+def digest(file: Path) -> str:
+    """Return a short digest of a file's content; blank where there is none."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
 
 
 def check_place(path: Path) -> None:
-    """Refuse to write over a table that is not ours."""
+    """Raise FileError where a file that is no table of ours would be overwritten."""
     from comfy_g2rpo.files.safe import FileError
 
     try:
@@ -349,10 +325,8 @@ def report(
         return
     for row in rows[:limit]:
         parts = dict(row["scores"]) if len(columns) == 1 else {"score": row["score"], **row["scores"]}
-        said = "  ".join(
-            f"{name} {'cannot judge' if value is None else format(value, '.4f')}"
-            for name, value in parts.items()
-        )
+        words = {name: "cannot judge" if value is None else f"{value:.4f}" for name, value in parts.items()}
+        said = "  ".join(f"{name} {word}" for name, word in words.items())
         typer.echo(f"{said}  {row['image']}  {' '.join(row['prompt'].split())}")
     if len(rows) > limit:
         typer.echo(f"… and {len(rows) - limit} more")
@@ -365,7 +339,7 @@ def say_what_happened(
     copied: int | None,
     folder: Path | None,
 ) -> None:
-    """Say on the error stream what could not be read, what had no prompt, and where things are."""
+    """Print on the error stream what could not be read, what had no prompt, and where things are."""
     broken = [entry for entry in entries if entry.problem]
     for entry in broken[:10]:
         typer.echo(f"skipped: {entry.problem}", err=True)
@@ -376,13 +350,8 @@ def say_what_happened(
     blank = sum(not entry.prompt and not entry.problem for entry in entries)
     # Of the built-in rules some ignore the prompt, and the others answer nothing without one.
     if blank and not REWARDS.keys() >= set(columns):
-        typer.echo(
-            (
-                f"{blank} pictures have no prompt: rewards that read one judged them by an empty one "
-                "(--prompt, --prompts)"
-            ),
-            err=True,
-        )
+        judged_by = "rewards that read one judged them by an empty one (--prompt, --prompts)"
+        typer.echo(f"{blank} pictures have no prompt: {judged_by}", err=True)
     if folder is not None:
         typer.echo(f"{copied} pictures copied to {folder}", err=True)
     if out:

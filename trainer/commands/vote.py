@@ -1,6 +1,4 @@
-"""`g2rpo vote`: a page on which people vote on the groups that a run waits for, their votes back into the
-run, and out of it as pairs.
-"""
+"""`g2rpo vote`: a page on which people vote, their votes back into the run, and out of it as pairs."""
 
 from __future__ import annotations
 
@@ -10,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from .arguments import CommandError
 
 if TYPE_CHECKING:
     from comfy_g2rpo.votes.ballots import Ballot
@@ -22,18 +22,17 @@ JPEG_QUALITY = 92
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 STYLE = """
 :root { color-scheme: light dark; --fg-color: #222; --comfy-input-bg: #ddd; --comfy-menu-bg: #f5f5f5; }
-@media (prefers-color-scheme: dark) { :root { --fg-color: #ddd; --comfy-input-bg: #222; --comfy-menu-bg: #2b2b2b; } }
-body { max-width: 1200px; margin: 0 auto; padding: 16px; background: Canvas; color: CanvasText; font: 15px/1.4 system-ui, sans-serif; }
+@media (prefers-color-scheme: dark) { :root { --fg-color: #ddd; --comfy-input-bg: #222;
+  --comfy-menu-bg: #2b2b2b; } }
+body { max-width: 1200px; margin: 0 auto; padding: 16px; background: Canvas; color: CanvasText;
+  font: 15px/1.4 system-ui, sans-serif; }
 h1 { font-size: 20px; } h2 { margin: 24px 0 6px; font-size: 16px; }
 .g2rpo-ballot { height: auto; } .g2rpo-ballot .g2rpo-run { display: none; }
 .g2rpo-choices { grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); overflow: visible; }
-footer { position: sticky; bottom: 0; display: flex; gap: 10px; align-items: center; padding: 10px 0; background: Canvas; }
+footer { position: sticky; bottom: 0; display: flex; gap: 10px; align-items: center; padding: 10px 0;
+  background: Canvas; }
 #state { margin-right: auto; } #save { padding: 6px 14px; font: inherit; }
-"""  # noqa: E501
-
-
-class CommandError(ValueError):
-    """Arguments that do not go together, or a file that cannot be used."""
+"""
 
 
 def vote(
@@ -110,9 +109,9 @@ def read_votes(file: Path) -> list[Votes]:
         raise CommandError(
             f"cannot read {file}: {(error.strerror or str(error)).lower()}; check the path"
         ) from error
+    except CommandError:
+        raise
     except (ValueError, RecursionError) as error:
-        if isinstance(error, CommandError):
-            raise
         raise CommandError(f"{file} is not JSON; give the file that the page has saved") from error
     tables = content.get("votes") if isinstance(content, dict) and content.get("schema") == SCHEMA else None
     if not isinstance(tables, list):
@@ -121,23 +120,18 @@ def read_votes(file: Path) -> list[Votes]:
 
 
 def page(run: str, waiting: list[Ballot]) -> str:
-    """Write the page: one file with its pictures, which opens without a server and asks nobody for
-    anything.
-    """
+    """Return the page: one file with its pictures, which needs no server and loads nothing."""
     from comfy_g2rpo.votes.ballots import SCHEMA
 
-    from ..config.reading import bundled_folder
+    from ..config.bundled import bundled_folder
 
     web = bundled_folder("web")
     sources = [(web / name).read_text("utf-8") for name in MODULES]
     script = "\n".join(re.sub(r"^import .*\n|^export ", "", source, flags=re.MULTILINE) for source in sources)
-    groups = [
-        {
-            "prompt": b.prompt,
-            "pictures": [{"key": key, "src": picture(file)} for key, file in b.files.items()],
-        }
-        for b in waiting
-    ]
+    groups = []
+    for each in waiting:
+        pictures = [{"key": key, "src": picture(file)} for key, file in each.files.items()]
+        groups.append({"prompt": each.prompt, "pictures": pictures})
     # Nothing that a prompt may hold ends the element.
     data = json.dumps({"schema": SCHEMA, "run": run, "groups": groups}).replace("<", "\\u003c")
     parts = (
@@ -151,7 +145,7 @@ def page(run: str, waiting: list[Ballot]) -> str:
 
 
 def picture(file: Path) -> str:
-    """Put a picture into an address of its own."""
+    """Return a picture as a data address."""
     import base64
     from io import BytesIO
 

@@ -1,7 +1,4 @@
-"""A run's configuration: every field has a type, bounds and a sentence.
-
-What is unknown is refused with the nearest known name.
-"""
+"""A run's configuration; what is unknown in it is refused with the nearest known name."""
 
 from __future__ import annotations
 
@@ -18,6 +15,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_valid
 from comfy_g2rpo import options, recipes
 from comfy_g2rpo.run import pace, rank_guard
 
+from .bundled import bundled_folder, bundled_recipes
 from .reward_checks import VOTES, check_reward
 from .sections import (
     HeldoutReward,
@@ -96,10 +94,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def from_dict(tree: Mapping[str, Any], near: Path | None = None) -> Config:
-    """Check a nested mapping.
-
-    Relative paths are looked up near the recipe, in the current folder and among the bundled files.
-    """
+    """Check a nested mapping; relative paths are found near the recipe, here, or among bundled files."""
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -115,7 +110,7 @@ def find_recipe(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    known = {item.stem: item for item in bundled_folder("recipes").glob("*.yaml")}
+    known = bundled_recipes()
     if str(source) in known:
         return known[str(source)]
     nearest = options.nearest(str(source), known)
@@ -259,10 +254,7 @@ def resolve_paths(config: Config, near: Path) -> Config:
 
 
 def _resolved(reward: RewardSection, near: Path) -> RewardSection:
-    """Replace the relative paths of a reward by the files they mean.
-
-    A module's dotted name stands for itself.
-    """
+    """Replace a reward's relative paths by the files they mean; a dotted module stands for itself."""
     changes, (place, sign, attribute) = {}, (reward.path or "").rpartition(":")
     if place.endswith(".py"):
         changes["path"] = f"{find(f'path of reward {reward.name!r}', place, near)}{sign}{attribute}"
@@ -272,10 +264,7 @@ def _resolved(reward: RewardSection, near: Path) -> RewardSection:
 
 
 def find(field: str, given: str, near: Path, hub: bool = False) -> Path | str:
-    """Find a path near the recipe, in the current folder or among the bundled files.
-
-    `hub` lets an owner/name stand for itself.
-    """
+    """Find a path near the recipe, here, or bundled; `hub` lets an owner/name stand for itself."""
     for place in places(given, near):
         if place.exists():
             return place.resolve()
@@ -322,14 +311,6 @@ def places(given: str, near: Path) -> Iterator[Path]:
         yield bundled_folder(kind).joinpath(*rest)
 
 
-def bundled_folder(kind: str) -> Path:
-    """Return where recipes, prompts or models lie: inside the installed package, or beside it in a
-    checkout.
-    """
-    here = Path(__file__).resolve().parent.parent
-    return here / kind if (here / kind).is_dir() else here.parent / kind
-
-
 def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
     """List every field as dotted name (`0` for a place in a list) and sentence."""
     for name, field in section.model_fields.items():
@@ -343,10 +324,7 @@ def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
 
 
 def defaults() -> dict[str, dict[str, Any]]:
-    """Return, as JSON has them, the defaults of every section's fields.
-
-    A section in a list goes without its list.
-    """
+    """Return the defaults of every section's fields as JSON has them, a listed section without its list."""
     found = {}
     for name, field in Config.model_fields.items():
         kind = next(
@@ -364,9 +342,7 @@ def defaults() -> dict[str, dict[str, Any]]:
 
 
 def dump(config: Config) -> dict[str, Any]:
-    """Return what goes into a run's config.json: the configuration and, spelt out, the recipe that it
-    made.
-    """
+    """Return a run's config.json: the configuration, and the recipe that it makes, written out."""
     return {"config": config.model_dump(mode="json"), "recipe": dataclasses.asdict(make_recipe(config))}
 
 
@@ -398,22 +374,16 @@ def _explain(error: Mapping[str, Any]) -> str:
         return f"{where} is missing; add it to the recipe"
     if kind == "literal_error":
         choices = [part.strip(" '") for part in re.split(r", | or ", context["expected"])]
-        return (
-            f"{where} is {given}{options.nearest(str(error['input']), choices)}; choose one of: "
-            f"{', '.join(choices)}"
-        )
-    for bound, words in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
-        if bound in context:
-            return f"{where} is {given}; it must be {words} {context[bound]:.10g}"
+        return options.complaint(where, error["input"], choices=choices)
+    if kind == "bounds":
+        return f"{where}{context['sentence']}"
     if kind == "too_short":
         return f"{where} is empty; list at least one"
     return f"{where} is {given}; it must be {EXPECTED.get(kind.split('_')[0], error['msg'].lower())}"
 
 
 def _nearest_field(where: str) -> str:
-    """Name the field that a misspelt one most likely means: the same name elsewhere, a close one beside
-    it, a close one elsewhere.
-    """
+    """Name the field that a misspelt one most likely means: of that name, close beside it, or elsewhere."""
     known = [*(name for name, _ in fields()), *Config.model_fields]
     section, _, own = where.rpartition(".")
     by_name = {name.rpartition(".")[2]: name for name in reversed(known)}

@@ -53,9 +53,7 @@ def check_reward(section: RewardSection) -> None:
 
 
 def check_reference(section: RewardSection) -> None:
-    """Refuse something to compare with where nothing is compared, colours that are none, and SSIM where
-    scikit-image is missing.
-    """
+    """Refuse references where nothing is compared, colours that are none, and SSIM without scikit-image."""
     name, column = section.name, column_of(section.name)
     for field, kinds in (
         ("palette", ["palette"]),
@@ -92,7 +90,7 @@ def check_path(name: str, path: str) -> None:
 
 
 def is_installed(module: str) -> bool:
-    """Say whether a top-level module can be found, without importing it."""
+    """Return whether a top-level module can be found, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ValueError:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator
 from pydantic_core import PydanticCustomError
 
 from comfy_g2rpo import recipes
+from comfy_g2rpo.options import complaint
 from comfy_g2rpo.rewards.clips import DEFAULT, MODES
 from comfy_g2rpo.run import pace, rank_guard
 
-from .family_names import EDITS, FAMILIES, Schedule
+from .family_names import DEFAULT_FAMILY, EDITS, FAMILIES, Schedule
+
+
+def setting(default: Any, text: str, low: float, high: float) -> Any:
+    """Declare a number with its sentence and its bounds, which `comfy_g2rpo.options` checks."""
+    return Field(default, description=text, json_schema_extra={"low": low, "high": high})
 
 
 class Section(BaseModel):
@@ -29,6 +35,16 @@ class Section(BaseModel):
             raise PydanticCustomError("other", "true or false")
         return value
 
+    @field_validator("*")
+    @classmethod
+    def keep_bounds(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what is out of its field's bounds."""
+        rule = cls.model_fields[info.field_name].json_schema_extra or {}
+        wrong = complaint("", value, rule["low"], rule["high"]) if rule and value is not None else ""
+        if wrong:
+            raise PydanticCustomError("bounds", "{sentence}", {"sentence": wrong})
+        return value
+
 
 class FrozenLora(Section):
     """A LoRA file that belongs to the model that is aligned."""
@@ -36,13 +52,13 @@ class FrozenLora(Section):
     path: str = Field(
         description="LoRA file of any form, added to the model before anything else; it is not trained."
     )
-    strength: float = Field(1.0, ge=-100, le=100, description="Its strength, as in ComfyUI's loader.")
+    strength: float = setting(1.0, "Its strength, as in ComfyUI's loader.", -100, 100)
 
 
 class ModelSection(Section):
     """The model that is aligned."""
 
-    family: Literal[tuple(FAMILIES)] = Field("sd3", description="Kind of model.")
+    family: Literal[tuple(FAMILIES)] = Field(DEFAULT_FAMILY, description="Kind of model.")
     path: str | None = Field(
         None,
         description=(
@@ -65,16 +81,13 @@ class ModelSection(Section):
         ),
     )
     lora: tuple[FrozenLora, ...] = Field(
-        (), description="LoRA files that the model already wears, and keeps."
+        (), description="LoRA files that are already applied to the model; they stay as they are."
     )
-    guidance: float = Field(
-        1.0,
-        ge=0,
-        le=50,
-        description="Guidance; 1 is none, more doubles the cost of a forward; FLUX.1 takes it as an input.",
+    guidance: float = setting(
+        1.0, "Guidance; 1 is none, more doubles the cost of a forward; FLUX.1 takes it as an input.", 0, 50
     )
-    width: int = Field(512, ge=16, le=4096, description="Width of the pictures in pixels.")
-    height: int = Field(512, ge=16, le=4096, description="Height of the pictures in pixels.")
+    width: int = setting(512, "Width of the pictures in pixels.", 16, 4096)
+    height: int = setting(512, "Height of the pictures in pixels.", 16, 4096)
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="Precision of the model; the method's own arithmetic is always fp32."
     )
@@ -85,11 +98,9 @@ class ModelSection(Section):
             "shifts them."
         ),
     )
-    max_sequence_length: int = Field(
-        256, ge=0, le=512, description="Tokens for the T5 encoder; 0 where the model has none."
-    )
-    frames: int = Field(
-        1, ge=1, le=241, description="Frames of a clip: 1 for pictures, or 1 more than a multiple of 4 (wan)."
+    max_sequence_length: int = setting(256, "Tokens for the T5 encoder; 0 where the model has none.", 0, 512)
+    frames: int = setting(
+        1, "Frames of a clip: 1 for pictures, or 1 more than a multiple of 4 (wan).", 1, 241
     )
     edits: Literal[tuple(EDITS)] | None = Field(
         None,
@@ -98,14 +109,12 @@ class ModelSection(Section):
             "folder says so itself."
         ),
     )
-    reference_size: int = Field(
+    reference_size: int = setting(
         1024,
-        ge=64,
-        le=2048,
-        description=(
-            "Prompts that start from an image (FLUX.1 Kontext, Qwen-Image-Edit): side of a square to whose "
-            "area it is brought."
-        ),
+        "Prompts that start from an image (FLUX.1 Kontext, Qwen-Image-Edit): side of a square to whose "
+        "area it is brought.",
+        64,
+        2048,
     )
 
 
@@ -119,14 +128,11 @@ class MemorySection(Section):
             "adapter is fp32."
         ),
     )
-    block_swap: int = Field(
+    block_swap: int = setting(
         0,
-        ge=0,
-        le=1000,
-        description=(
-            "Blocks of the transformer whose weights wait in the computer's memory and are fetched when "
-            "needed."
-        ),
+        "Blocks of the transformer whose weights wait in the computer's memory and are fetched when needed.",
+        0,
+        1000,
     )
     gradient_checkpointing: bool = Field(
         False, description="Compute a block's activations again in the backward pass instead of keeping them."
@@ -146,8 +152,8 @@ class MemorySection(Section):
 class LoraSection(Section):
     """The adapter that is trained."""
 
-    rank: int = Field(16, ge=1, le=512, description="Rank of the adapter.")
-    alpha: float = Field(16.0, gt=0, le=4096, description="Its scale is alpha / rank.")
+    rank: int = setting(16, "Rank of the adapter.", 1, 512)
+    alpha: float = setting(16.0, "Its scale is alpha / rank.", 0.0001, 4096)
     targets: Literal["attention", "attention+feed_forward"] = Field(
         "attention", description="Layers that get an adapter."
     )
@@ -174,10 +180,10 @@ class RewardSection(Section):
     palette: tuple[str, ...] | None = Field(
         None, description="Colours to compare with, such as ['#ff8800']; a prompt's own go first."
     )
-    timeout: float = Field(60.0, ge=0.1, le=3600, description="Seconds to wait for an answer of the judge.")
-    retries: int = Field(3, ge=0, le=20, description="Further attempts after a failed question.")
-    concurrency: int = Field(8, ge=1, le=64, description="Questions that are asked at once.")
-    batch: int = Field(32, ge=1, le=1024, description="Pictures that a reward model scores at once.")
+    timeout: float = setting(60.0, "Seconds to wait for an answer of the judge.", 0.1, 3600)
+    retries: int = setting(3, "Further attempts after a failed question.", 0, 20)
+    concurrency: int = setting(8, "Questions that are asked at once.", 1, 64)
+    batch: int = setting(32, "Pictures that a reward model scores at once.", 1, 1024)
     device: str = Field("auto", description="Where a reward model runs: auto, cpu, cuda, mps.")
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="Precision of a reward model's trunk; its head is always fp32."
@@ -193,11 +199,8 @@ class RewardSection(Section):
 class TrainedReward(RewardSection):
     """One of the rewards that are trained on."""
 
-    weight: float = Field(
-        1.0,
-        ge=-1000,
-        le=1000,
-        description="Weight of its advantage; negative trains against it, 0 leaves its gate.",
+    weight: float = setting(
+        1.0, "Weight of its advantage; negative trains against it, 0 leaves its gate.", -1000, 1000
     )
     gate: float | None = Field(
         None,
@@ -211,13 +214,11 @@ class TrainedReward(RewardSection):
 class HeldoutReward(RewardSection):
     """One of the rewards that only measure."""
 
-    weight: float = Field(
+    weight: float = setting(
         1.0,
-        ge=-1000,
-        le=1000,
-        description=(
-            "Its say in the watch and in the choice of the best step; 0 has none, below 0 less is better."
-        ),
+        "Its say in the watch and in the choice of the best step; 0 has none, below 0 less is better.",
+        -1000,
+        1000,
     )
 
 
@@ -226,23 +227,22 @@ class PromptSection(Section):
 
     train: str = Field(description="File of prompts to train on: .txt, one per line, or .jsonl.")
     heldout: str | None = Field(None, description="File of prompts that only measure.")
-    heldout_share: float = Field(
-        0.0, ge=0, lt=1, description="Without a held-out file: share of the prompts that is set aside."
+    heldout_share: float = setting(
+        0.0, "Without a held-out file: share of the prompts that is set aside.", 0, 0.99
     )
 
 
-def _field(field: dataclasses.Field[Any], annotation: Any, default: Any) -> tuple[Any, Any]:
-    """Make a field of the configuration from one that documents itself: its type, bounds and sentence."""
-    rule = field.metadata
-    bounds = {"ge": rule["low"], "le": rule["high"]} if rule["low"] is not None else {}
-    if rule["choices"]:
-        annotation = Literal[rule["choices"]]
-    elif get_origin(annotation) is tuple:
-        annotation = tuple[Annotated[get_args(annotation)[0], Field(**bounds)], ...]
-        bounds = {"min_length": 1}
-    if default is None:
-        annotation = annotation | None
-    return annotation, Field(default, description=rule["help"], **({} if rule["choices"] else bounds))
+def _made_of(options: type, keep_defaults: bool = True) -> dict[str, tuple[Any, Any]]:
+    """Make fields of a dataclass whose fields document themselves; None, where defaults are not kept."""
+    made, kinds = {}, get_type_hints(options)
+    for field in dataclasses.fields(options):
+        rule, kind = field.metadata, kinds[field.name]
+        default = field.default if keep_defaults else None
+        kind = Literal[rule["choices"]] if rule["choices"] else kind
+        extra = None if rule["low"] is None else {"low": rule["low"], "high": rule["high"]}
+        found = Field(default, description=rule["help"], json_schema_extra=extra)
+        made[field.name] = (kind if default is not None else kind | None, found)
+    return made
 
 
 MethodSection = create_model(
@@ -250,28 +250,13 @@ MethodSection = create_model(
     __base__=Section,
     __doc__="A named method and what differs from it.",
     name=(Literal[tuple(recipes.RECIPES)], Field("g2rpo", description="Method to start from.")),
-    **{
-        name: _field(recipes.FIELDS[name], kind, None)
-        for name, kind in get_type_hints(recipes.Recipe).items()
-    },
+    **_made_of(recipes.Recipe, keep_defaults=False),
 )
 
 SpeedSection = create_model(
-    "SpeedSection",
-    __base__=Section,
-    __doc__=rank_guard.Speed.__doc__,
-    **{
-        name: _field(rank_guard.FIELDS[name], kind, rank_guard.FIELDS[name].default)
-        for name, kind in get_type_hints(rank_guard.Speed).items()
-    },
+    "SpeedSection", __base__=Section, __doc__=rank_guard.Speed.__doc__, **_made_of(rank_guard.Speed)
 )
 
 TrainSection = create_model(
-    "TrainSection",
-    __base__=Section,
-    __doc__=pace.Pace.__doc__,
-    **{
-        name: _field(pace.FIELDS[name], kind, pace.FIELDS[name].default)
-        for name, kind in get_type_hints(pace.Pace).items()
-    },
+    "TrainSection", __base__=Section, __doc__=pace.Pace.__doc__, **_made_of(pace.Pace)
 )

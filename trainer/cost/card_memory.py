@@ -1,6 +1,4 @@
-"""What a run needs of its card's memory, known before anything is loaded: weights counted, the rest by
-running on a sketch of the model.
-"""
+"""What a run needs of its card, before anything is loaded: weights counted, the rest run on a sketch."""
 
 from __future__ import annotations
 
@@ -27,25 +25,19 @@ from comfy_g2rpo.run.scorer import to_8_bit
 
 from ..config.reading import Config, make_recipe
 from ..config.reward_checks import rewards_root
-from ..families.cpu.sd3_forward import PACKED
 from ..model.stored_linear import BYTES, StoredLinear, blocks_of, stored
 from .meta_model import Sketch, build, cond, look, pretended
 
 if TYPE_CHECKING:
-    from ..families.shared.peft_policy import Adapted
+    from ..families.shared.peft_policy import PeftPolicy
 
 GIB = 2**30
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256, "prodigy": 16.0}
-"""Bytes that an optimizer keeps per parameter of the adapter.
-
-Prodigy's are fewer for B, which starts at zero.
-"""
+"""Bytes that an optimizer keeps per parameter of the adapter."""
 CARD = 0.7 * GIB
 """What a CUDA context and its libraries take before anything is loaded."""
 TEMPLATE = 32
 """Tokens that a family puts around a prompt, at most."""
-PATCH = 28
-"""Side in pixels of what is one token to Qwen2.5-VL."""
 UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 PHASES = ("encode", "rollout", "decode", "update")
 
@@ -98,19 +90,17 @@ class Live(TorchDispatchMode):
             weakref.finalize(holder, self.forget, key)
 
     def forget(self, key: int) -> None:
-        """Take note that a storage is gone."""
+        """Record that a storage is gone."""
         self.now -= self.alive.pop(key, 0)
 
 
-class UnforeseenError(ValueError):
+class UnknownMemoryError(ValueError):
     """A model whose memory a sketch of it does not tell."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on the card: parts that stay during training, and the peak of every phase with all that is
-    there in it.
-    """
+    """Bytes on the card: what stays during training, and the peak of every phase, all included."""
 
     parts: Mapping[str, int]
     peaks: Mapping[str, int]
@@ -144,9 +134,7 @@ def sized(size: float) -> str:
 
 
 def footprint(config: Config, sketch: Sketch | None = None) -> Footprint:
-    """Estimate the memory of a run from its configuration, the model's configurations and headers, and
-    nothing else.
-    """
+    """Estimate a run's memory from its configuration, and the model's configurations and headers."""
     sketch = sketch or look(config.model)
     policy, recipe = build(config, sketch), make_recipe(config)
     parts = resident(config, policy, recipe)
@@ -168,7 +156,7 @@ def footprint(config: Config, sketch: Sketch | None = None) -> Footprint:
     return Footprint(parts, peaks)
 
 
-def resident(config: Config, policy: Adapted, recipe: Recipe) -> dict[str, int]:
+def resident(config: Config, policy: PeftPolicy, recipe: Recipe) -> dict[str, int]:
     """Count what stays on the card during training."""
     element = 2 if config.model.dtype == "bf16" else 4
     transformer = plain_bytes(policy.transformer, policy.parameters())
@@ -186,7 +174,7 @@ def resident(config: Config, policy: Adapted, recipe: Recipe) -> dict[str, int]:
     }
 
 
-def swapped_layers(config: Config, policy: Adapted) -> list[StoredLinear]:
+def swapped_layers(config: Config, policy: PeftPolicy) -> list[StoredLinear]:
     """List the layers whose weights wait in main memory."""
     return [
         layer
@@ -210,9 +198,7 @@ def plain_bytes(module: nn.Module, without: Sequence[Tensor]) -> int:
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
-    """List a module's tensors: parameters, buffers, and tables such as those of positions, which some keep
-    beside them.
-    """
+    """List a module's tensors: parameters, buffers, and tables that some keep beside them."""
     tables = [
         value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)
     ]
@@ -225,10 +211,7 @@ def count_of(tensors: Sequence[Tensor]) -> int:
 
 
 def reward_bytes(config: Config) -> int:
-    """Count the weights of installed reward models by their files.
-
-    The largest alone where they take turns.
-    """
+    """Count installed reward models' weights by their files, the largest alone where they take turns."""
     names = {
         reward.name
         for reward in (*config.rewards, *config.heldout_rewards)
@@ -241,38 +224,14 @@ def reward_bytes(config: Config) -> int:
     return max(sizes, default=0) if config.memory.rewards_in_turn else sum(sizes)
 
 
-def merged_bytes(config: Config, policy: Adapted) -> int:
-    """Count the copies of weights that Stable Diffusion 3 makes for rollouts in fp32: with its adapter
-    merged, and laid out for oneDNN.
-    """
-    memory, layers = config.memory, policy.layers.values()
-    if (
-        config.model.family != "sd3"
-        or config.model.dtype != "fp32"
-        or memory.quantization != "none"
-        or memory.block_swap
-    ):
-        return 0
-    merged = sum(layer.in_features * layer.out_features for layer in layers)
-    return 4 * (merged + sum(numbers for numbers in products(policy) if numbers <= PACKED))
+def merged_bytes(config: Config, policy: PeftPolicy) -> int:
+    """Count the copies of weights that rollouts in fp32 work on, where none is packed or elsewhere."""
+    plain = config.memory.quantization == "none" and not config.memory.block_swap
+    return policy.rollout_copies() if plain and config.model.dtype == "fp32" else 0
 
 
-def products(policy: Adapted) -> list[int]:
-    """List the sizes of the weights of a transformer's blocks, those of its modulation and of the adapter
-    aside.
-    """
-    named = policy.transformer.transformer_blocks.named_parameters()
-    return [
-        weight.numel()
-        for name, weight in named
-        if weight.ndim == 2 and "norm" not in name and "lora_" not in name
-    ]
-
-
-def rollout_states(config: Config, policy: Adapted, recipe: Recipe) -> int:
-    """Estimate the latents that a rollout keeps: forks with velocity and direction, and the states that
-    wait for their children.
-    """
+def rollout_states(config: Config, policy: PeftPolicy, recipe: Recipe) -> int:
+    """Estimate the latents that a rollout keeps: forks, and states that wait for their children."""
     plan = build_plan(recipe)
     latent = 4
     for side in policy.latent_shape(config.model.width, config.model.height):
@@ -281,12 +240,10 @@ def rollout_states(config: Config, policy: Adapted, recipe: Recipe) -> int:
     return latent * (forks + 4 * config.train.slots)
 
 
-def measure(config: Config, policy: Adapted, sketch: Sketch) -> tuple[int, int, int]:
-    """Run a forward of the rollout, a decoding and a forward with backward on a sketch: the bytes that
-    each has alive at most.
-    """
+def measure(config: Config, policy: PeftPolicy, sketch: Sketch) -> tuple[int, int, int]:
+    """Return the bytes that a rollout's forward, a decoding and an update's pass have alive at most."""
     train, shape = config.train, policy.latent_shape(config.model.width, config.model.height)
-    length = text_length(config, sketch)
+    length = text_length(config, policy)
     with pretended(policy):
         one = cond(policy, sketch, length, config.model.reference_size)
         if policy.blank is not None and policy.guidance > 1:
@@ -310,12 +267,12 @@ def measure(config: Config, policy: Adapted, sketch: Sketch) -> tuple[int, int, 
             rolling, decoding = (alive(work, policy.inference(), before, length) for work in (roll, decode))
             return rolling, decoding, alive(learn, policy.training(), before, length)
         except UNKNOWN as error:
-            raise UnforeseenError(
-                f"memory cannot be foreseen for this model, whose forward looks at numbers ({error})"
+            raise UnknownMemoryError(
+                f"memory cannot be estimated for this model, whose forward looks at numbers ({error})"
             ) from error
 
 
-def weights_of(policy: Adapted) -> list[Tensor]:
+def weights_of(policy: PeftPolicy) -> list[Tensor]:
     """List all tensors of a model."""
     packed = [tensor for layer in stored(policy.transformer) for tensor in layer.packed.tensors()]
     return [*packed, *tensors_of(policy.transformer), *tensors_of(policy.vae)]
@@ -324,27 +281,18 @@ def weights_of(policy: Adapted) -> list[Tensor]:
 def alive(
     work: Callable[[], object], inside: AbstractContextManager[None], before: Iterable[Tensor], length: int
 ) -> int:
-    """Return the bytes that work has alive at most, those of its context among them and those of tensors
-    from `before` not.
-    """
+    """Return the bytes that work has alive at most, its context's included, those of `before` not."""
     with Live(before, length) as live, inside:
         work()
     return live.peak
 
 
-def text_length(config: Config, sketch: Sketch) -> int:
-    """Return the most tokens that a prompt of the configuration can have.
-
-    Families that fill texts up take their full length.
-    """
+def text_length(config: Config, policy: PeftPolicy) -> int:
+    """Return the most tokens that a prompt of the configuration can have."""
+    if policy.fills_text:
+        return policy.max_sequence_length
     heldout = Path(config.prompts.heldout) if config.prompts.heldout else None
-    limit = config.model.max_sequence_length
-    if config.model.family not in ("qwen_image", "z_image", "lumina2"):
-        return limit
     texts = load_prompts(Path(config.prompts.train), heldout, config.prompts.heldout_share, config.train.seed)
     # A token has at least a byte; the template around a prompt is short.
     longest = max(len(text.encode()) for text in (*texts.train, *texts.heldout)) + TEMPLATE
-    if sketch.edits:
-        # Qwen-Image-Edit reads the picture among the text, in patches, and cuts nothing.
-        return longest + (config.model.reference_size // PATCH) ** 2
-    return min(limit, longest)
+    return policy.text_tokens(longest, config.model.reference_size)

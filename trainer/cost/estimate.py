@@ -1,10 +1,7 @@
-"""The price of a run, before it runs: forwards and pictures counted from the plan, seconds and memory
-measured on the real model.
-"""
+"""The price of a run, before it runs: forwards and images counted, seconds and memory measured."""
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +15,7 @@ from comfy_g2rpo.prompts import read as read_prompts
 from comfy_g2rpo.recipes import build_plan
 from comfy_g2rpo.rollout import seeded_noise
 from comfy_g2rpo.run.evaluation import price
+from comfy_g2rpo.run.peak_memory import peak_memory
 
 from ..config.reading import Config, make_pace, make_recipe
 from ..reports.progress import clock
@@ -57,9 +55,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one forward, of one forward with backward and of one decoded picture, at the recipe's
-    batch sizes; peak bytes.
-    """
+    """Seconds of a forward, of one with backward and of a decoded image at the recipe's batch sizes."""
 
     device: str
     forward: float
@@ -140,9 +136,7 @@ def measure(config: Config) -> Cost:
         update=seconds(lambda: forward(train.micro_batch).square().mean().backward(), where)
         / train.micro_batch,
         decode=seconds(lambda: policy.decode(latents), where) / train.decode_batch,
-        peak=torch.cuda.max_memory_allocated()
-        if where.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak=peak_memory(where),
     )
 
 

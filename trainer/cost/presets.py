@@ -1,6 +1,4 @@
-"""Presets for cards of a size, and the preflight: what a run needs, what the card has, and which preset
-would fit.
-"""
+"""Presets for cards of a size, and the check before a run: what it needs, and what the card has."""
 
 from __future__ import annotations
 
@@ -16,15 +14,9 @@ import yaml
 
 from comfy_g2rpo.options import nearest
 
-from ..config.reading import (
-    Config,
-    ConfigError,
-    apply_overrides,
-    bundled_folder,
-    find_recipe,
-    from_dict,
-    read_yaml,
-)
+from ..config.bundled import bundled_folder
+from ..config.family_names import DEFAULT_FAMILY
+from ..config.reading import Config, ConfigError, apply_overrides, find_recipe, from_dict, read_yaml
 
 if TYPE_CHECKING:
     from .card_memory import Footprint
@@ -34,9 +26,7 @@ SIZES = {"8gb": 8, "12gb": 12, "16gb": 16, "24gb": 24, "48gb": 48, "80gb": 80}
 USABLE = 0.95
 """Share of a card's memory that a run may count on: allocators leave gaps."""
 SMALL = 0.05
-"""A model whose files are below this share of the computer's memory fits it, and is not asked about on a
-CPU.
-"""
+"""A model below this share of the computer's memory is not asked about on a CPU."""
 
 
 @lru_cache(maxsize=1)
@@ -47,10 +37,7 @@ def presets() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def preset_settings(recipe: str, name: str | None, settings: Sequence[str] = ()) -> list[str]:
-    """Return a preset as the settings that it stands for, in front of those that are given.
-
-    ConfigError for a name that is none.
-    """
+    """Return a preset's settings in front of those that are given; ConfigError for an unknown name."""
     if name is None:
         return list(settings)
     if name not in SIZES:
@@ -58,7 +45,7 @@ def preset_settings(recipe: str, name: str | None, settings: Sequence[str] = ())
             f"--preset {name!r} is unknown{nearest(name, SIZES)}; choose one of: {', '.join(SIZES)}"
         )
     model = apply_overrides(read_yaml(find_recipe(recipe)), settings).get("model")
-    family = model.get("family", "sd3") if isinstance(model, dict) else "sd3"
+    family = model.get("family", DEFAULT_FAMILY) if isinstance(model, dict) else DEFAULT_FAMILY
     if family not in presets():
         raise ConfigError(f"--preset: {family!r} has no presets; those that have are: {', '.join(presets())}")
     return [*written(presets()[family][name]), *settings]
@@ -78,15 +65,15 @@ class Card:
     name: str
     free: int
 
-    def fits(self, foreseen: Footprint) -> bool:
-        """Say whether a run fits."""
-        return self.need(foreseen) <= self.free
+    def fits(self, estimate: Footprint) -> bool:
+        """Return whether a run fits."""
+        return self.need(estimate) <= self.free
 
-    def need(self, foreseen: Footprint) -> int:
+    def need(self, estimate: Footprint) -> int:
         """Return what a run takes here, gaps and libraries among it."""
         from .card_memory import CARD
 
-        return int((foreseen.need + (CARD if self.name != "memory" else 0)) / USABLE)
+        return int((estimate.need + (CARD if self.name != "memory" else 0)) / USABLE)
 
 
 def this_card(device: torch.device) -> Card:
@@ -98,29 +85,26 @@ def this_card(device: torch.device) -> Card:
     return Card("memory", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def says(card: Card, foreseen: Footprint) -> str:
-    """Say what is needed, and what there is."""
+def says(card: Card, estimate: Footprint) -> str:
+    """Return what is needed, and what there is."""
     from .card_memory import sized
 
     return (
-        f"needs ≈ {sized(card.need(foreseen))} (estimate; most in {foreseen.phase}), you have "
+        f"needs ≈ {sized(card.need(estimate))} (estimate; most in {estimate.phase}), you have "
         f"{sized(card.free)} ({card.name})"
     )
 
 
 def preflight(config: Config, card: Card, force: bool = False) -> str:
-    """Foresee a run's memory and return the sentence.
-
-    ConfigError where it does not fit, with the preset that would.
-    """
-    from .card_memory import UnforeseenError, footprint
+    """Estimate a run's memory and say it; ConfigError where it does not fit, with the preset that would."""
+    from .card_memory import UnknownMemoryError, footprint
 
     try:
-        foreseen = footprint(config)
-    except UnforeseenError as error:
+        estimate = footprint(config)
+    except UnknownMemoryError as error:
         return str(error)
-    sentence = says(card, foreseen)
-    if force or card.fits(foreseen):
+    sentence = says(card, estimate)
+    if force or card.fits(estimate):
         return sentence
     raise ConfigError(f"memory: {sentence}; {remedy(config, card)}, or go on with --force")
 
@@ -133,9 +117,9 @@ def remedy(config: Config, card: Card) -> str:
     for name in sorted(own, key=lambda name: -SIZES[name]):
         if SIZES[name] * 2**30 > 1.1 * card.free:
             continue
-        foreseen = footprint(with_preset(config, own[name]))
-        if card.fits(foreseen):
-            return f"start it with --preset {name} (≈ {sized(card.need(foreseen))})"
+        estimate = footprint(with_preset(config, own[name]))
+        if card.fits(estimate):
+            return f"start it with --preset {name} (≈ {sized(card.need(estimate))})"
     return "no preset fits: lower model.width and model.height, or take a smaller model"
 
 
@@ -145,7 +129,7 @@ def with_preset(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def is_small(config: Config, card: Card) -> bool:
-    """Say whether a model's files are so small that nobody need ask about memory."""
+    """Return whether a model's files are so small that nobody need ask about memory."""
     places = [
         config.model.path,
         config.model.transformer,
@@ -165,10 +149,7 @@ def is_small(config: Config, card: Card) -> bool:
 
 
 def before_training(config: Config, force: bool) -> list[str]:
-    """Say what a run that is about to start needs and has, unless its model is small and on a CPU.
-
-    ConfigError where that is too little.
-    """
+    """Return what a run needs and has, unless it is small and on a CPU; ConfigError if too little."""
     from ..model.inference import device
     from ..model.placing import check_card
 
@@ -179,18 +160,18 @@ def before_training(config: Config, force: bool) -> list[str]:
     return [*([remark] if remark else []), preflight(config, card, force)]
 
 
-def foreseen(config: Config) -> tuple[list[tuple[str, str]], str]:
+def estimate_memory(config: Config) -> tuple[list[tuple[str, str]], str]:
     """Return rows about a run's memory, and why it cannot start here, if so."""
     from ..model.inference import device
     from ..model.placing import check_card
-    from .card_memory import UnforeseenError, footprint
+    from .card_memory import UnknownMemoryError, footprint
 
     where = device()
     card = this_card(where)
     try:
         check_card(config.model, config.memory, where)
         found = footprint(config)
-    except UnforeseenError as error:
+    except UnknownMemoryError as error:
         return [("memory", str(error))], ""
     except (OSError, ValueError) as error:
         return [], f"the model cannot be loaded here: {error}"

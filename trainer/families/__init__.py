@@ -1,13 +1,11 @@
-"""Model families: one module each, that loads a model as a policy with its text encoding, its schedule and
-its decoder.
-"""
+"""Model families: one module each. `load` chooses one for a configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -21,7 +19,9 @@ if TYPE_CHECKING:
     from comfy_g2rpo.recipes import Recipe
 
     from ..config.sections import ModelSection
-from ..config.family_names import EDITS, FAMILIES, SINGLE_FILES, Schedule
+    from .shared.peft_policy import PeftPolicy
+from ..config.family_names import EDITS, FAMILIES, Schedule
+from .files import diffusers_folder
 
 
 class FamilyPolicy(Trainee, Protocol):
@@ -57,33 +57,30 @@ class FamilyPolicy(Trainee, Protocol):
         ...
 
 
-def load(section: ModelSection, folder: Path | None, device: torch.device | str) -> FamilyPolicy:
-    """Load the model of a configuration's section onto a device, from its folder or checkpoint and from
-    files of their own.
-    """
-    if section.frames > 1 and section.family != "wan":
-        raise ValueError(
-            f"model.frames is {section.frames}, but {FAMILIES[section.family]} makes single pictures; "
-            "set it to 1"
-        )
+def policy_class(section: ModelSection, path: Path | None) -> type[PeftPolicy]:
+    """Return the class that loads a configuration's model: the family's, or that of its editing models."""
+    family = FAMILIES[section.family]
+    named = family.pipelines.get(diffusers_folder.pipeline_name(path), section.family)
+    module = import_module(f".{family.edits.get(section.edits, named)}", __name__)
+    kind: type[PeftPolicy] = module.POLICY
+    return kind
+
+
+def load(section: ModelSection, path: Path | None, device: torch.device | str) -> FamilyPolicy:
+    """Load the model of a configuration's section onto a device, from its folder, checkpoint or files."""
+    title = FAMILIES[section.family].title
     if section.edits and EDITS[section.edits] != section.family:
         remedy = f"set model.family: {EDITS[section.edits]}, or remove model.edits"
-        raise ValueError(f"model.edits is {section.edits}, which is no {FAMILIES[section.family]}; {remedy}")
-    given = [name for name in ("transformer", "text_encoders", "vae", "tokenizers") if getattr(section, name)]
-    if section.family not in SINGLE_FILES and (given or folder is None or folder.is_file()):
-        remedy = f"remove {given[0]}" if given else "give its folder"
-        raise ValueError(
-            f"model.{(given or ['path'])[0]}: {FAMILIES[section.family]} is loaded from its folder "
-            f"alone; {remedy}"
-        )
-    policy: Any = import_module(f".{section.family}", __name__).load(section, folder, device)
-    return policy
+        raise ValueError(f"model.edits is {section.edits}, which is no {title}; {remedy}")
+    kind = policy_class(section, path)
+    if section.frames > 1 and not kind.makes_clips:
+        remedy = f"but {title} makes single pictures; set it to 1"
+        raise ValueError(f"model.frames is {section.frames}, {remedy}")
+    return kind.load(section, path, device)
 
 
 def sigmas(policy: FamilyPolicy, schedule: Schedule, recipe: Recipe, shape: Sequence[int]) -> Tensor:
-    """Return the noise levels [T+1] of a run: by the method's shift, as the family's pipeline samples, or
-    as ComfyUI does.
-    """
+    """Return a run's noise levels [T+1]: the method's, the pipeline's or ComfyUI's."""
     if schedule == "pipeline":
         return policy.pipeline_sigmas(recipe.num_steps, shape)
     return shifted_sigmas(recipe.num_steps, policy.comfyui_shift if schedule == "comfyui" else recipe.shift)

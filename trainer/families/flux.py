@@ -1,27 +1,20 @@
-"""FLUX.1 dev and schnell (Black Forest Labs) on diffusers and peft: packed latents, guidance as an input,
-a shift by resolution.
-"""
+"""FLUX.1 dev and schnell (Black Forest Labs): packed latents, guidance as input, shift by resolution."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from diffusers import FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
-from .files import diffusers_folder
-from .files.parts import Parts
-from .shared.peft_policy import Adapted, cells
-
-if TYPE_CHECKING:
-    from ..config.sections import ModelSection
+from .files.single_file import Held
+from .files.sizes import channels_of_noise
+from .shared.peft_policy import PeftPolicy, cells
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = (
@@ -33,6 +26,18 @@ FEED_FORWARD = (
     "proj_out",
 )
 SCHNELL_TOKENS = 256
+NORMS = tuple(
+    [
+        (rf"{theirs}\.norm_{added}{letter}\.weight", rf"{ours}.norm.{word}_norm.{leaf}")
+        for theirs, added, ours in (
+            (r"transformer_blocks\.(\d+)\.attn", "", r"double_blocks.\1.img_attn"),
+            (r"transformer_blocks\.(\d+)\.attn", "added_", r"double_blocks.\1.txt_attn"),
+            (r"single_transformer_blocks\.(\d+)\.attn", "", r"single_blocks.\1"),
+        )
+        for letter, word in (("q", "query"), ("k", "key"))
+        for leaf in ("scale", "weight")
+    ]
+)
 
 
 class Cond(NamedTuple):
@@ -42,69 +47,34 @@ class Cond(NamedTuple):
     pooled: Tensor  # CLIP: [pooled_projection_dim]
 
 
-def load(section: ModelSection, path: Path | None, device: torch.device | str) -> Flux:
-    """Load the model of a configuration's section onto a device.
+class Flux(PeftPolicy):
+    """A policy and decoder over a FluxPipeline. Latents are [B, 16, h, w], packed inside."""
 
-    Kontext as the model that edits a picture.
-    """
-    if section.edits or diffusers_folder.pipeline_name(path) == "FluxKontextPipeline":
-        from . import kontext
-
-        return kontext.load(section, path, device)
-    bf16, length = section.dtype == "bf16", section.max_sequence_length
-    parts = Parts(FluxPipeline, "flux", section, path, device)
-    policy = Flux(
-        parts.pipeline(),
-        guidance=section.guidance,
-        max_sequence_length=length,
-        autocast=torch.bfloat16 if bf16 else None,
-    )
-    return parts.attach(policy, "flux", section.dtype, length)
-
-
-class Flux(Adapted):
-    """A policy and a decoder over a FluxPipeline, with a peft LoRA on its transformer.
-
-    Latents are [B, 16, h, w], packed inside.
-    """
-
+    pipeline_class = FluxPipeline
+    guidance, max_sequence_length = 3.5, 512
+    reads = "FLUX.1 reads its prompts by T5"
+    layout = NORMS
     cond = Cond
     blocks, attention, feed_forward = r"(single_)?transformer_blocks\.\d+(\.attn)?", ATTENTION, FEED_FORWARD
 
-    def __init__(
-        self,
-        pipeline: FluxPipeline,
-        *,
-        guidance: float = 3.5,
-        max_sequence_length: int = 512,
-        autocast: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(pipeline, autocast)
+    def set_up(self) -> None:
+        """Look at the pipeline, and refuse settings that the model does not take."""
         self.guided = self.transformer.config.guidance_embeds
         # ComfyUI's ModelSamplingFlux shifts dev by e^1.15 at any size; schnell is not shifted.
         self.comfyui_shift = math.exp(1.15) if self.guided else 1.0
-        if not self.guided and guidance > 1:
+        if not self.guided and self.guidance > 1:
+            remedy = "but this FLUX.1 (schnell) takes no guidance; set it to 1"
+            raise ValueError(f"model.guidance is {self.guidance:g}, {remedy}")
+        if not self.guided and self.max_sequence_length > SCHNELL_TOKENS:
             raise ValueError(
-                f"model.guidance is {guidance:g}, but this FLUX.1 (schnell) takes no guidance; set it to 1"
-            )
-        if not self.guided and max_sequence_length > SCHNELL_TOKENS:
-            raise ValueError(
-                f"model.max_sequence_length is {max_sequence_length}; FLUX.1 schnell takes "
+                f"model.max_sequence_length is {self.max_sequence_length}; FLUX.1 schnell takes "
                 f"{SCHNELL_TOKENS} at most"
             )
-        if not max_sequence_length:
-            raise ValueError(
-                "model.max_sequence_length is 0, but FLUX.1 reads its prompts by T5; set it to 512 "
-                "(schnell: 256)"
-            )
-        self.guidance, self.max_sequence_length = guidance, max_sequence_length
         self._exact: tuple[Tensor, ...] = ()
         self.transformer.time_text_embed.register_forward_pre_hook(self._keep_exact)
 
     def _keep_exact(self, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Give the embedding the noise level and guidance as they are: the model rounds them to its own 16
-        bit (0.9545 to 0.953).
-        """
+        """Give the embedding exact noise levels and guidance, which the model would round to 16 bit."""
         return (*self._exact, given[-1]) if self._exact else given
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
@@ -132,10 +102,27 @@ class Flux(Adapted):
         return unpack(velocity[:, : height * width].float(), height, width)
 
     def seen(self, x: Tensor, cond: Sequence[Cond]) -> tuple[Tensor, Tensor]:
-        """Return the tokens [B, n, 4C] that the model looks at, those of x [B, C, h, w] first, and where
-        they are [n, 3].
-        """
+        """Return the tokens [B, n, 4C] that the model sees, those of x first, and their places [n, 3]."""
         return pack(x), positions(x.shape[2] // 2, x.shape[3] // 2, self.device)
+
+    @classmethod
+    def facts(cls, family: str, config: Mapping[str, Any], folder: Path | None) -> str:
+        """Name the facts of dev or schnell, which has no input for guidance."""
+        return "flux_dev" if config.get("guidance_embeds") else "flux_schnell"
+
+    @staticmethod
+    def sizes(held: Held) -> dict[str, Any]:
+        """Describe a FLUX.1; dev has an input for guidance, schnell has none."""
+        width, channels = held.size("x_embedder.weight")
+        return {
+            "num_layers": held.count("transformer_blocks.{}.attn.to_q.weight"),
+            "num_single_layers": held.count("single_transformer_blocks.{}.attn.to_q.weight"),
+            "num_attention_heads": width // 128,
+            "in_channels": channels_of_noise(held, channels, held.size("proj_out.weight")[0]),
+            "joint_attention_dim": held.size("context_embedder.weight")[1],
+            "pooled_projection_dim": held.size("time_text_embed.text_embedder.linear_1.weight")[1],
+            "guidance_embeds": held.has("time_text_embed.guidance_embedder.linear_1.weight"),
+        }
 
     def encode_one(self, prompt: str) -> Cond:
         """Run CLIP (pooled) and T5 (tokens) on one prompt."""
@@ -151,14 +138,8 @@ class Flux(Adapted):
         )
 
     def pipeline_sigmas(self, num_steps: int, shape: Sequence[int]) -> Tensor:
-        """Return FluxPipeline's noise levels [T+1]: dev's are shifted by the number of tokens, schnell's
-        not at all.
-        """
-        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
-        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        mu = calculate_shift(shape[-2] * shape[-1] // 4, *(scheduler.config[name] for name in names))
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
-        return scheduler.sigmas.float().cpu()
+        """Return FluxPipeline's noise levels [T+1]: dev's shifted by the tokens, schnell's not at all."""
+        return self.shifted_sigmas(num_steps, shape[-2] * shape[-1] // 4)
 
 
 def pack(x: Tensor) -> Tensor:
@@ -175,8 +156,9 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def positions(height: int, width: int, device: torch.device, place: int = 0) -> Tensor:
-    """Return where a picture's tokens are: [h·w, 3] (place, row, column), the picture that is made at
-    place 0.
-    """
+    """Return where an image's tokens are: [h·w, 3] (place, row, column); the one made is at place 0."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([torch.full_like(rows, place), rows, columns], -1).flatten(0, 1).float().to(device)
+
+
+POLICY = Flux

@@ -1,17 +1,14 @@
-"""FLUX.2 dev and klein (Black Forest Labs) on diffusers and peft: dev has guidance as an input, klein base
-has it classifier-free.
-"""
+"""FLUX.2 dev and klein (Black Forest Labs): guidance as an input (dev) or classifier-free (klein)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
@@ -20,10 +17,14 @@ from torch import Tensor, nn
 from comfy_g2rpo.lora.key_names import FLUX2
 
 from .files import diffusers_folder
-from .files.parts import Parts
-from .shared.peft_policy import Adapted, cells
+from .files.single_file import Held
+from .files.sizes import channels_of_noise
+from .flux import NORMS
+from .shared.peft_policy import PeftPolicy, cells
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from ..config.sections import ModelSection
 
 ATTENTION = (
@@ -48,40 +49,17 @@ class Cond(NamedTuple):
     tokens: Tensor
 
 
-def load(section: ModelSection, path: Path | None, device: torch.device | str) -> Flux2:
-    """Load the model of a configuration's section onto a device."""
-    bf16, length = section.dtype == "bf16", section.max_sequence_length
-    dev = (
-        path is not None
-        and path.is_dir()
-        and diffusers_folder.pipeline_name(path) != Flux2KleinPipeline.__name__
-    )
-    kind = Flux2Pipeline if dev else Flux2KleinPipeline
-    tokenizer = (
-        diffusers_folder.components(path, kind.__name__).get("tokenizer", [None, None])[1] if dev else None
-    )
-    if tokenizer == "PixtralProcessor" and find_spec("torchvision") is None:
-        raise ValueError(
-            f"model.path {path}: FLUX.2 dev cuts its prompts by a {tokenizer}, which needs "
-            "torchvision: pip install torchvision"
-        )
-    parts = Parts(kind, "flux2", section, path, device)
-    policy = Flux2(
-        parts.pipeline(),
-        guidance=section.guidance,
-        max_sequence_length=length,
-        autocast=torch.bfloat16 if bf16 else None,
-    )
-    return parts.attach(policy, "flux2", section.dtype, length)
-
-
-class Flux2(Adapted):
+class Flux2(PeftPolicy):
     """A policy and a decoder over a Flux2Pipeline or Flux2KleinPipeline, with a peft LoRA on its transformer.
 
     Latents are [B, 128, h, w], as ComfyUI has them: 2×2 cells of the VAE in one, normalised channel by
     channel; a cell is a token.
     """
 
+    pipeline_class = Flux2Pipeline
+    guidance, max_sequence_length = 4.0, 512
+    reads = "FLUX.2 reads its prompts by a language model"
+    layout = NORMS
     cond = Cond
     # ComfyUI's ModelSamplingFlux shifts by e^2.02 at any size.
     comfyui_shift = math.exp(2.02)
@@ -92,41 +70,24 @@ class Flux2(Adapted):
     blocks = r"(transformer_blocks\.\d+(\.attn(?!\.to_out$))?|single_transformer_blocks\.\d+\.attn)"
     attention, feed_forward = ATTENTION, FEED_FORWARD
 
-    def __init__(
-        self,
-        pipeline: Flux2Pipeline | Flux2KleinPipeline,
-        *,
-        guidance: float = 4.0,
-        max_sequence_length: int = 512,
-        autocast: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(pipeline, autocast)
+    def set_up(self) -> None:
+        """Look at the pipeline, and refuse settings that the model does not take."""
         self.embedded = self.transformer.config.guidance_embeds
         self.blank = None if self.embedded else ""
-        if pipeline.config.get("is_distilled") and guidance > 1:
+        if self.pipeline.config.get("is_distilled") and self.guidance > 1:
             raise ValueError(
-                f"model.guidance is {guidance:g}, but this FLUX.2 (klein, distilled) takes no "
+                f"model.guidance is {self.guidance:g}, but this FLUX.2 (klein, distilled) takes no "
                 "guidance; set it to 1"
             )
-        if not max_sequence_length:
-            raise ValueError(
-                "model.max_sequence_length is 0, but FLUX.2 reads its prompts by a language model; set "
-                "it to 512"
-            )
-        self.guidance, self.max_sequence_length = guidance, max_sequence_length
         self._exact: tuple[Tensor, Tensor | None] | None = None
         self.transformer.time_guidance_embed.register_forward_pre_hook(self._keep_exact)
 
     def _keep_exact(self, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Give the embedding the noise level and guidance as they are: the model rounds them to its own 16
-        bit (0.9545 to 0.953).
-        """
+        """Give the embedding exact noise levels and guidance, which the model would round to 16 bit."""
         return given if self._exact is None else self._exact
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
-        """Return v [B, C, h, w] in float32, with guidance as the model has it: an input (dev), or
-        classifier-free (klein base).
-        """
+        """Return v [B, C, h, w] in float32; guidance is an input (dev) or classifier-free (klein)."""
         return self._forward(x, sigma, cond) if self.embedded else super().velocity(x, sigma, cond)
 
     def _forward(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
@@ -150,6 +111,45 @@ class Flux2(Adapted):
             self._exact = None
         return velocity.float().transpose(1, 2).unflatten(2, (height, width))
 
+    @classmethod
+    def load(cls, section: ModelSection, path: Path | None, device: torch.device | str) -> Self:
+        """Load the model of a configuration's section; dev's published tokenizer needs torchvision."""
+        if cls.pipeline_of(path) is Flux2Pipeline:
+            parts = diffusers_folder.components(path, Flux2Pipeline.__name__)
+            tokenizer = parts.get("tokenizer", [None, None])[1]
+            if tokenizer == "PixtralProcessor" and find_spec("torchvision") is None:
+                needs = f"a {tokenizer}, which needs torchvision: pip install torchvision"
+                raise ValueError(f"model.path {path}: FLUX.2 dev cuts its prompts by {needs}")
+        return super().load(section, path, device)
+
+    @classmethod
+    def pipeline_of(cls, path: Path | None) -> Any:
+        """Return klein's pipeline for files and klein's folders, dev's for any other folder."""
+        folder = path is not None and path.is_dir()
+        dev = folder and diffusers_folder.pipeline_name(path) != Flux2KleinPipeline.__name__
+        return Flux2Pipeline if dev else Flux2KleinPipeline
+
+    @classmethod
+    def facts(cls, family: str, config: Mapping[str, Any], folder: Path | None) -> str:
+        """Name the facts of klein, which serve dev's folder as well."""
+        if config.get("guidance_embeds") and folder is None:
+            needs = "FLUX.2 dev needs its folder; its transformer and VAE may be files of their own"
+            raise ValueError(f"model.path is missing: {needs}")
+        return "flux2_klein"
+
+    @staticmethod
+    def sizes(held: Held) -> dict[str, Any]:
+        """Describe a FLUX.2; dev has an input for guidance, klein has none."""
+        width, channels = held.size("x_embedder.weight")
+        return {
+            "num_layers": held.count("transformer_blocks.{}.attn.to_q.weight"),
+            "num_single_layers": held.count("single_transformer_blocks.{}.attn.to_out.weight"),
+            "num_attention_heads": width // 128,
+            "in_channels": channels_of_noise(held, channels, held.size("proj_out.weight")[0]),
+            "joint_attention_dim": held.size("context_embedder.weight")[1],
+            "guidance_embeds": held.has("time_guidance_embed.guidance_embedder.linear_1.weight"),
+        }
+
     def encode_one(self, prompt: str) -> Cond:
         """Run Qwen3 (klein) or Mistral 3 (dev) on one prompt in its chat template."""
         tokens, _ = self.pipeline.encode_prompt(
@@ -164,13 +164,8 @@ class Flux2(Adapted):
         )
 
     def pipeline_sigmas(self, num_steps: int, shape: Sequence[int]) -> Tensor:
-        """Return the pipelines' noise levels [T+1]: shifted by the number of tokens and of steps, by a fit
-        of the model's authors.
-        """
-        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
-        mu = compute_empirical_mu(shape[-2] * shape[-1], num_steps)
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
-        return scheduler.sigmas.float().cpu()
+        """Return noise levels [T+1] shifted by tokens and steps, by a fit of the model's authors."""
+        return self.shifted_sigmas(num_steps, mu=compute_empirical_mu(shape[-2] * shape[-1], num_steps))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -185,10 +180,11 @@ class Flux2(Adapted):
 
 @lru_cache(maxsize=8)
 def positions(height: int, width: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return where tokens are: the picture's [h·w, 4] (0, row, column, 0), the text's [L, 4] (0, 0, 0,
-    place).
-    """
+    """Return tokens' places: image [h·w, 4] (0, row, column, 0), text [L, 4] (0, 0, 0, place)."""
     one = torch.arange(1)
     image = torch.cartesian_prod(one, torch.arange(height), torch.arange(width), one)
     text = torch.cartesian_prod(one, one, one, torch.arange(length))
     return image.float().to(device), text.float().to(device)
+
+
+POLICY = Flux2

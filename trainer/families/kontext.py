@@ -1,13 +1,10 @@
-"""FLUX.1 Kontext (Black Forest Labs): FLUX.1 dev that edits.
-
-A picture's latent stands behind the one made, in a place of its own.
-"""
+"""FLUX.1 Kontext (Black Forest Labs): FLUX.1 dev that edits an image, whose latent stands behind."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers import FluxKontextPipeline, FluxPipeline
@@ -21,6 +18,8 @@ from .flux import Flux, pack, positions
 from .shared.editing import Editing, by_size, picture_of
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from ..config.sections import ModelSection
 
 LEARNT = 1024  # side of the square whose area the model's own sizes have
@@ -34,45 +33,32 @@ class Cond(NamedTuple):
     picture: Tensor  # latent [C, h, w] as the model sees it; [C, 0, 0] for a prompt without
 
 
-def load(section: ModelSection, path: Path | None, device: torch.device | str) -> Kontext:
-    """Load the model of a configuration's section onto a device.
-
-    Files, and another FLUX.1's folder with its transformer, do as well.
-    """
-    bf16, length, size = section.dtype == "bf16", section.max_sequence_length, section.reference_size
-    # The two differ in what they do when they are called, which nothing here does.
-    kind = (
-        FluxKontextPipeline
-        if diffusers_folder.pipeline_name(path) == FluxKontextPipeline.__name__
-        else FluxPipeline
-    )
-    parts = Parts(kind, "flux", section, path, device)
-    policy = Kontext(
-        parts.pipeline(),
-        guidance=section.guidance,
-        max_sequence_length=length,
-        autocast=torch.bfloat16 if bf16 else None,
-    )
-    policy.start_from_pictures(size)
-    return parts.attach(policy, "kontext", section.dtype, length, size, parts=PICTURE_PARTS)
-
-
 class Kontext(Editing, Flux):
-    """A policy and a decoder over the parts of a FluxKontextPipeline.
+    """A policy and decoder over a FluxKontextPipeline; prompts may start from an image, and need not."""
 
-    Prompts may start from a picture, and need not.
-    """
+    pipeline_class, cond = FluxPipeline, Cond
 
-    cond = Cond
+    @classmethod
+    def load(cls, section: ModelSection, path: Path | None, device: torch.device | str) -> Self:
+        """Load the model of a section; another FLUX.1's folder with Kontext's transformer will do."""
+        parts, size = Parts(cls, section, path, device), section.reference_size
+        policy = cls.of(section, parts.pipeline())
+        policy.start_from_pictures(size)
+        length = section.max_sequence_length
+        return parts.attach(policy, "kontext", section.dtype, length, size, parts=PICTURE_PARTS)
+
+    @classmethod
+    def pipeline_of(cls, path: Path | None) -> Any:
+        """Return Kontext's pipeline for its own folder, else dev's, which has the same parts."""
+        own = diffusers_folder.pipeline_name(path) == FluxKontextPipeline.__name__
+        return FluxKontextPipeline if own else FluxPipeline
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
         """Return v [B, C, h, w] in float32, with guidance as the model has learnt it."""
         return by_size(super().velocity, x, sigma, cond)
 
     def seen(self, x: Tensor, cond: Sequence[Cond]) -> tuple[Tensor, Tensor]:
-        """Return the tokens that the model looks at, those of x [B, C, h, w] first and the pictures'
-        behind, and where they are.
-        """
+        """Return the tokens that the model sees, x's first and the images' behind, and their places."""
         tokens, where = super().seen(x, cond)
         pictures = torch.stack([c.picture for c in cond])
         if not pictures.numel():
@@ -100,8 +86,9 @@ class Kontext(Editing, Flux):
 
 
 def size_of(ratio: float, size: int = LEARNT) -> tuple[int, int]:
-    """Return (width, height) for a picture of a ratio: the nearest that the model has learnt, brought to
-    the area of another square.
-    """
+    """Return (width, height) of the nearest ratio that the model learnt, at another square's area."""
     _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
     return tuple(max(round(side * size / LEARNT / 16), 1) * 16 for side in (width, height))
+
+
+POLICY = Kontext

@@ -1,27 +1,20 @@
-"""Lumina-Image 2.0 (Alpha-VLLM) on diffusers and peft: time runs from 0 to 1, guidance keeps the norm of
-every row of the prediction.
-"""
+"""Lumina-Image 2.0 (Alpha-VLLM): time runs from 0 to 1, guidance keeps the norm of every row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from diffusers import Lumina2Pipeline
-from diffusers.pipelines.lumina2.pipeline_lumina2 import calculate_shift
 from torch import Tensor
 
 from comfy_g2rpo.lora.key_names import LUMINA2
 
-from .files.parts import Parts
+from .files.single_file import Held
+from .files.sizes import channels_of_noise
 from .qwen_image import padded
-from .shared.peft_policy import Adapted, cells
-
-if TYPE_CHECKING:
-    from ..config.sections import ModelSection
+from .shared.peft_policy import PeftPolicy, cells
 
 PATCH = 2
 
@@ -32,25 +25,20 @@ class Cond(NamedTuple):
     tokens: Tensor  # Gemma 2, the layer before the last: [L, cap_feat_dim], as many as the prompt has
 
 
-def load(section: ModelSection, path: Path | None, device: torch.device | str) -> Lumina2:
-    """Load the model of a configuration's section onto a device."""
-    bf16, length = section.dtype == "bf16", section.max_sequence_length
-    parts = Parts(Lumina2Pipeline, "lumina2", section, path, device)
-    policy = Lumina2(
-        parts.pipeline(),
-        guidance=section.guidance,
-        max_sequence_length=length,
-        autocast=torch.bfloat16 if bf16 else None,
+class Lumina2(PeftPolicy):
+    """A policy and decoder over a Lumina2Pipeline. Latents are [B, 16, h, w]."""
+
+    pipeline_class = Lumina2Pipeline
+    guidance, max_sequence_length = 4.0, 256
+    reads = "Lumina-Image 2.0 reads its prompts by a language model"
+    fills_text = False
+    layout = (
+        (r"(.+)\.attn\.norm_([qk])\.weight", r"\1.attention.\2_norm.weight"),
+        (r"(.+)\.norm1\.norm\.weight", r"\1.attention_norm1.weight"),
+        (r"(context_refiner\.\d+)\.norm1\.weight", r"\1.attention_norm1.weight"),
+        (r"(.+)\.norm2\.weight", r"\1.attention_norm2.weight"),
+        (r"time_caption_embed\.caption_embedder\.0\.weight", "cap_embedder.0.weight"),
     )
-    return parts.attach(policy, "lumina2", section.dtype, length)
-
-
-class Lumina2(Adapted):
-    """A policy and a decoder over a Lumina2Pipeline, with a peft LoRA on its transformer.
-
-    Latents are [B, 16, h, w].
-    """
-
     cond = Cond
     blank = ""
     comfyui_shift = 6.0
@@ -61,27 +49,8 @@ class Lumina2(Adapted):
     attention = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
     feed_forward = ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
 
-    def __init__(
-        self,
-        pipeline: Lumina2Pipeline,
-        *,
-        guidance: float = 4.0,
-        max_sequence_length: int = 256,
-        autocast: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(pipeline, autocast)
-        if not max_sequence_length:
-            raise ValueError(
-                "model.max_sequence_length is 0, but Lumina-Image 2.0 reads its prompts by a language "
-                "model; set it to 256"
-            )
-        self.guidance, self.max_sequence_length = guidance, max_sequence_length
-
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
-        """Return v [B, C, h, w] in float32.
-
-        Guidance above 1 is classifier-free, its rows as long as those of the prediction.
-        """
+        """Return v [B, C, h, w] in float32; guided rows are as long as those of the prediction."""
         if self.guidance <= 1:
             return self._forward(x, sigma, cond)
         blank = self.encode([self.blank]) * len(cond)
@@ -90,10 +59,7 @@ class Lumina2(Adapted):
         return guided * (given.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
     def _forward(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
-        """Run the transformer, whose time is 1 − σ and whose output is x₀ − ε.
-
-        No token looks at the padding of texts.
-        """
+        """Run the transformer (time 1 − σ, output x₀ − ε); no token looks at the padding of texts."""
         tokens, mask = padded([c.tokens for c in cond])
         if mask is None:
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
@@ -103,11 +69,23 @@ class Lumina2(Adapted):
             )[0]
         return -output.float()
 
-    def encode_one(self, prompt: str) -> Cond:
-        """Run Gemma 2 on one prompt behind the model's instruction.
+    @staticmethod
+    def sizes(held: Held) -> dict[str, Any]:
+        """Describe a Lumina-Image 2.0."""
+        width, patch = held.size("x_embedder.weight")
+        head = held.size("layers.0.attn.norm_q.weight")[0]
+        return {
+            "hidden_size": width,
+            "in_channels": channels_of_noise(held, patch, held.size("norm_out.linear_2.weight")[0]) // 4,
+            "num_layers": held.count("layers.{}.attn.to_q.weight"),
+            "num_refiner_layers": held.count("noise_refiner.{}.attn.to_q.weight"),
+            "num_attention_heads": width // head,
+            "num_kv_heads": held.size("layers.0.attn.to_k.weight")[0] // head,
+            "cap_feat_dim": held.size("time_caption_embed.caption_embedder.1.weight")[1],
+        }
 
-        The empty one, which guidance moves away from, has none.
-        """
+    def encode_one(self, prompt: str) -> Cond:
+        """Run Gemma 2 on a prompt behind the model's instruction, which the empty one lacks."""
         empty = prompt == self.blank
         *given, tokens, mask = self.pipeline.encode_prompt(
             prompt,
@@ -126,14 +104,8 @@ class Lumina2(Adapted):
         )
 
     def pipeline_sigmas(self, num_steps: int, shape: Sequence[int]) -> Tensor:
-        """Return Lumina2Pipeline's noise levels [T+1].
+        """Return Lumina2Pipeline's noise levels [T+1]; it takes channels for the number of tokens."""
+        return self.shifted_sigmas(num_steps, shape[0])
 
-        To shift by resolution, it takes channels for the number of tokens.
-        """
-        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
-        names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-        mu = calculate_shift(
-            shape[0], *(scheduler.config.get(name, default) for name, default in names.items())
-        )
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
-        return scheduler.sigmas.float().cpu()
+
+POLICY = Lumina2

@@ -1,6 +1,4 @@
-"""Qwen-Image-Edit (Alibaba) and its 2509 and 2511 (Plus): the text encoder looks at the picture, its
-latent stands behind the one made.
-"""
+"""Qwen-Image-Edit (Alibaba), 2509 and 2511: the text encoder and the model both see the image."""
 
 from __future__ import annotations
 
@@ -25,14 +23,15 @@ from .shared.editing import Editing, by_size, picture_of
 from .shared.video_vae import encode_picture
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from ..config.sections import ModelSection
 
 BLANK = " "
-PIXELS = {
-    "shortest_edge": 56**2,
-    "longest_edge": 12845056,
-}  # of a picture that Qwen2.5-VL looks at (its preprocessor_config.json)
+# Of an image that Qwen2.5-VL looks at (its preprocessor_config.json).
+PIXELS = {"shortest_edge": 56**2, "longest_edge": 12845056}
 NEWEST = "__index_timestep_zero__"  # ComfyUI's mark of a 2511
+PATCH = 28  # side in pixels of what is one token to Qwen2.5-VL
 GLANCE = 384  # side of the square at whose area the text encoder of Plus looks at a picture
 
 
@@ -40,82 +39,39 @@ class Cond(NamedTuple):
     """One prompt's features, each of text and picture together, and its picture."""
 
     tokens: Tensor  # [L, joint_attention_dim]
-    without: (
-        Tensor  # the same of the negative prompt " "; [0, joint_attention_dim] where there is no guidance
-    )
+    # The same of the negative prompt " "; [0, joint_attention_dim] where there is no guidance.
+    without: Tensor
     picture: Tensor  # latent [C, h, w] as the model sees it
 
 
-def load(section: ModelSection, path: Path, device: torch.device | str) -> QwenEdit:
-    """Load the model of a configuration's section onto a device."""
-    bf16, length, size = section.dtype == "bf16", section.max_sequence_length, section.reference_size
-    parts, pipeline = (
-        from_folder(section, path, device)
-        if "Edit" in diffusers_folder.pipeline_name(path)
-        else from_files(section, path, device)
-    )
-    policy = QwenEdit(
-        pipeline,
-        guidance=section.guidance,
-        max_sequence_length=length,
-        autocast=torch.bfloat16 if bf16 else None,
-    )
-    policy.start_from_pictures(size)
-    return parts.attach(
-        policy, type(pipeline).__name__, section.dtype, size, section.guidance > 1, parts=PICTURE_PARTS
-    )
-
-
-def from_folder(section: ModelSection, path: Path, device: torch.device | str) -> tuple[Parts, Any]:
-    """Load a pipeline from its own folder, of which files may replace parts."""
-    kind = (
-        QwenImageEditPlusPipeline
-        if diffusers_folder.pipeline_name(path) == QwenImageEditPlusPipeline.__name__
-        else QwenImageEditPipeline
-    )
-    parts = Parts(kind, "qwen_image", section, path, device)
-    return parts, parts.pipeline({"processor": read_processor(path)})
-
-
-def from_files(section: ModelSection, path: Path | None, device: torch.device | str) -> tuple[Parts, Any]:
-    """Load a pipeline from files, or from the folder of Qwen-Image with a transformer's file: the parts
-    are the same.
-    """
-    if section.transformer is None:
-        raise ValueError(
-            f"model.edits is {section.edits}, but no file has that model's transformer; give it as "
-            "model.transformer"
-        )
-    parts = Parts(QwenImagePipeline, "qwen_image", section, path, device)
-    newest = section.edits == "qwen_edit_2511"
-    if (NEWEST in parts.transformer.tensors) > newest or (newest and parts.folder):
-        remedy = "set model.edits: qwen_edit_2511, and give its other parts as files or its own folder"
-        raise ValueError(
-            f"model.transformer {section.transformer}: Qwen-Image-Edit-2511 looks at its picture in "
-            f"its own way; {remedy}"
-        )
-    parts.facts["transformer"]["zero_cond_t"] = newest
-    plain = parts.pipeline()
-    kind = QwenImageEditPipeline if section.edits == "qwen_edit" else QwenImageEditPlusPipeline
-    return parts, kind(
-        **plain.components, processor=PictureReader(picture_processor()(size=PIXELS), plain.tokenizer)
-    )
-
-
 class QwenEdit(Editing, QwenImage):
-    """A policy and a decoder over either pipeline; every prompt starts from one picture.
-
-    Its text is not cut, as the pipelines do not.
-    """
+    """A policy and decoder over either pipeline; every prompt starts from an image, no text is cut."""
 
     cond = Cond
     blank = None  # differs from picture to picture
 
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
-        """Return v [B, C, h, w] in float32.
+    @classmethod
+    def load(cls, section: ModelSection, path: Path | None, device: torch.device | str) -> Self:
+        """Load the model of a configuration's section onto a device."""
+        own = "Edit" in diffusers_folder.pipeline_name(path)
+        parts, pipeline = (from_folder if own else from_files)(cls, section, path, device)
+        policy, size = cls.of(section, pipeline), section.reference_size
+        policy.start_from_pictures(size)
+        settings = type(pipeline).__name__, section.dtype, size, section.guidance > 1
+        return parts.attach(policy, *settings, parts=PICTURE_PARTS)
 
-        Guidance above 1 is classifier-free and keeps the norm of every token's prediction.
-        """
+    @classmethod
+    def pipeline_of(cls, path: Path | None) -> Any:
+        """Return the pipeline of a folder of its own; files are parts of Qwen-Image's."""
+        own = {kind.__name__: kind for kind in (QwenImageEditPipeline, QwenImageEditPlusPipeline)}
+        return own.get(diffusers_folder.pipeline_name(path), QwenImagePipeline)
+
+    def text_tokens(self, longest: int, reference_size: int) -> int:
+        """Return the most tokens of a prompt, which are never cut: its text's and the image's patches."""
+        return longest + (reference_size // PATCH) ** 2
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
+        """Return v [B, C, h, w] in float32; guidance keeps the norm of every token's prediction."""
         return by_size(super().velocity, x, sigma, cond)
 
     def without(self, cond: Sequence[Cond]) -> list[Cond]:
@@ -125,9 +81,7 @@ class QwenEdit(Editing, QwenImage):
     def seen(
         self, tokens: Tensor, cond: Sequence[Cond], height: int, width: int
     ) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        """Return the tokens that the model looks at, those of the latents first and the pictures' behind,
-        and the size of both.
-        """
+        """Return the tokens that the model sees, the latents' first and the images' behind, and sizes."""
         pictures = torch.stack([c.picture for c in cond])
         sizes = [(1, height, width), (1, pictures.shape[2] // 2, pictures.shape[3] // 2)]
         return torch.cat([tokens, pack(pictures).to(tokens)], 1), sizes
@@ -157,6 +111,39 @@ class QwenEdit(Editing, QwenImage):
             read(prompt=BLANK, image=glance, device=self.device)[0][0] if self.guidance > 1 else tokens[:0]
         )
         return Cond(tokens, without.clone(), latent)
+
+
+def from_folder(
+    policy: type[QwenEdit], section: ModelSection, path: Path, device: torch.device | str
+) -> tuple[Parts, Any]:
+    """Load a pipeline from its own folder, of which files may replace parts."""
+    parts = Parts(policy, section, path, device)
+    return parts, parts.pipeline({"processor": read_processor(path)})
+
+
+def from_files(
+    policy: type[QwenEdit], section: ModelSection, path: Path | None, device: torch.device | str
+) -> tuple[Parts, Any]:
+    """Load a pipeline from files, or from Qwen-Image's folder with Edit's transformer."""
+    if section.transformer is None:
+        raise ValueError(
+            f"model.edits is {section.edits}, but no file has that model's transformer; give it as "
+            "model.transformer"
+        )
+    parts = Parts(policy, section, path, device)
+    newest = section.edits == "qwen_edit_2511"
+    if (NEWEST in parts.transformer.tensors) > newest or (newest and parts.folder):
+        remedy = "set model.edits: qwen_edit_2511, and give its other parts as files or its own folder"
+        raise ValueError(
+            f"model.transformer {section.transformer}: Qwen-Image-Edit-2511 looks at its picture in "
+            f"its own way; {remedy}"
+        )
+    parts.facts["transformer"]["zero_cond_t"] = newest
+    plain = parts.pipeline()
+    kind = QwenImageEditPipeline if section.edits == "qwen_edit" else QwenImageEditPlusPipeline
+    return parts, kind(
+        **plain.components, processor=PictureReader(picture_processor()(size=PIXELS), plain.tokenizer)
+    )
 
 
 class PictureReader(Qwen2VLProcessor):
@@ -205,3 +192,6 @@ def area(ratio: float, size: int) -> tuple[int, int]:
     """Return (width, height), multiples of 32, with about the area of a square."""
     width, height, _ = calculate_dimensions(size * size, ratio)
     return max(width, 32), max(height, 32)
+
+
+POLICY = QwenEdit

@@ -1,28 +1,20 @@
-"""Qwen-Image (Alibaba) on diffusers and peft: packed latents, texts of any length in one batch, guidance
-that keeps every token's norm.
-"""
+"""Qwen-Image (Alibaba): packed latents, texts of any length, guidance that keeps tokens' norms."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from diffusers import QwenImagePipeline
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from torch import Tensor, nn
 
-from .files import diffusers_folder
-from .files.parts import Parts
+from .files.single_file import Held
+from .files.sizes import channels_of_noise
 from .flux import pack, unpack
-from .shared.peft_policy import Adapted, cells
+from .shared.peft_policy import PeftPolicy, cells
 from .shared.video_vae import decode_frames
-
-if TYPE_CHECKING:
-    from ..config.sections import ModelSection
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
@@ -34,35 +26,13 @@ class Cond(NamedTuple):
     tokens: Tensor  # [L, joint_attention_dim], as many as the prompt has
 
 
-def load(section: ModelSection, path: Path | None, device: torch.device | str) -> QwenImage:
-    """Load the model of a configuration's section onto a device.
+class QwenImage(PeftPolicy):
+    """A policy and decoder over a QwenImagePipeline. Latents are [B, 16, h, w], packed inside."""
 
-    A folder of Edit as the model that edits a picture.
-    """
-    if section.edits or diffusers_folder.pipeline_name(path) in (
-        "QwenImageEditPipeline",
-        "QwenImageEditPlusPipeline",
-    ):
-        from . import qwen_edit
-
-        return qwen_edit.load(section, path, device)
-    bf16, length = section.dtype == "bf16", section.max_sequence_length
-    parts = Parts(QwenImagePipeline, "qwen_image", section, path, device)
-    policy = QwenImage(
-        parts.pipeline(),
-        guidance=section.guidance,
-        max_sequence_length=length,
-        autocast=torch.bfloat16 if bf16 else None,
-    )
-    return parts.attach(policy, "qwen_image", section.dtype, length)
-
-
-class QwenImage(Adapted):
-    """A policy and a decoder over a QwenImagePipeline, with a peft LoRA on its transformer.
-
-    Latents are [B, 16, h, w], packed inside.
-    """
-
+    pipeline_class = QwenImagePipeline
+    guidance, max_sequence_length = 4.0, 512
+    reads = "Qwen-Image reads its prompts by a language model"
+    fills_text = False
     cond = Cond
     blank: str | None = " "  # the negative prompt of the model's own examples
     # ComfyUI samples it by ModelSamplingFlux with a shift of 1.15 at any size.
@@ -72,28 +42,13 @@ class QwenImage(Adapted):
     lora_style = "native"
     blocks, attention, feed_forward = r"transformer_blocks\.\d+(\.attn)?", ATTENTION, FEED_FORWARD
 
-    def __init__(
-        self,
-        pipeline: QwenImagePipeline,
-        *,
-        guidance: float = 4.0,
-        max_sequence_length: int = 512,
-        autocast: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(pipeline, autocast)
-        if not max_sequence_length:
-            raise ValueError(
-                "model.max_sequence_length is 0, but Qwen-Image reads its prompts by a language model; "
-                "set it to 512"
-            )
-        self.guidance, self.max_sequence_length = guidance, max_sequence_length
+    def set_up(self) -> None:
+        """Look at the pipeline, and refuse settings that the model does not take."""
         self._sigma: Tensor | None = None
         self.transformer.time_text_embed.register_forward_pre_hook(self._keep_exact)
 
     def _keep_exact(self, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Give the embedding the noise level as it is: the model rounds it to its own 16 bit (0.9545 to
-        0.953).
-        """
+        """Give the embedding the exact noise level, which the model would round to 16 bit."""
         if self._sigma is None:
             return given
         # Edit 2511 asks a second time, for a picture without noise.
@@ -103,10 +58,7 @@ class QwenImage(Adapted):
         )
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
-        """Return v [B, C, h, w] in float32.
-
-        Guidance above 1 is classifier-free and keeps the norm of every token's prediction.
-        """
+        """Return v [B, C, h, w] in float32; guidance keeps the norm of every token's prediction."""
         height, width = x.shape[2] // 2, x.shape[3] // 2
         tokens = pack(x)
         if self.guidance <= 1:
@@ -125,18 +77,13 @@ class QwenImage(Adapted):
     def seen(
         self, tokens: Tensor, cond: Sequence[Cond], height: int, width: int
     ) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        """Return the tokens [B, n, 4C] that the model looks at, those of the latents [B, h·w, 4C] first,
-        and each part's (1, h, w).
-        """
+        """Return the tokens [B, n, 4C] that the model sees, the latents' first, and parts' (1, h, w)."""
         return tokens, [(1, height, width)]
 
     def _forward(
         self, tokens: Tensor, sigma: Tensor, cond: Sequence[Cond], height: int, width: int
     ) -> Tensor:
-        """Run the transformer on packed latents [B, h·w, 4C].
-
-        Texts are padded to the longest, and no token looks at the padding.
-        """
+        """Run the transformer on packed latents [B, h·w, 4C] and padded texts."""
         seen, shapes = self.seen(tokens, cond, height, width)
         text, mask = padded([c.tokens for c in cond])
         self._sigma = sigma.float()
@@ -153,6 +100,18 @@ class QwenImage(Adapted):
         finally:
             self._sigma = None
         return velocity[:, : tokens.shape[1]].float()
+
+    @staticmethod
+    def sizes(held: Held) -> dict[str, Any]:
+        """Describe a Qwen-Image."""
+        width, channels = held.size("img_in.weight")
+        return {
+            "num_layers": held.count("transformer_blocks.{}.attn.to_q.weight"),
+            "num_attention_heads": width // 128,
+            "in_channels": channels_of_noise(held, channels, held.size("proj_out.weight")[0]),
+            "out_channels": channels // 4,
+            "joint_attention_dim": held.size("txt_in.weight")[1],
+        }
 
     def encode_one(self, prompt: str) -> Cond:
         """Run Qwen2.5-VL on one prompt in the model's own template, whose beginning is cut off again."""
@@ -172,26 +131,17 @@ class QwenImage(Adapted):
         )
 
     def pipeline_sigmas(self, num_steps: int, shape: Sequence[int]) -> Tensor:
-        """Return QwenImagePipeline's noise levels [T+1]: shifted by the number of tokens, and stretched to
-        the scheduler's last one.
-        """
-        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
-        names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-        mu = calculate_shift(
-            shape[-2] * shape[-1] // 4,
-            *(scheduler.config.get(name, default) for name, default in names.items()),
-        )
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
-        return scheduler.sigmas.float().cpu()
+        """Return noise levels [T+1] shifted by the tokens and stretched to the scheduler's last one."""
+        return self.shifted_sigmas(num_steps, shape[-2] * shape[-1] // 4)
 
 
 def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Stack texts [L, D] of several lengths with zeros behind.
-
-    The mask [B, L] says which tokens are there, None where all are.
-    """
+    """Stack texts [L, D] with zeros behind; the mask [B, L] marks real tokens, None where all are."""
     lengths = [len(text) for text in texts]
     stacked = nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
     if min(lengths) == max(lengths):
         return stacked, None
     return stacked, (torch.arange(stacked.shape[1]) < torch.tensor(lengths)[:, None]).to(stacked.device)
+
+
+POLICY = QwenImage

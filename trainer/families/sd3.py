@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from .cpu.sd3_forward import Merged
+from .cpu.sd3_forward import PACKED, Merged
 from .files import diffusers_folder
-from .files.parts import Parts
-from .shared.peft_policy import Adapted, cells
-
-if TYPE_CHECKING:
-    from ..config.sections import ModelSection
+from .files.single_file import Held
+from .files.sizes import channels_of_noise
+from .shared.peft_policy import PeftPolicy, cells
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
@@ -37,39 +36,27 @@ def load_pipeline(path: str | Path, dtype: torch.dtype) -> StableDiffusion3Pipel
     )
 
 
-def load(section: ModelSection, path: Path | None, device: torch.device | str) -> SD3:
-    """Load the model of a configuration's section onto a device."""
-    bf16, length = section.dtype == "bf16", section.max_sequence_length
-    parts = Parts(
-        StableDiffusion3Pipeline, "sd3", section, path, device, optional=("text_encoder_3", "tokenizer_3")
-    )
-    policy = SD3(
-        parts.pipeline(),
-        guidance=section.guidance,
-        max_sequence_length=length,
-        autocast=torch.bfloat16 if bf16 else None,
-    )
-    return parts.attach(policy, "sd3", section.dtype, length)
-
-
-class SD3(Adapted):
+class SD3(PeftPolicy):
     """A policy and a decoder over a StableDiffusion3Pipeline, with a peft LoRA on its transformer."""
 
+    pipeline_class = StableDiffusion3Pipeline
+    optional = ("text_encoder_3", "tokenizer_3")
+    clip_tokens = True
+    layout = (
+        (
+            r"transformer_blocks\.(\d+)\.(attn2?)\.norm_([qk])\.weight",
+            r"joint_blocks.\1.x_block.\2.ln_\3.weight",
+        ),
+        (
+            r"transformer_blocks\.(\d+)\.attn\.norm_added_([qk])\.weight",
+            r"joint_blocks.\1.context_block.attn.ln_\2.weight",
+        ),
+        (r"pos_embed\.pos_embed", "pos_embed"),
+    )
     comfyui_shift, cond = 3.0, Cond
     blank = ""
     blocks, attention, feed_forward = r"transformer_blocks\.\d+(\.attn2?)?", ATTENTION, FEED_FORWARD
-
-    def __init__(
-        self,
-        pipeline: StableDiffusion3Pipeline,
-        *,
-        guidance: float = 1.0,
-        max_sequence_length: int = 0,
-        autocast: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(pipeline, autocast)
-        self.guidance, self.max_sequence_length = guidance, max_sequence_length
-        self._merged: Merged | None = None
+    _merged: Merged | None = None
 
     def _forward(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
         if self._merged:
@@ -87,9 +74,7 @@ class SD3(Adapted):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluate without gradients and, at full precision, with the adapter merged into copies of the
-        weights.
-        """
+        """Evaluate without gradients, at full precision with the adapter merged into copied weights."""
         # In 16 bit a small adapter would drown in the weights' rounding.
         exact = self.autocast is None and self.dtype in (torch.float32, torch.float64) and not self.packed
         with torch.no_grad():
@@ -113,6 +98,34 @@ class SD3(Adapted):
         finally:
             self._merged = kept
 
+    def rollout_copies(self) -> int:
+        """Return the bytes of the weights that are copied: the adapter merged, and laid out for oneDNN."""
+        merged = sum(layer.in_features * layer.out_features for layer in self.layers.values())
+        named = self.transformer.transformer_blocks.named_parameters()
+        plain = (weight for name, weight in named if "norm" not in name and "lora_" not in name)
+        packed = [weight.numel() for weight in plain if weight.ndim == 2]
+        return 4 * (merged + sum(count for count in packed if count <= PACKED))
+
+    @staticmethod
+    def sizes(held: Held) -> dict[str, Any]:
+        """Describe a Stable Diffusion 3 or 3.5: medium or large, with or without dual attention."""
+        width, table = held.size("context_embedder.weight")[0], held.size("pos_embed.pos_embed")[1]
+        layers = held.count("transformer_blocks.{}.attn.to_q.weight")
+        dual = [block for block in range(layers) if held.has(f"transformer_blocks.{block}.attn2.to_q.weight")]
+        return {
+            "num_layers": layers,
+            "num_attention_heads": width // 64,
+            "caption_projection_dim": width,
+            "in_channels": channels_of_noise(
+                held, held.size("pos_embed.proj.weight")[1], held.size("proj_out.weight")[0] // 4
+            ),
+            "joint_attention_dim": held.size("context_embedder.weight")[1],
+            "pooled_projection_dim": held.size("time_text_embed.text_embedder.linear_1.weight")[1],
+            "pos_embed_max_size": math.isqrt(table),
+            "dual_attention_layers": dual,
+            "qk_norm": "rms_norm" if held.has("transformer_blocks.0.attn.norm_q.weight") else None,
+        }
+
     def encode_one(self, prompt: str) -> Cond:
         """Run the text encoders on one prompt."""
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
@@ -130,3 +143,6 @@ class SD3(Adapted):
         return self.transformer.config.in_channels, *cells(
             width, height, self.pipeline.vae_scale_factor, self.pipeline.patch_size
         )
+
+
+POLICY = SD3

@@ -15,15 +15,8 @@ from comfy_g2rpo.lora.convert import renamed
 from comfy_g2rpo.lora.forms import Reading
 from comfy_g2rpo.lora.key_names import Family
 
-PIPELINES = {
-    "sd3": "StableDiffusion3Pipeline",
-    "flux": "FluxPipeline",
-    "flux2": "Flux2Pipeline",
-    "qwen_image": "QwenImagePipeline",
-    "wan": "WanPipeline",
-    "z_image": "ZImagePipeline",
-    "lumina2": "Lumina2Pipeline",
-}
+from ..config.family_names import FAMILIES
+
 Pair = tuple[Tensor, Tensor]
 EQUAL = 0.02
 """Relative difference of two changes of weights that rounding to 16 bit may make."""
@@ -40,19 +33,21 @@ class Taken:
 
 
 def in_diffusers(tensors: Mapping[str, Tensor], reading: Reading, family: Family) -> Taken:
-    """Ask diffusers' loaders of a family about a file.
-
-    `tensors` are the file's own, `reading` what they mean.
-    """
+    """Ask diffusers' loaders of a family about a file's `tensors`, and about what they mean."""
     return Taken(
         _right(by_pipeline(tensors, reading, family), reading, family),
         _right(by_adapter(tensors, reading), reading, family),
     )
 
 
+def pipeline_name(family: Family) -> str:
+    """Return the name of a family's usual pipeline."""
+    return next(iter(FAMILIES[family.name].pipelines))
+
+
 def by_pipeline(tensors: Mapping[str, Tensor], reading: Reading, family: Family) -> dict[str, Pair]:
     """Return the pairs by diffusers' names that `load_lora_weights` would put on the transformer."""
-    kind = getattr(diffusers, PIPELINES[family.name], None)
+    kind = getattr(diffusers, pipeline_name(family), None)
     if kind is None:
         return {}
     alphas: Mapping[str, Tensor] = {}
@@ -73,19 +68,14 @@ def by_pipeline(tensors: Mapping[str, Tensor], reading: Reading, family: Family)
 
 
 def by_adapter(tensors: Mapping[str, Tensor], reading: Reading) -> dict[str, Pair]:
-    """Return the pairs that `load_lora_adapter` takes: diffusers' names under `transformer.`.
-
-    It heeds no alpha in the file.
-    """
+    """Return the pairs that `load_lora_adapter` takes; it heeds no alpha in the file."""
     return pairs_of(tensors, {}, reading)
 
 
 def pairs_of(
     tensors: Mapping[str, Tensor], alphas: Mapping[str, Tensor], reading: Reading
 ) -> dict[str, Pair]:
-    """Collect `transformer.<module>.lora_A.weight` and its twin, scaled as the loader does: by alphas, by
-    peft's own settings, or not.
-    """
+    """Collect `transformer.<module>` pairs, scaled as the loader does: by alphas, peft's settings, or not."""
     found = {}
     for key, down in tensors.items():
         module = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
@@ -110,7 +100,7 @@ def _right(loaded: Mapping[str, Pair], reading: Reading, family: Family) -> froz
 
 
 def same(one: Pair, other: Pair) -> bool:
-    """Say whether two pairs change a weight alike, by what they make of a random vector."""
+    """Return whether two pairs change a weight alike, by what they make of a random vector."""
     columns = one[0].flatten(1).shape[1]
     if other[0].flatten(1).shape[1] != columns or len(one[1]) != len(other[1]):
         return False

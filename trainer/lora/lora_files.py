@@ -26,10 +26,7 @@ FAMILY_KEY = "g2rpo.family"
 
 
 def read_any(path: Path) -> Reading:
-    """Read a LoRA file of any known form, with peft's configuration where that lies beside it.
-
-    A folder means its only such file.
-    """
+    """Read a LoRA file of any known form, with peft's configuration beside it, or a folder's only one."""
     path = lora_file(path)
     tensors, metadata = read_tensors(path)
     return understand(tensors, metadata, path, _adapter(path))
@@ -69,10 +66,7 @@ def which(reading: Reading, path: Path, family: str | None, model: Model | None 
 
 
 def write_new(path: Path, pairs: Pairs, style: str, metadata: Mapping[str, str], alpha: bool = True) -> None:
-    """Write a LoRA file, its scales already in the up matrices (so that `.alpha` is the rank).
-
-    An existing file is never overwritten.
-    """
+    """Write a LoRA file, its scales in the up matrices; an existing file is never overwritten."""
     check_free(path)
     tensors = {}
     for module, pair in pairs.items():
@@ -129,7 +123,7 @@ def fit(reading: Reading, path: Path, model: Model, family: str | None) -> Fit:
 
 
 def _sized(shape: tuple[int, ...], down: Tensor, up: Tensor) -> bool:
-    """Say whether a weight has the shape that a pair changes."""
+    """Return whether a weight has the shape that a pair changes."""
     return len(shape) > 1 and shape[0] == len(up) and math.prod(shape[1:]) == down[0].numel()
 
 
@@ -209,10 +203,7 @@ def extract(tuned: Model, base: Model, rank: int) -> Extracted:
 def in_diffusers_names(
     path: Path, modules: Iterable[str], family: str | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read a LoRA of any form by diffusers' names, its scales in the up matrices.
-
-    `modules` are those of the model.
-    """
+    """Read a LoRA of any form by diffusers' names, its scales in the up matrices."""
     reading = read_any(path)
     check_sound(reading, path)
     pairs = reading.scaled()
@@ -222,9 +213,7 @@ def in_diffusers_names(
 
 
 def for_transformer(path: Path, transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read a LoRA of any form for a diffusers model, by its module names and with scales in the up
-    matrices; a misfit is refused.
-    """
+    """Read a LoRA of any form for a diffusers model, scales in the up matrices; a misfit is refused."""
     shapes = {name: shape for name, layer in transformer.named_modules() if (shape := _shape(layer))}
     found, reading = family_of_model(shapes), read_any(path)
     known = [module for module in reading.pairs if module in shapes or (found and found[0].find(module))]
@@ -254,10 +243,7 @@ def _shape(layer: nn.Module) -> tuple[int, ...]:
 def start_from(
     path: Path, adapter: Mapping[str, tuple[int, ...]], family: str | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read what a run starts from, by diffusers' names.
-
-    `adapter` gives (rows, rank, columns) of the modules that the run trains.
-    """
+    """Read what a run starts from, for modules of (rows, rank, columns) by diffusers' names."""
     pairs = in_diffusers_names(path, adapter, family)
     if strange := sorted(set(pairs) - set(adapter)):
         raise LoraError(
@@ -280,9 +266,7 @@ def start_from(
 
 @torch.no_grad()
 def add_frozen(transformer: nn.Module, path: Path, strength: float, family: str | None) -> None:
-    """Add a LoRA to a model's weights for good, so that a run starts, and measures KL, from the model with
-    it.
-    """
+    """Add a LoRA to a model's weights for good: a run starts, and measures KL, from there."""
     weights = {
         name: layer.weight
         for name, layer in transformer.named_modules()

@@ -1,6 +1,4 @@
-"""A LoRA added to a model's weights on disk: in 16 or 32 bit, in fp8, or in fp8 with a scale beside every
-weight.
-"""
+"""A LoRA added to a model's weights on disk: 16 or 32 bit, fp8, or fp8 with scales."""
 
 from __future__ import annotations
 

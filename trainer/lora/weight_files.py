@@ -1,6 +1,4 @@
-"""Models on disk, looked at by their headers alone and copied tensor by tensor: a file, or a folder of
-shards.
-"""
+"""Models on disk, a file or a folder of shards: headers alone are read, tensors copied singly."""
 
 from __future__ import annotations
 
@@ -103,9 +101,7 @@ class Model:
 
 
 def look_at(path: Path) -> Model:
-    """Read the headers of a safetensors file, or of all shards of a folder (a diffusers model: of its
-    transformer).
-    """
+    """Read the headers of a safetensors file, or of a folder's shards (diffusers: its transformer's)."""
     tensors: dict[str, Stored] = {}
     metadata: dict[str, str] = {}
     for file in files_of(Path(path)):
@@ -193,10 +189,7 @@ def rewrite(
     keys: set[str],
     metadata: Mapping[str, str],
 ) -> None:
-    """Copy a model to a new file of the same keys and types.
-
-    The tensors of some keys go through `change`, one at a time.
-    """
+    """Copy a model to a new file of the same keys and types; some tensors go through `change`."""
     header: dict[str, Any] = {"__metadata__": {**model.metadata, **metadata}}
     place = 0
     for key, stored in model.tensors.items():

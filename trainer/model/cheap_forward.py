@@ -1,7 +1,4 @@
-"""Velocities of completions for less: lower precision, compiled blocks.
-
-Anchors, branch states and updates never come here.
-"""
+"""Cheaper velocities for completions: lower precision, compiled blocks. All else stays exact."""
 
 from __future__ import annotations
 
@@ -34,9 +31,7 @@ class Completing(Policy, Protocol):
     transformer: Any
 
     def completing(self, dtype: torch.dtype | None) -> AbstractContextManager[None]:
-        """Evaluate by the transformer's own blocks inside the context, under autocast to `dtype` where it
-        is given.
-        """
+        """Evaluate by the transformer's own blocks inside, under autocast to `dtype` if given."""
         ...
 
 
@@ -120,16 +115,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def eligible(x: Tensor, weight: Tensor) -> bool:
-    """Say whether a product x [..., K] · weight [N, K]ᵀ is made in 8 bit."""
+    """Return whether a product x [..., K] · weight [N, K]ᵀ is made in 8 bit."""
     plain = weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and not weight.requires_grad
     fitting = weight.dim() == 2 and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
     return plain and fitting and x.numel() >= FEW * weight.shape[1]
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x [..., K] · weight [N, K]ᵀ + bias in x's type, both sides as float8 (e4m3) with a float32
-    scale per row.
-    """
+    """Return x [..., K] · weight [N, K]ᵀ + bias in x's type, both float8 (e4m3) with a scale per row."""
     flat = x.flatten(0, -2)
     (left, left_scale), (right, right_scale) = quantised(flat), quantised(weight)
     # Scales by row need a product in bf16 on the hardware.
@@ -154,10 +147,7 @@ def multiplies_fp8(device: torch.device) -> str:
 
 
 def completions(policy: Any, speed: Speed) -> CheapVelocity | None:
-    """Return the velocity that a run's completions are evaluated by, or None for the policy's own.
-
-    ValueError for what cannot be.
-    """
+    """Return the velocity of a run's completions, None for the policy's; ValueError for the impossible."""
     if speed.precision == "same" and not speed.compile:
         return None
     device = torch.device(policy.device)

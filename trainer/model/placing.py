@@ -1,33 +1,28 @@
-"""Where the parts of a model are and how they are kept, so that a run fits its card: encoders first and
-away, then the transformer.
-"""
+"""Where a model's parts are kept so that a run fits its card: encoders first and away, then the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from comfy_g2rpo.rewards import Reward
-from comfy_g2rpo.rewards.protocol import module_of
+from comfy_g2rpo.rewards.protocol import Wrapped
 
 from .stored_linear import bitsandbytes, blocks_of, store, stored
 
 if TYPE_CHECKING:
     from ..config.sections import MemorySection, ModelSection
-    from ..families.shared.peft_policy import Adapted
+    from ..families.shared.peft_policy import PeftPolicy
 import ctypes
 import platform
 
 
 def check_card(model: ModelSection, memory: MemorySection, device: torch.device) -> str:
-    """Refuse a precision that a device cannot keep, with what to take instead.
-
-    Return a remark where it can, but slowly.
-    """
+    """Refuse a precision that a device cannot keep, with another; return a remark where it is slow."""
     if memory.quantization == "nf4":
         bitsandbytes()
     if device.type == "mps" and memory.quantization != "none":
@@ -51,11 +46,8 @@ def check_card(model: ModelSection, memory: MemorySection, device: torch.device)
     return ""
 
 
-def move_encoders(policy: Adapted, device: torch.device) -> None:
-    """Move what reads prompts, and the VAE that reads their pictures, to a device.
-
-    The policy encodes there from now on.
-    """
+def move_encoders(policy: PeftPolicy, device: torch.device) -> None:
+    """Move what reads prompts and their images to a device, where the policy encodes from now on."""
     pipeline = policy.pipeline
     for name in pipeline.components:
         part = getattr(pipeline, name)
@@ -64,10 +56,8 @@ def move_encoders(policy: Adapted, device: torch.device) -> None:
     policy.device = device
 
 
-def place(policy: Adapted, memory: MemorySection, device: torch.device) -> None:
-    """Put a loaded policy on its device: the transformer packed as the section says, the VAE, and what has
-    been encoded.
-    """
+def place(policy: PeftPolicy, memory: MemorySection, device: torch.device) -> None:
+    """Put a loaded policy on its device: packed transformer, VAE, and what has been encoded."""
     transformer, count = policy.transformer, len(blocks_of(policy.transformer))
     if memory.block_swap > count:
         raise ValueError(
@@ -88,8 +78,8 @@ def place(policy: Adapted, memory: MemorySection, device: torch.device) -> None:
 
 
 def load_in_stages(
-    load: Callable[[], Adapted], memory: MemorySection, device: torch.device, prompts: Sequence[str]
-) -> Adapted:
+    load: Callable[[], PeftPolicy], memory: MemorySection, device: torch.device, prompts: Sequence[str]
+) -> PeftPolicy:
     """Load a policy, encode the prompts, drop the text encoders, and place the rest: no two large parts are
     on the device at once.
 
@@ -115,32 +105,24 @@ def weight_bytes(module: nn.Module, device: torch.device) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in alone.values())
 
 
-class InTurn:
-    """A reward whose weights are on the device while it judges, and in the computer's memory otherwise.
+class InTurn(Wrapped):
+    """A reward whose weights are on the device while it judges, and in the computer's memory otherwise."""
 
-    All else is the reward's own.
-    """
+    runs_elsewhere = False
+    """A reward that comes and goes takes its turn with the rest."""
 
     def __init__(self, reward: Reward, device: torch.device) -> None:
         self.reward, self.device = reward, device
         self.away()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.reward, name)
-
-    @property
-    def runs_elsewhere(self) -> bool:
-        """Say no: a reward that comes and goes takes its turn with the rest."""
-        return False
-
     def away(self) -> None:
         """Send the weights to the computer's memory."""
-        module_of(self.reward).to("cpu")
+        self.reward.module.to("cpu")
 
     @contextmanager
     def here(self) -> Iterator[None]:
         """Bring the weights to the device for a while."""
-        module_of(self.reward).to(self.device)
+        self.reward.module.to(self.device)
         try:
             yield
         finally:
@@ -151,22 +133,22 @@ class InTurn:
         with self.here():
             return self.reward.score(images, prompts)
 
+    @property
+    def embed(self) -> Callable[[Tensor], Tensor] | None:
+        """Return the reward's function from images to features, with the weights on the device."""
+        return self._embed if self.reward.embed else None
 
-class EmbeddingInTurn(InTurn):
-    """The same for a reward that embeds pictures, too."""
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Return unit-norm features [B, D] of images [B, H, W, 3]."""
+    def _embed(self, images: Tensor) -> Tensor:
         with self.here():
             return self.reward.embed(images)
 
 
 def in_turn(reward: Reward, device: torch.device) -> Reward:
     """Let a reward with weights on a device share it with others; return any other as it is."""
-    module = module_of(reward)
+    module = reward.module
     if module is None or next(module.parameters(), torch.empty(0)).device.type == "cpu":
         return reward
-    return (EmbeddingInTurn if hasattr(reward, "embed") else InTurn)(reward, device)
+    return InTurn(reward, device)
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
@@ -174,9 +156,7 @@ LARGEST_KEPT = 2**30
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: it would hand large activations back to the system and fault every
-    page in anew at the next forward.
-    """
+    """Let glibc keep freed memory, which it would otherwise fault in anew at the next forward."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)

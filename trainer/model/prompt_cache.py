@@ -59,20 +59,14 @@ def default_root() -> Path:
 
 
 def for_model(folder: Path, *settings: object, parts: Sequence[str] = PARTS) -> PromptCache | None:
-    """Return the cache of a diffusers folder's text encoders under settings that change their output.
-
-    None where they are small.
-    """
+    """Return the cache of a diffusers folder's text encoders, None where they are small."""
     return for_files(
         {path.relative_to(folder).as_posix(): path for path in encoder_files(folder, parts)}, *settings
     )
 
 
 def for_files(files: Mapping[str, Path], *settings: object) -> PromptCache | None:
-    """Return the cache of the text encoders in files, by names that stay when they move.
-
-    None where they are small.
-    """
+    """Return the cache of text encoders in files, by names that stay when they move, or None."""
     if sum(path.stat().st_size for path in files.values()) < SMALL:
         return None
     return PromptCache(default_root(), fingerprint(files, settings))
@@ -85,9 +79,7 @@ def encoder_files(folder: Path, parts: Sequence[str] = PARTS) -> list[Path]:
 
 
 def fingerprint(files: Mapping[str, Path], settings: tuple[object, ...]) -> str:
-    """Tell models apart without reading gigabytes: small files by their content, large ones by their
-    beginning, size and time.
-    """
+    """Tell models apart: small files by their content, large ones by beginning, size and time."""
     facts: list[object] = [FORMAT, [str(setting) for setting in settings]]
     for name, path in files.items():
         state = path.stat()

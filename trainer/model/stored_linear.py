@@ -31,10 +31,7 @@ class Packed(Protocol):
         """List what it consists of."""
 
     def to(self, device: torch.device, pinned: bool = False) -> Packed:
-        """Return it on a device.
-
-        `pinned` in page-locked memory, from which a GPU fetches it while it computes.
-        """
+        """Return it on a device, `pinned` in page-locked memory, which a GPU reads while it computes."""
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Make the weight [out, in]."""
@@ -60,9 +57,7 @@ class Whole:
 
 
 class Float8:
-    """A weight in float8_e4m3fn and a scale per row, a power of two: what is kept is exact in 16 bit, and
-    off by 1/16 at most.
-    """
+    """A weight in float8_e4m3fn with a scale per row, a power of two; off by 1/16 at most."""
 
     def __init__(self, kept: Tensor, scale: Tensor) -> None:
         self.kept, self.scale = kept, scale
@@ -140,10 +135,7 @@ def bitsandbytes() -> Any:
 
 
 def moved(tensor: Tensor, device: torch.device, pinned: bool) -> Tensor:
-    """Move a tensor.
-
-    From page-locked memory without waiting, for what computes with it stands behind the copy in the queue.
-    """
+    """Move a tensor; from page-locked memory without waiting, as work queues behind the copy."""
     there = tensor.to(device, non_blocking=True)
     return there.pin_memory() if pinned else there
 
@@ -164,10 +156,7 @@ class _Product(torch.autograd.Function):
 
 
 class StoredLinear(nn.Linear):
-    """A frozen linear layer with a packed weight.
-
-    `home` is where it waits, `device` where it is used and its bias stays.
-    """
+    """A frozen linear layer with a packed weight: `home` is where it waits, `device` where it is used."""
 
     def __init__(self, layer: nn.Linear, quantization: str, device: torch.device, home: torch.device) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
@@ -219,10 +208,7 @@ def linear_layers(block: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]
 def store(
     transformer: nn.Module, quantization: str, swapped: int, device: torch.device, host: torch.device = HOST
 ) -> None:
-    """Give the blocks of a transformer stored layers on a device.
-
-    Those of the first `swapped` blocks keep theirs in main memory.
-    """
+    """Give a transformer's blocks stored layers; the first `swapped` keep theirs in main memory."""
     for number, block in enumerate(blocks_of(transformer)):
         waits = number < swapped
         if quantization == "none" and not waits:

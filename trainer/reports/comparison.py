@@ -44,9 +44,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Change:
-    """What happened to one reward: means, mean gain and win rate with their 95 % intervals, over `count`
-    prompts.
-    """
+    """One reward: means, mean gain and win rate with their 95 % intervals, over `count` prompts."""
 
     reward: str
     count: int
@@ -94,10 +92,7 @@ def change(reward: str, pairs: Sequence[Pair]) -> Change:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean of values [n]: bias-corrected and accelerated.
-
-    NaN below two values.
-    """
+    """Return the 95 % BCa bootstrap interval of the mean of values [n]; NaN below two values."""
     from scipy.stats import bootstrap
 
     if len(values) < 2:
@@ -124,10 +119,7 @@ def changes(pairs: Sequence[Pair]) -> tuple[Change, ...]:
 
 
 def of_runs(first: Path, second: Path) -> Comparison:
-    """Pair two runs by their held-out prompts, each at its newest evaluation.
-
-    A run with itself is its first with its last evaluation.
-    """
+    """Pair two runs by held-out prompts at their newest evaluation; a run with itself, first with last."""
     one, other = RunFolder.open(first), RunFolder.open(second)
     itself = first.resolve() == second.resolve()
     steps = [evaluated(run) for run in (one, other)]
@@ -233,10 +225,7 @@ def kind_of(place: Path) -> str:
 
 
 def to_show(pairs: Sequence[Pair], reward: str, most: int) -> list[Pair]:
-    """Choose pairs from the greatest gain to the greatest loss, evenly, so that nobody picked them.
-
-    Those without a score come last.
-    """
+    """Choose pairs evenly from the greatest gain to the greatest loss; those without a score come last."""
     found = [pair.scores.get(reward, (math.nan, math.nan)) for pair in pairs]
     gains = [after - before for before, after in found]
     order = sorted(range(len(pairs)), key=lambda i: math.inf if math.isnan(gains[i]) else -gains[i])

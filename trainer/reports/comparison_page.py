@@ -1,6 +1,4 @@
-"""The before/after report as one HTML file: no script, nothing from elsewhere, every text escaped,
-pictures inside.
-"""
+"""The before/after report as one HTML file: no script, nothing from elsewhere, images inside."""
 
 from __future__ import annotations
 
@@ -21,17 +19,21 @@ from .comparison import Change, Comparison, Pair, to_show
 SIDE, QUALITY = 320, 85  # of the pictures in the page
 BAR, BAR_HEIGHT = 260, 26  # pixels of an interval's drawing
 STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --pale: #666; --paper: #fff; --line: #d9d9d9; --up: #0072b2; --down: #c04f00 }
-@media (prefers-color-scheme: dark) { :root { --ink: #eee; --pale: #aaa; --paper: #1b1b1b; --line: #444; --up: #56b4e9; --down: #e69f00 } }
+:root { color-scheme: light dark; --ink: #1a1a1a; --pale: #666; --paper: #fff; --line: #d9d9d9;
+  --up: #0072b2; --down: #c04f00 }
+@media (prefers-color-scheme: dark) { :root { --ink: #eee; --pale: #aaa; --paper: #1b1b1b; --line: #444;
+  --up: #56b4e9; --down: #e69f00 } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper) }
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.5rem } p, td, th { overflow-wrap: anywhere }
-table { border-collapse: collapse; width: 100% } td, th { padding: .4rem .6rem; border-bottom: 1px solid var(--line); text-align: right }
+table { border-collapse: collapse; width: 100% } td, th { padding: .4rem .6rem;
+  border-bottom: 1px solid var(--line); text-align: right }
 td:first-child, th:first-child { text-align: left }
 .pale { color: var(--pale); font-size: .85rem } .up { color: var(--up) } .down { color: var(--down) }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; margin: 1.5rem 0 } .pair p { grid-column: 1 / 3; margin: 0 }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; margin: 1.5rem 0 }
+  .pair p { grid-column: 1 / 3; margin: 0 }
 figure { margin: 0 } img { max-width: 100%; image-rendering: auto } svg { vertical-align: middle }
-"""  # noqa: E501
+"""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 

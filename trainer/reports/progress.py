@@ -108,7 +108,7 @@ class Lines:
         self.history = History(0, 0)
 
     def start(self, total_steps: int, first_step: int, plan_line: str) -> None:
-        """Say what is about to run."""
+        """Print what is about to run."""
         self.history = History(total_steps, first_step)
         self.note(plan_line)
 
@@ -227,7 +227,7 @@ def outcome(summary: Mapping[str, Any]) -> list[str]:
 
 
 def watched(summary: Mapping[str, Any]) -> list[str]:
-    """Say what the watch saw and which LoRA to use."""
+    """Return what the watch saw and which LoRA to use."""
     alarms, sign, best = summary.get("alarms") or [], summary.get("sign"), summary.get("best_step")
     lines = [f"alarm at step {alarm['step']}: {alarm['text']}" for alarm in alarms[-1:]]
     if sign and sign not in {alarm["text"] for alarm in alarms}:
@@ -242,7 +242,7 @@ def watched(summary: Mapping[str, Any]) -> list[str]:
 
 
 def spent(summary: Mapping[str, Any]) -> list[str]:
-    """Say what a run has cost."""
+    """Return what a run has cost."""
     if "seconds" not in summary:
         return []
     return [
@@ -254,5 +254,5 @@ def spent(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _has(values: Mapping[str, Any], name: str) -> bool:
-    """Say whether a number stands there."""
+    """Return whether a number stands there."""
     return isinstance(values.get(name), (int, float))

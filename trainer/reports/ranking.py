@@ -1,6 +1,4 @@
-"""Score pictures on disk: what lies where, which prompt each was made for, a journal that survives a
-crash, and the order.
-"""
+"""Score images on disk: their prompts, a journal that survives a crash, and the order."""
 
 from __future__ import annotations
 
@@ -22,7 +20,6 @@ from comfy_g2rpo.files.picture_files import SUFFIXES, PictureError, batches, lis
 from comfy_g2rpo.files.safe import FileError, finite
 from comfy_g2rpo.prompts import MAX_CHARACTERS, beside, columns_of, starting, with_columns
 from comfy_g2rpo.rewards import Reward, RewardError, check_prompts, score_all
-from comfy_g2rpo.rewards.protocol import needs_group, runs_elsewhere
 
 SCHEMA = "g2rpo-scores/1"
 HEAD = json.dumps({"schema": SCHEMA}) + "\n"
@@ -86,9 +83,7 @@ def find_pictures(places: Sequence[Path], deep: bool) -> list[Path]:
 
 
 def read_prompts(path: Path) -> dict[str, str]:
-    """Read a JSONL file of {"file": name, "prompt": …}: prompts by file name, with the row's other
-    columns.
-    """
+    """Read a JSONL file of {"file": name, "prompt": …}: prompts and other columns by file name."""
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except OSError as error:
@@ -195,7 +190,7 @@ class Journal:
         lines = []
         for entry, score in zip(entries, scores, strict=True):
             self.scores[entry.sha256, entry.asked, judge.identity] = score
-            if not (math.isnan(score) and runs_elsewhere(judge.reward)):
+            if not (math.isnan(score) and judge.reward.runs_elsewhere):
                 row = {
                     "sha256": entry.sha256,
                     "prompt": entry.asked,
@@ -217,7 +212,7 @@ class Journal:
             ) from error
 
     def missing(self, entry: Entry, judge: Judge) -> bool:
-        """Say whether a picture still has to be judged."""
+        """Return whether a picture still has to be judged."""
         return (entry.sha256, entry.asked, judge.identity) not in self.scores
 
     def table(self, entries: Sequence[Entry], judges: Sequence[Judge]) -> Tensor:
@@ -232,12 +227,9 @@ class Journal:
 def fill(
     journal: Journal, entries: list[Entry], judges: Sequence[Judge], batch: int, done: Callable[[int], None]
 ) -> list[Entry]:
-    """Judge what the journal lacks, reading the next batches meanwhile.
-
-    Return the entries, with what turned out broken.
-    """
+    """Judge what the journal lacks, reading ahead; return the entries, and what is broken."""
     for judge in judges:
-        if needs_group(judge.reward):
+        if judge.reward.needs_group:
             raise RewardError(
                 f"reward '{judge.reward.name}' compares the pictures of a group with one another; "
                 "files are judged one by one"
@@ -322,10 +314,7 @@ def kept(
     top: int | None,
     threshold: float | None,
 ) -> list[int]:
-    """Keep of an order the `top` first of every group that reach the threshold.
-
-    What could not be judged is never among them.
-    """
+    """Keep of an order the `top` first of every group at the threshold, and none that was not judged."""
     seen: dict[str, int] = {}
     chosen = []
     for i in ranked:
@@ -338,10 +327,7 @@ def kept(
 
 
 def copy_best(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Copy pictures, best first, as 0001_<name> ….
-
-    What lies there already is left alone: the same is not copied again.
-    """
+    """Copy images, best first, as 0001_<name> …; the same file is not copied again."""
     made = []
     for rank, path in enumerate(paths, 1):
         content = path.read_bytes()
@@ -371,9 +357,7 @@ def write_new(path: Path, content: bytes) -> bool:
 
 
 class Meter:
-    """Count on the error stream: one line that is written over on a terminal, a line every few seconds
-    elsewhere.
-    """
+    """Count on the error stream: over one line of a terminal, a line every few seconds elsewhere."""
 
     def __init__(self, total: int, quiet: bool, write: Callable[[str], None], terminal: bool) -> None:
         self.total, self.quiet, self.write, self.terminal = total, quiet, write, terminal

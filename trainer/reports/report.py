@@ -1,6 +1,4 @@
-"""Pictures of a run, drawn from its run folder alone: curves.png, before_after.png and, where it drew
-previews, preview.png.
-"""
+"""Images of a run, from its folder alone: curves.png, before_after.png and preview.png."""
 
 from __future__ import annotations
 
@@ -56,10 +54,7 @@ def write_report(run: RunFolder) -> list[Path]:
 
 
 def curves(rows: Sequence[Row], path: Path) -> None:
-    """Draw rewards over steps, raw and smoothed, with the held-out ones.
-
-    Beneath them what the optimizer does and where time goes.
-    """
+    """Draw rewards over steps, raw and smoothed, with held-out ones; beneath, the optimizer and time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -132,9 +127,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def draw_training(axes: Any, rows: Sequence[Row], name: str, colour: str) -> None:
-    """Draw a training reward: every step pale, the trend strong, a band of one standard deviation over the
-    step's pictures.
-    """
+    """Draw a training reward: steps pale, trend strong, a band of one standard deviation."""
     steps, means = column(rows, f"reward/{name}/mean")
     if not len(steps):
         return
@@ -185,9 +178,7 @@ def draw_optimizer(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def draw_diversity(axes: Any, rows: Sequence[Row]) -> None:
-    """Draw how unlike the pictures are, against the first value: within a rollout's group and on held-out
-    prompts.
-    """
+    """Draw how unlike images are, against the first value: in rollouts and on held-out prompts."""
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("diversity/"))
     for name, colour in zip(names, COLOURS * len(names), strict=False):
         steps, values = column(rows, name)
@@ -216,9 +207,7 @@ def draw_time(axes: Any, rows: Sequence[Row]) -> None:
 def before_after(
     before: Sequence[Sample], after: Sequence[Sample], path: Path, steps: tuple[int, int]
 ) -> None:
-    """Draw a block per prompt: its seeds side by side, above without the adapter, below with it, scores
-    and gain under each pair.
-    """
+    """Draw a block per prompt: seeds side by side, without the adapter above, with it below."""
     pairs: dict[str, list[tuple[Sample, Sample]]] = {}
     matching = {(sample.prompt, sample.seed): sample for sample in after}
     for old in before:
@@ -289,10 +278,7 @@ def gain(name: str, old: float | None, new: float | None) -> tuple[str, str]:
 
 
 def tile(path: Path, frames: int = 1) -> Image.Image:
-    """Load a picture at the size of a tile, a clip's frames at half of it.
-
-    Small ones keep their pixels, large ones are filtered.
-    """
+    """Load an image at a tile's size, a clip's frames at half; small ones keep their pixels."""
     with Image.open(path) as image:
         picture = image.convert("RGB")
     scale = (

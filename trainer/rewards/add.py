@@ -1,6 +1,4 @@
-"""Make a CLIPScore from a CLIP that the user has, in transformers' layout or in open_clip's (DFN5B,
-LAION's, DataComp's).
-"""
+"""Make a CLIPScore from a CLIP that the user has, in transformers' or open_clip's layout."""
 
 from __future__ import annotations
 
@@ -66,9 +64,7 @@ def _copy(source: Path, folder: Path, names: tuple[str, ...]) -> None:
 
 
 def _tokenizer(root: Path, source: Path) -> Path:
-    """Find CLIP's word list: beside the model, or in another installed reward, for all CLIPs of this
-    family share it.
-    """
+    """Find CLIP's word list beside the model or in another installed reward: all CLIPs share it."""
     places = [source, *(root / name for name in installed(root))]
     found = next((place for place in places if all((place / name).is_file() for name in TOKENIZER)), None)
     if found is None:

@@ -1,9 +1,8 @@
-"""Make the rewards of a configuration: your own by path, a judge by address, a built-in or an installed
-one by name.
-"""
+"""Rewards of a configuration: your own by path, a judge by address, others by name."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,45 +11,37 @@ import torch
 from comfy_g2rpo.rewards import REWARDS, Reward, RewardError
 from comfy_g2rpo.rewards.clips import DEFAULT, OfFrames
 from comfy_g2rpo.rewards.likeness import KINDS
-from comfy_g2rpo.rewards.protocol import needs_group
 
+from ..config.reward_checks import VOTES, rewards_root
+from .own import custom
 from .references import compared
 
 if TYPE_CHECKING:
-    from ..config.reading import Config
     from ..config.sections import RewardSection
-from ..config.reward_checks import VOTES, rewards_root
-from .own import custom
 
 
 def build_all(
-    config: Config, device: torch.device | str = "cpu", run: Path | None = None
+    rewards: Sequence[RewardSection],
+    heldout_rewards: Sequence[RewardSection],
+    device: torch.device | str = "cpu",
+    run: Path | None = None,
 ) -> tuple[tuple[Reward, ...], tuple[Reward, ...]]:
-    """Load a configuration's rewards: those that are trained on.
-
-    And all that judge, which are these and the held-out ones.
-    """
-    trained = {section.name: build(section, device, run) for section in config.rewards}
-    heldout = {
-        section.name: build(section, device, run)
-        for section in config.heldout_rewards
-        if section.name not in trained
-    }
-    if comparing := [name for name, reward in heldout.items() if needs_group(reward)]:
+    """Load the rewards that are trained on; and all that judge, which are these and the held-out ones."""
+    trained = {section.name: build(section, device, run) for section in rewards}
+    only_held = [section for section in heldout_rewards if section.name not in trained]
+    heldout = {section.name: build(section, device, run) for section in only_held}
+    if comparing := [name for name, reward in heldout.items() if reward.needs_group]:
         raise RewardError(
             f"heldout_rewards names {comparing[0]!r}, which only compares the pictures of one group; "
             "name another to measure"
         )
     # A place in its group says nothing about a single held-out picture.
-    measuring = [reward for reward in trained.values() if not needs_group(reward)]
+    measuring = [reward for reward in trained.values() if not reward.needs_group]
     return tuple(trained.values()), (*measuring, *heldout.values())
 
 
 def build(section: RewardSection, device: torch.device | str = "cpu", run: Path | None = None) -> Reward:
-    """Load one reward.
-
-    `device` is what `auto` means, `run` the run folder for rewards that keep something there.
-    """
+    """Load one reward; `device` is what `auto` means, `run` keeps what belongs to a run."""
     reward = found(section, device, run)
     return reward if section.frames == DEFAULT else OfFrames(reward, section.frames)
 

@@ -57,10 +57,7 @@ def fetch(
     accept_unpinned: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Download, check, convert and install a reward.
-
-    What is already downloaded is kept when this is interrupted.
-    """
+    """Download, check, convert and install a reward; an interruption keeps what has come."""
     place = root / known.name
     if place.exists():
         raise FetchError(
@@ -198,7 +195,7 @@ def _from_github(file: Published, folder: Path, sources: Sources) -> None:
 
 
 def _manifest(known: Known, folder: Path, published: Sequence[Published]) -> dict[str, Any]:
-    """Say what was installed and where it came from."""
+    """Return what was installed and where it came from."""
     first = known.files[0]
     installed = sorted(path for path in folder.rglob("*") if path.is_file())
     return {

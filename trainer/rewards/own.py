@@ -19,9 +19,7 @@ from comfy_g2rpo.rewards import Reward, RewardError, Rule
 
 
 def custom(name: str, path: str) -> Reward:
-    """Load your own reward: a function (images [B, H, W, 3], prompts [B]) → scores [B], or an object with
-    a reward's members.
-    """
+    """Load your own reward: a function (images [B, H, W, 3], prompts [B]) → [B], or an object."""
     place, _, attribute = path.rpartition(":")
     module = module_at(place)
     if not hasattr(module, attribute):
@@ -41,12 +39,20 @@ def custom(name: str, path: str) -> Reward:
             f"reward {name!r}: {path} calls itself {str(found.name)[:80]!a}; write that under name"
         )
     if not missing:
-        return found
+        return found if isinstance(found, Reward) else with_defaults(found)
     if callable(found):
         return Rule(name, located(name, found, module), compares_across_prompts=False, licence="your own")
     raise RewardError(
         f"reward {name!r}: {path} is no function and lacks {', '.join(missing)}; give a function or an object"
     )
+
+
+def with_defaults(found: Any) -> Reward:
+    """Make a reward of an object that has the members of one; those that it lacks are a reward's defaults."""
+    made = Reward()
+    for member in (member for member in dir(found) if not member.startswith("_")):
+        setattr(made, member, getattr(found, member))
+    return made
 
 
 def located(

@@ -1,6 +1,4 @@
-"""From published files to a reward's folder: what is read of each, the configuration that goes with it,
-its authors' examples.
-"""
+"""From published files to a reward's folder: what is read, its configuration, examples."""
 
 from __future__ import annotations
 
@@ -77,10 +75,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Example:
-    """A picture, a prompt and the score that somebody publishes for them.
-
-    `near`: by how much another device may differ.
-    """
+    """An image, a prompt and its published score; `near`: by how much a device may differ."""
 
     picture: Published
     prompt: str
@@ -191,9 +186,7 @@ def _with_head(files: Files, folder: Path, modules: tuple[str, ...]) -> None:
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """Read a published pickle's tensors by PyTorch's restricted reader, which builds nothing but tensors
-    and plain containers.
-    """
+    """Read a published pickle's tensors by PyTorch's restricted reader, which builds nothing else."""
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 6):
         # CVE-2025-32434: before 2.6 a crafted file could run code in spite of weights_only.
         raise ValueError(

@@ -24,9 +24,7 @@ KEPT = 64  # references that stay in memory
 
 
 def compared(section: RewardSection) -> Likeness:
-    """Load the reward that compares with the section's reference or palette, or with the column of that
-    name where a prompt has one.
-    """
+    """Load the reward that compares with the section's reference or palette, or with a prompt's own."""
     name, column = section.name, column_of(section.name)
 
     @lru_cache(maxsize=KEPT)

@@ -59,9 +59,7 @@ VIT = {
 
 
 def open_clip(tensors: Tensors) -> dict[str, Tensor]:
-    """Rename open_clip's CLIP to transformers' CLIPModel: fused projections are split, the two last ones
-    transposed.
-    """
+    """Rename open_clip's CLIP to transformers' CLIPModel, fused projections split, the last transposed."""
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if key in OPEN_CLIP:
@@ -100,9 +98,7 @@ def imagereward(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def head(tensors: Tensors) -> dict[str, Tensor]:
-    """Number a stack of linear layers through, whatever lay between them: head.0.weight, head.0.bias,
-    head.1.weight …
-    """
+    """Number linear layers through, whatever lay between: head.0.weight, head.0.bias, head.1.weight …"""
     names = {key.rpartition(".")[0] for key in tensors}
     order = {
         name: place
@@ -124,9 +120,7 @@ def tower(tensors: Tensors, prefixes: Iterable[str]) -> dict[str, Tensor]:
 
 
 def ready(tensors: Tensors) -> dict[str, Tensor]:
-    """Lay tensors out for a safetensors file: each in memory of its own, in the precision it was published
-    in.
-    """
+    """Lay tensors out for a safetensors file, each in memory of its own, in its precision."""
     return {
         key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
     }

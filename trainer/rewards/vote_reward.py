@@ -1,6 +1,4 @@
-"""People as the reward of a headless run: what has no votes yet is shown to them, and the run stops until
-they have voted.
-"""
+"""People as the reward of a run: it shows them what has no votes yet, and stops until they voted."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from comfy_g2rpo.prompts import titled
-from comfy_g2rpo.rewards import RewardError
+from comfy_g2rpo.rewards import Reward, RewardError
 from comfy_g2rpo.run.folder import RunFolder
 from comfy_g2rpo.votes.ballots import score, write_ballot
 from comfy_g2rpo.votes.strengths import picture_key
@@ -25,11 +23,8 @@ class UnvotedError(RewardError):
 
 
 @dataclass
-class VoteReward:
-    """Score a group by the votes that its run keeps.
-
-    Groups without any are written into <run>/ballots, and `settle` stops the run.
-    """
+class VoteReward(Reward):
+    """Scores a group by its run's votes; groups without are written out, and `settle` stops the run."""
 
     run: Path
     name: str = NAME

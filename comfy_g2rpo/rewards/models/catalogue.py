@@ -1,6 +1,4 @@
-"""The model-backed rewards that this package knows: what they are, what they allow, how they fail, and
-where their weights lie.
-"""
+"""The reward models that this package knows: what they are, allow and miss, and where weights lie."""
 
 from __future__ import annotations
 

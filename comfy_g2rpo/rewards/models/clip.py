@@ -9,14 +9,14 @@ close scores, and a group's z-score divides by their differences.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ..protocol import RewardError
+from ..protocol import Reward, RewardError
 from .catalogue import Known
 from .preprocess import Pictures
 from .safe_folder import WEIGHTS, Folder, check_tokenizer, fill, read_tokenizer, table
@@ -25,16 +25,13 @@ CONTEXT = 77
 
 
 class Judge(nn.Module):
-    """The weights of a reward: see(pixels) → features, once per picture.
-
-    Judge(features, prompts) → scores.
-    """
+    """The weights of a reward: see(pixels) → features, judge(features, prompts) → scores."""
 
     trunks: tuple[str, ...] = ("vision_model",)
 
     @property
     def device(self) -> torch.device:
-        """Say where the weights are now; a host may move them between calls."""
+        """Return where the weights are now; a host may move them between calls."""
         return next(self.parameters()).device
 
     def see(self, pixels: Tensor) -> Tensor:
@@ -51,17 +48,14 @@ class Judge(nn.Module):
 
 
 @dataclass(eq=False)
-class ModelReward:
-    """A reward with weights.
-
-    Pictures are prepared and judged `batch` at a time; no score depends on its batch.
-    """
+class ModelReward(Reward):
+    """A reward with weights; images go in `batch` at a time, and no score depends on its batch."""
 
     name: str
     licence: str
     compares_across_prompts: bool
-    note: str
-    module: Judge
+    note: str = field()
+    module: Judge = field()
     pictures: Pictures
     batch: int = 32
 
@@ -80,7 +74,7 @@ class ModelReward:
 
     @property
     def runs_elsewhere(self) -> bool:
-        """Say whether the scores are computed on another device than the CPU."""
+        """Return whether the scores are computed on another device than the CPU."""
         return self.module.device.type != "cpu"
 
     def to(self, device: torch.device | str) -> ModelReward:
@@ -89,10 +83,7 @@ class ModelReward:
         return self
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score images [B, H, W, 3] in [0, 1] by prompts [B]: [B] float32 on the CPU.
-
-        NaN for a picture that holds NaN.
-        """
+        """Score images [B, H, W, 3] in [0, 1] by prompts [B]: [B] on the CPU, NaN where an image has one."""
         if isinstance(prompts, str) or len(prompts) != len(images):
             raise RewardError(
                 f"reward '{self.name}' got {len(images)} images; give a list with one prompt per image"
@@ -163,10 +154,7 @@ class Clip(Judge):
         )
 
     def judge(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the cosine [B] of embeddings [B, D] and prompts [B].
-
-        A prompt that comes twice is read once.
-        """
+        """Return the cosine [B] of embeddings [B, D] and prompts [B], each prompt read once."""
         return self.scale() * (features * self._read_once(prompts)).sum(-1)
 
     def scale(self) -> Tensor:
@@ -206,10 +194,7 @@ WIDTHS = (1024, 128, 64, 16, 1)
 
 
 def mlp(width: int, widths: Sequence[int] = WIDTHS) -> nn.Sequential:
-    """Stack linear layers.
-
-    The originals' dropouts do nothing when judging, and there is no activation in them.
-    """
+    """Stack linear layers; the originals' dropouts do nothing when judging."""
     return nn.Sequential(
         *(nn.Linear(before, after) for before, after in zip((width, *widths), widths, strict=False))
     )

@@ -45,7 +45,7 @@ def installed(root: Path) -> list[str]:
 
 
 def kind_of(root: Path, name: str) -> str | None:
-    """Say of which kind an installed reward is; None for a folder that is no reward."""
+    """Return of which kind an installed reward is; None for a folder that is no reward."""
     try:
         kind = Folder.of(root, name).json("reward.json").get("kind")
     except RewardError:
@@ -61,9 +61,7 @@ def load_installed(
     dtype: torch.dtype = torch.float32,
     batch: int = 32,
 ) -> ModelReward:
-    """Load an installed reward: the trunk in `dtype`, the head in float32, at most `batch` pictures at a
-    time.
-    """
+    """Load an installed reward: trunk in `dtype`, head in float32, at most `batch` images at a time."""
     present = installed(root)
     if name not in present:
         raise RewardError(_absent(root, name, present))
@@ -77,7 +75,7 @@ def load_installed(
 
 
 def _absent(root: Path, name: str, present: list[str]) -> str:
-    """Say why a reward cannot be loaded, and what to do."""
+    """Return why a reward cannot be loaded, and what to do."""
     if name in KNOWN:
         return f"reward '{name}' is not installed in {root}; get it with: {KNOWN[name].how_to_get}"
     choices = list(dict.fromkeys([*present, *KNOWN]))

@@ -21,16 +21,12 @@ from ..protocol import RewardError
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
-FITS = ("crop", "squash", "pad")
 MAX_ASPECT = 32  # beyond it a resized picture takes gigabytes, and its middle shows nothing of it
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Say how pictures become a model's input.
-
-    `rounds`: the middle of an odd rest as torchvision takes it, not as transformers does.
-    """
+    """Return how images become a model's input; `rounds` as torchvision does an odd rest."""
 
     size: int
     fit: str = "crop"
@@ -77,9 +73,7 @@ class Pictures:
         )
 
     def _padded(self, picture: Tensor) -> Tensor:
-        """Resize a picture [H, W, 3] of bytes by its long edge, bicubic with antialiasing: [3, size,
-        size], zeros around.
-        """
+        """Resize bytes [H, W, 3] by the long edge, bicubic: [3, size, size], zeros around."""
         height, width = picture.shape[:2]
         scale = self.size / float(max(height, width))
         rows, columns = (max(1, round(edge * scale)) for edge in (height, width))
@@ -116,9 +110,7 @@ def short_edge(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def middle(rest: int, rounds: bool) -> int:
-    """Return where the middle begins: half the rest, rounded down (transformers), or half to even
-    (torchvision).
-    """
+    """Return where the middle begins: half the rest, down (transformers) or half to even (torchvision)."""
     return round(rest / 2) if rounds else rest // 2
 
 

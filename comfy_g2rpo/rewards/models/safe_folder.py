@@ -1,6 +1,4 @@
-"""A reward's folder, read without trust: bounded JSON, safetensors alone, nothing outside of the folder,
-no number that is not finite.
-"""
+"""A reward's folder, read without trust: bounded JSON, safetensors alone, nothing outside of it."""
 
 from __future__ import annotations
 
@@ -62,10 +60,7 @@ class Folder:
         return cls(Path(place))
 
     def file(self, name: str, most: float = math.inf) -> Path:
-        """Return a regular file of the folder, of at most `most` bytes.
-
-        Links that lead out of it are refused.
-        """
+        """Return a regular file of the folder, of at most `most` bytes; links out of it are refused."""
         place = os.path.realpath(self.path / name)
         if os.path.dirname(place) != str(self.path):
             raise RewardError(
@@ -98,9 +93,7 @@ class Folder:
         return content
 
     def tokenizer(self, *names: str) -> str:
-        """See that a tokenizer's files are there, that all texts of the folder are bounded, and return it
-        for transformers' reader.
-        """
+        """Check a tokenizer's files and the folder's texts, and return it for transformers' reader."""
         for name in {
             *names,
             *(entry.name for entry in self.path.iterdir() if entry.suffix in (".json", ".txt", ".jinja")),
@@ -110,10 +103,7 @@ class Folder:
 
 
 def table(config: Mapping[str, Any], section: str, place: Path) -> dict[str, Any]:
-    """Take from a section of a configuration what shapes a model, within bounds.
-
-    Whatever else it says is ignored.
-    """
+    """Take from a configuration what shapes a model, within bounds, and ignore the rest."""
     values = config.get(section, {})
     if not isinstance(values, dict):
         raise RewardError(f"{place}: {section} must be a table; fetch the reward again")
@@ -190,9 +180,7 @@ def read_tokenizer(folder: Folder, reader: Any, names: Sequence[str]) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, config: Any, context: int, place: Path) -> None:
-    """Refuse a tokenizer that counts further than the model's tables go: on a GPU such a number would end
-    the process.
-    """
+    """Refuse a tokenizer that counts further than the model's tables, which would end a GPU process."""
     highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= config.vocab_size or config.max_position_embeddings < context:
         limits = f"{config.vocab_size} words at {config.max_position_embeddings} places"

@@ -54,9 +54,7 @@ class Checks:
 
 
 def agreement(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Grade colour, shape, count and relation of images [B, H, W, 3] in [0, 1]: [B] in [0, 1], NaN for a
-    prompt that asks for none.
-    """
+    """Grade colour, shape, count and relation of images [B, H, W, 3]: [B] in [0, 1], NaN if none is asked."""
     scenes = [scene_of(prompt) for prompt in prompts]
     request = request_of(scenes)
     checks = check(request, detect(images.cpu().numpy()))
@@ -133,9 +131,7 @@ def check(request: Request, found: Objects) -> Checks:
 
 
 def match(likeness: np.ndarray) -> np.ndarray:
-    """Give each thing the object most like it, the most alike pair first: likeness [B, T, N] to a boolean
-    assignment [B, T, N].
-    """
+    """Give each thing the most like object, best pair first: likeness [B, T, N] to booleans [B, T, N]."""
     batch, things, objects = likeness.shape
     left, chosen, everyone = likeness.copy(), np.zeros(likeness.shape, bool), np.arange(batch)
     for _ in range(things):
@@ -147,9 +143,7 @@ def match(likeness: np.ndarray) -> np.ndarray:
 
 
 def relation(dx: np.ndarray, dy: np.ndarray, axis: np.ndarray) -> np.ndarray:
-    """Grade how clearly an object at (dx, dy) [B] from another one lies along the axis [B, 2]: [B] in [0,
-    1].
-    """
+    """Grade how clearly an object at (dx, dy) [B] lies along the axis [B, 2] from another: [B] in [0, 1]."""
     along = dx * axis[:, 0] + dy * axis[:, 1]
     across = np.abs(dx * axis[:, 1] + dy * axis[:, 0])
     beyond = across - np.maximum(ACROSS, along)

@@ -9,7 +9,6 @@ a component to the ideal shape of its own moments.
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import label
 
 from .vocabulary import BACKGROUND, COLOURS
 
@@ -96,9 +95,7 @@ def detect(images: np.ndarray) -> Objects:
 
 
 def unmix(offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Explain each pixel's offset [P, 3] from the background by one colour: (palette index [P], coverage
-    [P] in [0, 1], 0 = none).
-    """
+    """Explain pixels' offsets [P, 3] from the background: (palette index [P], coverage [P], 0 = none)."""
     r, g, b = np.ascontiguousarray(offset.T)
     best = np.full(len(r), np.float32(COLOUR_TOLERANCE**2))
     colour, coverage = np.zeros(len(r), int), np.zeros(len(r), np.float32)
@@ -118,6 +115,8 @@ def components(
     Pixels of at least half coverage connect; a softer one joins a neighbour, so that two objects may come as
     close as blurred edges touch.
     """
+    from scipy.ndimage import label  # takes as long to import as the rest of this package
+
     used = np.bincount(plane + 1) >= SPECK
     used[:1] = False
     # An empty row below each plane and an empty column keep neighbours apart, so that all planes form one
@@ -148,10 +147,7 @@ def boxes(component: np.ndarray, x: np.ndarray, y: np.ndarray, count: int) -> tu
 
 
 def vividness(component: np.ndarray, coverage: np.ndarray, count: int) -> np.ndarray:
-    """Measure how full the colour of each component is: [C] in [0, 1].
-
-    Soft edges of a crisp object are forgiven.
-    """
+    """Measure how full the colour of each component is: [C] in [0, 1]; soft edges are forgiven."""
     mass = np.bincount(component, coverage, count)
     return np.minimum(np.bincount(component, coverage * coverage, count) / np.maximum(mass, 1e-6) / 0.85, 1)
 
@@ -233,9 +229,7 @@ def _edge(inward: np.ndarray) -> np.ndarray:
 
 
 def _cells(image: np.ndarray, area: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """Place the components [C] of each image in a row, the largest first: ((image, rank), component) of
-    those that fit.
-    """
+    """Place each image's components [C] in a row, largest first: ((image, rank), component) that fit."""
     order = np.lexsort((-area, image))
     rank = np.arange(len(image)) - np.searchsorted(image[order], image[order])
     fits = rank < MAX_OBJECTS

@@ -94,9 +94,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Heads:
-    """q, k and v of one stream, or k and v alone: one projection, and the weights of the RMS norms of q
-    and k.
-    """
+    """One projection for q, k and v of a stream, or k and v alone, with the weights of the RMS norms."""
 
     def __init__(self, layers: Sequence[nn.Module], norms: Sequence[nn.Module | None], heads: int) -> None:
         self.project, self.parts, self.heads = Affine(*layers), len(layers), heads
@@ -140,10 +138,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Stream:
-    """The image's or the text's half of a block.
-
-    `drops` is the last block's text, of which only k and v are wanted.
-    """
+    """The image's or the text's half of a block; `drops` is the last block's text, only k and v."""
 
     def __init__(
         self, norm: nn.Module, heads: Heads, out: nn.Module | None, feed_forward: nn.Module | None
@@ -165,9 +160,7 @@ class Stream:
 
 
 class Block:
-    """A joint block: two streams that attend to each other, and in some models the image once more to
-    itself.
-    """
+    """A joint block: two streams attend to each other, and in some models the image to itself again."""
 
     def __init__(self, block: JointTransformerBlock) -> None:
         attn, more, heads = block.attn, block.attn2, block.attn.heads
@@ -216,10 +209,7 @@ class Block:
     def __call__(
         self, x: Tensor, text: Tensor, image: Tensor, own: Tensor, words: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Run image tokens x [B, N, D] and text tokens [B, M, D], in place, with their modulation.
-
-        `words` where those are known.
-        """
+        """Run image tokens x [B, N, D] and text [B, M, D] in place, `words` where those are known."""
         n = x.shape[1]
         (shift, scale, gate, *rest), own = image.unbind(1), own.unbind(1)
         normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
@@ -241,10 +231,7 @@ class Block:
 
 
 class Merged:
-    """A transformer with its adapter merged, as it stands when this is made.
-
-    What it keeps is for the prompts that it has seen.
-    """
+    """A transformer with its adapter merged; what it keeps is for prompts that it has seen."""
 
     def __init__(self, transformer: SD3Transformer2DModel) -> None:
         self.transformer = transformer
@@ -273,9 +260,7 @@ class Merged:
         return out.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height, width)
 
     def look_up(self, sigma: Tensor, cond: Sequence[TextFeatures]) -> Tensor:
-        """Return where in `known` each state's prompt and noise level are [B], after computing what is
-        new.
-        """
+        """Return where in `known` each state's prompt and noise level are [B], new ones computed."""
         pairs = [(id(c), s) for c, s in zip(cond, sigma.tolist(), strict=True)]
         if len(self.row) > KEPT:
             self.row, self.prompts, self.known = {}, [], []

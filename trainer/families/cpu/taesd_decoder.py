@@ -23,9 +23,7 @@ SIDES = (0, -1)
 
 
 def foldable(vae: nn.Module) -> bool:
-    """Say whether the decoder is one whose layers are all known here, at a precision at which sums of
-    weights keep their meaning.
-    """
+    """Return whether all layers of the decoder are known here, at a precision that lets weights be summed."""
     if (
         not isinstance(vae, AutoencoderTiny)
         or vae.device.type != "cpu"
@@ -105,9 +103,7 @@ class Upscale:
 
 
 class LastStage:
-    """An upscaling and a 3×3 convolution with nothing between them: one 3×3 convolution that yields every
-    cell's 2×2 pixels.
-    """
+    """An upscaling and a 3×3 convolution as one convolution that yields every cell's 2×2 pixels."""
 
     def __init__(self, first: Upscale, second: nn.Conv2d) -> None:
         near, far = first.weight, second.weight.detach()

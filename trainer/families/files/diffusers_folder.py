@@ -1,6 +1,4 @@
-"""Diffusers folders: what is wrong with one is said before its weights are read, with the command that
-mends it.
-"""
+"""Diffusers folders: what is wrong is said before weights are read, with the command that mends it."""
 
 from __future__ import annotations
 
@@ -85,13 +83,10 @@ def pipeline_name(folder: Path | None) -> str:
 
 
 def components(folder: Path, wanted: str) -> dict[str, list[str | None]]:
-    """Read a folder's index: library and class of every component.
-
-    A folder of another kind of model is refused.
-    """
+    """Read a folder's index: library and class of each component; another kind of model is refused."""
     index = folder / "model_index.json"
     if not index.is_file():
-        title = FAMILIES[PIPELINES[wanted]]
+        title = FAMILIES[PIPELINES[wanted]].title
         raise FileNotFoundError(
             f"model.path {folder}: no model_index.json there; give the folder of a diffusers {title} model"
         )
@@ -102,7 +97,7 @@ def components(folder: Path, wanted: str) -> dict[str, list[str | None]]:
     found = content.get("_class_name") if isinstance(content, dict) else None
     if found in PIPELINES and PIPELINES[found] != PIPELINES[wanted]:
         raise ValueError(
-            f"model.path {folder}: it holds {FAMILIES[PIPELINES[found]]}; set model.family: "
+            f"model.path {folder}: it holds {FAMILIES[PIPELINES[found]].title}; set model.family: "
             f"{PIPELINES[found]}"
         )
     if not isinstance(content, dict) or found != wanted:
@@ -114,9 +109,7 @@ def components(folder: Path, wanted: str) -> dict[str, list[str | None]]:
 
 
 def check_weights(folder: Path, parts: dict[str, list[str | None]]) -> None:
-    """Refuse a folder with a missing component, a missing shard or a file that a download has left
-    unfinished.
-    """
+    """Refuse a folder with a missing component or shard, or an unfinished download."""
     for name, (library, kind) in parts.items():
         if kind is None or library is None:
             continue
@@ -143,10 +136,7 @@ def check_weights(folder: Path, parts: dict[str, list[str | None]]) -> None:
 
 
 def weight_files(part: Path) -> Iterator[Path]:
-    """List a component's weight files, those of its index where it is split.
-
-    One that is listed but absent is refused.
-    """
+    """List a component's weight files; one that its index lists but that is absent is refused."""
     for stem in STEMS:
         index = part / f"{stem}.safetensors.index.json"
         if not index.is_file():

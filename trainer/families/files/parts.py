@@ -29,50 +29,36 @@ from .tokenizers import load_tokenizers
 
 if TYPE_CHECKING:
     from ...config.sections import ModelSection
-    from ..shared.peft_policy import Adapted
 
-CONFIGS = Path(__file__).resolve().parent.parent / "facts"
+FACTS = Path(__file__).resolve().parent.parent / "facts"
 VAE_PREFIXES = ("vae.", "first_stage_model.")
 
 
 class Parts:
-    """Loads the parts of one model: `pipeline` all but the text encoders, `attach` lets a policy load
-    those when it needs them.
+    """Loads the parts of one model of a family, whose policy class says what they are.
+
+    `pipeline` loads all but the text encoders, `attach` lets a policy load those when it needs them.
     """
 
     def __init__(
-        self,
-        kind: Any,
-        family: str,
-        section: ModelSection,
-        path: Path | None,
-        device: torch.device | str,
-        optional: Sequence[str] = (),
+        self, policy: Any, section: ModelSection, path: Path | None, device: torch.device | str
     ) -> None:
-        self.kind, self.family, self.section, self.device, self.optional = (
-            kind,
-            family,
-            section,
-            device,
-            tuple(optional),
-        )
-        self.title = FAMILIES[family]
+        self.policy, self.family, self.section, self.device = policy, section.family, section, device
+        self.kind, self.optional = policy.pipeline_of(path), tuple(policy.optional)
+        self.title = FAMILIES[self.family].title
         self.dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
         self.folder = path if path and path.is_dir() else None
         self.checkpoint = path if path and not path.is_dir() else None
         self.transformer = self._hold_transformer()
         self.config = read_config(self.folder, "transformer") or (
-            sizes.TRANSFORMERS[family](self.transformer) if self.transformer else {}
+            policy.sizes(self.transformer) if self.transformer else {}
         )
-        self.facts = self._facts()
+        self.facts = read_facts(policy.facts(self.family, self.config, self.folder))
         self.text = TextFiles(self.title, self.facts, section.text_encoders, self.checkpoint)
         self.text.check_width(self.config)
 
     def pipeline(self, ready: Mapping[str, Any] | None = None) -> Any:
-        """Load the pipeline without its text encoders onto the device.
-
-        Components that are `ready` are taken as they are.
-        """
+        """Load the pipeline without its text encoders; components that are `ready` are taken as they are."""
         given: dict[str, Any] = dict(ready or {})
         if self.transformer:
             given["transformer"] = self._build_transformer(self.transformer)
@@ -98,7 +84,7 @@ class Parts:
         self.text.check_words(made)
         return made.to(self.device)
 
-    def attach(self, policy: Adapted, *settings: object, parts: Sequence[str] = PARTS) -> Any:
+    def attach(self, policy: Any, *settings: object, parts: Sequence[str] = PARTS) -> Any:
         """Give a policy its prompt cache and the loader of its text encoders; return it.
 
         The cache's key has the `settings` and the files of the `parts` that features depend on.
@@ -133,7 +119,11 @@ class Parts:
                     "model.vae"
                 )
             return None
-        layout = weight_names.by_rules(weight_names.TRANSFORMERS[self.family])
+        if self.family not in key_names.FAMILIES:
+            raise ValueError(
+                f"{field}: {self.title} is loaded from its folder alone; give that as model.path"
+            )
+        layout = weight_names.by_rules(self.policy.layout)
         held = hold_transformer(field, Path(path), key_names.FAMILIES[self.family], layout)
         known = key_names.family_of_model(key.rpartition(".")[0] for key in held.tensors)
         if known and known[0].name != self.family:
@@ -144,23 +134,6 @@ class Parts:
         if known is None:
             raise ValueError(f"{field} {path} holds no transformer of {self.title}; give the file of one")
         return held
-
-    def _facts(self) -> dict[str, Any]:
-        """Read the shipped facts about the model, whose variant the transformer's sizes tell."""
-        name, guided = self.family, self.config.get("guidance_embeds")
-        if self.family == "flux":
-            name = "flux_dev" if guided else "flux_schnell"
-        if self.family == "flux2":
-            name = "flux2_klein"
-            if guided and self.folder is None:
-                raise ValueError(
-                    "model.path is missing: FLUX.2 dev needs its folder; its transformer and VAE may "
-                    "be files of their own"
-                )
-        if self.family == "wan" and self.config.get("in_channels") == 48:
-            name = "wan_5b"
-        facts: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
-        return facts
 
     def _build_transformer(self, held: Held) -> nn.Module:
         config, described = self.config, f"{self.folder} describes"
@@ -214,6 +187,12 @@ class Parts:
                 if label.partition("/")[0] not in self.text.held:
                     found[label] = file
         return found
+
+
+def read_facts(name: str) -> dict[str, Any]:
+    """Read the shipped facts of a name; a family without any is loaded from its folder alone."""
+    file = FACTS / f"{name}.json"
+    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
 def described_vae(held: Held, remedy: str, wanted: Mapping[str, Any]) -> tuple[Held, dict[str, Any]]:

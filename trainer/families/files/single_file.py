@@ -1,6 +1,4 @@
-"""Weights from one file, as ComfyUI's models folder holds it: native or diffusers' names, bare or in a
-checkpoint, 16 bit or fp8.
-"""
+"""Weights from one file of ComfyUI's: native or diffusers' names, bare or in a checkpoint."""
 
 from __future__ import annotations
 
@@ -74,7 +72,7 @@ class Held:
         return (end - begin, *self.tensors[origin.key].shape[1:])
 
     def has(self, name: str) -> bool:
-        """Say whether the file has a weight."""
+        """Return whether the file has a weight."""
         return self.find(name) is not None
 
     def count(self, pattern: str) -> int:
@@ -86,10 +84,7 @@ class Held:
 
 
 def hold(field: str, title: str, path: Path, prefixes: tuple[str, ...] = ()) -> Held:
-    """Look at a file.
-
-    Of the `prefixes` that may stand before a model's names, the first that occurs is taken.
-    """
+    """Look at a file; of the `prefixes` before a model's names, the first that occurs is taken."""
     if not path.is_file():
         raise ValueError(f"{field} {path} is no file; give one .safetensors file")
     tensors = look_at(path).tensors
@@ -150,10 +145,7 @@ def build(
 
 
 def origin(held: Held, name: str, shape: tuple[int, ...], described: str) -> Origin:
-    """Find a wanted weight.
-
-    One that is not there, of another size or in a type that is not read is refused.
-    """
+    """Find a wanted weight; refuse a missing one, another size, or a type that is not read."""
     found = held.find(name)
     got = held.size(name)
     # Latent diffusion keeps linear layers as convolutions of one cell.

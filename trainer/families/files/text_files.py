@@ -1,6 +1,4 @@
-"""Text encoders from files of their own or from a checkpoint: each file is recognised by its weights,
-whatever it is called.
-"""
+"""Text encoders from files or a checkpoint, each recognised by its weights."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from . import sizes
 from .single_file import Held, build, hold
 from .weight_names import bare, text_encoder
 
-CONFIGS = Path(__file__).resolve().parent.parent / "facts"
+FACTS = Path(__file__).resolve().parent.parent / "facts"
 INSIDE = "text_encoders."
 WIDE_CLIP = 1280
 
@@ -39,7 +37,7 @@ class TextFiles:
             self.held = self._assign(within(hold("model.path", "a text encoder", checkpoint))) | self.held
 
     def _assign(self, found: Sequence[Held]) -> dict[str, Held]:
-        """Say which component every file is for; one that the model does not have is refused."""
+        """Return which component every file is for; one that the model does not have is refused."""
         found = [named(held) for held in found]
         kinds = [kind_of(held) for held in found]
         clips = [
@@ -96,7 +94,7 @@ class TextFiles:
 
     def check_width(self, transformer: Mapping[str, Any]) -> None:
         """Refuse a text encoder of another size than the transformer reads."""
-        component, field, layers = self.facts["reads"]
+        component, field, layers = self.facts.get("reads", ("", "", 1))
         held = self.held.get(component)
         if held is None:
             return
@@ -174,4 +172,4 @@ def kind_of(held: Held) -> str:
 @lru_cache
 def facts_of_text(kind: str) -> dict[str, Any]:
     """Read the shipped facts about a text encoder."""
-    return json.loads((CONFIGS / f"text_{kind}.json").read_text("utf-8"))
+    return json.loads((FACTS / f"text_{kind}.json").read_text("utf-8"))

@@ -25,10 +25,7 @@ SMALLEST = 256
 def load_tokenizers(
     facts: Mapping[str, Any], folder: str | None, model: Path, encoders: Mapping[str, Held]
 ) -> dict[str, Any]:
-    """Load the tokenizers of a model's `facts` for the text encoders that it has.
-
-    Those and `model` are its files.
-    """
+    """Load the tokenizers that a model's `facts` name, for the text encoders that it has."""
     near = [model, *(held.path for held in encoders.values())]
     return {
         name: load_one(name, fact, facts["hub"], folder, near, encoders)
@@ -108,7 +105,7 @@ def from_sentencepiece(kind: Any, held: Held, key: str, settings: Mapping[str, A
 
 
 def present(module: str) -> bool:
-    """Say whether a module can be imported, without importing it."""
+    """Return whether a module can be imported, without importing it."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:

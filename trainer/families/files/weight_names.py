@@ -14,47 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 Rules = Sequence[tuple[str, str]]
 """Pairs of a pattern for the whole of diffusers' name and the name that a file has for it."""
 
-FLUX_NORMS = [
-    (rf"{theirs}\.norm_{added}{letter}\.weight", rf"{ours}.norm.{word}_norm.{leaf}")
-    for theirs, added, ours in (
-        (r"transformer_blocks\.(\d+)\.attn", "", r"double_blocks.\1.img_attn"),
-        (r"transformer_blocks\.(\d+)\.attn", "added_", r"double_blocks.\1.txt_attn"),
-        (r"single_transformer_blocks\.(\d+)\.attn", "", r"single_blocks.\1"),
-    )
-    for letter, word in (("q", "query"), ("k", "key"))
-    for leaf in ("scale", "weight")
-]
-TRANSFORMERS: dict[str, Rules] = {
-    "sd3": (
-        (
-            r"transformer_blocks\.(\d+)\.(attn2?)\.norm_([qk])\.weight",
-            r"joint_blocks.\1.x_block.\2.ln_\3.weight",
-        ),
-        (
-            r"transformer_blocks\.(\d+)\.attn\.norm_added_([qk])\.weight",
-            r"joint_blocks.\1.context_block.attn.ln_\2.weight",
-        ),
-        (r"pos_embed\.pos_embed", "pos_embed"),
-    ),
-    "flux": tuple(FLUX_NORMS),
-    "flux2": tuple(FLUX_NORMS),
-    "qwen_image": (),
-    "wan": (
-        (r"blocks\.(\d+)\.attn1\.norm_([qk])\.weight", r"blocks.\1.self_attn.norm_\2.weight"),
-        (r"blocks\.(\d+)\.attn2\.norm_([qk])\.weight", r"blocks.\1.cross_attn.norm_\2.weight"),
-        (r"blocks\.(\d+)\.norm2\.(weight|bias)", r"blocks.\1.norm3.\2"),
-        (r"blocks\.(\d+)\.scale_shift_table", r"blocks.\1.modulation"),
-        (r"scale_shift_table", "head.modulation"),
-    ),
-    "lumina2": (
-        (r"(.+)\.attn\.norm_([qk])\.weight", r"\1.attention.\2_norm.weight"),
-        (r"(.+)\.norm1\.norm\.weight", r"\1.attention_norm1.weight"),
-        (r"(context_refiner\.\d+)\.norm1\.weight", r"\1.attention_norm1.weight"),
-        (r"(.+)\.norm2\.weight", r"\1.attention_norm2.weight"),
-        (r"time_caption_embed\.caption_embedder\.0\.weight", "cap_embedder.0.weight"),
-    ),
-    "z_image": ((r"(.+)\.attention\.norm_([qk])\.weight", r"\1.attention.\2_norm.weight"),),
-}
 UNUSED = re.compile(
     r"(.*\.)?(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant|num_batches_tracked|position_ids|logit_scale)|spiece_model|tekken_model|__index_timestep_zero__|"
     r"norm_final\.weight|lm_head\.weight|text_projection\.weight|shared\.weight|encoder\.embed_tokens\.weight"
@@ -115,10 +74,7 @@ def by_rules(rules: Rules) -> Layout:
 
 
 def ldm_vae(blocks: int) -> Layout:
-    """Make the layout of an autoencoder as latent diffusion names it.
-
-    Its decoder counts `blocks` from the other end.
-    """
+    """Make latent diffusion's layout of an autoencoder, whose decoder counts `blocks` from the end."""
 
     def layout(name: str) -> Iterator[str]:
         yield name
@@ -133,10 +89,7 @@ def ldm_vae(blocks: int) -> Layout:
 
 
 def wan_vae(resnets: int, nested: bool) -> Layout:
-    """Make the layout of Wan's own autoencoder with so many residual blocks per stage.
-
-    That of 2.2 is `nested`.
-    """
+    """Make the layout of Wan's autoencoder, with so many residual blocks a stage; 2.2's is `nested`."""
 
     def layout(name: str) -> Iterator[str]:
         yield name
@@ -160,19 +113,14 @@ def wan_vae(resnets: int, nested: bool) -> Layout:
 
 
 def bare(name: str) -> str:
-    """Take off a text encoder's weight name what wraps the model, which differs between versions and
-    files.
-    """
+    """Take off a text encoder's weight name what wraps the model in some files."""
     while wrapper := next((each for each in TEXT_WRAPPERS if name.startswith(each)), None):
         name = name.removeprefix(wrapper)
     return name
 
 
 def text_encoder(name: str) -> Iterator[str]:
-    """List the names of a text encoder's weight in a file whose names are `bare`.
-
-    Embeddings that are shared may stand under either.
-    """
+    """List a text encoder weight's `bare` names in a file; shared embeddings may have either."""
     name = bare(name)
     yield name
     shared = ("shared.weight", "encoder.embed_tokens.weight")

@@ -1,6 +1,4 @@
-"""What models that edit a picture share: a prompt comes with a picture, and its features hold what the
-model has seen of that.
-"""
+"""What models that edit share: a prompt brings an image, and its features hold what was seen of it."""
 
 from __future__ import annotations
 
@@ -21,11 +19,9 @@ Velocity = Callable[[Tensor, Tensor, Sequence[Any]], Tensor]
 
 
 class Editing:
-    """A family whose prompts start from pictures.
+    """A family whose prompts start from images; `Cond.picture` [C, h, w] is the image's latent."""
 
-    A `Cond` has a field `picture` [C, h, w], the picture's latent.
-    """
-
+    edits = True
     reference_size: int
     _digests: dict[str, str]
 
@@ -34,9 +30,7 @@ class Editing:
         self.reference_size, self._digests = reference_size, {}
 
     def key(self, prompt: str) -> str:
-        """Return what a prompt's features are kept under: its text and the content of its picture as it
-        was when first seen.
-        """
+        """Return a key of a prompt's features: its text, and its image's content when first seen."""
         place = image_of(prompt)
         if place is None:
             return str(prompt)

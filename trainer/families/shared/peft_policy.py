@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -21,36 +23,69 @@ from comfy_g2rpo.rollout import seeded_noise
 from ...lora.lora_files import for_transformer
 from ...model.prompt_cache import PromptCache
 from ..cpu.taesd_decoder import TinyDecoder, foldable
+from ..files.parts import Parts
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from ...config.sections import ModelSection
+    from ..files.single_file import Held
+    from ..files.weight_names import Rules
 
 KEPT = 64
 """Prompts whose features stay on the device where the disk has them, too."""
 
 
-class Adapted:
+class PeftPolicy:
     """A pipeline whose transformer carries a LoRA.
 
     A family adds `_forward` or `velocity`, `latent_shape`, targets, `encode_one`.
     """
 
-    decodes_while_rolling = True
-    lora_style = "diffusers"
+    # what every family says
+    pipeline_class: Any  # of diffusers
+    cond: Callable[..., Any]  # named tuple of a prompt's features
+    comfyui_shift: float
     blocks: str  # pattern of the modules that targets lie in, such as r"transformer_blocks\.\d+"
     attention: Sequence[str]  # targets in a block
     feed_forward: Sequence[str]  # further targets
-    cond: Callable[..., Any]  # named tuple of a prompt's features
+    # what some families say
+    guidance = 1.0
+    max_sequence_length = 0
+    reads = ""  # how the model reads its prompts, where it cannot do without max_sequence_length
     blank: str | None = None  # the text that classifier-free guidance moves away from
-    guidance: float
+    optional: Sequence[str] = ()  # components of the pipeline that a folder may lack
     names: Family | None = None  # where LoRA files have other module names than diffusers
+    lora_style = "diffusers"
+    layout: Rules = ()  # where single files have other weight names than `lora.key_names` tells
+    makes_clips = False
+    edits = False  # whether prompts bring an image
+    fills_text = True  # whether features always have the full length
+    clip_tokens = False  # whether CLIP's tokens stand in front of the others
+
+    decodes_while_rolling = True
     cache: PromptCache | None = None
     load_text_encoders: Callable[[], Mapping[str, nn.Module]] | None = None
     """Loads the pipeline's text encoders when the first prompt is encoded; None where they are there."""
     _encoders_taken = False
     packed = False
-    """Whether weights of the transformer are kept in few bits, or in the computer's memory, and made when
-    they are used.
-    """
+    """Whether weights of the transformer are kept in few bits, or in the computer's memory."""
 
-    def __init__(self, pipeline: Any, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        guidance: float | None = None,
+        max_sequence_length: int | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        if guidance is not None:
+            self.guidance = guidance
+        if max_sequence_length is not None:
+            self.max_sequence_length = max_sequence_length
+        if self.reads and not self.max_sequence_length:
+            full = type(self).max_sequence_length
+            raise ValueError(f"model.max_sequence_length is 0, but {self.reads}; set it to {full}")
         self.pipeline, self.autocast = pipeline, autocast
         self.transformer: Any = pipeline.transformer.requires_grad_(False).eval()
         self.vae: Any = pipeline.vae.requires_grad_(False).eval()
@@ -65,6 +100,47 @@ class Adapted:
         self._folded = TinyDecoder(self.vae.decoder) if foldable(self.vae) else None
         self.layers: dict[str, nn.Module] = {}
         self._prompts: dict[str, Any] = {}
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Do what a family does once, when its pipeline is there."""
+
+    @classmethod
+    def load(cls, section: ModelSection, path: Path | None, device: torch.device | str) -> Self:
+        """Load the model of a configuration's section onto a device."""
+        parts = Parts(cls, section, path, device)
+        policy = cls.of(section, parts.pipeline())
+        return parts.attach(policy, section.family, section.dtype, section.max_sequence_length)
+
+    @classmethod
+    def of(cls, section: ModelSection, pipeline: Any) -> Self:
+        """Make the policy of a pipeline that is there, as a configuration's section says."""
+        autocast = torch.bfloat16 if section.dtype == "bf16" else None
+        length = section.max_sequence_length
+        return cls(pipeline, guidance=section.guidance, max_sequence_length=length, autocast=autocast)
+
+    @classmethod
+    def pipeline_of(cls, path: Path | None) -> Any:
+        """Return the diffusers pipeline that a folder, or files alone, are loaded as."""
+        return cls.pipeline_class
+
+    @staticmethod
+    def sizes(held: Held) -> dict[str, Any]:
+        """Read the sizes in a transformer's configuration off the shapes of its weights."""
+        raise NotImplementedError
+
+    @classmethod
+    def facts(cls, family: str, config: Mapping[str, Any], folder: Path | None) -> str:
+        """Name the shipped facts about a model, whose variant its transformer's configuration tells."""
+        return family
+
+    def text_tokens(self, longest: int, reference_size: int) -> int:
+        """Return the most tokens of a prompt whose longest text has `longest`."""
+        return min(self.max_sequence_length, longest)
+
+    def rollout_copies(self) -> int:
+        """Return the bytes of copies of weights that rollouts in fp32 work on."""
+        return 0
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Any]) -> Tensor:
         """Return v like x [B, C, …, h, w] in float32, with classifier-free guidance where it is above 1."""
@@ -88,10 +164,7 @@ class Adapted:
         return [self._encoded(prompt) for prompt in prompts]
 
     def key(self, prompt: str) -> str:
-        """Return what a prompt's features are kept under.
-
-        A prompt with a picture is refused where the model takes none.
-        """
+        """Return a key of a prompt's features; refuse an image where the model takes none."""
         if image_of(prompt):
             remedy = "remove that column, or choose FLUX.1 Kontext or Qwen-Image-Edit"
             raise ValueError(
@@ -133,9 +206,7 @@ class Adapted:
         self._encoders_taken = False
 
     def add_lora(self, rank: int, alpha: float, seed: int, feed_forward: bool = False) -> None:
-        """Put a fresh adapter on the attention projections (and the feed-forward ones): A seeded as N(0,
-        1/3n), B zero.
-        """
+        """Put a fresh adapter on the targets: A seeded as N(0, 1/3n), B zero."""
         self.attach_lora(rank, alpha, feed_forward)
         with torch.no_grad():
             for name, (down, up) in self.pairs().items():
@@ -155,7 +226,7 @@ class Adapted:
         self.find_layers()
 
     def moved(self, device: torch.device) -> None:
-        """Take note that the model is on a device now, and bring along what has been made of it."""
+        """Record that the model is on a device now, and bring along what has been made of it."""
         self.device = device
         self._folded = TinyDecoder(self.vae.decoder) if foldable(self.vae) else None
         self._prompts = {
@@ -163,10 +234,7 @@ class Adapted:
         }
 
     def load_lora(self, path: Path) -> None:
-        """Put the adapter of a file of any form on the model, to draw with.
-
-        A file that does not fit is refused.
-        """
+        """Put the adapter of a file of any form on the model, to draw with, or refuse a misfit."""
         pairs = for_transformer(path, self.transformer)
         state = {
             f"transformer.{name}.lora_{part}.weight": pair[i]
@@ -181,9 +249,7 @@ class Adapted:
         return renamed(self.names, pairs, "native") if self.names else pairs
 
     def find_layers(self) -> None:
-        """Take note of the layers that carry an adapter, whoever put it there: those that `reference`
-        switches off.
-        """
+        """Find the layers that carry an adapter, which `reference` switches off."""
         self.layers = {
             name: module
             for name, module in self.transformer.named_modules()
@@ -222,9 +288,7 @@ class Adapted:
 
     @contextmanager
     def completing(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """Evaluate completions inside the context: by the transformer's own blocks, under autocast to
-        `dtype` where it is given.
-        """
+        """Evaluate by the transformer's own blocks inside, under autocast to `dtype` if given."""
         kept, self.autocast = self.autocast, dtype or self.autocast
         try:
             yield
@@ -236,11 +300,18 @@ class Adapted:
         return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
 
     def pipeline_sigmas(self, num_steps: int, shape: Sequence[int]) -> Tensor:
-        """Return the noise levels [T+1] that the pipeline's scheduler sets where no shift by resolution is
-        asked for.
-        """
+        """Return the scheduler's noise levels [T+1] where nothing is shifted by resolution."""
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
         scheduler.set_timesteps(num_steps)
+        return scheduler.sigmas.float().cpu()
+
+    def shifted_sigmas(self, num_steps: int, tokens: int = 0, mu: float | None = None) -> Tensor:
+        """Return the scheduler's noise levels [T+1], shifted by mu or as it does for a number of tokens."""
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        if mu is None:
+            mu = calculate_shift(tokens, *(scheduler.config.get(*item) for item in names.items()))
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
         return scheduler.sigmas.float().cpu()
 
     @torch.no_grad()

@@ -1,6 +1,4 @@
-"""Decoding with the VAE of Wan and Qwen-Image, whose latents are normalised channel by channel and have
-frames.
-"""
+"""The VAE of Wan and Qwen-Image: latents have frames, and every channel is normalised."""
 
 from __future__ import annotations
 
@@ -23,9 +21,7 @@ def decode_frames(vae: Any, latents: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def encode_picture(vae: Any, pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """Encode pictures [B, 3, H, W] in [-1, 1] to latents [B, C, h, w] as the model sees them: the mode,
-    every channel normalised.
-    """
+    """Encode images [B, 3, H, W] in [-1, 1] to the model's latents [B, C, h, w], by the mode."""
     latents = vae.encode(pixels[:, :, None].to(dtype)).latent_dist.mode()
     mean, std = (
         torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)

@@ -1,6 +1,4 @@
-"""Judges over HTTP: vision-language models behind OpenAI's interface, and rewards that `g2rpo rewards
-serve` offers.
-"""
+"""Judges over HTTP: vision-language models behind OpenAI's interface, and served rewards."""
 
 from __future__ import annotations
 
@@ -43,9 +41,7 @@ def connect(section: RewardSection) -> Reward:
 
 
 def key_of(name: str) -> str:
-    """Return a judge's key: G2RPO_JUDGE_KEY_<NAME> where several judges have their own, or
-    G2RPO_JUDGE_KEY; never from a file.
-    """
+    """Return a judge's key: G2RPO_JUDGE_KEY_<NAME> or G2RPO_JUDGE_KEY, never from a file."""
     own = f"{KEY}_{re.sub(r'[^A-Z0-9]', '_', name.upper())}"
     variable = own if own in os.environ else KEY
     key = os.environ.get(variable, "").strip()

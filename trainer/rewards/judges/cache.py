@@ -1,6 +1,4 @@
-"""Remember a judge's scores by the hash of pictures, prompt and question: in memory, and as JSON lines in
-a folder where one is given.
-"""
+"""A judge's scores by the hash of images, prompt and question: in memory, and in a folder if given."""
 
 from __future__ import annotations
 
@@ -23,10 +21,7 @@ KEY = re.compile(r"[0-9a-f]{32}")
 
 
 class Cache:
-    """At most MAX_SCORES scores, the oldest leave first.
-
-    `folder` keeps them for other runs in scores.jsonl, which only ever grows.
-    """
+    """At most MAX_SCORES scores; `folder` keeps them in scores.jsonl, which only grows."""
 
     def __init__(self, folder: Path | None = None, most: int = MAX_SCORES) -> None:
         self.most, self.scores = most, {}
@@ -98,9 +93,7 @@ def _item(line: str) -> tuple[str, float] | None:
 
 
 def digest(*parts: Any) -> str:
-    """Name what a score depends on, in 32 hexadecimal digits: texts, numbers, and pictures [H, W, 3]
-    uint8.
-    """
+    """Name what a score depends on in 32 hexadecimal digits: texts, numbers, images [H, W, 3] uint8."""
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
         content = (

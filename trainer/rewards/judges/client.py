@@ -52,17 +52,12 @@ class Limits:
 
     @property
     def patience(self) -> int:
-        """Return after how many failures in a row the rest of a call is not asked, and the next call
-        begins with one attempt.
-        """
+        """Return after how many failures in a row the rest of a call is not asked."""
         return max(8, 2 * self.concurrency)
 
 
 class Fault(Exception):
-    """Why a question has no answer: `kind` is counted, and logged once with its detail.
-
-    `again` says whether another attempt may help.
-    """
+    """Why a question has no answer: `kind` is counted, `again` says whether to try once more."""
 
     def __init__(self, kind: str, detail: str = "", *, again: bool = False, wait: float = 0.0) -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
@@ -75,9 +70,7 @@ class Nonsense(Fault):
 
 @dataclass(frozen=True)
 class Question:
-    """One request for one or more scores: their keys in the cache, its body, made when it is sent, and how
-    its answer is read.
-    """
+    """One request: the keys of its scores in the cache, its body, and how its answer is read."""
 
     keys: tuple[str, ...]
     body: Callable[[], dict[str, Any]]
@@ -121,10 +114,7 @@ class Client:
         )
 
     def ask(self, path: str, questions: Sequence[Question]) -> dict[str, float]:
-        """Return the scores of all questions by key, without those that failed.
-
-        Every kind of failure is logged once.
-        """
+        """Return all questions' scores by key but the failed ones; each kind of failure is logged once."""
         found: dict[str, float] = {}
         try:
             self._run(lambda session: self._ask_all(session, path, iter(questions), found))
@@ -245,9 +235,7 @@ class Client:
                 await asyncio.sleep(self._wait(attempt, fault.wait))
 
     def _wait(self, attempt: int, asked: float) -> float:
-        """Return the seconds before another attempt: doubled every time, at random between half and all,
-        no less than was asked for.
-        """
+        """Return the seconds before another attempt: doubling, random, at least what was asked for."""
         longest = min(self.limits.first_wait * 2**attempt, self.limits.longest_wait)
         return max(longest * self._random.uniform(0.5, 1), min(asked, self.limits.longest_asked_wait))
 
@@ -303,10 +291,7 @@ def encoded(body: dict[str, Any]) -> bytes:
 
 
 def retry_after(value: str) -> float:
-    """Read a Retry-After header, a number of seconds or a date, as seconds from now.
-
-    0 where it says nothing.
-    """
+    """Read a Retry-After header, seconds or a date, as seconds from now; 0 where it says nothing."""
     try:
         seconds = (
             float(value)

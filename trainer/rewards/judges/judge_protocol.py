@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from comfy_g2rpo.prompts import MAX_CHARACTERS, columns_of
+from comfy_g2rpo.rewards import Reward
 
 from .cache import digest
 from .client import Client, Nonsense, Question
@@ -79,7 +80,7 @@ class Scores(Form):
 
 
 @dataclass(frozen=True)
-class RemoteReward:
+class RemoteReward(Reward):
     """A reward on another machine, or in another environment of this one."""
 
     name: str
@@ -95,12 +96,12 @@ class RemoteReward:
 
     @property
     def compares_across_prompts(self) -> bool:
-        """Say whether a score means the same for every prompt."""
+        """Return whether a score means the same for every prompt."""
         return self.about.compares_across_prompts
 
     @property
     def note(self) -> str:
-        """Say how it fails as a target."""
+        """Return how it fails as a target."""
         return self.about.note
 
     def cancel(self) -> None:
@@ -160,9 +161,7 @@ def body(asked: Sequence[tuple[np.ndarray, str]]) -> dict[str, Any]:
 
 
 def without_places(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out where pictures lie: that is no judge's business, and no asker's to name a file on the
-    judge's machine.
-    """
+    """Leave out where images lie, which is no judge's business."""
     return {name: value for name, value in columns.items() if name not in PLACES}
 
 

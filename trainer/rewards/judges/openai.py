@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from comfy_g2rpo.prompts import columns_of
-from comfy_g2rpo.rewards import RewardError
+from comfy_g2rpo.rewards import Reward, RewardError
 
 from .cache import digest
 from .client import LOG, Client, Nonsense, Question
@@ -123,10 +123,7 @@ class Completion(Answer):
 
 @dataclass(frozen=True)
 class Chat:
-    """One model of one server, asked one kind of question.
-
-    `words` says that it gives no probabilities, `limit` how it calls TOKENS.
-    """
+    """One model of one server and one kind of question; `words`: it gives no probabilities."""
 
     client: Client
     model: str
@@ -172,10 +169,7 @@ class Chat:
         return re.sub(r"\{(\w+)\}", lambda name: str(known.get(name[1], name[0])), self.question)
 
     def tried(self, pictures: int) -> Chat:
-        """Ask a trial question, so that a wrong address, key or model shows before a run begins.
-
-        See whether probabilities come.
-        """
+        """Ask a trial question, so that a wrong address, key or model shows before a run begins."""
         shown = [np.full((64, 64, 3), 40 + 150 * i, np.uint8) for i in range(pictures)]
 
         def has_words_alone(answer: Any) -> bool:
@@ -201,7 +195,7 @@ class Chat:
 
 
 @dataclass(frozen=True)
-class ChatReward:
+class ChatReward(Reward):
     """A reward of single pictures."""
 
     name: str

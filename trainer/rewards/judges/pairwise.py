@@ -1,6 +1,4 @@
-"""Win rates inside a group: each picture is held against some others, in both orders, because models
-favour a place.
-"""
+"""Win rates inside a group: images are held against others in both orders, as models favour a place."""
 
 from __future__ import annotations
 
@@ -13,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from comfy_g2rpo.rewards import Reward
+
 from .cache import digest
 from .openai import Chat
 from .sent_pictures import levels
@@ -21,7 +21,7 @@ OPPONENTS = 8  # at most, of each picture; a pair costs two questions
 
 
 @dataclass(frozen=True)
-class PairwiseReward:
+class PairwiseReward(Reward):
     """Score by win rate; needs all pictures of a prompt in one call."""
 
     name: str
@@ -42,9 +42,7 @@ class PairwiseReward:
         self.chat.client.cancel()
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score images [B, H, W, 3] by prompts [B], each distinct prompt a group: [B], NaN for a picture
-        without enough comparisons.
-        """
+        """Score images [B, H, W, 3], each prompt a group: [B], NaN without enough comparisons."""
         scores = torch.full((len(images),), torch.nan)
         pictures = levels(images)
         for prompt in dict.fromkeys(prompts):
@@ -67,9 +65,7 @@ class PairwiseReward:
 
 
 def draw_pairs(names: Sequence[str], opponents: int) -> list[tuple[int, int]]:
-    """Pair n pictures: everyone with everyone, or, where that is more, everyone with `opponents` others,
-    drawn by the pictures' names.
-    """
+    """Pair n images: all with all, or with `opponents` others each, drawn by the images' names."""
     count = len(names)
     if count - 1 <= opponents:
         return [(i, j) for i in range(count) for j in range(i + 1, count)]
@@ -84,10 +80,7 @@ def draw_pairs(names: Sequence[str], opponents: int) -> list[tuple[int, int]]:
 def win_rates(
     count: int, pairs: Sequence[tuple[int, int]], first_wins: Mapping[tuple[int, int], float]
 ) -> Tensor:
-    """Average P(first wins) over both orders of each pair, then over each picture's pairs: [n].
-
-    NaN below half of its pairs.
-    """
+    """Average P(first wins) over orders, then over an image's pairs: [n], NaN below half of them."""
     won, asked = [[] for _ in range(count)], [0] * count
     for i, j in pairs:
         asked[i] += 1

@@ -30,7 +30,6 @@ from torch import Tensor
 from comfy_g2rpo.files.safe import finite
 from comfy_g2rpo.prompts import Prompt
 from comfy_g2rpo.rewards import Reward, RewardError, checked
-from comfy_g2rpo.rewards.protocol import needs_group, note_of
 
 from .judge_protocol import PROTOCOL, About, Request, without_places
 from .sent_pictures import MAX_PIXELS, PictureError, from_base64
@@ -51,13 +50,10 @@ class Refusal(Exception):
 
 
 class JudgeServer:
-    """Answers requests about one reward.
-
-    It is called by one client or several, and judges for one at a time.
-    """
+    """Answers requests about one reward, from any number of clients, judging for one at a time."""
 
     def __init__(self, reward: Reward, token: str, hosts: Sequence[str]) -> None:
-        if needs_group(reward):
+        if reward.needs_group:
             raise RewardError(
                 f"reward {reward.name!r} compares the pictures of a group, which a served reward never "
                 "sees whole; choose another"
@@ -117,7 +113,7 @@ class JudgeServer:
             "licence": reward.licence[:200],
             "compares_across_prompts": bool(reward.compares_across_prompts),
         }
-        return About(protocol=PROTOCOL, note=note_of(reward)[:2000], **about).model_dump()
+        return About(protocol=PROTOCOL, note=str(reward.note)[:2000], **about).model_dump()
 
     async def score(self, request: web.BaseRequest) -> dict[str, Any]:
         """Judge pictures, one request after another."""
@@ -254,9 +250,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def names_of(host: str, port: int, known_as: Sequence[str]) -> tuple[str, ...]:
-    """List what a request may call this server: its address and port, localhost where that is meant, and
-    what the user says.
-    """
+    """List what a request may call this server: address and port, localhost, and what the user says."""
     address = ip_address(host)
     if address.is_unspecified and not known_as:
         raise RewardError(
