@@ -12,21 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from program import leave
 
 from comfy_g2rpo.run.evaluation import Evaluation
 from comfy_g2rpo.run.folder import RunFolder, Sample
-from g2rpo_trainer import cli
 from g2rpo_trainer.reports.comparison import Pair, change, interval, of_runs, same_names, to_show
 
 EVIL = '<script>alert("x")</script> & \u202e "quoted"'
-
-
-def leave(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Run a command; return its exit code and what it printed."""
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([str(argument) for argument in arguments])
-    printed = capsys.readouterr()
-    return int(exit_.value.code or 0), printed.out, printed.err
 
 
 def make_run(

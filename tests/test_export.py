@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from lora_models import ALPHA, TINY, change, deltas, layers, pipeline_of, random_pairs
+from program import call
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from comfy_g2rpo import lora
 from comfy_g2rpo.lora.convert import renamed, scaled
 from comfy_g2rpo.lora.key_names import FAMILIES, SD3
-from g2rpo_trainer.cli import main
 from g2rpo_trainer.config.reading import apply_overrides, find_recipe, from_dict, read_yaml
 from g2rpo_trainer.families.sd3 import SD3 as SD3Policy
 from g2rpo_trainer.families.sd3 import load_pipeline
@@ -32,16 +32,9 @@ TO_Q = "transformer_blocks.0.attn.to_q"
 Attention = tuple[Path, dict[str, Tensor]]
 
 
-def run(*words: object) -> int:
-    """Run the command line; return its exit code."""
-    with pytest.raises(SystemExit) as end:
-        main([str(word) for word in words])
-    return int(end.value.code or 0)
-
-
 def export(source: Path, out: Path, *words: object, code: int = 0) -> None:
     """Run `g2rpo export`."""
-    assert run("export", source, *words, "--out", out) == code
+    assert call("export", source, *words, "--out", out) == code
 
 
 def merge(file: Path, weights: Mapping[str, Tensor], folder: Path, *words: object) -> dict[str, Tensor]:
@@ -284,21 +277,21 @@ def test_nothing_is_overwritten(tmp_path: Path, base: Path, attention: Attention
     taken = tmp_path / "taken.safetensors"
     taken.write_bytes(b"mine")
     for more in ((), ("--merge", base), ("--extract", base)):
-        assert run("export", attention[0], *more, "--out", taken) == 2
+        assert call("export", attention[0], *more, "--out", taken) == 2
         assert "never overwritten" in capsys.readouterr().err
-    assert taken.read_bytes() == b"mine" and run("export", attention[0], "--out", attention[0]) == 2
+    assert taken.read_bytes() == b"mine" and call("export", attention[0], "--out", attention[0]) == 2
 
 
 def test_check_lora_names_what_is_wrong_and_what_mends_it(
     tmp_path: Path, base: Path, attention: Attention, capsys
 ) -> None:
-    assert run("check-lora", attention[0], "--against", base) == 1
+    assert call("check-lora", attention[0], "--against", base) == 1
     said = capsys.readouterr().out
     assert "family: Stable Diffusion 3 and 3.5" in said and "base_model.model." in said
     assert "modules fit" in said and "lack their alpha" in said
     assert "adapter_config.json says 1.66667" in said and "g2rpo export" in said
     export(attention[0], tmp_path / "good.safetensors", "--family", "sd3")
-    assert run("check-lora", tmp_path / "good.safetensors", "--against", base) == 0
+    assert call("check-lora", tmp_path / "good.safetensors", "--against", base) == 0
     assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("!")]
 
 
@@ -317,7 +310,7 @@ def test_check_lora_says_what_loads_where(
 ) -> None:
     pairs = random_pairs(layers(TINY[family].make()))
     save_file(by_parts(pairs, prefix + "{}.lora_{}.weight"), tmp_path / "a.safetensors")
-    run("check-lora", tmp_path / "a.safetensors")
+    call("check-lora", tmp_path / "a.safetensors")
     assert words in capsys.readouterr().out
 
 
@@ -333,14 +326,14 @@ def test_check_lora_knows_that_diffusers_loads_the_form_of_a_run(
     }
     pairs = renamed(FAMILIES[family], random_pairs(shapes), naming)
     lora.write(tmp_path / "a.safetensors", pairs, ALPHA, style="native")
-    run("check-lora", tmp_path / "a.safetensors", "--family", family)
+    call("check-lora", tmp_path / "a.safetensors", "--family", family)
     assert f"diffusers: {said} load as they are\n" in capsys.readouterr().out
 
 
 def test_check_lora_recognises_other_adapters_and_other_models(tmp_path: Path, base: Path, capsys) -> None:
     pair = by_parts({TO_Q: (torch.ones(2, 64), torch.ones(64, 2))}, "transformer.{}.lora_{}.weight")
     save_file(pair | {f"transformer.{TO_Q}.dora_scale": torch.ones(64, 1)}, tmp_path / "a.safetensors")
-    assert run("check-lora", tmp_path / "a.safetensors", "--against", base) == 1
+    assert call("check-lora", tmp_path / "a.safetensors", "--against", base) == 1
     said = capsys.readouterr().out
     assert "DoRA" in said and "have another size in the model" in said
     export(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--family", "sd3", code=2)

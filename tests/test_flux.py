@@ -9,12 +9,14 @@ import math
 import shutil
 from pathlib import Path
 
+import family_model as family
 import flux_folder
 import pytest
 import torch
 from comfy_host import COMFYUIS, make_base, run_script
 from diffusers import FluxPipeline
 from flux_folder import TOKENS
+from program import call
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,7 +27,7 @@ from comfy_g2rpo.recipes import Recipe
 from comfy_g2rpo.rollout import roll_out, seeded_noise
 from comfy_g2rpo.run.folder import RunFolder
 from comfy_g2rpo.schedule import shifted_sigmas
-from g2rpo_trainer import cli, families
+from g2rpo_trainer import families
 from g2rpo_trainer.config.reading import ConfigError, load, model_folder
 from g2rpo_trainer.config.sections import ModelSection
 from g2rpo_trainer.families.files.diffusers_folder import load_pipeline
@@ -49,9 +51,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def section(folder: Path, **changes: object) -> ModelSection:
     """Describe a tiny model as a recipe does."""
-    return ModelSection(
-        **{"family": "flux", "path": str(folder), "guidance": 3.5, "max_sequence_length": TOKENS, **changes}
-    )
+    usual = {"family": "flux", "path": str(folder), "guidance": 3.5, "max_sequence_length": TOKENS}
+    return ModelSection(**{**usual, **changes})
 
 
 def loaded(folder: Path, **changes: object) -> Flux:
@@ -67,19 +68,10 @@ def dev(folders: dict[str, Path]) -> Flux:
     return loaded(folders["dev"])
 
 
-def tune(policy: Flux, rank: int = 4, alpha: float = 8, feed_forward: bool = True) -> Flux:
-    """Give a policy an adapter that has moved away from zero; its alpha is not its rank, on purpose."""
-    policy.add_lora(rank, alpha, 0, feed_forward)
-    with torch.no_grad():
-        for name, (_, up) in policy.pairs().items():
-            up.copy_(0.05 * seeded_noise(up.shape, "up", name))
-    return policy
-
-
 @pytest.fixture(scope="session")
 def tuned(folders: dict[str, Path]) -> Flux:
-    """A dev with an adapter; tests leave it as it is."""
-    return tune(loaded(folders["dev"]))
+    """A dev with an adapter, whose alpha is not its rank, on purpose; tests leave it as it is."""
+    return family.moved(loaded(folders["dev"]), size=0.05)
 
 
 @pytest.fixture
@@ -102,6 +94,7 @@ def test_tokens_are_packed_as_the_pipeline_packs_them() -> None:
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 def test_the_velocity_is_the_transformers_own_with_noise_levels_per_sample(folders, batch, guidance):
     policy, (x, sigma, cond) = loaded(folders["dev"], guidance=guidance), batch
+    rows, columns = SHAPE[1] // 2, SHAPE[2] // 2
     with torch.no_grad():
         direct = policy.transformer(
             hidden_states=FluxPipeline._pack_latents(x, 2, *SHAPE),
@@ -109,9 +102,7 @@ def test_the_velocity_is_the_transformers_own_with_noise_levels_per_sample(folde
             guidance=torch.full((2,), guidance),
             pooled_projections=torch.stack([c.pooled for c in cond]),
             encoder_hidden_states=torch.stack([c.tokens for c in cond]),
-            img_ids=FluxPipeline._prepare_latent_image_ids(
-                2, SHAPE[1] // 2, SHAPE[2] // 2, "cpu", torch.float32
-            ),
+            img_ids=FluxPipeline._prepare_latent_image_ids(2, rows, columns, "cpu", torch.float32),
             txt_ids=torch.zeros(TOKENS, 3),
             return_dict=False,
         )[0]
@@ -125,15 +116,9 @@ def test_a_deterministic_rollout_is_the_pipelines_own_sampling(folders, kind):
     sigmas = families.sigmas(policy, "pipeline", Recipe(num_steps=4), SHAPE)
     rollout = roll_out(policy, deterministic(4), sigmas, policy.encode(PROMPTS[:1]), [5], SHAPE)
     policy.pipeline.set_progress_bar_config(disable=True)
-    picture = policy.pipeline(
-        PROMPTS[0],
-        num_inference_steps=4,
-        guidance_scale=3.5,
-        latents=pack(rollout.noise(0, 0)[None]),
-        max_sequence_length=TOKENS,
-        output_type="pt",
-        **SIZE,
-    ).images
+    asked = {"num_inference_steps": 4, "guidance_scale": 3.5, "max_sequence_length": TOKENS, **SIZE}
+    asked["latents"] = pack(rollout.noise(0, 0)[None])
+    picture = policy.pipeline(PROMPTS[0], **asked, output_type="pt").images
     assert torch.equal(policy.pipeline.scheduler.sigmas, sigmas)
     assert torch.allclose(policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), atol=1e-4)
 
@@ -142,9 +127,8 @@ def test_dev_is_shifted_by_resolution_and_schnell_not(folders, dev):
     small, large = (dev.pipeline_sigmas(8, dev.latent_shape(side, side)) for side in (256, 1024))
     for sigmas, mu in ((small, 0.5), (large, 1.15)):
         assert torch.allclose(sigmas, shifted_sigmas(8, math.exp(mu)), atol=1e-6)
-    assert torch.allclose(
-        loaded(folders["schnell"], guidance=1).pipeline_sigmas(4, SHAPE), shifted_sigmas(4, 1.0), atol=1e-6
-    )
+    schnell = loaded(folders["schnell"], guidance=1)
+    assert torch.allclose(schnell.pipeline_sigmas(4, SHAPE), shifted_sigmas(4, 1.0), atol=1e-6)
 
 
 def test_a_schedule_is_the_methods_or_comfyuis_where_the_recipe_says_so(folders, dev):
@@ -156,9 +140,8 @@ def test_a_schedule_is_the_methods_or_comfyuis_where_the_recipe_says_so(folders,
 
 
 def test_noise_levels_and_guidance_are_not_rounded_to_16_bit(folders):
-    policy, seen = loaded(folders["dev"], dtype="bf16"), []
-    embedding = policy.transformer.time_text_embed.time_proj
-    embedding.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    policy = loaded(folders["dev"], dtype="bf16")
+    seen = family.given_to(policy.transformer.time_text_embed.time_proj)
     sigma = torch.tensor([0.9545454, 0.1234567])
     with policy.inference():
         policy.velocity(seeded_noise((2, *SHAPE), "x"), sigma, policy.encode(PROMPTS))
@@ -183,9 +166,8 @@ def test_sizes_between_tokens_and_settings_that_the_model_does_not_take_are_refu
     assert dev.latent_shape(96, 64) == SHAPE
     with pytest.raises(ValueError, match="72×64; both must be multiples of 16"):
         dev.latent_shape(72, 64)
-    with pytest.raises(
-        ValueError, match=r"model\.guidance is 3\.5, but this FLUX\.1 \(schnell\) takes no guidance"
-    ):
+    says = r"model\.guidance is 3\.5, but this FLUX\.1 \(schnell\) takes no guidance"
+    with pytest.raises(ValueError, match=says):
         loaded(folders["schnell"])
     with pytest.raises(ValueError, match=r"max_sequence_length is 512; FLUX\.1 schnell takes 256"):
         loaded(folders["schnell"], guidance=1, max_sequence_length=512)
@@ -196,9 +178,7 @@ def test_sizes_between_tokens_and_settings_that_the_model_does_not_take_are_refu
 @pytest.fixture
 def on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Keep prompts on disk although the encoders are small."""
-    monkeypatch.setattr(prompt_cache, "SMALL", 0)
-    monkeypatch.setenv("G2RPO_PROMPTS", str(tmp_path / "prompts"))
-    return tmp_path / "prompts"
+    return family.keep_prompts(tmp_path, monkeypatch)
 
 
 def test_prompts_come_from_the_disk_as_they_were_encoded_and_need_no_encoder(folders, dev, on_disk):
@@ -219,14 +199,10 @@ def test_a_damaged_prompt_is_encoded_again(folders, dev, on_disk):
 
 
 def test_other_encoders_and_other_settings_have_prompts_of_their_own(folders, on_disk):
-    caches = [
-        prompt_cache.for_model(folders["dev"], "flux", dtype, length)
-        for dtype in ("fp32", "bf16")
-        for length in (24, 32)
-    ]
-    (folders["schnell"] / "text_encoder/config.json").write_text(
-        (folders["schnell"] / "text_encoder/config.json").read_text() + " "
-    )
+    ways = [(dtype, length) for dtype in ("fp32", "bf16") for length in (24, 32)]
+    caches = [prompt_cache.for_model(folders["dev"], "flux", *way) for way in ways]
+    config = folders["schnell"] / "text_encoder/config.json"
+    config.write_text(config.read_text() + " ")
     caches.append(prompt_cache.for_model(folders["schnell"], "flux", "fp32", 24))
     assert len({cache.folder for cache in caches}) == 5
     assert caches[0].folder == prompt_cache.for_model(folders["dev"], "flux", "fp32", 24).folder
@@ -260,70 +236,37 @@ def test_a_lora_of_another_model_is_refused(dev, tmp_path):
         dev.load_lora(tmp_path / "other.safetensors")
 
 
-def train(folder: Path, out: Path, *settings: str, recipe: str = "flux_dev") -> int:
-    """Run the bundled recipe on a tiny model, two steps of it."""
-    small = (
-        "model.dtype=fp32",
-        "model.width=64",
-        "model.height=64",
-        f"model.max_sequence_length={TOKENS}",
-        "method.num_steps=4",
-    )
-    short = (
-        "method.group_size=3",
-        "train.steps=2",
-        "train.prompts_per_step=1",
-        "train.eval_every=0",
-        "train.eval_prompts=1",
-    )
-    quick = (
-        "prompts.heldout_share=0.1",
-        "lora.rank=4",
-        "lora.alpha=8",
-        "method.learning_rate=0.01",
-        "train.slots=16",
-    )
-    changes = [
-        part
-        for setting in (f"model.path={folder}", *small, *short, *quick, *settings)
-        for part in ("--set", setting)
-    ]
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["train", recipe, "--out", str(out), "--quiet", *changes])
-    return int(exit_.value.code or 0)
+def train(folder: Path, out: Path, *settings: str) -> int:
+    """Run the bundled recipe on a tiny model."""
+    size = ("model.width=64", "model.height=64", f"model.max_sequence_length={TOKENS}")
+    return family.train_recipe("flux_dev", folder, out, *size, *settings)
 
 
 def test_a_run_trains_end_to_end_and_its_lora_draws(folders, tmp_path):
-    assert train(folders["dev"], tmp_path / "run", "lora.targets=attention+feed_forward") == 0
+    assert (
+        train(folders["dev"], tmp_path / "run", "train.steps=2", "lora.targets=attention+feed_forward") == 0
+    )
     run = RunFolder.open(tmp_path / "run")
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     written = lora.read(tmp_path / "run" / summary["lora"])
     assert [row["grad_norm"] > 0 for row in run.metrics() if "grad_norm" in row] == [True, True]
     assert len(written.pairs) == MODULES and all(up.abs().max() > 0 for _, up in written.pairs.values())
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["sample", str(tmp_path / "run"), "--prompt", "a circle", "--out", str(tmp_path / "a.png")])
-    assert not exit_.value.code and (tmp_path / "a.png").is_file()
+    picture = tmp_path / "a.png"
+    assert call("sample", tmp_path / "run", "--prompt", "a circle", "--out", picture) == 0
+    assert picture.is_file()
 
 
 def test_a_run_on_a_single_file_names_it_in_its_lora(folders, weights, tmp_path):
     file = tmp_path / "my_flux.safetensors"
     save_file({name: value.contiguous() for name, value in flux_folder.published(weights).items()}, file)
-    assert train(folders["dev"], tmp_path / "run", f"model.transformer={file}", "train.steps=1") == 0
+    assert train(folders["dev"], tmp_path / "run", f"model.transformer={file}") == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert lora.read(tmp_path / "run" / summary["lora"]).metadata["g2rpo.base_model"] == "my_flux.safetensors"
 
 
 def test_schnell_trains_by_its_own_schedule(folders, tmp_path):
-    assert (
-        train(
-            folders["schnell"],
-            tmp_path / "run",
-            "model.guidance=1",
-            "model.schedule=pipeline",
-            "train.steps=1",
-        )
-        == 0
-    )
+    own = ("model.guidance=1", "model.schedule=pipeline")
+    assert train(folders["schnell"], tmp_path / "run", *own) == 0
 
 
 def test_the_bundled_recipe_is_the_published_one() -> None:
@@ -343,23 +286,20 @@ def test_a_missing_or_unfinished_shard_is_named_with_the_command_that_mends_it(f
     whole = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-10])
     mends = r"; fetch it again with: hf download owner/a\.model --include 'transformer/\*'$"
-    with pytest.raises(
-        ValueError, match=rf"transformer/{shard.name} has {whole - 10:,} of {whole:,} bytes{mends}"
-    ):
+    has = rf"transformer/{shard.name} has {whole - 10:,} of {whole:,} bytes{mends}"
+    lacks = rf"transformer lacks 1 of its 4 weight files, {shard.name} first{mends}"
+    with pytest.raises(ValueError, match=has):
         load_pipeline(FluxPipeline, model, torch.float32)
     shard.unlink()
-    with pytest.raises(
-        ValueError, match=rf"transformer lacks 1 of its 4 weight files, {shard.name} first{mends}"
-    ):
+    with pytest.raises(ValueError, match=lacks):
         load_pipeline(FluxPipeline, model, torch.float32)
 
 
 def test_a_component_that_is_not_there_is_named(folders, tmp_path):
     model = copy(folders["dev"], tmp_path)
     shutil.rmtree(model / "text_encoder_2")
-    with pytest.raises(
-        ValueError, match=r"it lacks the folder text_encoder_2 \(T5EncoderModel\); fetch it again"
-    ):
+    lacks = r"it lacks the folder text_encoder_2 \(T5EncoderModel\); fetch it again"
+    with pytest.raises(ValueError, match=lacks):
         load_pipeline(FluxPipeline, model, torch.float32)
 
 
@@ -369,13 +309,11 @@ def test_a_folder_of_another_family_says_which_to_choose():
 
 
 def test_gated_weights_that_are_not_here_are_named_with_the_way_to_them():
-    with pytest.raises(
-        ConfigError, match=r"hf download black-forest-labs/FLUX\.1-dev \(.*licence.*hf auth login"
-    ):
+    fetch = r"hf download black-forest-labs/FLUX\.1-dev \(.*licence.*hf auth login"
+    with pytest.raises(ConfigError, match=fetch):
         model_folder("black-forest-labs/FLUX.1-dev")
-    with pytest.raises(
-        ConfigError, match=r"or leave model\.path empty and give model\.text_encoders and model\.vae, too$"
-    ):
+    give = r"or leave model\.path empty and give model\.text_encoders and model\.vae, too$"
+    with pytest.raises(ConfigError, match=give):
         model_folder("black-forest-labs/FLUX.1-dev", files=True)
 
 
@@ -392,9 +330,8 @@ def weights(dev: Flux) -> dict[str, Tensor]:
 def test_a_single_file_gives_the_weights_of_the_folder(folders, weights, tmp_path, form):
     given = weights if form == "diffusers" else flux_folder.published(weights)
     if form == "checkpoint":
-        given = {f"model.diffusion_model.{name}": value for name, value in given.items()} | {
-            "vae.decoder.bias": torch.ones(1)
-        }
+        given = {f"model.diffusion_model.{name}": value for name, value in given.items()}
+        given["vae.decoder.bias"] = torch.ones(1)
     save_file({name: value.contiguous() for name, value in given.items()}, tmp_path / "flux.safetensors")
     model = copy(folders["dev"], tmp_path)
     for shard in (model / "transformer").glob("*.safetensors"):
@@ -407,26 +344,23 @@ def test_plain_fp8_is_read(folders, weights, tmp_path):
     given = {name: value.to(torch.float8_e4m3fn) for name, value in flux_folder.published(weights).items()}
     save_file(given, tmp_path / "fp8.safetensors")
     got = loaded(folders["dev"], transformer=str(tmp_path / "fp8.safetensors")).transformer.state_dict()
-    assert all(
-        torch.equal(got[name], value.to(torch.float8_e4m3fn).float()) for name, value in weights.items()
-    )
+    for name, value in weights.items():
+        assert torch.equal(got[name], value.to(torch.float8_e4m3fn).float())
 
 
 def test_a_single_file_that_is_not_the_folders_model_is_refused(folders, weights, tmp_path):
     file = tmp_path / "flux.safetensors"
     given = {name: value.contiguous() for name, value in flux_folder.published(weights).items()}
     save_file(given, file)
-    with pytest.raises(
-        ValueError, match=r"4 of its weights, guidance_in\.in_layer\.bias first, are not in the model"
-    ):
+    foreign = r"4 of its weights, guidance_in\.in_layer\.bias first, are not in the model"
+    with pytest.raises(ValueError, match=foreign):
         loaded(folders["schnell"], guidance=1, transformer=str(file))
     save_file({name: value for name, value in given.items() if name != "img_in.weight"}, file)
     with pytest.raises(ValueError, match=r"it lacks x_embedder\.weight of a FLUX\.1"):
         loaded(folders["dev"], transformer=str(file))
     save_file(given | {"img_in.weight": torch.ones(128, 32)}, file)
-    with pytest.raises(
-        ValueError, match=r"img_in\.weight is \[128, 32\], which does not give x_embedder\.weight \[128, 64\]"
-    ):
+    narrow = r"img_in\.weight is \[128, 32\], which does not give x_embedder\.weight \[128, 64\]"
+    with pytest.raises(ValueError, match=narrow):
         loaded(folders["dev"], transformer=str(file))
 
 
@@ -438,16 +372,13 @@ def test_comfyui_takes_every_key_of_the_lora_and_answers_the_same(
 ):
     if "context_in_dim" not in (comfyui / "comfy/model_detection.py").read_text().partition("txt_in_key")[2]:
         pytest.skip("this ComfyUI loads FLUX at its published size only; a tiny one cannot be tried there")
-    (x, sigma, cond), weights = (
-        batch,
-        {name: tensor.contiguous() for name, tensor in dev.transformer.state_dict().items()},
-    )
-    given = {
-        "x": x,
-        "sigma": sigma,
+    x, sigma, cond = batch
+    weights = {name: tensor.contiguous() for name, tensor in dev.transformer.state_dict().items()}
+    texts = {
         "context": torch.stack([c.tokens for c in cond]),
         "pooled": torch.stack([c.pooled for c in cond]),
     }
+    given = {"x": x, "sigma": sigma, **texts}
     given["picture"] = seeded_noise((len(cond), 16, 6, 10), "pictures")
     editor = loaded(folders["dev"], edits="kontext")
     edits = [editor.cond(*c, picture) for c, picture in zip(cond, given["picture"], strict=True)]
@@ -455,13 +386,8 @@ def test_comfyui_takes_every_key_of_the_lora_and_answers_the_same(
     save_file(weights, tmp_path / "flux.safetensors")
     base = make_base(tmp_path / "base")
     (base / "models/loras/g2rpo.safetensors").write_bytes(adapter.read_bytes())
-    answer = run_script(
-        comfyui,
-        child,
-        base,
-        {"transformer": str(tmp_path / "flux.safetensors"), "lora": "g2rpo.safetensors"},
-        given,
-    )
+    files = {"transformer": str(tmp_path / "flux.safetensors"), "lora": "g2rpo.safetensors"}
+    answer = run_script(comfyui, child, base, files, given)
     assert answer.data["warnings"] == [] and answer.data["mapped"] == MODULES
     with torch.no_grad():
         assert difference(answer.tensors["base"], dev.velocity(*batch)) <= 1e-5

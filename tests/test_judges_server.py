@@ -27,10 +27,10 @@ import pytest
 import torch
 from judge_host import section
 from PIL import Image
+from program import leave
 
 from comfy_g2rpo.prompts import Prompt, columns_of
 from comfy_g2rpo.rewards import Reward, RewardError, Rule, checked
-from g2rpo_trainer.cli import main
 from g2rpo_trainer.rewards.judges import connect, server
 from g2rpo_trainer.rewards.judges.client import Limits
 from g2rpo_trainer.rewards.judges.judge_protocol import body
@@ -452,7 +452,5 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, words = MISTAKES[name]
-    with pytest.raises(SystemExit) as left:
-        main(["rewards", "serve", *arguments, "--token-file", str(tmp_path / "token")])
-    error = capsys.readouterr().err
-    assert left.value.code == 2 and error.startswith(words) and error.count("\n") == 1
+    code, _, error = leave(capsys, "rewards", "serve", *arguments, "--token-file", tmp_path / "token")
+    assert code == 2 and error.startswith(words) and error.count("\n") == 1

@@ -8,6 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
+import family_model as family
 import native_names
 import pytest
 import qwen_edit_folder
@@ -15,6 +16,7 @@ import torch
 from diffusers import QwenImageEditPlusPipeline, QwenImagePipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from drawn_pictures import picture, starting
+from family_model import close
 from PIL import Image
 from torch import Tensor
 
@@ -22,17 +24,13 @@ from comfy_g2rpo import lora
 from comfy_g2rpo.files.safe import read_tensors, write_tensors
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.rollout import roll_out, seeded_noise
-from comfy_g2rpo.run.folder import RunFolder
 from g2rpo_trainer import families
 from g2rpo_trainer.config.reading import from_dict
 from g2rpo_trainer.config.sections import ModelSection
 from g2rpo_trainer.cost.estimate import measure
 from g2rpo_trainer.families.flux import pack, unpack
 from g2rpo_trainer.families.qwen_edit import QwenEdit, area
-from g2rpo_trainer.model import prompt_cache
 from g2rpo_trainer.model.inference import draw
-from g2rpo_trainer.reports.progress import Silent
-from g2rpo_trainer.run import train
 
 TEXT, OTHER = "make it night", "add a red hat and a scarf"
 WIDTH, HEIGHT, SHAPE = 64, 48, (16, 6, 8)
@@ -53,16 +51,8 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
 
 def section(folder: Path, **more: object) -> ModelSection:
     """Write the model's section of a configuration, with references of few tokens."""
-    return ModelSection(
-        **{
-            "family": "qwen_image",
-            "path": str(folder),
-            "width": WIDTH,
-            "height": HEIGHT,
-            "reference_size": 64,
-        }
-        | more
-    )
+    usual = {"family": "qwen_image", "path": str(folder), "width": WIDTH, "height": HEIGHT}
+    return ModelSection(**usual | {"reference_size": 64} | more)
 
 
 def load(folder: Path, **more: object) -> QwenEdit:
@@ -79,36 +69,29 @@ def base(folder) -> QwenEdit:
 @pytest.fixture
 def batch(pictures) -> tuple[Tensor, Tensor, list[str]]:
     """Three latents at three noise levels; prompts of two lengths with pictures of two shapes."""
-    prompts = [
-        starting(TEXT, pictures["wide"]),
-        starting(TEXT, pictures["tall"]),
-        starting(OTHER, pictures["wide"]),
-    ]
-    return seeded_noise((3, *SHAPE), "latents"), torch.tensor([1.0, 0.6, 0.123]), prompts
+    asked = ((TEXT, "wide"), (TEXT, "tall"), (OTHER, "wide"))
+    prompts = [starting(text, pictures[name]) for text, name in asked]
+    return seeded_noise((3, *SHAPE), "latents"), torch.tensor(family.SIGMA), prompts
 
 
 def plain(policy: QwenEdit, x: Tensor, sigma: float, tokens: Tensor, latent: Tensor) -> Tensor:
     """Call diffusers' transformer on one sample as its pipelines do."""
     shapes = [[(1, part.shape[1] // 2, part.shape[2] // 2) for part in (x, latent)]]
-    hidden = torch.cat(
-        [QwenImagePipeline._pack_latents(part[None], 1, *part.shape) for part in (x, latent)], 1
-    )
-    out = policy.transformer(hidden, tokens[None], None, torch.tensor([sigma]), shapes, return_dict=False)[0]
-    return QwenImagePipeline._unpack_latents(out[:, : x[0].numel() // 4], 8 * x.shape[1], 8 * x.shape[2], 8)[
-        0, :, 0
-    ]
+    packed = [QwenImagePipeline._pack_latents(part[None], 1, *part.shape) for part in (x, latent)]
+    given = (torch.cat(packed, 1), tokens[None], None, torch.tensor([sigma]), shapes)
+    out = policy.transformer(*given, return_dict=False)[0][:, : x[0].numel() // 4]
+    return QwenImagePipeline._unpack_latents(out, 8 * x.shape[1], 8 * x.shape[2], 8)[0, :, 0]
 
 
 def test_the_velocity_is_diffusers_own_whatever_pictures_are_in_the_batch(base, batch):
     x, sigma, prompts = batch
     cond = base.encode(prompts)
     assert len({len(c.tokens) for c in cond}) > 1 and len({c.picture.shape for c in cond}) == 2
-    with torch.no_grad():
-        together = base.velocity(x, sigma, cond)
-        for row, c in enumerate(cond):
-            assert torch.allclose(
-                together[row], plain(base, x[row], sigma[row].item(), c.tokens, c.picture), rtol=0, atol=1e-5
-            )
+
+    def expected(row: int) -> Tensor:
+        return plain(base, x[row], sigma[row].item(), cond[row].tokens, cond[row].picture)
+
+    family.check_rows(base, (x, sigma, cond), expected, alone=False)
 
 
 def test_guidance_moves_away_from_the_empty_prompt_with_the_same_picture(base, folder, batch):
@@ -123,7 +106,7 @@ def test_guidance_moves_away_from_the_empty_prompt_with_the_same_picture(base, f
             )
             mixed = without + 4 * (given - without)
             expected = mixed * given.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True)
-            assert torch.allclose(guided[[row]], unpack(expected, 3, 4), rtol=0, atol=1e-5)
+            assert close(guided[[row]], unpack(expected, 3, 4))
     assert not torch.equal(cond[0].without, cond[2].tokens[: len(cond[0].without)])
 
 
@@ -133,17 +116,18 @@ def smaller(monkeypatch) -> None:
     seconds.
     """
     real = pipeline_qwenimage_edit.calculate_dimensions
-    monkeypatch.setattr(
-        pipeline_qwenimage_edit, "calculate_dimensions", lambda target, ratio: real(target // 16**2, ratio)
-    )
+
+    def small(target: int, ratio: float) -> object:
+        return real(target // 16**2, ratio)
+
+    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", small)
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64**2)
 
 
 def test_a_picture_is_brought_to_the_area_that_the_pipelines_bring_it_to():
     for width, height in ((96, 64), (40, 80), (1000, 300)):
-        assert area(width / height, 1024) == pipeline_qwenimage_edit_plus.calculate_dimensions(
-            1024**2, width / height
-        )
+        theirs = pipeline_qwenimage_edit_plus.calculate_dimensions(1024**2, width / height)
+        assert area(width / height, 1024) == theirs
     assert area(8.0, 64) == (192, 32)
 
 
@@ -154,19 +138,11 @@ def test_a_deterministic_rollout_is_the_pipelines_own_edit(folder, pictures):
     assert cond[0].picture.shape == (16, 8, 8)
     sigmas = policy.pipeline_sigmas(2, SHAPE)
     rollout = roll_out(policy, deterministic(2), sigmas, cond, [5], SHAPE)
-    asked = {
-        "height": HEIGHT,
-        "width": WIDTH,
-        "num_inference_steps": 2,
-        "true_cfg_scale": 4.0,
-        "negative_prompt": " ",
-    }
+    asked = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 2, "true_cfg_scale": 4.0}
+    asked |= {"negative_prompt": " ", "latents": pack(rollout.noise(0, 0)[None]), "output_type": "latent"}
     with Image.open(pictures["wide"]) as image:
-        start = pack(rollout.noise(0, 0)[None])
-        latents = policy.pipeline(
-            image=image.convert("RGB"), prompt=TEXT, **asked, latents=start, output_type="latent"
-        ).images
-    assert torch.allclose(rollout.latents[0], unpack(latents, 3, 4), rtol=0, atol=1e-5)
+        latents = policy.pipeline(image=image.convert("RGB"), prompt=TEXT, **asked).images
+    assert close(rollout.latents[0], unpack(latents, 3, 4))
     assert torch.equal(sigmas, policy.pipeline.scheduler.sigmas)
 
 
@@ -177,10 +153,8 @@ def test_the_text_encoder_looks_at_the_picture(base, pictures):
 
 
 def test_in_16_bit_the_model_still_sees_the_exact_noise_level(folder, batch):
-    policy, seen = load(folder, dtype="bf16"), []
-    policy.transformer.time_text_embed.time_proj.register_forward_pre_hook(
-        lambda module, given: seen.append(given[0].clone())
-    )
+    policy = load(folder, dtype="bf16")
+    seen = family.given_to(policy.transformer.time_text_embed.time_proj)
     x, _, prompts = batch
     sigma = torch.tensor([0.9545, 0.954])
     with torch.no_grad():
@@ -193,13 +167,12 @@ def test_in_16_bit_the_model_still_sees_the_exact_noise_level(folder, batch):
 def test_features_are_kept_by_text_and_picture_and_need_no_encoder_again(
     folder, pictures, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("G2RPO_PROMPTS", str(tmp_path / "prompts"))
-    monkeypatch.setattr(prompt_cache, "SMALL", 0)
+    place = family.keep_prompts(tmp_path, monkeypatch)
     asked = [starting(TEXT, pictures["wide"]), starting(TEXT, pictures["tall"])]
     first, again = load(folder, guidance=4.0).encode(asked), load(folder, guidance=4.0)
     again.drop_text_encoders()
     again.load_text_encoders = again.pipeline.image_processor = None
-    assert len(list((tmp_path / "prompts").rglob("*.safetensors"))) == 2
+    assert len(list(place.rglob("*.safetensors"))) == 2
     for known, fresh in zip(again.encode(asked), first, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(known, fresh, strict=True))
 
@@ -209,32 +182,22 @@ def test_what_the_model_does_not_take_is_refused(base, folder, tmp_path):
         base.encode([TEXT])
     broken = shutil.copytree(folder, tmp_path / "broken")
     shutil.rmtree(broken / "processor")
-    with pytest.raises(
-        ValueError, match=r"its processor cannot be read .* hf download OWNER/NAME --include 'processor/\*'"
-    ):
+    fetch = r"its processor cannot be read .* hf download OWNER/NAME --include 'processor/\*'"
+    with pytest.raises(ValueError, match=fetch):
         load(broken)
 
 
 def test_its_files_are_the_model_of_the_folder(base, folder, batch, tmp_path):
     kind = type(base.pipeline).__name__
-    edits, mark = (
-        ("qwen_edit", {})
-        if kind == qwen_edit_folder.KINDS[0]
-        else ("qwen_edit_2511", {"__index_timestep_zero__": torch.ones(1)})
-    )
-    texts = native_names.qwen(base.pipeline.text_encoder.state_dict())
-    files = {
-        "transformer": base.transformer.state_dict() | mark,
-        "vae": base.vae.state_dict(),
-        "text_encoder": texts,
-    }
-    for name, weights in files.items():
-        write_tensors(tmp_path / f"{name}.safetensors", weights)
-    given = {
-        "vae": str(tmp_path / "vae.safetensors"),
-        "text_encoders": (str(tmp_path / "text_encoder.safetensors"),),
-    }
-    given |= {"transformer": str(tmp_path / "transformer.safetensors"), "tokenizers": str(folder)}
+    edits, mark = "qwen_edit", {}
+    if kind == qwen_edit_folder.KINDS[1]:
+        edits, mark = "qwen_edit_2511", {"__index_timestep_zero__": torch.ones(1)}
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("transformer", "vae", "text_encoder")}
+    write_tensors(files["transformer"], base.transformer.state_dict() | mark)
+    write_tensors(files["vae"], base.vae.state_dict())
+    write_tensors(files["text_encoder"], native_names.qwen(base.pipeline.text_encoder.state_dict()))
+    given = {"transformer": str(files["transformer"]), "vae": str(files["vae"]), "tokenizers": str(folder)}
+    given["text_encoders"] = (str(files["text_encoder"]),)
     policy = families.load(section(folder, path=None, edits=edits, **given), None, "cpu")
     assert type(policy.pipeline).__name__ == kind
     # The published numbers of a picture's marks are no words of a tiny tokenizer.
@@ -246,17 +209,11 @@ def test_its_files_are_the_model_of_the_folder(base, folder, batch, tmp_path):
     with torch.no_grad():
         assert torch.equal(policy.velocity(x, sigma, ours), base.velocity(x, sigma, theirs))
     if mark:
-        with pytest.raises(
-            ValueError,
-            match=(
-                r"Qwen-Image-Edit-2511 looks at its picture in its own way; set model\.edits: "
-                r"qwen_edit_2511"
-            ),
-        ):
+        own = r"Qwen-Image-Edit-2511 looks at its picture in its own way; set model\.edits: qwen_edit_2511"
+        with pytest.raises(ValueError, match=own):
             families.load(section(folder, path=None, edits="qwen_edit_2509", **given), None, "cpu")
-    with pytest.raises(
-        ValueError, match=r"no file has that model's transformer; give it as model\.transformer"
-    ):
+    missing = r"no file has that model's transformer; give it as model\.transformer"
+    with pytest.raises(ValueError, match=missing):
         families.load(section(folder, path=None, edits=edits, **given | {"transformer": None}), None, "cpu")
 
 
@@ -266,31 +223,18 @@ def test_a_run_learns_to_edit_and_leaves_a_lora_that_diffusers_loads_with_the_sa
     folder = qwen_edit_folder.save(tmp_path / "model", qwen_edit_folder.KINDS[1])
     rows = [{"prompt": TEXT, "image": str(image)} for image in pictures.values()]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tree = {
-        "model": section(folder, guidance=4.0, schedule="pipeline").model_dump(),
-        "lora": {"rank": 4, "alpha": 8},
-        "method": {
-            "name": "g2rpo",
-            "num_steps": 3,
-            "group_size": 3,
-            "granularities": [1],
-            "learning_rate": 1e-2,
-        },
-        "rewards": [{"name": "colourfulness"}],
-        "prompts": {"train": str(tmp_path / "train.jsonl"), "heldout_share": 0.5},
-        "train": {
-            "steps": 1,
-            "prompts_per_step": 1,
-            "eval_noises": 1,
-            "watch": "off",
-            "slots": 2,
-            "decode_batch": 1,
-        },
-    }
-    train(from_dict(tree), tmp_path / "run", progress=Silent())
-    run = RunFolder.open(tmp_path / "run")
-    assert any(row.get("grad_norm", 0) > 0 for row in run.metrics())
-    file = run.latest() / "lora.safetensors"
+    method = {"name": "g2rpo", "num_steps": 3, "group_size": 3, "granularities": [1], "learning_rate": 1e-2}
+    few = {"steps": 1, "prompts_per_step": 1, "eval_noises": 1, "watch": "off", "slots": 2, "decode_batch": 1}
+    tree, run = family.one_step(
+        tmp_path,
+        section(folder, guidance=4.0, schedule="pipeline").model_dump(),
+        lora={"rank": 4, "alpha": 8},
+        method=method,
+        prompts={"train": str(tmp_path / "train.jsonl"), "heldout_share": 0.5},
+        train=few,
+    )
+    assert family.learnt(run)
+    file = family.lora_of(run)
     assert all(key.startswith("diffusion_model.transformer_blocks.") for key in read_tensors(file)[0])
     assert any(up.any() for _, up in lora.read(file).pairs.values())
     x, sigma, prompts = batch
@@ -301,9 +245,7 @@ def test_a_run_learns_to_edit_and_leaves_a_lora_that_diffusers_loads_with_the_sa
     cond = ours.encode(prompts[:1])
     with torch.no_grad():
         changed = ours.velocity(x[:1], sigma[:1], cond)[0]
-        assert torch.allclose(
-            plain(theirs, x[0], 1.0, cond[0].tokens, cond[0].picture), changed, rtol=0, atol=1e-5
-        )
+        assert close(plain(theirs, x[0], 1.0, cond[0].tokens, cond[0].picture), changed)
         assert not torch.allclose(load(folder).velocity(x[:1], sigma[:1], cond)[0], changed, atol=1e-4)
     assert measure(from_dict(tree)).forward > 0
     (drawn,) = draw(from_dict(tree), prompts[:1], 1, file)

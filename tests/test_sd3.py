@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import family_model as family
 import pytest
 import torch
 from diffusers import AutoencoderTiny, SD3Transformer2DModel
@@ -42,15 +44,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def load(guidance: float = 1.0, lora_seed: int | None = None) -> SD3:
-    """Load the bundled model; a LoRA that is asked for has moved away from zero."""
-    policy = SD3(load_pipeline(TINY, torch.float32), guidance=guidance)
-    if lora_seed is not None:
-        policy.add_lora(4, 8, lora_seed, feed_forward=True)
-        with torch.no_grad():
-            for name, (_, up) in policy.pairs().items():
-                up.copy_(0.02 * seeded_noise(up.shape, "up", name))
-    return policy
+def load(guidance: float = 1.0) -> SD3:
+    """Load the bundled model."""
+    return SD3(load_pipeline(TINY, torch.float32), guidance=guidance)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +58,7 @@ def base() -> SD3:
 @pytest.fixture(scope="session")
 def policy() -> SD3:
     """A model with an adapter; tests leave it as it is."""
-    return load(lora_seed=0)
+    return family.moved(load())
 
 
 @pytest.fixture
@@ -73,14 +69,9 @@ def batch(base: SD3) -> tuple[Tensor, Tensor, list]:
 
 def test_a_deterministic_rollout_is_the_pipelines_own_sampling(base):
     rollout = roll_out(base, deterministic(4), shifted_sigmas(4), base.encode(PROMPTS[:1]), [SEED], SHAPE)
-    picture = base.pipeline(
-        PROMPTS[0],
-        sigmas=[1.0, 0.75, 0.5, 0.25],
-        guidance_scale=1.0,
-        latents=rollout.noise(0, 0)[None],
-        max_sequence_length=0,
-        output_type="pt",
-    ).images
+    asked = {"sigmas": [1.0, 0.75, 0.5, 0.25], "guidance_scale": 1.0, "max_sequence_length": 0}
+    asked["latents"] = rollout.noise(0, 0)[None]
+    picture = base.pipeline(PROMPTS[0], **asked, output_type="pt").images
     assert torch.allclose(base.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), atol=1e-4)
 
 
@@ -114,19 +105,9 @@ def test_the_merged_model_is_the_model_with_its_adapter(policy, batch):
 def test_the_forward_of_rollouts_is_diffusers_own(monkeypatch, qk_norm, width, dtype, tolerance, kept):
     monkeypatch.setattr(sd3_forward, "KEPT", kept)
     monkeypatch.setattr(sd3_forward, "ROWS", 50)  # between the parts' numbers of tokens
-    size = {
-        "num_layers": 3,
-        "num_attention_heads": 2,
-        "attention_head_dim": width,
-        "caption_projection_dim": 2 * width,
-        "sample_size": 8,
-    }
-    text = {
-        "joint_attention_dim": 12,
-        "pooled_projection_dim": 10,
-        "dual_attention_layers": (0, 1),
-        "pos_embed_max_size": 8,
-    }
+    size = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": width, "sample_size": 8}
+    size |= {"caption_projection_dim": 2 * width, "pos_embed_max_size": 8, "dual_attention_layers": (0, 1)}
+    text = {"joint_attention_dim": 12, "pooled_projection_dim": 10}
     torch.manual_seed(0)
     model = SD3Transformer2DModel(**size, **text, qk_norm=qk_norm).to(dtype).eval()
     prompts = [Cond(seeded_noise((7, 12), p).to(dtype), seeded_noise((10,), p).to(dtype)) for p in range(2)]
@@ -136,12 +117,8 @@ def test_the_forward_of_rollouts_is_diffusers_own(monkeypatch, qk_norm, width, d
     with torch.no_grad():
         expected = model(x, tokens, pooled, sigma * 1000, return_dict=False)[0]
         merged = Merged(model)
-        for part in (
-            [2],
-            [0, 1],
-            [0, 1, 2, 3],
-            [3, 2],
-        ):  # pairs that are new, and such as are known in another order
+        # Pairs that are new, and such as are known in another order.
+        for part in ([2], [0, 1], [0, 1, 2, 3], [3, 2]):
             found = merged(x[part], sigma[part], [cond[i] for i in part])
             assert torch.allclose(found, expected[part], rtol=0, atol=tolerance * expected.abs().max())
 
@@ -149,17 +126,13 @@ def test_the_forward_of_rollouts_is_diffusers_own(monkeypatch, qk_norm, width, d
 @pytest.mark.parametrize("blocks", [(1, 1, 1, 0), (1, 1, 1, 1)], ids=["last stage without blocks", "with"])
 def test_the_folded_decoder_is_diffusers_own(blocks):
     torch.manual_seed(0)
-    vae = (
-        AutoencoderTiny(latent_channels=16, decoder_block_out_channels=(8,) * 4, num_decoder_blocks=blocks)
-        .double()
-        .eval()
-    )
+    sizes = {"decoder_block_out_channels": (8,) * 4, "num_decoder_blocks": blocks}
+    vae = AutoencoderTiny(latent_channels=16, **sizes).double().eval()
     latents = seeded_noise((2, 16, 3, 5), "latents").double()
     assert foldable(vae)
     with torch.no_grad():
-        assert torch.allclose(
-            TinyDecoder(vae.decoder)(latents), vae.decode(latents).sample, rtol=0, atol=1e-12
-        )
+        made, theirs = TinyDecoder(vae.decoder)(latents), vae.decode(latents).sample
+    assert torch.allclose(made, theirs, rtol=0, atol=1e-12)
 
 
 def test_merging_leaves_every_weight_as_it_was_bit_for_bit(policy):
@@ -180,9 +153,8 @@ def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed_alone(base, bat
     adapters = [load() for _ in range(3)]
     for adapter, seed in zip(adapters, (1, 1, 2), strict=True):
         adapter.add_lora(4, 4, seed)
-    one, same, other = (
-        torch.cat([down.flatten() for down, _ in adapter.pairs().values()]) for adapter in adapters
-    )
+    pairs = [adapter.pairs().values() for adapter in adapters]
+    one, same, other = (torch.cat([down.flatten() for down, _ in given]) for given in pairs)
     assert torch.equal(one, same) and not torch.equal(one, other)
     with torch.no_grad():
         assert torch.allclose(adapters[0].velocity(*batch), base.velocity(*batch), atol=1e-6)
@@ -190,9 +162,8 @@ def test_a_fresh_adapter_changes_nothing_and_depends_on_its_seed_alone(base, bat
 
 def test_only_the_adapter_is_trained(policy):
     trained = {id(p) for p in policy.transformer.parameters() if p.requires_grad}
-    assert trained == {id(p) for p in policy.parameters()} and not any(
-        p.requires_grad for p in policy.vae.parameters()
-    )
+    assert trained == {id(p) for p in policy.parameters()}
+    assert not any(p.requires_grad for p in policy.vae.parameters())
 
 
 def test_decoded_pictures_are_float32_rows_of_pixels_in_range(base):
@@ -211,13 +182,11 @@ def test_known_prompts_need_no_text_encoder():
     policy = load()
     first = policy.encode(PROMPTS)
     policy.drop_text_encoders()
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, policy.encode(PROMPTS), strict=True))
+    assert family.same_features(first, policy.encode(PROMPTS))
 
 
 def test_guidance_needs_no_text_encoder_once_it_is_dropped(batch):
-    expected, fresh = load(guidance=2.0).velocity(*batch), load(guidance=2.0)
-    fresh.drop_text_encoders()
-    assert torch.equal(fresh.velocity(*batch), expected)
+    family.check_dropped(load(guidance=2.0), load(guidance=2.0), batch)
 
 
 def test_a_missing_model_is_named(tmp_path):
@@ -230,32 +199,27 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda model: (model / "model_index.json").write_text("{"),
-        lambda model: (model / "model_index.json").write_text(
-            json.dumps({"_class_name": "StableDiffusion3Pipeline"})
-        ),
-        lambda model: truncate(model / "transformer" / "diffusion_pytorch_model.safetensors"),
-        lambda model: truncate(model / "vae" / "diffusion_pytorch_model.safetensors"),
-        lambda model: (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink(),
-        lambda model: (model / "transformer" / "config.json").unlink(),
-        lambda model: shutil.rmtree(model / "tokenizer"),
-    ],
-    ids=[
-        "index no JSON",
-        "index empty",
-        "transformer cut",
-        "vae cut",
-        "weights gone",
-        "config gone",
-        "tokenizer gone",
-    ],
-)
+def rewritten(text: str) -> Callable[[Path], object]:
+    """Write another index."""
+    return lambda model: (model / "model_index.json").write_text(text)
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+DAMAGE = {
+    "index no JSON": rewritten("{"),
+    "index empty": rewritten(json.dumps({"_class_name": "StableDiffusion3Pipeline"})),
+    "transformer cut": lambda model: truncate(model / "transformer" / WEIGHTS),
+    "vae cut": lambda model: truncate(model / "vae" / WEIGHTS),
+    "weights gone": lambda model: (model / "transformer" / WEIGHTS).unlink(),
+    "config gone": lambda model: (model / "transformer" / "config.json").unlink(),
+    "tokenizer gone": lambda model: shutil.rmtree(model / "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_model_is_one_clear_line(tmp_path, damage):
     model = shutil.copytree(TINY, tmp_path / "model")
-    damage(model)
+    DAMAGE[damage](model)
     with pytest.raises(ValueError, match=str(model)) as error:
         load_pipeline(model, torch.float32)
     assert "\n" not in str(error.value)
@@ -284,9 +248,8 @@ def plain_gradient(loop: PlainLoop, advantages: Tensor, recipe: Recipe) -> Tenso
     """Differentiate the clipped loss at ratio 1 and the velocity KL, one sample at a time."""
     plan, c, policy = loop.plan, loop.coefficients, loop.policy
     child = [next(s for s in plan.transitions if plan.states[s].parent == fork) for fork in plan.forks]
-    weight = dict(
-        zip(plan.forks, step_weights(c.v_coef[child], c.std[child], recipe.step_weight), strict=True)
-    )
+    weights = step_weights(c.v_coef[child], c.std[child], recipe.step_weight)
+    weight = dict(zip(plan.forks, weights, strict=True))
     for state in plan.transitions:
         edge = plan.states[state]
         x = loop.known[edge.parent]
@@ -318,9 +281,8 @@ def test_every_recipe_equals_the_plain_loop_in_rewards_advantages_and_gradient(p
     assert torch.allclose(integrate(rewards[1:]), integrate(plain_rewards[1:]), atol=1e-3)
     assert advantages.any()
     made = records(rollout, [advantages], step_weight=recipe.step_weight, samples=recipe.objective == "clip")
-    backward(
-        policy, made, cond, recipe, old=snapshot(policy, made, cond) if recipe.objective == "clip" else None
-    )
+    old = snapshot(policy, made, cond) if recipe.objective == "clip" else None
+    backward(policy, made, cond, recipe, old=old)
     ours, plain = gradient(policy), plain_gradient(loop, advantages, recipe)
     assert (ours - plain).norm() <= 1e-5 * plain.norm()
 

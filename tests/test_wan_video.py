@@ -10,7 +10,9 @@ import pytest
 import torch
 import wan_folder
 from diffusers import FlowMatchEulerDiscreteScheduler
+from family_model import LONG, SHORT, close
 from PIL import Image
+from program import call
 from torch import Tensor
 
 from comfy_g2rpo import lora
@@ -22,7 +24,7 @@ from comfy_g2rpo.rollout import roll_out, seeded_noise
 from comfy_g2rpo.run.diversity import describe
 from comfy_g2rpo.run.folder import RunFolder
 from comfy_g2rpo.run.scorer import Scorer
-from g2rpo_trainer import cli, families
+from g2rpo_trainer import families
 from g2rpo_trainer.config.reading import ConfigError, from_dict
 from g2rpo_trainer.config.sections import ModelSection
 from g2rpo_trainer.families.wan import Wan
@@ -30,8 +32,8 @@ from g2rpo_trainer.model.inference import draw
 from g2rpo_trainer.reports.progress import Silent
 from g2rpo_trainer.run import train
 
-SHORT, LONG = "a cat", "a red circle left of two blue squares, in the rain"
 WIDTH, HEIGHT, TOKENS, FRAMES = 64, 32, 64, 5
+CLIP = {"family": "wan", "max_sequence_length": TOKENS, "frames": FRAMES}
 
 
 @pytest.fixture(scope="module", params=wan_folder.KINDS)
@@ -42,8 +44,7 @@ def folder(request, tmp_path_factory) -> Path:
 
 def load(folder: Path, **more: object) -> Wan:
     """Load the model as a run does."""
-    section = {"family": "wan", "path": str(folder), "max_sequence_length": TOKENS, "frames": FRAMES} | more
-    return families.load(ModelSection(**section), folder, "cpu")
+    return families.load(ModelSection(**CLIP | {"path": str(folder)} | more), folder, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -66,30 +67,24 @@ def test_a_clips_velocity_is_diffusers_own_at_every_noise_level_whatever_else_is
             if base.pipeline.config.expand_timesteps:
                 time = (torch.ones(shape[1:])[:, ::2, ::2] * time).flatten()[None]
             expected = base.transformer(x[[row]], time, tokens, return_dict=False)[0][0]
-            assert torch.allclose(together[row], expected, rtol=0, atol=1e-5)
+            assert close(together[row], expected)
 
 
 def test_a_deterministic_rollout_is_the_pipelines_own_clip(folder):
     policy = load(folder, guidance=5.0)
     policy.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
     shape = policy.latent_shape(WIDTH, HEIGHT)
-    rollout = roll_out(
-        policy, deterministic(3), policy.pipeline_sigmas(3, shape), policy.encode([LONG]), [5], shape
-    )
-    asked = {
-        "height": HEIGHT,
-        "width": WIDTH,
-        "num_frames": FRAMES,
-        "num_inference_steps": 3,
-        "guidance_scale": 5.0,
-    }
+    sigmas, cond = policy.pipeline_sigmas(3, shape), policy.encode([LONG])
+    rollout = roll_out(policy, deterministic(3), sigmas, cond, [5], shape)
+    asked = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "num_inference_steps": 3}
+    asked |= {"guidance_scale": 5.0}
     asked |= {"max_sequence_length": TOKENS, "latents": rollout.noise(0, 0)[None]}
     latents = policy.pipeline(LONG, **asked, output_type="latent").frames
-    assert torch.allclose(rollout.latents[0], latents, rtol=0, atol=1e-5)
+    assert close(rollout.latents[0], latents)
     clip = policy.pipeline(LONG, **asked, output_type="pt").frames
     decoded = policy.decode(rollout.latents[:, 0])
     assert decoded.shape == (1, FRAMES, HEIGHT, WIDTH, 3) and decoded.is_contiguous()
-    assert torch.allclose(decoded, clip.permute(0, 1, 3, 4, 2), rtol=0, atol=1e-5)
+    assert close(decoded, clip.permute(0, 1, 3, 4, 2))
 
 
 def clips() -> Tensor:
@@ -114,11 +109,11 @@ def test_a_clip_is_judged_by_its_frames_mean_its_worst_or_a_strip_of_them(mode, 
 
 
 def test_frames_that_cannot_be_judged_are_left_out_and_a_broken_clip_is_not_judged():
-    shy = Rule(
-        "shy",
-        lambda images, _: torch.where(images.mean((1, 2, 3)) > 0.7, torch.nan, images.mean((1, 2, 3))),
-        True,
-    )
+    def shyly(images: Tensor, _: object) -> Tensor:
+        level = images.mean((1, 2, 3))
+        return torch.where(level > 0.7, torch.nan, level)
+
+    shy = Rule("shy", shyly, True)
     assert judged(shy, clips(), ["a", "b"]).tolist() == pytest.approx([0.4, 1.1 / 3])
     assert judged(OfFrames(shy, "min"), clips(), ["a", "b"]).tolist() == pytest.approx([0.2, 0.1])
     broken = clips()
@@ -154,9 +149,8 @@ def test_a_reward_of_frames_is_the_reward_on_pictures_and_in_all_else():
 
 def test_clips_of_still_frames_are_as_far_apart_as_their_pictures():
     pictures = seeded_noise((3, 16, 16, 3), "stills").sigmoid()
-    apart, still = (
-        torch.cdist(f["pixels"], f["pixels"]) for f in (describe(pictures, None), described_of(pictures))
-    )
+    pair = (describe(pictures, None)["pixels"], described_of(pictures)["pixels"])
+    apart, still = (torch.cdist(pixels, pixels) for pixels in pair)
     assert torch.allclose(apart, still, atol=1e-6)
 
 
@@ -176,9 +170,8 @@ def test_what_makes_no_clip_is_refused(tmp_path):
     model = wan_folder.save(tmp_path / "model")
     with pytest.raises(ValueError, match=r"model\.frames is 7; .* set it to 5"):
         load(model, frames=7)
-    with pytest.raises(
-        ValueError, match=r"model\.frames is 5, but FLUX\.1 makes single pictures; set it to 1"
-    ):
+    single = r"model\.frames is 5, but FLUX\.1 makes single pictures; set it to 1"
+    with pytest.raises(ValueError, match=single):
         families.load(ModelSection(family="flux", path=str(tmp_path), frames=5), tmp_path, "cpu")
 
 
@@ -186,14 +179,7 @@ def config(place: Path, model: Path, **more: object) -> dict:
     """Write a whole configuration of two steps with guidance, two rewards and a look at held-out prompts."""
     (place / "train.txt").write_text(f"{SHORT}\n{LONG}\n")
     (place / "heldout.txt").write_text("a dog\n")
-    section = {
-        "family": "wan",
-        "path": str(model),
-        "width": WIDTH,
-        "height": HEIGHT,
-        "max_sequence_length": TOKENS,
-        "frames": FRAMES,
-    }
+    section = CLIP | {"path": str(model), "width": WIDTH, "height": HEIGHT}
     return {
         "model": section | {"guidance": 5.0, "schedule": "comfyui"},
         "lora": {"rank": 4, "alpha": 8},
@@ -205,9 +191,8 @@ def config(place: Path, model: Path, **more: object) -> dict:
 
 
 def test_votes_are_asked_for_clips_only_as_strips(tmp_path):
-    tree = config(
-        tmp_path, wan_folder.save(tmp_path / "model"), rewards=[{"name": "votes"}], heldout_rewards=["jpeg"]
-    )
+    model, rewards = wan_folder.save(tmp_path / "model"), [{"name": "votes"}]
+    tree = config(tmp_path, model, rewards=rewards, heldout_rewards=["jpeg"])
     with pytest.raises(ConfigError, match="each of 5 frames; set its frames: strip"):
         from_dict(tree)
     assert from_dict(tree | {"rewards": [{"name": "votes", "frames": "strip"}]}).rewards[0].frames == "strip"
@@ -228,11 +213,8 @@ def test_a_run_learns_from_clips_and_shows_them(tmp_path):
     assert (run.path / "before_after.png").is_file()
     (drawn,) = draw(from_dict(tree), [LONG], 1, file)
     assert drawn.shape == (FRAMES, HEIGHT, WIDTH, 3)
-    with pytest.raises(SystemExit) as left:
-        cli.main(
-            ["sample", str(run.path), "--prompt", LONG, "--seed", "1", "--out", str(tmp_path / "clip.png")]
-        )
-    assert left.value.code == 0
+    words = ("--prompt", LONG, "--seed", 1, "--out", tmp_path / "clip.png")
+    assert call("sample", run.path, *words) == 0
     assert torch.allclose(read(tmp_path / "clip.png"), strip(drawn), rtol=0, atol=1 / 255)
     with Image.open(tmp_path / "clip.webp") as clip:
         assert clip.n_frames == FRAMES
