@@ -14,6 +14,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..comfy_g2rpo.advantages import zero_std_share
+from ..comfy_g2rpo.files.one_writer import one_writer
 from ..comfy_g2rpo.prompts import Prompts
 from ..comfy_g2rpo.recipes import recipe
 from ..comfy_g2rpo.run.checkpoint import save
@@ -91,7 +92,8 @@ class LoRAPolicy(io.ComfyNode):
         made = fresh_adapter(model, rank, alpha, seed, targets)
         policy = PolicyData(model, made, {}, learning_rate)
         if run.strip():
-            policy = continued(policy, run.strip(), seed)
+            with one_writer(run_place(run.strip())):
+                policy = continued(policy, run.strip(), seed)
         return io.NodeOutput(policy, with_adapter(model, policy.adapter), policy.step)
 
 
@@ -251,9 +253,7 @@ def keep(
     stats: dict[str, float],
 ) -> None:
     """Write the update into the policy's run: a row of metrics, then a checkpoint."""
-    folder = RunFolder.open(run_place(policy.run))
-    row: dict[str, Any] = {"step": policy.step, **reward_row(advantages)}
-    folder.append(row | stats | {"nfe": advantages.rollout.rollout.nfe})
+    row: dict[str, Any] = {"step": policy.step, **reward_row(advantages), **stats}
     setup = Setup(
         recipe=recipe("g2rpo"),
         pace=Pace(),
@@ -268,7 +268,11 @@ def keep(
         style="native",
         metadata=metadata(policy.model, "graph", dict.fromkeys(advantages.names, 1.0)),
     )
-    save(setup, Learner(optimizer, [], policy.step), folder)
+    place = run_place(policy.run)
+    with one_writer(place):
+        folder = RunFolder.open(place)
+        folder.append(row | {"nfe": advantages.rollout.rollout.nfe})
+        save(setup, Learner(optimizer, [], policy.step), folder)
 
 
 def reward_row(advantages: AdvantagesData) -> dict[str, float]:

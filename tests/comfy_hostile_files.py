@@ -289,6 +289,9 @@ def attack_files(
         ):
             run = runs / f"poison-{number}-{letter}"
             shutil.copytree(source, run)
+            without_sums(run)
+            # Nothing sound to fall back to: what is poisoned must be refused.
+            shutil.rmtree(run / "checkpoints/000000", ignore_errors=True)
             kept = {path.name for path in outside.iterdir()}
             poison(run)
             before = contents(outside)
@@ -303,6 +306,14 @@ def attack_files(
             for path in outside.iterdir():
                 if path.name not in kept:
                     remove(path)
+
+
+def without_sums(run: Path) -> None:
+    """Take the sums out of a run's checkpoints: who poisons a file can do that too."""
+    for path in run.glob("checkpoints/*/state.json"):
+        state = json.loads(path.read_text("utf-8"))
+        state.pop("sha256")
+        path.write_text(json.dumps(state), "utf-8")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

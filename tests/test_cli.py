@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from program import call, leave
 from rich.console import Console
 
 from comfy_g2rpo.run.folder import RunFolder
@@ -46,21 +47,11 @@ SMALL = [
 ]
 
 
-def leave(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Run a command; return its exit code and what it printed."""
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([str(argument) for argument in arguments])
-    printed = capsys.readouterr()
-    return int(exit_.value.code or 0), printed.out, printed.err
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a finished run of two small steps."""
     out = tmp_path_factory.mktemp("cli") / "run"
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["train", "demo", "--out", str(out), "--quiet", *SMALL])
-    assert exit_.value.code == 0
+    assert call("train", "demo", "--out", out, "--quiet", *SMALL) == 0
     return out
 
 
@@ -92,17 +83,8 @@ def test_a_run_leaves_all_its_files(run: Path) -> None:
     folder = RunFolder.open(run)
     for name in ("config.json", "metrics.jsonl", "summary.json", "curves.png", "before_after.png"):
         assert (run / name).is_file()
-    wanted = {
-        "heldout_before",
-        "heldout_after",
-        "reward_before",
-        "reward_after",
-        "seconds",
-        "forwards",
-        "seed",
-        "lora",
-        "steps",
-    }
+    wanted = {"heldout_before", "heldout_after", "reward_before", "reward_after", "seconds", "forwards"}
+    wanted |= {"seed", "lora", "steps"}
     assert wanted <= set(folder.summary())
     assert (run / folder.summary()["lora"]).is_file()
 
@@ -111,7 +93,8 @@ def test_an_existing_run_is_not_touched(run: Path, capsys: pytest.CaptureFixture
     before = (run / "metrics.jsonl").read_bytes()
     code, _, error = leave(capsys, "train", "demo", "--out", run, *SMALL)
     assert code == 2
-    assert re.fullmatch(r"error: .*run already holds a run; continue it \(--resume\), start over .*\n", error)
+    said = r"error: .*run already holds a run; continue it \(g2rpo resume\), start over .*\n"
+    assert re.fullmatch(said, error)
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
@@ -221,7 +204,7 @@ MISTAKES = {
         "prompts.train is 'nowhere.txt', which does not exist",
     ),
     "missing run": (["report", "nowhere"], "nowhere holds no run"),
-    "nothing to resume": (["train", "demo", "--resume", "--out", "nowhere"], "nowhere holds no run"),
+    "nothing to resume": (["resume", "nowhere"], "cannot read nowhere/config.json"),
     "contradiction": (
         ["train", "demo", "--resume", "--replace"],
         "--resume and --replace exclude each other",
@@ -320,7 +303,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_run_does(
         capsys, "train", "demo", "--out", tmp_path / "run", *SMALL, "--set", "train.steps=9"
     )
     assert code == 130, errors
-    hint = re.search(r"interrupted; continue with: g2rpo (train demo --out \S+ --resume .*)", errors).group(1)
+    hint = re.search(r"interrupted; continue with: g2rpo (resume \S+)", errors).group(1)
     assert RunFolder.open(tmp_path / "run").latest().name == "000002"
     assert leave(capsys, *shlex.split(hint), "--set", "train.steps=3")[0] == 0
     assert RunFolder.open(tmp_path / "run").summary()["steps"] == 3

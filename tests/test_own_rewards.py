@@ -117,25 +117,23 @@ CHANGED = {
 def test_a_changed_reward_is_not_resumed(recipe: Path, change: str) -> None:
     (recipe.parent / "other.py").write_text(TEN_LINES)
     RunFolder.create(recipe.parent / "run", reading.dump(reading.load(recipe)))
-    with pytest.raises(
-        RunError, match=rf"was made with {CHANGED[change]} = .*; continue with that, or start another run"
-    ):
+    says = rf"was made with {CHANGED[change]} = .*; continue with that, or start another run"
+    with pytest.raises(RunError, match=says):
         RunFolder.reopen(recipe.parent / "run", reading.dump(reading.load(recipe, [change])))
 
 
 def test_how_a_judge_is_asked_may_change(recipe: Path) -> None:
     judge = "rewards=[{name: judge, url: 'http://127.0.0.1:1/v1', protocol: rating, model: m}]"
     RunFolder.create(recipe.parent / "run", reading.dump(reading.load(recipe, [judge])))
-    pace = ["timeout=5", "retries=9", "concurrency=2", "batch=4", "device=cpu"]
-    RunFolder.reopen(
-        recipe.parent / "run",
-        reading.dump(reading.load(recipe, [judge, *(f"rewards.0.{one}" for one in pace)])),
-    )
+
+    def reopen(*changes: str) -> None:
+        again = reading.load(recipe, [judge, *(f"rewards.0.{change}" for change in changes)])
+        RunFolder.reopen(recipe.parent / "run", reading.dump(again))
+
+    reopen("timeout=5", "retries=9", "concurrency=2", "batch=4", "device=cpu")
     for change in ("url=http://127.0.0.1:2/v1", "model=n", "question=Is it?", "protocol=yes_no"):
         with pytest.raises(RunError, match=r"was made with rewards\.0"):
-            RunFolder.reopen(
-                recipe.parent / "run", reading.dump(reading.load(recipe, [judge, f"rewards.0.{change}"]))
-            )
+            reopen(change)
 
 
 def test_reading_a_recipe_runs_and_loads_nothing_of_yours(recipe: Path) -> None:
@@ -219,20 +217,15 @@ def test_your_own_may_be_an_object_or_lie_in_an_installed_module(tmp_path: Path)
     assert torch.equal(checked(blue, IMAGES, ["", ""]), IMAGES[..., 2].mean((1, 2)))
     section = RewardSection(name="saturation", path="comfy_g2rpo.rewards.pixels:colourfulness")
     check_reward(section)
-    assert torch.equal(
-        build(section).score(IMAGES, ["", ""]), built_in.load("colourfulness").score(IMAGES, ["", ""])
-    )
+    theirs = built_in.load("colourfulness").score(IMAGES, ["", ""])
+    assert torch.equal(build(section).score(IMAGES, ["", ""]), theirs)
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "images.mean((1, 2, 3))",
-        "images.mean((1, 2, 3)).numpy()",
-        "images.mean((1, 2, 3)).tolist()",
-        "images.double().mean((1, 2, 3))",
-    ],
-)
+MEAN = "images.mean((1, 2, 3))"
+ANSWERS = [MEAN, f"{MEAN}.numpy()", f"{MEAN}.tolist()", "images.double().mean((1, 2, 3))"]
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
 def test_your_own_may_answer_in_any_form(tmp_path: Path, answer: str) -> None:
     mine = own(tmp_path, f"def mean(images, prompts):\n    return {answer}\n", "mean", "mine")
     assert torch.allclose(checked(mine, IMAGES, ["", ""]), IMAGES.mean((1, 2, 3)))
@@ -241,36 +234,30 @@ def test_your_own_may_answer_in_any_form(tmp_path: Path, answer: str) -> None:
 def test_your_own_may_count_and_may_be_unable_to_judge(tmp_path: Path) -> None:
     mine = own(tmp_path, "def count(images, prompts):\n    return [3, None]\n", "count", "mine")
     assert checked(mine, IMAGES, ["", ""])[0] == 3 and checked(mine, IMAGES, ["", ""])[1].isnan()
-    ints = own(
-        tmp_path, "def count(images, prompts):\n    return (images > 0.5).sum((1, 2, 3))\n", "count", "mine"
-    )
+    source = "def count(images, prompts):\n    return (images > 0.5).sum((1, 2, 3))\n"
+    ints = own(tmp_path, source, "count", "mine")
     assert checked(ints, IMAGES, ["", ""]).dtype == torch.float32
 
 
 def test_the_line_that_fails_is_named(tmp_path: Path) -> None:
     mine = own(tmp_path, "def f(images, prompts):\n    images + 1\n    return prompts[7]\n", "f", "mine")
-    with pytest.raises(
-        RewardError,
-        match=r"reward 'mine' failed with IndexError in .*own\.py, line 3: list index out of range",
-    ):
+    says = r"reward 'mine' failed with IndexError in .*own\.py, line 3: list index out of range"
+    with pytest.raises(RewardError, match=says):
         checked(mine, IMAGES, ["", ""])
 
 
-@pytest.mark.parametrize(
-    ("source", "attribute", "words"),
-    [
-        (
-            "import no_such_thing",
-            "f",
-            "cannot import .*own.py: ModuleNotFoundError: No module named 'no_such_thing'",
-        ),
-        ("def f(:", "f", "cannot import .*own.py: SyntaxError: .*line 1"),
-        ("g = 1", "f", "has no 'f'; check the end of path"),
-        ("f = 1", "f", "is no function and lacks name, licence, compares_across_prompts, score"),
-        (AS_AN_OBJECT, "Bluer", "is a class; make an object of it in that file"),
-        (AS_AN_OBJECT, "blue", "calls itself 'blue'; write that under name"),
-    ],
-)
+NOT_THERE = "cannot import .*own.py: ModuleNotFoundError: No module named 'no_such_thing'"
+UNUSABLE = [
+    ("import no_such_thing", "f", NOT_THERE),
+    ("def f(:", "f", "cannot import .*own.py: SyntaxError: .*line 1"),
+    ("g = 1", "f", "has no 'f'; check the end of path"),
+    ("f = 1", "f", "is no function and lacks name, licence, compares_across_prompts, score"),
+    (AS_AN_OBJECT, "Bluer", "is a class; make an object of it in that file"),
+    (AS_AN_OBJECT, "blue", "calls itself 'blue'; write that under name"),
+]
+
+
+@pytest.mark.parametrize(("source", "attribute", "words"), UNUSABLE)
 def test_a_file_of_yours_that_cannot_be_used_is_named(
     tmp_path: Path, source: str, attribute: str, words: str
 ) -> None:
@@ -295,28 +282,12 @@ def test_no_node_can_reach_a_file_of_python() -> None:
     assert len(sources) > 30
     for path in sources:
         tree = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-        names = {
-            alias.name.partition(".")[0]
-            for node in tree
-            if isinstance(node, ast.Import)
-            for alias in node.names
-        }
-        names |= {
-            str(node.module).partition(".")[0]
-            for node in tree
-            if isinstance(node, ast.ImportFrom) and not node.level
-        }
-        called = {
-            node.func.attr
-            for node in tree
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-        }
-        assert not names & LOADERS and not called & {
-            "import_module",
-            "exec_module",
-            "run_path",
-            "run_module",
-        }, path
+        imports = [alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names]
+        imports += [str(node.module) for node in tree if isinstance(node, ast.ImportFrom) and not node.level]
+        calls = [node.func for node in tree if isinstance(node, ast.Call)]
+        called = {func.attr for func in calls if isinstance(func, ast.Attribute)}
+        assert not {name.partition(".")[0] for name in imports} & LOADERS, path
+        assert not called & {"import_module", "exec_module", "run_path", "run_module"}, path
 
 
 @pytest.mark.parametrize(
@@ -351,9 +322,8 @@ RED, BLUE = torch.tensor([1.0, 0, 0]).expand(1, 32, 32, 3), torch.tensor([0, 0, 
 def test_a_reference_comes_from_the_recipe_or_from_the_prompt_s_row(tmp_path: Path) -> None:
     picture(tmp_path / "red.png", (255, 0, 0))
     picture(tmp_path / "pictures" / "blue.png", (0, 0, 255))
-    (tmp_path / "prompts.jsonl").write_text(
-        '{"prompt": "sea", "reference": "pictures/blue.png"}\n{"prompt": "fire"}\n'
-    )
+    rows = ['{"prompt": "sea", "reference": "pictures/blue.png"}', '{"prompt": "fire"}']
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows) + "\n")
     sea, fire = read(tmp_path / "prompts.jsonl")[0]
     both = build(RewardSection(name="histogram", reference=str(tmp_path / "red.png")))
     check_prompts([both], [sea, fire])
@@ -368,24 +338,20 @@ def test_a_palette_comes_from_the_prompt_s_row() -> None:
     assert checked(reward, torch.cat([BLUE, BLUE]), prompts).tolist() == pytest.approx([1, 0.5])
 
 
-@pytest.mark.parametrize(
-    ("name", "columns", "words"),
-    [
-        (
-            "ssim",
-            {},
-            (
-                "reward 'ssim' has nothing to compare with; give it a reference, or the prompts a column "
-                "of that name"
-            ),
-        ),
-        ("palette", {}, "reward 'palette' has nothing to compare with; give it a palette"),
-        ("ssim", {"reference": 3}, "column reference of 'sea' is '3'; write the path of a picture"),
-        ("palette", {"palette": "#0000ff"}, "column palette of 'sea' is '#0000ff'; write a list of colours"),
-        ("palette", {"palette": ["blue"]}, "palette has the colour 'blue'"),
-        ("phash", {"reference": "nowhere.png"}, "cannot read nowhere.png"),
-    ],
+NOTHING = (
+    "reward 'ssim' has nothing to compare with; give it a reference, or the prompts a column of that name"
 )
+NO_REFERENCE = [
+    ("ssim", {}, NOTHING),
+    ("palette", {}, "reward 'palette' has nothing to compare with; give it a palette"),
+    ("ssim", {"reference": 3}, "column reference of 'sea' is '3'; write the path of a picture"),
+    ("palette", {"palette": "#0000ff"}, "column palette of 'sea' is '#0000ff'; write a list of colours"),
+    ("palette", {"palette": ["blue"]}, "palette has the colour 'blue'"),
+    ("phash", {"reference": "nowhere.png"}, "cannot read nowhere.png"),
+]
+
+
+@pytest.mark.parametrize(("name", "columns", "words"), NO_REFERENCE)
 def test_a_reference_that_is_not_there_is_named_before_anything_runs(
     name: str, columns: dict[str, object], words: str
 ) -> None:
@@ -398,22 +364,11 @@ def test_pictures_on_disk_are_judged_by_the_columns_of_their_rows(tmp_path: Path
     picture(tmp_path / "b.png", (255, 0, 0))
 
     def scores(*rows: dict[str, object]) -> list[float]:
-        (tmp_path / "list.jsonl").write_text(
-            "\n".join(json.dumps({"prompt": "the sea"} | row) for row in rows)
-        )
-        command = [
-            "score",
-            str(tmp_path),
-            "--reward",
-            "palette",
-            "--prompts",
-            str(tmp_path / "list.jsonl"),
-            "--json",
-            "--quiet",
-        ]
-        found = CliRunner().invoke(
-            app, [*command, "--out", str(tmp_path / "out"), "--sort", "file"], catch_exceptions=False
-        )
+        asked = tmp_path / "list.jsonl"
+        asked.write_text("\n".join(json.dumps({"prompt": "the sea"} | row) for row in rows))
+        words = ["--reward", "palette", "--prompts", str(asked), "--json", "--quiet", "--sort", "file"]
+        command = ["score", str(tmp_path), *words, "--out", str(tmp_path / "out")]
+        found = CliRunner().invoke(app, command, catch_exceptions=False)
         return [row["scores"]["palette"] for row in json.loads(found.stdout)]
 
     red, both = {"palette": ["#ff0000"]}, {"palette": ["#ff0000", "#0000ff"]}
@@ -434,12 +389,8 @@ def test_a_recipe_s_reference_lies_beside_it(recipe: Path) -> None:
 
 def test_a_prompt_with_columns_is_its_text() -> None:
     prompt = Prompt("a fox", {"target_count": 2})
-    assert (
-        prompt == "a fox"
-        and hash(prompt) == hash("a fox")
-        and json.dumps([prompt]) == '["a fox"]'
-        and repr(prompt) == "'a fox'"
-    )
+    assert prompt == "a fox" and hash(prompt) == hash("a fox")
+    assert json.dumps([prompt]) == '["a fox"]' and repr(prompt) == "'a fox'"
     assert columns_of(prompt) == {"target_count": 2} and columns_of("a fox") == {}
     with pytest.raises(TypeError):
         columns_of(prompt)["target_count"] = 3
@@ -452,27 +403,16 @@ def rows_of(folder: Path, *rows: str) -> list[str]:
 
 
 def test_the_other_keys_of_a_row_become_columns(tmp_path: Path) -> None:
-    row = (
-        '{"prompt": " a fox ", "target_count": 3, "colour": "red", "share": 0.5, "wild": true, "palette": '
-        '["#ff8800", "#000000"]}'
-    )
-    (prompt,) = rows_of(tmp_path, row)
-    assert prompt == "a fox"
-    assert columns_of(prompt) == {
-        "target_count": 3,
-        "colour": "red",
-        "share": 0.5,
-        "wild": True,
-        "palette": ["#ff8800", "#000000"],
-    }
+    columns = {"target_count": 3, "colour": "red", "share": 0.5, "wild": True}
+    columns["palette"] = ["#ff8800", "#000000"]
+    (prompt,) = rows_of(tmp_path, json.dumps({"prompt": " a fox ", **columns}))
+    assert prompt == "a fox" and columns_of(prompt) == columns
 
 
 def test_a_row_that_comes_twice_is_one_and_one_that_differs_is_an_error(tmp_path: Path) -> None:
     assert len(rows_of(tmp_path, '{"prompt": "a", "n": 1}', '{"n": 1, "prompt": "a"}')) == 1
-    with pytest.raises(
-        PromptError,
-        match="lines 1 and 3 have the same prompt but different columns; remove one of them or reword it",
-    ):
+    says = "lines 1 and 3 have the same prompt but different columns; remove one of them or reword it"
+    with pytest.raises(PromptError, match=says):
         rows_of(tmp_path, '{"prompt": "a", "n": 1}', '{"prompt": "b"}', '{"prompt": "a", "n": 2}')
 
 
@@ -481,9 +421,8 @@ def test_a_row_that_comes_twice_is_one_and_one_that_differs_is_an_error(tmp_path
     ["null", "NaN", "1e400", '{"a": 1}', "[[1]]", "[null]", f'"{"x" * 2001}"', str([0] * 65), "1" * 400],
 )
 def test_a_column_of_another_kind_is_named(tmp_path: Path, value: str) -> None:
-    with pytest.raises(
-        PromptError, match=r"line 1, column 'n' is .*; write a text of at most 2000 characters, a number"
-    ) as error:
+    says = r"line 1, column 'n' is .*; write a text of at most 2000 characters, a number"
+    with pytest.raises(PromptError, match=says) as error:
         rows_of(tmp_path, f'{{"prompt": "a", "n": {value}}}')
     assert len(str(error.value)) < 500
 

@@ -44,7 +44,7 @@ def test_a_new_run_has_its_configuration_and_the_schema_line(run: RunFolder) -> 
 
 def test_an_existing_run_is_not_overwritten(run: RunFolder) -> None:
     run.append({"step": 1})
-    with pytest.raises(RunError, match=r"already holds a run; .*--resume.*--replace.*--out"):
+    with pytest.raises(RunError, match=r"already holds a run; .*g2rpo resume.*--replace.*--out"):
         RunFolder.create(run.path, {})
     assert run.metrics() == [{"step": 1}]
 

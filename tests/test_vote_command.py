@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from program import call
 
 from comfy_g2rpo.rewards import RewardError, Rule
 from comfy_g2rpo.run.evaluation import Evaluation, compare
@@ -34,13 +35,6 @@ heldout_rewards: [{name: redness, path: "redness.py:redness"}]
 prompts: {train: prompts/shapes_train.txt, heldout: prompts/shapes_heldout.txt}
 train: {steps: 2, prompts_per_step: 4, eval_prompts: 24, eval_noises: 2}
 """
-
-
-def call(*words):
-    """Run a command; return its exit code."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(word) for word in words])
-    return ended.value.code or 0
 
 
 @pytest.fixture
@@ -86,14 +80,14 @@ def test_two_steps_of_votes_for_redder_make_held_out_pictures_redder(recipe, tmp
     for step in (1, 2):
         assert call(*words) == cli.WAITING
         said = capsys.readouterr().err
-        assert f"vote with: g2rpo vote {run}, then: g2rpo train {recipe} --out {run} --resume" in said
+        assert f"vote with: g2rpo vote {run}, then: g2rpo resume {run}" in said
         waiting = ballots.open_ballots(run)
         assert [ballot.step for ballot in waiting] == [step] * 4
         assert call("vote", run) == 0 and (run / "vote.html").is_file()
         assert save_votes(run, file) == 4
         assert call("vote", run, "--take", file) == 0
         assert "votes.jsonl: 4\n" in capsys.readouterr().out
-        words = ["train", recipe, "--out", run, "--quiet", "--resume"]
+        words = ["resume", run, "--quiet"]
     assert call(*words) == 0
     folder = RunFolder.open(run)
     assert [row["step"] for row in folder.metrics() if "nfe" in row] == [1, 2]

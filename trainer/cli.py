@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,6 +48,9 @@ Preset = Annotated[
 ]
 
 
+Force = Annotated[bool, typer.Option("--force", help="Start even if memory will not be enough by estimate.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")]
+
 WAITING = 3  # exit code of a run that waits for votes
 
 
@@ -57,49 +61,77 @@ def train(
         Path | None, typer.Option(help="Run folder [default: the recipe's, or runs/<recipe>].")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")
+        bool, typer.Option("--resume", help="Continue the run in that folder, as `g2rpo resume` does.")
     ] = False,
     replace: Annotated[
         bool, typer.Option("--replace", help="Remove a former run in that folder first.")
     ] = False,
     settings: Settings = None,
     preset: Preset = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Start even if memory will not be enough by estimate.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
+    force: Force = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Train a LoRA by a recipe; Ctrl-C stops it and --resume goes on."""
+    """Train a LoRA by a recipe; Ctrl-C stops it and `g2rpo resume` goes on."""
     if resume and replace:
         raise CommandError("--resume and --replace exclude each other; give one of them")
-    from .config.reading import load
-    from .cost.presets import before_training, preset_settings
+    from .config.reading import load, load_run
+    from .cost.presets import preset_settings
+
+    given = preset_settings(recipe, preset, settings or [])
+    config = load(recipe, given)
+    folder = out or Path(config.out or Path("runs") / Path(recipe).stem)
+    made = load_run(folder, given, recipe) if resume else config
+    run_in(folder, made, resume, replace, force, quiet, given)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    settings: Settings = None,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Continue a run after Ctrl-C or a crash, bit for bit; --set train.steps=600 makes it longer."""
+    from .config.reading import load_run
+
+    run_in(run, load_run(run, settings or []), resume=True, replace=False, force=force, quiet=quiet)
+
+
+def run_in(
+    folder: Path,
+    config: Config,
+    resume: bool,
+    replace: bool,
+    force: bool,
+    quiet: bool,
+    settings: Sequence[str] = (),
+) -> None:
+    """Train in a run folder and say what came of it, and how to go on."""
+    from .cost.presets import before_training
     from .reports.progress import for_terminal
 
-    settings = preset_settings(recipe, preset, settings or [])
-    config = load(recipe, settings)
-    folder = out or Path(config.out or Path("runs") / Path(recipe).stem)
     progress = for_terminal(quiet)
     quieten_libraries()
     for line in before_training(config, force):
         if not quiet:
             typer.echo(line)
     from .rewards.vote_reward import UnvotedError
-    from .run import train as run
+    from .run import train as start
 
+    place = shlex.quote(str(folder))
     try:
-        summary = run(config, folder, resume=resume, replace=replace, progress=progress)
+        how = {"resume": resume, "replace": replace, "settings": settings}
+        summary = start(config, folder, progress=progress, **how)
         if summary and not quiet:
             see = f"see {folder / 'before_after.png'} and {folder / 'curves.png'}"
             typer.echo(f"LoRA: {folder / summary['lora']}\n{see}")
     except KeyboardInterrupt:
         progress.close()
-        typer.echo(f"interrupted; continue with: {resume_command(recipe, folder, settings or [])}", err=True)
+        typer.echo(f"interrupted; continue with: g2rpo resume {place}", err=True)
         raise typer.Exit(130) from None
     except UnvotedError:
         progress.close()
-        then = resume_command(recipe, folder, settings or [])
-        typer.echo(f"vote with: g2rpo vote {shlex.quote(str(folder))}, then: {then}", err=True)
+        typer.echo(f"vote with: g2rpo vote {place}, then: g2rpo resume {place}", err=True)
         raise typer.Exit(WAITING) from None
     finally:
         progress.close()
@@ -248,12 +280,6 @@ def quieten_libraries() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-
-
-def resume_command(recipe: str, folder: Path, settings: list[str]) -> str:
-    """Write the command that continues an interrupted run."""
-    words = ["g2rpo", "train", recipe, "--out", str(folder), "--resume"]
-    return shlex.join([*words, *(word for setting in settings for word in ("--set", setting))])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from comfy_g2rpo import __version__
+from comfy_g2rpo.files.one_writer import one_writer
 from comfy_g2rpo.prompts import load as load_prompts
 from comfy_g2rpo.rewards import RewardError, check_prompts
 from comfy_g2rpo.run import rank_guard
@@ -36,7 +37,13 @@ from .rewards.build import build_all
 
 
 def train(
-    config: Config, out: Path, *, resume: bool = False, replace: bool = False, progress: Progress
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    replace: bool = False,
+    progress: Progress,
+    settings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run or continue a run in the folder `out` and return its summary.
 
@@ -45,25 +52,26 @@ def train(
     """
     accelerator = Accelerator(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
     main = accelerator.is_main_process
-    if main:
-        check_place(out, replace or resume)
-    else:
-        progress = Silent()
-    # Only a run that can start makes a folder, or replaces another.
-    setup = prepare(config, accelerator, Path(out))
-    learner = make_learner(setup)
-    if main:
-        open_run(config, out, resume, replace)
-    accelerator.wait_for_everyone()
-    folder = RunFolder(Path(out))
-    if resume:
-        restore(setup, learner, folder)
-    with stoppable() as check:
-        learn(setup, learner, folder, progress, check, (Stopped, RewardError))
-        summary = finish(setup, learner, folder, progress, check, config.method.name)
-    if summary:
-        write_report(folder)
-        progress.finish(summary)
+    with one_writer(out) if main else nullcontext():
+        if main:
+            check_place(out, replace or resume)
+        else:
+            progress = Silent()
+        # Only a run that can start makes a folder, or replaces another.
+        setup = prepare(config, accelerator, Path(out))
+        learner = make_learner(setup)
+        if main:
+            open_run(dump(config, settings), out, resume, replace)
+        accelerator.wait_for_everyone()
+        folder = RunFolder(Path(out))
+        for remark in restore(setup, learner, folder) if resume else []:
+            progress.note(remark)
+        with stoppable() as check:
+            learn(setup, learner, folder, progress, check, (Stopped, RewardError))
+            summary = finish(setup, learner, folder, progress, check, config.method.name)
+        if summary:
+            write_report(folder)
+            progress.finish(summary)
     return summary
 
 
@@ -186,13 +194,12 @@ def continue_from(policy: FamilyPolicy, path: Path, scale: float, family: str | 
             ours[name][1][:, : len(down)].copy_(up / scale)
 
 
-def open_run(config: Config, out: Path, resume: bool, replace: bool) -> RunFolder:
+def open_run(content: dict[str, Any], out: Path, resume: bool, replace: bool) -> RunFolder:
     """Create the run folder, or open it and see that it was made by the same configuration."""
-    return (
-        RunFolder.reopen(out, dump(config), defaults())
-        if resume
-        else RunFolder.create(out, dump(config), replace)
-    )
+    return RunFolder.reopen(out, content, defaults()) if resume else RunFolder.create(out, content, replace)
+
+
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Stopped(KeyboardInterrupt):
@@ -201,7 +208,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[str], None]]:
-    """Turn the first Ctrl-C into a stop at the next forward; the second stops at once."""
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a stop at the next forward; the second stops at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield lambda phase: None
@@ -216,8 +223,9 @@ def stoppable() -> Iterator[Callable[[str], None]]:
         if asked.is_set():
             raise Stopped
 
-    former = signal.signal(signal.SIGINT, ask)
+    former = {number: signal.signal(number, ask) for number in STOPS}
     try:
         yield check
     finally:
-        signal.signal(signal.SIGINT, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +23,8 @@ from torch import Tensor
 
 HEADER_BYTES = 8 * 2**20
 HEADER_TENSORS = 20_000
+LEFTOVER = re.compile(r"\.(filling-|replaced-).*|\..+\.(partial|[a-z0-9_]{8})")
+"""What an interrupted write leaves: the name of a temporary file or folder."""
 
 
 class FileError(ValueError):
@@ -31,7 +36,7 @@ class RunError(FileError):
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turn the system's refusal to write into one line."""
     try:
         yield
@@ -42,17 +47,52 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def on_disk(file: IO[bytes]) -> None:
+    """Have what was written to an open file on the disk before going on."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def folder_on_disk(folder: Path) -> None:
+    """Have the names in a folder on the disk before going on, where the system can."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what interrupted writes have left anywhere in a folder."""
+    for path in (found for found in Path(folder).rglob(".*") if LEFTOVER.fullmatch(found.name)):
+        with writing(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            found.update(block)
+    return found.hexdigest()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file or nothing, readable by everybody."""
     path = Path(path)
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
+                on_disk(file)
             os.chmod(name, 0o644)
             os.replace(name, path)
+            folder_on_disk(path.parent)
         finally:
             Path(name).unlink(missing_ok=True)
 
@@ -110,7 +150,17 @@ def write_tensors(
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    write_bytes(path, save_tensors(ready, {"format": "pt", **(metadata or {})}))
+    write_bytes(path, in_order(save_tensors(ready, {"format": "pt", **(metadata or {})})))
+
+
+def in_order(content: bytes) -> bytes:
+    """Return a safetensors file with its metadata sorted, so that equal contents are equal files."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,8 +20,11 @@ def averaged(setup: Setup, learner: Learner) -> AbstractContextManager[None]:
     return swapped(setup.policy.parameters(), learner.average) if learner.average else nullcontext()
 
 
-def save(setup: Setup, learner: Learner, folder: RunFolder) -> None:
-    """Write a checkpoint: a LoRA file and what a bit-equal continuation needs; the best one stays too."""
+def save(setup: Setup, learner: Learner, folder: RunFolder, row: Mapping[str, Any] | None = None) -> None:
+    """Write a checkpoint: a LoRA file and what a bit-equal continuation needs; the best one stays too.
+
+    `row` are metrics that will be written once the checkpoint that they announce is there.
+    """
     if not setup.world.speaks or (folder.latest() and int(folder.latest().name) == learner.step):
         return
     tensors = {
@@ -41,17 +45,22 @@ def save(setup: Setup, learner: Learner, folder: RunFolder) -> None:
             lora.write(path / "lora.safetensors", setup.policy.pairs(), setup.alpha, **form)
         write_state(path, tensors, progress)
 
-    best = None if setup.pace.watch == "off" else best_step(folder.metrics(), setup.trained, setup.measures)
-    folder.save_checkpoint(learner.step, write, keep_last=setup.pace.keep_checkpoints, keep=best)
+    rows = [*folder.metrics(), *([row] if row else [])]
+    best = None if setup.pace.watch == "off" else best_step(rows, setup.trained, setup.measures)
+    # Two at least: should the newest be damaged, there is the one before.
+    keep_last = max(setup.pace.keep_checkpoints, 2) if setup.pace.keep_checkpoints else 0
+    folder.save_checkpoint(learner.step, write, keep_last=keep_last, keep=best)
 
 
-def restore(setup: Setup, learner: Learner, folder: RunFolder) -> None:
-    """Bring everything back to the newest checkpoint; without one, to the start."""
+def restore(setup: Setup, learner: Learner, folder: RunFolder) -> list[str]:
+    """Bring everything back to the newest sound checkpoint, or to the start; return what is to be said."""
+    remarks = folder.set_damaged_aside() if setup.world.speaks else []
+    setup.world.wait()
     place = folder.latest()
     if place is None:
         if setup.world.speaks:
             folder.truncate_metrics(0)
-        return
+        return remarks
     tensors, progress = read_progress(place, ("forwards", "seconds"))
     targets = {"parameter": setup.policy.parameters(), "average": learner.average}
     found = {kind: fitting(tensors, kind, like, place) for kind, like in targets.items()}
@@ -68,3 +77,4 @@ def restore(setup: Setup, learner: Learner, folder: RunFolder) -> None:
     learner.cheap = progress.get("cheap", True) is not False
     if setup.world.speaks:
         folder.truncate_metrics(learner.step)
+    return remarks

@@ -15,6 +15,7 @@ leaves a readable folder.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -31,20 +32,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..files.one_writer import LOCK
 from ..files.picture_files import PictureError, clip_bytes, shown_frames, strip
 from ..files.picture_files import read as read_picture
 from ..files.safe import (
+    FileError,
     RunError,
-    _writing,
+    digest_of,
     finite,
+    folder_on_disk,
+    on_disk,
+    read_header,
     read_json,
     read_table,
     read_tensors,
     sound,
     spelt_out,
+    sweep,
     write_bytes,
     write_json,
     write_tensors,
+    writing,
 )
 
 SCHEMA = "g2rpo-metrics/1"
@@ -75,12 +83,42 @@ CHECKPOINT_FILES = ("lora.safetensors", "state.safetensors", "state.json")
 def write_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write a checkpoint's state: tensors as safetensors, the rest as JSON."""
     write_tensors(folder / "state.safetensors", tensors)
-    write_json(folder / "state.json", meta)
+    sums = {file.name: digest_of(file) for file in sorted(folder.iterdir())}
+    sums["state.json"] = digest_of_table(meta)
+    write_json(folder / "state.json", {**meta, "sha256": sums})
 
 
 def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_state` wrote."""
     return read_tensors(folder / "state.safetensors")[0], read_table(folder / "state.json")
+
+
+def damage(place: Path) -> str:
+    """Name the file of a checkpoint that is not as it was written; nothing where all are.
+
+    Checkpoints of an earlier version hold no sums; of those only what can be read is known.
+    """
+    try:
+        meta = read_table(place / "state.json")
+    except FileError:
+        return "state.json"
+    sums = meta.pop("sha256", {})
+    if sums and sums.get("state.json") != digest_of_table(meta):
+        return "state.json"
+    for name in CHECKPOINT_FILES[:2]:
+        try:
+            read_header(place / name)
+            sound_file = not sums or digest_of(place / name) == sums.get(name)
+        except (OSError, FileError):
+            sound_file = False
+        if not sound_file:
+            return name
+    return ""
+
+
+def digest_of_table(meta: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a table as JSON has it, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(finite(meta), sort_keys=True).encode()).hexdigest()
 
 
 def read_progress(folder: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -141,8 +179,10 @@ class RunFolder:
         check_place(path, replace)
         run = cls(Path(path))
         if is_run(run.path):
-            with _writing(run.path):
-                shutil.rmtree(run.path)
+            for path in run.path.iterdir():
+                with writing(path):
+                    if path.name != LOCK:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_json(run.config_file, config)
         write_bytes(run.metrics_file, (json.dumps({"schema": SCHEMA}) + "\n").encode())
         return run
@@ -159,9 +199,7 @@ class RunFolder:
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
             write_bytes(run.metrics_file, whole)
-        for leftover in (*run.checkpoints.glob(".filling-*"), *run.checkpoints.glob(".replaced-*")):
-            with _writing(leftover):
-                shutil.rmtree(leftover)
+        sweep(run.path)
         return run
 
     @classmethod
@@ -226,8 +264,9 @@ class RunFolder:
     def append(self, metrics: Mapping[str, Any]) -> None:
         """Add one row of metrics."""
         line = json.dumps(finite(metrics), ensure_ascii=False, allow_nan=False) + "\n"
-        with _writing(self.metrics_file), open(self.metrics_file, "a", encoding="utf-8") as file:
-            file.write(line)
+        with writing(self.metrics_file), open(self.metrics_file, "ab") as file:
+            file.write(line.encode())
+            on_disk(file)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read the rows of metrics."""
@@ -259,7 +298,7 @@ class RunFolder:
     ) -> Path:
         """Let `write` fill a folder, move it into place, and keep the last `keep_last` and `keep`."""
         place = self.checkpoints / f"{step:06d}"
-        with _writing(place):
+        with writing(place):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             filling = Path(tempfile.mkdtemp(dir=self.checkpoints, prefix=".filling-"))
             try:
@@ -268,6 +307,7 @@ class RunFolder:
                 if place.exists():
                     os.replace(place, filling.with_name(f".replaced-{step}"))
                 os.replace(filling, place)
+                folder_on_disk(self.checkpoints)
             finally:
                 shutil.rmtree(filling, ignore_errors=True)
                 shutil.rmtree(filling.with_name(f".replaced-{step}"), ignore_errors=True)
@@ -287,6 +327,32 @@ class RunFolder:
     def latest(self) -> Path | None:
         """Return the newest complete checkpoint."""
         return self.saved()[-1] if self.saved() else None
+
+    def set_damaged_aside(self) -> list[str]:
+        """Move the newest checkpoints that are damaged out of the way; return a remark about each.
+
+        Without a sound one nothing is moved, and RunError says so: what is left is the user's to decide on.
+        """
+        remarks: list[str] = []
+        damaged: dict[Path, str] = {}
+        for place in reversed(self.saved()):
+            if not (name := damage(place)):
+                break
+            damaged[place] = name
+        if damaged and len(damaged) == len(self.saved()):
+            newest, name = next(iter(damaged.items()))
+            raise RunError(
+                f"{self.path}: checkpoint {newest.name} is damaged ({name}), and none before it is sound; "
+                "bring it back from a copy, start over (--replace) or choose another folder"
+            )
+        for place, name in damaged.items():
+            aside = place.with_name(f"damaged-{place.name}")
+            with writing(aside):
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(place, aside)
+            going = f"continuing from step {int(self.saved()[-1].name)}"
+            remarks.append(f"checkpoint {place.name} is damaged ({name}) and was set aside; {going}")
+        return remarks
 
     def outcome(self) -> Path | None:
         """Return the checkpoint that a finished run recommends, or the newest."""
@@ -344,10 +410,10 @@ def check_place(path: Path, replace: bool = False) -> None:
     if is_run(path):
         if not replace:
             raise RunError(
-                f"{path} already holds a run; continue it (--resume), start over (--replace) or choose "
+                f"{path} already holds a run; continue it (g2rpo resume), start over (--replace) or choose "
                 "another folder (--out)"
             )
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+    elif path.exists() and (not path.is_dir() or any(each.name != LOCK for each in path.iterdir())):
         raise RunError(f"{path} exists and is not a run of this program; choose another folder (--out)")
 
 
@@ -387,8 +453,10 @@ def save_start(path: Path, start: Path) -> dict[str, Any]:
 def save_png(path: Path, image: Tensor) -> None:
     """Write a picture [H, W, 3] in [0, 1]."""
     pixels = np.asarray(image.detach().cpu().clamp(0, 1).mul(255).round().to(torch.uint8))
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        Image.fromarray(pixels).save(partial, format="png")
+        partial = path.with_name(f".{path.name}.partial")
+        with open(partial, "wb") as file:
+            Image.fromarray(pixels).save(file, format="png")
+            on_disk(file)
         os.replace(partial, path)

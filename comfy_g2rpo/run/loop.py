@@ -120,9 +120,10 @@ def look(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, ch
     row = {"step": learner.step} | evaluation.metrics()
     if recipe:
         row |= notice(setup, folder, evaluation)
+    if recipe and best_step([*folder.metrics(), row], setup.trained, setup.measures) == learner.step:
+        # First: a row without its checkpoint would never bring it about again.
+        save(setup, learner, folder, row)
     folder.append(row)
-    if recipe and best_step(folder.metrics(), setup.trained, setup.measures) == learner.step:
-        save(setup, learner, folder)
     watcher.step(row)
     if text := row.get("alarm") or row.get("sign"):
         watcher.note(f"{'ALARM' if 'alarm' in row else 'watch'}, step {learner.step}: {text}")

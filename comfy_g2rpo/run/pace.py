@@ -49,7 +49,7 @@ class Pace:
         50, "Steps between checkpoints. A crash loses what came after the last one.", 1, 1_000_000
     )
     keep_checkpoints: int = option(
-        2, "Newest checkpoints that stay on disk, beside the best one; 0 keeps all.", 0, 1_000_000
+        2, "Newest checkpoints that stay on disk, at least 2, beside the best one; 0 keeps all.", 0, 1_000_000
     )
     watch: str = option(
         "stop",

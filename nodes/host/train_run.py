@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...comfy_g2rpo import __version__, lora, recipes
+from ...comfy_g2rpo.files.one_writer import one_writer
 from ...comfy_g2rpo.files.safe import finite, write_bytes
 from ...comfy_g2rpo.prompts import Prompts, prompts_of, refuse_common, split
 from ...comfy_g2rpo.recipes import Recipe, build_plan
@@ -82,18 +83,19 @@ def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tupl
         name = wanted.run.strip() or name_of(config, wanted.recipe)
         place = run_place(name)
         learner = make_learner(setup)
-        folder = RunFolder.reopen(place, config) if is_run(place) else RunFolder.create(place, config)
-        if folder.metrics() or folder.latest():
-            restore(setup, learner, folder)
-        live = Live(node, name, len(folder.metrics()))
-        live.expected = expected(setup)
-        try:
-            learn(setup, learner, folder, live, live.check, (*STOPS, RewardError))
-            summary = finish(setup, learner, folder, live, live.check, wanted.recipe)
-            live.finish(summary)
-        except STOPS:
-            live.stopped()
-            raise
+        with one_writer(place):
+            folder = RunFolder.reopen(place, config) if is_run(place) else RunFolder.create(place, config)
+            for remark in restore(setup, learner, folder) if folder.metrics() or folder.latest() else []:
+                say(remark)
+            live = Live(node, name, len(folder.metrics()))
+            live.expected = expected(setup)
+            try:
+                learn(setup, learner, folder, live, live.check, (*STOPS, RewardError))
+                summary = finish(setup, learner, folder, live, live.check, wanted.recipe)
+                live.finish(summary)
+            except STOPS:
+                live.stopped()
+                raise
     if summary["stopped_by"] == "watch":
         say(f"stopped by the watch, LoRA of step {summary['lora_step']}: {summary['alarms'][-1]['text']}")
     file = lora.read(folder.outcome() / "lora.safetensors")

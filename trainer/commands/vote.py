@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,7 +63,7 @@ def vote(
         typer.echo(f"votes added to {ballots.votes_file(run)}: {taken}")
     waiting = ballots.open_ballots(run)
     if not waiting:
-        typer.echo("no group waits for votes; continue with: g2rpo train … --resume")
+        typer.echo(f"no group waits for votes; continue with: g2rpo resume {shlex.quote(str(run))}")
         return
     if take:
         typer.echo(f"groups that still wait for votes: {len(waiting)}")

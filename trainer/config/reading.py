@@ -93,6 +93,21 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     return from_dict(apply_overrides(read_yaml(path), overrides), near=path.parent)
 
 
+def load_run(folder: Path, overrides: Sequence[str] = (), recipe: str | Path | None = None) -> Config:
+    """Load the configuration of a run with overrides; of its recipe, if that is given, with the run's own.
+
+    What may not change on resume is refused when the run is opened.
+    """
+    from comfy_g2rpo.run.folder import RunFolder
+
+    content = RunFolder(Path(folder)).config()
+    if not isinstance(content.get("config"), dict):
+        raise ConfigError(f"{folder} holds no run of this program; check the path")
+    if recipe and isinstance(former := content.get("settings"), list):
+        return load(recipe, [*map(str, former), *overrides])
+    return from_dict(apply_overrides(content["config"], overrides))
+
+
 def from_dict(tree: Mapping[str, Any], near: Path | None = None) -> Config:
     """Check a nested mapping; relative paths are found near the recipe, here, or among bundled files."""
     try:
@@ -341,9 +356,10 @@ def defaults() -> dict[str, dict[str, Any]]:
     return found
 
 
-def dump(config: Config) -> dict[str, Any]:
-    """Return a run's config.json: the configuration, and the recipe that it makes, written out."""
-    return {"config": config.model_dump(mode="json"), "recipe": dataclasses.asdict(make_recipe(config))}
+def dump(config: Config, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a run's config.json: the configuration, the recipe that it makes, and what --set changed."""
+    made = {"config": config.model_dump(mode="json"), "recipe": dataclasses.asdict(make_recipe(config))}
+    return made | {"settings": list(settings)}
 
 
 EXPECTED = {

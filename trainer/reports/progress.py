@@ -18,7 +18,7 @@ from comfy_g2rpo.run.loop import Watcher
 SPARKS = "▁▂▃▄▅▆▇█"
 PHASES = {"rollout": "cyan", "decode": "green", "reward": "yellow", "update": "magenta"}
 BAR = 24
-GO_ON = "to go on: --resume --set train.watch=warn"
+GO_ON = "to go on: g2rpo resume RUN --set train.watch=warn"
 
 
 class Progress(Watcher, Protocol):
