@@ -216,6 +216,25 @@ def test_folders_are_paired_by_name(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert notes
 
 
+@pytest.mark.parametrize("first, second", [("a", "a"), ("a", "b/../a"), ("a", "a/inner"), ("a/inner", "a")])
+def test_folders_that_share_pictures_are_compared(
+    first: str,
+    second: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place, colour in (("a", 0), ("a/inner", 200), ("b", 0)):
+        Path(place).mkdir()
+        noise = np.random.default_rng(colour).random((16, 16, 3)) * (55 + colour)
+        Image.fromarray(noise.astype(np.uint8)).save(Path(place) / "0.png")
+    code, text, _ = leave(capsys, "compare", first, second, "--reward", "colourfulness", "--json")
+    (found,) = json.loads(text)["changes"]
+    sign = ("inner" in second) - ("inner" in first)
+    assert code == 0 and np.sign(found["gain"]) == sign and found["win_rate"] == (1 + sign) / 2
+
+
 MISTAKES = {
     "nowhere": (["compare", "nowhere", "b"], "nowhere is no folder"),
     "no reward": (["compare", "a", "b"], "folders of pictures need a second folder B and --reward"),

@@ -1,6 +1,8 @@
 """Pictures on disk: of every mode, turned as they were taken, and the prompts that lie with them."""
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,40 @@ def test_what_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(picture_files, "MAX_PIXELS", 255)
     with pytest.raises(PictureError, match=r"a\.png has 16 × 16 pixels; at most 0 megapixels"):
         picture_files.read(tmp_path / "a.png")
+
+
+def chunk(kind: bytes, text: bytes) -> bytes:
+    """Write a chunk of a PNG."""
+    return struct.pack(">I", len(text)) + kind + text + struct.pack(">I", zlib.crc32(kind + text))
+
+
+LONG = zlib.compress(bytes(3 * 2**20))
+NOTES = {
+    "a large profile": chunk(b"iCCP", b"icc\0\0" + LONG),
+    "a profile of another method": chunk(b"iCCP", b"icc\0\1" + LONG),
+    "a large packed text": chunk(b"zTXt", b"workflow\0\0" + LONG),
+    "a text packed otherwise": chunk(b"zTXt", b"workflow\0\7" + LONG),
+    "a large international text": chunk(b"iTXt", b"workflow\0\1\0\0\0" + LONG),
+    "a text of another checksum": chunk(b"tEXt", b"workflow\0x")[:-1] + b"?",
+    "long texts": chunk(b"tEXt", b"workflow\0" + b"x" * 2**20) * 70,
+}
+
+
+@pytest.mark.parametrize("place", ["before the pixels", "behind them"])
+@pytest.mark.parametrize("name", NOTES)
+def test_notes_do_not_make_a_picture_unreadable(name: str, place: str, tmp_path: Path) -> None:
+    prompt = PngImagePlugin.PngInfo()
+    prompt.add_text("prompt", "a lighthouse")
+    colourful(9).save(tmp_path / "plain.png", pnginfo=prompt)
+    plain = (tmp_path / "plain.png").read_bytes()
+    at = plain.index(b"IDAT" if place == "before the pixels" else b"IEND") - 4
+    (tmp_path / "noted.png").write_bytes(plain[:at] + NOTES[name] + plain[at:])
+    assert picture_files.size_of(tmp_path / "noted.png") == (16, 16)
+    assert picture_files.read(tmp_path / "noted.png").equal(picture_files.read(tmp_path / "plain.png"))
+    assert picture_files.texts(tmp_path / "noted.png")["prompt"] == "a lighthouse"
+    (tmp_path / "noted.png").write_bytes(plain[: at // 2] + NOTES[name])
+    with pytest.raises(PictureError, match=r"noted\.png"):
+        picture_files.read(tmp_path / "noted.png")
 
 
 def test_links_out_of_the_folder_and_hidden_files_are_left_out(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ STRIP = 6  # frames of a clip that are shown at most, evenly spaced, the first a
 FRAMES_PER_SECOND = 16
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 ORIENTATION = 0x0112
+PNG = b"\x89PNG\r\n\x1a\n"
+NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks of a PNG that its pixels do not need
+LONG_NOTE = 2**20
 # What Pillow's readers raise on broken files, besides OSError.
 BROKEN = (
     SyntaxError,
@@ -65,7 +69,8 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 def size_of(path: Path) -> tuple[int, int]:
     """Read an image's width and height from its header, as `read` will give them."""
-    with opened(path) as image:
+
+    def look(image: Image.Image) -> tuple[int, int]:
         width, height = image.size
         # Asked for its EXIF, a PNG without any is read to its end.
         turned = (image.format != "PNG" or "exif" in image.info) and image.getexif().get(
@@ -73,18 +78,62 @@ def size_of(path: Path) -> tuple[int, int]:
         ) in TURNED
         return (height, width) if turned else (width, height)
 
+    return looked_at(path, look)
+
 
 def read(path: Path) -> Tensor:
     """Read an image as [H, W, 3] float32 in [0, 1]: first frame, upright, without alpha, as ComfyUI does."""
-    with opened(path) as image:
-        return torch.from_numpy(levels(ImageOps.exif_transpose(image)))
+    return looked_at(path, lambda image: torch.from_numpy(levels(ImageOps.exif_transpose(image))))
+
+
+Seen = TypeVar("Seen")
+
+
+def looked_at(path: Path, look: Callable[[Image.Image], Seen]) -> Seen:
+    """Return what `look` sees in a picture; large or damaged notes of a PNG do not make it unreadable."""
+    try:
+        with opened(path) as image:
+            return look(image)
+    except PictureError:
+        if (content := without_notes(path)) is None:
+            raise
+        with opened(path, content) as image:
+            return look(image)
+
+
+def without_notes(path: Path) -> BytesIO | None:
+    """Return a PNG without the notes that Pillow may refuse; None for other files.
+
+    These are colour profiles and texts that are compressed, long, or not what their checksum says.
+    """
+    kept = BytesIO()
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(PNG)) != PNG:
+                return None
+            kept.write(PNG)
+            while len(head := file.read(8)) == 8:
+                length, kind = struct.unpack(">I4s", head)
+                body = file.read(length + 4)
+                if kind not in NOTES or harmless(kind, body[:-4], body[-4:]):
+                    kept.write(head + body)
+    except OSError:
+        return None
+    kept.seek(0)
+    return kept
+
+
+def harmless(kind: bytes, text: bytes, checksum: bytes) -> bool:
+    """Return whether a note of a PNG is short, plain and whole."""
+    packed = kind in (b"zTXt", b"iCCP") or (kind == b"iTXt" and text.partition(b"\0")[2][:1] != b"\0")
+    return not packed and len(text) <= LONG_NOTE and checksum == struct.pack(">I", zlib.crc32(kind + text))
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path, content: BytesIO | None = None) -> Iterator[Image.Image]:
     """Open a picture of a sane size; whatever its file does becomes one line that names it."""
     try:
-        with Image.open(path) as image:
+        with Image.open(content or path) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise PictureError(
@@ -119,8 +168,9 @@ def levels(image: Image.Image) -> np.ndarray:
 def texts(path: Path) -> dict[str, str]:
     """Read the text chunks before a PNG's pixels; empty for other images and unreadable ones."""
     try:
-        with opened(path) as image:
-            return {str(key): str(value) for key, value in image.info.items() if isinstance(value, str)}
+        return looked_at(
+            path, lambda image: {str(k): str(v) for k, v in image.info.items() if isinstance(v, str)}
+        )
     except PictureError:
         return {}
 

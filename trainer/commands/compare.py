@@ -99,14 +99,17 @@ def of_folders(
     names = [each.section.name for each in asked]
     places = [path for pair in matched for path in pair]
     entries, table = judged(asked, places, [prompt] if prompt else [], prompts, False, None, batch, quiet)
+    # Folders that share pictures, or are the same, have them judged once.
+    column = {entry.path: i for i, entry in enumerate(entries)}
+    sides = [(column[one], column[other]) for one, other in matched]
     pairs = []
-    for i, (one, other) in enumerate(matched):
-        scores = {name: (float(table[r, 2 * i]), float(table[r, 2 * i + 1])) for r, name in enumerate(names)}
+    for (one, other), (i, j) in zip(matched, sides, strict=True):
+        scores = {name: (float(table[r, i]), float(table[r, j])) for r, name in enumerate(names)}
         label = str(one.relative_to(before))
-        pairs.append(Pair(label, entries[2 * i + 1].prompt or entries[2 * i].prompt, scores, one, other))
+        pairs.append(Pair(label, entries[j].prompt or entries[i].prompt, scores, one, other))
     broken = sum(bool(entry.problem) for entry in entries)
     notes += [f"{broken} pictures could not be read"] if broken else []
-    apart = sum(entries[2 * i].prompt != entries[2 * i + 1].prompt for i in range(len(matched)))
+    apart = sum(entries[i].prompt != entries[j].prompt for i, j in sides)
     notes += [f"{apart} pairs have different prompts before and after"] if apart else []
     return Comparison(before.name, after.name, tuple(pairs), changes(pairs), tuple(notes))
 
