@@ -26,7 +26,7 @@ DEEP = "[" * 100_000
 STATE, LORA = "checkpoints/000001/state.safetensors", "checkpoints/000001/lora.safetensors"
 HEADERS: dict[str, bytes] = {
     "an oversized header": struct.pack("<Q", 2**40) + b"{}",
-    "a header of 9 MiB": struct.pack("<Q", 9 * 2**20) + b" " * (9 * 2**20),
+    "a header of 9 MiB of nothing": struct.pack("<Q", 9 * 2**20) + b" " * (9 * 2**20),
     "a header that is no JSON": struct.pack("<Q", 8) + b"{nothing",
     "a deep header": struct.pack("<Q", len(DEEP)) + DEEP.encode(),
     "a header that is a list": struct.pack("<Q", 2) + b"[]",

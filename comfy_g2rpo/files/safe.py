@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,13 +17,27 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-HEADER_BYTES = 8 * 2**20
+HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 HEADER_TENSORS = 20_000
+PICKLE = "a pickle, as torch.save writes it; pickles can run foreign code, get this model as safetensors"
+KINDS = {
+    b"GGUF": "a GGUF file; get this model as safetensors",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; get it with git lfs pull",
+    b"<": "a web page or XML file, as a download without login gives; download it in a browser, logged in",
+    b"PK\x03\x04": PICKLE,
+    **{bytes([0x80, protocol]): PICKLE for protocol in range(2, 6)},
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    b"{": "a JSON file",
+    b"\x1f\x8b": "a packed file; unpack it",
+    b"7z\xbc\xaf": "a packed file; unpack it",
+}
+"""What files start with that people take for safetensors: what each is, and what to do."""
 LEFTOVER = re.compile(r"\.(filling-|replaced-).*|\..+\.(partial|[a-z0-9_]{8})")
 """What an interrupted write leaves: the name of a temporary file or folder."""
 
@@ -166,14 +181,19 @@ def in_order(content: bytes) -> bytes:
 def read_header(path: Path) -> dict[str, Any]:
     """Read a safetensors header after capping its size, before anything else of the file is trusted."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise FileError(f"{path} is a folder, pipe or device; choose a file")
         with open(path, "rb") as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if kind := kind_of(start + file.read(56)):
+                raise FileError(f"{path} is not a safetensors file, but {kind}")
             if not 2 <= length <= HEADER_BYTES:
                 raise FileError(
                     f"{path} is not a safetensors file (its header claims {length} bytes); choose "
                     "another file"
                 )
+            file.seek(8)
             header = json.loads(file.read(length).decode("utf-8"))
     except OSError as error:
         raise FileError(
@@ -185,17 +205,28 @@ def read_header(path: Path) -> dict[str, Any]:
         raise FileError(f"{path} is damaged: its header is not JSON; download or save it again") from error
     if not isinstance(header, dict) or len(header) > HEADER_TENSORS:
         raise FileError(f"{path} is refused: its header must be a table of at most {HEADER_TENSORS} tensors")
+    header["__metadata__"] = header.get("__metadata__") or {}
     return header
+
+
+def kind_of(start: bytes) -> str:
+    """Name the kind of a file that is no safetensors file by how it starts; nothing where it may be one."""
+    if start[8:9] == b"{":
+        return ""
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    return next((kind for magic, kind in KINDS.items() if text.startswith(magic)), "")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file and its metadata."""
     header = read_header(path)
     try:
+        with safe_open(path, "pt"):  # see that it is as long as its header says before it is read
+            pass
         tensors = load_tensors(Path(path).read_bytes())
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise FileError(f"{path} is damaged: {error}; download or save it again") from error
-    return tensors, dict(header.get("__metadata__", {}))
+    return tensors, dict(header["__metadata__"])
 
 
 def sound(tensor: Tensor, least: float = -math.inf) -> bool:

@@ -119,7 +119,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
         )
     prefix, down_name, up_name = STYLES[style]
     found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in wide(tensors).items():
         module, part = _split(path, key, prefix, (down_name, up_name, "alpha"))
         found.setdefault(module, {})[part] = tensor
     pairs, alphas = {}, {}
@@ -138,6 +138,14 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
         alphas[module] = float(alpha)
         check_pair(path, module, down, up, alphas[module])
     return Lora(pairs, alphas, style, dict(metadata))
+
+
+def wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors, those in 8-bit floats as bfloat16, which has all their values and computes."""
+    return {
+        key: tensor.bfloat16() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+        for key, tensor in tensors.items()
+    }
 
 
 def check(path: Path, model_keys: Iterable[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import MAX_NAME, MODULE, LoraError, check_pair
+from . import MAX_NAME, MODULE, LoraError, check_pair, wide
 from .convert import scaled
 from .key_names import BOTH, FAMILIES, NEW, NONE, Family
 
@@ -45,6 +45,9 @@ PREFIXES = (
     "",
 )
 KOHYA = ("lora_unet_", "lora_transformer_", "lycoris_")
+ADAPTER = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$).+\.weight$")
+"""How peft writes the weights of an adapter, whatever the name that it was given."""
+EMBEDDINGS = ("bundle_emb.", "emb_params")
 TEXT = ("text_encoder", "text_encoders.", "lora_te", "clip_", "t5xxl.", "te1", "te2")
 
 
@@ -69,6 +72,8 @@ class Reading:
     dora: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
     """Keys of text encoders, which are left alone."""
+    embeddings: tuple[str, ...] = ()
+    """Keys of textual-inversion embeddings that trainers bundle with a LoRA; left alone too."""
     other: tuple[str, ...] = ()
     """Keys of other kinds of adapter."""
     unknown: tuple[str, ...] = ()
@@ -106,6 +111,7 @@ def dotted(name: str) -> str | None:
 
 def place(key: str) -> tuple[str, str, str] | None:
     """Split a key into prefix, module and the part's name; None where it is not of a LoRA's weights."""
+    key = ADAPTER.sub(r".\1.default.weight", key)
     part = next((part for part in sorted(PARTS, key=len, reverse=True) if key.endswith("." + part)), None)
     if part is None:
         return None
@@ -128,10 +134,12 @@ def understand(
     """Sort the tensors of a LoRA file of any known form; `adapter` is a peft configuration beside it."""
     parts: dict[str, dict[str, Tensor]] = {}
     forms: dict[str, Form] = {}
-    text, other, unknown = [], [], []
-    for key, tensor in tensors.items():
+    text, embeddings, other, unknown = [], [], [], []
+    for key, tensor in wide(tensors).items():
         if key.startswith(TEXT):
             text.append(key)
+        elif key.startswith(EMBEDDINGS):
+            embeddings.append(key)
         elif OTHER.search(key):
             other.append(key)
         elif (found := place(key)) is None:
@@ -141,7 +149,8 @@ def understand(
             part = PARTS[name]
             if part in parts.setdefault(module, {}):
                 raise LoraError(
-                    f"{path}: {module} has its {part} matrix twice, in two forms; remove one of them"
+                    f"{path}: {module} has its {part} matrix twice, in two forms or of two adapters; "
+                    "keep one of them"
                 )
             parts[module][part] = tensor
             if part == "up":
@@ -159,6 +168,7 @@ def understand(
         missing_alpha=missing,
         dora=tuple(module for module, found in parts.items() if "dora" in found),
         text=tuple(text),
+        embeddings=tuple(embeddings),
         other=tuple(other),
         unknown=tuple(unknown),
         incomplete=tuple(module for module in parts if module not in whole),

@@ -202,6 +202,8 @@ def _notes(reading: Reading) -> None:
     if count := len(reading.missing_alpha):
         how = f"taken from {reading.alpha_from}" if reading.alpha_from else "their rank is taken for it"
         typer.echo(f"note: {count} pairs have no alpha; {how}", err=True)
+    if reading.embeddings:
+        typer.echo(f"note: {len(reading.embeddings)} keys of embeddings are left out", err=True)
     if reading.text:
         typer.echo(f"note: {len(reading.text)} keys of text encoders are left out", err=True)
 
@@ -219,6 +221,7 @@ def check_lora(
     Exit code 1 if something would not.
     """
     from comfy_g2rpo.files.safe import read_tensors
+    from comfy_g2rpo.lora import wide
 
     from ..lora.ask_diffusers import in_diffusers
     from ..lora.lora_files import fit, lora_file, read_any, which
@@ -227,13 +230,14 @@ def check_lora(
     reading = read_any(file)
     troubles: list[str] = []
     more = f", {len(reading.text)} keys of text encoders" if reading.text else ""
+    more += f", {len(reading.embeddings)} keys of embeddings" if reading.embeddings else ""
     lines = [f"{len(reading.pairs)} pairs{more}"]
     model = look_at(against) if against else None
     remedy = f"g2rpo export {shlex.quote(str(file))} --out NEW.safetensors"
     if reading.pairs:
         found = which(reading, file, family, model)
         remedy = f"g2rpo export {shlex.quote(str(file))} --family {found.name} --out NEW.safetensors"
-        taken = in_diffusers(read_tensors(lora_file(file))[0], reading, found)
+        taken = in_diffusers(wide(read_tensors(lora_file(file))[0]), reading, found)
         lines += _loading(reading, found, taken, troubles, remedy)
         if model:
             lines += _fitting(fit(reading, file, model, family), troubles)
