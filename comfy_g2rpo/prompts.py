@@ -106,16 +106,10 @@ def split(prompts: Sequence[str], share: float, seed: int, name: str, notes: tup
     return Prompts(*sides, notes)
 
 
-def read(path: Path) -> tuple[list[str], list[str]]:
-    """Read a .txt file (a prompt per line; blank and # lines skipped) or a .jsonl file ({"prompt": …});
-    return prompts and notes.
-
-    The other keys of a .jsonl row become the prompt's columns; `image` is the path, beside the file, of a
-    picture to start from.
-    """
-    path = Path(path)
+def lines_of(path: Path) -> list[str]:
+    """Read the lines of a prompt file, or say in one line why it cannot be read."""
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        return path.read_bytes().decode("utf-8-sig").splitlines()
     except OSError as error:
         raise PromptError(
             f"cannot read prompt file {path}: {(error.strerror or str(error)).lower()}; check the path"
@@ -124,6 +118,17 @@ def read(path: Path) -> tuple[list[str], list[str]]:
         raise PromptError(
             f"prompt file {path} is not UTF-8 (byte {error.start}); save it as UTF-8"
         ) from error
+
+
+def read(path: Path) -> tuple[list[str], list[str]]:
+    """Read a .txt file (a prompt per line; blank and # lines skipped) or a .jsonl file ({"prompt": …});
+    return prompts and notes.
+
+    The other keys of a .jsonl row become the prompt's columns; `image` is the path, beside the file, of a
+    picture to start from.
+    """
+    path = Path(path)
+    lines = lines_of(path)
     found, repeated = numbered(lines, str(path), jsonl=path.suffix == ".jsonl")
     unique = [
         starting(beside(prompt, path.parent), path.parent, f"{path}, line {number}")

@@ -54,6 +54,25 @@ def t5_tokenizer() -> T5TokenizerFast:
     )
 
 
+def vae() -> AutoencoderKL:
+    """Make a VAE with FLUX.1's scales, which other families use too."""
+    blocks = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [8] * 4,
+    }
+    return AutoencoderKL(
+        **blocks,
+        latent_channels=16,
+        layers_per_block=1,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    )
+
+
 def pipeline(kind: str = "dev") -> FluxPipeline:
     """Make a whole pipeline with random weights."""
     torch.manual_seed(0)
@@ -70,23 +89,9 @@ def pipeline(kind: str = "dev") -> FluxPipeline:
         "eos_token_id": clip_tokens.eos_token_id,
         "pad_token_id": clip_tokens.pad_token_id,
     }
-    blocks = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [8] * 4,
-    }
     made = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULERS[kind]),
-        vae=AutoencoderKL(
-            **blocks,
-            latent_channels=16,
-            layers_per_block=1,
-            norm_num_groups=4,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-        ),
+        vae=vae(),
         text_encoder=CLIPTextModel(CLIPTextConfig(**clip, **marks, vocab_size=len(clip_tokens))),
         tokenizer=clip_tokens,
         text_encoder_2=T5EncoderModel(

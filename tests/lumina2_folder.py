@@ -5,12 +5,8 @@ in a folder as it is published.
 from pathlib import Path
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    Lumina2Pipeline,
-    Lumina2Transformer2DModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+from flux_folder import vae
 from tokenizers.processors import TemplateProcessing
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
@@ -41,21 +37,9 @@ def pipeline() -> Lumina2Pipeline:
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
     }
-    blocks = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [8] * 4,
-    }
-    sizes = {
-        "latent_channels": 16,
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    }
     made = Lumina2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
-        vae=AutoencoderKL(**blocks, **sizes, scaling_factor=0.3611, shift_factor=0.1159),
+        vae=vae(),
         text_encoder=Gemma2Model(Gemma2Config(**text, head_dim=16, vocab_size=300)),
         tokenizer=tokenizer(),
         transformer=Lumina2Transformer2DModel(

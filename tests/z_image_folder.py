@@ -5,7 +5,8 @@ folder as it is published.
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from flux_folder import vae
 from qwen_folder import tokenizer
 from transformers import Qwen3Config, Qwen3Model
 
@@ -60,21 +61,9 @@ def pipeline(scheduler: str = "static") -> ZImagePipeline:
     torch.manual_seed(0)
     words = tokenizer()
     words.chat_template = TEMPLATE
-    blocks = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [8] * 4,
-    }
-    sizes = {
-        "latent_channels": 16,
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    }
     made = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULERS[scheduler]),
-        vae=AutoencoderKL(**blocks, **sizes, scaling_factor=0.3611, shift_factor=0.1159),
+        vae=vae(),
         text_encoder=text_encoder(),
         tokenizer=words,
         transformer=transformer(),

@@ -120,8 +120,7 @@ def run_in(
 
     place = shlex.quote(str(folder))
     try:
-        how = {"resume": resume, "replace": replace, "settings": settings}
-        summary = start(config, folder, progress=progress, **how)
+        summary = start(config, folder, resume=resume, replace=replace, progress=progress, settings=settings)
         if summary and not quiet:
             see = f"see {folder / 'before_after.png'} and {folder / 'curves.png'}"
             typer.echo(f"LoRA: {folder / summary['lora']}\n{see}")

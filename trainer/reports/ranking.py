@@ -18,7 +18,7 @@ from torch import Tensor
 from comfy_g2rpo.files.captions import caption_of
 from comfy_g2rpo.files.picture_files import SUFFIXES, PictureError, batches, listed, natural, read, size_of
 from comfy_g2rpo.files.safe import FileError, finite
-from comfy_g2rpo.prompts import MAX_CHARACTERS, beside, columns_of, starting, with_columns
+from comfy_g2rpo.prompts import MAX_CHARACTERS, beside, columns_of, lines_of, starting, with_columns
 from comfy_g2rpo.rewards import Reward, RewardError, check_prompts, score_all
 
 SCHEMA = "g2rpo-scores/1"
@@ -84,18 +84,8 @@ def find_pictures(places: Sequence[Path], deep: bool) -> list[Path]:
 
 def read_prompts(path: Path) -> dict[str, str]:
     """Read a JSONL file of {"file": name, "prompt": …}: prompts and other columns by file name."""
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-    except OSError as error:
-        raise RankingError(
-            f"cannot read prompt file {path}: {(error.strerror or str(error)).lower()}; check the path"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise RankingError(
-            f"prompt file {path} is not UTF-8 (byte {error.start}); save it as UTF-8"
-        ) from error
     found: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines_of(path), 1):
         if not line.strip():
             continue
         try:

@@ -11,35 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comfy_g2rpo.rewards import Reward
-
 from .cache import digest
-from .openai import Chat
+from .openai import ChatReward
 from .sent_pictures import levels
 
 OPPONENTS = 8  # at most, of each picture; a pair costs two questions
 
 
 @dataclass(frozen=True)
-class PairwiseReward(Reward):
+class PairwiseReward(ChatReward):
     """Score by win rate; needs all pictures of a prompt in one call."""
 
-    name: str
-    chat: Chat
-    note: str
-    opponents: int = OPPONENTS
     compares_across_prompts: bool = False
     needs_group: bool = True
-    runs_elsewhere: bool = True
-
-    @property
-    def licence(self) -> str:
-        """Name the licence."""
-        return f"that of {self.chat.model}"
-
-    def cancel(self) -> None:
-        """Break off the call that is under way."""
-        self.chat.client.cancel()
+    opponents: int = OPPONENTS
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images [B, H, W, 3], each prompt a group: [B], NaN without enough comparisons."""
