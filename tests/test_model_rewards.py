@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from comfy_g2rpo.rewards.models.catalogue import KNOWN
 from comfy_g2rpo.rewards.models.clip import ModelReward
-from comfy_g2rpo.rewards.models.installed import LOADERS, installed, load_installed
+from comfy_g2rpo.rewards.models.installed import installed, load_installed, loaders
 from comfy_g2rpo.rewards.protocol import checked
 
 pytest.importorskip("transformers", reason="model-backed rewards need transformers: pip install '.[rewards]'")
@@ -78,7 +78,7 @@ def prepared(reward: ModelReward, images: Tensor) -> Tensor:
 
 def test_every_known_reward_is_tested_here(root: Path) -> None:
     assert set(NAMES) == set(KNOWN) == set(installed(root))
-    assert {known.kind for known in KNOWN.values()} == set(LOADERS)
+    assert {known.kind for known in KNOWN.values()} == set(loaders())
 
 
 @torch.no_grad()

@@ -26,7 +26,6 @@ from ...comfy_g2rpo.run import settings
 from ...comfy_g2rpo.run.checkpoint import restore
 from ...comfy_g2rpo.run.evaluation import price as look_price
 from ...comfy_g2rpo.run.folder import MAY_CHANGE, RunFolder, is_run
-from ...comfy_g2rpo.run.loop import finish, learn
 from ...comfy_g2rpo.run.pace import Pace
 from ...comfy_g2rpo.run.setup import Setup, make_learner, preview_shape, prompts_ahead
 from ...comfy_g2rpo.schedule import shifted_sigmas
@@ -76,6 +75,9 @@ class Request:
 
 def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tuple[RunFolder, Adapter]:
     """Tell the cost, then run the loop; return the run's folder and the LoRA as it was saved."""
+    # Imported when somebody trains: most who start ComfyUI do not.
+    from ...comfy_g2rpo.run.loop import finish, learn
+
     # Nodes run in inference mode, where nothing could be learned.
     with torch.inference_mode(False), torch.enable_grad():
         setup, config = make_setup(wanted)

@@ -16,23 +16,32 @@ import os
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..protocol import RewardError
-from . import aesthetic, aesthetic_v25, clipscore, hpsv2, imagereward, pickscore
 from .catalogue import KNOWN, Known
-from .clip import ModelReward
 from .safe_folder import NAME, Folder
 
-LOADERS: dict[str, Callable[[Folder, str, torch.dtype, int], ModelReward]] = {
-    "pickscore": pickscore.load,
-    "hpsv2": hpsv2.load,
-    "clipscore": clipscore.load,
-    "imagereward": imagereward.load,
-    "aesthetic": aesthetic.load,
-    "aesthetic_v2.5": aesthetic_v25.load,
-}
+if TYPE_CHECKING:
+    from .clip import ModelReward
+
+KINDS = frozenset(known.kind for known in KNOWN.values())
+
+
+def loaders() -> dict[str, Callable[[Folder, str, torch.dtype, int], ModelReward]]:
+    """Return what loads a reward, by kind; imported here, so that listing names stays quick."""
+    from . import aesthetic, aesthetic_v25, clipscore, hpsv2, imagereward, pickscore
+
+    return {
+        "pickscore": pickscore.load,
+        "hpsv2": hpsv2.load,
+        "clipscore": clipscore.load,
+        "imagereward": imagereward.load,
+        "aesthetic": aesthetic.load,
+        "aesthetic_v2.5": aesthetic_v25.load,
+    }
 
 
 def installed(root: Path) -> list[str]:
@@ -41,7 +50,7 @@ def installed(root: Path) -> list[str]:
         names = sorted(os.listdir(root))
     except OSError:
         return []
-    return [name for name in names if NAME.fullmatch(name) and kind_of(root, name) in LOADERS]
+    return [name for name in names if NAME.fullmatch(name) and kind_of(root, name) in KINDS]
 
 
 def kind_of(root: Path, name: str) -> str | None:
@@ -71,7 +80,7 @@ def load_installed(
         raise RewardError(
             f"reward '{name}' needs transformers: pip install transformers (ComfyUI brings it)"
         ) from error
-    return LOADERS[str(kind_of(root, name))](Folder.of(root, name), name, dtype, batch).to(device)
+    return loaders()[str(kind_of(root, name))](Folder.of(root, name), name, dtype, batch).to(device)
 
 
 def _absent(root: Path, name: str, present: list[str]) -> str:
@@ -84,4 +93,4 @@ def _absent(root: Path, name: str, present: list[str]) -> str:
     return f"reward {name[:80]!a} is not installed in {root}{nearest or ';'} {there}"
 
 
-__all__ = ["KNOWN", "LOADERS", "Known", "installed", "kind_of", "load_installed"]
+__all__ = ["KNOWN", "Known", "installed", "kind_of", "load_installed", "loaders"]
