@@ -157,7 +157,7 @@ for package in (g2rpo_trainer, comfy_g2rpo):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
 import torch
-from comfy_g2rpo.run import peak_memory
+from comfy_g2rpo.speed import peak_memory
 assert peak_memory.resource is None
 print(peak_memory.peak_memory(torch.device("cpu")))
 """

@@ -168,7 +168,7 @@ def test_a_whole_run_goes_on_with_what_fits_and_says_so_in_notes_and_metrics(tmp
         quick = {"steps": 2, "slots": 16, "micro_batch": 4, "eval_every": 0, "watch": "off"}
         made = config(tmp_path, train=quick, rewards=[{"name": "colourfulness"}], prompts={"heldout": None})
         setup, notes = training.prepare(made, Accelerator(cpu=True)), Notes()
-        folder = training.open_run(dump(made), tmp_path / name, resume=False, replace=False)
+        folder = RunFolder.create(tmp_path / name, dump(made))
         with card_of(setup.policy, rows, learning):
             learn(setup, make_learner(setup), folder, notes, lambda phase: None, ())
         runs.append(([row for row in RunFolder.open(tmp_path / name).metrics() if "nfe" in row], notes.said))

@@ -158,11 +158,7 @@ def test_what_came_out_names_the_alarm_the_step_and_the_way_on(watched):
         f"stopped by the watch; no step beat the untrained model: its LoRA does nothing; {GO_ON}" in untrained
     )
     went_on = outcome(summary | {"stopped_by": "steps", "best_step": 4, "lora_step": 18, "sign": "it games"})
-    assert went_on[-4:-1] == [
-        alarm,
-        "seen at the end: it games",
-        "step 4 was the best by held-out rewards, and its checkpoint is kept",
-    ]
+    assert went_on[-3:-1] == [alarm, "seen at the end: it games"]
 
 
 def test_the_rows_say_how_far_the_model_has_moved(watched):

@@ -9,13 +9,14 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .commands.arguments import CommandError
+from .commands.arguments import Best, CommandError, lora_of
 from .commands.compare import compare
 from .commands.export import check_lora, export
 from .commands.rewards import rewards_app
@@ -49,6 +50,9 @@ Preset = Annotated[
 
 
 Force = Annotated[bool, typer.Option("--force", help="Start even if memory will not be enough by estimate.")]
+ChangedInputs = Annotated[
+    bool, typer.Option("--changed-inputs", help="Resume although prompts, rewards or weights have changed.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")]
 
 WAITING = 3  # exit code of a run that waits for votes
@@ -68,6 +72,7 @@ def train(
     ] = False,
     settings: Settings = None,
     preset: Preset = None,
+    changed_inputs: ChangedInputs = False,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
@@ -81,30 +86,33 @@ def train(
     config = load(recipe, given)
     folder = out or Path(config.out or Path("runs") / Path(recipe).stem)
     made = load_run(folder, given, recipe) if resume else config
-    run_in(folder, made, resume, replace, force, quiet, given)
+    run_in(folder, made, given, resume, replace, changed_inputs, force, quiet)
 
 
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     settings: Settings = None,
+    changed_inputs: ChangedInputs = False,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
     """Continue a run after Ctrl-C or a crash, bit for bit; --set train.steps=600 makes it longer."""
     from .config.reading import load_run
 
-    run_in(run, load_run(run, settings or []), resume=True, replace=False, force=force, quiet=quiet)
+    given = settings or []
+    run_in(run, load_run(run, given), given, True, False, changed_inputs, force, quiet)
 
 
 def run_in(
     folder: Path,
     config: Config,
+    settings: Sequence[str],
     resume: bool,
     replace: bool,
+    changed_inputs: bool,
     force: bool,
     quiet: bool,
-    settings: Sequence[str] = (),
 ) -> None:
     """Train in a run folder and say what came of it, and how to go on."""
     from .cost.presets import before_training
@@ -120,7 +128,8 @@ def run_in(
 
     place = shlex.quote(str(folder))
     try:
-        summary = start(config, folder, resume=resume, replace=replace, progress=progress, settings=settings)
+        how = {"resume": resume, "replace": replace, "changed_inputs": changed_inputs}
+        summary = start(config, folder, progress=progress, settings=settings, **how)
         if summary and not quiet:
             see = f"see {folder / 'before_after.png'} and {folder / 'curves.png'}"
             typer.echo(f"LoRA: {folder / summary['lora']}\n{see}")
@@ -181,6 +190,7 @@ def sample(
         Path, typer.Option(help="PNG to write; several are numbered, clips lie beside as WebP.")
     ] = Path("sample.png"),
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite existing pictures.")] = False,
+    best: Best = False,
     settings: Settings = None,
 ) -> None:
     """Draw pictures with a model, with or without a LoRA."""
@@ -196,7 +206,7 @@ def sample(
         if place.exists() and not replace:
             raise CommandError(f"{place} exists; choose another --out, or give --replace")
     other_model = [f"model.path={json.dumps(model)}"] if model else []
-    config, own_lora = configuration(recipe, [*(settings or []), *other_model])
+    config, own_lora = configuration(recipe, [*(settings or []), *other_model], best)
     quieten_libraries()
     from comfy_g2rpo.prompts import starting, with_columns
     from comfy_g2rpo.run.folder import save_picture
@@ -223,7 +233,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder."
 
     from .reports.report import write_report
 
-    for path in write_report(RunFolder.open(run)):
+    for path in write_report(RunFolder.open(run), partial(typer.echo, err=True)):
         typer.echo(path)
 
 
@@ -254,17 +264,19 @@ def version() -> None:
     typer.echo(__version__)
 
 
-def configuration(source: str, settings: list[str]) -> tuple[Config, Path | None]:
+def configuration(source: str, settings: list[str], best: bool = False) -> tuple[Config, Path | None]:
     """Load a recipe, or a run's settings and its LoRA: the best where the watch ended it, else the newest."""
     from comfy_g2rpo.run.folder import RunFolder, is_run
 
     from .config.reading import apply_overrides, from_dict, load
 
     if not is_run(Path(source)):
+        if best:
+            raise CommandError(f"--best is for runs, and {source} is none; give a run folder")
         return load(source, settings), None
     run = RunFolder(Path(source))
-    place = run.outcome()
-    return from_dict(apply_overrides(run.config()["config"], settings)), place and place / "lora.safetensors"
+    lora = lora_of(run.path, best) if best or run.latest() else None
+    return from_dict(apply_overrides(run.config()["config"], settings)), lora
 
 
 def quieten_libraries() -> None:

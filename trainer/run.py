@@ -23,6 +23,7 @@ from comfy_g2rpo.run.loop import finish, learn
 from comfy_g2rpo.run.setup import Setup, World, make_learner, preview_shape, prompts_ahead
 
 from . import families
+from .config.input_files import INPUTS, compare_inputs, input_digests
 from .config.reading import Config, defaults, dump, make_pace, make_recipe, make_speed, model_folder
 from .config.reward_checks import VOTES
 from .config.sections import TrainedReward
@@ -44,11 +45,13 @@ def train(
     replace: bool = False,
     progress: Progress,
     settings: Sequence[str] = (),
+    changed_inputs: bool = False,
 ) -> dict[str, Any]:
     """Run or continue a run in the folder `out` and return its summary.
 
     `learn` repeats the three verbs of `comfy_g2rpo.run.iteration`: explore, score, update. A stop leaves a
-    checkpoint of the last finished step.
+    checkpoint of the last finished step. With `changed_inputs` a run goes on although its prompts, rewards
+    or weights are not what they were.
     """
     accelerator = Accelerator(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
     main = accelerator.is_main_process
@@ -61,16 +64,23 @@ def train(
         setup = prepare(config, accelerator, Path(out))
         learner = make_learner(setup)
         if main:
-            open_run(dump(config, settings), out, resume, replace)
+            inputs = input_digests(config, setup.prompts)
+            if resume:
+                for remark in reopen_run(config, settings, Path(out), inputs, changed_inputs):
+                    progress.note(remark)
+            else:
+                RunFolder.create(out, {**dump(config, settings), INPUTS: inputs}, replace)
         accelerator.wait_for_everyone()
         folder = RunFolder(Path(out))
         for remark in restore(setup, learner, folder) if resume else []:
             progress.note(remark)
+        if resume:
+            progress.recall(folder.metrics())
         with stoppable() as check:
             learn(setup, learner, folder, progress, check, (Stopped, RewardError))
             summary = finish(setup, learner, folder, progress, check, config.method.name)
         if summary:
-            write_report(folder)
+            write_report(folder, progress.note)
             progress.finish(summary)
     return summary
 
@@ -194,9 +204,21 @@ def continue_from(policy: FamilyPolicy, path: Path, scale: float, family: str | 
             ours[name][1][:, : len(down)].copy_(up / scale)
 
 
-def open_run(content: dict[str, Any], out: Path, resume: bool, replace: bool) -> RunFolder:
-    """Create the run folder, or open it and see that it was made by the same configuration."""
-    return RunFolder.reopen(out, content, defaults()) if resume else RunFolder.create(out, content, replace)
+def reopen_run(
+    config: Config, settings: Sequence[str], out: Path, inputs: dict[str, str], changed_inputs: bool
+) -> list[str]:
+    """See that a run was made by the same configuration and from the same inputs; return what is to be said.
+
+    Then config.json says how the run goes on.
+    """
+    before = RunFolder(out).config()
+    remarks, moved = compare_inputs(out, before, inputs, config, changed_inputs)
+    content = dump(config, settings)
+    folder = RunFolder.reopen(out, content, defaults(), moved)
+    former = before.get("settings")
+    content["settings"] = [*(former if isinstance(former, list) else []), *settings]
+    folder.save_config({**before, **content, INPUTS: inputs})
+    return remarks
 
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

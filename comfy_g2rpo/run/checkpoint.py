@@ -46,7 +46,7 @@ def save(setup: Setup, learner: Learner, folder: RunFolder, row: Mapping[str, An
         write_state(path, tensors, progress)
 
     rows = [*folder.metrics(), *([row] if row else [])]
-    best = None if setup.pace.watch == "off" else best_step(rows, setup.trained, setup.measures)
+    best = best_step(rows, setup.trained, setup.measures)
     # Two at least: should the newest be damaged, there is the one before.
     keep_last = max(setup.pace.keep_checkpoints, 2) if setup.pace.keep_checkpoints else 0
     folder.save_checkpoint(learner.step, write, keep_last=keep_last, keep=best)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.safe import read_json, write_json
+from ..files.safe import RunError, read_json, write_json
 from ..plan import Plan, deterministic
 from ..policy import Policy, Trainee
 from ..prompts import image_of, titled
@@ -53,12 +53,16 @@ class Evaluation:
 
     def means(self) -> dict[str, float]:
         """Return each reward's mean."""
-        return {name: scores.nanmean().item() for name, scores in zip(self.names, self.scores, strict=True)}
+        return {
+            name: scores.double().nanmean().item()
+            for name, scores in zip(self.names, self.scores, strict=True)
+        }
 
     def metrics(self) -> dict[str, float]:
         """Return mean and half of the 95 % interval over prompts, and the watch's numbers, as a row."""
         row = {}
-        for name, scores in zip(self.names, self.scores, strict=True):
+        # In float64: what a reward may answer fits float32, its sums and squares may not.
+        for name, scores in zip(self.names, self.scores.double(), strict=True):
             by_prompt = scores.nanmean(1)
             by_prompt = by_prompt[~by_prompt.isnan()]
             row[f"heldout/{name}/mean"] = scores.nanmean().item()
@@ -91,8 +95,13 @@ class Evaluation:
 
     @classmethod
     def read(cls, folder: RunFolder, step: int) -> Evaluation:
-        """Read the scores of a step."""
-        return cls.of(read_json(folder.path / "images" / f"{step:06d}" / "scores.json"))
+        """Read the scores of a step; FileError where they are missing or damaged."""
+        path = folder.path / "images" / f"{step:06d}" / "scores.json"
+        content = read_json(path)
+        try:
+            return cls.of(content)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{path} is damaged: it holds no evaluation; bring it back from a copy") from error
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Evaluation:
@@ -239,7 +248,8 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]
     from scipy.stats import ttest_rel
 
     found = {}
-    for name, old, new in zip(before.names, before.scores.nanmean(2), after.scores.nanmean(2), strict=True):
+    tables = (one.scores.double().nanmean(2) for one in (before, after))
+    for name, old, new in zip(before.names, *tables, strict=True):
         valid = ~(old.isnan() | new.isnan())
         mean, width = interval(new - old)
         found[name] = {

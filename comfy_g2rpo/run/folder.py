@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,12 +204,16 @@ class RunFolder:
 
     @classmethod
     def reopen(
-        cls, path: Path, config: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]] | None = None
+        cls,
+        path: Path,
+        config: Mapping[str, Any],
+        defaults: Mapping[str, Mapping[str, Any]] | None = None,
+        moved: Collection[str] = (),
     ) -> RunFolder:
         """Open a run and see that the same configuration made it; only length and pace may differ.
 
         `defaults`, by section and field, stand for fields that the run does not hold because an earlier
-        version made it.
+        version made it. Fields in `moved` name files that lie elsewhere now.
         """
         run = cls.open(path)
         saved = run.config().get("config")
@@ -223,8 +227,9 @@ class RunFolder:
             for key in new | old if isinstance(values, list) else new:
                 value, field = new.get(key), key.rpartition(".")[2]
                 before = old[key] if key in old else known.get(field)
-                if value != before and section != "out" and field not in MAY_CHANGE.get(section, ()):
-                    name = f"{section}.{key}".strip(".")
+                name = f"{section}.{key}".strip(".")
+                free = section == "out" or name in moved or field in MAY_CHANGE.get(section, ())
+                if value != before and not free:
                     was = f"{path} was made with {name} = {before!a:.80}, not {value!a:.80}"
                     raise RunError(f"{was}; continue with that, or start another run")
         return run
@@ -252,6 +257,10 @@ class RunFolder:
     def config(self) -> dict[str, Any]:
         """Read what was asked for."""
         return read_table(self.config_file)
+
+    def save_config(self, config: Mapping[str, Any]) -> None:
+        """Write what is asked for now: a run that is made longer stays so when it is resumed again."""
+        write_json(self.config_file, config)
 
     def summary(self) -> dict[str, Any]:
         """Read what came out; empty while the run is unfinished."""
@@ -378,23 +387,15 @@ class RunFolder:
         write_json(folder / "index.json", index)
 
     def samples(self, step: int, kind: str = "") -> list[Sample]:
-        """Read the index of a step's pictures."""
+        """Read the index of a step's pictures; FileError where it is missing or damaged."""
         folder = self.path / "images" / f"{step:06d}" / kind
-        found = []
-        for row in read_json(folder / "index.json"):
-            start = folder / Path(row["start"]).name if "start" in row else None
-            found.append(
-                Sample(
-                    row["prompt"],
-                    row["seed"],
-                    row["scores"],
-                    None,
-                    folder / row["file"],
-                    row.get("frames", 1),
-                    start,
-                )
-            )
-        return found
+        rows = read_json(folder / "index.json")
+        try:
+            if not isinstance(rows, list):
+                raise TypeError
+            return [indexed(folder, row) for row in rows]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{folder / 'index.json'} is damaged: it lists no pictures") from error
 
     def sampled_steps(self, kind: str = "") -> list[int]:
         """List the steps that have pictures."""
@@ -402,6 +403,20 @@ class RunFolder:
         return sorted(
             int(index.relative_to(self.path / "images").parts[0]) for index in indices if index.is_file()
         )
+
+
+def indexed(folder: Path, row: Mapping[str, Any]) -> Sample:
+    """Read a row of a step's index; pictures lie beside it, whatever it says."""
+    picture, start = Path(row["file"]).name, Path(row["start"]).name if "start" in row else None
+    scores = {str(name): score for name, score in row["scores"].items()}
+    return Sample(
+        str(row["prompt"]),
+        int(row["seed"]),
+        scores,
+        path=folder / picture,
+        frames=int(row.get("frames", 1)),
+        start=folder / start if start else None,
+    )
 
 
 def check_place(path: Path, replace: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,12 +20,12 @@ from ..rewards import Reward, RewardError
 from ..rewards.mixing import mixed_advantages
 from ..rewards.protocol import embedder
 from ..rollout import Rollout, stream
+from ..speed.peak_memory import peak_memory
 from ..speed.step_cache import Shortcut
 from ..update import records
 from ..update import update as take_steps
 from .diversity import describe, mean_distance, measure, shaping
 from .optimizers import load_optimizer_tensors, optimizer_tensors, swapped, update_average
-from .peak_memory import peak_memory
 from .rank_guard import roll_out_guarded
 from .scorer import Scorer, roll_out_and_score
 from .setup import Check, Learner, Setup
@@ -189,8 +190,8 @@ def step_row(
     row: dict[str, float] = {"step": learner.step}
     for reward, values in zip(setup.rewards, scored.everywhere, strict=True):
         valid = values[~values.isnan()]
-        row[f"reward/{reward.name}/mean"] = valid.mean().item()
-        row[f"reward/{reward.name}/std"] = valid.std().item()
+        row[f"reward/{reward.name}/mean"] = valid.double().mean().item()
+        row[f"reward/{reward.name}/std"] = valid.double().std().item() if len(valid) > 1 else math.nan
     row["advantage/abs_mean"] = torch.stack(list(scored.advantages)).abs().mean().item()
     shares = [zero_std_share(reward, setup.recipe.std_floor) for reward in scored.rewards]
     row["zero_std_share"] = sum(shares) / len(shares)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 
+from ..files.safe import FileError
 from ..recipes import build_plan
 from .checkpoint import averaged, save
-from .evaluation import Evaluation, compare, evaluate
+from .evaluation import Evaluation, evaluate
 from .folder import RunFolder
 from .iteration import iterate
 from .setup import Check, Learner, Setup
+from .summary import alarm_at, first_look, summarise
 from .watch import Seen, best_step, blind_spots, evaluated, sign_row, signs
 
 
@@ -58,6 +60,13 @@ def learn(
         *blind_spots(pace, len(setup.prompts.heldout), judges, setup.trained, setup.measures),
     ):
         watcher.note(note)
+    if learner.step >= pace.steps or out_of_time(setup, learner):
+        spent = f"{learner.step} of {pace.steps} steps are made"
+        watcher.note(
+            f"nothing left to do: {spent}, and its time is used"
+            if learner.step < pace.steps
+            else f"nothing left to do: {spent}"
+        )
     try:
         if learner.step == 0 or (due(pace.eval_every, learner.step) and learner.step < pace.steps):
             # A run that was stopped while it looked looks again.
@@ -119,8 +128,11 @@ def look(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, ch
     evaluation.save(folder, learner.step)
     row = {"step": learner.step} | evaluation.metrics()
     if recipe:
-        row |= notice(setup, folder, evaluation)
-    if recipe and best_step([*folder.metrics(), row], setup.trained, setup.measures) == learner.step:
+        try:
+            row |= notice(setup, folder, evaluation)
+        except FileError as error:
+            watcher.note(f"step {learner.step}: the watch cannot compare with former evaluations: {error}")
+    if best_step([*folder.metrics(), row], setup.trained, setup.measures) == learner.step:
         # First: a row without its checkpoint would never bring it about again.
         save(setup, learner, folder, row)
     folder.append(row)
@@ -135,7 +147,7 @@ def notice(setup: Setup, folder: RunFolder, now: Evaluation) -> dict[str, Any]:
     looks = evaluated(rows)
     if not looks:
         return {}
-    first = int(looks[0]["step"])
+    first = first_look(rows)
     best = best_step(rows, setup.trained, setup.measures) or first
     base = Evaluation.read(folder, first)
     if (base.names, base.prompts) != (now.names, now.prompts):
@@ -162,11 +174,6 @@ def halt(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher) ->
     return True
 
 
-def alarm_at(rows: Sequence[Mapping[str, Any]], step: int) -> str:
-    """Return the alarm of a step's evaluation, or nothing."""
-    return next((str(row["alarm"]) for row in rows if row.get("step") == step and row.get("alarm")), "")
-
-
 def looked(folder: RunFolder, step: int) -> bool:
     """Return whether a step has its row of held-out metrics."""
     return any(row.get("step") == step for row in evaluated(folder.metrics()))
@@ -180,44 +187,11 @@ def finish(
     setup.world.wait()
     if not setup.world.speaks:
         return {}
-    rows = folder.metrics()
-    steps = [old for old in rows if "nfe" in old]
-    names = [reward.name for reward in setup.rewards]
-    ends = {"before": steps[: max(len(steps) // 10, 1)], "after": steps[-max(len(steps) // 10, 1) :]}
-    summary: dict[str, Any] = {"recipe": name, "steps": learner.step, "seed": setup.pace.seed}
-    for when, part in ends.items():
-        summary[f"reward_{when}"] = {
-            n: sum(old[f"reward/{n}/mean"] for old in part) / len(part) for n in names
-        }
-    summary |= verdict(setup, learner, folder)
-    if setup.prompts.heldout and setup.judges:
-        before, after = Evaluation.read(folder, 0), Evaluation.read(folder, summary["lora_step"])
-        summary |= {
-            "heldout_before": before.means(),
-            "heldout_after": after.means(),
-            "heldout_gain": compare(before, after),
-        }
-    summary |= {"seconds": learner.seconds, "forwards": learner.forwards}
+    summary, notes = summarise(setup, learner, folder, name)
+    for note in notes:
+        watcher.note(note)
     folder.save_summary(summary)
     return summary
-
-
-def verdict(setup: Setup, learner: Learner, folder: RunFolder) -> dict[str, Any]:
-    """Return what ended the run, what the watch saw, and the LoRA to use."""
-    rows = folder.metrics()
-    best = best_step(rows, setup.trained, setup.measures)
-    stopped = setup.pace.watch == "stop" and bool(alarm_at(rows, learner.step))
-    saved = {int(place.name): place for place in folder.saved()}
-    chosen = saved[best] if stopped and best in saved else folder.latest()
-    looks = evaluated(rows)
-    return {
-        "stopped_by": "watch" if stopped else "steps" if learner.step >= setup.pace.steps else "minutes",
-        "best_step": best,
-        "alarms": [{"step": row["step"], "text": row["alarm"]} for row in looks if row.get("alarm")],
-        "sign": looks[-1].get("sign", "") if looks else "",
-        "lora_step": int(chosen.name),
-        "lora": f"{chosen.relative_to(folder.path)}/lora.safetensors",
-    }
 
 
 def due(every: int, step: int) -> bool:

@@ -245,34 +245,46 @@ def evaluated(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if any(key.startswith("heldout/") or key == "kl/heldout" for key in row)]
 
 
+def judging(
+    rows: Sequence[Row], weights: Mapping[str, float], measures: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Return the weights of the rewards that tell which evaluation is best: those that only measure, or,
+    where there are none, the trained ones.
+    """
+    looks = evaluated(rows)
+    names = [
+        key.split("/", 1)[1].removesuffix("/mean")
+        for key in (looks[0] if looks else {})
+        if key.startswith("heldout/") and key.endswith("/mean")
+    ]
+    held = {name: (measures or {}).get(name, 1.0) for name in names if name not in weights}
+    return held if any(held.values()) else {name: weights.get(name, 0.0) for name in names}
+
+
 def best_step(
     rows: Sequence[Row], weights: Mapping[str, float], measures: Mapping[str, float] | None = None
 ) -> int | None:
-    """Return the step whose evaluation is best by the rewards that only measure, or, where there are none, by
-    the trained ones.
+    """Return the step whose evaluation is best by the rewards that `judging` names.
 
     Rewards are added up in units of the first evaluation's interval, so that none dominates by its scale.
     None before the first one, and where no reward measures single pictures.
     """
-    looks = evaluated(rows)
-    if not looks:
-        return None
-    names = [
-        key.split("/", 1)[1].removesuffix("/mean")
-        for key in looks[0]
-        if key.startswith("heldout/") and key.endswith("/mean")
-    ]
-    held = {name: (measures or {}).get(name, 1.0) for name in names if name not in weights}
-    used = held if any(held.values()) else {name: weights.get(name, 0.0) for name in names}
-    if not used:
+    looks, used = evaluated(rows), judging(rows, weights, measures)
+    if not looks or not used:
         return None
 
     def gain(row: Row) -> float:
         total = 0.0
         for name, weight in used.items():
-            first, now = looks[0][f"heldout/{name}/mean"], row.get(f"heldout/{name}/mean")
+            first, now = known(looks[0], f"heldout/{name}/mean"), known(row, f"heldout/{name}/mean")
             if first is not None and now is not None:
-                total += weight * (now - first) / (looks[0].get(f"heldout/{name}/ci95") or 1.0)
+                total += weight * (now - first) / (known(looks[0], f"heldout/{name}/ci95") or 1.0)
         return total
 
     return int(max(looks, key=gain)["step"])
+
+
+def known(row: Row, name: str) -> float | None:
+    """Return a row's number; None where it has none, such as where a reward could judge nothing."""
+    value = row.get(name)
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None

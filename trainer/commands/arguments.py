@@ -14,6 +14,9 @@ Batch = Annotated[int, typer.Option(min=1, max=1024, help="Pictures that are jud
 Device = Annotated[str, typer.Option(help="Where reward models run: auto, cpu, cuda, mps.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+Best = Annotated[
+    bool, typer.Option("--best", help="Of a run: its best held-out evaluation instead of its result.")
+]
 Family = Annotated[
     str | None,
     typer.Option(help="sd3, flux, flux2, qwen_image, wan, z_image, lumina2 [default: told from the names]."),
@@ -22,3 +25,19 @@ Family = Annotated[
 
 class CommandError(ValueError):
     """Arguments that do not go together, or a file that cannot be used."""
+
+
+def lora_of(place: Path, best: bool = False) -> Path:
+    """Return the LoRA file of a run, its result or that of its best evaluation; any other path as it is."""
+    from comfy_g2rpo.run.folder import RunFolder, is_run
+    from comfy_g2rpo.run.summary import best_checkpoint
+
+    if not is_run(place):
+        if best:
+            raise CommandError(f"--best is for runs, and {place} is none; give a run folder")
+        return place
+    run = RunFolder(place)
+    chosen = best_checkpoint(run) if best else run.outcome()
+    if chosen is None:
+        raise CommandError(f"{place} has no checkpoint yet; let it train on")
+    return chosen / "lora.safetensors"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .arguments import AsJson, Batch, CommandError, Device, Prompts, Quiet
+from .arguments import AsJson, Batch, Best, CommandError, Device, Prompts, Quiet
 from .score import asked_for, judged
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def compare(
     out: Annotated[Path, typer.Option(metavar="HTML", help="The report to write.")] = Path("compare.html"),
     pictures: Annotated[int, typer.Option(min=0, max=1000, help="Pairs of pictures that it shows.")] = 48,
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite an existing report.")] = False,
+    best: Best = False,
     batch: Batch = 32,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -61,8 +62,10 @@ def compare(
                 "--reward and prompts are for folders of pictures; runs are compared by what their "
                 "evaluations measured"
             )
-        made = of_runs(before, other)
+        made = of_runs(before, other, best)
     else:
+        if best:
+            raise CommandError("--best is for runs; folders of pictures have no evaluations")
         if after is None or not reward:
             raise CommandError(
                 "folders of pictures need a second folder B and --reward, such as: g2rpo compare A B "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .arguments import CommandError, Family
+from .arguments import Best, CommandError, Family, lora_of
 
 if TYPE_CHECKING:
     from comfy_g2rpo.lora.forms import Reading
@@ -27,7 +27,9 @@ LOSSY = 0.5
 
 File = Annotated[
     Path,
-    typer.Argument(metavar="FILE", help="A LoRA file of any known form; with --extract, a fine-tuned model."),
+    typer.Argument(
+        metavar="FILE|RUN", help="A LoRA file of any form, or a run; with --extract, a fine-tuned model."
+    ),
 ]
 Out = Annotated[
     Path, typer.Option(metavar="SAFETENSORS", help="The file to write; an existing one is never overwritten.")
@@ -65,6 +67,7 @@ def export(
     extract: Annotated[
         Path | None, typer.Option(metavar="BASE", help="Write the LoRA that leads from this model to FILE.")
     ] = None,
+    best: Best = False,
 ) -> None:
     """Convert a LoRA file, cut its rank, merge it into a model, or extract it from a fine-tuned one.
 
@@ -84,6 +87,7 @@ def export(
     from ..lora.weight_files import check_free
 
     check_free(out)
+    file = lora_of(file, best)
     if extract:
         _extract(file, extract, out, form, family, rank or 16, precision, alpha)
     elif merge:

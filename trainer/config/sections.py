@@ -180,7 +180,12 @@ class RewardSection(Section):
     palette: tuple[str, ...] | None = Field(
         None, description="Colours to compare with, such as ['#ff8800']; a prompt's own go first."
     )
-    timeout: float = setting(60.0, "Seconds to wait for an answer of the judge.", 0.1, 3600)
+    timeout: float | None = setting(
+        None,
+        "Seconds to wait for an answer; if not given, 60 for a judge, 600 for your own reward.",
+        0.1,
+        86400,
+    )
     retries: int = setting(3, "Further attempts after a failed question.", 0, 20)
     concurrency: int = setting(8, "Questions that are asked at once.", 1, 64)
     batch: int = setting(32, "Pictures that a reward model scores at once.", 1, 1024)

@@ -15,7 +15,7 @@ from comfy_g2rpo.prompts import read as read_prompts
 from comfy_g2rpo.recipes import build_plan
 from comfy_g2rpo.rollout import seeded_noise
 from comfy_g2rpo.run.evaluation import price
-from comfy_g2rpo.run.peak_memory import peak_memory
+from comfy_g2rpo.speed.peak_memory import peak_memory
 
 from ..config.reading import Config, make_pace, make_recipe
 from ..reports.progress import clock

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from comfy_g2rpo.files.safe import FileError, read_tensors
+from comfy_g2rpo.files.safe import FileError, in_order, read_tensors
 from comfy_g2rpo.lora import LoraError, named
 from comfy_g2rpo.lora.convert import extracted, family_of, renamed
 from comfy_g2rpo.lora.forms import Reading, check_sound, understand
@@ -77,7 +77,7 @@ def write_new(path: Path, pairs: Pairs, style: str, metadata: Mapping[str, str],
         for key, tensor in kept.items()
     }
     with new_file(path) as file:
-        file.write(save(ready, {"format": "pt", **metadata}))
+        file.write(in_order(save(ready, {"format": "pt", **metadata})))
 
 
 def form_for(family: Family, pairs: Pairs) -> str:

@@ -20,6 +20,7 @@ from comfy_g2rpo.files.picture_files import listed
 from comfy_g2rpo.files.safe import finite
 from comfy_g2rpo.run.evaluation import Evaluation
 from comfy_g2rpo.run.folder import RunFolder, is_run
+from comfy_g2rpo.run.summary import best_evaluation
 
 RESAMPLES, CONFIDENCE = 9999, 0.95
 # units from which on the plain percentile interval replaces the accelerated one, which leaves each of them
@@ -118,12 +119,18 @@ def changes(pairs: Sequence[Pair]) -> tuple[Change, ...]:
     )
 
 
-def of_runs(first: Path, second: Path) -> Comparison:
-    """Pair two runs by held-out prompts at their newest evaluation; a run with itself, first with last."""
+def of_runs(first: Path, second: Path, best: bool = False) -> Comparison:
+    """Pair two runs by held-out prompts at their newest evaluation; a run with itself, first with last.
+
+    `best` takes the best evaluation by held-out rewards instead of the newest.
+    """
     one, other = RunFolder.open(first), RunFolder.open(second)
     itself = first.resolve() == second.resolve()
     steps = [evaluated(run) for run in (one, other)]
-    chosen = (steps[0][0], steps[0][-1]) if itself else (steps[0][-1], steps[1][-1])
+    last = [best_evaluation(run) if best else step[-1] for run, step in zip((one, other), steps, strict=True)]
+    chosen = (steps[0][0], last[1]) if itself else (last[0], last[1])
+    if itself and best and chosen[0] == chosen[1]:
+        raise ComparisonError(f"{first}: no evaluation beats the first one; compare without --best")
     if itself and chosen[0] == chosen[1]:
         raise ComparisonError(
             f"{first} has a single evaluation; let it train on, or give another run to compare with"

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from comfy_g2rpo.run.loop import Watcher
+from comfy_g2rpo.run.summary import best_lines
 
 SPARKS = "▁▂▃▄▅▆▇█"
 PHASES = {"rollout": "cyan", "decode": "green", "reward": "yellow", "update": "magenta"}
@@ -24,12 +25,18 @@ GO_ON = "to go on: g2rpo resume RUN --set train.watch=warn"
 class Progress(Watcher, Protocol):
     """The loop tells; a display shows."""
 
+    def recall(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take the rows of a run that is resumed, before it starts."""
+
     def close(self) -> None:
         """Give the terminal back, however the run ended."""
 
 
 class Silent:
     """Show nothing."""
+
+    def recall(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take former rows."""
 
     def start(self, total_steps: int, first_step: int, plan_line: str) -> None:
         """Begin."""
@@ -63,6 +70,13 @@ class History:
         self.series: dict[str, list[float]] = {}
         self.latest: dict[str, Any] = {}
 
+    def recall(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the scores of former rows, so that all is compared with the untrained model; not their times,
+        which may be another machine's.
+        """
+        for row in rows:
+            self.keep({name: row[name] for name in row if name.startswith(("reward/", "heldout/"))})
+
     def add(self, metrics: Mapping[str, Any]) -> None:
         """Keep a row."""
         self.step = int(metrics.get("step", self.step))
@@ -72,6 +86,10 @@ class History:
         if any(name.startswith("heldout/") for name in metrics):
             self.latest.pop("alarm", None)
         self.latest.update(metrics)
+        self.keep(metrics)
+
+    def keep(self, metrics: Mapping[str, Any]) -> None:
+        """Add a row's numbers to their series."""
         for name, value in metrics.items():
             if isinstance(value, (int, float)) and value == value:
                 self.series.setdefault(name, []).append(float(value))
@@ -106,10 +124,16 @@ class Lines:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
         self.history = History(0, 0)
+        self.former: Sequence[Mapping[str, Any]] = ()
+
+    def recall(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take the rows of a run that is resumed."""
+        self.former = rows
 
     def start(self, total_steps: int, first_step: int, plan_line: str) -> None:
         """Print what is about to run."""
         self.history = History(total_steps, first_step)
+        self.history.recall(self.former)
         self.note(plan_line)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
@@ -223,7 +247,7 @@ def outcome(summary: Mapping[str, Any]) -> list[str]:
                     f"{label} {name}: {before[name]:.3f} → {after[name]:.3f} "
                     f"({after[name] - before[name]:+.3f})"
                 )
-    return lines + watched(summary) + spent(summary)
+    return lines + best_lines(summary) + watched(summary) + spent(summary)
 
 
 def watched(summary: Mapping[str, Any]) -> list[str]:
@@ -236,8 +260,6 @@ def watched(summary: Mapping[str, Any]) -> list[str]:
         untrained = "no step beat the untrained model: its LoRA does nothing"
         what = f"the LoRA is that of step {best}, the best by held-out rewards" if best else untrained
         lines.append(f"stopped by the watch; {what}; {GO_ON}")
-    elif best is not None and best != summary.get("lora_step") and (alarms or sign):
-        lines.append(f"step {best} was the best by held-out rewards, and its checkpoint is kept")
     return lines
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from textwrap import fill
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from comfy_g2rpo.files.safe import write_bytes
+from comfy_g2rpo.files.picture_files import PictureError, looked_at
+from comfy_g2rpo.files.safe import FileError, write_bytes
 from comfy_g2rpo.run.folder import PREVIEW, RunFolder, Sample
 
 COLOURS = (
@@ -33,8 +34,8 @@ INK, PALE, PAPER, BETTER, WORSE = "#1a1a1a", "#767676", "#ffffff", "#00704f", "#
 Row = Mapping[str, Any]
 
 
-def write_report(run: RunFolder) -> list[Path]:
-    """Draw whatever the run folder holds; return the files."""
+def write_report(run: RunFolder, say: Callable[[str], None] = lambda text: None) -> list[Path]:
+    """Draw whatever the run folder holds; return the files, and say in one line what cannot be drawn."""
     written = []
     rows = run.metrics()
     if rows:
@@ -42,13 +43,14 @@ def write_report(run: RunFolder) -> list[Path]:
         written.append(run.path / "curves.png")
     for kind, name in (("", "before_after.png"), (PREVIEW, "preview.png")):
         steps = run.sampled_steps(kind)
-        if len(steps) > 1:
-            before_after(
-                run.samples(steps[0], kind),
-                run.samples(steps[-1], kind),
-                run.path / name,
-                steps=(steps[0], steps[-1]),
-            )
+        if len(steps) < 2:
+            continue
+        ends = steps[0], steps[-1]
+        try:
+            before_after(*(run.samples(step, kind) for step in ends), run.path / name, steps=ends)
+        except (FileError, PictureError) as error:
+            say(f"{name} is not drawn: {error}")
+        else:
             written.append(run.path / name)
     return written
 
@@ -278,9 +280,11 @@ def gain(name: str, old: float | None, new: float | None) -> tuple[str, str]:
 
 
 def tile(path: Path, frames: int = 1) -> Image.Image:
-    """Load an image at a tile's size, a clip's frames at half; small ones keep their pixels."""
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
+    """Load an image at a tile's size, a clip's frames at half; small ones keep their pixels.
+
+    PictureError where there is no picture.
+    """
+    picture = looked_at(path, lambda image: image.convert("RGB"))
     scale = (
         TILE / max(picture.size) if frames == 1 else TILE / max(2 * picture.width / frames, picture.height)
     )

@@ -15,6 +15,7 @@ from comfy_g2rpo.rewards.likeness import KINDS
 from ..config.reward_checks import VOTES, rewards_root
 from .own import custom
 from .references import compared
+from .time_limit import DEFAULT_SECONDS
 
 if TYPE_CHECKING:
     from ..config.sections import RewardSection
@@ -49,7 +50,8 @@ def build(section: RewardSection, device: torch.device | str = "cpu", run: Path 
 def found(section: RewardSection, device: torch.device | str, run: Path | None) -> Reward:
     """Load what a section names."""
     if section.path:
-        return custom(section.name, section.path)
+        seconds = DEFAULT_SECONDS if section.timeout is None else section.timeout
+        return custom(section.name, section.path, seconds)
     if section.url:
         from .judges import connect
 

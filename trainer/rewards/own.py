@@ -17,9 +17,24 @@ from torch import Tensor
 
 from comfy_g2rpo.rewards import Reward, RewardError, Rule
 
+from .time_limit import TimeLimited, Worker, limited
 
-def custom(name: str, path: str) -> Reward:
-    """Load your own reward: a function (images [B, H, W, 3], prompts [B]) → [B], or an object."""
+
+def custom(name: str, path: str, seconds: float) -> Reward:
+    """Load your own reward: a function (images [B, H, W, 3], prompts [B]) → [B], or an object.
+
+    It is imported and asked in a thread of its own, and given up when it takes longer than `seconds`.
+    """
+    worker = Worker(f"reward {name}")
+    place = path.rpartition(":")[0]
+    reward = limited(
+        worker, lambda: loaded(name, path), seconds, f"the import of {place} for reward {name!r}"
+    )
+    return TimeLimited(reward, worker, seconds)
+
+
+def loaded(name: str, path: str) -> Reward:
+    """Import what a path names, as a reward."""
     place, _, attribute = path.rpartition(":")
     module = module_at(place)
     if not hasattr(module, attribute):

@@ -27,7 +27,8 @@ def connect(section: RewardSection) -> Reward:
 
     name, folder = section.name, os.environ.get(CACHE)
     check_url(name, section.url or "")
-    limits = Limits(timeout=section.timeout, retries=section.retries, concurrency=section.concurrency)
+    timeout = Limits.timeout if section.timeout is None else section.timeout
+    limits = Limits(timeout=timeout, retries=section.retries, concurrency=section.concurrency)
     client = Client(
         name, section.url or "", key_of(name), limits, Cache(Path(folder).expanduser() if folder else None)
     )
