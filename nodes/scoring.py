@@ -13,7 +13,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..comfy_g2rpo.prompts import MAX_CHARACTERS
-from ..comfy_g2rpo.rewards.protocol import embedder
+from ..comfy_g2rpo.rewards.protocol import embedder, none_judged
 from ..comfy_g2rpo.run.scorer import Scorer
 from .inputs import widgets
 from .inputs.checks import check_inputs, check_number
@@ -131,6 +131,8 @@ class ScoreImages(io.ComfyNode):
                 "by itself"
             )
         scores = judge(rewards, pictures, prompts)
+        judged = zip(rewards.rewards, scores, strict=True)
+        notes += filter(None, (none_judged(each, row, prompts) for each, row in judged))
         mixed = overall(rewards, scores)
         shown = zip(pictures, mixed, titles, strict=True)
         tiles = [Tile(picture, score, lines=(title,)) for picture, score, title in shown]

@@ -14,6 +14,7 @@ from PIL import Image
 from program import call, leave
 from rich.console import Console
 
+from comfy_g2rpo.files.captions import CHUNK, caption_of
 from comfy_g2rpo.run.folder import RunFolder
 from g2rpo_trainer import cli
 from g2rpo_trainer.config.reading import load
@@ -107,6 +108,30 @@ def test_pictures_are_drawn_with_a_runs_newest_lora(
     with Image.open(tuned) as one, Image.open(base) as other:
         assert one.size == other.size == (64, 64)
         assert one.tobytes() != other.tobytes()
+        note, plain = (json.loads(each.info[CHUNK]) for each in (one, other))
+    newest = str(RunFolder(run).latest() / "lora.safetensors")
+    made = {"prompt": "a red circle", "seed": 0, "lora": newest, "guidance": 1.0, "tail": 0.0}
+    assert note.items() >= made.items() and note["steps"] == plain["steps"] == 4
+    assert plain["lora"] is None and caption_of(tuned) == ("a red circle", "note")
+
+
+def test_a_runs_own_pictures_are_scored_by_their_prompts(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(run)
+    drawn = [sample for step in folder.sampled_steps() for sample in folder.samples(step)]
+    (drawn[0].path.with_name("000-start.png")).write_bytes(drawn[0].path.read_bytes())
+    index = drawn[0].path.with_name("index.json")
+    rows = json.loads(index.read_text())
+    index.write_text(json.dumps([rows[0] | {"start": "000-start.png"}, *rows[1:]]))
+    words = ("score", run, "--reward", "agreement", "--out", tmp_path, "--sort", "file", "--json")
+    code, text, _ = leave(capsys, *words)
+    found = {row["image"]: (row["prompt"], row["score"]) for row in json.loads(text)}
+    assert code == 0 and found.keys() == {str(sample.path) for sample in drawn}
+    for sample in drawn:
+        prompt, score = found[str(sample.path)]
+        assert prompt == sample.prompt
+        assert score == pytest.approx(sample.scores["agreement"], abs=0.02)
 
 
 def test_an_existing_picture_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

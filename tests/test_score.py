@@ -89,7 +89,7 @@ def test_prompts_come_from_the_command_a_list_or_the_picture(folder: Path, score
     assert found["a2.png"] == ("from the list", "list")
     assert found["a3.png"] == ("", "")
     score(folder, "--reward", "jpeg", "--prompt", "for all")
-    assert {row["prompt"] for row in rows_of()} == {"for all"}
+    assert {row["prompt"] for row in rows_of(TABLE.with_name("scores-2.csv"))} == {"for all"}
 
 
 # Scores and order
@@ -175,12 +175,52 @@ def test_a_copy_never_replaces_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "best/0001_a.png").read_bytes() == b"mine"
 
 
-def test_a_foreign_table_is_not_overwritten(folder: Path, score: Score) -> None:
+def test_a_former_table_is_kept(folder: Path, score: Score) -> None:
     TABLE.parent.mkdir()
     TABLE.write_text("my,own\n")
+    second, third = TABLE.with_name("scores-2.csv"), TABLE.with_name("scores-3.csv")
+    said = [score(folder, "--reward", name)[2] for name in ("jpeg", "jpeg", "sharpness")]
+    # The same scores once more make no new table.
+    assert [text.splitlines()[-1] for text in said] == [
+        f"all scores: {place} (earlier tables are kept)" for place in (second, second, third)
+    ]
+    assert TABLE.read_text() == "my,own\n"
+    assert ["jpeg" in rows_of(second)[0], "sharpness" in rows_of(third)[0]] == [True, True]
+    assert len(list(TABLE.parent.glob("*.csv"))) == 3
+
+
+def test_a_place_that_takes_no_table_is_refused_first(folder: Path, score: Score) -> None:
+    Path("scores").write_text("a file")
     code, _, error = score(folder, "--reward", "jpeg")
-    assert (code, TABLE.read_text()) == (2, "my,own\n")
-    assert "exists and is no table of this program" in error
+    assert code == 2 and "cannot write scores/scores.csv: not a directory" in error
+
+
+NEEDS = (
+    'agreement judged none of 10 images: it needs coloured shapes in the prompt, such as "two red circles"; '
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ((), "they have no prompt (--prompt, --prompts)"),
+        (("--prompt", "a lighthouse"), 'a prompt of theirs is "a lighthouse"'),
+        (("--reward", "jpeg"), "they have no prompt (--prompt, --prompts)"),
+    ],
+)
+def test_a_rule_that_can_judge_nothing_says_why(
+    folder: Path, score: Score, words: tuple[str, ...], why: str
+) -> None:
+    code, _, said = score(folder, "--reward", "agreement", *words)
+    assert code == 0 and f"{NEEDS}{why}" in said.splitlines()
+
+
+def test_a_rule_of_ones_own_that_judges_nothing_is_named(folder: Path, score: Score) -> None:
+    Path("own.py").write_text(
+        "def never(images, prompts):\n    return images.mean((1, 2, 3)) * float('nan')\n"
+    )
+    said = score(folder, "--reward", "own.py:never")[2]
+    assert "never judged none of 10 images: it gave no score for any" in said.splitlines()
 
 
 def test_a_table_starts_no_formula() -> None:

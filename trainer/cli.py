@@ -212,7 +212,7 @@ def sample(
     from comfy_g2rpo.run.folder import save_picture
     from comfy_g2rpo.run.scorer import levels
 
-    from .model.inference import draw
+    from .model.inference import draw, note_of
 
     asked: list[str] = list(prompt)
     if images:
@@ -221,8 +221,10 @@ def sample(
             starting(with_columns(text, {"image": str(file)}, "--image"), Path(), "--image")
             for text, file in pairs
         ]
-    for place, picture in zip(places, draw(config, asked, seed, lora or own_lora, tail), strict=True):
-        save_picture(place, levels(picture) if picture.ndim == 4 else picture)
+    pictures = draw(config, asked, seed, lora or own_lora, tail)
+    for place, text, picture in zip(places, prompt, pictures, strict=True):
+        note = note_of(config, text, seed, lora or own_lora, tail)
+        save_picture(place, levels(picture) if picture.ndim == 4 else picture, note)
         typer.echo(place)
 
 

@@ -1,30 +1,42 @@
-"""What an image on disk was asked to show: by our note, a text file, ComfyUI's graph or a web UI."""
+"""What an image on disk was asked to show: by our note, a text file, a run, ComfyUI's graph or a web UI.
+
+Where none of them says it for certain, there is no prompt.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..prompts import MAX_CHARACTERS
+from .graph_prompts import of_graph
 from .picture_files import texts
 
 CHUNK = "g2rpo"  # the text chunk of a PNG that holds scores and prompt
-DEPTH = 12  # nodes between a sampler and the text that it follows
-PROMPT_INPUTS = ("positive", "conditioning")
-TEXT_INPUTS = ("text", "prompt", "value", "string", "text_g", "clip_l", "t5xxl")
 MAX_TEXT_FILE = 100_000
+INDEX = "index.json"  # what a run writes beside its pictures
+MAX_INDEX = 2**24
+JSON = re.compile(r"\s*(\{\s*\"|\[\s*[{\"])")  # the beginning of JSON, even if the rest is cut off
 
 
 def caption_of(path: Path) -> tuple[str, str]:
-    """Find an image's prompt and where: "note", "txt", "comfyui", "parameters"; blank and "" without."""
-    chunks = texts(path) if path.suffix.lower() == ".png" else {}
+    """Find an image's prompt and where it was found; blank and "" without.
+
+    The places: "note" (ours), "txt" (a file beside it), "run" (the index of a run's pictures), "comfyui",
+    "parameters" (A1111, SwarmUI, Fooocus …), "invokeai", "novelai".
+    """
+    chunks = texts(path)
     candidates = (
         ("note", lambda: noted(chunks.get(CHUNK, ""))),
         ("txt", lambda: beside(path)),
+        ("run", lambda: of_run(path)),
         ("comfyui", lambda: of_graph(parsed(chunks.get("prompt", "")))),
         ("parameters", lambda: of_parameters(chunks.get("parameters", ""))),
+        ("invokeai", lambda: of_invokeai(parsed(chunks.get("invokeai_metadata", "")))),
+        ("novelai", lambda: of_novelai(chunks)),
     )
     for source, find in candidates:
         text = clean(find())
@@ -67,8 +79,31 @@ def beside(path: Path) -> str:
         return ""
 
 
+def of_run(path: Path) -> str:
+    """Take the prompt from the index that a training run keeps of the pictures in a folder."""
+    rows = index_beside(path)
+    return next((row["prompt"] for row in rows if row["file"] == path.name), "")
+
+
+def index_beside(path: Path) -> list[dict[str, Any]]:
+    """Read the index of the run's folder that a picture lies in: rows with file and prompt, or none."""
+    try:
+        with open(path.with_name(INDEX), "rb") as file:
+            rows = parsed(file.read(MAX_INDEX).decode("utf-8", errors="replace"))
+    except OSError:
+        return []
+    rows = rows if isinstance(rows, list) else []
+    sound = [row for row in rows if isinstance(row, dict)]
+    return [row for row in sound if all(isinstance(row.get(key), str) for key in ("file", "prompt"))]
+
+
 def of_parameters(text: str) -> str:
-    """Take the positive prompt from the parameters that web UIs write."""
+    """Take the positive prompt from the parameters that web UIs write: A1111's lines, or JSON."""
+    content = parsed(text)
+    if isinstance(content, dict):
+        return of_settings(content)
+    if JSON.match(text):
+        return ""
     lines = []
     for line in text.splitlines():
         if line.startswith(("Negative prompt:", "Steps: ")):
@@ -77,35 +112,27 @@ def of_parameters(text: str) -> str:
     return "\n".join(lines)
 
 
-def of_graph(graph: Any) -> str:
-    """Follow a ComfyUI graph's positive conditioning to its text; blank unless exactly one is found."""
-    if not isinstance(graph, dict):
+def of_settings(content: Mapping[str, Any]) -> str:
+    """Take the prompt from the JSON of SwarmUI, Fooocus or Easy Diffusion, or a graph kept in JSON."""
+    swarm = content.get("sui_image_params")
+    prompt = swarm.get("prompt") if isinstance(swarm, dict) else content.get("prompt")
+    if isinstance(prompt, dict):
+        return of_graph(prompt)
+    known = isinstance(swarm, dict) or "negative_prompt" in content
+    return prompt if known and isinstance(prompt, str) else ""
+
+
+def of_invokeai(content: Any) -> str:
+    """Take the prompt from InvokeAI's metadata."""
+    prompt = content.get("positive_prompt") if isinstance(content, dict) else None
+    return prompt if isinstance(prompt, str) else ""
+
+
+def of_novelai(chunks: Mapping[str, str]) -> str:
+    """Take the prompt that NovelAI writes; none where characters have prompts of their own beside it."""
+    if chunks.get("Software") != "NovelAI":
         return ""
-    found: dict[str, None] = {}
-    for node in graph.values():
-        wired = inputs_of(node)
-        # A sampler or guider; what merely passes conditioning on has no model.
-        if "model" in wired or "guider" in wired:
-            for name in PROMPT_INPUTS:
-                found |= dict.fromkeys(texts_behind(graph, wired.get(name), DEPTH))
-    return next(iter(found)) if len(found) == 1 else ""
-
-
-def inputs_of(node: Any) -> Mapping[str, Any]:
-    """Return a node's inputs, whatever was written there."""
-    inputs = node.get("inputs") if isinstance(node, dict) else None
-    return inputs if isinstance(inputs, dict) else {}
-
-
-def texts_behind(graph: Mapping[str, Any], value: Any, depth: int) -> Iterator[str]:
-    """Yield the texts that a link leads to, through whatever passes conditioning or text on."""
-    if isinstance(value, str):
-        yield value.strip()
-    if depth == 0 or not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
-        return
-    inputs = inputs_of(graph.get(value[0]))
-    for name in (*PROMPT_INPUTS, *TEXT_INPUTS):
-        # Only a link leads on from conditioning; a text may stand there itself.
-        if name in inputs and (name in TEXT_INPUTS or isinstance(inputs[name], list)):
-            yield from texts_behind(graph, inputs[name], depth - 1)
-            return
+    caption = parsed(chunks.get("Comment", ""))
+    for key in ("v4_prompt", "caption", "char_captions"):
+        caption = caption.get(key) if isinstance(caption, dict) else None
+    return "" if caption else chunks.get("Description", "")

@@ -1,4 +1,4 @@
-"""Pictures on disk: read whatever their mode, turned as a camera says, and the texts that a PNG carries.
+"""Pictures on disk: read whatever their mode, turned as a camera says, and the texts that they carry.
 
 read(path) -> [H, W, 3] float32 in [0, 1]
 strip(clips) -> some of their frames side by side; clip_bytes(clip) -> an animated WebP
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ MAX_PIXELS = 2**26  # of one picture
 STRIP = 6  # frames of a clip that are shown at most, evenly spaced, the first and the last among them
 FRAMES_PER_SECOND = 16
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-ORIENTATION = 0x0112
+ORIENTATION, EXIF_TAGS, COMMENT = 0x0112, 0x8769, 0x9286
 PNG = b"\x89PNG\r\n\x1a\n"
 NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks of a PNG that its pixels do not need
 LONG_NOTE = 2**20
@@ -166,13 +166,45 @@ def levels(image: Image.Image) -> np.ndarray:
 
 
 def texts(path: Path) -> dict[str, str]:
-    """Read the text chunks before a PNG's pixels; empty for other images and unreadable ones."""
+    """Read the text chunks before a PNG's pixels, and of EXIF what ComfyUI and web UIs write.
+
+    ComfyUI's graph is "prompt", the user comment "parameters". Empty for what is unreadable.
+    """
+
+    def look(image: Image.Image) -> dict[str, str]:
+        found = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+        # Asked for its EXIF, a PNG without any is read to its end.
+        exif = image.format in ("JPEG", "WEBP") or "exif" in image.info
+        return exif_texts(image.getexif()) | found if exif else found
+
     try:
-        return looked_at(
-            path, lambda image: {str(k): str(v) for k, v in image.info.items() if isinstance(v, str)}
-        )
+        return looked_at(path, look)
     except PictureError:
         return {}
+
+
+def exif_texts(exif: Image.Exif) -> dict[str, str]:
+    """Take from EXIF the graph that ComfyUI writes into a free tag, as prompt:…, and the user comment."""
+    found = {}
+    for value in exif.values():
+        if isinstance(value, str) and value[:7].lower() == "prompt:":
+            found["prompt"] = value[7:]
+    # Fooocus puts the comment beside the folder of EXIF tags that it belongs into.
+    comment = exif.get(COMMENT) or exif.get_ifd(EXIF_TAGS).get(COMMENT)
+    return found | ({"parameters": commented(comment)} if comment else {})
+
+
+def commented(comment: Any) -> str:
+    """Decode an EXIF user comment: eight bytes say how the others are to be read."""
+    if not isinstance(comment, bytes):
+        return str(comment)
+    code, text = comment[:8], comment[8:]
+    if code == b"UNICODE\0" and b"\0" in text:
+        # Programs disagree on the order of bytes; of the letters of Latin scripts the upper byte is 0.
+        big = text[::2].count(0) > text[1::2].count(0)
+        return text.decode("utf-16-be" if big else "utf-16-le", errors="replace").strip("\0\ufeff")
+    known = code in (b"UNICODE\0", b"ASCII\0\0\0", bytes(8))
+    return (text if known else comment).decode("utf-8", errors="replace").strip("\0")
 
 
 def batches(sizes: Sequence[tuple[int, int]], count: int, pixels: int) -> list[list[int]]:

@@ -4,15 +4,17 @@ from difflib import get_close_matches
 
 from .mixing import MixedReward, mix
 from .pixels import colourfulness, exposure, jpeg, sharpness, symmetry, webp
-from .protocol import Reward, RewardError, Rule, check_prompts, checked, score_all
+from .protocol import Reward, RewardError, Rule, check_prompts, checked, none_judged, score_all
 from .shapes.agreement import agreement, strict
 from .shapes.vocabulary import check_columns
+
+SHAPES = 'coloured shapes in the prompt, such as "two red circles"'
 
 REWARDS: dict[str, Reward] = {
     reward.name: reward
     for reward in (
-        Rule("agreement", agreement, compares_across_prompts=True, check=check_columns),
-        Rule("strict", strict, compares_across_prompts=True, check=check_columns),
+        Rule("agreement", agreement, compares_across_prompts=True, needs=SHAPES, check=check_columns),
+        Rule("strict", strict, compares_across_prompts=True, needs=SHAPES, check=check_columns),
         Rule("jpeg", jpeg, compares_across_prompts=False, note="ends in blank pictures"),
         Rule("webp", webp, compares_across_prompts=False, note="ends in blank pictures"),
         Rule("sharpness", sharpness, compares_across_prompts=False, note="ends in grain and checkerboards"),
@@ -48,5 +50,6 @@ __all__ = [
     "checked",
     "load",
     "mix",
+    "none_judged",
     "score_all",
 ]

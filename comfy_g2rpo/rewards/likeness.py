@@ -50,6 +50,7 @@ class Likeness(Reward):
     refuse: Callable[[Sequence[str]], None] = lambda prompts: None
     licence: str = "Apache-2.0"
     compares_across_prompts: bool = True
+    needs = "a reference, for all images or in a column of the prompt list"
 
     @property
     def note(self) -> str:

@@ -26,6 +26,8 @@ class Reward:
     """Whether a score means the same for every prompt."""
     note = ""
     """How it fails as a target."""
+    needs = ""
+    """What an image's prompt must hold for a score; blank where it judges every image."""
     needs_group = False
     """Whether it must see all images of a prompt's group in one call, as a pairwise judge and votes must."""
     runs_elsewhere = False
@@ -58,7 +60,7 @@ class Wrapped(Reward):
     """Another reward in every respect; a subclass overrides those in which it differs."""
 
     reward: Reward
-    name, licence, note = map(_forwarded, ("name", "licence", "note"))
+    name, licence, note, needs = map(_forwarded, ("name", "licence", "note", "needs"))
     compares_across_prompts, needs_group = map(_forwarded, ("compares_across_prompts", "needs_group"))
     runs_elsewhere, may_abstain = map(_forwarded, ("runs_elsewhere", "may_abstain"))
     module, embed, cancel = map(_forwarded, ("module", "embed", "cancel"))
@@ -74,6 +76,7 @@ class Rule(Reward):
     compares_across_prompts: bool
     licence: str = "Apache-2.0"
     note: str = ""
+    needs: str = ""
     check: Callable[[Sequence[str]], None] | None = None
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
@@ -95,6 +98,16 @@ def check_prompts(rewards: Sequence[Reward], prompts: Sequence[str]) -> None:
     """Let each reward refuse prompts, by RewardError, before anything runs."""
     for reward in rewards:
         reward.check_prompts(prompts)
+
+
+def none_judged(reward: Reward, scores: Tensor, prompts: Sequence[str]) -> str:
+    """Say why a reward gave none of some images [B] a score; blank where it gave one."""
+    if not len(scores) or not scores.isnan().all():
+        return ""
+    told = next((" ".join(text.split())[:60] for text in prompts if text.strip()), "")
+    have = f'a prompt of theirs is "{told}"' if told else "they have no prompt"
+    why = f"it needs {reward.needs}; {have}" if reward.needs else "it gave no score for any"
+    return f"{reward.name} judged none of {len(scores)} images: {why}"
 
 
 def score_all(rewards: Sequence[Reward], images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -30,8 +30,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ..files.captions import CHUNK
 from ..files.one_writer import LOCK
 from ..files.picture_files import PictureError, clip_bytes, shown_frames, strip
 from ..files.picture_files import read as read_picture
@@ -442,16 +444,16 @@ def is_run(path: Path) -> bool:
         return False
 
 
-def save_picture(path: Path, image: Tensor) -> dict[str, Any]:
+def save_picture(path: Path, image: Tensor, note: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write a picture [H, W, 3] in [0, 1]; a clip [F, H, W, 3] of levels as frames side by side and, beside
     that, as WebP.
 
-    Return what an index says of a clip beside its picture's name.
+    `note` is kept in the PNG. Return what an index says of a clip beside its picture's name.
     """
     if image.ndim == 3:
-        save_png(path, image)
+        save_png(path, image, note)
         return {}
-    save_png(path, strip(image).float() / 255)
+    save_png(path, strip(image).float() / 255, note)
     write_bytes(path.with_suffix(".webp"), clip_bytes(image))
     return {"clip": path.with_suffix(".webp").name, "frames": len(shown_frames(len(image)))}
 
@@ -465,13 +467,16 @@ def save_start(path: Path, start: Path) -> dict[str, Any]:
     return {"start": path.name}
 
 
-def save_png(path: Path, image: Tensor) -> None:
-    """Write a picture [H, W, 3] in [0, 1]."""
+def save_png(path: Path, image: Tensor, note: Mapping[str, Any] | None = None) -> None:
+    """Write a picture [H, W, 3] in [0, 1], with what is noted of it in a text chunk."""
+    chunks = PngInfo()
+    if note:
+        chunks.add_text(CHUNK, json.dumps(finite(note)))
     pixels = np.asarray(image.detach().cpu().clamp(0, 1).mul(255).round().to(torch.uint8))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
         with open(partial, "wb") as file:
-            Image.fromarray(pixels).save(file, format="png")
+            Image.fromarray(pixels).save(file, format="png", pnginfo=chunks)
             on_disk(file)
         os.replace(partial, path)

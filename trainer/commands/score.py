@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,8 @@ from .arguments import AsJson, Batch, CommandError, Device, Prompts, Quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from comfy_g2rpo.rewards import Reward as RewardKind
 
     from ..config.sections import RewardSection
     from ..reports.ranking import Entry
@@ -58,7 +61,10 @@ Prompt = Annotated[
 ]
 Out = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="For scores.csv and its journal [default: scores, for folders]."),
+    typer.Option(
+        metavar="FOLDER",
+        help="For scores.csv and its journal [default: scores, for folders]; a former scores.csv stays.",
+    ),
 ]
 Sort = Annotated[
     str,
@@ -110,7 +116,7 @@ def score(
     if any(Path(place).is_dir() for place in places):
         out = out or Path("scores")
     found = [Path(place) for place in places]
-    entries, table = judged(asked, found, prompt or [], prompts, deep, out, batch, quiet)
+    entries, rewards, table = judged(asked, found, prompt or [], prompts, deep, out, batch, quiet)
     from comfy_g2rpo.rewards.mixing import ranking_scores
 
     from ..reports.ranking import copy_best as copy
@@ -123,14 +129,13 @@ def score(
     paths = [str(entry.path) for entry in entries]
     ranked = order([math.nan] * len(paths) if sort == "file" else key, paths)
     best = kept(ranked, key, groups or [""] * len(entries), top, threshold)
-    if out:
-        write_table(out / "scores.csv", entries, columns, table, values, ranked)
+    place = write_table(out, entries, columns, table, values, ranked) if out else None
     shown = best if top is not None or threshold is not None else ranked
     limit = len(shown) if as_json or top or not out else SHOWN
     report(entries, columns, table, values, shown, as_json, limit)
     if copy_best:
         copy([entries[i].path for i in best], copy_best)
-    say_what_happened(entries, columns, out, copy_best and len(best), copy_best)
+    say_what_happened(entries, rewards, table, place, copy_best and len(best), copy_best)
 
 
 def rewards_first(places: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -203,7 +208,7 @@ def judged(
     out: Path | None,
     batch: int,
     quiet: bool,
-) -> tuple[list[Entry], Tensor]:
+) -> tuple[list[Entry], list[RewardKind], Tensor]:
     """Find the pictures and judge what the journal lacks; Ctrl-C says how to go on."""
     # Our own errors say what a reward model's library has to say; and it stays off the network.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -239,7 +244,7 @@ def judged(
         hint = f"; the scores so far lie in {out}, the same command goes on from there" if out else ""
         typer.echo(f"\ninterrupted after {meter.count} of {len(entries)} pictures{hint}", err=True)
         raise typer.Exit(130) from None
-    return entries, journal.table(entries, judges)
+    return entries, [judge.reward for judge in judges], journal.table(entries, judges)
 
 
 def identity(section: RewardSection) -> str:
@@ -267,31 +272,28 @@ def digest(file: Path) -> str:
 
 
 def check_place(path: Path) -> None:
-    """Raise FileError where a file that is no table of ours would be overwritten."""
+    """Raise FileError where no table can be written, before anything is judged."""
     from comfy_g2rpo.files.safe import FileError
 
     try:
-        with open(path, "rb") as file:
-            first = file.read(len(",".join(HEADER)))
+        open(path, "rb").close()
     except FileNotFoundError:
         return
     except OSError as error:
         raise FileError(
             f"cannot write {path}: {(error.strerror or str(error)).lower()}; choose another folder (--out)"
         ) from error
-    if first != ",".join(HEADER).encode():
-        raise FileError(f"{path} exists and is no table of this program; choose another folder (--out)")
 
 
 def write_table(
-    path: Path,
+    folder: Path,
     entries: Sequence[Entry],
     columns: Sequence[str],
     table: Tensor,
     values: Sequence[float],
     ranked: Sequence[int],
-) -> None:
-    """Write all pictures, in order, with every score."""
+) -> Path:
+    """Write all pictures, in order, with every score: scores.csv, or scores-2.csv … beside a former one."""
     from comfy_g2rpo.files.csv_table import csv_bytes
     from comfy_g2rpo.files.safe import write_bytes
 
@@ -300,7 +302,12 @@ def write_table(
         entry = entries[i]
         about = (rank, str(entry.path), entry.prompt, entry.source, *entry.size, values[i])
         rows.append((*about, *table[:, i].tolist(), entry.sha256, entry.problem))
-    write_bytes(path, csv_bytes((*HEADER, *columns, *TAIL), rows))
+    content = csv_bytes((*HEADER, *columns, *TAIL), rows)
+    names = itertools.chain(["scores.csv"], (f"scores-{number}.csv" for number in itertools.count(2)))
+    places = (folder / name for name in names)
+    place = next(each for each in places if not each.exists() or each.read_bytes() == content)
+    write_bytes(place, content)
+    return place
 
 
 def report(
@@ -334,25 +341,33 @@ def report(
 
 def say_what_happened(
     entries: Sequence[Entry],
-    columns: Sequence[str],
-    out: Path | None,
+    rewards: Sequence[RewardKind],
+    table: Tensor,
+    place: Path | None,
     copied: int | None,
     folder: Path | None,
 ) -> None:
-    """Print on the error stream what could not be read, what had no prompt, and where things are."""
+    """Print on the error stream what could not be read or judged, and where things are."""
+    from comfy_g2rpo.rewards import REWARDS, none_judged
+
     broken = [entry for entry in entries if entry.problem]
     for entry in broken[:10]:
         typer.echo(f"skipped: {entry.problem}", err=True)
     if len(broken) > 10:
         typer.echo(f"skipped: {len(broken) - 10} more, see the column problem", err=True)
-    from comfy_g2rpo.rewards import REWARDS
-
-    blank = sum(not entry.prompt and not entry.problem for entry in entries)
+    sound = [i for i, entry in enumerate(entries) if not entry.problem]
+    prompts = [entries[i].prompt for i in sound]
+    for reward, scores in zip(rewards, table[:, sound], strict=True):
+        if said := none_judged(reward, scores, prompts):
+            hint = " (--prompt, --prompts)" if reward.needs and not any(prompts) else ""
+            typer.echo(said + hint, err=True)
+    blank = sum(not prompt for prompt in prompts)
     # Of the built-in rules some ignore the prompt, and the others answer nothing without one.
-    if blank and not REWARDS.keys() >= set(columns):
+    if blank and not REWARDS.keys() >= {reward.name for reward in rewards}:
         judged_by = "rewards that read one judged them by an empty one (--prompt, --prompts)"
         typer.echo(f"{blank} pictures have no prompt: {judged_by}", err=True)
     if folder is not None:
         typer.echo(f"{copied} pictures copied to {folder}", err=True)
-    if out:
-        typer.echo(f"all scores: {out / 'scores.csv'}", err=True)
+    if place:
+        kept = "" if place.name == "scores.csv" else " (earlier tables are kept)"
+        typer.echo(f"all scores: {place}{kept}", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,19 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def note_of(config: Config, prompt: str, seed: int, lora: Path | None, tail: float) -> dict[str, Any]:
+    """Return what a drawn picture's file says about how it was made."""
+    return {
+        "prompt": prompt,
+        "seed": seed,
+        "lora": str(lora) if lora else None,
+        "steps": make_recipe(config).num_steps,
+        "guidance": config.model.guidance,
+        "tail": tail,
+        "model": Path(config.model.path).name,
+    }
 
 
 def draw(

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from comfy_g2rpo.files.captions import caption_of
+from comfy_g2rpo.files.captions import INDEX, caption_of, index_beside
 from comfy_g2rpo.files.picture_files import SUFFIXES, PictureError, batches, listed, natural, read, size_of
 from comfy_g2rpo.files.safe import FileError, finite
 from comfy_g2rpo.prompts import MAX_CHARACTERS, beside, columns_of, lines_of, starting, with_columns
 from comfy_g2rpo.rewards import Reward, RewardError, check_prompts, score_all
+from comfy_g2rpo.run.folder import is_run
 
 SCHEMA = "g2rpo-scores/1"
 HEAD = json.dumps({"schema": SCHEMA}) + "\n"
@@ -70,7 +71,7 @@ def find_pictures(places: Sequence[Path], deep: bool) -> list[Path]:
     """List the pictures that are meant: files as they are, of folders what lies in them."""
     found: dict[Path, None] = {}
     for place in places:
-        inside = listed(place, deep) if place.is_dir() else [place]
+        inside = pictures_in(place, deep) if place.is_dir() else [place]
         if not inside:
             where = "it or the folders in it" if deep else "it; --deep looks into its folders too"
             raise RankingError(f"{place} holds no picture ({', '.join(SUFFIXES)}): none lies in {where}")
@@ -80,6 +81,20 @@ def find_pictures(places: Sequence[Path], deep: bool) -> list[Path]:
             f"there are {len(found)} pictures; at most {MAX_PICTURES} are scored at once, give a part of them"
         )
     return list(found)
+
+
+def pictures_in(folder: Path, deep: bool) -> list[Path]:
+    """List a folder's pictures; of a training run those that it drew, not its curves or starting images."""
+    steps = sorted(folder.glob("images/[0-9]*")) if is_run(folder) else []
+    found = [path for step in steps for path in listed(step)] or listed(folder, deep)
+    indices = {place: index_beside(place / INDEX) for place in {path.parent for path in found}}
+    extra = {
+        place / str(row.get(key))
+        for place, rows in indices.items()
+        for row in rows
+        for key in ("start", "clip")
+    }
+    return [path for path in found if path not in extra]
 
 
 def read_prompts(path: Path) -> dict[str, str]:
