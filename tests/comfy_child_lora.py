@@ -2,6 +2,7 @@
 every architecture, and the velocities of tiny models through core's loaders.
 """
 
+from functools import cache
 from types import SimpleNamespace
 
 import comfy.lora
@@ -140,6 +141,7 @@ ARCHITECTURES = {
 }
 
 
+@cache
 def model_of(family: str) -> torch.nn.Module:
     """Make what core's key map wants to see of a loaded model."""
     kind, diffusion_model, config = ARCHITECTURES[family]()
@@ -179,6 +181,46 @@ for name, (family, file, wants_tensors) in asked["files"].items():
                 patches[key], torch.zeros(weights[key]), key
             )
     answers[name]["errors"] = [message for message in heard if message.startswith("ERROR")]
+
+
+def tensors_of(patch: object) -> list[torch.Tensor]:
+    """List the tensors of a patch: of an adapter, or of what is added or set."""
+    parts = patch[1] if isinstance(patch, tuple) else patch.weights
+    return [part for part in parts if isinstance(part, torch.Tensor)]
+
+
+def applied(family: str, keys: dict[str, int]) -> list[str] | str:
+    """Return which keys of a file, with their numbers of dimensions, end in a weight of the model.
+
+    Where the loader stops with an error, return what it looked for.
+    """
+    model, heard[:] = model_of(family), []
+    weights = model.state_dict().keys()
+    file = {key: torch.ones([1] * dimensions) for key, dimensions in keys.items()}
+    seen = comfy.lora_convert.convert_lora(dict(file))
+    names = {id(tensor): key for key, tensor in file.items()}
+    try:
+        loaded = comfy.lora.load_lora(seen, comfy.lora.model_lora_keys_unet(model, {}))
+    except KeyError as error:
+        return str(error)
+    ignored = {m.removeprefix("lora key not loaded: ") for m in heard}
+    found = set()
+    for target, patch in loaded.items():
+        if (target if isinstance(target, str) else target[0]) in weights:
+            found |= {names[id(tensor)] for tensor in tensors_of(patch)}
+    # These become numbers as they are read.
+    numbers = (".alpha", ".reshape_weight")
+    whole = {
+        names.get(id(tensor)) for key, tensor in seen.items() if key.endswith(numbers) and key not in ignored
+    }
+    return sorted(found | (whole - {None}))
+
+
+for name, (family, keys) in asked["layouts"].items():
+    try:
+        answers[f"layout {name}"] = applied(family, keys)
+    except (TypeError, ImportError, AttributeError) as error:
+        answers[f"layout {name}"] = {"missing": str(error)}
 answers["new"] = hasattr(comfy.utils, "z_image_to_diffusers")
 if block := getattr(nodes_flux, "Flux2Scheduler", None):
     tensors["flux2 sigmas"] = block.execute(20, 768, 512).result[0]

@@ -4,7 +4,9 @@ every family.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from torch import Tensor
 
 from comfy_g2rpo import lora
 from comfy_g2rpo.lora.convert import renamed, scaled
+from comfy_g2rpo.lora.core_loader import OLD, applied
 from comfy_g2rpo.lora.forms import in_core, understand
-from comfy_g2rpo.lora.key_names import FAMILIES
+from comfy_g2rpo.lora.key_names import FAMILIES, template
+from comfy_g2rpo.lora.norm_names import NORMS, PARAMETERS
 from g2rpo_trainer.families.flux2 import Flux2
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("scripts in comfyui")]
@@ -85,6 +89,103 @@ def files(
     return made
 
 
+PAIR = {"lora_down.weight": 2, "lora_up.weight": 2, "alpha": 0}
+LAYOUTS = {
+    "pair": PAIR,
+    "peft": {"lora_A.weight": 2, "lora_B.weight": 2},
+    "peft, adapter default": {"lora_A.default.weight": 2, "lora_B.default.weight": 2},
+    "peft, another adapter": {"lora_A.style.weight": 2, "lora_B.style.weight": 2},
+    "diffusers": {"lora.down.weight": 2, "lora.up.weight": 2},
+    "old diffusers": {"lora_linear_layer.down.weight": 2, "lora_linear_layer.up.weight": 2},
+    "bare": {"lora_A": 2, "lora_B": 2},
+    "down alone": {"lora_down.weight": 2},
+    "up alone": {"lora_up.weight": 2},
+    "LoCon": PAIR | {"lora_mid.weight": 4},
+    "LoCon in peft's names": {"lora_A.weight": 2, "lora_B.weight": 2, "lora_mid.weight": 4},
+    "reshape": PAIR | {"reshape_weight": 1},
+    "biases of matrices": {"lora_A.weight": 2, "lora_B.weight": 2, "lora_B.bias": 1},
+    "DoRA": PAIR | {"dora_scale": 2},
+    "DoRA of peft": {"lora_A.weight": 2, "lora_B.weight": 2, "lora_magnitude_vector": 1},
+    "LoKr": {"lokr_w1": 2, "lokr_w2": 2, "alpha": 0},
+    "LoKr of pairs": {"lokr_w1_a": 2, "lokr_w1_b": 2, "lokr_w2_a": 2, "lokr_w2_b": 2, "lokr_t2": 4},
+    "LoHa": {"hada_w1_a": 2, "hada_w1_b": 2, "hada_w2_a": 2, "hada_w2_b": 2, "alpha": 0},
+    "LoHa of Tucker's": dict.fromkeys(
+        ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), 4
+    ),
+    "half a LoHa": {"hada_w1_a": 2, "hada_w1_b": 2},
+    "GLoRA": dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight"), 2),
+    "OFT": {"oft_blocks": 3, "rescale": 1, "alpha": 0},
+    "BOFT": {"oft_blocks": 4, "rescale": 1},
+    "OFT of peft": {"oft_R.weight": 2},
+    "diff": {"diff": 2},
+    "diff and biases": {"diff": 2, "diff_b": 1},
+    "biases": {"diff_b": 1},
+    "norms": {"w_norm": 1, "b_norm": 1},
+    "set": {"set_weight": 2},
+    "diff over a pair": PAIR | {"diff": 2},
+    "set over diff over LoKr": {"lokr_w1": 2, "lokr_w2": 2, "diff": 2, "set_weight": 2},
+    "magnitude alone": {"dora_scale": 2},
+}
+ALL_PREFIXES = (
+    *PREFIXES,
+    *("lora_unet__", "lora_transformer__", "lycoris__"),
+    *("model.diffusion_model.", "unet.", "transformer.base_model.model."),
+)
+
+
+def stems_of(family: str, modules: Iterable[str], naming: str, ends: tuple[str, ...]) -> list[str]:
+    """Name the layers of a family's first blocks, natively or as diffusers does, and parameters of them."""
+    first = [module for module in modules if template(module)[1] in ("", "0")]
+    links = [FAMILIES[family].find(module) for module in first] + [link.at("0") for link in NORMS[family]]
+    names = {name for link in links for name in NAMES[naming](link)}
+    more = [name.replace("{}", "0") for name in PARAMETERS.get(family, ())]
+    return [*more, *(name + end for name in sorted(names) for end in ends)]
+
+
+NAMES = {"native": lambda link: {link.native}, "diffusers": lambda link: {*link.diffusers}}
+EVERYWHERE = ("pair", "LoKr", "magnitude alone", "biases")
+
+
+@pytest.fixture(scope="module")
+def layouts(trained: dict[str, Any]) -> dict[str, tuple[str, dict[str, int]]]:
+    """Name the keys of files of every layout, of every family, with their dimensions.
+
+    A native and a diffusers name can lead to one weight, where the later one counts: each has its own file.
+    """
+    made = {}
+    for family, naming in itertools.product(trained, NAMES):
+        for prefix, (name, parts) in itertools.product(ALL_PREFIXES, LAYOUTS.items()):
+            if prefix in ("diffusion_model.", "transformer.", "") or name in EVERYWHERE:
+                ends = ("", ".bias", ".scale") if name in EVERYWHERE[:3] else ("",)
+                stems = stems_of(family, trained[family], naming, ends)
+                written = [stem.replace(".", "_") if prefix.endswith("_") else stem for stem in stems]
+                keys = {f"{prefix}{stem}.{part}": n for stem in written for part, n in parts.items()}
+                made[f"{family}/{name}/{prefix}/{naming}"] = (family, keys)
+    return made | whole_files()
+
+
+def whole_files() -> dict[str, tuple[str, dict[str, int]]]:
+    """Name the keys of files that core renames first, and of some that it does not."""
+    made = {}
+    block = "double_blocks.0.img_attn"
+    control = {
+        f"{name}.lora_{part}": 2 for name in ("img_in", f"{block}.qkv") for part in ("A.weight", "B.weight")
+    }
+    control |= {f"{name}.lora_B.bias": 1 for name in ("img_in", f"{block}.qkv", "nowhere")}
+    control |= {f"{block}.norm.key_norm.scale": 1, "single_blocks.0.norm.key_norm.scale": 1}
+    made["flux/control//"] = ("flux", control)
+    made["flux/no control//"] = ("flux", {key: control[key] for key in list(control)[:-1]})
+    for family in ("wan", "flux"):
+        fun = {
+            f"lora_unet__blocks_0_{name}.{part}": count
+            for name in ("cross_attn_k", "self_attn_q", "ffn_0", "norm3")
+            for part, count in (PAIR | {"diff_b": 1}).items()
+        }
+        made[f"{family}/Wan Fun//"] = (family, fun)
+        made[f"{family}/no Wan Fun//"] = (family, {key: fun[key] for key in fun if "cross_attn_k" not in key})
+    return made
+
+
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """Make the models whose output is compared."""
@@ -97,6 +198,7 @@ def core(
     request: pytest.FixtureRequest,
     files: dict[str, Any],
     cases: dict[str, Case],
+    layouts: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Answer:
     """Load all files in a ComfyUI."""
@@ -110,7 +212,9 @@ def core(
             {form: file.name for form, file in case.loras.items()},
         )
     inputs = {f"{name}|{key}": value for name, case in cases.items() for key, value in case.inputs.items()}
-    return run_script(request.param, CHILD, base, {"files": files, "outputs": outputs}, inputs)
+    return run_script(
+        request.param, CHILD, base, {"files": files, "outputs": outputs, "layouts": layouts}, inputs
+    )
 
 
 def old(core: Answer) -> bool:
@@ -237,6 +341,38 @@ def test_check_lora_says_what_core_ignores(
     }
     ignored = {understood for key in core.data[name]["ignored"] if (understood := module_of(key, reading))}
     assert not reading.unknown and said == ignored
+
+
+WHOLE = [("flux", "control"), ("flux", "no control"), ("flux", "Wan Fun"), ("flux", "no Wan Fun")]
+WHOLE += [("wan", "Wan Fun"), ("wan", "no Wan Fun")]
+NOTHING = (
+    "down alone",
+    "OFT of peft",
+    "peft, another adapter",
+    "magnitude alone",
+    "no control",
+    "no Wan Fun",
+)
+"""What is not known under any name."""
+
+
+@pytest.mark.parametrize(("family", "layout"), [*itertools.product(FAMILIES, LAYOUTS), *WHOLE])
+def test_check_lora_knows_what_core_applies_of_every_layout(
+    core: Answer, layouts: dict[str, Any], family: str, layout: str
+) -> None:
+    skip_unknown(core, family)
+    version, seen = OLD if old(core) else "0.33", 0
+    for name, (_, keys) in layouts.items():
+        if not name.startswith(f"{family}/{layout}/"):
+            continue
+        answer = core.data[f"layout {name}"]
+        said = applied({key: torch.ones([1] * count) for key, count in keys.items()}, FAMILIES[family])
+        assert (version in said.stops) == isinstance(answer, str), (name, answer, said.stops)
+        if isinstance(answer, list):
+            assert {key for key in keys if said.keys[key] in ("both", version)} == set(answer), name
+        seen += bool(answer)
+    without = layout in NOTHING or (family, layout) in (("flux", "Wan Fun"), ("flux2", "biases"))
+    assert bool(seen) != without
 
 
 def module_of(key: str, reading: Any) -> str | None:

@@ -15,24 +15,26 @@ import torch
 from torch import Tensor
 
 from . import LoraError, Pairs
-from .key_names import FAMILIES, NAMINGS, Family, Link, candidates
+from .key_names import FAMILIES, NAMINGS, Family, Link, Size, candidates
 
 Pair = tuple[Tensor, Tensor]
 
 
-def shapes(pairs: Pairs) -> dict[str, tuple[int, int]]:
+def shapes(pairs: Pairs) -> dict[str, Size]:
     """Return the (rows, columns) of every module that pairs change."""
     return {module: (len(up), math.prod(down.shape[1:])) for module, (down, up) in pairs.items()}
 
 
-def family_of(pairs: Pairs, path: object, named: str | None = None) -> Family:
-    """Find the family of a LoRA; `named` is what the user or the file says."""
-    sizes = shapes(pairs)
+def family_of(sizes: Mapping[str, Size | None], path: object, named: str | None = None) -> Family:
+    """Find the family of the layers that a LoRA changes: (rows, columns), None where nobody knows.
+
+    `named` is what the user or the file says.
+    """
     if named is not None:
         if named not in FAMILIES:
             raise LoraError(f"family is {named!r}; choose one of: {', '.join(FAMILIES)}")
         family = FAMILIES[named]
-        if strange := next((module for module in pairs if family.find(module) is None), None):
+        if strange := next((module for module in sizes if family.find(module) is None), None):
             raise LoraError(f"{path}: {strange} is no module of {family.title}; choose another --family")
         return family
     fitting = candidates(sizes)

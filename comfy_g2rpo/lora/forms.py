@@ -14,6 +14,8 @@ from torch import Tensor
 from . import MAX_NAME, MODULE, LoraError, check_pair, wide
 from .convert import scaled
 from .key_names import BOTH, FAMILIES, NEW, NONE, Family
+from .kinds import DORA, other_kind, size
+from .norm_names import NORMS, norm
 
 PARTS = {
     "lora_A.weight": "down",
@@ -27,14 +29,9 @@ PARTS = {
     "lora_A": "down",
     "lora_B": "up",
     "alpha": "alpha",
-    "dora_scale": "dora",
-    "lora_magnitude_vector": "dora",
-    "lora_magnitude_vector.weight": "dora",
-    "lora_magnitude_vector.default.weight": "dora",
+    "lora_linear_layer.down.weight": "down",
+    "lora_linear_layer.up.weight": "up",
 }
-OTHER = re.compile(
-    r"\.(hada_w\d_[ab]|hada_t\d|lokr_w\d(_[ab])?|lokr_t2|lora_mid\.weight|diff|diff_b|oft_\w+|boft_\w+|lora_[AB]\.bias|reshape_weight)$"
-)
 PREFIXES = (
     "model.diffusion_model.",
     "diffusion_model.",
@@ -45,7 +42,7 @@ PREFIXES = (
     "",
 )
 KOHYA = ("lora_unet_", "lora_transformer_", "lycoris_")
-ADAPTER = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$).+\.weight$")
+ADAPTER = re.compile(r"\.(lora_[AB])\.(?!weight$).+\.weight$")
 """How peft writes the weights of an adapter, whatever the name that it was given."""
 EMBEDDINGS = ("bundle_emb.", "emb_params")
 TEXT = ("text_encoder", "text_encoders.", "lora_te", "clip_", "t5xxl.", "te1", "te2")
@@ -58,6 +55,8 @@ class Form:
     prefix: str
     peft: bool = True
     """Whether the matrices are called lora_A and lora_B."""
+    up: str = ""
+    """The key of the up matrix."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,14 @@ class Reading:
     forms: dict[str, Form]
     """By module."""
     missing_alpha: tuple[str, ...] = ()
-    dora: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
     """Keys of text encoders, which are left alone."""
     embeddings: tuple[str, ...] = ()
     """Keys of textual-inversion embeddings that trainers bundle with a LoRA; left alone too."""
     other: tuple[str, ...] = ()
     """Keys of other kinds of adapter."""
+    other_layers: dict[str, tuple[int, int] | None] = field(default_factory=dict)
+    """The (rows, columns) of the layers that they change, where their parts tell."""
     unknown: tuple[str, ...] = ()
     """Keys or modules that mean nothing here."""
     incomplete: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ class Reading:
 
 def _underscored() -> dict[str, str]:
     """Map every known module, with `{}` and joined by underscores, to its name."""
-    links = [link for family in FAMILIES.values() for link in family.links]
+    links = [link for family in FAMILIES.values() for link in (*family.links, *NORMS[family.name])]
     return {name.replace(".", "_"): name for link in links for name in (link.native, *link.diffusers)}
 
 
@@ -115,14 +115,21 @@ def place(key: str) -> tuple[str, str, str] | None:
     part = next((part for part in sorted(PARTS, key=len, reverse=True) if key.endswith("." + part)), None)
     if part is None:
         return None
-    stem = key[: -len(part) - 1]
+    found = locate(key[: -len(part) - 1])
+    return (*found, part) if found else None
+
+
+def locate(stem: str) -> tuple[str, str] | None:
+    """Split a layer's name in a file into prefix and module; None where it can be no layer."""
     for prefix in KOHYA:
         if stem.startswith(prefix):
-            module = dotted(stem[len(prefix) :].lstrip("_"))
-            return (prefix, module, part) if module else None
+            rest = stem[len(prefix) :]
+            module = dotted(rest.lstrip("_"))
+            # A second underscore belongs to the form: ComfyUI does not read over it.
+            return (prefix + "_" * (len(rest) - len(rest.lstrip("_"))), module) if module else None
     prefix = next(prefix for prefix in PREFIXES if stem.startswith(prefix))
     module = stem[len(prefix) :]
-    return (prefix, module, part) if MODULE.fullmatch(module) and len(module) <= MAX_NAME else None
+    return (prefix, module) if MODULE.fullmatch(module) and len(module) <= MAX_NAME else None
 
 
 def understand(
@@ -134,14 +141,17 @@ def understand(
     """Sort the tensors of a LoRA file of any known form; `adapter` is a peft configuration beside it."""
     parts: dict[str, dict[str, Tensor]] = {}
     forms: dict[str, Form] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
     text, embeddings, other, unknown = [], [], [], []
     for key, tensor in wide(tensors).items():
         if key.startswith(TEXT):
             text.append(key)
         elif key.startswith(EMBEDDINGS):
             embeddings.append(key)
-        elif OTHER.search(key):
+        elif kind := other_kind(key):
             other.append(key)
+            if layer := locate(kind[0]):
+                layers.setdefault(layer[1], {})[kind[1]] = tensor
         elif (found := place(key)) is None:
             unknown.append(key)
         else:
@@ -154,7 +164,7 @@ def understand(
                 )
             parts[module][part] = tensor
             if part == "up":
-                forms[module] = Form(prefix, name == "lora_B.weight")
+                forms[module] = Form(prefix, name == "lora_B.weight", key)
     whole = {module: found for module, found in parts.items() if {"down", "up"} <= found.keys()}
     settings, source = _settings(metadata, adapter)
     alphas = {module: _alpha(path, module, found, settings) for module, found in whole.items()}
@@ -166,12 +176,16 @@ def understand(
         alphas=alphas,
         forms={module: forms[module] for module in whole},
         missing_alpha=missing,
-        dora=tuple(module for module, found in parts.items() if "dora" in found),
         text=tuple(text),
         embeddings=tuple(embeddings),
         other=tuple(other),
+        other_layers={layer: size(found) for layer, found in layers.items()},
         unknown=tuple(unknown),
-        incomplete=tuple(module for module in parts if module not in whole),
+        incomplete=tuple(
+            module
+            for module, found in parts.items()
+            if module not in whole and (len(found) > 1 or module not in layers or "alpha" not in found)
+        ),
         rslora=bool(settings.get("use_rslora")),
         alpha_from=source if missing else "",
         metadata={key: value for key, value in metadata.items() if key not in ("format", PEFT)},
@@ -218,22 +232,32 @@ def _alpha(path: object, module: str, found: Mapping[str, Tensor], settings: Map
 
 def in_core(family: Family, module: str, form: Form) -> str:
     """Return which ComfyUI (both, 0.33 alone, none) takes a module in the form in which it is written."""
-    link = family.find(module)
-    native, mapped = link is not None and module == link.native, family.in_core(module)
+    return known_by(family, form.prefix, module)
+
+
+def known_by(family: Family, prefix: str, module: str) -> str:
+    """Return which ComfyUI (both, 0.33 alone, none) knows a layer by a prefix and a name."""
+    link, mapped = family.find(module), family.in_core(module)
+    native = BOTH
+    if link is None and (link := norm(family, module)):
+        known = FAMILIES[family.core_names or family.name]
+        mapped = known.core if module in link.diffusers else NONE
+        native = NEW if family.name == "flux" else BOTH  # a layer with a weight since 0.33
+    native = native if link is not None and module == link.native else NONE
     mmdit, flux, qwen, next_dit = (
         family.name in names
         for names in (("sd3",), ("flux", "flux2"), ("qwen_image",), ("z_image", "lumina2"))
     )
     takes = {
-        "diffusion_model.": BOTH if native else mapped if next_dit else NONE,
+        "diffusion_model.": native or (mapped if next_dit else NONE),
         "transformer.": mapped,
         "base_model.model.": mapped if mmdit else NONE,
-        "lora_unet_": BOTH if native else NONE,
+        "lora_unet_": native,
         "lora_transformer_": mapped if mmdit or flux else NONE,
         "lycoris_": mapped,
         "": mapped if qwen or next_dit else NEW if flux and mapped else NONE,
     }
-    return takes.get(form.prefix, NONE)
+    return takes.get(prefix, NONE)
 
 
 def naming_in(family: Family, module: str) -> str:
@@ -245,18 +269,29 @@ def naming_in(family: Family, module: str) -> str:
 
 
 def faults(reading: Reading) -> list[str]:
-    """Return what keeps a file from being exported as it is."""
+    """Return what keeps a file from being trained further, merged or exported as it is."""
     made = []
-    if reading.dora:
-        made.append(
-            f"{_some(reading.dora)}: DoRA (magnitudes beside the pair), which loaders apply in "
-            "different ways; train without DoRA"
+    for kind, keys in by_kind(reading.other).items():
+        why = (
+            "magnitudes beside the pair, which loaders apply in different ways; train without DoRA"
+            if kind == DORA
+            else "another kind of adapter, which is no pair of matrices"
         )
-    if reading.other:
-        made.append(
-            f"{_some(reading.other)}: another kind of adapter (LoHa, LoKr, LoCon, biases …), which is "
-            "no pair of matrices"
-        )
+        made.append(f"{_some(keys)}: {kind}, {why}")
+    return made + gaps(reading)
+
+
+def by_kind(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Sort keys of other adapters by their kind."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        found.setdefault(other_kind(key)[2], []).append(key)
+    return found
+
+
+def gaps(reading: Reading) -> list[str]:
+    """Return what nobody could use."""
+    made = []
     if reading.incomplete:
         made.append(f"{_some(reading.incomplete)}: one of the two matrices is missing; save the file again")
     if reading.unknown:

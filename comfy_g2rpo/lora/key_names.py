@@ -15,6 +15,7 @@ from functools import cached_property
 
 NAMINGS = ("native", "diffusers")
 BOTH, NEW, NONE = "both", "0.33", ""
+Size = tuple[int, int]  # rows and columns
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,12 @@ class Family:
         pattern, number = template(module)
         return self.index[pattern].at(number) if pattern in self.index else None
 
-    def fits(self, modules: Mapping[str, tuple[int, int]]) -> bool:
-        """Return whether all modules (rows, columns) can be this family's."""
+    def fits(self, modules: Mapping[str, Size | None]) -> bool:
+        """Return whether all modules (rows, columns; None: any) can be this family's."""
         ratios = dict(self.ratios)
-        for module, (rows, columns) in modules.items():
+        for module, size in modules.items():
             ratio = ratios.get(template(module)[0])
-            if self.find(module) is None or (ratio and rows != round(ratio * columns)):
+            if self.find(module) is None or (ratio and size and size[0] != round(ratio * size[1])):
                 return False
         return True
 
@@ -397,7 +398,7 @@ LUMINA2 = Family(
 FAMILIES = {family.name: family for family in (SD3, FLUX, FLUX2, QWEN_IMAGE, WAN, Z_IMAGE, LUMINA2)}
 
 
-def candidates(modules: Mapping[str, tuple[int, int]]) -> list[Family]:
+def candidates(modules: Mapping[str, Size | None]) -> list[Family]:
     """List the families that have all modules (rows, columns); sizes decide where names do not."""
     fitting = [family for family in FAMILIES.values() if family.fits(modules)]
     if len(fitting) < 2 or not modules:
@@ -407,7 +408,7 @@ def candidates(modules: Mapping[str, tuple[int, int]]) -> list[Family]:
         for number in (template(module)[1] for module in modules if not module.startswith("single_"))
         if number
     ]
-    widths = {side for shape in modules.values() for side in shape}
+    widths = {side for shape in modules.values() if shape for side in shape}
     blocks = max(numbers, default=-1) + 1
     sized = [
         family

@@ -226,40 +226,66 @@ def check_lora(
     """
     from comfy_g2rpo.files.safe import read_tensors
     from comfy_g2rpo.lora import wide
+    from comfy_g2rpo.lora.core_loader import applied, is_control
+    from comfy_g2rpo.lora.forms import faults
 
     from ..lora.ask_diffusers import in_diffusers
     from ..lora.lora_files import fit, lora_file, read_any, which
     from ..lora.weight_files import look_at
 
     reading = read_any(file)
+    tensors = wide(read_tensors(lora_file(file))[0])
     troubles: list[str] = []
-    more = f", {len(reading.text)} keys of text encoders" if reading.text else ""
-    more += f", {len(reading.embeddings)} keys of embeddings" if reading.embeddings else ""
-    lines = [f"{len(reading.pairs)} pairs{more}"]
+    lines, mend = [_content(reading)], ""
     model = look_at(against) if against else None
-    remedy = f"g2rpo export {shlex.quote(str(file))} --out NEW.safetensors"
-    if reading.pairs:
+    if reading.pairs or reading.other:
         found = which(reading, file, family, model)
-        remedy = f"g2rpo export {shlex.quote(str(file))} --family {found.name} --out NEW.safetensors"
-        taken = in_diffusers(wide(read_tensors(lora_file(file))[0]), reading, found)
-        lines += _loading(reading, found, taken, troubles, remedy)
-        if model:
+        lines.append(f"family: {found.title} ({found.name})")
+        if is_control(tensors):
+            lines.append("a control LoRA of FLUX.1's makers, which ComfyUI renames as it loads")
+        if not faults(reading):
+            mend = f"g2rpo export {shlex.quote(str(file))} --family {found.name} --out NEW.safetensors"
+        core = applied(tensors, found)
+        for version, why in core.stops.items():
+            troubles.append(f"ComfyUI {version} stops with an error at this file: {why}; save the file again")
+        if reading.pairs:
+            taken = in_diffusers(tensors, reading, found)
+            lines += _loading(reading, found, core.keys, taken, troubles, mend)
+        lines += _others(reading, core.keys, troubles)
+        if model and reading.pairs:
             lines += _fitting(fit(reading, file, model, family), troubles)
-    lines += _forms(reading, troubles, remedy)
+        elif model:
+            lines.append("model: not compared, because only pairs are")
+    lines += _forms(reading, troubles, mend)
     for line in lines:
         typer.echo(line)
     for trouble in troubles:
         typer.echo(f"! {trouble}")
-    if troubles or not reading.pairs:
+    if troubles or not (reading.pairs or reading.other):
         raise typer.Exit(1)
 
 
+def _content(reading: Reading) -> str:
+    """Count what a file holds."""
+    from comfy_g2rpo.lora.forms import by_kind
+
+    counts = [f"{len(reading.pairs)} pairs"]
+    counts += [f"{len(keys)} keys of {kind}" for kind, keys in by_kind(reading.other).items()]
+    counts += [f"{len(reading.text)} keys of text encoders"] * bool(reading.text)
+    counts += [f"{len(reading.embeddings)} keys of embeddings"] * bool(reading.embeddings)
+    return ", ".join(counts)
+
+
 def _loading(
-    reading: Reading, family: FoundFamily, diffusers: Taken, troubles: list[str], remedy: str
+    reading: Reading,
+    family: FoundFamily,
+    core: Mapping[str, str],
+    diffusers: Taken,
+    troubles: list[str],
+    mend: str,
 ) -> list[str]:
     """Count by form what each program would load, and add what is lost to `troubles`."""
-    from comfy_g2rpo.lora.forms import in_core, naming_in
-    from comfy_g2rpo.lora.key_names import BOTH, NEW, NONE
+    from comfy_g2rpo.lora.forms import naming_in
 
     names = {module: naming_in(family, module) for module in reading.pairs}
     common = Counter(name for name in names.values() if name != "both").most_common(1)
@@ -267,21 +293,59 @@ def _loading(
     for module, name in names.items():
         kind = common[0][0] if name == "both" and common else name
         groups.setdefault((reading.forms[module].prefix, kind), []).append(module)
-    lines = [f"family: {family.title} ({family.name})"]
-    core = {BOTH: "load", NEW: "load from ComfyUI 0.33 on only", NONE: "are ignored"}
+    lines = []
     for (prefix, name), modules in groups.items():
-        taken = {module: in_core(family, module, reading.forms[module]) for module in modules}
-        counts = Counter(taken.values())
-        said = ", ".join(f"{counts[key]} {core[key]}" for key in (BOTH, NEW, NONE) if counts[key])
+        taken = {module: core[reading.forms[module].up] for module in modules}
         kind = "names that are the same everywhere" if name == "both" else f"{name} names"
-        by = f"ComfyUI: {said}; diffusers: {_counted(modules, diffusers)}"
+        by = f"ComfyUI: {_in_core(taken)}; diffusers: {_counted(modules, diffusers)}"
         lines.append(f"{len(modules)} × {prefix or 'no prefix'} + {kind}: {by}")
-        if lost := [module for module in modules if taken[module] != BOTH]:
-            version = "" if counts[NONE] else " before 0.33"
-            troubles.append(
-                f"ComfyUI{version} ignores {len(lost)} modules, such as {lost[0]}; mend: {remedy} "
-                "--form native"
-            )
+        troubles += _lost(taken, "modules", f"; mend: {mend} --form native" if mend else "")
+    return lines
+
+
+def _in_core(taken: Mapping[str, str]) -> str:
+    """Count which ComfyUI takes what."""
+    from comfy_g2rpo.lora.core_loader import OLD
+    from comfy_g2rpo.lora.key_names import BOTH, NEW, NONE
+
+    words = {
+        BOTH: "load",
+        NEW: "load from ComfyUI 0.33 on only",
+        OLD: "load before ComfyUI 0.33 only",
+        NONE: "are ignored",
+    }
+    counts = Counter(taken.values())
+    return ", ".join(f"{counts[key]} {words[key]}" for key in words if counts[key])
+
+
+def _lost(taken: Mapping[str, str], what: str, more: str) -> list[str]:
+    """Say what some ComfyUI does not take."""
+    from comfy_g2rpo.lora.core_loader import OLD
+    from comfy_g2rpo.lora.key_names import BOTH, NEW
+
+    lost = [name for name in taken if taken[name] != BOTH]
+    if not lost:
+        return []
+    some = {taken[name] for name in lost}
+    version = " before 0.33" if some == {NEW} else " from 0.33 on" if some == {OLD} else ""
+    return [f"ComfyUI{version} ignores {len(lost)} {what}, such as {min(lost)}{more}"]
+
+
+def _others(reading: Reading, core: Mapping[str, str], troubles: list[str]) -> list[str]:
+    """Count what ComfyUI would load of adapters that are no pairs, and say that it alone does."""
+    from comfy_g2rpo.lora.forms import by_kind
+    from comfy_g2rpo.lora.kinds import DORA
+
+    lines = []
+    for kind, keys in by_kind(reading.other).items():
+        taken = {key: core[key] for key in keys}
+        lines.append(f"{len(keys)} × {kind}: ComfyUI: {_in_core(taken)}")
+        plain = "; the pairs load without them, which is not what was trained"
+        troubles += _lost(taken, f"keys of {kind}", plain if kind == DORA else "")
+        if kind == DORA and any(taken.values()):
+            lines.append("ComfyUI applies magnitudes in its own way: near what was trained, not the same")
+    if lines:
+        lines.append("no pair of matrices equals these: training, g2rpo export and --merge refuse the file")
     return lines
 
 
@@ -292,9 +356,9 @@ def _counted(modules: Collection[str], diffusers: Taken) -> str:
     return f"{max(by_pipeline, by_adapter)} load as they are{only if by_adapter > by_pipeline else ''}"
 
 
-def _forms(reading: Reading, troubles: list[str], remedy: str) -> list[str]:
+def _forms(reading: Reading, troubles: list[str], mend: str) -> list[str]:
     """Describe what else could stop a loader, and add what is wrong to `troubles`."""
-    from comfy_g2rpo.lora.forms import faults
+    from comfy_g2rpo.lora.forms import gaps
 
     lines = []
     scales = {module: reading.alphas[module] / len(down) for module, (down, _) in reading.pairs.items()}
@@ -304,7 +368,7 @@ def _forms(reading: Reading, troubles: list[str], remedy: str) -> list[str]:
         kind = " (rsLoRA)" if reading.rslora else ""
         troubles.append(
             f"{len(wrong)} pairs lack their alpha: ComfyUI takes 1 for their scale, {reading.alpha_from} "
-            f"says {scales[wrong[0]]:g}{kind}; mend: {remedy}"
+            f"says {scales[wrong[0]]:g}{kind}{f'; mend: {mend}' if mend else ''}"
         )
     elif reading.missing_alpha:
         lines.append(
@@ -313,10 +377,10 @@ def _forms(reading: Reading, troubles: list[str], remedy: str) -> list[str]:
         )
     if count := len(set(uneven) - set(wrong)):
         lines.append(
-            f"{count} pairs have alpha ≠ rank: ComfyUI heeds it, some of diffusers' loaders do not; "
-            f"{remedy} folds it"
+            f"{count} pairs have alpha ≠ rank: ComfyUI heeds it, some of diffusers' loaders do not"
+            f"{f'; {mend} folds it' if mend else ''}"
         )
-    troubles += faults(reading)
+    troubles += gaps(reading)
     return lines
 
 

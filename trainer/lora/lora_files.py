@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from comfy_g2rpo.files.safe import FileError, in_order, read_tensors
 from comfy_g2rpo.lora import LoraError, named
-from comfy_g2rpo.lora.convert import extracted, family_of, renamed
+from comfy_g2rpo.lora.convert import extracted, family_of, renamed, shapes
 from comfy_g2rpo.lora.forms import Reading, check_sound, understand
 from comfy_g2rpo.lora.key_names import BOTH, FAMILIES, Family, family_of_model
 
@@ -59,10 +59,22 @@ def _adapter(path: Path) -> dict[str, Any] | None:
 
 def which(reading: Reading, path: Path, family: str | None, model: Model | None = None) -> Family:
     """Find the family of a LoRA: as the user says, as the model shows, as the file says, by its names."""
+    known = {
+        layer: size
+        for layer, size in reading.other_layers.items()
+        if any(each.find(layer) for each in FAMILIES.values())
+    }
+    sizes = known | shapes(reading.pairs)
     if family is None and model is not None and (found := family_of_model(model.modules())):
-        return family_of(reading.pairs, path, found[0].name)
-    known = reading.metadata.get(FAMILY_KEY)
-    return family_of(reading.pairs, path, family or (known if known in FAMILIES else None))
+        return family_of(sizes, path, found[0].name)
+    kept = reading.metadata.get(FAMILY_KEY)
+    named = family or (kept if kept in FAMILIES else None)
+    if not sizes and named is None:
+        raise LoraError(
+            f"{path} names no layer of a family that is known ({', '.join(FAMILIES)}); give --family if it "
+            "is one of them"
+        )
+    return family_of(sizes, path, named)
 
 
 def write_new(path: Path, pairs: Pairs, style: str, metadata: Mapping[str, str], alpha: bool = True) -> None:
