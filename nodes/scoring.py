@@ -131,8 +131,8 @@ class ScoreImages(io.ComfyNode):
                 "by itself"
             )
         scores = judge(rewards, pictures, prompts)
-        judged = zip(rewards.rewards, scores, strict=True)
-        notes += filter(None, (none_judged(each, row, prompts) for each, row in judged))
+        judged, told = zip(rewards.rewards, scores, strict=True), [harmless(text) for text in prompts]
+        notes += filter(None, (none_judged(each, row, told) for each, row in judged))
         mixed = overall(rewards, scores)
         shown = zip(pictures, mixed, titles, strict=True)
         tiles = [Tile(picture, score, lines=(title,)) for picture, score, title in shown]

@@ -89,9 +89,10 @@ free_graph = {
     "scenes": thing("scenes", tensors["scenes"]),
     "lines": block("ScoreImages", images=["scenes", 0], reward=["agreement", 0], prompt=given["lines"]),
     "all": block("ScoreImages", images=["scenes", 0], reward=["agreement", 0], prompt=given["scene"]),
+    "none": block("ScoreImages", images=["scenes", 0], reward=["agreement", 0], prompt="a <b>lighthouse</b>"),
 }
 kept = {name: tensor.clone() for name, tensor in tensors.items()}
-judges = ("score", "mixed_sizes", "lines", "all")
+judges = ("score", "mixed_sizes", "lines", "all", "none")
 free = lists(
     free_graph,
     **{f"{node} {slot}": (node, slot) for node in judges for slot in (0, 1, 3)},

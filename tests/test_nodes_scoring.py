@@ -240,6 +240,12 @@ def test_blocks_say_what_they_found(core: Answer) -> None:
     assert PROMPT not in said["score_table"] + said["image_table"]
 
 
+def test_a_reward_that_judges_nothing_says_why_and_writes_no_markup(core: Answer) -> None:
+    said = core.data["free"]["tables"]["none"]
+    assert "Note: agreement judged none of" in said and "it needs coloured shapes in the prompt" in said
+    assert "lighthouse" in said and "<" not in said
+
+
 @pytest.mark.parametrize("name", ["images", "rollout"])
 def test_the_stop_button_is_heard_between_two_batches(core: Answer, name: str) -> None:
     assert core.data[f"interrupted {name}"] == {"error": "interrupted:", "calls": 1}

@@ -17,8 +17,8 @@ from .picture_files import texts
 
 CHUNK = "g2rpo"  # the text chunk of a PNG that holds scores and prompt
 MAX_TEXT_FILE = 100_000
-INDEX = "index.json"  # what a run writes beside its pictures
 MAX_INDEX = 2**24
+INDEX = "index.json"  # what a run writes beside its pictures
 JSON = re.compile(r"\s*(\{\s*\"|\[\s*[{\"])")  # the beginning of JSON, even if the rest is cut off
 
 
@@ -87,8 +87,11 @@ def of_run(path: Path) -> str:
 
 def index_beside(path: Path) -> list[dict[str, Any]]:
     """Read the index of the run's folder that a picture lies in: rows with file and prompt, or none."""
+    place = path.with_name(INDEX)
+    if not place.is_file():  # a pipe would never end
+        return []
     try:
-        with open(path.with_name(INDEX), "rb") as file:
+        with open(place, "rb") as file:
             rows = parsed(file.read(MAX_INDEX).decode("utf-8", errors="replace"))
     except OSError:
         return []

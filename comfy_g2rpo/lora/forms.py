@@ -275,7 +275,7 @@ def faults(reading: Reading) -> list[str]:
         why = (
             "magnitudes beside the pair, which loaders apply in different ways; train without DoRA"
             if kind == DORA
-            else "another kind of adapter, which is no pair of matrices"
+            else "another kind of adapter, no pair of matrices; ComfyUI may load it (g2rpo check-lora)"
         )
         made.append(f"{_some(keys)}: {kind}, {why}")
     return made + gaps(reading)
