@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -261,14 +262,15 @@ class PromptCursor:
     def batch(self, step: int) -> list[str]:
         """Return the step's prompts."""
         places = range(step * self.per_step, (step + 1) * self.per_step)
-        epochs = {place // len(self.prompts) for place in places}
-        orders = {epoch: self._order(epoch) for epoch in epochs}
+        count = len(self.prompts)
         return [
-            self.prompts[orders[place // len(self.prompts)][place % len(self.prompts)]] for place in places
+            self.prompts[order_of_epoch(count, self.seed, place // count)[place % count]] for place in places
         ]
 
-    def _order(self, epoch: int) -> list[int]:
-        """Shuffle the prompts of an epoch."""
-        order = list(range(len(self.prompts)))
-        random.Random(f"prompts {self.seed} {epoch}").shuffle(order)
-        return order
+
+@lru_cache(maxsize=2)
+def order_of_epoch(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """Shuffle the places of `count` prompts for an epoch; it is kept, because many steps share an epoch."""
+    order = list(range(count))
+    random.Random(f"prompts {seed} {epoch}").shuffle(order)
+    return tuple(order)

@@ -1,5 +1,6 @@
 """The configuration: what is accepted means what it says, what is wrong is named in one line."""
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_g2rpo import prompts
-from comfy_g2rpo.prompts import PromptCursor, PromptError
+from comfy_g2rpo.prompts import PromptCursor, PromptError, order_of_epoch
 from comfy_g2rpo.recipes import FIELDS, RECIPES
 from comfy_g2rpo.rewards import RewardError
 from g2rpo_trainer.config import reading
@@ -240,3 +241,18 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
     words = [str(i) for i in range(50)]
     assert PromptCursor(words, 4, 1).batch(7) == PromptCursor(words, 4, 1).batch(7)
     assert PromptCursor(words, 4, 1).batch(7) != PromptCursor(words, 4, 2).batch(7)
+
+
+def test_the_order_of_a_seed_stays_what_runs_were_made_with() -> None:
+    cursor = PromptCursor("abcdefg", 3, 5)
+    assert ["".join(cursor.batch(step)) for step in range(5)] == ["gdb", "aec", "fed", "fag", "cbb"]
+
+
+@pytest.mark.parametrize("count, per_step, steps", [(1000, 2, 500), (1000, 3, 1000), (7, 20, 30), (1, 4, 9)])
+def test_an_epoch_is_shuffled_once_however_many_steps_it_has(count: int, per_step: int, steps: int) -> None:
+    order_of_epoch.cache_clear()
+    words = [str(i) for i in range(count)]
+    for step in range(steps):
+        # Every step of a run makes its cursor anew.
+        PromptCursor(words, per_step).batch(step)
+    assert order_of_epoch.cache_info().misses == math.ceil(steps * per_step / count)
