@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -23,12 +24,20 @@ COLOURS = (
     "#E69F00",
     "#56B4E9",
 )  # Okabe and Ito: told apart by colour-blind eyes
-PHASES = ("rollout", "decode", "reward", "update")
+PHASES = {
+    "rollout": "drawing latents (rollout)",
+    "decode": "making pictures of them (decode)",
+    "reward": "judging them (reward)",
+    "update": "learning from it (update)",
+}
+MEASURES = {"pixels": "pixels", "embed": "the reward model"}
+"""What pictures are compared by, in words."""
 SMOOTHING = 0.15  # weight of a new value in the moving average
 ROUNDING = (
     1e-10  # a distance below it is rounding, and would stretch a logarithmic axis over many empty decades
 )
 TILE, GAP, MARGIN = 192, 8, 24
+LINE, LINES = 22, 3  # of a prompt: height in pixels, and how many at most
 INK, PALE, PAPER, BETTER, WORSE = "#1a1a1a", "#767676", "#ffffff", "#00704f", "#b34700"
 
 Row = Mapping[str, Any]
@@ -59,9 +68,10 @@ def curves(rows: Sequence[Row], path: Path) -> None:
     """Draw rewards over steps, raw and smoothed, with held-out ones; beneath, the optimizer and time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     groups = reward_groups(rows)
-    figure = Figure(figsize=(max(10, 5 * len(groups)), 7.5), layout="constrained", dpi=110)
+    figure = Figure(figsize=(max(12, 5 * len(groups)), 9), layout="constrained", dpi=110)
     top, bottom = figure.subfigures(2, 1, height_ratios=(2, 1))
     if groups:
         draw_rewards(top, groups, rows)
@@ -72,6 +82,7 @@ def curves(rows: Sequence[Row], path: Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     buffer = BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)  # savefig would draw it twice
     write_bytes(path, buffer.getvalue())
@@ -111,7 +122,7 @@ def draw_rewards(figure: Any, groups: Sequence[Sequence[str]], rows: Sequence[Ro
         for row in alarms[:1]:
             axes.axvline(row["step"], color=WORSE, linestyle=":", linewidth=1.5)
         axes.set(xlabel="step", ylabel=", ".join(names))
-        axes.legend(loc="best", framealpha=0.8, edgecolor="none")
+        legend_below(axes)
 
 
 def column(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -122,10 +133,11 @@ def column(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def smooth(values: np.ndarray) -> np.ndarray:
     """Average exponentially, without the pull of the start."""
-    weights = (1 - SMOOTHING) ** np.arange(len(values))[::-1]
-    return np.array(
-        [(values[: i + 1] * weights[-i - 1 :]).sum() / weights[-i - 1 :].sum() for i in range(len(values))]
-    )
+
+    def fading_sum(series: np.ndarray) -> np.ndarray:
+        return np.array([*accumulate(series.tolist(), lambda total, value: (1 - SMOOTHING) * total + value)])
+
+    return fading_sum(values) / fading_sum(np.ones(len(values)))
 
 
 def draw_training(axes: Any, rows: Sequence[Row], name: str, colour: str) -> None:
@@ -162,11 +174,11 @@ def draw_heldout(axes: Any, rows: Sequence[Row], name: str, colour: str) -> None
 
 
 def draw_optimizer(axes: Any, rows: Sequence[Row]) -> None:
-    """Draw gradient norm and distance from the model without adapter."""
+    """Draw the gradient's norm and the distance from the model without adapter."""
     lines = {
-        "grad_norm": "gradient norm",
-        "kl/velocity": "velocity KL",
-        "kl/heldout": "velocity KL, held-out",
+        "grad_norm": "size of the gradient (norm)",
+        "kl/velocity": "change of the model (KL)",
+        "kl/heldout": "change of the model, held-out (KL)",
     }
     for (name, label), colour in zip(lines.items(), COLOURS, strict=False):
         steps, values = column(rows, name)
@@ -174,24 +186,43 @@ def draw_optimizer(axes: Any, rows: Sequence[Row]) -> None:
         if shown.any():
             axes.plot(steps[shown], values[shown], color=colour, linewidth=1.2, label=label)
             axes.set_yscale("log")
-    axes.set(xlabel="step", title="Optimizer")
-    if axes.lines:
-        axes.legend(frameon=False)
+    axes.set(xlabel="step", title="How much the model changes")
+    legend_below(axes)
 
 
 def draw_diversity(axes: Any, rows: Sequence[Row]) -> None:
     """Draw how unlike images are, against the first value: in rollouts and on held-out prompts."""
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("diversity/"))
+    measures = {name.split("/")[1] for name in names if name.count("/") > 1}
     for name, colour in zip(names, COLOURS * len(names), strict=False):
         steps, values = column(rows, name)
         if len(steps) and values[0] > 0:
             trend = smooth(values) if name == "diversity/group" else values
-            axes.plot(
-                steps, trend / values[0], color=colour, linewidth=1.2, label=name.removeprefix("diversity/")
-            )
-    axes.set(xlabel="step", title="Diversity, 1 at first", ylim=(0, None))
-    if axes.lines:
-        axes.legend(frameon=False, fontsize="small")
+            label = diversity_label(name, len(measures) > 1)
+            axes.plot(steps, trend / values[0], color=colour, linewidth=1.2, label=label)
+    axes.set(xlabel="step", title="How different pictures are (1: as at first)")
+    axes.set_ylim(0, 1.05 * max(axes.get_ylim()[1], 1))
+    legend_below(axes)
+
+
+def diversity_label(name: str, several: bool) -> str:
+    """Say what a diversity metric compares, and by what where there are `several` measures."""
+    _, *measure, of = name.split("/")
+    if not measure:
+        return "of one prompt, in training"
+    by = f", by {MEASURES.get(measure[0], measure[0])}" if several else ""
+    return f"{'of one held-out prompt' if of == 'group' else 'of different held-out prompts'}{by}"
+
+
+def legend_below(axes: Any) -> None:
+    """Explain the lines of a panel beneath it, where the words cover none of them."""
+    from matplotlib.transforms import ScaledTranslation
+
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        under_the_axis = axes.transAxes + ScaledTranslation(0, -0.55, axes.figure.dpi_scale_trans)
+        place = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": under_the_axis}
+        axes.legend(handles, labels, frameon=False, fontsize="small", borderaxespad=0, **place)
 
 
 def draw_time(axes: Any, rows: Sequence[Row]) -> None:
@@ -202,8 +233,10 @@ def draw_time(axes: Any, rows: Sequence[Row]) -> None:
     if len({len(steps) for steps, _ in series.values()}) == 1:
         steps = next(iter(series.values()))[0]
         layers = [smooth(values) for _, values in series.values()]
-        axes.stackplot(steps, layers, labels=list(series), colors=COLOURS, alpha=0.8, linewidth=0)
-        axes.legend(loc="lower left", frameon=True, ncols=2, fontsize="small")
+        axes.stackplot(
+            steps, layers, labels=[PHASES[phase] for phase in series], colors=COLOURS, alpha=0.8, linewidth=0
+        )
+        legend_below(axes)
 
 
 def before_after(
@@ -237,9 +270,9 @@ def before_after(
     )
     pen.text((MARGIN, MARGIN // 2 + 30), caption, PALE, font(14))
     for i, block in enumerate(blocks):
-        sheet.paste(
-            block, (MARGIN + i % across * (width + MARGIN), 3 * MARGIN + 10 + i // across * (height + MARGIN))
-        )
+        # Beside a longer prompt the pictures stand at the same height.
+        top = 3 * MARGIN + 10 + i // across * (height + MARGIN) + height - block.height
+        sheet.paste(block, (MARGIN + i % across * (width + MARGIN), top))
     buffer = BytesIO()
     sheet.save(buffer, format="png")
     write_bytes(path, buffer.getvalue())
@@ -253,30 +286,35 @@ def draw_block(prompt: str, couples: Sequence[tuple[Sample, Sample]]) -> Image.I
     across = max(1 if sample.frames == 1 else sample.frames / 2 for couple in couples for sample in couple)
     across = round(TILE * across)
     first = label + (TILE + GAP if start else 0)
-    block = Image.new("RGB", (first + len(couples) * (across + GAP), 30 + 2 * (TILE + GAP) + lines), PAPER)
+    width = first + len(couples) * (across + GAP)
+    title = wrapped(prompt, width - label)
+    head = 8 + LINE * len(title)
+    block = Image.new("RGB", (width, head + 2 * (TILE + GAP) + lines), PAPER)
     pen = ImageDraw.Draw(block)
-    pen.text((label, 0), shortened(prompt, block.width - label), INK, font(18))
+    for row, text in enumerate(title):
+        pen.text((label, LINE * row), text, INK, font(18))
     for row, word in enumerate(("before", "after")):
-        pen.text((0, 30 + row * (TILE + GAP) + TILE // 2 - 10), word, PALE, font(16))
+        pen.text((0, head + row * (TILE + GAP) + TILE // 2 - 10), word, PALE, font(16))
     if start:
-        block.paste(tile(start), (label, 30))
-        pen.text((label, 30 + TILE + GAP), "starts from", PALE, font(14))
+        block.paste(tile(start), (label, head))
+        pen.text((label, head + TILE + GAP), "starts from", PALE, font(14))
     for i, couple in enumerate(couples):
         left = first + i * (across + GAP)
         for row, sample in enumerate(couple):
-            block.paste(tile(sample.path, sample.frames), (left, 30 + row * (TILE + GAP)))
+            block.paste(tile(sample.path, sample.frames), (left, head + row * (TILE + GAP)))
         for line, name in enumerate(names):
             text, colour = gain(name, couple[0].scores.get(name), couple[1].scores.get(name))
-            pen.text((left, 30 + 2 * (TILE + GAP) - 2 + 18 * line), text, colour, font(14))
+            pen.text((left, head + 2 * (TILE + GAP) - 2 + 18 * line), text, colour, font(14))
     return block
 
 
 def gain(name: str, old: float | None, new: float | None) -> tuple[str, str]:
-    """Word a score's change and choose its colour."""
+    """Word a score's change and choose its colour: pale where the words show none."""
     if old is None or new is None:
         return f"{name}: not judged", PALE
-    colour = PALE if abs(new - old) < 0.005 else BETTER if new > old else WORSE
-    return f"{name} {old:.2f} → {new:.2f}", colour
+    shown = f"{old:.2f}", f"{new:.2f}"
+    colour = PALE if shown[0] == shown[1] else BETTER if new > old else WORSE
+    return f"{name} {shown[0]} → {shown[1]}", colour
 
 
 def tile(path: Path, frames: int = 1) -> Image.Image:
@@ -292,9 +330,23 @@ def tile(path: Path, frames: int = 1) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)
 
 
-def shortened(text: str, width: float) -> str:
-    """Cut a prompt to a width in pixels."""
-    pen = font(18)
+def wrapped(text: str, width: float) -> list[str]:
+    """Break a prompt into at most LINES lines of a width in pixels; what is left over is cut."""
+    pen, lines = font(18), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or pen.getlength(longer) <= width:
+            lines[-1] = longer
+        elif len(lines) < LINES:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+            break
+    return [shortened(line, width, pen) for line in lines]
+
+
+def shortened(text: str, width: float, pen: ImageFont.FreeTypeFont) -> str:
+    """Cut a line to a width in pixels."""
     if pen.getlength(text) <= width:
         return text
     while text and pen.getlength(text + "…") > width:
