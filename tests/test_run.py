@@ -89,6 +89,19 @@ def whole(tmp_path_factory):
     return path / "run", summary
 
 
+@pytest.mark.parametrize("steps, resume", [(2, False), (6, False), (6, True)])
+def test_the_metrics_are_read_at_most_once_in_a_run_however_long(tmp_path, monkeypatch, steps, resume):
+    made = config(tmp_path, train={"steps": steps, "eval_every": 1, "eval_noises": 1})
+    if resume:
+        first = config(tmp_path, train={"steps": 3, "eval_every": 1, "eval_noises": 1})
+        training.train(first, tmp_path / "run", progress=Silent())
+    reads, read = [], RunFolder._read_metrics
+    monkeypatch.setattr(RunFolder, "_read_metrics", lambda folder: reads.append(1) or read(folder))
+    training.train(made, tmp_path / "run", progress=Silent(), resume=resume)
+    # Going on, also to drop the rows after the checkpoint.
+    assert len(reads) == 1 + resume
+
+
 def test_a_run_leaves_what_the_readme_promises(whole):
     path, summary = whole
     for name in ("config.json", "metrics.jsonl", "summary.json", "before_after.png", "curves.png"):

@@ -76,6 +76,34 @@ def test_metrics_come_back_and_nan_becomes_null(run: RunFolder) -> None:
     assert run.metrics() == [{"step": 1, "kl/velocity": None, "lr": None, "grad_norm": 0.5}]
 
 
+ROWS = [
+    {"step": 1, "a": math.nan, "b": -math.inf, "c": 1 / 3, "d": 10**20},
+    {"step": 2, "text": "ü 猫", "list": [1, (2.5, math.nan)], "table": {3: True}},
+    {},
+]
+
+
+def test_what_is_remembered_of_the_metrics_is_what_their_file_holds(run: RunFolder) -> None:
+    assert run.metrics() == []
+    for row in ROWS:
+        run.append(row)
+        assert json.dumps(run.metrics()) == json.dumps(RunFolder(run.path).metrics())
+    run.metrics().clear()
+    assert len(run.metrics()) == len(ROWS)
+
+
+def test_metrics_that_somebody_else_changed_are_read_again(run: RunFolder) -> None:
+    run.append({"step": 1})
+    assert run.metrics() == [{"step": 1}]
+    RunFolder(run.path).append({"step": 2})
+    assert run.metrics() == [{"step": 1}, {"step": 2}]
+    RunFolder(run.path).append({"step": 3})
+    run.append({"step": 4})
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4]
+    run.truncate_metrics(2)
+    assert [row["step"] for row in run.metrics()] == [1, 2]
+
+
 @given(st.integers(0, 40))
 def test_a_torn_last_line_is_dropped_on_opening(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     run = RunFolder.create(tmp_path_factory.mktemp("torn") / "run", {})

@@ -23,7 +23,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,10 @@ class RunFolder:
     """A run on disk."""
 
     path: Path
+    _rows: dict[tuple[int, ...], list[dict[str, Any]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """The rows of metrics by the state of their file: what was read, or written, is not read again."""
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any], replace: bool = False) -> RunFolder:
@@ -274,13 +278,26 @@ class RunFolder:
 
     def append(self, metrics: Mapping[str, Any]) -> None:
         """Add one row of metrics."""
-        line = json.dumps(finite(metrics), ensure_ascii=False, allow_nan=False) + "\n"
+        row = finite(metrics)
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
         with writing(self.metrics_file), open(self.metrics_file, "ab") as file:
+            known = self._rows.pop(file_state(file.fileno()), None)
             file.write(line.encode())
             on_disk(file)
+            if known is not None:
+                known.append(row)
+                self._rows[file_state(file.fileno())] = known
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Read the rows of metrics."""
+        """Return the rows of metrics; their file is read again only where it has changed."""
+        state = file_state(self.metrics_file)
+        if state not in self._rows:
+            self._rows.clear()
+            self._rows[state] = self._read_metrics()
+        return [*self._rows[state]]
+
+    def _read_metrics(self) -> list[dict[str, Any]]:
+        """Read the rows of metrics from their file."""
         rows = []
         for number, line in enumerate(self.metrics_file.read_bytes().split(b"\n")[1:-1], start=2):
             try:
@@ -419,6 +436,12 @@ def indexed(folder: Path, row: Mapping[str, Any]) -> Sample:
         frames=int(row.get("frames", 1)),
         start=folder / start if start else None,
     )
+
+
+def file_state(file: Path | int) -> tuple[int, ...]:
+    """Return what changes where a file does; the file by its path or handle."""
+    state = os.stat(file)
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def check_place(path: Path, replace: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -60,4 +61,9 @@ class VoteReward(Reward):
 
     def step(self) -> int:
         """Return the number of the step that the run is at."""
-        return max((row["step"] for row in RunFolder(self.run).metrics() if "nfe" in row), default=0) + 1
+        return max((row["step"] for row in self.folder.metrics() if "nfe" in row), default=0) + 1
+
+    @cached_property
+    def folder(self) -> RunFolder:
+        """Return the run's folder, which remembers the metrics that it has read."""
+        return RunFolder(self.run)
