@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 
 from ..comfy_g2rpo.files.captions import caption_of
 from ..comfy_g2rpo.files.picture_files import PictureError, listed, read, size_of
+from ..comfy_g2rpo.files.safe import stamps
 from .host.comfyui import contained
 from .inputs.checks import check_inputs
 from .inputs.judging import MAX_IMAGES, harmless
@@ -96,11 +97,10 @@ class LoadImageFolder(io.ComfyNode):
     ) -> str:
         """Return what changes where a file has come, gone or changed."""
         try:
-            stats = [(path, path.stat()) for path in pictures_of(str(folder), bool(deep))]
-            seen = [f"{path} {status.st_size} {status.st_mtime_ns}" for path, status in stats]
+            seen = stamps(pictures_of(str(folder), bool(deep)))
         except (ValueError, OSError) as error:
-            seen = [str(error)]
-        return hashlib.sha256("\n".join(seen).encode(errors="replace")).hexdigest()
+            seen = str(error)
+        return hashlib.sha256(seen.encode(errors="replace")).hexdigest()
 
     @classmethod
     def execute(cls, folder: str, deep: bool, skip: int, most: int, max_side: int) -> io.NodeOutput:

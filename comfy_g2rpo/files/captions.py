@@ -6,6 +6,7 @@ Where none of them says it for certain, there is no prompt.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from ..prompts import MAX_CHARACTERS
 from .graph_prompts import of_graph
 from .picture_files import texts
+from .safe import open_file
 
 CHUNK = "g2rpo"  # the text chunk of a PNG that holds scores and prompt
 MAX_TEXT_FILE = 100_000
@@ -71,9 +73,9 @@ def beside(path: Path) -> str:
     """Read <name>.txt beside a picture; a link to elsewhere is none."""
     place = path.with_suffix(".txt")
     try:
-        if place.resolve().parent != path.resolve().parent:
+        if os.path.dirname(os.path.realpath(place)) != os.path.dirname(os.path.realpath(path)):
             return ""
-        with open(place, "rb") as file:
+        with open_file(place) as file:
             return file.read(MAX_TEXT_FILE).decode("utf-8-sig", errors="replace")
     except OSError:
         return ""
@@ -88,10 +90,8 @@ def of_run(path: Path) -> str:
 def index_beside(path: Path) -> list[dict[str, Any]]:
     """Read the index of the run's folder that a picture lies in: rows with file and prompt, or none."""
     place = path.with_name(INDEX)
-    if not place.is_file():  # a pipe would never end
-        return []
     try:
-        with open(place, "rb") as file:
+        with open_file(place) as file:
             rows = parsed(file.read(MAX_INDEX).decode("utf-8", errors="replace"))
     except OSError:
         return []

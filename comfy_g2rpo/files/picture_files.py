@@ -21,6 +21,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from .safe import open_file
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 2**26  # of one picture
 STRIP = 6  # frames of a clip that are shown at most, evenly spaced, the first and the last among them
@@ -108,7 +110,7 @@ def without_notes(path: Path) -> BytesIO | None:
     """
     kept = BytesIO()
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             if file.read(len(PNG)) != PNG:
                 return None
             kept.write(PNG)
@@ -133,7 +135,7 @@ def harmless(kind: bytes, text: bytes, checksum: bytes) -> bool:
 def opened(path: Path, content: BytesIO | None = None) -> Iterator[Image.Image]:
     """Open a picture of a sane size; whatever its file does becomes one line that names it."""
     try:
-        with Image.open(content or path) as image:
+        with content or open_file(path) as file, Image.open(file) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise PictureError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -11,7 +12,7 @@ import shutil
 import stat
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -60,6 +61,31 @@ def writing(path: Path) -> Iterator[None]:
         raise RunError(
             f"cannot write {path}: {reason}; make room or choose another folder (--out)"
         ) from error
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open a file to read its bytes.
+
+    Raise OSError for a pipe, socket, device or folder, the first of which would be waited for without end.
+    """
+    flags = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
+    handle = os.open(path, os.O_RDONLY | sum(flags))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is a folder, pipe or device", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def stamps(files: Iterable[Path]) -> str:
+    """Return what changes where one of the files does; one that cannot be looked at hides no other."""
+    lines = []
+    for path in files:
+        try:
+            state = path.stat()
+            lines.append(f"{path} {state.st_size} {state.st_mtime_ns}")
+        except OSError as error:
+            lines.append(f"{path} {error.strerror}")
+    return "\n".join(lines)
 
 
 def on_disk(file: IO[bytes]) -> None:
@@ -140,7 +166,8 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file of a run."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        with open_file(path) as file:
+            return json.loads(file.read().decode("utf-8"))
     except OSError as error:
         raise RunError(
             f"cannot read {path}: {(error.strerror or str(error)).lower()}; is this a run folder?"

@@ -44,6 +44,7 @@ from ..files.safe import (
     finite,
     folder_on_disk,
     on_disk,
+    open_file,
     read_header,
     read_json,
     read_table,
@@ -460,7 +461,7 @@ def check_place(path: Path, replace: bool = False) -> None:
 def is_run(path: Path) -> bool:
     """Return whether a folder is a run of this program, by its schema line."""
     try:
-        with open(path / "metrics.jsonl", "rb") as file:
+        with open_file(path / "metrics.jsonl") as file:
             first = json.loads(file.readline(4096))
         return (path / "config.json").is_file() and isinstance(first, dict) and first.get("schema") == SCHEMA
     except (OSError, ValueError, RecursionError):

@@ -14,6 +14,7 @@ import folder_paths
 import torch
 from torch import Tensor, nn
 
+from ...comfy_g2rpo.files.safe import stamps
 from ...comfy_g2rpo.rewards import REWARDS, Reward, load
 from ...comfy_g2rpo.rewards.models.installed import KNOWN, installed, load_installed
 from ...comfy_g2rpo.rewards.protocol import Wrapped
@@ -39,8 +40,7 @@ def stamp(name: str) -> str:
     """Return what changes when an installed reward is fetched again; blank for a rule."""
     if name in REWARDS or name not in choices():
         return ""
-    stats = [(file.name, file.stat()) for file in sorted((root() / name).iterdir())]
-    return " ".join(f"{file} {status.st_size} {status.st_mtime_ns}" for file, status in stats)
+    return stamps(sorted((root() / name).iterdir()))
 
 
 def find(name: str, dtype: str, batch: int) -> Reward:

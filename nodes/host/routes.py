@@ -14,12 +14,15 @@ import asyncio
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ...comfy_g2rpo.files.safe import finite
+from ...comfy_g2rpo.files.safe import finite, open_file
 from ...comfy_g2rpo.run.folder import is_run
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -30,6 +33,7 @@ MAX_RUNS = 200
 MAX_FOLDERS = 10_000
 MAX_ROWS = 5000
 MAX_AFTER = 10**9
+MAX_METRICS_BYTES = 2**30  # a million rows
 MAX_LINE_BYTES = 2**16
 MAX_ANSWER_BYTES = 4 * 2**20
 MAX_JSON_BYTES = 2**20
@@ -88,17 +92,19 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
     for name in _folder_names(root):
         place = inside(root, name)
         metrics = place and inside(place, "metrics.jsonl")
-        if metrics and metrics.is_file():
-            found.append((metrics.stat().st_mtime, name, place))
+        if metrics and (modified := _modified(metrics)) is not None:
+            found.append((modified, name, place))
     found.sort(key=lambda entry: (-entry[0], entry[1]))
     runs: list[dict[str, Any]] = []
     for modified, name, place in found:
         if len(runs) == MAX_RUNS:
             break
         if is_run(place):
-            step = _count(_last_row(place / "metrics.jsonl").get("step"))
-            row = {"id": name, "steps": _total_steps(place), "step": step, "modified": modified}
-            runs.append({**row, "finished": _finished(place)})
+            # What has gone meanwhile, or cannot be read, hides no other.
+            with suppress(OSError):
+                step = _count(_last_row(place / "metrics.jsonl").get("step"))
+                row = {"id": name, "steps": _total_steps(place), "step": step, "modified": modified}
+                runs.append({**row, "finished": _finished(place)})
     return runs
 
 
@@ -114,6 +120,9 @@ def read_metrics(root: Path, run: str, after: str = "0") -> dict[str, Any]:
     place = inside(root, run)
     if place is None or inside(place, "metrics.jsonl") is None or not is_run(place):
         raise NotFoundError("there is no run of this name under the output folder's g2rpo")
+    if (place / "metrics.jsonl").stat().st_size > MAX_METRICS_BYTES:
+        most = MAX_METRICS_BYTES // 2**20
+        raise ValueError(f"the run's metrics.jsonl has more than {most} MiB, and the page reads no more")
     rows, total = _rows_after(place / "metrics.jsonl", int(after))
     answer = {
         "id": run,
@@ -132,21 +141,30 @@ def inside(folder: Path, name: str) -> Path | None:
     """Return folder/name if it exists and truly lies in the folder, links followed."""
     base = os.path.realpath(folder)
     place = os.path.realpath(os.path.join(base, name))
-    if os.path.commonpath((base, place)) != base or not os.path.exists(place):
+    try:
+        within = os.path.commonpath((base, place)) == base
+    except ValueError:  # on Windows: another drive
         return None
-    return Path(place)
+    return Path(place) if within and os.path.exists(place) else None
+
+
+def _modified(path: Path) -> float | None:
+    """Return when a file was changed last; None for what is no file, or has gone."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_mtime if stat.S_ISREG(state.st_mode) else None
 
 
 def _folder_names(folder: Path) -> Iterator[str]:
-    """Name the sub-folders whose names may be a run's."""
+    """Name the sub-folders whose names may be a run's; a link that leads nowhere is none."""
     try:
         with os.scandir(folder) as entries:
-            for seen, entry in enumerate(entries):
-                if seen == MAX_FOLDERS:
-                    return
-                if RUN_ID.fullmatch(entry.name) and entry.is_dir():
+            for entry in islice(entries, MAX_FOLDERS):
+                if RUN_ID.fullmatch(entry.name) and os.path.isdir(entry.path):
                     yield entry.name
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
 
 
@@ -168,7 +186,7 @@ def _rows_after(path: Path, after: int) -> tuple[list[dict[str, Any]], int]:
 
 def _lines(path: Path) -> Iterator[bytes]:
     """Yield the whole lines of a file, cut at MAX_LINE_BYTES, without ever holding more than one."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while line := file.readline(MAX_LINE_BYTES + 1):
             cut = line
             while line and not line.endswith(b"\n"):
@@ -195,7 +213,7 @@ def _is_number(value: Any) -> bool:
 
 def _last_row(path: Path) -> dict[str, Any]:
     """Read the last whole row from the end of the file."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
         lines = file.read(TAIL_BYTES).split(b"\n")
     return _row(lines[-2]) if len(lines) > 1 else {}
@@ -207,7 +225,8 @@ def _json_of(run: Path, *names: str) -> Any:
     try:
         if path is None or path.stat().st_size > MAX_JSON_BYTES:
             return None
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open_file(path) as file:
+            return json.loads(file.read(MAX_JSON_BYTES).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -234,8 +253,11 @@ def _finished(run: Path) -> bool:
 def _samples(run: Path) -> list[dict[str, Any]]:
     """List the pictures of the first step and of the newest ones."""
     images = inside(run, "images")
-    names = _folder_names(images) if images else []
-    steps = sorted((name for name in names if STEP.fullmatch(name)), key=int)
+    try:
+        steps = [name for name in (_folder_names(images) if images else ()) if STEP.fullmatch(name)]
+    except OSError:
+        return []
+    steps.sort(key=int)
     shown = steps[:1] + steps[1:][-NEWEST_SAMPLES:]
     files = {name: _pictures(_json_of(run, "images", name, "index.json")) for name in shown}
     return [{"step": int(name), "folder": name, "files": files[name]} for name in shown if files[name]]
