@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import os
 import secrets
 import socket
@@ -39,6 +40,22 @@ MAX_WAITING = 16
 BODY_SECONDS = 60.0
 FETCH = ("Sec-Fetch-Site", "Sec-Fetch-Mode", "Sec-Fetch-Dest", "Sec-Fetch-User")
 BROWSER = ("Origin", "Referer", *FETCH, "Cookie")
+MAX_LOGGED = 300  # characters of a line
+
+log = logging.getLogger(__name__)
+
+
+def in_one_line(record: logging.LogRecord) -> bool:
+    """Turn a record into one printable line without a traceback: what it tells of, strangers have sent."""
+    error = record.exc_info[1] if record.exc_info else None
+    said = record.getMessage() + (f": {type(error).__name__}: {error}" if error else "")
+    line = " ".join(said.split())[:MAX_LOGGED]
+    record.msg, record.args = "".join(sign if sign.isprintable() else "?" for sign in line), ()
+    record.exc_info = record.exc_text = None
+    return True
+
+
+log.addFilter(in_one_line)
 
 
 class Refusal(Exception):
@@ -81,6 +98,7 @@ class JudgeServer:
             status, content = 200, await methods[request.method](request)
         except Refusal as refusal:
             status, content = refusal.status, {"error": str(refusal)}
+            log.warning("%s: refused with %d: %s", request.remote, status, refusal)
         if status == 503:
             headers["Retry-After"] = "1"
         if status == 401:
@@ -266,9 +284,8 @@ def names_of(host: str, port: int, known_as: Sequence[str]) -> tuple[str, ...]:
 
 async def serve(server: JudgeServer, at: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
     """Serve until cancelled."""
-    low = web.Server(
-        server, access_log=None, auto_decompress=False, lingering_time=1.0, keepalive_timeout=30.0
-    )
+    times = {"lingering_time": 1.0, "keepalive_timeout": 30.0}
+    low = web.Server(server, logger=log, access_log=None, auto_decompress=False, **times)
     runner = web.ServerRunner(low)
     await runner.setup()
     try:
