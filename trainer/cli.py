@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +20,7 @@ from .commands.rewards import rewards_app
 from .commands.score import score
 from .commands.vote import vote
 from .config.bundled import bundled_recipes
+from .quiet import quieten_notices, stay_offline
 
 if TYPE_CHECKING:
     from .config.reading import Config
@@ -282,12 +280,8 @@ def configuration(source: str, settings: list[str], best: bool = False) -> tuple
 
 
 def quieten_libraries() -> None:
-    """Keep the model libraries' bars and notices off the display, and the libraries off the network."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    settings = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+    """Keep the model libraries' bars off the display, and the libraries off the network."""
+    stay_offline()
     import diffusers
     import transformers
 
@@ -297,6 +291,7 @@ def quieten_libraries() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; an error that a user can fix becomes one line and exit code 2."""
+    quieten_notices()
     try:
         app(arguments)
     except (ValueError, OSError) as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..quiet import stay_offline
 from .arguments import Best, CommandError, Family, lora_of
 
 if TYPE_CHECKING:
@@ -229,6 +230,7 @@ def check_lora(
     from comfy_g2rpo.lora.core_loader import applied, is_control
     from comfy_g2rpo.lora.forms import faults
 
+    stay_offline()
     from ..lora.ask_diffusers import in_diffusers
     from ..lora.lora_files import fit, lora_file, read_any, which
     from ..lora.weight_files import look_at

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..quiet import stay_offline
 from .arguments import AsJson, Batch, CommandError, Device, Prompts, Quiet
 
 if TYPE_CHECKING:
@@ -210,9 +210,7 @@ def judged(
     quiet: bool,
 ) -> tuple[list[Entry], list[RewardKind], Tensor]:
     """Find the pictures and judge what the journal lacks; Ctrl-C says how to go on."""
-    # Our own errors say what a reward model's library has to say; and it stays off the network.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    stay_offline()
     from ..model.inference import device
     from ..reports.ranking import (
         Journal,
