@@ -4,6 +4,7 @@ and trusts no text.
 
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +17,16 @@ from program import leave
 
 from comfy_g2rpo.run.evaluation import Evaluation
 from comfy_g2rpo.run.folder import RunFolder, Sample
-from g2rpo_trainer.reports.comparison import Pair, change, interval, of_runs, same_names, to_show
+from g2rpo_trainer.reports.comparison import (
+    LABEL,
+    Pair,
+    change,
+    interval,
+    labels,
+    of_runs,
+    same_names,
+    to_show,
+)
 
 EVIL = '<script>alert("x")</script> & \u202e "quoted"'
 
@@ -139,6 +149,45 @@ def test_a_run_by_itself_is_its_first_with_its_last_evaluation(tmp_path: Path) -
     assert (found.before, found.after) == ("run, step 0", "run, step 9")
     with pytest.raises(ValueError, match="has a single evaluation; let it train on"):
         of_runs(*[make_run(tmp_path / "short", {0: 0.0})] * 2)
+
+
+LONG = "a_very_long_name_of_an_experiment_with_everything_in_it"
+PLACES = {
+    "their names": ("runs/one", "runs/two", ("one", "two")),
+    "the same name": ("one/run", "two/run", ("one/run", "two/run")),
+    "the same last folders": ("a/x/runs/demo", "b/x/runs/demo", ("a/x/runs/demo", "b/x/runs/demo")),
+    "one within the other": ("run", "sub/run", None),
+    "the place itself": (".", "..", None),
+    "a way around": ("x/../one", "two", ("one", "two")),
+    "itself": ("one", "x/../one", ("one", "one")),
+    "other beginnings": (f"lr1_{LONG}", f"lr2_{LONG}", None),
+    "other ends": (f"{LONG}_seed1", f"{LONG}_seed2", None),
+    "other middles": (f"{LONG}_lr1_{LONG}", f"{LONG}_lr2_{LONG}", None),
+    "other folders, long names": (f"one/{LONG}", f"two/{LONG}", None),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_what_is_compared_has_a_short_name_that_tells_it_apart(name: str) -> None:
+    first, second, expected = PLACES[name]
+    found = labels(Path(first), Path(second))
+    assert expected in (None, found)
+    assert (found[0] == found[1]) == (name == "itself")
+    for label, place in zip(found, (first, second), strict=True):
+        assert 0 < len(label.strip("…")) <= LABEL
+        assert label.strip("…") in str(Path(os.path.abspath(place)))
+
+
+def test_names_that_no_cut_tells_apart_are_whole() -> None:
+    assert labels(Path("a" * 50), Path("a" * 60)) == ("a" * 50, "a" * 60)
+
+
+def test_page_and_text_say_which_run_is_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = make_run(tmp_path / "one/run", {5: 1.0}), make_run(tmp_path / "two/run", {7: 3.0})
+    _, text, _ = leave(capsys, "compare", one, other, "--out", tmp_path / "a.html")
+    assert text.splitlines()[0] == "one/run, step 5 → two/run, step 7"
+    page = Page((tmp_path / "a.html").read_text("utf-8")).text
+    assert "Left: one/run, step 5; right: two/run, step 7." in page
 
 
 def test_runs_of_other_seeds_or_prompts_say_so(tmp_path: Path) -> None:

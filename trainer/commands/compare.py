@@ -77,6 +77,7 @@ def compare(
         changes = [each.row() for each in made.changes]
         typer.echo(json.dumps({"before": made.before, "after": made.after, "changes": changes}, indent=1))
         return
+    typer.echo(f"{made.before} → {made.after}")
     for each in made.changes:
         typer.echo(line(each))
     for note in made.notes:
@@ -95,7 +96,7 @@ def of_folders(
     quiet: bool,
 ) -> Comparison:
     """Judge the pictures that two folders share, and pair their scores."""
-    from ..reports.comparison import Comparison, Pair, changes, same_names
+    from ..reports.comparison import Comparison, Pair, changes, labels, same_names
 
     matched, notes = same_names(before, after)
     asked, _ = asked_for(reward, None, [], None, device, batch)
@@ -114,7 +115,7 @@ def of_folders(
     notes += [f"{broken} pictures could not be read"] if broken else []
     apart = sum(entries[i].prompt != entries[j].prompt for i, j in sides)
     notes += [f"{apart} pairs have different prompts before and after"] if apart else []
-    return Comparison(before.name, after.name, tuple(pairs), changes(pairs), tuple(notes))
+    return Comparison(*labels(before, after), tuple(pairs), changes(pairs), tuple(notes))
 
 
 def line(each: Change) -> str:

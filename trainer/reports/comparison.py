@@ -9,6 +9,7 @@ paired bootstrap over prompts (Efron and Tibshirani, "An introduction to the boo
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ RESAMPLES, CONFIDENCE = 9999, 0.95
 # units from which on the plain percentile interval replaces the accelerated one, which leaves each of them
 # out once
 MANY = 2000
+LABEL = 40  # characters of the name of what is compared
 
 
 class ComparisonError(ValueError):
@@ -135,7 +137,7 @@ def of_runs(first: Path, second: Path, best: bool = False) -> Comparison:
         raise ComparisonError(
             f"{first} has a single evaluation; let it train on, or give another run to compare with"
         )
-    names = tuple(f"{run.path.name}, step {step}" for run, step in zip((one, other), chosen, strict=True))
+    names = [f"{name}, step {step}" for name, step in zip(labels(first, second), chosen, strict=True)]
     measured = scored_pairs(one, other, chosen)
     if not measured:
         raise ComparisonError(
@@ -149,6 +151,27 @@ def of_runs(first: Path, second: Path, best: bool = False) -> Comparison:
         else ()
     )
     return Comparison(*names, tuple(shown_pairs(one, other, chosen)), changes(measured), notes)
+
+
+def labels(first: Path, second: Path) -> tuple[str, str]:
+    """Name two places as shortly as tells them apart: by their last folders, long names cut around that."""
+    parts = [Path(os.path.abspath(place)).parts for place in (first, second)]
+    depths = range(1, max(map(len, parts)) + 1)
+    depth = next((depth for depth in depths if parts[0][-depth:] != parts[1][-depth:]), 1)
+    whole = [str(Path(*each[-depth:])) for each in parts]
+    apart = (i for i, (one, other) in enumerate(zip(*whole, strict=False)) if one != other)
+    place = next(apart, min(map(len, whole)))
+    cut = [around(text, place) for text in whole]
+    return tuple(whole if cut[0] == cut[1] and whole[0] != whole[1] else cut)
+
+
+def around(text: str, place: int) -> str:
+    """Cut a text to LABEL characters that hold the one at `place`, the end where it can be."""
+    if len(text) <= LABEL:
+        return text
+    start = max(min(place - LABEL // 4, len(text) - LABEL), 0)
+    kept = text[start : start + LABEL]
+    return f"{'…' if start else ''}{kept}{'…' if start + LABEL < len(text) else ''}"
 
 
 def evaluated(run: RunFolder) -> list[int]:

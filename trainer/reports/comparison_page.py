@@ -58,8 +58,8 @@ def page(comparison: Comparison, most: int) -> str:
     )
     order = f", from the greatest gain of {escape(first)} to the greatest loss" if first else ""
     pictures = (
-        f"<h2>Pictures</h2><p class='pale'>{count} pairs{order}. Left: before; right: "
-        f"after.</p>{''.join(map(pair, shown))}"
+        f"<h2>Pictures</h2><p class='pale'>{count} pairs{order}. Left: {escape(comparison.before)}; right: "
+        f"{escape(comparison.after)}.</p>{''.join(map(pair, shown))}"
     )
     return f"{head}{body}{pictures if shown else ''}</body></html>\n"
 
