@@ -204,6 +204,80 @@ def check_undo(ours: Page, keys: list[str]) -> None:
     assert ours.group() == keys and page.locator(".g2rpo-choice[data-chosen]").count() == 2
 
 
+BOXES = """(part) => [...document.querySelectorAll(part)].map((each) => {
+    const { left, top, right, bottom } = each.getBoundingClientRect();
+    return [left, top, right, bottom];
+})"""
+SQUEEZED = "place => { place.style.cssText = 'flex: none; height: 120px; overflow: auto'; }"
+
+
+def apart(one: list[float], other: list[float]) -> bool:
+    """Say whether two boxes (left, top, right, bottom) share nothing."""
+    return min(one[2], other[2]) <= max(one[0], other[0]) or min(one[3], other[3]) <= max(one[1], other[1])
+
+
+def check_whole(page: Any, shape: tuple[int, int]) -> None:
+    """See that every picture has its own place and its own shape, and covers nothing."""
+    choices = page.evaluate(BOXES, CHOICE)
+    for i, box in enumerate(choices):
+        assert all(apart(box, other) for other in choices[:i])
+        assert (box[3] - box[1]) / (box[2] - box[0]) == pytest.approx(shape[0] / shape[1], rel=0.02)
+
+
+@contextmanager
+def offline(run: Path, window: tuple[int, int]) -> Iterator[Any]:
+    """Open the page that the command writes for a run, in a window of (width, height)."""
+    call("vote", run)
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(
+            executable_path=workflow_page.CHROMIUM, args=workflow_page.ARGUMENTS
+        )
+        page = browser.new_page(viewport={"width": window[0], "height": window[1]})
+        page.goto((run / "vote.html").as_uri())
+        page.wait_for_selector(CHOICE)
+        yield page
+        browser.close()
+
+
+@pytest.mark.parametrize("window", [(1280, 800), (800, 600), (400, 700), (1900, 500)])
+@pytest.mark.parametrize(
+    "count, shape",
+    [(2, (24, 24)), (4, (16, 40)), (8, (24, 24)), (8, (40, 16)), (12, (24, 24)), (30, (24, 24))],
+)
+def test_no_picture_of_the_offline_page_is_cut_off_or_covered(
+    tmp_path: Path, count: int, shape: tuple[int, int], window: tuple[int, int]
+) -> None:
+    run = RunFolder.create(tmp_path / "votes", {"config": {}}).path
+    ballots.write_ballot(run, torch.rand(count, *shape, 3), "a red cat", 1)
+    with offline(run, window) as page:
+        page.wait_for_timeout(200)
+        check_whole(page, shape)
+        (ballot,), (tools,) = page.evaluate(BOXES, ".g2rpo-ballot"), page.evaluate(BOXES, ".g2rpo-tools")
+        for left, top, right, bottom in page.evaluate(BOXES, CHOICE):
+            assert ballot[0] <= left and right <= ballot[2] and ballot[1] <= top and bottom <= tools[1]
+        assert tools[3] <= ballot[3]
+        # Up to twelve, the whole group is seen at once, beneath its title and above the foot.
+        (foot,) = page.evaluate(BOXES, "footer")
+        if count <= 12 and window[1] >= 600:
+            assert tools[3] - ballot[1] <= window[1] - (foot[3] - foot[1])
+        assert foot[2] <= window[0]
+        if shape == (24, 24):
+            # As in a block of the graph that has been made too small: the pictures are scrolled to.
+            page.locator(".g2rpo-choices").evaluate(SQUEEZED)
+            page.wait_for_timeout(100)
+            check_whole(page, shape)
+
+
+def test_the_offline_page_asks_and_names_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder.create(tmp_path / "votes", {"config": {}}).path
+    ballots.write_ballot(run, torch.rand(2, 8, 8, 3), "a red cat", 1)
+    monkeypatch.chdir(run)
+    call("vote", ".")
+    with offline(run, (800, 600)) as page:
+        assert page.locator("h1").inner_text() == "Which pictures are best?"
+        assert page.locator("header p").inner_text().startswith("Run votes. Click the best picture first")
+
+
 @pytest.fixture
 def voted_page(tmp_path: Path) -> Iterator[tuple[Any, Path, list[str]]]:
     """Open the page that the command writes, from a file."""

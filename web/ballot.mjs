@@ -98,16 +98,17 @@ export function tiling(count, width, height, aspect = 1) {
 
 let made = 0;
 
-// The elements of one ballot. `changed(votes)` is called after every change; `done()` by the last button, where there is one; `fill` makes the
-// pictures as large as the place for them allows.
+// The elements of one ballot. `changed(votes)` is called after every change; `done()` by the last button, where there is one; `room(grid)`
+// answers how many pixels high the pictures may become together.
 export class Ballot {
-  constructor({ changed = () => {}, done = null, doneLabel = "", resized = () => {}, fill = false } = {}) {
+  constructor({ changed = () => {}, done = null, doneLabel = "", resized = () => {}, room }) {
     Object.assign(this, { changed, resized, opinion: new Opinion([]), choices: [], height: BASE_HEIGHT + TILE_HEIGHT, name: `g2rpo-ballot-${(made += 1)}` });
     this.build(done, doneLabel);
     this.root.addEventListener("keydown", (event) => this.key(event));
     this.aspect = 1;
-    this.observer = fill ? new ResizeObserver(() => this.layOut()) : null;
-    this.observer?.observe(this.grid);
+    this.room = room;
+    this.observer = new ResizeObserver(() => this.layOut());
+    this.observer.observe(this.grid);
     this.say("Press Run: the pictures of the group appear here.");
   }
 
@@ -160,13 +161,12 @@ export class Ballot {
   }
 
   layOut() {
-    if (!this.observer) return;
-    const { columns, tile } = tiling(this.choices.length, this.grid.clientWidth, this.grid.clientHeight, this.aspect);
+    const { columns, tile } = tiling(this.choices.length, this.grid.clientWidth, this.room(this.grid), this.aspect);
     this.grid.style.gridTemplateColumns = tile < MIN_TILE ? "" : `repeat(${columns}, ${Math.floor(tile)}px)`;
   }
 
   dispose() {
-    this.observer?.disconnect();
+    this.observer.disconnect();
   }
 
   // Says something in place of a group.

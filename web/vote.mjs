@@ -17,7 +17,7 @@ export class Voting {
       if (node.size[1] < least[1]) node.setSize([node.size[0], least[1]]);
       node.setDirtyCanvas?.(true, true);
     };
-    const ballot = new Ballot({ changed: (votes) => this.write(node, votes), done: () => this.goOn(), doneLabel: "Vote and go on", resized, fill: true });
+    const ballot = new Ballot({ changed: (votes) => this.write(node, votes), done: () => this.goOn(), doneLabel: "Vote and go on", resized, room: (grid) => grid.clientHeight });
     const widget = node.addDOMWidget("g2rpo_ballot", "g2rpo_ballot", ballot.root, { serialize: false, hideOnZoom: false, getMinHeight: () => ballot.height });
     // `options.serialize` keeps it out of the prompt, this out of the workflow.
     widget.serialize = false;

@@ -8,13 +8,17 @@ const { schema, run, groups } = JSON.parse(document.getElementById("groups").tex
 const found = groups.map(() => null);
 let saved = true;
 
-const voter = element("input", { type: "text", id: "voter", maxlength: "64", placeholder: "name, if several people vote" });
+const voter = element("input", { type: "text", id: "voter", maxlength: "64", "aria-label": "Your name", placeholder: "your name, if several vote" });
 const save = element("button", { type: "button", class: "g2rpo-done", id: "save" }, "Save votes.json");
 const state = element("span", { role: "status", id: "state" });
 
+// A group is to be seen whole, between its title and the foot of the page.
+const room = () => Math.max(window.innerHeight - 210, 200);
+
 const cards = groups.map((group, i) => {
-  const ballot = new Ballot({ changed: (votes) => keep(i, votes) });
+  const ballot = new Ballot({ changed: (votes) => keep(i, votes), room });
   ballot.show(group);
+  window.addEventListener("resize", () => ballot.layOut());
   const title = element("h2", {}, `${i + 1} of ${groups.length}: ${group.prompt}`);
   return element("section", {}, title, ballot.root);
 });
@@ -54,8 +58,8 @@ const words = [
   "Keys: a digit chooses a picture, the arrows go to one, Enter chooses it, Backspace takes the last click back.",
 ];
 document.body.append(
-  element("header", {}, element("h1", {}, `Votes for ${run}`), element("p", {}, ...words)),
+  element("header", {}, element("h1", {}, "Which pictures are best?"), element("p", {}, `Run ${run}. `, ...words)),
   ...cards,
-  element("footer", {}, state, element("label", { for: "voter" }, "You: "), voter, save),
+  element("footer", {}, state, voter, save),
 );
 tell();

@@ -28,11 +28,13 @@ STYLE = """
 body { max-width: 1200px; margin: 0 auto; padding: 16px; background: Canvas; color: CanvasText;
   font: 15px/1.4 system-ui, sans-serif; }
 h1 { font-size: 20px; } h2 { margin: 24px 0 6px; font-size: 16px; }
-.g2rpo-ballot { height: auto; } .g2rpo-ballot .g2rpo-run { display: none; }
-.g2rpo-choices { grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); overflow: visible; }
-footer { position: sticky; bottom: 0; display: flex; gap: 10px; align-items: center; padding: 10px 0;
-  background: Canvas; }
-#state { margin-right: auto; } #save { padding: 6px 14px; font: inherit; }
+html { scrollbar-gutter: stable; }
+.g2rpo-ballot { height: auto; min-height: 0; } .g2rpo-ballot .g2rpo-run { display: none; }
+.g2rpo-choices { flex: none; grid-template-columns: repeat(auto-fill, minmax(min(160px, 45%), 1fr));
+  min-height: 0; overflow: visible; }
+footer { position: sticky; bottom: 0; display: flex; flex-wrap: wrap; gap: 10px; align-items: center;
+  padding: 10px 0; background: Canvas; }
+#state { margin-right: auto; } #voter { width: 190px; } #save { padding: 6px 14px; font: inherit; }
 """
 
 
@@ -69,7 +71,7 @@ def vote(
         typer.echo(f"groups that still wait for votes: {len(waiting)}")
         return
     place = Path(run) / "vote.html"
-    write_bytes(place, page(Path(run).name, waiting).encode())
+    write_bytes(place, page(Path(run).resolve().name, waiting).encode())
     typer.echo(
         f"groups that wait for votes: {len(waiting)}; open {place}, save votes.json there, then: g2rpo "
         f"vote {run} --take votes.json"
@@ -137,6 +139,7 @@ def page(run: str, waiting: list[Ballot]) -> str:
     data = json.dumps({"schema": SCHEMA, "run": run, "groups": groups}).replace("<", "\\u003c")
     parts = (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Votes</title>',
+        '<meta name="viewport" content="width=device-width">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         f"<style>{(web / 'g2rpo.css').read_text('utf-8')}{STYLE}</style>\n<body>",
         f'<script type="application/json" id="groups">{data}</script>',
