@@ -261,9 +261,9 @@ class Like(Reward):
         return self.likeness.note
 
     @property
-    def function(self) -> object:
-        """Return the function whose docstring says what it measures."""
-        return KINDS[self.likeness.name].likeness
+    def about(self) -> str:
+        """Return what it likes, in words for users."""
+        return self.likeness.about
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images [B, H, W, 3] by prompts [B]: [B]."""

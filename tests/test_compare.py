@@ -27,6 +27,7 @@ from g2rpo_trainer.reports.comparison import (
     same_names,
     to_show,
 )
+from g2rpo_trainer.reports.comparison_page import pair
 
 EVIL = '<script>alert("x")</script> & \u202e "quoted"'
 
@@ -311,3 +312,11 @@ def test_a_mistake_is_one_line_and_leaves_no_report(
     assert error.startswith(f"error: {words}")
     assert not Path("compare.html").exists()
     assert Path("mine.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "before, after, kind",
+    [(0.89701, 0.89696, "pale"), (0.5, 0.5, "pale"), (0.25, 0.26, "up"), (20.5, 20.49, "down")],
+)
+def test_a_pair_is_coloured_where_its_figures_show_a_change(before: float, after: float, kind: str) -> None:
+    assert f"<span class='{kind}'>jpeg " in pair(Pair("start noise 0", "a cat", {"jpeg": (before, after)}))

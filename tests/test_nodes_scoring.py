@@ -236,6 +236,7 @@ def test_blocks_say_what_they_found(core: Answer) -> None:
     assert "agreement" in said["score_table"] and "colourfulness" in said["score_table"]
     assert "zero_std_share 0%" in said["summary"]
     assert "rank_agreement of stride 2 with stride 1, agreement" in said["summary"]
+    assert "likes" in said["about"] and "[B" not in said["about"]
     assert "Apache-2.0" in said["about"] and "only between images of one prompt" in said["about"]
     assert PROMPT not in said["score_table"] + said["image_table"]
 

@@ -2,6 +2,7 @@
 columns ask.
 """
 
+import re
 import sys
 from io import BytesIO
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from comfy_g2rpo.prompts import Prompt
 from comfy_g2rpo.rewards import REWARDS, RewardError, check_prompts, checked
-from comfy_g2rpo.rewards.likeness import KINDS, colour_histogram, lab, reference_reward
+from comfy_g2rpo.rewards.clips import OfFrames
+from comfy_g2rpo.rewards.likeness import KINDS, Likeness, colour_histogram, lab, reference_reward
 
 RANDOM = torch.rand(4, 48, 64, 3, generator=torch.Generator().manual_seed(3))
 RANDOM = (RANDOM * 255).round() / 255
@@ -290,3 +292,11 @@ def test_a_batch_may_mix_words_columns_and_neither():
 def test_a_column_that_cannot_be_judged_is_named_before_anything_runs(columns: dict[str, object], words: str):
     with pytest.raises(RewardError, match=words):
         check_prompts([REWARDS["jpeg"], REWARDS["agreement"]], ["two red circles", Prompt("a fox", columns)])
+
+
+@pytest.mark.parametrize("name", [*REWARDS, *KINDS])
+def test_a_reward_says_in_words_what_it_likes(name: str) -> None:
+    reward = REWARDS.get(name) or Likeness(name, lambda prompt: None)
+    assert reward.about.startswith("likes ") and ":" in reward.about and len(reward.about) <= 100
+    assert not re.search(r"[\[\]\nΣ√∏Πσ²]", reward.about)
+    assert OfFrames(reward).about == reward.about

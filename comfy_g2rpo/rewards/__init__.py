@@ -13,20 +13,63 @@ SHAPES = 'coloured shapes in the prompt, such as "two red circles"'
 REWARDS: dict[str, Reward] = {
     reward.name: reward
     for reward in (
-        Rule("agreement", agreement, compares_across_prompts=True, needs=SHAPES, check=check_columns),
-        Rule("strict", strict, compares_across_prompts=True, needs=SHAPES, check=check_columns),
-        Rule("jpeg", jpeg, compares_across_prompts=False, note="ends in blank pictures"),
-        Rule("webp", webp, compares_across_prompts=False, note="ends in blank pictures"),
-        Rule("sharpness", sharpness, compares_across_prompts=False, note="ends in grain and checkerboards"),
         Rule(
-            "colourfulness", colourfulness, compares_across_prompts=False, note="ends in saturated blotches"
+            "agreement",
+            agreement,
+            compares_across_prompts=True,
+            needs=SHAPES,
+            check=check_columns,
+            about="likes coloured shapes as the prompt asks for: how much is right, from 0 to 1",
         ),
-        Rule("exposure", exposure, compares_across_prompts=False, note="ends in flat mid grey"),
+        Rule(
+            "strict",
+            strict,
+            compares_across_prompts=True,
+            needs=SHAPES,
+            check=check_columns,
+            about="likes coloured shapes as the prompt asks for, all or nothing: 1 or 0",
+        ),
+        Rule(
+            "jpeg",
+            jpeg,
+            compares_across_prompts=False,
+            note="ends in blank pictures",
+            about="likes pictures that make small JPEG files: minus the size in kilobytes",
+        ),
+        Rule(
+            "webp",
+            webp,
+            compares_across_prompts=False,
+            note="ends in blank pictures",
+            about="likes pictures that make small WebP files: minus the size in kilobytes",
+        ),
+        Rule(
+            "sharpness",
+            sharpness,
+            compares_across_prompts=False,
+            note="ends in grain and checkerboards",
+            about="likes fine detail and hard edges: 0 for a blank picture, without an upper end",
+        ),
+        Rule(
+            "colourfulness",
+            colourfulness,
+            compares_across_prompts=False,
+            note="ends in saturated blotches",
+            about="likes strong, varied colours: 0 for a grey picture, about 80 for a highly colourful one",
+        ),
+        Rule(
+            "exposure",
+            exposure,
+            compares_across_prompts=False,
+            note="ends in flat mid grey",
+            about="likes pictures that are neither too dark nor too bright: from 0 to 1",
+        ),
         Rule(
             "symmetry",
             symmetry,
             compares_across_prompts=False,
             note="ends in kaleidoscopes and horizontal stripes",
+            about="likes a left half that mirrors the right half: from −1 to 1",
         ),
     )
 }

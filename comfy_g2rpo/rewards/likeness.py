@@ -39,6 +39,7 @@ class Kind:
     keep: Callable[[Any], Any]
     likeness: Callable[[Tensor, Any], np.ndarray]
     note: str
+    about: str
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Likeness(Reward):
     licence: str = "Apache-2.0"
     compares_across_prompts: bool = True
     needs = "a reference, for all images or in a column of the prompt list"
+
+    @property
+    def about(self) -> str:
+        """Return what the reward likes, in words for users."""
+        return KINDS[self.name].about
 
     @property
     def note(self) -> str:
@@ -236,12 +242,24 @@ KINDS: dict[str, Kind] = {
         lambda image: hash_bits(picture(image))[0],
         hash_likeness,
         "keeps the reference's layout of light and dark alone",
+        "likes the reference's layout of light and dark: up to 1, and about ½ for unlike pictures",
     ),
     "histogram": Kind(
         lambda image: colour_histogram(picture(image))[0],
         histogram_likeness,
         "keeps the reference's colours in any arrangement",
+        "likes as much of each colour as the reference has, wherever it lies: from 0 to 1",
     ),
-    "ssim": Kind(picture, ssim_likeness, "ends in copies of the reference"),
-    "palette": Kind(palette, palette_likeness, "ends in flat areas of the palette's colours"),
+    "ssim": Kind(
+        picture,
+        ssim_likeness,
+        "ends in copies of the reference",
+        "likes the reference's structure, place by place: from −1 to 1",
+    ),
+    "palette": Kind(
+        palette,
+        palette_likeness,
+        "ends in flat areas of the palette's colours",
+        "likes the palette's colours in equal shares: from 0 to 1",
+    ),
 }

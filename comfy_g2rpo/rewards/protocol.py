@@ -24,6 +24,8 @@ class Reward:
     """Licence of the judge's code and weights."""
     compares_across_prompts: bool
     """Whether a score means the same for every prompt."""
+    about = ""
+    """What it likes and how high its scores are, in words for users."""
     note = ""
     """How it fails as a target."""
     needs = ""
@@ -60,7 +62,8 @@ class Wrapped(Reward):
     """Another reward in every respect; a subclass overrides those in which it differs."""
 
     reward: Reward
-    name, licence, note, needs = map(_forwarded, ("name", "licence", "note", "needs"))
+    name, licence, about = map(_forwarded, ("name", "licence", "about"))
+    note, needs = map(_forwarded, ("note", "needs"))
     compares_across_prompts, needs_group = map(_forwarded, ("compares_across_prompts", "needs_group"))
     runs_elsewhere, may_abstain = map(_forwarded, ("runs_elsewhere", "may_abstain"))
     module, embed, cancel = map(_forwarded, ("module", "embed", "cancel"))
@@ -78,6 +81,7 @@ class Rule(Reward):
     note: str = ""
     needs: str = ""
     check: Callable[[Sequence[str]], None] | None = None
+    about: str = ""
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts whose columns the rule cannot use."""

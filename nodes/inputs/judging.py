@@ -191,12 +191,11 @@ def score_table(
 
 
 def describe(reward: Reward) -> str:
-    """Describe a reward: what it measures, how it fails, its licence, whether prompts may differ."""
-    known, function = KNOWN.get(reward.name), getattr(reward, "function", None)
-    own = (getattr(function, "__doc__", None) or "a reward model of your own").strip()
-    said = f"{known.title}, {known.scale}" if known else own
+    """Describe a reward: what it likes, how it fails, its licence, whether prompts may differ."""
+    known = KNOWN.get(reward.name)
+    said = f"{known.title}, {known.scale}" if known else reward.about or "a reward model of your own"
     across = "Scores mean the same for every prompt." if reward.compares_across_prompts else RELATIVE
-    lines = [f"{reward.name}: {said.splitlines()[0]}", f"As a target: {reward.note}" if reward.note else ""]
+    lines = [f"{reward.name}: {said}", f"As a target: {reward.note}" if reward.note else ""]
     return "\n".join(filter(None, [*lines, f"Licence: {reward.licence}", across]))
 
 

@@ -34,7 +34,10 @@ def list_rewards(to: Place = None) -> None:
 
     root = _root(to)
     present = installed(root)
-    typer.echo(f"without weights: {', '.join(REWARDS)}\n\nreward models in {root} (* installed):")
+    typer.echo("without weights:")
+    for rule in REWARDS.values():
+        typer.echo(f"  {rule.name:<17} {rule.about}")
+    typer.echo(f"\nreward models in {root} (* installed):")
     for known in KNOWN.values():
         mark = "*" if known.name in present else " "
         across = "" if known.compares_across_prompts else " Compare only within one prompt."

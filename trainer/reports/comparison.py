@@ -200,7 +200,7 @@ def scored_pairs(one: RunFolder, other: RunFolder, steps: tuple[int, int]) -> li
                 name: tuple(float(look.scores[own.index(name), row, noise]) for look, own, row in places)
                 for name in names
             }
-            pairs.append(Pair(f"noise {noise}", prompt, scores))
+            pairs.append(Pair(f"start noise {noise}", prompt, scores))
     return pairs
 
 
@@ -221,7 +221,7 @@ def shown_pairs(one: RunFolder, other: RunFolder, steps: tuple[int, int]) -> lis
         (before, file_before), (after, file_after) = found[0][key], found[1][key]
         names = [name for name in before.scores if name in after.scores]
         scores = {name: (known(before.scores[name]), known(after.scores[name])) for name in names}
-        pairs.append(Pair(f"noise {key[1]}", key[0], scores, file_before, file_after))
+        pairs.append(Pair(f"start noise {key[1]}", key[0], scores, file_before, file_after))
     return pairs
 
 

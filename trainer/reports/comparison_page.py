@@ -106,7 +106,7 @@ def bar(each: Change) -> str:
     label = f"gain {number(each.gain, True)}, from {number(low, True)} to {number(high, True)}"
     return (
         f'<svg width="{BAR}" height="{BAR_HEIGHT}" role="img" aria-label="{label}">'
-        f'<path d="{zero}" stroke="var(--line)"/><path d="{line}" stroke="{colour}" stroke-width="4"/>'
+        f'<path d="{zero}" stroke="var(--pale)"/><path d="{line}" stroke="{colour}" stroke-width="4"/>'
         f'<circle cx="{middle:.1f}" cy="{BAR_HEIGHT / 2}" r="5" fill="{colour}"/></svg>'
     )
 
@@ -118,7 +118,9 @@ def pair(each: Pair) -> str:
         f'<span class="pale">{escape(each.label)}</span>',
     ]
     for name, (before, after) in each.scores.items():
-        kind = "up" if after > before else "down" if after < before else "pale"
+        # What shows no change is not coloured as one.
+        alike = number(before) == number(after)
+        kind = "pale" if alike else "up" if after > before else "down" if after < before else "pale"
         said.append(
             f"<span class='{kind}'>{escape(name)} {number(before)} → {number(after)} "
             f"({number(after - before, True)})</span>"
