@@ -117,6 +117,18 @@ def test_accents_are_dropped_and_other_scripts_marked() -> None:
     assert drawing.plain("Ein schöner Café–Tag, 日本\n\0x") == "Ein schoner Cafe-Tag, ?? x"
 
 
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("fell by 0.02 ± 0.01", "fell by 0.02 +/- 0.01"),
+        ("α ≠ 1, β ≥ 2", "? != 1, ? >= 2"),
+        ("≤ 3 × 4", "<= 3 x 4"),
+    ],
+)
+def test_signs_of_a_message_are_spelt_out(text: str, shown: str) -> None:
+    assert drawing.plain(text) == shown
+
+
 def test_a_broken_up_text_keeps_its_words_and_its_lines_fit() -> None:
     text = "four purple triangles left of a very long description " * 3
     lines = drawing.wrapped(text, 24, 400, 20)

@@ -26,7 +26,7 @@ LONGEST = 2000  # characters of a text that are looked at
 # From DOWN over neutral to UP; both sides darken alike.
 _RAMP = np.array([(148, 56, 0), (236, 150, 92), (245, 245, 245), (112, 178, 222), (0, 82, 140)], float)
 _WORDS = dict.fromkeys("–—−·", "-") | dict.fromkeys("’‘", "'") | dict.fromkeys("“”", '"')
-_WORDS |= {"×": "x", "→": "->", "…": "...", "ß": "ss"}
+_WORDS |= {"×": "x", "→": "->", "…": "...", "ß": "ss", "±": "+/-", "≤": "<=", "≥": ">=", "≠": "!="}
 
 
 @cache
