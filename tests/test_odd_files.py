@@ -19,7 +19,7 @@ from test_routes import comfyui, make_run, refused, routes
 
 from comfy_g2rpo.files.captions import caption_of
 from comfy_g2rpo.files.safe import RunError, read_json, stamps
-from comfy_g2rpo.run.folder import save_png
+from comfy_g2rpo.files.save_pictures import save_png
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such files")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfy_g2rpo.run.folder import save_png
+from comfy_g2rpo.files.save_pictures import save_png
 from g2rpo_trainer.quiet import VERBOSITY, quieten_notices
 
 TO_Q = "transformer_blocks.0.attn.to_q"

@@ -253,7 +253,14 @@ def test_what_an_interrupted_write_leaves_is_swept(run: Path, name: str) -> None
 
 
 def test_sweeping_leaves_what_a_person_put_there(tmp_path: Path) -> None:
-    kept = ("notes.txt", ".hidden", ".git/config", "checkpoints/best/lora.safetensors", "a.partial")
+    kept = (
+        "notes.txt",
+        ".hidden",
+        ".git/config",
+        "checkpoints/best/lora.safetensors",
+        "a.partial",
+        ".notes.original",
+    )
     for name in kept:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"mine")

@@ -22,7 +22,8 @@ from comfy_g2rpo.files.safe import (
     write_json,
     write_tensors,
 )
-from comfy_g2rpo.run.folder import RunFolder, Sample, read_state, save_png, write_state
+from comfy_g2rpo.files.save_pictures import save_png
+from comfy_g2rpo.run.folder import RunFolder, Sample, read_state, write_state
 from comfy_g2rpo.run.optimizers import load_optimizer_tensors, optimizer_tensors
 
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from scipy.special import log_expit
 
 from comfy_g2rpo.files.safe import RunError
-from comfy_g2rpo.run.folder import RunFolder, save_png
+from comfy_g2rpo.files.save_pictures import save_png
+from comfy_g2rpo.run.folder import RunFolder
 from comfy_g2rpo.votes import ballots
 from comfy_g2rpo.votes.strengths import (
     MAX_PICTURES,

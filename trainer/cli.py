@@ -206,8 +206,8 @@ def sample(
     other_model = [f"model.path={json.dumps(model)}"] if model else []
     config, own_lora = configuration(recipe, [*(settings or []), *other_model], best)
     quieten_libraries()
+    from comfy_g2rpo.files.save_pictures import save_picture
     from comfy_g2rpo.prompts import starting, with_columns
-    from comfy_g2rpo.run.folder import save_picture
     from comfy_g2rpo.run.scorer import levels
 
     from .model.inference import draw, note_of

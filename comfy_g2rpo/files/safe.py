@@ -39,7 +39,9 @@ KINDS = {
     b"7z\xbc\xaf": "a packed file; unpack it",
 }
 """What files start with that people take for safetensors: what each is, and what to do."""
-LEFTOVER = re.compile(r"\.(filling-|replaced-).*|\..+\.(partial|[a-z0-9_]{8})")
+LEFTOVER = re.compile(
+    r"\.(filling-|replaced-).*|\..+\.partial|\..+\.(json|jsonl|png|webp|safetensors)\.[a-z0-9_]{8}"
+)
 """What an interrupted write leaves: the name of a temporary file or folder."""
 
 

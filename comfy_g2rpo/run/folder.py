@@ -27,17 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ..files.captions import CHUNK
 from ..files.one_writer import LOCK
-from ..files.picture_files import PictureError, clip_bytes, shown_frames, strip
-from ..files.picture_files import read as read_picture
 from ..files.safe import (
+    LEFTOVER,
     FileError,
     RunError,
     digest_of,
@@ -57,6 +51,7 @@ from ..files.safe import (
     write_tensors,
     writing,
 )
+from ..files.save_pictures import save_picture, save_start
 
 SCHEMA = "g2rpo-metrics/1"
 LENGTH = ("steps", "minutes", "eval_every", "checkpoint_every", "keep_checkpoints")
@@ -185,6 +180,7 @@ class RunFolder:
         """Start a run in a new or empty folder; `replace` removes a former run there, and nothing else."""
         check_place(path, replace)
         run = cls(Path(path))
+        sweep(run.path)
         if is_run(run.path):
             for path in run.path.iterdir():
                 with writing(path):
@@ -454,8 +450,21 @@ def check_place(path: Path, replace: bool = False) -> None:
                 f"{path} already holds a run; continue it (g2rpo resume), start over (--replace) or choose "
                 "another folder (--out)"
             )
-    elif path.exists() and (not path.is_dir() or any(each.name != LOCK for each in path.iterdir())):
+    elif path.exists() and not is_beginning(path):
         raise RunError(f"{path} exists and is not a run of this program; choose another folder (--out)")
+
+
+def is_beginning(path: Path) -> bool:
+    """Return whether a folder holds nothing, or no more than a run that was broken off while it began."""
+    if not path.is_dir():
+        return False
+    names = {each.name for each in path.iterdir() if each.name != LOCK and not LEFTOVER.fullmatch(each.name)}
+    if names != {"config.json"}:
+        return not names
+    try:
+        return {"config", "recipe"} <= read_table(path / "config.json").keys()
+    except FileError:
+        return False
 
 
 def is_run(path: Path) -> bool:
@@ -466,41 +475,3 @@ def is_run(path: Path) -> bool:
         return (path / "config.json").is_file() and isinstance(first, dict) and first.get("schema") == SCHEMA
     except (OSError, ValueError, RecursionError):
         return False
-
-
-def save_picture(path: Path, image: Tensor, note: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Write a picture [H, W, 3] in [0, 1]; a clip [F, H, W, 3] of levels as frames side by side and, beside
-    that, as WebP.
-
-    `note` is kept in the PNG. Return what an index says of a clip beside its picture's name.
-    """
-    if image.ndim == 3:
-        save_png(path, image, note)
-        return {}
-    save_png(path, strip(image).float() / 255, note)
-    write_bytes(path.with_suffix(".webp"), clip_bytes(image))
-    return {"clip": path.with_suffix(".webp").name, "frames": len(shown_frames(len(image)))}
-
-
-def save_start(path: Path, start: Path) -> dict[str, Any]:
-    """Keep the image that an edit starts from; return what an index says of it, nothing if unreadable."""
-    try:
-        save_png(path, read_picture(start))
-    except PictureError:
-        return {}
-    return {"start": path.name}
-
-
-def save_png(path: Path, image: Tensor, note: Mapping[str, Any] | None = None) -> None:
-    """Write a picture [H, W, 3] in [0, 1], with what is noted of it in a text chunk."""
-    chunks = PngInfo()
-    if note:
-        chunks.add_text(CHUNK, json.dumps(finite(note)))
-    pixels = np.asarray(image.detach().cpu().clamp(0, 1).mul(255).round().to(torch.uint8))
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        with open(partial, "wb") as file:
-            Image.fromarray(pixels).save(file, format="png", pnginfo=chunks)
-            on_disk(file)
-        os.replace(partial, path)

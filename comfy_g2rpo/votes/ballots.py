@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..files.safe import RunError, read_table, write_bytes, write_json
-from ..run.folder import save_png
+from ..files.save_pictures import save_png
 from .strengths import KEY, VoteError, Votes, from_table, picture_key, scores
 
 SCHEMA = "g2rpo-votes/1"
