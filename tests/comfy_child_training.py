@@ -4,6 +4,8 @@ What came out goes back to test_nodes_training.py.
 """
 
 import hashlib
+import subprocess
+import sys
 
 import comfy.model_management
 import comfy_side
@@ -169,6 +171,46 @@ names = [
     for changes in ({}, {}, {"seed": 9})
 ]
 answer["names"] = names
+
+# Two writers: another process has the run's folder, old or new; then this one has it and others come.
+HOLD = """
+import sys, time
+from comfy_g2rpo.files.one_writer import one_writer
+with one_writer(sys.argv[1]):
+    print("mine", flush=True)
+    time.sleep(300)
+"""
+answer["held"] = []
+for name in ("whole", "fresh"):
+    command = [sys.executable, "-c", HOLD, str(hosting.run_place(name))]
+    holder = subprocess.Popen(command, cwd=given["root"], stdout=subprocess.PIPE, text=True)
+    holder.stdout.readline()
+    former = state(name) if name == "whole" else None
+    ran = comfy_side.run_prompt(train(run=name, steps=given["train"]["steps"] + 2))
+    untouched = former is None or same(former, state(name))
+    answer["held"].append([f"process {holder.pid} " in ran.error, ran.error, untouched])
+    holder.kill()
+    holder.wait()
+answer["after"] = comfy_side.run_prompt(train(run="fresh")).ok
+
+others = []
+
+
+def invite(self, phase):
+    """Let command lines in, once, while the graph trains."""
+    if not others:
+        for words in ([], ["--replace"]):
+            command = [given["python"], "-m", "g2rpo_trainer.cli", "train", "demo", "--quiet", *words]
+            place = ["--out", str(hosting.run_place("shared"))]
+            met = subprocess.run([*command, *place], cwd=given["root"], capture_output=True, text=True)
+            others.append([met.returncode, met.stderr.splitlines()[-1:]])
+    look(self, phase)
+
+
+hosting.Live.check = invite
+shared = comfy_side.run_prompt(train(run="shared"))
+hosting.Live.check = noted
+answer["met"] = [shared.ok, shared.error, others, same(reference, state("shared"))]
 
 # The graph as the loop.
 loop = {

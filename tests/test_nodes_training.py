@@ -6,6 +6,7 @@ Stopped, killed, continued; and what it leaves for core's loaders.
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from g2rpo_trainer.config.reading import from_dict
 from g2rpo_trainer.reports.progress import Silent
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("training in comfyui")]
+
+ROOT = Path(__file__).parent.parent
 
 PROMPTS = ["a red circle", "two blue squares", "a green triangle above a red square", "three yellow circles"]
 HELDOUT = ["a yellow circle and a blue square", "two red triangles"]
@@ -81,6 +84,7 @@ def done(comfyui: Path, base: Path) -> Answer:
     # Only newer cores know the widget.
     bypass = {} if "0.3." in (comfyui / "comfyui_version.py").read_text() else {"bypass": False}
     data = {"train": TRAIN, "stops": STOPS, "bypass": bypass, "gamed": GAMED}
+    data |= {"root": str(ROOT), "python": sys.executable}
     return run_script(comfyui, Path(__file__).with_name("comfy_child_training.py"), base, data)
 
 
@@ -160,6 +164,20 @@ def test_more_steps_continue_a_run_and_other_settings_are_refused(done: Answer) 
     assert "lora.rank = 4, not 2" in done.data["other"]
     first, again, other = done.data["names"]
     assert first == again != other
+
+
+def test_a_graph_leaves_a_run_that_another_process_writes_alone(done: Answer) -> None:
+    for named, error, untouched in done.data["held"]:
+        assert named and "is being written by" in error and untouched
+    assert done.data["after"]
+
+
+def test_command_lines_leave_a_run_that_a_graph_writes_alone(done: Answer) -> None:
+    ok, error, others, same = done.data["met"]
+    assert ok and same, error
+    assert len(others) == 2
+    for code, lines in others:
+        assert code == 2 and "is being written by process" in lines[0]
 
 
 def test_every_run_of_the_loop_graph_is_one_update_and_no_wire_changes(done: Answer) -> None:
