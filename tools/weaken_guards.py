@@ -1,0 +1,223 @@
+"""Weaken every guard of the files that protect a user's data, one by one, and see that a test notices.
+
+A guard is a condition whose body raises, returns, skips or breaks off, or a predicate of several parts. It is
+weakened so: it never holds; a part of an `or` is gone, or of an `and` that is returned; a bound lets its own
+value pass.
+
+    python tools/weaken_guards.py                      # all guarded files, about an hour
+    python tools/weaken_guards.py --changed HEAD~1     # those that changed since then
+    python tools/weaken_guards.py comfy_g2rpo/run/folder.py --list
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ("test_runs", "test_run_safety", "test_damaged_runs", "test_odd_files")
+LORAS = ("test_lora", "test_lora_inputs", "test_lora_kinds", "test_lora_convert")
+NODES = ("test_guard", "test_routes", "test_hostile")
+GUARDED: dict[str, tuple[str, ...]] = {
+    "comfy_g2rpo/files/safe.py": ("test_odd_files", "test_runs", "test_lora_inputs", "test_run_safety"),
+    "comfy_g2rpo/files/one_writer.py": ("test_run_safety",),
+    "comfy_g2rpo/run/folder.py": RUNS,
+    "comfy_g2rpo/run/checkpoint.py": ("test_run_safety", "test_damaged_runs", "test_run"),
+    "comfy_g2rpo/run/rank_guard.py": ("test_speed", "test_guard"),
+    "comfy_g2rpo/lora/__init__.py": LORAS,
+    "comfy_g2rpo/lora/forms.py": LORAS,
+    "comfy_g2rpo/votes/ballots.py": ("test_votes", "test_vote_command"),
+    "nodes/inputs/checks.py": NODES,
+    "nodes/host/routes.py": NODES,
+    "trainer/commands/vote.py": ("test_vote_command",),
+    "trainer/config/input_files.py": ("test_run_inputs",),
+    "trainer/rewards/judges/server.py": ("test_judges_server", "test_judges_log"),
+}
+"""Files whose guards keep data and people safe, and the tests that should notice a weak one."""
+IN_COMFYUI = ("nodes/",)
+"""Where tests run in other processes, so that it cannot be told which of them meet a line."""
+SECONDS = 400
+EQUIVALENT: dict[str, str] = json.loads((Path(__file__).with_suffix(".json")).read_text())
+"""Weakened guards that no test can notice, and why."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One weakened guard: where it is, its name, and the text of the whole file with it."""
+
+    file: str
+    line: int
+    name: str
+    text: str
+
+
+def leaves(body: Sequence[ast.stmt]) -> bool:
+    """Return whether statements end by leaving: then their condition guards what follows."""
+    return isinstance(body[-1], (ast.Raise, ast.Return, ast.Continue, ast.Break))
+
+
+def weaker(test: ast.expr) -> Iterator[tuple[ast.expr, str]]:
+    """List what weakens a condition: the node to replace and what with, as source."""
+    yield test, "False"
+    for node in ast.walk(test):
+        if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or):
+            for part in node.values:
+                yield part, "False"
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            looser = {ast.GtE: ">", ast.LtE: "<"}.get(type(node.ops[0]))
+            if looser:
+                yield node, f"{ast.unparse(node.left)} {looser} {ast.unparse(node.comparators[0])}"
+
+
+def weaker_predicate(value: ast.expr) -> Iterator[tuple[ast.expr, str]]:
+    """List what weakens a predicate of several parts: each of them always holds."""
+    for node in ast.walk(value):
+        if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And):
+            for part in node.values:
+                yield part, "True"
+
+
+def mutants(file: str) -> list[Mutant]:
+    """List the weakened versions of a file."""
+    source = (ROOT / file).read_text("utf-8")
+    found: dict[str, Mutant] = {}
+    tree = ast.parse(source)
+    for function in ast.walk(tree):
+        if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        for node in ast.walk(function):
+            changes: Iterator[tuple[ast.expr, str]] = iter(())
+            if isinstance(node, ast.If) and leaves(node.body):
+                changes = weaker(node.test)
+            elif isinstance(node, ast.Return) and isinstance(node.value, ast.BoolOp):
+                changes = weaker_predicate(node.value)
+            for old, new in changes:
+                name = f"{file}::{function.name}::{ast.unparse(old)} -> {new}"
+                text = replaced(source, old, f"({new})")
+                found.setdefault(name, Mutant(file, node.lineno, name, text))
+    return list(found.values())
+
+
+def replaced(source: str, node: ast.expr, new: str) -> str:
+    """Return source with the text of one expression replaced; positions count bytes of UTF-8."""
+    lines = [line.encode() for line in source.splitlines(keepends=True)]
+    head = b"".join(lines[: node.lineno - 1]) + lines[node.lineno - 1][: node.col_offset]
+    tail = lines[node.end_lineno - 1][node.end_col_offset :] + b"".join(lines[node.end_lineno :])
+    made = (head + new.encode() + tail).decode()
+    ast.parse(made)
+    return made
+
+
+def git(*words: str) -> list[str]:
+    """Return the lines that git answers; none where it cannot."""
+    ran = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    return ran.stdout.splitlines()
+
+
+class Copy:
+    """A copy of the checkout in which files are weakened and tests run."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        names = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        for name in names:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, place / name)
+        # The package's own names stand before an installed checkout.
+        packages = place / ".packages"
+        packages.mkdir()
+        for name, folder in (("comfy_g2rpo", "comfy_g2rpo"), ("g2rpo_trainer", "trainer")):
+            (packages / name).symlink_to(place / folder)
+
+    def pytest(self, *words: str) -> int:
+        """Run tests; return pytest's exit code, 1 where they took too long."""
+        command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
+        paths = os.pathsep.join([str(self.place / ".packages"), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"PYTHONPATH": paths.strip(os.pathsep), "PYTHONHASHSEED": "0"}
+        try:
+            return subprocess.run(
+                command, cwd=self.place, env=environment, capture_output=True, timeout=SECONDS
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return 1
+
+    def meeting(self, file: str, tests: Sequence[str]) -> dict[int, list[str]]:
+        """Return which tests meet each line of a file; all of them must pass."""
+        data = self.place / ".coverage"
+        words = [f"--cov={self.place / Path(file).parent}", "--cov-context=test", "--cov-report="]
+        if code := self.pytest(*words, *tests):
+            raise SystemExit(f"{file}: its tests fail as they are (pytest: {code}); mend that first")
+        from coverage import CoverageData
+
+        held = CoverageData(str(data))
+        held.read()
+        name = next((name for name in held.measured_files() if os.path.samefile(name, self.place / file)), "")
+        lines = held.contexts_by_lineno(name) if name else {}
+        return {line: sorted({each.split("|")[0] for each in met if each}) for line, met in lines.items()}
+
+
+def survivors(file: str, copy: Copy) -> Iterator[Mutant]:
+    """List the weakened guards of a file that no test notices."""
+    tests = [f"tests/{name}.py" for name in GUARDED[file]]
+    met = None if file.startswith(IN_COMFYUI) else copy.meeting(file, tests)
+    original = (copy.place / file).read_text("utf-8")
+    for mutant in mutants(file):
+        if mutant.name in EQUIVALENT:
+            continue
+        chosen = tests if met is None else met.get(mutant.line, [])
+        (copy.place / file).write_text(mutant.text, "utf-8")
+        begin = time.monotonic()
+        noticed = bool(chosen) and copy.pytest("-x", *chosen) != 0
+        (copy.place / file).write_text(original, "utf-8")
+        word = "noticed" if noticed else "SURVIVED"
+        print(f"{word:8}  {time.monotonic() - begin:4.0f} s  line {mutant.line}  {mutant.name}", flush=True)
+        if not noticed:
+            yield mutant
+
+
+def changed_since(revision: str) -> list[str]:
+    """List the guarded files that changed since a revision; none where it is not known."""
+    return [name for name in git("diff", "--name-only", revision, "--") if name in GUARDED]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Weaken guards; return 1 if one of them survives."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", choices=[[], *GUARDED], help="guarded files [default: all]")
+    parser.add_argument("--changed", metavar="REVISION", help="only files that changed since then")
+    parser.add_argument("--list", action="store_true", help="list the weakened guards and run nothing")
+    options = parser.parse_args(arguments)
+    files = options.files or list(GUARDED)
+    if options.changed:
+        files = [name for name in changed_since(options.changed) if name in files]
+    if options.list:
+        for mutant in (each for file in files for each in mutants(file)):
+            print(mutant.name, "(equivalent)" if mutant.name in EQUIVALENT else "")
+        return 0
+    with tempfile.TemporaryDirectory() as place:
+        copy = Copy(Path(place)) if files else None
+        left = [mutant for file in files for mutant in survivors(file, copy)]
+    print(f"{len(left)} weakened guards of {len(files)} files survived")
+    return int(bool(left))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
