@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from test_judges_server import BAD_REQUESTS, ODD, STRANGERS, TOKEN, Bright, ask, send, serving
 
+from comfy_g2rpo.rewards import RewardError
 from g2rpo_trainer.rewards.judges import server
 
 HEAD = f"POST /score HTTP/1.1\r\nHost: HOST\r\nAuthorization: Bearer {TOKEN}\r\n"
@@ -87,6 +88,15 @@ def test_a_reward_that_breaks_makes_one_line(caplog: pytest.LogCaptureFixture) -
     with serving(Faulty()) as (port, _):
         assert send(port, "POST", "/score", body=ask()) == 500
     assert len(caplog.records) == 1 and "no kernel image is available" in caplog.text
+
+
+def test_a_port_that_is_taken_is_named_once() -> None:
+    with server.listen("127.0.0.1", 0) as at:
+        port = at.getsockname()[1]
+        with pytest.raises(
+            RewardError, match=f"cannot listen at 127.0.0.1 port {port}: [a-z ]+; choose another"
+        ):
+            server.listen("127.0.0.1", port)
 
 
 def test_what_goes_well_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -261,10 +261,9 @@ def listen(host: str, port: int) -> socket.socket:
             (host, port), family=socket.AF_INET6 if address.version == 6 else socket.AF_INET
         )
     except OSError as error:
-        raise RewardError(
-            f"cannot listen at {host} port {port}: {(error.strerror or str(error)).lower()}; choose "
-            "another --port"
-        ) from error
+        # The error's own words name the address once more.
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
+        raise RewardError(f"cannot listen at {host} port {port}: {reason}; choose another --port") from error
 
 
 def names_of(host: str, port: int, known_as: Sequence[str]) -> tuple[str, ...]:
