@@ -36,6 +36,16 @@ def moments(rewards: Tensor) -> tuple[Tensor, Tensor]:
     return base + mean, (spread / (count - 1).clamp(min=1)).sqrt()
 
 
+def least_spread(rewards: Tensor, floor: float = FLOOR, noise: Sequence[float] = ()) -> Tensor:
+    """Return the std [R, K, 1, L] that members of [R, K, G, L] must exceed to teach.
+
+    The greatest of the floor, the noise of each reward [R], and float32's rounding at the size of the scores.
+    """
+    size = rewards.abs().nan_to_num(0.0).amax(2, keepdim=True)
+    own = torch.tensor([*noise] or 0.0, dtype=size.dtype, device=size.device).view(-1, 1, 1, 1)
+    return torch.maximum(size * torch.finfo(torch.float32).eps, own.clamp(min=floor))
+
+
 def global_std(rewards: Sequence[Tensor]) -> Tensor:
     """Return each reward's std over all prompts: [R, K, G, L] each → [R, 1, 1, 1] (arXiv 2505.05470)."""
     flat = torch.cat([r.flatten(1) for r in rewards], 1)
@@ -48,12 +58,13 @@ def integrate(
     clamp: float = 5.0,
     floor: float = FLOOR,
     std: Tensor | None = None,
+    noise: Sequence[float] = (),
 ) -> Tensor:
     """Return advantages [K, G] from rewards [R, K, G, L]: A = Σ_r w_r Σ_λ (r − mean)/(std + floor), clamped,
     re-centred over the group.
 
     G²RPO's multi-granularity integration (arXiv 2510.01982, eq. 13). NaN rewards are left out; a member with
-    none left gets 0. A group whose std does not exceed the floor gives no gradient. `std` [R, 1, 1, 1]
+    none left gets 0. A group whose std does not exceed `least_spread` gives no gradient. `std` [R, 1, 1, 1]
     replaces the group's own as the scale.
     """
     rewards = rewards.float()
@@ -65,7 +76,7 @@ def integrate(
         )
     mean, own = moments(rewards)
     z = (rewards - mean) / ((own if std is None else std) + floor)
-    z = torch.where((own <= floor) | torch.isnan(rewards), 0.0, z)
+    z = torch.where((own <= least_spread(rewards, floor, noise)) | torch.isnan(rewards), 0.0, z)
     weight = torch.tensor(weights, dtype=z.dtype, device=z.device)
     advantage = torch.einsum("r,rkgl->kg", weight, z).clamp(-clamp, clamp)
     kept = (~torch.isnan(rewards)).any(3).any(0)
@@ -73,10 +84,11 @@ def integrate(
     return torch.where(kept, advantage - centre, 0.0)
 
 
-def zero_std_share(rewards: Tensor, floor: float = FLOOR) -> float:
-    """Return the share of the groups [R, K, ·, L] whose rewards are all equal, so that none can teach."""
+def zero_std_share(rewards: Tensor, floor: float = FLOOR, noise: Sequence[float] = ()) -> float:
+    """Return the share of the groups [R, K, ·, L] whose rewards are equal but for noise: none can teach."""
     std = moments(rewards.float())[1]
-    return (std <= floor).float().mean().item() if std.numel() else 0.0
+    equal = std <= least_spread(rewards.float(), floor, noise)
+    return equal.float().mean().item() if std.numel() else 0.0
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> Tensor:
@@ -98,12 +110,13 @@ def rank_correlation(one: Tensor, other: Tensor) -> Tensor:
     return torch.where(ordered.all(0), correlation, torch.where(ordered.any(0), 0.0, torch.nan))
 
 
-def rank_agreement(rewards: Tensor) -> Tensor:
+def rank_agreement(rewards: Tensor, noise: Sequence[float] = ()) -> Tensor:
     """Return how every granularity orders the members, against the first one: [R, K, G, L] → [L].
 
     The mean Spearman correlation; low values warn that a coarse completion misleads. Groups that tie
     throughout at any granularity are left out.
     """
-    usable = (moments(rewards.float())[1] > 0).all(3).squeeze(2)
+    least = least_spread(rewards.float(), 0.0, noise)
+    usable = (moments(rewards.float())[1] > least).all(3).squeeze(2)
     agreement = rank_correlation(rewards.float(), rewards[..., :1].float().expand_as(rewards)).float()
     return agreement[usable].mean(0) if usable.any() else agreement.new_full((rewards.shape[3],), torch.nan)

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..comfy_g2rpo.advantages import moments, rank_agreement, zero_std_share
+from ..comfy_g2rpo.advantages import least_spread, moments, rank_agreement, zero_std_share
 from ..comfy_g2rpo.plan import Plan
 from ..comfy_g2rpo.recipes import FIELDS
 from ..comfy_g2rpo.rewards.mixing import mixed_advantages, ranking_scores
@@ -51,7 +51,13 @@ def make_table(
     levels = rewards.unbind(3)
     alone = [
         mixed_advantages(
-            [level[..., None]], scores.weights, scores.mix, scores.gates, WITHOUT_CLAMP, std_floor
+            [level[..., None]],
+            scores.weights,
+            scores.mix,
+            scores.gates,
+            WITHOUT_CLAMP,
+            std_floor,
+            noise=scores.noise,
         )[0]
         for level in levels
     ]
@@ -62,7 +68,9 @@ def make_table(
     return Table(
         advantage=advantages.numpy(),
         z=torch.where(missing, torch.nan, z).numpy(),
-        tied=((std <= std_floor).all(0) & ~missing.all(1)).numpy(),
+        tied=(
+            (std <= least_spread(rewards, std_floor, scores.noise)[:, :, 0]).all(0) & ~missing.all(1)
+        ).numpy(),
         spread=std[0].numpy() if len(std) == 1 else None,
         steps=tuple(step for step, _ in places),
         sigmas=tuple(float(rollout.rollout.coefficients.sigma[state]) for _, state in places),
@@ -103,17 +111,17 @@ def make_tiles(rollout: RolloutData, scores: ScoresData, advantages: Tensor) -> 
 
 
 def summary(
-    rollout: RolloutData, rewards: Tensor, advantages: Tensor, names: tuple[str, ...], std_floor: float
+    rollout: RolloutData, rewards: Tensor, advantages: Tensor, scores: ScoresData, std_floor: float
 ) -> str:
     """Describe how much there is to learn, and whether coarse completions mislead."""
     steps, branches = advantages.shape
+    equal = zero_std_share(rewards, std_floor, scores.noise)
     lines = [
         f"{steps} branch steps × {branches} branches, mean |advantage| {advantages.abs().mean():.2f}",
-        f"zero_std_share {zero_std_share(rewards, std_floor):.0%}: groups whose rewards are all equal, "
-        "which teach nothing",
+        f"zero_std_share {equal:.0%}: groups whose rewards are all equal, but for noise, which teach nothing",
     ]
-    for name, row in zip(names, rewards, strict=True):
-        agreement = rank_agreement(row[None])
+    for name, row, noise in zip(scores.names, rewards, scores.noise or [0.0] * len(rewards), strict=True):
+        agreement = rank_agreement(row[None], [noise])
         for stride, value in list(zip(rollout.granularities, agreement.tolist(), strict=True))[1:]:
             said = "no group to compare" if math.isnan(value) else f"{value:.2f}"
             lines.append(
@@ -185,14 +193,14 @@ class Advantages(io.ComfyNode):
         for name, value in (("clamp", clamp), ("std_floor", std_floor)):
             within(name, value, FIELDS[name].metadata["low"], FIELDS[name].metadata["high"])
         rewards = checked_rewards(rollout, scores)
-        advantages = mixed_advantages([rewards], scores.weights, scores.mix, scores.gates, clamp, std_floor)[
-            0
-        ]
+        how = scores.weights, scores.mix, scores.gates, clamp, std_floor
+        [advantages] = mixed_advantages([rewards], *how, noise=scores.noise)
         table = make_table(rollout, scores, rewards, advantages, std_floor)
-        text = summary(rollout, rewards, advantages, scores.names, std_floor)
+        text = summary(rollout, rewards, advantages, scores, std_floor)
         # Made outside the executor's inference mode, so that a learner can use them.
         with torch.inference_mode(False):
-            made = AdvantagesData(rollout, advantages.clone(), rewards.clone(), scores.names)
+            given = scores.names, scores.noise, std_floor
+            made = AdvantagesData(rollout, advantages.clone(), rewards.clone(), *given)
         ranked = ranked_grid(make_tiles(rollout, scores, advantages), "Completions from best to worst")
         return io.NodeOutput(made, heatmap(table, per_branch), ranked, text, ui=show(cls, text))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..comfy_g2rpo.prompts import MAX_CHARACTERS
 from ..comfy_g2rpo.rewards.protocol import embedder, none_judged
-from ..comfy_g2rpo.run.scorer import Scorer
+from ..comfy_g2rpo.run.scorer import Scorer, comparison_groups
 from .inputs import widgets
 from .inputs.checks import check_inputs, check_number
 from .inputs.judging import (
@@ -287,11 +287,14 @@ class ScoreRollout(io.ComfyNode):
             DECODE_BATCH,
             keep=(0,),
             check=throw_exception_if_processing_interrupted,
+            groups=comparison_groups(rollout.rollout.plan),
         )
         scorer([0] * len(latents), list(range(len(latents))), latents)
         pictures = torch.stack([scorer.pictures[0, i] for i in range(len(latents))])
         names, shown = tuple(each.name for each in reward.rewards), pictures.nan_to_num(0.0)
-        scores = ScoresData(names, reward.weights, scorer.scores[:, 0], text, shown, reward.mix, reward.gates)
+        mixed = {"mix": reward.mix, "gates": reward.gates}
+        noise = tuple(each.noise() for each in reward.rewards)
+        scores = ScoresData(names, reward.weights, scorer.scores[:, 0], text, shown, noise=noise, **mixed)
         table = score_table(reward, scores.values, [], "completions")
         return io.NodeOutput(scores, scores.pictures, table, ui=show(cls, table))
 

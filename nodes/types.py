@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..comfy_g2rpo.advantages import FLOOR
 from ..comfy_g2rpo.rewards import Reward
 from ..comfy_g2rpo.rollout import Rollout
 
@@ -65,6 +66,7 @@ class ScoresData:
     mix: str = "zscore"
     gates: tuple[float | None, ...] = ()
     prompts: tuple[str, ...] = ()
+    noise: tuple[float, ...] = ()  # of each reward; none if blank
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class AdvantagesData:
     table: Tensor
     rewards: Tensor
     names: tuple[str, ...]
+    noise: tuple[float, ...] = ()
+    std_floor: float = FLOOR
 
 
 @dataclass(frozen=True)

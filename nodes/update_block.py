@@ -282,7 +282,7 @@ def reward_row(advantages: AdvantagesData) -> dict[str, float]:
         valid: Tensor = values[~values.isnan()]
         row |= {f"reward/{name}/mean": valid.mean().item(), f"reward/{name}/std": valid.std().item()}
     row["advantage/abs_mean"] = advantages.table.abs().mean().item()
-    row["zero_std_share"] = zero_std_share(advantages.rewards)
+    row["zero_std_share"] = zero_std_share(advantages.rewards, advantages.std_floor, advantages.noise)
     return row
 
 

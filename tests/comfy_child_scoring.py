@@ -172,6 +172,20 @@ tie_graph = {
 tie = run(tie_graph, **outputs(tie="- heatmap - summary"))
 answers["tie"], pictures["tie"] = tie.values["summary"], tie.values["heatmap"]
 
+# A reward whose noise is larger than any spread: all that it says of a group is that.
+noisy = rewards.Rule("noisy", lambda images, prompts: images.mean((1, 2, 3)), True)
+object.__setattr__(noisy, "noise", lambda: 10.0)
+noisy_set = types.RewardSet((noisy,), (1.0,))
+score = block("ScoreRollout", **{name: [name, 0] for name in sent}, reward=["noisy", 0])
+graph = {name: thing(name, value) for name, value in {**sent, "noisy": noisy_set}.items()}
+graph |= {"score": score, "noise": block("Advantages", rollout=["rollout", 0], scores=["score", 0])}
+ran = run(graph, **outputs(noise="noise_advantages - - noise_summary", score="noise_scores"))
+answers["noise"] = ran.values["noise_summary"]
+pictures["noise_table"], pictures["noise_scores"] = (
+    ran.values["noise_advantages"].table,
+    ran.values["noise_scores"].values,
+)
+
 # Hostile inputs: what each block says.
 good, one_reward = torch.rand(2, 8, 8, 3), types.RewardSet((rewards.load("colourfulness"),), (1.0,))
 pixel, votes = torch.zeros(1, 1, 1, 3), ",".join(map(str, range(count)))

@@ -220,6 +220,11 @@ def test_equal_votes_are_shown_as_a_tie(core: Answer) -> None:
     assert hatching.all(-1).sum() > 3 * ((core.tensors["heatmap"] * 255).round() == 168).all(-1).sum() > 0
 
 
+def test_what_is_within_a_reward_s_noise_is_a_tie(core: Answer) -> None:
+    assert core.tensors["noise_scores"].nan_to_num(0.0).std() > 0 and not core.tensors["noise_table"].any()
+    assert "zero_std_share 100%" in core.data["noise"]
+
+
 def test_views_are_images(core: Answer) -> None:
     for name in ("heatmap", "per_branch", "ranked", "image_ranked"):
         picture = core.tensors[name]

@@ -136,7 +136,7 @@ def test_a_broken_picture_is_left_out_of_its_group():
 def test_what_waits_for_a_group_is_held_in_a_quarter_of_the_memory():
     scorer = Scorer(decode, [Rank()], ["a"], 3)
     scorer([0, 0], [0, 1], latents_of(2))
-    assert scorer._groups[0].levels.dtype == torch.uint8
+    assert [levels.dtype for levels in scorer._whole.known[0, 0].values()] == [torch.uint8] * 2
 
 
 def test_a_failure_elsewhere_surfaces_here_as_an_error_that_names_the_reward():

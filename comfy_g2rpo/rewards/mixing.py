@@ -1,7 +1,7 @@
 """Several rewards as one: in a group that is compared, for ranking images, and for single images.
 
 What holds of every mix in a group: a reward that judges nobody there has no say, nor one whose scores are all
-equal; the order of the members does not matter; the advantages of a group sum to 0.
+equal but for its noise; the order of the members does not matter; the advantages of a group sum to 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..advantages import FLOOR, MIXES, global_std, group_ranks, integrate, moments
+from ..advantages import FLOOR, MIXES, global_std, group_ranks, integrate, least_spread, moments
 from .protocol import Reward, RewardError, score_all
 
 UNITLESS_FLOOR = 1e-5  # for the spread of mixed z-scores or ranks
@@ -28,20 +28,29 @@ def mixed_advantages(
     clamp: float = 5.0,
     floor: float = FLOOR,
     everywhere: Sequence[Tensor] | None = None,
+    noise: Sequence[float] = (),
 ) -> list[Tensor]:
     """Return the advantages [K, G] of every prompt's rewards [R, K, G, L].
 
-    `everywhere` lists the rewards of all prompts of all processes: their spread is then the scale, instead of
-    each group's own.
+    `noise` is each reward's own, in its units; blank is none. `everywhere` lists the rewards of all prompts
+    of all processes: their spread is then the scale, instead of each group's own.
     """
     scale = None if everywhere is None else global_std(everywhere)
-    blended = [blend(rewards, weights, mix, gates, floor, scale) for rewards in groups]
+    blended = [blend(rewards, weights, mix, gates, floor, scale, noise) for rewards in groups]
     if everywhere is not None:
-        scale = global_std([blend(rewards, weights, mix, gates, floor, scale) for rewards in everywhere])
+        every = [blend(rewards, weights, mix, gates, floor, scale, noise) for rewards in everywhere]
+        scale = global_std(every)
     # Ranks and z-scores have no unit, as the floor has.
     floor = floor if mix in ("zscore", "sum") else UNITLESS_FLOOR
-    weights = [weight for weight in weights if weight] if mix == "zscore" else [1.0]
-    return [integrate(rewards, weights, clamp, floor, scale) for rewards in blended]
+    # Any other mix has left out what is noise.
+    left = used(weights, noise) if mix == "zscore" else ()
+    weights = used(weights, weights) if mix == "zscore" else [1.0]
+    return [integrate(rewards, weights, clamp, floor, scale, left) for rewards in blended]
+
+
+def used(weights: Sequence[float], of: Sequence[float]) -> list[float]:
+    """Choose what belongs to the rewards that have a weight; nothing from nothing."""
+    return [one for weight, one in zip(weights, of, strict=True) if weight] if of else []
 
 
 def blend(
@@ -51,6 +60,7 @@ def blend(
     gates: Sequence[float | None] = (),
     floor: float = FLOOR,
     std: Tensor | None = None,
+    noise: Sequence[float] = (),
 ) -> Tensor:
     """Mix rewards [R, K, G, L] into one score [1, K, G, L] that is compared within its group.
 
@@ -72,13 +82,13 @@ def blend(
         )
     if not any(weights):
         raise ValueError("weights are all 0; give at least one reward a weight")
-    rewards = apply_gates(rewards.float(), weights, gates, floor, std)
-    used = [index for index, weight in enumerate(weights) if weight]
-    rewards, std = rewards[used], None if std is None else std[used]
+    rewards = apply_gates(rewards.float(), weights, gates, floor, std, noise)
+    kept = [index for index, weight in enumerate(weights) if weight]
+    rewards, std = rewards[kept], None if std is None else std[kept]
     if mix == "zscore":
         return rewards
     weight = torch.tensor(
-        [weights[index] for index in used], dtype=rewards.dtype, device=rewards.device
+        [weights[index] for index in kept], dtype=rewards.dtype, device=rewards.device
     ).view(-1, 1, 1, 1)
     judges = ~rewards.isnan().all(2, keepdim=True)
     complete = (~rewards.isnan() | ~judges).all(0) & judges.any(0)
@@ -86,14 +96,15 @@ def blend(
     # noise at full strength.
     rewards, weight = torch.where(complete, rewards, torch.nan).double(), weight.double()
     mean, own = moments(rewards)
+    differs = own > least_spread(rewards, floor, used(weights, noise))
     if mix == "sum":
-        score = torch.where(judges, weight * rewards, 0.0).sum(0)
+        score = torch.where(judges, weight * torch.where(differs, rewards, mean), 0.0).sum(0)
     elif mix == "minimum":
         z = weight * (rewards - mean) / ((own if std is None else std) + floor)
-        least = torch.where(own > floor, z, torch.inf).amin(0)
+        least = torch.where(differs, z, torch.inf).amin(0)
         score = torch.where(least.isinf(), 0.0, least)
     else:
-        share = weight.abs() * (own > floor)
+        share = weight.abs() * differs
         share = share / share.sum(0).clamp(min=torch.finfo(share.dtype).tiny)
         score = torch.where(share > 0, share * group_ranks(weight.sign() * rewards).log(), 0.0).sum(0).exp()
     return torch.where(complete, score, torch.nan).float()[None]
@@ -105,6 +116,7 @@ def apply_gates(
     gates: Sequence[float | None],
     floor: float = FLOOR,
     std: Tensor | None = None,
+    noise: Sequence[float] = (),
 ) -> Tensor:
     """Make members on the wrong side of a gate the worst of their group in every reward: [R, K, G, L] to the
     same shape.
@@ -127,11 +139,12 @@ def apply_gates(
     failed = (sign[closed] * judged < sign[closed] * limit).any(0)
     unknown = (judged.isnan() & ~judged.isnan().all(2, keepdim=True)).any(0) & ~failed
     passing = torch.where(failed | unknown, torch.nan, sign * rewards)
-    spread = moments(passing)[1]
-    # Where those that pass are equal, any distance will do: the z-score knows but one.
-    step = torch.where(
-        spread > floor, spread, torch.ones_like(spread) if std is None else torch.where(std > floor, std, 1.0)
-    )
+    mean, spread = moments(passing)
+    least = least_spread(passing, floor, noise)
+    passing = torch.where((spread > least) | passing.isnan(), passing, mean)
+    # Where those that pass are equal, any distance above the noise will do: the z-score knows but one.
+    unit = torch.ones_like(spread) if std is None else torch.where(std > floor, std, 1.0)
+    step = torch.where(spread > least, spread, torch.maximum(unit, 2 * passing.shape[2] ** 0.5 * least))
     worst = torch.where(passing.isnan(), torch.inf, passing).amin(2, keepdim=True) - step
     # A reward that judges none of those that pass has no say.
     anyone = (~failed & ~unknown).any(1, keepdim=True)
@@ -175,6 +188,15 @@ class MixedReward(Reward):
     def compares_across_prompts(self) -> bool:
         """Return whether every part's score means the same for every prompt."""
         return all(reward.compares_across_prompts for reward in self.rewards)
+
+    @property
+    def depends_on_batch(self) -> bool:
+        """Return whether any part's score may differ by its batch."""
+        return any(reward.depends_on_batch for reward in self.rewards)
+
+    def noise(self) -> float:
+        """Add up the noise of the parts."""
+        return sum(abs(w) * reward.noise() for w, reward in zip(self.weights, self.rewards, strict=True) if w)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images [B, H, W, 3] by prompts [B]: [B]."""
@@ -259,5 +281,5 @@ def mix_group(scores: Tensor, weights: Sequence[float], mix: str, gates: Sequenc
     mean, std = moments(blended)
     judges = ~blended.isnan().all(2, keepdim=True)
     complete = (~blended.isnan() | ~judges).all(0) & judges.any(0)
-    z = torch.where(judges & (std > FLOOR), (blended - mean) / (std + FLOOR), 0.0)
+    z = torch.where(judges & (std > least_spread(blended)), (blended - mean) / (std + FLOOR), 0.0)
     return torch.where(complete, (weight * z).sum(0), torch.nan)[0, :, 0]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..prompts import columns_of
+
 TOLERANCE = 1e-3  # by which images may leave [0, 1] through rounding
 
 
@@ -34,6 +36,9 @@ class Reward:
     """Whether it must see all images of a prompt's group in one call, as a pairwise judge and votes must."""
     runs_elsewhere = False
     """Whether it waits for a device or a network, so that decoding may go on beside it."""
+    depends_on_batch = False
+    """Whether the last digits of a score may differ by what else is judged in the same call, as with a neural
+    network. Then equal images are judged once, and a group's come in one call where memory allows."""
     may_abstain = False
     """Whether a missing score is an opinion withheld, as with people, and no failure of the judge."""
     module: nn.Module | None = None
@@ -46,6 +51,14 @@ class Reward:
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores [B] float32, higher is better; NaN for an image that it cannot judge."""
         raise NotImplementedError
+
+    def noise(self) -> float:
+        """Return how far apart scores of images that look the same may lie, in the reward's units.
+
+        A group whose standard deviation is not above it teaches nothing. 0, the default, is for a score that
+        is exact: float32's own rounding is seen to for every reward.
+        """
+        return 0.0
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts, by RewardError, before anything runs."""
@@ -65,6 +78,7 @@ class Wrapped(Reward):
     name, licence, about = map(_forwarded, ("name", "licence", "about"))
     note, needs = map(_forwarded, ("note", "needs"))
     compares_across_prompts, needs_group = map(_forwarded, ("compares_across_prompts", "needs_group"))
+    depends_on_batch, noise = map(_forwarded, ("depends_on_batch", "noise"))
     runs_elsewhere, may_abstain = map(_forwarded, ("runs_elsewhere", "may_abstain"))
     module, embed, cancel = map(_forwarded, ("module", "embed", "cancel"))
     score, check_prompts, settle = map(_forwarded, ("score", "check_prompts", "settle"))
@@ -82,6 +96,7 @@ class Rule(Reward):
     needs: str = ""
     check: Callable[[Sequence[str]], None] | None = None
     about: str = ""
+    depends_on_batch: bool = False
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts whose columns the rule cannot use."""
@@ -127,13 +142,44 @@ def checked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     # A judge never sees NaN: some raise on it, others answer with a number.
     judged = images.detach().float()
     judged = judged if finite.all() else torch.where(finite[:, None, None, None], judged, 0.0)
+    apart = reward.needs_group or not reward.depends_on_batch
+    first = [*range(len(judged))] if apart else firsts(judged, prompts)
+    rows = sorted(set(first))
+    if len(rows) < len(first):
+        judged, prompts = judged[rows], [prompts[row] for row in rows]
     try:
         scores = reward.score(judged, prompts)
     except RewardError:
         raise
     except Exception as cause:
         raise RewardError(f"reward '{reward.name}' failed with {type(cause).__name__}: {cause}") from cause
-    return torch.where(finite.cpu(), _valid_scores(reward.name, scores, len(images)), torch.nan)
+    scores, place = _valid_scores(reward.name, scores, len(rows)), {row: at for at, row in enumerate(rows)}
+    return torch.where(finite.cpu(), scores[[place[row] for row in first]], torch.nan)
+
+
+def firsts(images: Tensor, prompts: Sequence[str]) -> list[int]:
+    """Return for each of images [B, H, W, 3] and prompts [B] the first that is the same in every bit.
+
+    The same picture, judged twice, may score a little differently by its place in the batch, and a z-score
+    makes an advantage of that.
+    """
+    if not len(images):
+        return []
+    # Whole numbers, so that their sum is exact whatever the order; what has another sum is not the same.
+    sums = torch.stack([(image + 0.0).contiguous().view(torch.int32).sum() for image in images]).tolist()
+    seen: dict[tuple[int, str], list[int]] = {}
+    found = []
+    for i, key in enumerate(zip(sums, prompts, strict=True)):
+        alike = seen.setdefault(key, [])
+        same = (
+            j
+            for j in alike
+            if columns_of(prompts[i]) == columns_of(prompts[j]) and torch.equal(images[i], images[j])
+        )
+        found.append(next(same, i))
+        if found[-1] == i:
+            alike.append(i)
+    return found
 
 
 def _finite_images(name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:

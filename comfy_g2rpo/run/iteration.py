@@ -27,7 +27,7 @@ from ..update import update as take_steps
 from .diversity import describe, mean_distance, measure, shaping
 from .optimizers import load_optimizer_tensors, optimizer_tensors, swapped, update_average
 from .rank_guard import roll_out_guarded
-from .scorer import Scorer, roll_out_and_score
+from .scorer import Scorer, comparison_groups, roll_out_and_score
 from .setup import Check, Learner, Setup
 
 
@@ -58,6 +58,7 @@ class Scored:
     advantages: Sequence[Tensor]
     everywhere: Tensor  # [R, P, images] of all processes
     dropped: float  # share of the pictures that the least able reward could not judge
+    noise: Sequence[float]  # [R], a spread below which tells nothing
 
 
 def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
@@ -88,9 +89,8 @@ def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
         # The guard's pictures teach nothing, so nobody needs their features.
         features = features_of(setup) if rewards is setup.rewards else None
         limits, images = learner.limits, len(plan.images)
-        scorer = Scorer(
-            setup.policy.decode, rewards, texts, images, limits.decode_batch, check=rolling, describe=features
-        )
+        how = {"check": rolling, "describe": features, "groups": comparison_groups(plan)}
+        scorer = Scorer(setup.policy.decode, rewards, texts, images, limits.decode_batch, **how)
         how = setup.sigmas, given, drawn, setup.shape, scorer, limits.slots, rolling, shortcut
         return scorer, roll_out_and_score(setup.policy, plan, *how)
 
@@ -136,8 +136,9 @@ def score(setup: Setup, explored: Explored, step: int) -> Scored:
         raise RewardError(f"{none}; mend the prompts, or the judge that is asked, and resume the run")
     dropped = dropped_share(setup, everywhere, step)
     scale = [plan.values(scores) for scores in everywhere.unbind(1)] if recipe.std == "global" else None
+    noise = [reward.noise() for reward in setup.rewards]
     advantages = mixed_advantages(
-        rewards, setup.weights, recipe.mix, setup.gates, recipe.clamp, recipe.std_floor, scale
+        rewards, setup.weights, recipe.mix, setup.gates, recipe.clamp, recipe.std_floor, scale, noise
     )
     if recipe.diversity_weight:
         unlike = explored.features[measure(embedder(setup.rewards), recipe.diversity_by)]
@@ -145,7 +146,7 @@ def score(setup: Setup, explored: Explored, step: int) -> Scored:
             advantage + shaping(features, reward, recipe.diversity_weight, recipe.clamp)
             for advantage, features, reward in zip(advantages, unlike, rewards, strict=True)
         ]
-    return Scored(rewards, advantages, everywhere, dropped)
+    return Scored(rewards, advantages, everywhere, dropped, noise)
 
 
 def update(
@@ -193,7 +194,7 @@ def step_row(
         row[f"reward/{reward.name}/mean"] = valid.double().mean().item()
         row[f"reward/{reward.name}/std"] = valid.double().std().item() if len(valid) > 1 else math.nan
     row["advantage/abs_mean"] = torch.stack(list(scored.advantages)).abs().mean().item()
-    shares = [zero_std_share(reward, setup.recipe.std_floor) for reward in scored.rewards]
+    shares = [zero_std_share(reward, setup.recipe.std_floor, scored.noise) for reward in scored.rewards]
     row["zero_std_share"] = sum(shares) / len(shares)
     row["dropped_share"] = scored.dropped
     if pixels := explored.features.get("pixels"):

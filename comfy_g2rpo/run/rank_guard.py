@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ..advantages import rank_correlation
 from ..options import option
-from ..plan import ROOT, Leaf, Plan, State
+from ..plan import ROOT, Plan, State
 from ..recipes import Recipe, build_plan
 from ..rewards import Reward
 from ..rollout import Rollout
 from ..speed.step_cache import Shortcut, Velocity
-from .scorer import Scorer
+from .scorer import Scorer, first_group
 
 
 @dataclass(frozen=True)
@@ -150,25 +150,16 @@ def roll_out_guarded(
 
 def sample(plan: Plan, prompts: int, share: float, rng: random.Random) -> tuple[Plan, list[int]]:
     """Choose a share of the groups, at least one: branch steps of every prompt, or whole prompts."""
-    units = sorted({first_group(plan, leaf) for leaf in plan.leaves})
+    units = sorted({first_group(plan, leaf.state) for leaf in plan.leaves})
     if len(units) > 1:
         chosen = rng.sample(units, max(round(share * len(units)), 1))
         return excerpt(plan, chosen), list(range(prompts))
     return plan, sorted(rng.sample(range(prompts), max(round(share * prompts), 1)))
 
 
-def first_group(plan: Plan, leaf: Leaf) -> int:
-    """Return the group of the trained edge nearest to the root on the way to a leaf; −1 without any."""
-    at, group = leaf.state, -1
-    while at != ROOT:
-        group = plan.states[at].group if plan.states[at].trained else group
-        at = plan.states[at].parent
-    return group
-
-
 def excerpt(plan: Plan, groups: Collection[int]) -> Plan:
     """Return the plan of the leaves below the given groups; noises and group numbers stay."""
-    leaves = [leaf for leaf in plan.leaves if first_group(plan, leaf) in groups]
+    leaves = [leaf for leaf in plan.leaves if first_group(plan, leaf.state) in groups]
     kept: set[int] = set()
     for leaf in leaves:
         at = leaf.state

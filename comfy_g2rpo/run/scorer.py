@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Plan
+from ..plan import ROOT, Plan
 from ..policy import Decoder, Trainee
 from ..rewards import Reward
 from ..rewards.clips import described, judged
@@ -24,9 +24,9 @@ from ..speed.fitting_batch import Limit, limit_of
 from ..speed.fitting_rollout import roll_out
 from ..speed.step_cache import Shortcut
 
-MAX_WAITING = (
-    2**29
-)  # bytes of pictures that may wait for rewards that run elsewhere, before the rollout waits too
+MAX_WAITING = 2**29
+"""Bytes of pictures that may wait for rewards that run elsewhere, before the rollout waits too; and for the
+others of their group, before they are judged without them."""
 POLL_SECONDS = 0.1
 
 
@@ -51,9 +51,10 @@ class Scorer:
     """A rollout's sink: fills scores [R, P, images] and keeps the pictures of the prompts (by position) in
     `keep` alone.
 
-    Rewards that need a group wait, their pictures as 8-bit levels, for all images of a prompt. Within `with
-    scorer:` rewards that run elsewhere score in one thread while decoding and the rollout go on; leaving
-    waits for the rest, and leaving by an exception drops it.
+    Rewards that need a group wait, their pictures as 8-bit levels, for all images of a prompt; those whose
+    scores depend on the batch, where `groups` says by image position what is compared with what, for those of
+    a group, as far as memory allows. Within `with scorer:` rewards that run elsewhere score in one thread
+    while decoding and the rollout go on; leaving waits for the rest, and leaving by an exception drops it.
     """
 
     decode: Decoder
@@ -66,6 +67,7 @@ class Scorer:
     seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "reward": 0.0})
     describe: Callable[[Tensor], dict[str, Tensor]] | None = None
     """Images [B, H, W, 3] → features [B, D] by measure, gathered as [P, images, D], NaN where none came."""
+    groups: Sequence[Hashable] = ()
 
     def __post_init__(self) -> None:
         self.scores = torch.full((len(self.rewards), len(self.prompts), self.images), torch.nan)
@@ -73,8 +75,14 @@ class Scorer:
         self.features: dict[str, Tensor] = {}
         self._grouping = [r for r, reward in enumerate(self.rewards) if reward.needs_group]
         self._elsewhere = [r for r, reward in enumerate(self.rewards) if reward.runs_elsewhere]
-        self._here = [r for r in range(len(self.rewards)) if r not in {*self._grouping, *self._elsewhere}]
-        self._groups: dict[int, _Group] = {}
+        self._together = [
+            r
+            for r, reward in enumerate(self.rewards)
+            if self.groups and reward.depends_on_batch and not reward.needs_group
+        ]
+        apart = {*self._grouping, *self._together, *self._elsewhere}
+        self._here = [r for r in range(len(self.rewards)) if r not in apart]
+        self._whole, self._part = _Groups([0] * self.images), _Groups(self.groups)
         self._thread: ThreadPoolExecutor | None = None
         self._waiting: deque[tuple[int, Batch, Future[Tensor]]] = deque()
 
@@ -115,27 +123,16 @@ class Scorer:
             return
         batch = _batch(pictures, prompts, images)
         for r in self._elsewhere:
-            if r not in self._grouping:
+            if r not in {*self._grouping, *self._together}:
                 self._hand_over(r, batch)
-        for group in self._complete(batch) if self._grouping else ():
-            for r in self._grouping:
-                self._hand_over(r, group)
+        for rewards, groups in ((self._grouping, self._whole), (self._together, self._part)):
+            done = groups.add(batch) if rewards else []
+            while rewards is self._together and groups.nbytes > MAX_WAITING:
+                done.append(groups.oldest())
+            for group in done:
+                for r in rewards if group.images else ():
+                    self._hand_over(r, group)
         self._collect(MAX_WAITING)
-
-    def _complete(self, batch: Batch) -> list[Batch]:
-        """Add images to their prompts' groups; return those that are complete, in the plan's order."""
-        done = []
-        for row, (prompt, image) in enumerate(zip(batch.prompts, batch.images, strict=True)):
-            if prompt not in self._groups:
-                self._groups[prompt] = _Group(
-                    batch.levels.new_empty(self.images, *batch.levels.shape[1:]), {}
-                )
-            group = self._groups[prompt]
-            group.levels[image] = batch.levels[row]
-            group.whole[image] = bool(batch.whole[row])
-            if len(group.whole) == self.images:
-                done.append(self._groups.pop(prompt).without_broken(prompt))
-        return [group for group in done if group.images]
 
     def _hand_over(self, r: int, batch: Batch) -> None:
         """Score a batch by one reward: in the thread if it runs elsewhere, and there is a thread."""
@@ -197,18 +194,50 @@ class Scorer:
         thread.shutdown(wait=True)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """The images of one prompt so far: levels [images, H, W, 3], and whether each is free of NaN."""
+class _Groups:
+    """Pictures that wait for the others of their group; `of` names each image's group by its position."""
 
-    levels: Tensor
-    whole: dict[int, bool]
+    def __init__(self, of: Sequence[Hashable]) -> None:
+        self.of, self.nbytes = of, 0
+        self.size = Counter(of)
+        self.known: dict[tuple[int, Hashable], dict[int, Tensor | None]] = {}
+        """By prompt and group, in order of arrival: each image's levels [H, W, 3]; None once judged, or
+        broken."""
 
-    def without_broken(self, prompt: int) -> Batch:
-        """Return the pictures that can be compared."""
-        images = tuple(image for image in sorted(self.whole) if self.whole[image])
-        levels = self.levels if len(images) == len(self.levels) else self.levels[list(images)]
-        return Batch(levels, torch.ones(len(images), dtype=torch.bool), (prompt,) * len(images), images)
+    def add(self, batch: Batch) -> list[Batch]:
+        """Add images; return the groups that are complete, in the plan's order and without broken images."""
+        done = []
+        rows = zip(batch.prompts, batch.images, batch.levels, batch.whole.tolist(), strict=True)
+        for prompt, image, levels, whole in rows:
+            name = prompt, self.of[image]
+            group = self.known.setdefault(name, {})
+            # A copy, so that what has been judged is not kept with what has not.
+            group[image] = levels.clone() if whole else None
+            self.nbytes += levels.nbytes * whole
+            if len(group) == self.size[self.of[image]]:
+                done.append(self.take(name))
+                del self.known[name]
+        return done
+
+    def take(self, name: tuple[int, Hashable]) -> Batch:
+        """Return a group's pictures that wait, and wait for them no longer."""
+        group = self.known[name]
+        images = [image for image in sorted(group) if group[image] is not None]
+        levels = torch.stack([group[image] for image in images]) if images else torch.zeros(0)
+        self.nbytes -= levels.nbytes if images else 0
+        group.update(dict.fromkeys(images))
+        return Batch(
+            levels, torch.ones(len(images), dtype=torch.bool), (name[0],) * len(images), tuple(images)
+        )
+
+    def oldest(self) -> Batch:
+        """Take the pictures of the group that has waited longest."""
+        return self.take(next(name for name, group in self.known.items() if any_waits(group)))
+
+
+def any_waits(group: Mapping[int, Tensor | None]) -> bool:
+    """Return whether a picture of a group waits."""
+    return any(levels is not None for levels in group.values())
 
 
 def _batch(pictures: Tensor, prompts: Sequence[int], images: Sequence[int]) -> Batch:
@@ -225,6 +254,23 @@ def levels(pictures: Tensor) -> Tensor:
 def _judged(reward: Reward, batch: Batch, texts: Sequence[str]) -> Tensor:
     """Score a batch by one reward: [n]; every thread must switch gradients off for itself."""
     return judged(reward, batch.pictures(), texts)
+
+
+def comparison_groups(plan: Plan) -> list[Hashable]:
+    """Name what each image is compared with: its branch step, and the granularities that it stands for."""
+    levels: dict[int, list[int]] = {}
+    for leaf in plan.leaves:
+        levels.setdefault(leaf.state, []).append(leaf.granularity)
+    return [(first_group(plan, state), *levels[state]) for state in plan.images]
+
+
+def first_group(plan: Plan, state: int) -> int:
+    """Return the group of the trained edge nearest to the root on the way to a state; −1 without any."""
+    group = -1
+    while state != ROOT:
+        group = plan.states[state].group if plan.states[state].trained else group
+        state = plan.states[state].parent
+    return group
 
 
 def to_8_bit(images: Tensor) -> Tensor:

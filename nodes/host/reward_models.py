@@ -98,6 +98,11 @@ class Managed(Wrapped):
         self.move_in()
         return self.reward.score(images, prompts)
 
+    def noise(self) -> float:
+        """Return how far apart scores of images that look the same may lie."""
+        self.move_in()
+        return self.reward.noise()
+
     def embed(self, images: Tensor) -> Tensor:
         """Return unit-norm features [B, D] of images [B, H, W, 3]."""
         self.move_in()

@@ -56,7 +56,8 @@ def loaded(name: str, path: str) -> Reward:
     if not missing:
         return found if isinstance(found, Reward) else with_defaults(found)
     if callable(found):
-        return Rule(name, located(name, found, module), compares_across_prompts=False, licence="your own")
+        judge = located(name, found, module)
+        return Rule(name, judge, compares_across_prompts=False, licence="your own", depends_on_batch=True)
     raise RewardError(
         f"reward {name!r}: {path} is no function and lacks {', '.join(missing)}; give a function or an object"
     )
@@ -65,6 +66,7 @@ def loaded(name: str, path: str) -> Reward:
 def with_defaults(found: Any) -> Reward:
     """Make a reward of an object that has the members of one; those that it lacks are a reward's defaults."""
     made = Reward()
+    made.depends_on_batch = True  # nobody knows what is in it
     for member in (member for member in dir(found) if not member.startswith("_")):
         setattr(made, member, getattr(found, member))
     return made

@@ -8,9 +8,10 @@ close scores, and a group's z-score divides by their differences.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from ..protocol import Reward, RewardError
 from .catalogue import Known
 from .preprocess import Pictures
 from .safe_folder import WEIGHTS, Folder, check_tokenizer, fill, read_tokenizer, table
+from .score_noise import measured
 
 CONTEXT = 77
 
@@ -49,7 +51,7 @@ class Judge(nn.Module):
 
 @dataclass(eq=False)
 class ModelReward(Reward):
-    """A reward with weights; images go in `batch` at a time, and no score depends on its batch."""
+    """A reward with weights; images go in `batch` at a time, and no score depends on it but by rounding."""
 
     name: str
     licence: str
@@ -58,6 +60,10 @@ class ModelReward(Reward):
     module: Judge = field()
     pictures: Pictures
     batch: int = 32
+    depends_on_batch: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self._noise: dict[tuple[torch.device, torch.dtype], float] = {}
 
     @classmethod
     def of(
@@ -82,6 +88,13 @@ class ModelReward(Reward):
         self.module.to(device)
         return self
 
+    def noise(self) -> float:
+        """Return the measured distance of scores of images that look the same: once per device and dtype."""
+        key = self.module.device, next(self.module.vision_model.parameters()).dtype
+        if key not in self._noise:
+            self._noise[key] = measured(self.score, self.pictures.size)
+        return self._noise[key]
+
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images [B, H, W, 3] in [0, 1] by prompts [B]: [B] on the CPU, NaN where an image has one."""
         if isinstance(prompts, str) or len(prompts) != len(images):
@@ -101,7 +114,9 @@ class ModelReward(Reward):
         )
 
     def _parts(self, count: int) -> list[slice]:
-        return [slice(start, start + self.batch) for start in range(0, count, self.batch)]
+        # Of one size, as far as can be: a kernel is chosen by the size of its batch, and rounds its own way.
+        size = math.ceil(count / max(math.ceil(count / self.batch), 1))
+        return [slice(start, start + size) for start in range(0, count, size or 1)]
 
     @torch.no_grad()
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
