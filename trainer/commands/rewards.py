@@ -32,11 +32,14 @@ def list_rewards(to: Place = None) -> None:
     from comfy_g2rpo.rewards import REWARDS
     from comfy_g2rpo.rewards.models.installed import KNOWN, installed
 
+    from ..rewards import ocr
+
     root = _root(to)
     present = installed(root)
     typer.echo("without weights:")
     for rule in REWARDS.values():
         typer.echo(f"  {rule.name:<17} {rule.about}")
+    typer.echo(f"\nwith pip install 'g2rpo[ocr]':\n  {ocr.NAME:<17} {ocr.ABOUT}")
     typer.echo(f"\nreward models in {root} (* installed):")
     for known in KNOWN.values():
         mark = "*" if known.name in present else " "

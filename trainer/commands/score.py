@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -251,6 +252,8 @@ def identity(section: RewardSection) -> str:
     from comfy_g2rpo.rewards import REWARDS
     from comfy_g2rpo.rewards.likeness import KINDS
 
+    from ..rewards import ocr
+
     if section.path:
         return f"{section.name} {digest(Path(section.path.rpartition(':')[0])) or section.path}"
     if section.url:
@@ -259,6 +262,8 @@ def identity(section: RewardSection) -> str:
     if section.name in REWARDS or section.name in KINDS:
         seen = digest(Path(section.reference)) if section.reference else ""
         return " ".join([section.name, __version__, *filter(None, [seen]), *(section.palette or ())])
+    if section.name == ocr.NAME:
+        return f"{section.name} {__version__} {version('rapidocr')}"
     from ..config.reward_checks import rewards_root
 
     return f"{section.name} {digest(rewards_root() / section.name / 'reward.json')} {section.dtype}"

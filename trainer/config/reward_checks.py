@@ -14,13 +14,14 @@ from urllib.parse import urlsplit
 from comfy_g2rpo.rewards import REWARDS, RewardError
 from comfy_g2rpo.rewards.likeness import KINDS, palette
 
+from ..rewards import ocr
 from ..rewards.references import column_of
 
 if TYPE_CHECKING:
     from .sections import RewardSection
 
 
-VOTES = "votes"  # people, asked by the run itself (voting.py)
+VOTES = "votes"  # people, asked by the run itself (vote_reward.py)
 
 
 def rewards_root() -> Path:
@@ -41,15 +42,22 @@ def check_reward(section: RewardSection) -> None:
         )
     if section.path and section.url:
         raise RewardError(f"reward {name!r} has a path and a url; give one of them")
-    if (section.path or section.url) and (name in REWARDS or name in KINDS or name == VOTES):
+    if (section.path or section.url) and is_built_in(name):
         raise RewardError(f"reward {name!r} is built in; give your own another name")
     if section.path:
         check_path(name, section.path)
     elif section.url:
         check_url(name, section.url)
-    elif name not in REWARDS and name not in KINDS and name != VOTES:
+    elif name == ocr.NAME:
+        ocr.check_installed()
+    elif not is_built_in(name):
         check_installed(name)
     check_reference(section)
+
+
+def is_built_in(name: str) -> bool:
+    """Return whether a reward of this name needs no weights, path or address."""
+    return name in REWARDS or name in KINDS or name in (VOTES, ocr.NAME)
 
 
 def check_reference(section: RewardSection) -> None:
@@ -127,6 +135,6 @@ def check_installed(name: str) -> None:
         raise RewardError(
             f"reward {name!r} is not installed in {rewards_root()}; get it with: {KNOWN[name].how_to_get}"
         )
-    known = [*REWARDS, *KINDS, *here, *(known for known in KNOWN if known not in here)]
+    known = [*REWARDS, *KINDS, ocr.NAME, *here, *(known for known in KNOWN if known not in here)]
     nearest = "".join(f", did you mean '{near}'?" for near in get_close_matches(name, known, 1))
     raise RewardError(f"reward {name[:80]!a} is unknown{nearest or ';'} known: {', '.join(known)}")

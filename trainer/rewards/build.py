@@ -13,6 +13,7 @@ from comfy_g2rpo.rewards.clips import DEFAULT, OfFrames
 from comfy_g2rpo.rewards.likeness import KINDS
 
 from ..config.reward_checks import VOTES, rewards_root
+from . import ocr
 from .own import custom
 from .references import compared
 from .time_limit import DEFAULT_SECONDS
@@ -60,6 +61,8 @@ def found(section: RewardSection, device: torch.device | str, run: Path | None) 
         return REWARDS[section.name]
     if section.name in KINDS:
         return compared(section)
+    if section.name == ocr.NAME:
+        return ocr.OcrReward()
     if section.name == VOTES:
         from .vote_reward import VoteReward
 
