@@ -128,6 +128,29 @@ def clip_folder(
     return folder
 
 
+def owlv2_config() -> dict[str, Any]:
+    """Return what a tiny OWLv2's config.json says."""
+    return {
+        "projection_dim": TEXT_WIDTH,
+        "vision_config": {**VISION, "hidden_act": "quick_gelu"},
+        "text_config": {**CLIP_TEXT, "max_position_embeddings": 16, "hidden_act": "quick_gelu"},
+    }
+
+
+def owlv2_model(seed: int = 0) -> nn.Module:
+    """Make transformers' own OWLv2 with random weights."""
+    from transformers import Owlv2Config, Owlv2ForObjectDetection
+
+    return shaken(Owlv2ForObjectDetection(Owlv2Config(**owlv2_config())), seed)
+
+
+def owlv2_folder(root: Path, name: str, model: nn.Module) -> Path:
+    """Write a detection reward."""
+    folder = write_folder(root, name, "owlv2", owlv2_config(), model.state_dict())
+    write_clip_tokenizer(folder)
+    return folder
+
+
 def open_clip_weights(seed: int = 0) -> dict[str, Tensor]:
     """Make random weights in open_clip's layout (HPS v2.1, DFN5B)."""
     generator = torch.Generator().manual_seed(seed)

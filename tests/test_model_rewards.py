@@ -23,6 +23,8 @@ from reward_folders import (
     imagereward_folder,
     imagereward_weights,
     open_clip_weights,
+    owlv2_folder,
+    owlv2_model,
     pictures,
     siglip_vision,
 )
@@ -59,6 +61,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     aesthetic_v25_folder(
         root, "aesthetic_v2.5", siglip_vision(), head_weights(WIDTH, "scoring_head.{}"), HEAD
     )
+    owlv2_folder(root, "detection", owlv2_model())  # test_detection.py
     return root
 
 
@@ -77,7 +80,7 @@ def prepared(reward: ModelReward, images: Tensor) -> Tensor:
 
 
 def test_every_known_reward_is_tested_here(root: Path) -> None:
-    assert set(NAMES) == set(KNOWN) == set(installed(root))
+    assert {*NAMES, "detection"} == set(KNOWN) == set(installed(root))
     assert {known.kind for known in KNOWN.values()} == set(loaders())
 
 

@@ -38,6 +38,8 @@ from reward_folders import (
     imagereward_weights,
     named_vision,
     open_clip_weights,
+    owlv2_config,
+    owlv2_model,
     pictures,
     siglip_vision,
     write_clip_tokenizer,
@@ -155,6 +157,9 @@ def published(hub: Hub, name: str) -> list[Published]:
         form = json.dumps({"size": IMAGE, "crop_size": IMAGE}).encode()
         pictures = hub.publish("clip", "preprocessor_config.json", form)
         return [*clip_files(hub, clip_model()), pictures, *tokenizer_files(hub)]
+    if name == "detection":
+        weights = owlv2_model().state_dict() | {"box_bias": torch.zeros(4)}
+        return [hub.publish("owlv2", "model.safetensors", save(weights)), *tokenizer_files(hub)]
     if name == "hpsv2.1":
         content = pickled({"epoch": 3, "state_dict": open_clip_weights()})
         return [hub.publish("hps", "HPS_v2.1_compressed.pt", content), *tokenizer_files(hub)]
@@ -182,6 +187,7 @@ def tiny(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     monkeypatch.setitem(prepare.CONFIGS, "hpsv2", clip_config())
     monkeypatch.setitem(prepare.CONFIGS, "imagereward", imagereward_config())
     monkeypatch.setitem(prepare.CONFIGS, "pickscore", clip_config())
+    monkeypatch.setitem(prepare.CONFIGS, "owlv2", owlv2_config())
     for name in list(EXAMPLES):
         monkeypatch.setitem(EXAMPLES, name, ())
 
@@ -222,7 +228,8 @@ def test_a_fetched_reward_is_installed_whole_and_judges(
     code, said = get(name, tmp_path)
     assert code == 0, said
     assert os.listdir(tmp_path) == installed(tmp_path) == [name]
-    assert load_installed(tmp_path, name).score(pictures(), PROMPTS).isfinite().all()
+    prompts = ["a photo of a red cube"] * 5 if name == "detection" else PROMPTS
+    assert load_installed(tmp_path, name).score(pictures(), prompts).isfinite().all()
     kinds = {path.suffix for path in (tmp_path / name).rglob("*")}
     assert kinds <= {".json", ".safetensors", ".txt"}
     assert hub.tokens == []

@@ -43,10 +43,31 @@ _VIT_H_14: dict[str, Any] = {
         "hidden_act": "gelu",
     },
 }
-# LAION's ViT-H-14, and BLIP's ViT-L with ImageReward's med_config.json, in transformers' words.
+# LAION's ViT-H-14, OWLv2's B/16, and BLIP's ViT-L with ImageReward's med_config.json, in transformers' words.
 CONFIGS: dict[str, dict[str, Any]] = {
     "pickscore": _VIT_H_14,
     "hpsv2": _VIT_H_14,
+    "owlv2": {
+        "projection_dim": 512,
+        "vision_config": {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 960,
+            "patch_size": 16,
+            "hidden_act": "quick_gelu",
+        },
+        "text_config": {
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "vocab_size": 49408,
+            "max_position_embeddings": 16,
+            "hidden_act": "quick_gelu",
+        },
+    },
     "imagereward": {
         "vision_config": {
             "hidden_size": 1024,
@@ -143,6 +164,14 @@ def _pickscore(files: Files, folder: Path) -> None:
         place(files[name], folder / name)
 
 
+def _owlv2(files: Files, folder: Path) -> None:
+    """Take OWLv2's weights without the grid of its boxes, which is no weight."""
+    tensors = load_file(files["model.safetensors"])
+    _write(folder, CONFIGS["owlv2"], {name: each for name, each in tensors.items() if name != "box_bias"})
+    for name in TOKENIZER:
+        place(files[name], folder / name)
+
+
 def _hpsv2(files: Files, folder: Path) -> None:
     """Convert HPS_v2.1_compressed.pt, which is open_clip's layout under "state_dict"."""
     content = read_pickle(files["HPS_v2.1_compressed.pt"])
@@ -228,4 +257,5 @@ PREPARE: dict[str, Callable[[Files, Path], None]] = {
     "imagereward": _imagereward,
     "aesthetic": _aesthetic,
     "aesthetic_v2.5": _aesthetic_v25,
+    "owlv2": _owlv2,
 }

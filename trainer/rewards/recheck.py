@@ -17,7 +17,7 @@ from comfy_g2rpo.rewards.protocol import checked
 from .fetch import changed
 from .prepare import EXAMPLES, Example
 
-PROMPT = "a red cube on a table"
+PROMPT = "a photo of a red cube"
 
 
 def check(root: Path, name: str, device: torch.device | str, say: Callable[[str], None]) -> bool:

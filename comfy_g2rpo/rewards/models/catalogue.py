@@ -156,6 +156,26 @@ KNOWN: dict[str, Known] = {
             ),
         ),
         Known(
+            "detection",
+            "owlv2",
+            "OWLv2 B/16: objects, counts, colours, places",
+            "Apache-2.0",
+            True,
+            "share of what the prompt asks for that is found, 0 to 1",
+            "Reads prompts in GenEval's form alone; sees no quality: cut-outs and copies will do.",
+            0.7,
+            (
+                Published(
+                    "google/owlv2-base-patch16-ensemble",
+                    "cfd3195ba4ea9592eec887ded089f4c08eff231d",
+                    "model.safetensors",
+                    "e1e130b9e404cf91a75ad45644c1da9d7fa5284085eecc864266a6923efb99e7",
+                    619918824,
+                ),
+                *_CLIP_TOKENIZER,
+            ),
+        ),
+        Known(
             "aesthetic",
             "aesthetic",
             "LAION aesthetic, improved (MLP head)",

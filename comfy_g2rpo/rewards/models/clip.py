@@ -30,6 +30,12 @@ class Judge(nn.Module):
     """The weights of a reward: see(pixels) → features, judge(features, prompts) → scores."""
 
     trunks: tuple[str, ...] = ("vision_model",)
+    counts = False
+    """Whether a score counts what is there or not, so that rounding changes all of a step or nothing."""
+    may_abstain = False
+
+    def check_prompts(self, prompts: Sequence[str], name: str) -> None:
+        """Refuse prompts, by RewardError, before anything runs; `name` is the reward's."""
 
     @property
     def device(self) -> torch.device:
@@ -83,6 +89,15 @@ class ModelReward(Reward):
         """Return whether the scores are computed on another device than the CPU."""
         return self.module.device.type != "cpu"
 
+    @property
+    def may_abstain(self) -> bool:
+        """Return whether a missing score is no failure."""
+        return self.module.may_abstain
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that the judge cannot read."""
+        self.module.check_prompts(prompts, self.name)
+
     def to(self, device: torch.device | str) -> ModelReward:
         """Move the weights to a device."""
         self.module.to(device)
@@ -90,6 +105,8 @@ class ModelReward(Reward):
 
     def noise(self) -> float:
         """Return the measured distance of scores of images that look the same: once per device and dtype."""
+        if self.module.counts:
+            return 0.0
         key = self.module.device, next(self.module.vision_model.parameters()).dtype
         if key not in self._noise:
             self._noise[key] = measured(self.score, self.pictures.size)

@@ -32,7 +32,7 @@ KINDS = frozenset(known.kind for known in KNOWN.values())
 
 def loaders() -> dict[str, Callable[[Folder, str, torch.dtype, int], ModelReward]]:
     """Return what loads a reward, by kind; imported here, so that listing names stays quick."""
-    from . import aesthetic, aesthetic_v25, clipscore, hpsv2, imagereward, pickscore
+    from . import aesthetic, aesthetic_v25, clipscore, hpsv2, imagereward, owlv2, pickscore
 
     return {
         "pickscore": pickscore.load,
@@ -41,6 +41,7 @@ def loaders() -> dict[str, Callable[[Folder, str, torch.dtype, int], ModelReward
         "imagereward": imagereward.load,
         "aesthetic": aesthetic.load,
         "aesthetic_v2.5": aesthetic_v25.load,
+        "owlv2": owlv2.load,
     }
 
 

@@ -2,6 +2,7 @@
 
     crop     the short edge to `size`, then the middle: CLIP and everything made from it
     squash   both edges to `size`: SigLIP, DFN5B
+    corner   black below or to the right makes a square, then both edges to `size`: OWLv2
     pad      the long edge to `size`, zeros around: HPSv2, which does it on numbers instead of a PIL picture
 
 Every step but normalisation is in levels of 8 bits, as the originals read files. Rows never see each other.
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter, zoom
 from torch import Tensor
 
 from ..protocol import RewardError
@@ -48,7 +50,7 @@ class Pictures:
                 f"reward '{name}' got pictures of {width} × {height}; no side may be over {MAX_ASPECT} "
                 "times the other"
             )
-        fit = self._padded if self.fit == "pad" else self._resized
+        fit = {"pad": self._padded, "corner": self._cornered}.get(self.fit, self._resized)
         fitted = (
             torch.stack([fit(levels(picture)) for picture in images])
             if len(images)
@@ -86,6 +88,19 @@ class Pictures:
         top, left = (self.size - rows) // 2, (self.size - columns) // 2
         fitted[:, top : top + rows, left : left + columns] = unit[0]
         return fitted
+
+    def _cornered(self, picture: Tensor) -> Tensor:
+        """Make bytes [H, W, 3] a square, black below or to the right, blur and resize: [3, size, size]."""
+        height, width = picture.shape[:2]
+        side = max(height, width)
+        square = np.zeros((side, side, 3), np.float32)
+        square[:height, :width] = picture.numpy().astype(np.float32) / 255
+        blur = max(side / self.size - 1, 0) / 2
+        blurred = gaussian_filter(square, (blur, blur, 0), mode="mirror") if blur else square
+        zoomed = zoom(
+            blurred, (self.size / side, self.size / side, 1), order=1, mode="mirror", grid_mode=True
+        )
+        return torch.from_numpy(zoomed.clip(blurred.min(), blurred.max())).permute(2, 0, 1)
 
 
 def levels(picture: Tensor) -> Tensor:
