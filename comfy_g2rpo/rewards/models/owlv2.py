@@ -146,6 +146,15 @@ def overlap(box: Tensor, others: Tensor) -> Tensor:
     return both / (area + areas - both).clamp(min=1e-12)
 
 
+def grid(rows: int) -> Tensor:
+    """Return what OWLv2 adds to a patch's box before the sigmoid: its own place and size, [rows², 4]."""
+    steps = torch.arange(1, rows + 1) / rows
+    down, across = torch.meshgrid(steps, steps, indexing="ij")
+    size = torch.full_like(down, 1 / rows)
+    share = torch.stack([across, down, size, size], -1).flatten(0, 1)
+    return torch.log(share + 1e-4) - torch.log1p(1e-4 - share)
+
+
 def load(folder: Folder, name: str, dtype: torch.dtype, batch: int) -> ModelReward:
     """Load the detector from its folder."""
     from transformers import CLIPTokenizerFast, Owlv2Config, Owlv2ForObjectDetection
@@ -159,7 +168,7 @@ def load(folder: Folder, name: str, dtype: torch.dtype, batch: int) -> ModelRewa
     check_tokenizer(tokenizer, detector.owlv2.text_model.config, CONTEXT, place)
     side = detector.config.vision_config.image_size
     rows = side // detector.config.vision_config.patch_size
-    # No weight, and so not in the file.
-    detector.register_buffer("box_bias", detector.compute_box_bias(rows, rows), persistent=False)
+    # No weight, and so not in the file; a buffer or not, by transformers' version.
+    detector.box_bias = grid(rows)
     pictures = Pictures(side, "corner")
     return ModelReward.of(KNOWN["detection"], name, Detector(detector, tokenizer), pictures, dtype, batch)
