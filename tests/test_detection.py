@@ -20,6 +20,8 @@ pytest.importorskip("transformers", reason="OWLv2 needs transformers: pip instal
         ("a photo of two red apples", Scene((Thing("apple", 2, True, "red"),))),
         ("a photo of four wine glasses", Scene((Thing("wine glass", 4, True),))),
         ("A picture of 3 black buses", Scene((Thing("bus", 3, True, "black"),))),
+        ("a photo of a carrot left of an orange", Scene((Thing("carrot"), Thing("orange")), "left of")),
+        ("a photo of an orange cat", Scene((Thing("cat", colour="orange"),))),
         ("a photo of a bowl and a pizza", Scene((Thing("bowl"), Thing("pizza")))),
         (
             "a photo of a black bottle and a white refrigerator",

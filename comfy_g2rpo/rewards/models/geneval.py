@@ -96,7 +96,8 @@ def parse_thing(text: str) -> Thing | None:
     )
     exact = count > 0
     count = count or (1 if first in ("a", "an", "the") else 0)
-    colour = words.pop(0) if words and words[0] in COLOURS else None
+    # "an orange" is no colour.
+    colour = words.pop(0) if words and words[0] in COLOURS and words != ["orange"] else None
     sound = 1 <= count <= MAX_COUNT and 1 <= len(words) <= MAX_WORDS
     if not sound or not all(_WORD.fullmatch(word) and word not in _MORE for word in words):
         return None
