@@ -89,8 +89,8 @@ def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
         # The guard's pictures teach nothing, so nobody needs their features.
         features = features_of(setup) if rewards is setup.rewards else None
         limits, images = learner.limits, len(plan.images)
-        how = {"check": rolling, "describe": features, "groups": comparison_groups(plan)}
-        scorer = Scorer(setup.policy.decode, rewards, texts, images, limits.decode_batch, **how)
+        seen = {"check": rolling, "describe": features, "groups": comparison_groups(plan)}
+        scorer = Scorer(setup.policy.decode, rewards, texts, images, limits.decode_batch, **seen)
         how = setup.sigmas, given, drawn, setup.shape, scorer, limits.slots, rolling, shortcut
         return scorer, roll_out_and_score(setup.policy, plan, *how)
 

@@ -68,6 +68,7 @@ class Scorer:
     describe: Callable[[Tensor], dict[str, Tensor]] | None = None
     """Images [B, H, W, 3] → features [B, D] by measure, gathered as [P, images, D], NaN where none came."""
     groups: Sequence[Hashable] = ()
+    """What each image is compared with, by its position; blank where nothing is."""
 
     def __post_init__(self) -> None:
         self.scores = torch.full((len(self.rewards), len(self.prompts), self.images), torch.nan)
