@@ -141,6 +141,18 @@ class Recipe:
     learning_rate: float = option(
         1e-4, "How fast it learns. Too high collapses images within few steps; halve it then.", 0, 1
     )
+    lr_schedule: str = option(
+        "constant",
+        "Whether the learning rate stays, or falls to nothing over the run's steps: linear or cosine. A fall "
+        "calms the end of a run.",
+        choices=("constant", "linear", "cosine"),
+    )
+    warmup_steps: int = option(
+        0,
+        "Steps over which the learning rate rises to its value; a guard against a rough start.",
+        0,
+        1_000_000,
+    )
     weight_decay: float = option(1e-4, "Pull of the LoRA's weights towards zero.", 0, 1)
     max_grad_norm: float = option(
         1.0, "Longest gradient that an update follows; a guard against jumps.", 0, 1e9

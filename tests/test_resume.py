@@ -102,3 +102,21 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "config.json").write_text(json.dumps({"other": 1}))
     code, _, error = leave(capsys, "resume", tmp_path)
     assert code == 2 and "holds no run of this program" in error
+
+
+def test_a_run_of_an_earlier_version_goes_on(
+    run: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((run / "config.json").read_text())
+    for name in ("lr_schedule", "warmup_steps"):
+        del config["config"]["method"][name], config["recipe"][name]
+    (run / "config.json").write_text(json.dumps(config))
+    state = run / "checkpoints/000001/state.json"
+    kept = {
+        key: value for key, value in json.loads(state.read_text()).items() if key not in ("steps", "sha256")
+    }
+    state.write_text(json.dumps(kept))
+    code, _, errors = leave(capsys, "resume", run, "--quiet", "--set", "train.steps=2")
+    assert code == 0, errors
+    ours, whole = outcome(run)[1], outcome(runs / "two")[1]
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)

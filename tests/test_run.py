@@ -172,7 +172,7 @@ def test_a_killed_run_resumes_bit_for_bit_from_its_last_checkpoint(whole, tmp_pa
     assert_equal(outcome(whole[0]), outcome(tmp_path / "run"))
 
 
-def test_a_moving_average_and_the_clipped_objective_resume_too(tmp_path):
+def test_a_moving_average_a_schedule_and_the_clipped_objective_resume_too(tmp_path):
     method = {
         "name": "flow_grpo_fast",
         "num_steps": 4,
@@ -180,6 +180,9 @@ def test_a_moving_average_and_the_clipped_objective_resume_too(tmp_path):
         "pick_size": 1,
         "ema": 0.9,
         "epochs": 2,
+        "learning_rate": 1e-3,
+        "lr_schedule": "linear",
+        "warmup_steps": 1,
     }
     method = {"method": {**method, "kl": 0.1, "kl_reference": "start"}}
     training.train(config(tmp_path, **method), tmp_path / "a", progress=Silent())
@@ -188,6 +191,7 @@ def test_a_moving_average_and_the_clipped_objective_resume_too(tmp_path):
     training.train(config(tmp_path, **method), tmp_path / "b", resume=True, progress=Silent())
     assert_equal(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
     rows = [row for row in RunFolder.open(tmp_path / "a").metrics() if "nfe" in row]
+    assert [row["lr"] for row in rows] == [1e-3, 1e-3, 5e-4]
     assert (
         rows[0]["kl/velocity"] >= 0
         and "clip_share" in rows[0]

@@ -10,7 +10,7 @@ import torch
 
 from .. import lora
 from .folder import RunFolder, fitting, read_progress, write_state
-from .optimizers import load_optimizer_tensors, optimizer_tensors, swapped
+from .optimizers import load_optimizer_tensors, optimizer_tensors, rate_schedule, swapped
 from .setup import Learner, Setup
 from .watch import best_step
 
@@ -33,6 +33,7 @@ def save(setup: Setup, learner: Learner, folder: RunFolder, row: Mapping[str, An
     tensors |= {f"average/{i}": mean for i, mean in enumerate(learner.average)}
     progress = {
         "step": learner.step,
+        "steps": setup.pace.steps,
         "forwards": learner.forwards,
         "seconds": learner.seconds,
         "cheap": learner.cheap,
@@ -74,6 +75,9 @@ def restore(setup: Setup, learner: Learner, folder: RunFolder) -> list[str]:
         progress["forwards"],
         progress["seconds"],
     )
+    learner.schedule = rate_schedule(learner.optimizer, setup.recipe, setup.pace.steps, learner.step)
+    if setup.recipe.lr_schedule != "constant" and progress.get("steps", setup.pace.steps) != setup.pace.steps:
+        remarks = [*remarks, f"from here on the learning rate falls over {setup.pace.steps} steps"]
     learner.cheap = progress.get("cheap", True) is not False
     if setup.world.speaks:
         folder.truncate_metrics(learner.step)

@@ -173,6 +173,8 @@ def update(
             check=partial(check, "update"),
             reference=reference,
         )
+    if learner.schedule:
+        learner.schedule.step()
     if recipe.ema:
         decay = min(recipe.ema, (learner.step + 1) / (learner.step + 10))
         update_average(learner.average, policy.parameters(), decay)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..files.safe import RunError, sound
 from ..recipes import Recipe
@@ -101,6 +102,28 @@ def adamw(parameters: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.Opt
     return torch.optim.AdamW(
         parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused
     )
+
+
+def rate_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int, done: int = 0) -> LambdaLR:
+    """Return the schedule of a run of so many steps, of which some are done; ValueError for a warm-up that
+    does not end within the run.
+
+    The first step takes 1/warmup_steps of the rate and no step takes none of it: a step is too dear for that.
+    The share depends on the count of steps alone, which is all that a checkpoint must hold of it.
+    """
+    warm = recipe.warmup_steps
+    if warm and warm >= steps:
+        raise ValueError(f"warmup_steps is {warm}, but the run has {steps} steps; set it below that")
+
+    def share(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        left = 1 - min((step - warm) / (steps - warm), 1)
+        return {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}.get(recipe.lr_schedule, 1.0)
+
+    for group in optimizer.param_groups:
+        group["initial_lr"] = recipe.learning_rate
+    return LambdaLR(optimizer, share, last_epoch=done - 1)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

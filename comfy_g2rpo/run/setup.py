@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from .. import lora
 from ..policy import Trainee
@@ -17,7 +18,7 @@ from ..rewards import Reward
 from ..rewards.protocol import embedder
 from .batch_limits import Limits
 from .diversity import measure
-from .optimizers import Optimizers, adamw
+from .optimizers import Optimizers, adamw, rate_schedule
 from .pace import Pace
 from .rank_guard import Speed
 
@@ -92,6 +93,8 @@ class Learner:
     """Whether completions may still be cheaper than exact (`Setup.speed`)."""
     limits: Limits = field(default_factory=lambda: Limits.of(Pace()))
     """What fits into memory at once; not part of a checkpoint, for results do not depend on it."""
+    schedule: LRScheduler | None = None
+    """Sets the learning rate of every step; the count of steps says where it stands."""
 
 
 class CheapVelocity(Protocol):
@@ -128,11 +131,12 @@ def make_learner(setup: Setup) -> Learner:
     measure(embedder(setup.rewards), setup.recipe.diversity_by)
     parameters = setup.policy.parameters()
     optimizer = setup.optimizer(parameters, setup.recipe)
+    schedule = rate_schedule(optimizer, setup.recipe, setup.pace.steps)
     average, start = setup.recipe.ema, setup.recipe.kl and setup.recipe.kl_reference == "start"
     average, start = (
         [p.detach().clone() for p in parameters] if wanted else [] for wanted in (average, start)
     )
-    return Learner(optimizer, average, start=start, limits=Limits.of(setup.pace))
+    return Learner(optimizer, average, start=start, limits=Limits.of(setup.pace), schedule=schedule)
 
 
 def prompts_ahead(prompts: Prompts, pace: Pace) -> tuple[str, ...]:

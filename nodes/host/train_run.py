@@ -41,6 +41,9 @@ MAX_STATES = 1_000_000  # of one prompt's tree
 MAX_PROMPTS = 4096  # their encodings are kept
 HELDOUT_SHARE = 0.2
 FINGERPRINTED = 64  # weights that are looked into
+DEFAULTS = {"method": dataclasses.asdict(Recipe()), "train": dataclasses.asdict(Pace())}
+LATER = ("lr_schedule", "warmup_steps")
+"""Fields that a run's name does not count where they are at their defaults: runs of before have none."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tupl
         place = run_place(name)
         learner = make_learner(setup)
         with one_writer(place):
-            folder = RunFolder.reopen(place, config) if is_run(place) else RunFolder.create(place, config)
+            made = is_run(place)
+            folder = RunFolder.reopen(place, config, DEFAULTS) if made else RunFolder.create(place, config)
             for remark in restore(setup, learner, folder) if folder.metrics() or folder.latest() else []:
                 say(remark)
             live = Live(node, name, len(folder.metrics()))
@@ -284,6 +288,9 @@ def name_of(config: dict[str, Any], recipe: str) -> str:
     for section, free in MAY_CHANGE.items():
         if isinstance(part := settled.get(section), dict):
             settled[section] = {key: value for key, value in part.items() if key not in free}
+    method = settled["method"].items()
+    plain = {name: DEFAULTS["method"][name] for name in LATER}
+    settled["method"] = {key: value for key, value in method if plain.get(key, ()) != value}
     content = json.dumps(finite(settled), sort_keys=True).encode()
     return f"{recipe}-{hashlib.blake2b(content, digest_size=4).hexdigest()}"
 

@@ -114,7 +114,8 @@ def from_dict(tree: Mapping[str, Any], near: Path | None = None) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(item) for item in _causes(error.errors()))) from error
-    make_recipe(config)
+    if (warm := make_recipe(config).warmup_steps) and warm >= (steps := config.train.steps):
+        raise ConfigError(f"method.warmup_steps is {warm}, but train.steps is {steps}; set it below that")
     resolved = resolve_paths(config, near or Path())
     check_rewards(resolved)
     return resolved

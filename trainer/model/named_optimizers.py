@@ -49,4 +49,5 @@ def prodigy(parameters: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.O
             weight_decay=recipe.weight_decay,
             decouple=True,
             use_bias_correction=True,
+            safeguard_warmup=recipe.warmup_steps > 0,
         )
