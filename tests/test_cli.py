@@ -134,6 +134,27 @@ def test_a_runs_own_pictures_are_scored_by_their_prompts(
         assert score == pytest.approx(sample.scores["agreement"], abs=0.02)
 
 
+@pytest.mark.parametrize("negative", ["two blue squares", "", 'a "quoted": # 🦊 text', "null"])
+def test_a_negative_prompt_changes_the_picture(
+    negative: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sample", "--prompt", "a red circle", "--set", "model.guidance=4", "--out"]
+    for name, more in (("plain", ()), ("other", ("--negative", negative))):
+        code, _, error = leave(capsys, *words, tmp_path / f"{name}.png", *more)
+        assert code == 0, error
+    one, other = ((tmp_path / f"{name}.png").read_bytes() for name in ("plain", "other"))
+    assert (one == other) == (negative == "")
+
+
+def test_a_negative_prompt_that_cannot_count_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sample", "--prompt", "a red circle", "--out", tmp_path / "a.png", "--negative"]
+    for negative, says in (("blur", "model.guidance 1; set it above 1"), ("x" * 2001, "at most 2000")):
+        code, _, error = leave(capsys, *words, negative)
+        assert code == 2 and says in error and "model.negative_prompt" in error
+
+
 def test_an_existing_picture_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.png").write_text("mine")
     code, _, error = leave(capsys, "sample", "--prompt", "a red circle", "--out", tmp_path / "a.png")

@@ -123,6 +123,12 @@ def test_a_deterministic_rollout_is_the_pipelines_own_sampling(folders, kind):
     assert torch.allclose(policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), atol=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "guidance"), [("dev", 3.5), ("schnell", 1.0)])
+def test_a_negative_prompt_is_refused_for_guidance_is_an_input(folders, kind, guidance):
+    with pytest.raises(ValueError, match=r"model\.negative_prompt has no effect: .* remove it"):
+        loaded(folders[kind], guidance=guidance, negative_prompt="blur")
+
+
 def test_dev_is_shifted_by_resolution_and_schnell_not(folders, dev):
     small, large = (dev.pipeline_sigmas(8, dev.latent_shape(side, side)) for side in (256, 1024))
     for sigmas, mu in ((small, 0.5), (large, 1.15)):

@@ -115,6 +115,18 @@ def test_a_deterministic_rollout_is_the_pipelines_own_sampling(base):
     assert close(base.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1))
 
 
+def test_a_negative_prompt_is_klein_bases_alone(folders, bases):
+    base = load(folders, "klein base", guidance=4.0, negative_prompt="a dog")
+    x, sigma, cond = batch(base)
+    with torch.no_grad():
+        given, without = (base._forward(x, sigma, some) for some in (cond, base.encode(["a dog"]) * len(x)))
+        assert close(base.velocity(x, sigma, cond), without + 4 * (given - without))
+        assert not close(base.velocity(x, sigma, cond), bases["klein base"].velocity(x, sigma, cond), 1e-3)
+    for kind, guidance, says in (("dev", 4.0, "as an input"), ("klein", 1.0, "at model.guidance 1")):
+        with pytest.raises(ValueError, match=says):
+            load(folders, kind, guidance=guidance, negative_prompt="a dog")
+
+
 def test_latents_stand_as_the_pipeline_cuts_them_and_pictures_are_whole(base):
     latents = seeded_noise((2, *SHAPE), "latents")
     mean, var = (value.view(1, -1, 1, 1) for value in (base.vae.bn.running_mean, base.vae.bn.running_var))

@@ -74,12 +74,13 @@ def test_the_velocity_is_diffusers_own_at_every_noise_level_whatever_else_is_in_
     )
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_a_deterministic_rollout_is_the_pipelines_own_sampling(folder, guidance):
-    policy = load(folder, guidance=guidance)
+@pytest.mark.parametrize(("guidance", "negative"), [(1.0, None), (4.0, None), (4.0, "a dog, blurred")])
+def test_a_deterministic_rollout_is_the_pipelines_own_sampling(folder, guidance, negative):
+    policy = load(folder, guidance=guidance, negative_prompt=negative)
     sigmas = policy.pipeline_sigmas(4, SHAPE)
     rollout = roll_out(policy, deterministic(4), sigmas, policy.encode([LONG]), [5], SHAPE)
     asked = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 4, "guidance_scale": guidance}
+    asked |= {"negative_prompt": negative}
     asked |= {"latents": rollout.noise(0, 0)[None]}
     picture = policy.pipeline(LONG, **asked, output_type="pt").images
     assert torch.equal(sigmas, policy.pipeline.scheduler.sigmas)
@@ -105,6 +106,14 @@ def test_the_cache_gives_the_same_features_and_the_encoder_stays_on_the_disk(fol
     first, again = load(folder).encode([SHORT, LONG, ""]), load(folder)
     assert family.same_features(first, again.encode([SHORT, LONG, ""]))
     assert again.pipeline.text_encoder is None
+
+
+def test_a_negative_prompt_and_a_prompt_of_the_same_text_are_kept_apart(folder, tmp_path, monkeypatch):
+    family.keep_prompts(tmp_path, monkeypatch)
+    asked, avoided = (load(folder, guidance=4.0, negative_prompt=text) for text in (None, SHORT))
+    first, other = asked.encode([SHORT])[0], avoided.encode([SHORT])[0]
+    assert len(first.tokens) > len(other.tokens)
+    assert family.same_features([first], load(folder).encode([SHORT]))
 
 
 def test_what_the_model_does_not_take_is_refused(base, folder):

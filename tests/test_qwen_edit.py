@@ -110,6 +110,19 @@ def test_guidance_moves_away_from_the_empty_prompt_with_the_same_picture(base, f
     assert not torch.equal(cond[0].without, cond[2].tokens[: len(cond[0].without)])
 
 
+def test_a_negative_prompt_is_read_with_the_same_picture_and_cached_by_itself(
+    folder, batch, tmp_path, monkeypatch
+):
+    family.keep_prompts(tmp_path, monkeypatch)
+    prompts = batch[2]
+    plain, other = (load(folder, guidance=4.0, negative_prompt=text) for text in (None, OTHER))
+    before, after, again = plain.encode(prompts), other.encode(prompts), plain.encode(prompts)
+    for one, two, three, prompt in zip(before, after, again, prompts, strict=True):
+        assert torch.equal(one.tokens, two.tokens) and torch.equal(one.without, three.without)
+        assert one.without.shape != two.without.shape, prompt
+    assert len(list((tmp_path / "prompts").rglob("*.safetensors"))) == 2 * len(prompts)
+
+
 @pytest.fixture
 def smaller(monkeypatch) -> None:
     """Let the pipelines bring pictures to the area of 64² and not of 1024², which takes a tiny model

@@ -65,13 +65,13 @@ def test_the_velocity_is_diffusers_own_at_every_noise_level_whatever_else_is_in_
     family.check_rows(base, batch, lambda row: plain(base, x[row], sigma[row].item(), cond[row].tokens))
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_a_deterministic_rollout_is_the_pipelines_own_sampling(folder, guidance):
-    policy = load(folder, guidance=guidance)
+@pytest.mark.parametrize(("guidance", "negative"), [(1.0, None), (4.0, None), (4.0, "a dog, blurred")])
+def test_a_deterministic_rollout_is_the_pipelines_own_sampling(folder, guidance, negative):
+    policy = load(folder, guidance=guidance, negative_prompt=negative)
     sigmas = policy.pipeline_sigmas(4, SHAPE)
     rollout = roll_out(policy, deterministic(4), sigmas, policy.encode([LONG]), [5], SHAPE)
     start = QwenImagePipeline._pack_latents(rollout.noise(0, 0)[None], 1, *SHAPE)
-    guided = {"negative_prompt": " ", "true_cfg_scale": guidance} if guidance > 1 else {}
+    guided = {"negative_prompt": negative or " ", "true_cfg_scale": guidance} if guidance > 1 else {}
     asked = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 4, "latents": start}
     latents = policy.pipeline(LONG, **asked, **guided, output_type="latent").images
     assert close(rollout.latents[0], unpack(latents, 3, 4))

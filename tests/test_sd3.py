@@ -24,6 +24,8 @@ from comfy_g2rpo.rollout import Rollout, roll_out, seeded_noise
 from comfy_g2rpo.run.scorer import Scorer
 from comfy_g2rpo.schedule import shifted_sigmas
 from comfy_g2rpo.update import backward, records, snapshot, step_weights, update
+from g2rpo_trainer.config.sections import ModelSection
+from g2rpo_trainer.families import load as load_family
 from g2rpo_trainer.families.cpu import sd3_forward
 from g2rpo_trainer.families.cpu.sd3_forward import Merged
 from g2rpo_trainer.families.cpu.taesd_decoder import TinyDecoder, foldable
@@ -81,6 +83,26 @@ def test_guidance_moves_from_the_empty_prompt_through_the_given_one(base, batch)
         given, empty = base.velocity(x, sigma, cond), base.velocity(x, sigma, base.encode(["", ""]))
         guided = load(guidance=2.0).velocity(x, sigma, cond)
     assert torch.allclose(guided, empty + 2.0 * (given - empty), atol=1e-5)
+
+
+def test_a_negative_prompt_is_the_pipelines_own_also_once_the_encoders_are_dropped(base):
+    section = {"path": str(TINY), "width": 64, "height": 64, "max_sequence_length": 0, "guidance": 3.0}
+    section = ModelSection(**section, negative_prompt="two blue squares")
+    policy = load_family(section, TINY, "cpu")
+    cond = policy.encode(PROMPTS[:1])
+    policy.drop_text_encoders()
+    rollout = roll_out(policy, deterministic(4), shifted_sigmas(4), cond, [SEED], SHAPE)
+    asked = {"sigmas": [1.0, 0.75, 0.5, 0.25], "guidance_scale": 3.0, "max_sequence_length": 0}
+    asked |= {"latents": rollout.noise(0, 0)[None], "negative_prompt": "two blue squares"}
+    picture = base.pipeline(PROMPTS[0], **asked, output_type="pt").images
+    assert torch.allclose(policy.decode(rollout.latents[:, 0]), picture.permute(0, 2, 3, 1), atol=1e-4)
+
+
+def test_a_negative_prompt_without_guidance_is_refused():
+    section = ModelSection(path=str(TINY), max_sequence_length=0, negative_prompt="blur")
+    says = r"model\.negative_prompt has no effect at model\.guidance 1; set it above 1"
+    with pytest.raises(ValueError, match=says):
+        load_family(section, TINY, "cpu")
 
 
 def test_the_reference_is_the_model_without_adapter(base, policy, batch):

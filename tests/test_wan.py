@@ -70,15 +70,17 @@ def test_the_velocity_is_diffusers_own_at_every_noise_level_whatever_else_is_in_
     family.check_rows(base, batch, lambda row: plain(base, x[row], sigma[row].item(), PROMPTS[row]))
 
 
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_a_deterministic_rollout_is_the_pipelines_own_sampling_with_an_euler_scheduler(folder, guidance):
-    policy = load(folder, guidance=guidance)
+@pytest.mark.parametrize(("guidance", "negative"), [(1.0, None), (5.0, None), (5.0, "a dog, blurred")])
+def test_a_deterministic_rollout_is_the_pipelines_own_sampling_with_an_euler_scheduler(
+    folder, guidance, negative
+):
+    policy = load(folder, guidance=guidance, negative_prompt=negative)
     policy.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
     shape = policy.latent_shape(WIDTH, HEIGHT)
     sigmas, cond = policy.pipeline_sigmas(4, shape), policy.encode([LONG])
     rollout = roll_out(policy, deterministic(4), sigmas, cond, [5], shape)
     asked = {"height": HEIGHT, "width": WIDTH, "num_frames": 1, "num_inference_steps": 4}
-    asked |= {"guidance_scale": guidance}
+    asked |= {"guidance_scale": guidance, "negative_prompt": negative}
     asked |= {"max_sequence_length": TOKENS, "latents": rollout.noise(0, 0)[None, :, None]}
     latents = policy.pipeline(LONG, **asked, output_type="latent").frames
     assert close(rollout.latents[0], latents[:, :, 0])

@@ -65,14 +65,15 @@ def test_the_velocity_is_diffusers_own_at_every_noise_level_whatever_else_is_in_
     family.check_rows(base, batch, lambda row: plain(base, x[row], sigma[row].item(), cond[row].tokens))
 
 
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_a_deterministic_rollout_is_the_pipelines_own_sampling(folder, guidance):
-    policy = load(folder, guidance=guidance)
+@pytest.mark.parametrize(("guidance", "negative"), [(1.0, None), (5.0, None), (5.0, "a dog, blurred")])
+def test_a_deterministic_rollout_is_the_pipelines_own_sampling(folder, guidance, negative):
+    policy = load(folder, guidance=guidance, negative_prompt=negative)
     sigmas = policy.pipeline_sigmas(4, SHAPE)
     rollout = roll_out(policy, deterministic(4), sigmas, policy.encode([LONG]), [5], SHAPE)
     # The pipeline's scale counts from 0: pos + s (pos − neg).
     asked = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 4, "guidance_scale": guidance - 1}
     asked |= {"latents": rollout.noise(0, 0)[None], "max_sequence_length": 256}
+    asked |= {"negative_prompt": negative}
     latents = policy.pipeline(LONG, **asked, output_type="latent").images
     assert close(rollout.latents[0], latents)
     assert torch.equal(sigmas, policy.pipeline.scheduler.sigmas)

@@ -175,6 +175,9 @@ def sample(
     ] = "demo",
     model: Annotated[str | None, typer.Option(help="Folder of another model.")] = None,
     lora: Annotated[Path | None, typer.Option(help="LoRA file [default for a run: its result].")] = None,
+    negative: Annotated[
+        str | None, typer.Option(help="Negative prompt: what not to draw; needs a model.guidance above 1.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the start noise.")] = 0,
     tail: Annotated[
         float,
@@ -203,27 +206,36 @@ def sample(
     for place in places:
         if place.exists() and not replace:
             raise CommandError(f"{place} exists; choose another --out, or give --replace")
-    other_model = [f"model.path={json.dumps(model)}"] if model else []
-    config, own_lora = configuration(recipe, [*(settings or []), *other_model], best)
+    given = {"path": model or None, "negative_prompt": negative}
+    own = [
+        f"model.{name}={json.dumps(text, ensure_ascii=False)}"
+        for name, text in given.items()
+        if text is not None
+    ]
+    config, own_lora = configuration(recipe, [*(settings or []), *own], best)
     quieten_libraries()
     from comfy_g2rpo.files.save_pictures import save_picture
-    from comfy_g2rpo.prompts import starting, with_columns
     from comfy_g2rpo.run.scorer import levels
 
     from .model.inference import draw, note_of
 
-    asked: list[str] = list(prompt)
-    if images:
-        pairs = zip(prompt, images * (len(prompt) // len(images)), strict=True)
-        asked = [
-            starting(with_columns(text, {"image": str(file)}, "--image"), Path(), "--image")
-            for text, file in pairs
-        ]
+    asked = from_pictures(prompt, images) if images else prompt
     pictures = draw(config, asked, seed, lora or own_lora, tail)
     for place, text, picture in zip(places, prompt, pictures, strict=True):
         note = note_of(config, text, seed, lora or own_lora, tail)
         save_picture(place, levels(picture) if picture.ndim == 4 else picture, note)
         typer.echo(place)
+
+
+def from_pictures(prompts: Sequence[str], images: Sequence[Path]) -> list[str]:
+    """Let every prompt start from its picture, or all of them from the only one."""
+    from comfy_g2rpo.prompts import starting, with_columns
+
+    pairs = zip(prompts, [*images] * (len(prompts) // len(images)), strict=True)
+    return [
+        starting(with_columns(text, {"image": str(file)}, "--image"), Path(), "--image")
+        for text, file in pairs
+    ]
 
 
 @app.command()

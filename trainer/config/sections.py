@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from comfy_g2rpo import recipes
 from comfy_g2rpo.options import complaint
+from comfy_g2rpo.prompts import MAX_CHARACTERS
 from comfy_g2rpo.rewards.clips import DEFAULT, MODES
 from comfy_g2rpo.run import pace, rank_guard
 
@@ -86,6 +87,13 @@ class ModelSection(Section):
     guidance: float = setting(
         1.0, "Guidance; 1 is none, more doubles the cost of a forward; FLUX.1 takes it as an input.", 0, 50
     )
+    negative_prompt: str | None = Field(
+        None,
+        description=(
+            "What pictures should not show, in place of the empty prompt; needs a guidance above 1 that is "
+            "no input of the model."
+        ),
+    )
     width: int = setting(512, "Width of the pictures in pixels.", 16, 4096)
     height: int = setting(512, "Height of the pictures in pixels.", 16, 4096)
     dtype: Literal["fp32", "bf16"] = Field(
@@ -116,6 +124,15 @@ class ModelSection(Section):
         64,
         2048,
     )
+
+    @field_validator("negative_prompt")
+    @classmethod
+    def keep_short(cls, value: str | None) -> str | None:
+        """Refuse a negative prompt that is longer than prompts may be."""
+        if value is not None and len(value) > MAX_CHARACTERS:
+            sentence = f" has {len(value)} characters; at most {MAX_CHARACTERS} are allowed"
+            raise PydanticCustomError("bounds", "{sentence}", {"sentence": sentence})
+        return value
 
 
 class MemorySection(Section):

@@ -247,7 +247,7 @@ def measure(config: Config, policy: PeftPolicy, sketch: Sketch) -> tuple[int, in
     with pretended(policy):
         one = cond(policy, sketch, length, config.model.reference_size)
         if policy.blank is not None and policy.guidance > 1:
-            policy._prompts[policy.blank] = one
+            policy._prompts[policy.key(policy.blank)] = one
 
         def forward(rows: int) -> Tensor:
             return policy.velocity(torch.empty(rows, *shape), torch.empty(rows), [one] * rows)
@@ -294,5 +294,6 @@ def text_length(config: Config, policy: PeftPolicy) -> int:
     heldout = Path(config.prompts.heldout) if config.prompts.heldout else None
     texts = load_prompts(Path(config.prompts.train), heldout, config.prompts.heldout_share, config.train.seed)
     # A token has at least a byte; the template around a prompt is short.
-    longest = max(len(text.encode()) for text in (*texts.train, *texts.heldout)) + TEMPLATE
+    known = (*texts.train, *texts.heldout, config.model.negative_prompt or "")
+    longest = max(len(text.encode()) for text in known) + TEMPLATE
     return policy.text_tokens(longest, config.model.reference_size)

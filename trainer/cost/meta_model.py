@@ -124,6 +124,8 @@ def build(config: Config, sketch: Sketch) -> PeftPolicy:
     empty = (*LATER, "tokenizer", "scheduler", "feature")
     names = [name for name in kind.__init__.__annotations__ if name.startswith(empty)]
     policy: Any = sketch.policy.of(section, kind(**given, **dict.fromkeys(names)))
+    if section.negative_prompt is not None:
+        policy.avoid(section.negative_prompt)
     # What is merged from weights for a rollout looks at numbers, of which there are none here.
     policy.packed = True
     # nf4 makes the same weights as fp8, of half the bytes, which are counted by `memory.py`.

@@ -76,7 +76,10 @@ def load(section: ModelSection, path: Path | None, device: torch.device | str) -
     if section.frames > 1 and not kind.makes_clips:
         remedy = f"but {title} makes single pictures; set it to 1"
         raise ValueError(f"model.frames is {section.frames}, {remedy}")
-    return kind.load(section, path, device)
+    policy = kind.load(section, path, device)
+    if section.negative_prompt is not None:
+        policy.avoid(section.negative_prompt)
+    return policy
 
 
 def sigmas(policy: FamilyPolicy, schedule: Schedule, recipe: Recipe, shape: Sequence[int]) -> Tensor:

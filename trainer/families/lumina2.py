@@ -84,8 +84,13 @@ class Lumina2(PeftPolicy):
             "cap_feat_dim": held.size("time_caption_embed.caption_embedder.1.weight")[1],
         }
 
+    def key(self, prompt: str) -> str:
+        """Return a key of a prompt's features, which differ where it is the negative one."""
+        own = super().key(prompt)
+        return f"{own}\nnegative" if own and own == self.blank else own
+
     def encode_one(self, prompt: str) -> Cond:
-        """Run Gemma 2 on a prompt behind the model's instruction, which the empty one lacks."""
+        """Run Gemma 2 on a prompt behind the model's instruction, which the negative one lacks."""
         empty = prompt == self.blank
         *given, tokens, mask = self.pipeline.encode_prompt(
             prompt,

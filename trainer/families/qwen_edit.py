@@ -49,6 +49,7 @@ class QwenEdit(Editing, QwenImage):
 
     cond = Cond
     blank = None  # differs from picture to picture
+    negative = BLANK
 
     @classmethod
     def load(cls, section: ModelSection, path: Path | None, device: torch.device | str) -> Self:
@@ -73,6 +74,16 @@ class QwenEdit(Editing, QwenImage):
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
         """Return v [B, C, h, w] in float32; guidance keeps the norm of every token's prediction."""
         return by_size(super().velocity, x, sigma, cond)
+
+    def avoid(self, negative: str) -> None:
+        """Let guidance move away from a negative prompt, which is read with every picture."""
+        self.check_guided()
+        self.negative = negative
+
+    def key(self, prompt: str) -> str:
+        """Return a key of a prompt's features, of which the negative prompt's are a part."""
+        own = super().key(prompt)
+        return own if self.negative == BLANK else f"{own}\n{self.negative}"
 
     def without(self, cond: Sequence[Cond]) -> list[Cond]:
         """Return what guidance moves away from, row by row: the negative prompt with the same picture."""
@@ -108,7 +119,9 @@ class QwenEdit(Editing, QwenImage):
         read = self.pipeline.encode_prompt
         tokens = read(prompt=str(prompt), image=glance, device=self.device)[0][0]
         without = (
-            read(prompt=BLANK, image=glance, device=self.device)[0][0] if self.guidance > 1 else tokens[:0]
+            read(prompt=self.negative, image=glance, device=self.device)[0][0]
+            if self.guidance > 1
+            else tokens[:0]
         )
         return Cond(tokens, without.clone(), latent)
 

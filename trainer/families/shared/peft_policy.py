@@ -158,6 +158,22 @@ class PeftPolicy:
         """Run the text encoders on one prompt: a named tuple of tensors without batch dimension."""
         raise NotImplementedError
 
+    def avoid(self, negative: str) -> None:
+        """Let guidance move away from a negative prompt; ValueError where it moves away from none."""
+        if self.blank is None:
+            remedy = "this model takes its guidance as an input, and moves away from no prompt; remove it"
+            raise ValueError(f"model.negative_prompt has no effect: {remedy}")
+        self.check_guided()
+        self.blank = negative
+
+    def check_guided(self) -> None:
+        """Raise ValueError where guidance is too low for a negative prompt to count."""
+        if self.guidance <= 1:
+            remedy = "set it above 1, which doubles the cost of a forward, or remove the negative prompt"
+            raise ValueError(
+                f"model.negative_prompt has no effect at model.guidance {self.guidance:g}; {remedy}"
+            )
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Any]:
         """Return text features, computed once per prompt."""
