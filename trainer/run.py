@@ -20,7 +20,7 @@ from comfy_g2rpo.run import rank_guard
 from comfy_g2rpo.run.checkpoint import restore
 from comfy_g2rpo.run.folder import RunFolder, check_place
 from comfy_g2rpo.run.loop import finish, learn
-from comfy_g2rpo.run.setup import Setup, World, make_learner, preview_shape, prompts_ahead
+from comfy_g2rpo.run.setup import Setup, Size, World, make_learner, preview_shape, prompts_ahead
 
 from . import families
 from .config.input_files import INPUTS, compare_inputs, input_digests
@@ -122,6 +122,10 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
         prompts=prompts,
         sigmas=families.sigmas(policy, config.model.schedule, recipe, shape),
         shape=shape,
+        sizes=tuple(
+            Size(each, families.sigmas(policy, config.model.schedule, recipe, each))
+            for each in families.step_shapes(policy, config.model)
+        ),
         alpha=lora.alpha,
         style=policy.lora_style,
         rename=policy.rename,

@@ -81,6 +81,7 @@ def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
     begin = time.perf_counter()
     prompts, seeds = draw(setup, learner.step)
     conds, rolling = setup.policy.encode(prompts), partial(check, "rollout")
+    size = setup.size(learner.step)
 
     def roll(
         plan: Plan, places: Sequence[int], rewards: Sequence[Reward], shortcut: Shortcut | None
@@ -91,7 +92,7 @@ def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
         limits, images = learner.limits, len(plan.images)
         seen = {"check": rolling, "describe": features, "groups": comparison_groups(plan)}
         scorer = Scorer(setup.policy.decode, rewards, texts, images, limits.decode_batch, **seen)
-        how = setup.sigmas, given, drawn, setup.shape, scorer, limits.slots, rolling, shortcut
+        how = size.sigmas, given, drawn, size.shape, scorer, limits.slots, rolling, shortcut
         return scorer, roll_out_and_score(setup.policy, plan, *how)
 
     found = roll_out_guarded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -40,6 +41,14 @@ class World:
 
 
 @dataclass(frozen=True)
+class Size:
+    """A size of pictures: the shape of their latents, and noise levels [T+1], which may depend on it."""
+
+    shape: tuple[int, ...]
+    sigmas: Tensor
+
+
+@dataclass(frozen=True)
 class Setup:
     """Everything of a run that does not change while it runs."""
 
@@ -53,6 +62,8 @@ class Setup:
     sigmas: Tensor
     shape: tuple[int, ...]
     alpha: float
+    sizes: tuple[Size, ...] = ()
+    """Sizes that steps take in turn; without any, all are of `shape`, as evaluations are in any case."""
     gates: tuple[float | None, ...] = ()
     style: str = "diffusers"
     rename: lora.Rename | None = None
@@ -76,6 +87,14 @@ class Setup:
     def trained(self) -> dict[str, float]:
         """Return the weights of the rewards that are trained on, by name."""
         return {reward.name: weight for reward, weight in zip(self.rewards, self.weights, strict=True)}
+
+    def size(self, step: int) -> Size:
+        """Return a step's size by (seed, step) alone: each once in every round, in a new order."""
+        if not self.sizes:
+            return Size(self.shape, self.sigmas)
+        turn, place = divmod(step, len(self.sizes))
+        order = random.Random(f"sizes {self.pace.seed} {turn}").sample(self.sizes, len(self.sizes))
+        return order[place]
 
 
 @dataclass

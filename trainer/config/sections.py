@@ -96,6 +96,13 @@ class ModelSection(Section):
     )
     width: int = setting(512, "Width of the pictures in pixels.", 16, 4096)
     height: int = setting(512, "Height of the pictures in pixels.", 16, 4096)
+    sizes: tuple[str, ...] = Field(
+        (),
+        description=(
+            "Sizes that training steps take in turn, such as [512x512, 640x448]; evaluations keep width and "
+            "height."
+        ),
+    )
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="Precision of the model; the method's own arithmetic is always fp32."
     )
@@ -124,6 +131,23 @@ class ModelSection(Section):
         64,
         2048,
     )
+
+    @field_validator("sizes")
+    @classmethod
+    def read_sizes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse what is no size, and a size out of the bounds of width and height."""
+        for text in value:
+            sides = text.split("x")
+            if len(sides) != 2 or any(not side.isdecimal() or not 16 <= int(side) <= 4096 for side in sides):
+                sentence = f" has {text[:40]!a}; write a size as 640x448, each side between 16 and 4096"
+                raise PydanticCustomError("bounds", "{sentence}", {"sentence": sentence})
+        return value
+
+    @property
+    def step_sizes(self) -> list[tuple[int, int]]:
+        """List the sizes (width, height) of training steps."""
+        found = [tuple(map(int, text.split("x"))) for text in self.sizes]
+        return found or [(self.width, self.height)]
 
     @field_validator("negative_prompt")
     @classmethod

@@ -23,6 +23,7 @@ from comfy_g2rpo.prompts import load as load_prompts
 from comfy_g2rpo.recipes import Recipe, build_plan
 from comfy_g2rpo.run.scorer import to_8_bit
 
+from .. import families
 from ..config.reading import Config, make_recipe
 from ..config.reward_checks import rewards_root
 from ..model.stored_linear import BYTES, StoredLinear, blocks_of, stored
@@ -234,7 +235,7 @@ def rollout_states(config: Config, policy: PeftPolicy, recipe: Recipe) -> int:
     """Estimate the latents that a rollout keeps: forks, and states that wait for their children."""
     plan = build_plan(recipe)
     latent = 4
-    for side in policy.latent_shape(config.model.width, config.model.height):
+    for side in families.largest_shape(policy, config.model):
         latent *= side
     forks = 3 * config.train.prompts_per_step * len(plan.forks)
     return latent * (forks + 4 * config.train.slots)
@@ -242,7 +243,7 @@ def rollout_states(config: Config, policy: PeftPolicy, recipe: Recipe) -> int:
 
 def measure(config: Config, policy: PeftPolicy, sketch: Sketch) -> tuple[int, int, int]:
     """Return the bytes that a rollout's forward, a decoding and an update's pass have alive at most."""
-    train, shape = config.train, policy.latent_shape(config.model.width, config.model.height)
+    train, shape = config.train, families.largest_shape(policy, config.model)
     length = text_length(config, policy)
     with pretended(policy):
         one = cond(policy, sketch, length, config.model.reference_size)

@@ -17,6 +17,7 @@ from comfy_g2rpo.rollout import seeded_noise
 from comfy_g2rpo.run.evaluation import price
 from comfy_g2rpo.speed.peak_memory import peak_memory
 
+from .. import families
 from ..config.reading import Config, make_pace, make_recipe
 from ..reports.progress import clock
 
@@ -117,7 +118,7 @@ def measure(config: Config) -> Cost:
     # A prompt of the run: some models read none without its picture.
     prompts = read_prompts(Path(config.prompts.train))[0][:1]
     policy = load_policy(config, where, prompts)
-    shape = policy.latent_shape(config.model.width, config.model.height)
+    shape = families.largest_shape(policy, config.model)
     policy.add_lora(config.lora.rank, config.lora.alpha, train.seed, config.lora.targets != "attention")
     cond = policy.encode(prompts)[0]
 

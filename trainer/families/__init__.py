@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -80,6 +81,25 @@ def load(section: ModelSection, path: Path | None, device: torch.device | str) -
     if section.negative_prompt is not None:
         policy.avoid(section.negative_prompt)
     return policy
+
+
+def step_shapes(policy: FamilyPolicy, section: ModelSection) -> list[tuple[int, ...]]:
+    """List the latents' shapes of the sizes that steps take; ValueError for what the model cannot draw."""
+    shapes = []
+    for width, height in section.step_sizes:
+        try:
+            shapes.append(policy.latent_shape(width, height))
+        except ValueError as error:
+            if not section.sizes:
+                raise
+            raise ValueError(f"model.sizes has {width}x{height}: {str(error).partition('; ')[2]}") from error
+    return shapes
+
+
+def largest_shape(policy: FamilyPolicy, section: ModelSection) -> tuple[int, ...]:
+    """Return the shape of a run's largest latents, those of evaluations among them."""
+    shapes = [policy.latent_shape(section.width, section.height), *step_shapes(policy, section)]
+    return max(shapes, key=math.prod)
 
 
 def sigmas(policy: FamilyPolicy, schedule: Schedule, recipe: Recipe, shape: Sequence[int]) -> Tensor:

@@ -140,6 +140,11 @@ class SD3(PeftPolicy):
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (C, h, w) of a picture of the given size in pixels."""
+        longest = self.transformer.config.pos_embed_max_size * self.pipeline.patch_size
+        longest *= self.pipeline.vae_scale_factor
+        if max(width, height) > longest:
+            given = f"model.width and model.height are {width}×{height}"
+            raise ValueError(f"{given}; this model has positions for sides of up to {longest} pixels")
         return self.transformer.config.in_channels, *cells(
             width, height, self.pipeline.vae_scale_factor, self.pipeline.patch_size
         )
