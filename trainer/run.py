@@ -32,6 +32,7 @@ from .lora.lora_files import add_frozen, start_from
 from .model.cheap_forward import completions
 from .model.named_optimizers import make_optimizer
 from .model.placing import in_turn, keep_freed_memory, load_in_stages
+from .reports.listeners import check_trackers, listening
 from .reports.progress import Progress, Silent
 from .reports.report import write_report
 from .rewards.build import build_all
@@ -53,7 +54,9 @@ def train(
     checkpoint of the last finished step. With `changed_inputs` a run goes on although its prompts, rewards
     or weights are not what they were.
     """
-    accelerator = Accelerator(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
+    check_trackers(config.report.trackers)
+    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    accelerator = Accelerator(cpu=cpu)
     main = accelerator.is_main_process
     with one_writer(out) if main else nullcontext():
         if main:
@@ -76,9 +79,10 @@ def train(
             progress.note(remark)
         if resume:
             progress.recall(folder.metrics())
-        with stoppable() as check:
-            learn(setup, learner, folder, progress, check, (Stopped, RewardError))
-            summary = finish(setup, learner, folder, progress, check, config.method.name)
+        follow = listening(progress, config, folder, cpu) if main else nullcontext(progress)
+        with stoppable() as check, follow as heard:
+            learn(setup, learner, folder, heard, check, (Stopped, RewardError))
+            summary = finish(setup, learner, folder, heard, check, config.method.name)
         if summary:
             write_report(folder, progress.note)
             progress.finish(summary)

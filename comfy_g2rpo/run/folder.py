@@ -231,7 +231,7 @@ class RunFolder:
                 value, field = new.get(key), key.rpartition(".")[2]
                 before = old[key] if key in old else known.get(field)
                 name = f"{section}.{key}".strip(".")
-                free = section == "out" or name in moved or field in MAY_CHANGE.get(section, ())
+                free = section in ("out", "report") or name in moved or field in MAY_CHANGE.get(section, ())
                 if value != before and not free:
                     was = f"{path} was made with {name} = {before!a:.80}, not {value!a:.80}"
                     raise RunError(f"{was}; continue with that, or start another run")

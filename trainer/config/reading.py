@@ -24,6 +24,7 @@ from .sections import (
     MethodSection,
     ModelSection,
     PromptSection,
+    ReportSection,
     RewardSection,
     Section,
     SpeedSection,
@@ -55,6 +56,7 @@ class Config(Section):
     prompts: PromptSection
     train: TrainSection = TrainSection()
     speed: SpeedSection = SpeedSection()
+    report: ReportSection = ReportSection()
     out: str | None = Field(None, description="Run folder; runs/<recipe> where it is not given.")
 
     @field_validator("heldout_rewards", mode="before")

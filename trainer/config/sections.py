@@ -268,6 +268,21 @@ class HeldoutReward(RewardSection):
     )
 
 
+class ReportSection(Section):
+    """Where a run shows its metrics beside its own folder."""
+
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
+        (), description="Trackers that get the metrics, too: tensorboard, trackio, wandb; install them first."
+    )
+    project: str = Field("g2rpo", description="Project under which trackio and wandb list the run.")
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def take_name(cls, value: Any) -> Any:
+        """Take a single name for a list of it."""
+        return [value] if isinstance(value, str) else value
+
+
 class PromptSection(Section):
     """Where prompts come from."""
 
