@@ -139,25 +139,28 @@ def test_a_familys_name_stands_in_its_file_its_line_and_its_lora_names_alone() -
         assert not texts & families, path
 
 
-def test_every_module_imports_where_the_system_has_no_resource_module() -> None:
+def test_every_module_imports_where_the_system_lacks_what_only_unix_has() -> None:
     script = """
-import builtins, importlib, pkgutil
+import builtins, importlib, pkgutil, sys, types
 import g2rpo_trainer, comfy_g2rpo
 
 real = builtins.__import__
 
-def without_resource(name, globals=None, locals=None, fromlist=(), level=0):
+def without_unix(name, globals=None, locals=None, fromlist=(), level=0):
     ours = (globals or {}).get("__name__", "").startswith(("g2rpo_trainer", "comfy_g2rpo"))
-    if name == "resource" and ours:
-        raise ImportError("no module named resource")
+    if name in ("fcntl", "grp", "pty", "pwd", "resource", "termios", "tty") and ours:
+        raise ImportError(f"no module named {name}")
     return real(name, globals, locals, fromlist, level)
 
-builtins.__import__ = without_resource
+builtins.__import__ = without_unix
+sys.modules["msvcrt"] = types.ModuleType("msvcrt")  # what Windows has in their place
 for package in (g2rpo_trainer, comfy_g2rpo):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
 import torch
+from comfy_g2rpo.files import one_writer
 from comfy_g2rpo.speed import peak_memory
+assert one_writer.fcntl is None
 assert peak_memory.resource is None
 print(peak_memory.peak_memory(torch.device("cpu")))
 """

@@ -61,15 +61,17 @@ def make(family: str) -> str:
     place = 0
     for name, size in sorted(SIZES.items(), key=lambda item: -item[1]):
         card = Card(name, int(FREE * size * GIB))
+        turns = size <= 16
         while True:
-            changes = ladder[place] | {"memory.text_encoders": "device", "memory.rewards_in_turn": size <= 16}
+            changes = ladder[place] | {"memory.text_encoders": "device", "memory.rewards_in_turn": turns}
             foreseen = foresee(with_preset(config, changes), sketch)
             if card.need(foreseen) > card.free and foreseen.phase == "encode":
                 changes["memory.text_encoders"] = "cpu"
                 foreseen = foresee(with_preset(config, changes), sketch)
-            if card.fits(foreseen) or place == len(ladder) - 1:
+            if card.fits(foreseen) or (place == len(ladder) - 1 and turns):
                 break
-            place += 1
+            # Rewards that take turns cost time at every batch: not before the same settings fail without.
+            place, turns = (place + 1, size <= 16) if turns else (place, True)
         if not card.fits(foreseen):
             print(f"{family} {name}: nothing fits, needs {sized(card.need(foreseen))}", flush=True)
             break

@@ -113,9 +113,12 @@ def run_in(
     quiet: bool,
 ) -> None:
     """Train in a run folder and say what came of it, and how to go on."""
+    from .config.reward_checks import missing_models
     from .cost.presets import before_training
     from .reports.progress import for_terminal
 
+    if missing := missing_models((*config.rewards, *config.heldout_rewards)):
+        raise CommandError(missing)
     progress = for_terminal(quiet)
     quieten_libraries()
     for line in before_training(config, force):
@@ -147,6 +150,7 @@ def run_in(
 def plan(recipe: Recipe, settings: Settings = None, preset: Preset = None) -> None:
     """Say what a recipe will cost before anything runs: forwards, pictures, time, memory."""
     from .config.reading import load
+    from .config.reward_checks import missing_models
     from .cost.estimate import count, measure, table
     from .cost.presets import estimate_memory, preset_settings
 
@@ -160,6 +164,8 @@ def plan(recipe: Recipe, settings: Settings = None, preset: Preset = None) -> No
         trouble = f"the model cannot be loaded here: {error}"
         cost = None
     typer.echo(table(counts, cost, memory))
+    if missing := missing_models((*config.rewards, *config.heldout_rewards)):
+        typer.echo(missing)
     if trouble:
         typer.echo(f"time {'is' if memory else 'and memory are'} unknown, because {trouble}")
 

@@ -201,7 +201,8 @@ def check_rewards(config: Config) -> None:
         *config.rewards,
         *(reward for reward in config.heldout_rewards if reward.name not in trained),
     ):
-        check_reward(reward)
+        # Whoever asks for a price, or draws, needs no reward model: a run asks for them when it starts.
+        check_reward(reward, here=False)
     if any(reward.weight == 0 and reward.gate is None for reward in config.rewards):
         raise ConfigError(
             "rewards has a weight of 0; list that reward under heldout_rewards, where it only measures"

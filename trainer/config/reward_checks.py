@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +30,8 @@ def rewards_root() -> Path:
     return Path(os.environ.get("G2RPO_REWARDS") or Path.home() / ".cache" / "g2rpo" / "rewards").expanduser()
 
 
-def check_reward(section: RewardSection) -> None:
-    """Refuse a reward that cannot be there, without loading anything."""
+def check_reward(section: RewardSection, here: bool = True) -> None:
+    """Refuse a reward that cannot be there, without loading anything; `here`: a model must be installed."""
     name = section.name
     if not re.fullmatch(r"[\w.+-]{1,64}", name):
         raise RewardError(
@@ -51,7 +52,7 @@ def check_reward(section: RewardSection) -> None:
     elif name == ocr.NAME:
         ocr.check_installed()
     elif not is_built_in(name):
-        check_installed(name)
+        check_installed(name, here)
     check_reference(section)
 
 
@@ -124,17 +125,32 @@ def check_url(name: str, url: str) -> None:
         )
 
 
-def check_installed(name: str) -> None:
-    """Refuse a name that is neither built in nor installed."""
+def missing_models(sections: Iterable[RewardSection]) -> str:
+    """Name the published reward models that are not installed, and the commands that fetch them."""
     from comfy_g2rpo.rewards.models.installed import KNOWN, installed
 
-    here = installed(rewards_root())
-    if name in here:
+    present = installed(rewards_root())
+    wanted = dict.fromkeys(each.name for each in sections if not each.path and not each.url)
+    missing = [name for name in wanted if name in KNOWN and name not in present]
+    if not missing:
+        return ""
+    one = len(missing) == 1
+    subject = f"reward {missing[0]!r} is" if one else f"rewards {', '.join(missing)} are"
+    how = " && ".join(KNOWN[name].how_to_get for name in missing)
+    return f"{subject} not installed in {rewards_root()}; get {'it' if one else 'them'} with: {how}"
+
+
+def check_installed(name: str, here: bool = True) -> None:
+    """Refuse a name that is neither built in nor installed, nor, unless it must be `here`, published."""
+    from comfy_g2rpo.rewards.models.installed import KNOWN, installed
+
+    present = installed(rewards_root())
+    if name in present or (name in KNOWN and not here):
         return
     if name in KNOWN:
         raise RewardError(
             f"reward {name!r} is not installed in {rewards_root()}; get it with: {KNOWN[name].how_to_get}"
         )
-    known = [*REWARDS, *KINDS, ocr.NAME, *here, *(known for known in KNOWN if known not in here)]
+    known = [*REWARDS, *KINDS, ocr.NAME, *present, *(known for known in KNOWN if known not in present)]
     nearest = "".join(f", did you mean '{near}'?" for near in get_close_matches(name, known, 1))
     raise RewardError(f"reward {name[:80]!a} is unknown{nearest or ';'} known: {', '.join(known)}")

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from comfy_g2rpo.prompts import load as load_prompts
 from comfy_g2rpo.recipes import Recipe, build_plan
+from comfy_g2rpo.rewards.models.catalogue import KNOWN
 from comfy_g2rpo.run.scorer import to_8_bit
 
 from .. import families
@@ -145,12 +146,13 @@ def footprint(config: Config, sketch: Sketch | None = None) -> Footprint:
     swapped = max(
         (packed_bytes(layer, "none", element) for layer in swapped_layers(config, policy)), default=0
     )
-    stays = sum(parts.values())
+    stays, judging = sum(parts.values()), max(reward_sizes(config), default=0)
     states, merged = rollout_states(config, policy, recipe), merged_bytes(config, policy)
     peaks = {
         "encode": encoders + parts["vae"] + parts["rewards"],
         "rollout": stays + swapped + states + merged + rolling,
-        "decode": stays + states + merged + decoding,
+        # Rewards that take turns are on the card while they judge, which is never during a forward.
+        "decode": stays + states + merged + max(decoding, 0 if parts["rewards"] else judging),
         # The gradients of earlier micro-batches are there when the next one is at its peak.
         "update": stays + swapped + states + 4 * count_of(policy.parameters()) + learning,
     }
@@ -171,7 +173,7 @@ def resident(config: Config, policy: PeftPolicy, recipe: Recipe) -> dict[str, in
         "vae": plain_bytes(policy.vae, ()),
         "adapter": int(4 * count * (1 + copies)),
         "optimizer": int(count * OPTIMIZER_BYTES[recipe.optimizer]),
-        "rewards": reward_bytes(config),
+        "rewards": 0 if config.memory.rewards_in_turn else sum(reward_sizes(config)),
     }
 
 
@@ -211,18 +213,19 @@ def count_of(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-def reward_bytes(config: Config) -> int:
-    """Count installed reward models' weights by their files, the largest alone where they take turns."""
+def reward_sizes(config: Config) -> list[int]:
+    """List the bytes of reward models' weights on the card: by their files, or as they are published."""
     names = {
         reward.name
         for reward in (*config.rewards, *config.heldout_rewards)
-        if not reward.path and not reward.url
+        if not reward.path and not reward.url and reward.device != "cpu"
     }
-    sizes = [
-        sum(file.stat().st_size for file in (rewards_root() / name).glob("*.safetensors"))
-        for name in sorted(names)
-    ]
-    return max(sizes, default=0) if config.memory.rewards_in_turn else sum(sizes)
+    sizes = []
+    for name in sorted(names):
+        files = list((rewards_root() / name).glob("*.safetensors"))
+        published = round(KNOWN[name].gigabytes * 1e9) if name in KNOWN else 0
+        sizes.append(sum(file.stat().st_size for file in files) if files else published)
+    return sizes
 
 
 def merged_bytes(config: Config, policy: PeftPolicy) -> int:
