@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import PureWindowsPath
 
 import pytest
 import torch
@@ -122,6 +124,14 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     }
     assert expected <= set(saved) and saved["steps"] == 3
     assert (path / saved["lora"]).is_file() and summary["lora"] == saved["lora"]
+
+
+def test_a_runs_file_names_are_legal_on_windows(whole):
+    places = [PureWindowsPath(place.relative_to(whole[0])) for place in whole[0].rglob("*")]
+    assert len(places) > 10 and max(len(str(place)) for place in places) < 100
+    for name in {part for place in places for part in place.parts}:
+        assert not re.search(r'[<>:"/\\|?*\x00-\x1f]|[ .]$', name), name
+        assert not re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE), name
 
 
 def test_metrics_have_the_fields_names(whole):
@@ -339,24 +349,18 @@ def test_time_budgets_end_a_run(tmp_path):
     assert summary["steps"] == 1
 
 
+LAUNCH = ("launch", "--multi_gpu", "--num_processes", "2", "-m", "g2rpo_trainer.cli")
+"""What docs/first_real_run.md gives to accelerate; where there is no GPU, the processes take the CPU."""
+
+
 def test_two_processes_learn_what_one_learns(tmp_path):
     """Each takes half of the step's prompts; gradients are averaged, scores gathered."""
     made = config(tmp_path, train={"steps": 2, "eval_every": 0})
     training.train(made, tmp_path / "one", progress=Silent())
-    program = tmp_path / "two.py"
-    program.write_text(
-        "import json, sys\nfrom pathlib import Path\nfrom g2rpo_trainer import run\n"
-        "from g2rpo_trainer.config import reading\nfrom g2rpo_trainer.reports import progress\n"
-        "run.train(reading.from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]), "
-        "progress=progress.Silent())\n"
-    )
-    (tmp_path / "config.json").write_text(made.model_dump_json())
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(
-        [sys.executable, *launch, program, tmp_path / "config.json", tmp_path / "two"],
-        check=True,
-        timeout=300,
-    )
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(made.model_dump_json())  # JSON is YAML
+    program = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *LAUNCH]
+    subprocess.run([*program, "train", recipe, "--out", tmp_path / "two"], check=True, timeout=300)
     one, two = (outcome(tmp_path / name) for name in ("one", "two"))
     assert all(torch.allclose(one[0][name][i], two[0][name][i], atol=1e-5) for name in one[0] for i in (0, 1))
     assert [row["nfe"] for row in two[2] if "nfe" in row] == [
