@@ -112,11 +112,19 @@ def test_a_run_of_an_earlier_version_goes_on(
         del config["config"]["method"][name], config["recipe"][name]
     (run / "config.json").write_text(json.dumps(config))
     state = run / "checkpoints/000001/state.json"
-    kept = {
-        key: value for key, value in json.loads(state.read_text()).items() if key not in ("steps", "sha256")
-    }
+    kept = json.loads(state.read_text())
+    del kept["sha256"]
     state.write_text(json.dumps(kept))
     code, _, errors = leave(capsys, "resume", run, "--quiet", "--set", "train.steps=2")
     assert code == 0, errors
     ours, whole = outcome(run)[1], outcome(runs / "two")[1]
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_a_schedule_over_another_length_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--set", "method.lr_schedule=linear", "--set", "train.steps=1"]
+    assert leave(capsys, "train", "demo", "--quiet", "--out", tmp_path / "run", *SMALL, *words)[0] == 0
+    code, said, _ = leave(capsys, "resume", tmp_path / "run", "--set", "train.steps=2")
+    assert code == 0 and "from here on the learning rate falls over 2 steps" in said
+    rows = [row["lr"] for row in RunFolder(tmp_path / "run").metrics() if "nfe" in row]
+    assert rows == pytest.approx([1e-3, 5e-4])

@@ -33,7 +33,6 @@ def save(setup: Setup, learner: Learner, folder: RunFolder, row: Mapping[str, An
     tensors |= {f"average/{i}": mean for i, mean in enumerate(learner.average)}
     progress = {
         "step": learner.step,
-        "steps": setup.pace.steps,
         "forwards": learner.forwards,
         "seconds": learner.seconds,
         "cheap": learner.cheap,
@@ -76,7 +75,8 @@ def restore(setup: Setup, learner: Learner, folder: RunFolder) -> list[str]:
         progress["seconds"],
     )
     learner.schedule = rate_schedule(learner.optimizer, setup.recipe, setup.pace.steps, learner.step)
-    if setup.recipe.lr_schedule != "constant" and progress.get("steps", setup.pace.steps) != setup.pace.steps:
+    planned = folder.config().get("config", {}).get("train", {}).get("steps", setup.pace.steps)
+    if setup.recipe.lr_schedule != "constant" and planned != setup.pace.steps:
         remarks = [*remarks, f"from here on the learning rate falls over {setup.pace.steps} steps"]
     learner.cheap = progress.get("cheap", True) is not False
     if setup.world.speaks:
