@@ -38,9 +38,9 @@ from comfy_g2rpo.plan import ROOT, Plan
 from comfy_g2rpo.recipes import Recipe, build_plan, recipe
 from comfy_g2rpo.rewards import load as load_reward
 from comfy_g2rpo.rollout import seeded_noise
-from comfy_g2rpo.run.rank_guard import Speed
 from comfy_g2rpo.run.scorer import Scorer, to_8_bit
 from comfy_g2rpo.schedule import shifted_sigmas
+from comfy_g2rpo.speed.cheap_completions import Speed
 from comfy_g2rpo.speed.fitting_rollout import roll_out
 from comfy_g2rpo.speed.step_cache import Shortcut
 from comfy_g2rpo.update import records, update

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MIXES = ("zscore", "sum", "minimum", "rank_product")
 FLOOR = 1e-8
 
 

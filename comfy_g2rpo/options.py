@@ -7,6 +7,11 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+# Choices that options name, and the code that obeys them, which needs torch and is not loaded for the former.
+MIXES = ("zscore", "sum", "minimum", "rank_product")
+MAX_CHARACTERS = 2000  # of a prompt
+CLIPS = ("mean", "min", "strip")
+
 
 def option(
     default: Any,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,13 +13,15 @@ from types import MappingProxyType
 from typing import Any
 
 from .files.picture_files import PictureError, size_of
+from .options import MAX_CHARACTERS
 
-MAX_CHARACTERS = 2000
 MAX_COLUMNS, MAX_NAME, MAX_ITEMS, MAX_NUMBER = 32, 64, 64, 1e15
 MIN_SIDE, MAX_RATIO = (
     32,
     8,
 )  # of a picture to start from: pixels of the shorter side, longer side over shorter
+TABLES = {".csv": ",", ".tsv": "\t"}  # and what parts their cells
+NO_TEXTS = (".json", ".yaml", ".yml", ".parquet", ".arrow", ".xlsx", ".xls", ".ods", ".docx", ".odt", ".pdf")
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -122,15 +125,24 @@ def lines_of(path: Path) -> list[str]:
 
 
 def read(path: Path) -> tuple[list[str], list[str]]:
-    """Read a .txt file (a prompt per line; blank and # lines skipped) or a .jsonl file ({"prompt": …});
-    return prompts and notes.
+    """Read a .txt file (a prompt per line; blank and # lines skipped), a .jsonl file ({"prompt": …}), or a
+    .csv or .tsv file with a column `prompt`; return prompts and notes.
 
-    The other keys of a .jsonl row become the prompt's columns; `image` is the path, beside the file, of a
+    The other keys or columns of a row become the prompt's columns; `image` is the path, beside the file, of a
     picture to start from.
     """
     path = Path(path)
+    kind = path.suffix.lower()
+    if kind in NO_TEXTS:
+        raise PromptError(f"prompt file {path} is {kind}; write .txt (one per line), .jsonl, .csv or .tsv")
     lines = lines_of(path)
-    found, repeated = numbered(lines, str(path), jsonl=path.suffix == ".jsonl")
+    if kind in TABLES:
+        try:
+            found, repeated = distinct(_table(lines, TABLES[kind], str(path)), str(path))
+        except csv.Error as error:
+            raise PromptError(f"{path} is not a table: {error}; write it anew, or save it as .txt") from error
+    else:
+        found, repeated = numbered(lines, str(path), jsonl=kind == ".jsonl")
     unique = [
         starting(beside(prompt, path.parent), path.parent, f"{path}, line {number}")
         for prompt, number in found
@@ -145,12 +157,17 @@ def prompts_of(lines: Sequence[str], name: str, jsonl: bool = False) -> tuple[li
 
 
 def numbered(lines: Sequence[str], name: str, jsonl: bool = False) -> tuple[list[tuple[str, int]], int]:
-    """Return the distinct prompts of some lines with their lines; another image makes another prompt."""
+    """Return the distinct prompts of some lines with their lines, and how many were repeated."""
     parse = _json_prompt if jsonl else _text_prompt
+    rows = enumerate(lines, start=1)
+    return distinct(((number, parse(line.strip(), f"{name}, line {number}")) for number, line in rows), name)
+
+
+def distinct(rows: Iterable[tuple[int, str]], name: str) -> tuple[list[tuple[str, int]], int]:
+    """Return the distinct prompts of some rows with their lines; another image makes another prompt."""
     found: dict[tuple[str, str | None], tuple[str, int]] = {}
     count = 0
-    for number, line in enumerate(lines, start=1):
-        prompt = parse(line.strip(), f"{name}, line {number}")
+    for number, prompt in rows:
         if len(prompt) > MAX_CHARACTERS:
             raise PromptError(
                 f"{name}, line {number}: the prompt has {len(prompt)} characters; at most "
@@ -208,6 +225,26 @@ def starting(prompt: str, folder: Path, place: str) -> str:
 def _text_prompt(line: str, place: str) -> str:
     """Take a line as it is, unless it is a comment."""
     return "" if line.startswith("#") else line
+
+
+def _table(lines: Sequence[str], sign: str, name: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the prompt of every row of a table whose first row names its columns."""
+    # With their ends again: a cell in quotes may go on in the next line.
+    rows = csv.reader((f"{line}\n" for line in lines), delimiter=sign)
+    names = [cell.strip() for cell in next(rows, [])]
+    at = [i for i, each in enumerate(names) if each.lower() == "prompt"]
+    if len(at) != 1 or len(set(names)) < len(names):
+        raise PromptError(
+            f"{name}, line 1 is {sign.join(names)[:80]!a}; a table needs a first line that names its "
+            "columns, each once, and one of them prompt; or save a plain list as .txt"
+        )
+    for row in rows:
+        cells = dict(zip(names, (cell.strip() for cell in row), strict=False))
+        place = f"{name}, line {rows.line_num}"
+        if len(row) > len(names):
+            raise PromptError(f"{place} has {len(row)} cells for {len(names)} columns; put it into quotes")
+        prompt = cells.pop(names[at[0]], "")
+        yield rows.line_num, with_columns(prompt, {key: cell for key, cell in cells.items() if cell}, place)
 
 
 def _json_prompt(line: str, place: str) -> str:

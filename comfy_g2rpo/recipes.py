@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .advantages import MIXES
-from .options import check_fields, nearest, option
-from .plan import Plan, independent, singular
+from .options import MIXES, check_fields, nearest, option
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 PRODIGYS_LEAST = 0.1
 KERNELS = ("flow_sde", "dance_sde", "cps")
@@ -256,6 +257,8 @@ def build_plan(made: Recipe, iteration: int = 0, seed: int = 0, coarsest: int = 
 
     The random choices depend on (seed, iteration) alone.
     """
+    from .plan import independent, singular
+
     rng = random.Random(f"plan {seed} {iteration}")
     steps = chosen_steps(made, iteration, rng)
     every = {"kernel": made.kernel, "eta": made.eta, "coarsest": coarsest}

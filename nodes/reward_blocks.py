@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..comfy_g2rpo.advantages import MIXES
+from ..comfy_g2rpo.options import MIXES
 from ..comfy_g2rpo.rewards import Reward
 from ..comfy_g2rpo.rewards.likeness import KINDS, Likeness, reference_reward
 from .host.reward_models import DTYPES, choices, find, how_to_get_more, stamp

@@ -76,8 +76,8 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
 def test_options_explain_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     code, text, _ = leave(capsys, "options")
     assert code == 0
-    assert re.search(r"^train\.slots +Images in one forward", text, re.MULTILINE)
-    assert re.search(r"^rewards\.0\.weight +Weight", text, re.MULTILINE)
+    assert re.search(r"^train\.slots = 64 .*\n +Images in one forward", text, re.MULTILINE)
+    assert re.search(r"^rewards\.0\.weight = 1 .*\n +Weight", text, re.MULTILINE)
 
 
 def test_a_run_leaves_all_its_files(run: Path) -> None:

@@ -90,7 +90,7 @@ WRONG = {
     "method.eta=-1": "method.eta is -1.0; it must lie between 0 and 10",
     "method.granularities=[0]": "method.granularities is (0,); it must lie between 1 and 1000",
     "method.granularities=[]": "method.granularities is empty; list at least one",
-    "method.granularities=3": "method.granularities is 3; it must be a list, such as [1, 2]",
+    "method.granularities=3": "method.granularities is 3; it must be a list; write [3]",
     "method.kernel=flowsde": (
         "method.kernel is 'flowsde' (did you mean 'flow_sde'?); choose one of: flow_sde, dance_sde, cps"
     ),

@@ -13,9 +13,9 @@ from comfy_g2rpo.advantages import integrate, rank_correlation
 from comfy_g2rpo.plan import singular
 from comfy_g2rpo.recipes import build_plan, recipe
 from comfy_g2rpo.rewards import load
-from comfy_g2rpo.run.rank_guard import Speed
 from comfy_g2rpo.run.scorer import Scorer
 from comfy_g2rpo.schedule import shifted_sigmas
+from comfy_g2rpo.speed.cheap_completions import Speed
 from comfy_g2rpo.speed.fitting_rollout import roll_out
 from comfy_g2rpo.speed.step_cache import Shortcut
 from comfy_g2rpo.update import records, update

@@ -16,9 +16,10 @@ from comfy_g2rpo.kernels import dpm_2m_step
 from comfy_g2rpo.plan import ROOT, independent, singular
 from comfy_g2rpo.recipes import RECIPES, build_plan, recipe
 from comfy_g2rpo.rewards import Reward
-from comfy_g2rpo.run.rank_guard import Speed, check, excerpt, roll_out_guarded
+from comfy_g2rpo.run.rank_guard import check, excerpt, roll_out_guarded
 from comfy_g2rpo.run.scorer import Scorer, first_group, roll_out_and_score
 from comfy_g2rpo.schedule import shifted_sigmas
+from comfy_g2rpo.speed.cheap_completions import Speed
 from comfy_g2rpo.speed.fitting_rollout import roll_out
 from comfy_g2rpo.speed.step_cache import Shortcut
 

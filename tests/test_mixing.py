@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfy_g2rpo.advantages import MIXES, global_std, group_ranks, integrate
+from comfy_g2rpo.advantages import global_std, group_ranks, integrate
+from comfy_g2rpo.options import MIXES
 from comfy_g2rpo.recipes import recipe
 from comfy_g2rpo.rewards import REWARDS, MixedReward, RewardError, Rule, mix
 from comfy_g2rpo.rewards.mixing import apply_gates, blend, mixed_advantages

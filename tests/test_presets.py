@@ -73,7 +73,7 @@ def test_what_is_set_goes_before_a_preset():
 @pytest.mark.parametrize(
     ("recipe", "name", "words"),
     [
-        ("flux_dev", "16g", "--preset '16g' is unknown (did you mean '16gb'?); choose one of: 8gb"),
+        ("flux_dev", "18g", "--preset '18g' is unknown; a card of 18 GB takes 16gb; there are: 8gb"),
         ("demo", "lagre", "is unknown; choose one of"),
     ],
 )

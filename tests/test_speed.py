@@ -14,7 +14,7 @@ from comfy_g2rpo.files.safe import write_json
 from comfy_g2rpo.run import checkpoint
 from comfy_g2rpo.run import setup as run_setup
 from comfy_g2rpo.run.folder import RunFolder
-from comfy_g2rpo.run.rank_guard import Speed
+from comfy_g2rpo.speed.cheap_completions import Speed
 from g2rpo_trainer import run as training
 from g2rpo_trainer.config.reading import ConfigError, load
 from g2rpo_trainer.families.flux import Cond, Flux

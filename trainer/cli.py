@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 # PyTorch and diffusers are imported inside the commands, so that --help answers at once.
 app = typer.Typer(
     help="Align flow models with rewards by G²RPO.",
+    epilog=f"Bundled recipes: {', '.join(bundled_recipes())}.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -54,6 +56,23 @@ ChangedInputs = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")]
 
 WAITING = 3  # exit code of a run that waits for votes
+
+
+def print_version(asked: bool) -> None:
+    """Print the version and leave, if it was asked for."""
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and leave."),
+    ] = False,
+) -> None:
+    """Align flow models with rewards by G²RPO."""
 
 
 @app.command()
@@ -264,14 +283,24 @@ app.add_typer(rewards_app, name="rewards")
 
 
 @app.command()
-def options() -> None:
-    """List every field of a recipe and what it means."""
-    from .config.reading import fields
+def options(
+    pattern: Annotated[
+        str,
+        typer.Argument(
+            metavar="[PATTERN]", help="Part of a name or sentence, or a name with *, such as 'method.*'."
+        ),
+    ] = "",
+) -> None:
+    """List the options of a recipe: default, type, range or choices, and what each does."""
+    from .config.recipe_fields import options as known
+    from .config.recipe_fields import similar
 
-    known = dict(fields())
-    width = max(map(len, known))
-    for name, sentence in known.items():
-        typer.echo(f"{name:<{width}}  {sentence}")
+    found = known(pattern)
+    if not found:
+        near = f"; did you mean {', '.join(similar(pattern))}?" if similar(pattern) else ""
+        raise CommandError(f"no option matches {pattern[:80]!r}{near or '; leave it out to list all'}")
+    for option in found:
+        typer.echo(f"{option.line()}\n    {option.sentence}")
 
 
 @app.command()

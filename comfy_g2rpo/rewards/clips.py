@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 
 from ..files.picture_files import strip
+from ..options import CLIPS
 from .protocol import Reward, Wrapped, checked
 
-MODES = ("mean", "min", "strip")
-DEFAULT = "mean"
+DEFAULT = CLIPS[0]
 PIXELS = 2**25  # of frames that a reward is given at once
 Embed = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class OfFrames(Wrapped):
-    """A reward, and how it judges a clip: one of MODES. In every other respect it is that reward."""
+    """A reward, and how it judges a clip: one of CLIPS. In every other respect it is that reward."""
 
     reward: Reward
     frames: str = DEFAULT
 
     def __post_init__(self) -> None:
-        if self.frames not in MODES:
-            raise ValueError(f"frames is {self.frames!a}; choose one of: {', '.join(MODES)}")
+        if self.frames not in CLIPS:
+            raise ValueError(f"frames is {self.frames!a}; choose one of: {', '.join(CLIPS)}")
 
 
 def judged(reward: Reward, pictures: Tensor, prompts: Sequence[str]) -> Tensor:

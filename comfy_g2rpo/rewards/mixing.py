@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..advantages import FLOOR, MIXES, global_std, group_ranks, integrate, least_spread, moments
+from ..advantages import FLOOR, global_std, group_ranks, integrate, least_spread, moments
+from ..options import MIXES
 from .protocol import Reward, RewardError, score_all
 
 UNITLESS_FLOOR = 1e-5  # for the spread of mixed z-scores or ranks

@@ -17,11 +17,11 @@ from ..prompts import PromptCursor, Prompts
 from ..recipes import Recipe
 from ..rewards import Reward
 from ..rewards.protocol import embedder
+from ..speed.cheap_completions import Speed
 from .batch_limits import Limits
 from .diversity import measure
 from .optimizers import Optimizers, adamw, rate_schedule
 from .pace import Pace
-from .rank_guard import Speed
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from comfy_g2rpo.options import MIXES
+
 from ..quiet import stay_offline
 from .arguments import AsJson, Batch, CommandError, Device, Prompts, Quiet
 
@@ -31,7 +33,6 @@ MANY = 1000  # files that take a while to look at
 SHOWN = 20  # rows that are printed of a folder; the file has all
 HEADER = ("rank", "file", "prompt", "prompt_from", "width", "height", "score")
 TAIL = ("sha256", "problem")
-MIXES = ("zscore", "sum", "minimum", "rank_product")
 
 
 @dataclass(frozen=True)

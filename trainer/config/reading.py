@@ -10,64 +10,22 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import TypeAdapter, ValidationError
 
 from comfy_g2rpo import options, recipes
-from comfy_g2rpo.run import pace, rank_guard
+from comfy_g2rpo.run import pace
+from comfy_g2rpo.speed.cheap_completions import Speed
 
 from .bundled import bundled_folder, bundled_recipes
+from .recipe_fields import Config, fields
 from .reward_checks import VOTES, check_reward
-from .sections import (
-    HeldoutReward,
-    LoraSection,
-    MemorySection,
-    MethodSection,
-    ModelSection,
-    PromptSection,
-    ReportSection,
-    RewardSection,
-    Section,
-    SpeedSection,
-    TrainedReward,
-    TrainSection,
-)
+from .sections import HeldoutReward, RewardSection
 
 GATED = ("black-forest-labs/", "stabilityai/")
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run, in one line per mistake."""
-
-
-class Config(Section):
-    """All of a run."""
-
-    model: ModelSection
-    memory: MemorySection = MemorySection()
-    lora: LoraSection = LoraSection()
-    method: MethodSection = MethodSection()
-    rewards: tuple[TrainedReward, ...] = Field(min_length=1, description="Rewards to train on.")
-    heldout_rewards: tuple[HeldoutReward, ...] = Field(
-        (),
-        description=(
-            "Rewards that only measure, by name or as a section; those trained on are measured anyway."
-        ),
-    )
-    prompts: PromptSection
-    train: TrainSection = TrainSection()
-    speed: SpeedSection = SpeedSection()
-    report: ReportSection = ReportSection()
-    out: str | None = Field(None, description="Run folder; runs/<recipe> where it is not given.")
-
-    @field_validator("heldout_rewards", mode="before")
-    @classmethod
-    def take_names(cls, value: Any) -> Any:
-        """Take a name for a reward of that name."""
-        return (
-            [{"name": item} if isinstance(item, str) else item for item in value]
-            if isinstance(value, (list, tuple))
-            else value
-        )
 
 
 def make_recipe(config: Config) -> recipes.Recipe:
@@ -84,9 +42,9 @@ def make_pace(config: Config) -> pace.Pace:
     return pace.Pace(**dict(config.train))
 
 
-def make_speed(config: Config) -> rank_guard.Speed:
+def make_speed(config: Config) -> Speed:
     """Make the engine's description of cheaper completions."""
-    return rank_guard.Speed(**dict(config.speed))
+    return Speed(**dict(config.speed))
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -141,18 +99,45 @@ def find_recipe(source: str | Path) -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a recipe file."""
     try:
-        tree = yaml.safe_load(path.read_bytes().decode("utf-8"))
+        tree = yaml.load(path.read_bytes().decode("utf-8"), UniqueKeys)
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {(error.strerror or str(error)).lower()}; check the path"
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except RepeatedKeyError as error:
+        raise ConfigError(f"{path}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {_yaml_problem(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} is not a recipe; it must have sections such as model, rewards and prompts")
     return tree
+
+
+class RepeatedKeyError(ConfigError):
+    """A key that a mapping has twice."""
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that comes twice: the second would reset the first.
+
+    Of keys that come by a merge (`<<`), the mapping's own are the stronger ones, as YAML has it.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Make a mapping of keys that differ."""
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name, line = key.value, key.start_mark.line + 1
+            if name in seen:
+                raise RepeatedKeyError(
+                    f"the key {name[:80]!r} stands twice, in lines {seen[name]} and {line}; make them one"
+                )
+            seen[name] = line
+        return super().construct_mapping(node, deep)
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -163,7 +148,9 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         if not sign or not key.strip():
             raise ConfigError(f"--set {override!r} has no value; write it as section.key=value")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, UniqueKeys)
+        except RepeatedKeyError as error:
+            raise ConfigError(f"--set {override!r:.80}: {error}") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {override!r}: the value is not YAML: {_yaml_problem(error)}") from error
         changed = _replaced(changed, key.strip().split("."), value)
@@ -175,7 +162,7 @@ def _replaced(tree: Any, names: Sequence[str], value: Any) -> Any:
     name, *rest = names
     if isinstance(tree, list) and name.isdigit() and int(name) < len(tree):
         at, branch = int(name), list(tree)
-        old = branch[at]
+        old = {"name": branch[at]} if isinstance(branch[at], str) else branch[at]  # a reward by its name
     else:
         at, branch = name, dict(tree) if isinstance(tree, Mapping) else {}
         old = branch.get(name)
@@ -330,18 +317,6 @@ def places(given: str, near: Path) -> Iterator[Path]:
         yield bundled_folder(kind).joinpath(*rest)
 
 
-def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """List every field as dotted name (`0` for a place in a list) and sentence."""
-    for name, field in section.model_fields.items():
-        kind, item = field.annotation, get_args(field.annotation)[:1]
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from fields(kind, f"{prefix}{name}.")
-        elif item and isinstance(item[0], type) and issubclass(item[0], BaseModel):
-            yield from fields(item[0], f"{prefix}{name}.0.")
-        else:
-            yield f"{prefix}{name}", field.description or ""
-
-
 def defaults() -> dict[str, dict[str, Any]]:
     """Return the defaults of every section's fields as JSON has them, a listed section without its list."""
     found = {}
@@ -372,7 +347,6 @@ EXPECTED = {
     "finite": "a finite number",
     "string": "text",
     "bool": "true or false",
-    "tuple": "a list, such as [1, 2]",
     "other": "something other than true or false",
     "model": "a section with keys of its own",
 }
@@ -399,7 +373,20 @@ def _explain(error: Mapping[str, Any]) -> str:
         return f"{where}{context['sentence']}"
     if kind == "too_short":
         return f"{where} is empty; list at least one"
+    if kind.startswith("tuple"):
+        return f"{where} is {given}; it must be a list{_as_list(error['input'])}"
     return f"{where} is {given}; it must be {EXPECTED.get(kind.split('_')[0], error['msg'].lower())}"
+
+
+def _as_list(value: Any) -> str:
+    """Return how what was given would be written as a list, if that is short."""
+    if isinstance(value, str):
+        written = f"[{', '.join(part.strip(' []()') for part in value.split(','))}]"
+    else:
+        written = (
+            "" if value is None else yaml.safe_dump([value], default_flow_style=True, width=1000).strip()
+        )
+    return f"; write {written}" if 2 < len(written) <= 60 else "; write its items in [ ]"
 
 
 def _nearest_field(where: str) -> str:

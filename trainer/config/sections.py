@@ -8,11 +8,10 @@ from typing import Any, Literal, get_args, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator
 from pydantic_core import PydanticCustomError
 
-from comfy_g2rpo import recipes
-from comfy_g2rpo.options import complaint
-from comfy_g2rpo.prompts import MAX_CHARACTERS
-from comfy_g2rpo.rewards.clips import DEFAULT, MODES
-from comfy_g2rpo.run import pace, rank_guard
+from comfy_g2rpo.options import CLIPS, MAX_CHARACTERS, complaint
+from comfy_g2rpo.recipes import RECIPES, Recipe
+from comfy_g2rpo.run import pace
+from comfy_g2rpo.speed.cheap_completions import Speed
 
 from .family_names import DEFAULT_FAMILY, EDITS, FAMILIES, Schedule
 
@@ -234,8 +233,8 @@ class RewardSection(Section):
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="Precision of a reward model's trunk; its head is always fp32."
     )
-    frames: Literal[MODES] = Field(
-        DEFAULT,
+    frames: Literal[CLIPS] = Field(
+        CLIPS[0],
         description=(
             "How a clip is judged: mean of its frames, min for the worst, or strip for some side by side."
         ),
@@ -286,7 +285,9 @@ class ReportSection(Section):
 class PromptSection(Section):
     """Where prompts come from."""
 
-    train: str = Field(description="File of prompts to train on: .txt, one per line, or .jsonl.")
+    train: str = Field(
+        description="File of prompts to train on: .txt, one per line, .jsonl, or .csv with a column prompt."
+    )
     heldout: str | None = Field(None, description="File of prompts that only measure.")
     heldout_share: float = setting(
         0.0, "Without a held-out file: share of the prompts that is set aside.", 0, 0.99
@@ -310,13 +311,11 @@ MethodSection = create_model(
     "MethodSection",
     __base__=Section,
     __doc__="A named method and what differs from it.",
-    name=(Literal[tuple(recipes.RECIPES)], Field("g2rpo", description="Method to start from.")),
-    **_made_of(recipes.Recipe, keep_defaults=False),
+    name=(Literal[tuple(RECIPES)], Field("g2rpo", description="Method to start from.")),
+    **_made_of(Recipe, keep_defaults=False),
 )
 
-SpeedSection = create_model(
-    "SpeedSection", __base__=Section, __doc__=rank_guard.Speed.__doc__, **_made_of(rank_guard.Speed)
-)
+SpeedSection = create_model("SpeedSection", __base__=Section, __doc__=Speed.__doc__, **_made_of(Speed))
 
 TrainSection = create_model(
     "TrainSection", __base__=Section, __doc__=pace.Pace.__doc__, **_made_of(pace.Pace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-
-from comfy_g2rpo.options import nearest
 
 from ..config.bundled import bundled_folder
 from ..config.family_names import DEFAULT_FAMILY
@@ -40,15 +39,28 @@ def preset_settings(recipe: str, name: str | None, settings: Sequence[str] = ())
     """Return a preset's settings in front of those that are given; ConfigError for an unknown name."""
     if name is None:
         return list(settings)
-    if name not in SIZES:
-        raise ConfigError(
-            f"--preset {name!r} is unknown{nearest(name, SIZES)}; choose one of: {', '.join(SIZES)}"
-        )
+    name = preset_named(name)
     model = apply_overrides(read_yaml(find_recipe(recipe)), settings).get("model")
     family = model.get("family", DEFAULT_FAMILY) if isinstance(model, dict) else DEFAULT_FAMILY
     if family not in presets():
         raise ConfigError(f"--preset: {family!r} has no presets; those that have are: {', '.join(presets())}")
     return [*written(presets()[family][name]), *settings]
+
+
+def preset_named(given: str) -> str:
+    """Return the preset that is meant, such as 24gb by 24GB; ConfigError names the one to take instead."""
+    size = re.fullmatch(r"\s*(\d{1,6})\s*(g|gb|gib)?\s*", given, re.IGNORECASE)
+    if size is None:
+        raise ConfigError(f"--preset {given[:80]!r} is unknown; choose one of: {', '.join(SIZES)}")
+    if (name := f"{int(size[1])}gb") in SIZES:
+        return name
+    smaller = [each for each, gib in SIZES.items() if gib < int(size[1])]
+    remedy = (
+        f"a card of {int(size[1])} GB takes {smaller[-1]}"
+        if smaller
+        else f"the smallest is {next(iter(SIZES))}, which a card of {int(size[1])} GB does not hold"
+    )
+    raise ConfigError(f"--preset {given[:80]!r} is unknown; {remedy}; there are: {', '.join(SIZES)}")
 
 
 def written(changes: Mapping[str, Any]) -> list[str]:

@@ -12,8 +12,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from comfy_g2rpo.policy import Policy
-from comfy_g2rpo.run.rank_guard import Speed
 from comfy_g2rpo.run.setup import CheapVelocity
+from comfy_g2rpo.speed.cheap_completions import Speed
 from comfy_g2rpo.speed.fitting_batch import OutOfMemory
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -17,6 +17,8 @@ from ...config.family_names import FAMILIES, PIPELINES
 
 # What diffusers and transformers read; other names are variants that nobody asks for here.
 STEMS = ("diffusion_pytorch_model", "model")
+# Where ComfyUI keeps models.
+COMFYUI = ("checkpoints", "diffusion_models", "unet", "text_encoders", "clip", "vae", "loras")
 
 
 def load_pipeline(
@@ -88,7 +90,8 @@ def components(folder: Path, wanted: str) -> dict[str, list[str | None]]:
     if not index.is_file():
         title = FAMILIES[PIPELINES[wanted]].title
         raise FileNotFoundError(
-            f"model.path {folder}: no model_index.json there; give the folder of a diffusers {title} model"
+            f"model.path {folder}: no model_index.json there; "
+            f"{instead(folder) or f'give the folder of a diffusers {title} model'}"
         )
     try:
         content = json.loads(index.read_text("utf-8"))
@@ -106,6 +109,25 @@ def components(folder: Path, wanted: str) -> dict[str, list[str | None]]:
             f"model.path {folder}: its model_index.json holds {given}, not a {wanted}; give another folder"
         )
     return {name: value for name, value in content.items() if isinstance(value, list) and len(value) == 2}
+
+
+def instead(folder: Path) -> str:
+    """Say what to give in the place of a folder that is not one of diffusers, where it can be told."""
+    if within := next(folder.glob("snapshots/*/model_index.json"), None):
+        return f"this is the Hugging Face cache's own folder; give {within.parent}"
+    if within := next(folder.glob("*/model_index.json"), None):
+        return f"did you mean the folder {within.parent}?"
+    if (folder.parent / "model_index.json").is_file():
+        return f"this is one component of a model; give {folder.parent}"
+    parts = {part for part in COMFYUI if (folder / part).is_dir() or (folder / "models" / part).is_dir()}
+    if len(parts) > 1 or folder.name in COMFYUI:
+        return (
+            "this is a folder of ComfyUI, not a model; give model.path a file of models/checkpoints, or "
+            "give files to model.transformer, model.text_encoders and model.vae"
+        )
+    if file := next((file for file in sorted(folder.glob("*.safetensors"))), None):
+        return f"give the file itself, such as {file}, to model.path (a checkpoint) or model.transformer"
+    return ""
 
 
 def check_weights(folder: Path, parts: dict[str, list[str | None]]) -> None:
