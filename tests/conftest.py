@@ -3,6 +3,7 @@ tests where a GPU is.
 """
 
 import os
+import tempfile
 
 # Before the first import of torch; child processes inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +12,7 @@ os.environ.setdefault(
 )  # MKL may else sum in another order where a weight lies at another address, on some processors
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("G2RPO_PLANS", tempfile.mkdtemp(prefix="g2rpo-plans-"))
 
 import pytest
 import torch

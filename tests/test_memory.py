@@ -16,7 +16,7 @@ from comfy_g2rpo.run.iteration import iterate
 from comfy_g2rpo.run.setup import make_learner
 from g2rpo_trainer import run as training
 from g2rpo_trainer.config.reading import from_dict
-from g2rpo_trainer.cost.card_memory import Live, footprint, weights_of
+from g2rpo_trainer.cost.count_model import Live, footprint, weights_of
 from g2rpo_trainer.model.placing import weight_bytes
 from g2rpo_trainer.model.stored_linear import PACKINGS, Float8, StoredLinear, store, stored
 

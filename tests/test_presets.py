@@ -13,12 +13,14 @@ from program import call
 from test_memory import config
 
 from comfy_g2rpo.rewards import Reward
-from g2rpo_trainer.config.reading import ConfigError, load, make_recipe
+from g2rpo_trainer.config.reading import ConfigError, load
 from g2rpo_trainer.cost import presets
-from g2rpo_trainer.cost.card_memory import GIB, footprint, resident
+from g2rpo_trainer.cost.card_memory import GIB
+from g2rpo_trainer.cost.count_model import footprint, transformer_bytes
 from g2rpo_trainer.cost.meta_model import build, look, of_published, published
 from g2rpo_trainer.cost.meta_model import made as made_of
 from g2rpo_trainer.cost.presets import SIZES, Card, preflight, preset_settings
+from g2rpo_trainer.cost.price import memory_rows
 from g2rpo_trainer.families.files.parts import FACTS as CONFIGS
 from g2rpo_trainer.families.flux import Flux
 from g2rpo_trainer.families.qwen_edit import QwenEdit
@@ -139,9 +141,10 @@ def test_a_model_that_a_sketch_does_not_tell_about_is_trained_without_an_estimat
     wide, tmp_path, monkeypatch
 ):
     made = config(wide, "flux", tmp_path)
+    monkeypatch.setenv("G2RPO_PLANS", str(tmp_path / "plans"))
     monkeypatch.setattr(Flux, "velocity", lambda self, x, sigma, cond: x[x > 0])
     assert preflight(made, Card("RTX 4060", GIB)).startswith("memory cannot be estimated for this model")
-    assert presets.estimate_memory(made)[1] == ""
+    assert memory_rows(made, torch.device("cpu"), large=False)[1] == ""
 
 
 def test_packing_and_swapping_bring_the_estimate_down(wide, tmp_path):
@@ -153,7 +156,7 @@ def test_packing_and_swapping_bring_the_estimate_down(wide, tmp_path):
         "swap": {"block_swap": 4},
     }.items():
         made = config(wide, "flux", tmp_path, model={"dtype": "bf16"}, memory=memory)
-        found[name] = resident(made, build(made, look(made.model)), make_recipe(made))["transformer"]
+        found[name] = transformer_bytes(made, build(made, look(made.model)))
     # Embeddings and norms stay as they are.
     assert (
         found["swap"] < 0.2 * found["nf4"]

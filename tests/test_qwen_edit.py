@@ -27,7 +27,8 @@ from comfy_g2rpo.rollout import roll_out, seeded_noise
 from g2rpo_trainer import families
 from g2rpo_trainer.config.reading import from_dict
 from g2rpo_trainer.config.sections import ModelSection
-from g2rpo_trainer.cost.estimate import measure
+from g2rpo_trainer.cost.estimate import count
+from g2rpo_trainer.cost.timing import measure
 from g2rpo_trainer.families.flux import pack, unpack
 from g2rpo_trainer.families.qwen_edit import QwenEdit, area
 from g2rpo_trainer.model.inference import draw
@@ -260,6 +261,6 @@ def test_a_run_learns_to_edit_and_leaves_a_lora_that_diffusers_loads_with_the_sa
         changed = ours.velocity(x[:1], sigma[:1], cond)[0]
         assert close(plain(theirs, x[0], 1.0, cond[0].tokens, cond[0].picture), changed)
         assert not torch.allclose(load(folder).velocity(x[:1], sigma[:1], cond)[0], changed, atol=1e-4)
-    assert measure(from_dict(tree)).forward > 0
+    assert measure(from_dict(tree), count(from_dict(tree))).step > 0
     (drawn,) = draw(from_dict(tree), prompts[:1], 1, file)
     assert drawn.shape == (HEIGHT, WIDTH, 3)

@@ -340,7 +340,7 @@ def test_training_goes_on_from_a_lora_file(whole, tmp_path):
 def test_a_reward_that_judges_nothing_stops_the_run_with_one_line(tmp_path):
     (tmp_path / "odd.txt").write_text("something else entirely\nand another thing\n")
     odd = config(tmp_path, prompts={"train": str(tmp_path / "odd.txt")})
-    with pytest.raises(RewardError, match="judged none"):
+    with pytest.raises(RewardError, match="none of agreement can judge 2 of the 2 prompts to train on"):
         training.train(odd, tmp_path / "run", progress=Silent())
 
 

@@ -15,7 +15,7 @@ from g2rpo_trainer.config.bundled import bundled_folder
 from g2rpo_trainer.config.family_names import FAMILIES
 from g2rpo_trainer.config.reading import load
 from g2rpo_trainer.cost.card_memory import GIB, sized
-from g2rpo_trainer.cost.card_memory import footprint as foresee
+from g2rpo_trainer.cost.count_model import footprint as foresee
 from g2rpo_trainer.cost.meta_model import build, look
 from g2rpo_trainer.cost.presets import SIZES, Card, with_preset
 from g2rpo_trainer.model.stored_linear import blocks_of

@@ -20,7 +20,7 @@ from .commands.rewards import rewards_app
 from .commands.score import score
 from .commands.vote import vote
 from .config.bundled import bundled_recipes
-from .quiet import quieten_notices, stay_offline
+from .quiet import quieten_notices
 
 if TYPE_CHECKING:
     from .config.reading import Config
@@ -49,7 +49,9 @@ Preset = Annotated[
 ]
 
 
-Force = Annotated[bool, typer.Option("--force", help="Start even if memory will not be enough by estimate.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Start even without a GPU, or where memory will not be enough.")
+]
 ChangedInputs = Annotated[
     bool, typer.Option("--changed-inputs", help="Resume although prompts, rewards or weights have changed.")
 ]
@@ -134,15 +136,16 @@ def run_in(
     """Train in a run folder and say what came of it, and how to go on."""
     from .config.reward_checks import missing_models
     from .cost.presets import before_training
+    from .model.quiet_libraries import quieten_libraries
     from .reports.progress import for_terminal
 
     if missing := missing_models((*config.rewards, *config.heldout_rewards)):
         raise CommandError(missing)
-    progress = for_terminal(quiet)
-    quieten_libraries()
     for line in before_training(config, force):
         if not quiet:
             typer.echo(line)
+    progress = for_terminal(quiet)
+    quieten_libraries()
     from .rewards.vote_reward import UnvotedError
     from .run import train as start
 
@@ -166,27 +169,26 @@ def run_in(
 
 
 @app.command()
-def plan(recipe: Recipe, settings: Settings = None, preset: Preset = None) -> None:
+def plan(
+    recipe: Recipe,
+    settings: Settings = None,
+    preset: Preset = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure the time again, even if it was measured here within a day."),
+    ] = False,
+) -> None:
     """Say what a recipe will cost before anything runs: forwards, pictures, time, memory."""
     from .config.reading import load
     from .config.reward_checks import missing_models
-    from .cost.estimate import count, measure, table
-    from .cost.presets import estimate_memory, preset_settings
+    from .cost.presets import preset_settings
+    from .cost.price import price
 
     config = load(recipe, preset_settings(recipe, preset, settings or []))
-    counts = count(config)
-    quieten_libraries()
-    memory, trouble = estimate_memory(config)
-    try:
-        cost = None if trouble else measure(config)
-    except (OSError, ValueError) as error:
-        trouble = f"the model cannot be loaded here: {error}"
-        cost = None
-    typer.echo(table(counts, cost, memory))
+    for line in price(config, recipe, measure):
+        typer.echo(line)
     if missing := missing_models((*config.rewards, *config.heldout_rewards)):
         typer.echo(missing)
-    if trouble:
-        typer.echo(f"time {'is' if memory else 'and memory are'} unknown, because {trouble}")
 
 
 @app.command()
@@ -218,6 +220,7 @@ def sample(
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite existing pictures.")] = False,
     best: Best = False,
     settings: Settings = None,
+    force: Force = False,
 ) -> None:
     """Draw pictures with a model, with or without a LoRA."""
     images = image or []
@@ -238,6 +241,11 @@ def sample(
         if text is not None
     ]
     config, own_lora = configuration(recipe, [*(settings or []), *own], best)
+    from .cost.presets import before_drawing
+    from .model.quiet_libraries import quieten_libraries
+
+    for line in before_drawing(config, force):
+        typer.echo(line, err=True)
     quieten_libraries()
     from comfy_g2rpo.files.save_pictures import save_picture
     from comfy_g2rpo.run.scorer import levels
@@ -324,16 +332,6 @@ def configuration(source: str, settings: list[str], best: bool = False) -> tuple
     run = RunFolder(Path(source))
     lora = lora_of(run.path, best) if best or run.latest() else None
     return from_dict(apply_overrides(run.config()["config"], settings)), lora
-
-
-def quieten_libraries() -> None:
-    """Keep the model libraries' bars off the display, and the libraries off the network."""
-    stay_offline()
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def main(arguments: list[str] | None = None) -> None:

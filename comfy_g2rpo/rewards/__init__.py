@@ -6,7 +6,7 @@ from .mixing import MixedReward, mix
 from .pixels import colourfulness, exposure, jpeg, sharpness, symmetry, webp
 from .protocol import Reward, RewardError, Rule, check_prompts, checked, none_judged, score_all
 from .shapes.agreement import agreement, strict
-from .shapes.vocabulary import check_columns
+from .shapes.vocabulary import check_columns, readable
 
 SHAPES = 'coloured shapes in the prompt, such as "two red circles"'
 
@@ -19,6 +19,7 @@ REWARDS: dict[str, Reward] = {
             compares_across_prompts=True,
             needs=SHAPES,
             check=check_columns,
+            reads=readable,
             about="likes coloured shapes as the prompt asks for: how much is right, from 0 to 1",
         ),
         Rule(
@@ -27,6 +28,7 @@ REWARDS: dict[str, Reward] = {
             compares_across_prompts=True,
             needs=SHAPES,
             check=check_columns,
+            reads=readable,
             about="likes coloured shapes as the prompt asks for, all or nothing: 1 or 0",
         ),
         Rule(

@@ -63,6 +63,10 @@ class Reward:
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts, by RewardError, before anything runs."""
 
+    def can_judge(self, prompt: str) -> bool:
+        """Return whether any image of a prompt can get a score; a judge that does not know says yes."""
+        return True
+
     def settle(self) -> None:
         """Stop a run, by raising, once all images of a step have been seen and people must be asked."""
 
@@ -82,6 +86,7 @@ class Wrapped(Reward):
     runs_elsewhere, may_abstain = map(_forwarded, ("runs_elsewhere", "may_abstain"))
     module, embed, cancel = map(_forwarded, ("module", "embed", "cancel"))
     score, check_prompts, settle = map(_forwarded, ("score", "check_prompts", "settle"))
+    can_judge = _forwarded("can_judge")
 
 
 @dataclass(frozen=True)
@@ -97,11 +102,17 @@ class Rule(Reward):
     check: Callable[[Sequence[str]], None] | None = None
     about: str = ""
     depends_on_batch: bool = False
+    reads: Callable[[str], bool] | None = None
+    """Whether a prompt asks for something that the rule looks for; None where it looks at images alone."""
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts whose columns the rule cannot use."""
         if self.check:
             self.check(prompts)
+
+    def can_judge(self, prompt: str) -> bool:
+        """Return whether the rule can read a prompt."""
+        return self.reads is None or self.reads(prompt)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images [B, H, W, 3] by prompts [B]: [B]."""

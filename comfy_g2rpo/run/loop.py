@@ -16,7 +16,7 @@ from .folder import RunFolder
 from .iteration import iterate
 from .setup import Check, Learner, Setup
 from .summary import alarm_at, first_look, summarise
-from .watch import Seen, best_step, blind_spots, evaluated, sign_row, signs
+from .watch import Seen, best_step, blind_spots, evaluated, forewarnings, sign_row, signs
 
 
 class Watcher(Protocol):
@@ -57,6 +57,7 @@ def learn(
     judges = [judge.name for judge in setup.judges]
     for note in (
         *setup.prompts.notes,
+        *forewarnings(pace, setup.prompts, setup.rewards, setup.judges),
         *blind_spots(pace, len(setup.prompts.heldout), judges, setup.trained, setup.measures),
     ):
         watcher.note(note)

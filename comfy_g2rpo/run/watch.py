@@ -18,10 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..prompts import Prompts
+from ..rewards import Reward, RewardError
 from .evaluation import Evaluation, interval
 from .pace import Pace
 
 TREND = 5  # training steps, at least, that are averaged to see a trend
+TYPICAL_GAIN = 0.5
+"""Gain of a run that is worth having, in spreads of the untrained model's scores: an assumption."""
+SURE = 1.96 * math.sqrt(2)
+"""A gain of g spreads shows at 95 % with (SURE / g)² images: two sets of scores are compared."""
 
 Row = Mapping[str, Any]
 
@@ -213,6 +219,47 @@ def blind_spots(
             "gamed: add a held-out reward"
         )
     return found
+
+
+def forewarnings(
+    pace: Pace, prompts: Prompts, rewards: Sequence[Reward], judges: Sequence[Reward]
+) -> list[str]:
+    """Say what of a run's settings will waste it; RewardError where no training prompt can be judged."""
+    found, count = [], len(prompts.train)
+    if pace.prompts_per_step > count:
+        found.append(
+            f"prompts_per_step is {pace.prompts_per_step}, but there are {count} prompts to train on, so "
+            "that a step sees some of them again: lower it or add prompts"
+        )
+    found += unjudged(prompts.train, rewards, "prompts to train on", teach=True)
+    found += unjudged(prompts.heldout, judges, "held-out prompts")
+    if prompts.heldout:
+        found += too_few(pace, min(pace.eval_prompts or len(prompts.heldout), len(prompts.heldout)))
+    return found
+
+
+def unjudged(prompts: Sequence[str], rewards: Sequence[Reward], kind: str, teach: bool = False) -> list[str]:
+    """Name prompts that no reward can judge."""
+    lost = [prompt for prompt in prompts if not any(reward.can_judge(prompt) for reward in rewards)]
+    if not lost or not rewards:
+        return []
+    names = ", ".join(reward.name for reward in rewards)
+    much = f"none of {names} can judge {len(lost)} of the {len(prompts)} {kind}, such as {lost[0][:80]!r}"
+    if teach and len(lost) == len(prompts):
+        raise RewardError(f"{much}; write prompts that it reads, or name another reward")
+    return [f"{much}: they cost as much as others and say nothing; reword or remove them"]
+
+
+def too_few(pace: Pace, prompts: int) -> list[str]:
+    """Say whether the held-out images are too few to show a typical gain."""
+    images, needed = prompts * pace.eval_noises, math.ceil((SURE / TYPICAL_GAIN) ** 2)
+    if images >= needed:
+        return []
+    return [
+        f"{images} held-out images ({prompts} prompts × {pace.eval_noises} noises) show no gain below "
+        f"{SURE / math.sqrt(images):.1f} spreads of a score, and many runs gain {TYPICAL_GAIN:g}: hold out "
+        f"more prompts, or set eval_noises to {math.ceil(needed / prompts)}"
+    ]
 
 
 def rising(rows: Sequence[Row], weights: Mapping[str, float]) -> bool:

@@ -1,25 +1,15 @@
-"""The price of a run, before it runs: forwards and images counted, seconds and memory measured."""
+"""The price of a run, before it runs: forwards and images, counted."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from comfy_g2rpo.prompts import load as load_prompts
-from comfy_g2rpo.prompts import read as read_prompts
 from comfy_g2rpo.recipes import build_plan
-from comfy_g2rpo.rollout import seeded_noise
 from comfy_g2rpo.run.evaluation import price
-from comfy_g2rpo.speed.peak_memory import peak_memory
 
-from .. import families
+from ..config.file_checks import read_prompts
 from ..config.reading import Config, make_pace, make_recipe
-from ..reports.progress import clock
 
 COUNTED_PLANS = 20
 
@@ -37,6 +27,8 @@ class Counts:
     evaluations: int
     evaluation_forwards: int
     evaluation_images: int
+    passes: int = 1
+    """Passes of the update at each state: one, or a snapshot's and one per epoch."""
 
     @property
     def step_forwards(self) -> float:
@@ -56,27 +48,25 @@ class Counts:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a forward, of one with backward and of a decoded image at the recipe's batch sizes."""
+    """Seconds of a start, a step, an evaluation and an end of a run, on a device."""
 
     device: str
-    forward: float
-    update: float
-    decode: float
+    start: float
+    step: float
+    look: float
+    end: float
     peak: int
+    left_out: str
+    """Rewards that were not asked, and so are not in the time."""
+    at: float
+    """When it was measured, in seconds since 1970."""
 
-    def step(self, counts: Counts) -> float:
-        """Estimate the seconds of one step."""
-        group = (
-            counts.group_forwards * self.forward
-            + counts.group_images * self.decode
-            + counts.group_trained * self.update
-        )
-        return counts.prompts * group
-
-    def run(self, counts: Counts) -> float:
-        """Estimate the seconds of the run."""
-        look = counts.evaluation_forwards * self.forward + counts.evaluation_images * self.decode
-        return counts.steps * self.step(counts) + counts.evaluations * look
+    def run(self, counts: Counts, minutes: float | None = None) -> float:
+        """Estimate the seconds of a run; its steps end after `minutes`."""
+        steps = counts.steps * self.step
+        if minutes is not None:
+            steps = min(steps, 60 * minutes)
+        return self.start + steps + counts.evaluations * self.look + self.end
 
 
 def count(config: Config) -> Counts:
@@ -86,10 +76,7 @@ def count(config: Config) -> Counts:
         build_plan(recipe, iteration, train.seed, config.speed.tail_stride)
         for iteration in range(min(train.steps, COUNTED_PLANS))
     ]
-    heldout = Path(config.prompts.heldout) if config.prompts.heldout else None
-    held = len(
-        load_prompts(Path(config.prompts.train), heldout, config.prompts.heldout_share, train.seed).heldout
-    )
+    held = len(read_prompts(config).heldout)
     looks = price(recipe, make_pace(config), held, preview=bool(train.preview_width))
     between = (train.steps - 1) // train.eval_every if train.eval_every else 0
     # All branches of a fork share its forward and backward; the clipped form first takes a snapshot of the
@@ -106,80 +93,27 @@ def count(config: Config) -> Counts:
         evaluations=(2 + between) if held else 0,
         evaluation_forwards=sum(forwards for forwards, _ in looks.values()),
         evaluation_images=sum(images for _, images in looks.values()),
+        passes=passes,
     )
 
 
-def measure(config: Config) -> Cost:
-    """Load the model and time one forward, one forward with backward and one decoding."""
-    from ..model.inference import device
-    from ..run import load_policy
-
-    where, train = device(), config.train
-    # A prompt of the run: some models read none without its picture.
-    prompts = read_prompts(Path(config.prompts.train))[0][:1]
-    policy = load_policy(config, where, prompts)
-    shape = families.largest_shape(policy, config.model)
-    policy.add_lora(config.lora.rank, config.lora.alpha, train.seed, config.lora.targets != "attention")
-    cond = policy.encode(prompts)[0]
-
-    def forward(batch: int) -> Tensor:
-        x = seeded_noise((batch, *shape), "estimate").to(where)
-        return policy.velocity(x, torch.full((batch,), 0.5, device=where), [cond] * batch)
-
-    def rollout() -> None:
-        with policy.inference():
-            forward(train.slots)
-
-    latents = seeded_noise((train.decode_batch, *shape), "estimate").to(where)
-    return Cost(
-        device=torch.cuda.get_device_name() if where.type == "cuda" else where.type,
-        forward=seconds(rollout, where) / train.slots,
-        update=seconds(lambda: forward(train.micro_batch).square().mean().backward(), where)
-        / train.micro_batch,
-        decode=seconds(lambda: policy.decode(latents), where) / train.decode_batch,
-        peak=peak_memory(where),
-    )
-
-
-def seconds(work: Callable[[], object], where: torch.device, repeats: int = 2) -> float:
-    """Time work after one warm-up; the best of a few."""
-    best = float("inf")
-    for turn in range(repeats + 1):
-        begin = time.perf_counter()
-        work()
-        if where.type == "cuda":
-            torch.cuda.synchronize()
-        if turn:
-            best = min(best, time.perf_counter() - begin)
-    return best
-
-
-def table(counts: Counts, cost: Cost | None, memory: Sequence[tuple[str, str]] = ()) -> str:
-    """Lay the price out for reading, rows about memory among it."""
-    rows = [
+def rows_of(counts: Counts) -> list[tuple[str, str]]:
+    """Lay out what is counted for reading."""
+    looks = f"{counts.heldout} held-out prompts, {counts.evaluation_images:,} pictures each"
+    return [
         ("steps", f"{counts.steps}"),
         ("forwards per prompt group", f"{counts.group_forwards:,.0f}"),
         ("pictures per prompt group", f"{counts.group_images:,.0f}"),
         ("forwards per step", f"{counts.step_forwards:,.0f}  ({counts.prompts} prompts)"),
         ("pictures per step", f"{counts.prompts * counts.group_images:,.0f}"),
         ("forward + backward passes per step", f"{counts.prompts * counts.group_trained:,.0f}"),
-        (
-            "evaluations",
-            (
-                f"{counts.evaluations}  ({counts.heldout} held-out prompts, {counts.evaluation_images:,} "
-                "pictures each)"
-            ),
-        ),
+        ("evaluations", f"{counts.evaluations}  ({looks})"),
         ("forwards in all", f"{counts.forwards:,.0f}"),
         ("pictures in all", f"{counts.images:,.0f}"),
     ]
-    rows += memory
-    if cost:
-        rows += [
-            ("measured on", cost.device),
-            ("time per step", f"about {cost.step(counts):.1f} s"),
-            ("time in all", f"about {clock(cost.run(counts))}"),
-            ("memory, measured peak", f"{cost.peak / 2**30:.1f} GiB"),
-        ]
+
+
+def laid_out(rows: Sequence[tuple[str, str]]) -> str:
+    """Write rows below one another."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

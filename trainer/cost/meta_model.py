@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .. import families
+from ..config.file_checks import published
 from ..config.reading import ConfigError, model_folder
 from ..families.files import diffusers_folder
-from ..families.files.parts import FACTS, Parts, read_config, read_facts
+from ..families.files.parts import Parts, read_config, read_facts
 from ..lora.weight_files import look_at
 from ..model.stored_linear import Float8, StoredLinear, store
 
@@ -47,11 +48,6 @@ class Sketch:
     clip_tokens: int = 77
 
 
-def published() -> dict[str, Any]:
-    """Read the sizes of the published models, by the name under which the hub has them."""
-    return json.loads((FACTS / "published.json").read_text("utf-8"))
-
-
 def look(section: ModelSection) -> Sketch:
     """Look at a model by configurations and headers, or at what is published of one that is not here."""
     known = published().get(section.path or "")
@@ -60,7 +56,8 @@ def look(section: ModelSection) -> Sketch:
     except ConfigError:
         if known is None:
             raise
-        return of_published(known, families.policy_class(section, None))
+        edits = known.get("edits", section.edits)
+        return of_published(known, families.policy_class(section.model_copy(update={"edits": edits}), None))
     policy = families.policy_class(section, place)
     parts = Parts(policy, section, place, "cpu")
     transformer = read_config(parts.folder, "transformer")
@@ -128,7 +125,7 @@ def build(config: Config, sketch: Sketch) -> PeftPolicy:
         policy.avoid(section.negative_prompt)
     # What is merged from weights for a rollout looks at numbers, of which there are none here.
     policy.packed = True
-    # nf4 makes the same weights as fp8, of half the bytes, which are counted by `memory.py`.
+    # nf4 makes the same weights as fp8, of half the bytes, which are counted by `count_model.py`.
     quantization = "none" if memory.quantization == "none" else "fp8"
     meta = torch.device("meta")
     store(transformer, quantization, memory.block_swap, meta, meta)

@@ -8,17 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
 
 from ..config.bundled import bundled_folder
 from ..config.family_names import DEFAULT_FAMILY
+from ..config.file_checks import check_files, check_model_files
 from ..config.reading import Config, ConfigError, apply_overrides, find_recipe, from_dict, read_yaml
-
-if TYPE_CHECKING:
-    from .card_memory import Footprint
+from ..model.cpu_refusal import refuse_cpu
+from ..model.inference import device
+from ..model.placing import check_card
+from .card_memory import CARD, Footprint, UnknownMemoryError, footprint_of, sized
+from .remembered import counts_of
 
 SIZES = {"8gb": 8, "12gb": 12, "16gb": 16, "24gb": 24, "48gb": 48, "80gb": 80}
 """GiB of a card, by the preset's name."""
@@ -83,8 +86,6 @@ class Card:
 
     def need(self, estimate: Footprint) -> int:
         """Return what a run takes here, gaps and libraries among it."""
-        from .card_memory import CARD
-
         return int((estimate.need + (CARD if self.name != "memory" else 0)) / USABLE)
 
 
@@ -99,8 +100,6 @@ def this_card(device: torch.device) -> Card:
 
 def says(card: Card, estimate: Footprint) -> str:
     """Return what is needed, and what there is."""
-    from .card_memory import sized
-
     return (
         f"needs ≈ {sized(card.need(estimate))} (estimate; most in {estimate.phase}), you have "
         f"{sized(card.free)} ({card.name})"
@@ -109,10 +108,8 @@ def says(card: Card, estimate: Footprint) -> str:
 
 def preflight(config: Config, card: Card, force: bool = False) -> str:
     """Estimate a run's memory and say it; ConfigError where it does not fit, with the preset that would."""
-    from .card_memory import UnknownMemoryError, footprint
-
     try:
-        estimate = footprint(config)
+        estimate = footprint_of(config, counts_of(config))
     except UnknownMemoryError as error:
         return str(error)
     sentence = says(card, estimate)
@@ -123,13 +120,12 @@ def preflight(config: Config, card: Card, force: bool = False) -> str:
 
 def remedy(config: Config, card: Card) -> str:
     """Name the largest preset with which a run would fit."""
-    from .card_memory import footprint, sized
-
     own = presets().get(str(config.model.family), {})
     for name in sorted(own, key=lambda name: -SIZES[name]):
         if SIZES[name] * 2**30 > 1.1 * card.free:
             continue
-        estimate = footprint(with_preset(config, own[name]))
+        changed = with_preset(config, own[name])
+        estimate = footprint_of(changed, counts_of(changed))
         if card.fits(estimate):
             return f"start it with --preset {name} (≈ {sized(card.need(estimate))})"
     return "no preset fits: lower model.width and model.height, or take a smaller model"
@@ -161,31 +157,22 @@ def is_small(config: Config, card: Card) -> bool:
 
 
 def before_training(config: Config, force: bool) -> list[str]:
-    """Return what a run needs and has, unless it is small and on a CPU; ConfigError if too little."""
-    from ..model.inference import device
-    from ..model.placing import check_card
+    """Return what a run needs and has, unless it is small and on a CPU; ConfigError if too little.
 
+    In the order of their price: whether there is a GPU, the files, and the memory.
+    """
     where = device()
-    card, remark = this_card(where), check_card(config.model, config.memory, where)
-    if where.type == "cpu" and is_small(config, card):
-        return []
-    return [*([remark] if remark else []), preflight(config, card, force)]
-
-
-def estimate_memory(config: Config) -> tuple[list[tuple[str, str]], str]:
-    """Return rows about a run's memory, and why it cannot start here, if so."""
-    from ..model.inference import device
-    from ..model.placing import check_card
-    from .card_memory import UnknownMemoryError, footprint
-
-    where = device()
+    remarks = [refuse_cpu(config.model, where, force)]
+    check_files(config)
     card = this_card(where)
-    try:
-        check_card(config.model, config.memory, where)
-        found = footprint(config)
-    except UnknownMemoryError as error:
-        return [("memory", str(error))], ""
-    except (OSError, ValueError) as error:
-        return [], f"the model cannot be loaded here: {error}"
-    rows = [*found.lines(), ("memory", says(card, found))]
-    return rows, "" if card.fits(found) else f"it does not fit; {remedy(config, card)}"
+    remarks.append(check_card(config.model, config.memory, where))
+    if where.type != "cpu" or not is_small(config, card):
+        remarks.append(preflight(config, card, force))
+    return list(filter(None, remarks))
+
+
+def before_drawing(config: Config, force: bool) -> list[str]:
+    """Return what is to be said before pictures are drawn; a large model without a GPU is refused."""
+    remark = refuse_cpu(config.model, device(), force)
+    check_model_files(config.model)
+    return [remark] if remark else []

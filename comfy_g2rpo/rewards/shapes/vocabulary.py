@@ -91,6 +91,11 @@ def scene_of(prompt: str) -> Scene | None:
     return Scene((first,) * int(count))
 
 
+def readable(prompt: str) -> bool:
+    """Return whether a prompt asks for a scene that the rules know."""
+    return scene_of(prompt) is not None
+
+
 def check_columns(prompts: Sequence[str]) -> None:
     """Refuse prompts whose columns ask for what cannot be judged."""
     for prompt in prompts:
