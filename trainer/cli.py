@@ -229,11 +229,7 @@ def sample(
             f"--image is given {len(images)} times for {len(prompt)} prompts; give one for all, or one "
             "for each"
         )
-    numbered = [out.with_name(f"{out.stem}-{i:03d}{out.suffix}") for i in range(len(prompt))]
-    places = [out] if len(prompt) == 1 else numbered
-    for place in places:
-        if place.exists() and not replace:
-            raise CommandError(f"{place} exists; choose another --out, or give --replace")
+    places = free_places(out, len(prompt), replace)
     given = {"path": model or None, "negative_prompt": negative}
     own = [
         f"model.{name}={json.dumps(text, ensure_ascii=False)}"
@@ -317,6 +313,16 @@ def version() -> None:
     from comfy_g2rpo import __version__
 
     typer.echo(__version__)
+
+
+def free_places(out: Path, count: int, replace: bool) -> list[Path]:
+    """Return where so many pictures go: to a file, or to numbered ones; existing ones are refused."""
+    numbered = [out.with_name(f"{out.stem}-{i:03d}{out.suffix}") for i in range(count)]
+    places = [out] if count == 1 else numbered
+    for place in places:
+        if place.exists() and not replace:
+            raise CommandError(f"{place} exists; choose another --out, or give --replace")
+    return places
 
 
 def configuration(source: str, settings: list[str], best: bool = False) -> tuple[Config, Path | None]:
