@@ -142,6 +142,7 @@ def test_a_familys_name_stands_in_its_file_its_line_and_its_lora_names_alone() -
 def test_every_module_imports_where_the_system_lacks_what_only_unix_has() -> None:
     script = """
 import builtins, importlib, pkgutil, sys, types
+import typer, torch  # their own imports are not ours to change
 import g2rpo_trainer, comfy_g2rpo
 
 real = builtins.__import__

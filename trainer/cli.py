@@ -230,13 +230,8 @@ def sample(
             "for each"
         )
     places = free_places(out, len(prompt), replace)
-    given = {"path": model or None, "negative_prompt": negative}
-    own = [
-        f"model.{name}={json.dumps(text, ensure_ascii=False)}"
-        for name, text in given.items()
-        if text is not None
-    ]
-    config, own_lora = configuration(recipe, [*(settings or []), *own], best)
+    given = [*(settings or []), *model_settings(model, negative)]
+    config, own_lora = configuration(recipe, given, best)
     from .cost.presets import before_drawing
     from .model.quiet_libraries import quieten_libraries
 
@@ -254,6 +249,16 @@ def sample(
         note = note_of(config, text, seed, lora or own_lora, tail)
         save_picture(place, levels(picture) if picture.ndim == 4 else picture, note)
         typer.echo(place)
+
+
+def model_settings(path: str | None, negative: str | None) -> list[str]:
+    """Write options of a command as settings of the recipe's model."""
+    given = {"path": path or None, "negative_prompt": negative}
+    return [
+        f"model.{name}={json.dumps(text, ensure_ascii=False)}"
+        for name, text in given.items()
+        if text is not None
+    ]
 
 
 def from_pictures(prompts: Sequence[str], images: Sequence[Path]) -> list[str]:

@@ -73,6 +73,11 @@ def compare(
             )
         made = of_folders(before, after, reward, prompt, prompts, batch, device, quiet)
     write_bytes(out, page(made, pictures).encode(errors="replace"))
+    show(made, out, as_json)
+
+
+def show(made: Comparison, out: Path, as_json: bool) -> None:
+    """Print what changed, and where the report lies."""
     if as_json:
         changes = [each.row() for each in made.changes]
         typer.echo(json.dumps({"before": made.before, "after": made.after, "changes": changes}, indent=1))

@@ -129,7 +129,8 @@ def _described(name: str, field: FieldInfo) -> RecipeOption:
     section, _, own = name.partition(".")
     if section == "method" and default is None:
         default = getattr(Recipe(), own)
-    choices = next((get_args(kind) for kind in _members(field) if get_origin(kind) is Literal), ())
+    kinds = [get_args(kind)[0] if get_origin(kind) is tuple else kind for kind in _members(field)]
+    choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
     rule = field.json_schema_extra or {}
     limits = ", ".join(map(str, choices)) or (f"{rule['low']:.10g} to {rule['high']:.10g}" if rule else "")
     return RecipeOption(
@@ -150,7 +151,7 @@ def _kind(field: FieldInfo) -> str:
     if get_origin(kind) is Literal:
         return CHOICE
     if get_origin(kind) is tuple:
-        return f"list of {KINDS[get_args(kind)[0]]}s"
+        return f"list of {KINDS.get(get_args(kind)[0], 'word')}s"
     return KINDS[kind]
 
 

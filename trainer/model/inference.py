@@ -26,12 +26,14 @@ def note_of(config: Config, prompt: str, seed: int, lora: Path | None, tail: flo
     """Return what a drawn picture's file says about how it was made."""
     return {
         "prompt": prompt,
+        "negative": config.model.negative_prompt,
         "seed": seed,
-        "lora": str(lora) if lora else None,
+        # Not the whole path: pictures are shared.
+        "lora": "/".join(lora.parts[-4:]) if lora else None,
         "steps": make_recipe(config).num_steps,
         "guidance": config.model.guidance,
         "tail": tail,
-        "model": Path(config.model.path).name,
+        "model": Path(config.model.transformer or config.model.path).name,
     }
 
 
