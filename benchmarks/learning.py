@@ -8,6 +8,7 @@ held-out prompts that nothing was tuned on, over seeds. One single-thread proces
     python benchmarks/learning.py tune   --out results/      # the settings of each arm
     python benchmarks/learning.py final  --out results/      # seeds × arms
     python benchmarks/learning.py report --out results/      # table and plot
+    python benchmarks/learning.py again --runs refined_final --to clean_final   # recorded runs, measured anew
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ def run_arm(job: dict[str, Any]) -> dict[str, Any]:
     """Train one arm until its CPU and its model work are spent, with an evaluation as each is reached.
 
     The curve holds (CPU seconds, work, updates, gains) at those points; evaluations count for neither budget.
+    A job with `points` of a recorded curve stops at their updates instead, whatever the machine does today.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
@@ -147,15 +149,18 @@ def run_arm(job: dict[str, Any]) -> dict[str, Any]:
     key = (job["split"], job["noises"])
     before = BASE[key] = BASE.get(key) or look()
     spent, curve = 0.0, []
-    goals = [(name, job[key]) for name, key in (("cpu", "cpu_seconds"), ("work", "work")) if job[key]]
+    budgets = [{name: job[key]} for name, key in (("cpu", "cpu_seconds"), ("work", "work")) if job[key]]
+    recorded = job.get("points", [])
+    goals = [{"updates": point["updates"]} for point in recorded] or budgets
     while goals:
         begin = time.process_time()
         iterate(setup, learner, lambda phase: None)
         spent += time.process_time() - begin
-        now = {"cpu": spent, "work": counted.work}
-        if reached := [goal for goal in goals if now[goal[0]] >= goal[1]]:
+        now = {"cpu": spent, "work": counted.work, "updates": learner.step}
+        if reached := [goal for goal in goals if all(now[name] >= least for name, least in goal.items())]:
             gains = {name: gain["mean"] for name, gain in compare(before, look()).items()}
-            curve.append({**now, "updates": learner.step, **gains})
+            then = next((point for point in recorded if point["updates"] == learner.step), now)
+            curve.append({**then, **gains})
             goals = [goal for goal in goals if goal not in reached]
     return {**job, "before": before.means(), "curve": curve}
 
@@ -201,6 +206,16 @@ def tuning_jobs(arm: str, setting: Setting, cpu_seconds: float) -> list[dict[str
     """Describe the tuning runs of one try, one per tuning seed."""
     common = {"split": "tune", "noises": NOISES, "cpu_seconds": cpu_seconds, "work": 0}
     return [describe(arm, setting, seed=seed, **common) for seed in TUNE_SEEDS]
+
+
+def jobs_again(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Describe recorded runs once more, each up to the updates at which its budgets were spent."""
+    kept = ("cpu", "work", "updates")
+    return [
+        {key: run[key] for key in run if key not in ("before", "curve")}
+        | {"points": [{name: point[name] for name in kept} for point in run["curve"]]}
+        for run in runs
+    ]
 
 
 def setting_of(run: dict[str, Any]) -> Setting:
@@ -401,7 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=("tune", "final", "report"))
+    parser.add_argument("stage", choices=("tune", "final", "report", "again"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--cpu-seconds", type=float, default=12.0)
     parser.add_argument("--tries", type=int, default=5, help="settings that each arm's tuning may try")
@@ -417,6 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--runs", default="refined_final", help="results file of the final runs, without .jsonl"
     )
+    parser.add_argument("--to", default="clean_final", help="results file of again, without .jsonl")
     parser.add_argument("--leader", choices=list(ARMS), help="arm that the report compares with the others")
     options = parser.parse_args(arguments)
     tuning, finals = options.out / f"{options.tuning}.jsonl", options.out / f"{options.runs}.jsonl"
@@ -433,6 +449,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for arm in options.arms
         ]
         run_all(jobs, finals, options.workers)
+    elif options.stage == "again":
+        first, end = options.seeds or (0, sys.maxsize)
+        runs = [run for run in read(finals) if first <= run["seed"] < end and run["arm"] in options.arms]
+        run_all(jobs_again(runs), options.out / f"{options.to}.jsonl", options.workers)
     else:
         first, end = options.seeds or (0, sys.maxsize)
         report(

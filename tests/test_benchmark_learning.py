@@ -14,6 +14,7 @@ from learning import (
     best_setting,
     differences,
     interval,
+    jobs_again,
     neighbours,
     next_setting,
     reached,
@@ -136,3 +137,12 @@ def test_arms_are_compared_on_the_seeds_that_both_have():
 def test_the_interval_is_students():
     mean, width = interval([1.0, 2.0, 3.0])
     assert (mean, width) == (2.0, pytest.approx(4.3027 / 3**0.5, rel=1e-4))
+
+
+def test_a_recorded_run_is_made_again_up_to_its_own_updates():
+    recorded = run("a", 0, 0.2) | {"before": {}}
+    recorded["curve"] = [{**point, "updates": i} for i, point in enumerate(recorded["curve"], start=3)]
+    (job,) = jobs_again([recorded])
+    assert [point["updates"] for point in job["points"]] == [3, 4]
+    assert not {"before", "curve"} & set(job)
+    assert all(set(point) == {"cpu", "work", "updates"} for point in job["points"])

@@ -59,6 +59,26 @@ def rendered() -> tuple[Tensor, list[str]]:
     return torch.from_numpy(pictures) / 255, prompts
 
 
+def asked(prompt: str) -> tuple:
+    """Return what a prompt asks for, whichever thing it names first."""
+    scene = parse(prompt)
+    turned = {"right of": "left of", "below": "above"}
+    if scene.relation is None:
+        return None, frozenset(scene.things), len(scene.things)
+    things = scene.things[::-1] if scene.relation in turned else scene.things
+    return turned.get(scene.relation, scene.relation), things
+
+
+def test_no_heldout_prompt_means_the_same_as_one_that_was_trained_or_tuned_on():
+    folder = Path(__file__).parent.parent / "prompts"
+    lists = {
+        name: [asked(line) for line in (folder / f"shapes_{name}.txt").read_text().splitlines()]
+        for name in ("train", "tune", "heldout")
+    }
+    assert len(set(lists["heldout"])) == len(lists["heldout"]) == 96
+    assert not set(lists["heldout"]) & {*lists["train"], *lists["tune"]}
+
+
 @given(counts | twos)
 def test_a_prompt_reads_back_as_the_scene_that_it_describes(scene):
     assert parse(describe(scene)) == scene

@@ -3,6 +3,7 @@
 Run it to rewrite the prompt lists of the toy world: `python tools/shapes_data.py`.
 """
 
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ LARGE, SMALL = (14, 24), (12, 17)  # bounding boxes in pixels, for up to two obj
 MIN_ALONG, MAX_ACROSS = 18, 16  # pixels between centres, along and across the axis of a relation
 KINDS = {"count": 0.35, "pair": 0.20, "relation": 0.45}
 PROMPT_LISTS = {"train": 240, "tune": 96, "heldout": 96}
+OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 Box = tuple[float, float, float]  # centre x, centre y, size
 
@@ -113,17 +115,35 @@ def make_pictures(count: int, seed: int) -> tuple[np.ndarray, list[str]]:
     return np.stack([render(parse(prompt), rng) for prompt in prompts]), prompts
 
 
+def meaning(prompt: str) -> Scene:
+    """Return one scene for all prompts that ask for the same picture: A left of B is B right of A."""
+    scene = parse(prompt)
+    swapped = Scene(scene.things[::-1], OPPOSITES.get(scene.relation))
+    return min(scene, swapped, key=str)
+
+
 def split_prompts(seed: int = 7) -> dict[str, list[str]]:
-    """Draw disjoint lists of distinct prompts for training, tuning and held-out evaluation."""
+    """Draw lists of distinct prompts for training, tuning and held-out evaluation.
+
+    No held-out prompt means the same as another, or as one that was trained or tuned on.
+    """
     rng = np.random.default_rng(seed)
     distinct: dict[str, None] = {}
     while len(distinct) < sum(PROMPT_LISTS.values()):
         distinct.update(dict.fromkeys(sample_prompts(1, rng)))
     prompts = rng.permutation(list(distinct)).tolist()
     ends = np.cumsum(list(PROMPT_LISTS.values())).tolist()
-    return {
+    lists = {
         name: prompts[end - size : end] for (name, size), end in zip(PROMPT_LISTS.items(), ends, strict=True)
     }
+    heldout, known = [], {meaning(prompt) for prompt in (*lists["train"], *lists["tune"])}
+    drawn = chain(lists["heldout"], (sample_prompts(1, rng)[0] for _ in count()))
+    while len(heldout) < PROMPT_LISTS["heldout"]:
+        prompt = next(drawn)
+        if meaning(prompt) not in known:
+            known.add(meaning(prompt))
+            heldout.append(prompt)
+    return {**lists, "heldout": heldout}
 
 
 def main() -> None:
