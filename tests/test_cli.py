@@ -143,8 +143,9 @@ def test_a_negative_prompt_changes_the_picture(
     for name, more in (("plain", ()), ("other", ("--negative", negative))):
         code, _, error = leave(capsys, *words, tmp_path / f"{name}.png", *more)
         assert code == 0, error
-    one, other = ((tmp_path / f"{name}.png").read_bytes() for name in ("plain", "other"))
-    assert (one == other) == (negative == "")
+    with Image.open(tmp_path / "plain.png") as one, Image.open(tmp_path / "other.png") as other:
+        assert (one.tobytes() == other.tobytes()) == (negative == "")
+        assert json.loads(other.info[CHUNK])["negative"] == negative
 
 
 def test_a_negative_prompt_that_cannot_count_is_refused(
