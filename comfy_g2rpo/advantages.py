@@ -20,6 +20,11 @@ def group_ranks(rewards: Tensor) -> Tensor:
     return torch.where(rewards.isnan(), torch.nan, rank)
 
 
+def wide(rewards: Tensor) -> Tensor:
+    """Return rewards as float32, or as float64 where their squares or sums would not fit float32."""
+    return rewards.double() if rewards.abs().nan_to_num(0.0).gt(1e15).any() else rewards.float()
+
+
 def moments(rewards: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and unbiased std over the members of [R, K, G, L], NaN left out: [R, K, 1, L] each."""
     valid = ~torch.isnan(rewards)
@@ -47,7 +52,7 @@ def least_spread(rewards: Tensor, floor: float = FLOOR, noise: Sequence[float] =
 
 def global_std(rewards: Sequence[Tensor]) -> Tensor:
     """Return each reward's std over all prompts: [R, K, G, L] each → [R, 1, 1, 1] (arXiv 2505.05470)."""
-    flat = torch.cat([r.flatten(1) for r in rewards], 1)
+    flat = wide(torch.cat([r.flatten(1) for r in rewards], 1))
     return moments(flat[:, None, :, None])[1]
 
 
@@ -66,7 +71,7 @@ def integrate(
     none left gets 0. A group whose std does not exceed `least_spread` gives no gradient. `std` [R, 1, 1, 1]
     replaces the group's own as the scale.
     """
-    rewards = rewards.float()
+    rewards = wide(rewards)
     if weights is None:
         weights = [1.0] * rewards.shape[0]
     if len(weights) != rewards.shape[0]:
@@ -80,13 +85,13 @@ def integrate(
     advantage = torch.einsum("r,rkgl->kg", weight, z).clamp(-clamp, clamp)
     kept = (~torch.isnan(rewards)).any(3).any(0)
     centre = advantage.sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
-    return torch.where(kept, advantage - centre, 0.0)
+    return torch.where(kept, advantage - centre, 0.0).float()
 
 
 def zero_std_share(rewards: Tensor, floor: float = FLOOR, noise: Sequence[float] = ()) -> float:
     """Return the share of the groups [R, K, ·, L] whose rewards are equal but for noise: none can teach."""
-    std = moments(rewards.float())[1]
-    equal = std <= least_spread(rewards.float(), floor, noise)
+    std = moments(wide(rewards))[1]
+    equal = std <= least_spread(wide(rewards), floor, noise)
     return equal.float().mean().item() if std.numel() else 0.0
 
 

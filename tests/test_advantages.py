@@ -4,6 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comfy_g2rpo.advantages import global_std, integrate, moments, rank_agreement, zero_std_share
+from comfy_g2rpo.options import MIXES
+from comfy_g2rpo.rewards.mixing import mixed_advantages
 
 
 def rewards(r=2, k=3, g=6, length=2, seed=0):
@@ -102,3 +104,17 @@ def test_equal_rewards_share_their_rank():
 
 def test_rank_agreement_of_ties_is_unknown():
     assert rank_agreement(torch.zeros(1, 1, 4, 2)).isnan().all()
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("size", [1e15, 1e20, 1e30, 1e38, 3.4e38])
+def test_the_size_of_a_reward_changes_no_advantage(size, mix):
+    scores = torch.rand(2, 1, 24, 1, generator=torch.Generator().manual_seed(0))
+    large = scores * torch.tensor([size, 1.0]).view(2, 1, 1, 1)
+    for gates in ((), (0.5, None)):
+        here, there = ([g and g * s for g in gates] for s in (1.0, size))
+        weights = [1.0, 1.0] if mix != "sum" else [1.0, 0.0]
+        one = mixed_advantages([scores], weights, mix, here)[0]
+        other = mixed_advantages([large], weights, mix, there)[0]
+        assert other.isfinite().all() and other.abs().max() > 1
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..advantages import FLOOR, global_std, group_ranks, integrate, least_spread, moments
+from ..advantages import FLOOR, global_std, group_ranks, integrate, least_spread, moments, wide
 from ..options import MIXES
 from .protocol import Reward, RewardError, score_all
 
@@ -83,7 +83,7 @@ def blend(
         )
     if not any(weights):
         raise ValueError("weights are all 0; give at least one reward a weight")
-    rewards = apply_gates(rewards.float(), weights, gates, floor, std, noise)
+    rewards = apply_gates(wide(rewards), weights, gates, floor, std, noise)
     kept = [index for index, weight in enumerate(weights) if weight]
     rewards, std = rewards[kept], None if std is None else std[kept]
     if mix == "zscore":
@@ -108,7 +108,7 @@ def blend(
         share = weight.abs() * differs
         share = share / share.sum(0).clamp(min=torch.finfo(share.dtype).tiny)
         score = torch.where(share > 0, share * group_ranks(weight.sign() * rewards).log(), 0.0).sum(0).exp()
-    return torch.where(complete, score, torch.nan).float()[None]
+    return wide(torch.where(complete, score, torch.nan))[None]
 
 
 def apply_gates(
