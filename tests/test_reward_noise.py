@@ -7,7 +7,8 @@ import pytest
 import torch
 from reward_folders import clip_folder, clip_model
 
-from comfy_g2rpo.advantages import MIXES, integrate, rank_agreement, zero_std_share
+from comfy_g2rpo.advantages import integrate, rank_agreement, zero_std_share
+from comfy_g2rpo.options import MIXES
 from comfy_g2rpo.plan import independent, singular
 from comfy_g2rpo.prompts import Prompt
 from comfy_g2rpo.recipes import recipe

@@ -16,7 +16,7 @@ from comfy_g2rpo.run.iteration import iterate
 from comfy_g2rpo.run.pace import Pace
 from comfy_g2rpo.run.setup import Setup, Size, make_learner
 from g2rpo_trainer.config.reading import ConfigError
-from g2rpo_trainer.cost.card_memory import footprint
+from g2rpo_trainer.cost.count_model import footprint
 from g2rpo_trainer.reports.progress import Silent
 from g2rpo_trainer.run import train
 

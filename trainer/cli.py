@@ -139,11 +139,11 @@ def run_in(
     from .model.quiet_libraries import quieten_libraries
     from .reports.progress import for_terminal
 
-    if missing := missing_models((*config.rewards, *config.heldout_rewards)):
-        raise CommandError(missing)
     for line in before_training(config, force):
         if not quiet:
             typer.echo(line)
+    if missing := missing_models((*config.rewards, *config.heldout_rewards)):
+        raise CommandError(missing)
     progress = for_terminal(quiet)
     quieten_libraries()
     from .rewards.vote_reward import UnvotedError
@@ -180,15 +180,12 @@ def plan(
 ) -> None:
     """Say what a recipe will cost before anything runs: forwards, pictures, time, memory."""
     from .config.reading import load
-    from .config.reward_checks import missing_models
     from .cost.presets import preset_settings
     from .cost.price import price
 
     config = load(recipe, preset_settings(recipe, preset, settings or []))
     for line in price(config, recipe, measure):
         typer.echo(line)
-    if missing := missing_models((*config.rewards, *config.heldout_rewards)):
-        typer.echo(missing)
 
 
 @app.command()

@@ -67,17 +67,19 @@ def train(
         setup = prepare(config, accelerator, Path(out))
         learner = make_learner(setup)
         if main:
-            inputs = input_digests(config, setup.prompts)
+            content = {**dump(config, settings), INPUTS: input_digests(config, setup.prompts)}
             if resume:
-                for remark in reopen_run(config, settings, Path(out), inputs, changed_inputs):
+                for remark in reopen_run(config, content, Path(out), changed_inputs):
                     progress.note(remark)
             else:
-                RunFolder.create(out, {**dump(config, settings), INPUTS: inputs}, replace)
+                RunFolder.create(out, content, replace)
         accelerator.wait_for_everyone()
         folder = RunFolder(Path(out))
         for remark in restore(setup, learner, folder) if resume else []:
             progress.note(remark)
-        if resume:
+        if main and resume:
+            # A run that is made longer stays so when it is resumed again.
+            folder.save_config(content)
             progress.recall(folder.metrics())
         follow = listening(progress, config, folder, cpu) if main else nullcontext(progress)
         with stoppable() as check, follow as heard:
@@ -212,20 +214,16 @@ def continue_from(policy: FamilyPolicy, path: Path, scale: float, family: str | 
             ours[name][1][:, : len(down)].copy_(up / scale)
 
 
-def reopen_run(
-    config: Config, settings: Sequence[str], out: Path, inputs: dict[str, str], changed_inputs: bool
-) -> list[str]:
+def reopen_run(config: Config, content: dict[str, Any], out: Path, changed_inputs: bool) -> list[str]:
     """See that a run was made by the same configuration and from the same inputs; return what is to be said.
 
-    Then config.json says how the run goes on.
+    `content`, what config.json is going to say, gets the settings that were given before.
     """
     before = RunFolder(out).config()
-    remarks, moved = compare_inputs(out, before, inputs, config, changed_inputs)
-    content = dump(config, settings)
-    folder = RunFolder.reopen(out, content, defaults(), moved)
+    remarks, moved = compare_inputs(out, before, content.get(INPUTS, {}), config, changed_inputs)
+    RunFolder.reopen(out, content, defaults(), moved)
     former = before.get("settings")
-    content["settings"] = [*(former if isinstance(former, list) else []), *settings]
-    folder.save_config({**before, **content, INPUTS: inputs})
+    content["settings"] = [*(former if isinstance(former, list) else []), *content["settings"]]
     return remarks
 
 

@@ -262,7 +262,7 @@ class RunFolder:
         return read_table(self.config_file)
 
     def save_config(self, config: Mapping[str, Any]) -> None:
-        """Write what is asked for now: a run that is made longer stays so when it is resumed again."""
+        """Write what is asked for now."""
         write_json(self.config_file, config)
 
     def summary(self) -> dict[str, Any]:

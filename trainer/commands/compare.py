@@ -107,7 +107,7 @@ def of_folders(
     asked, _ = asked_for(reward, None, [], None, device, batch)
     names = [each.section.name for each in asked]
     places = [path for pair in matched for path in pair]
-    entries, table = judged(asked, places, [prompt] if prompt else [], prompts, False, None, batch, quiet)
+    entries, _, table = judged(asked, places, [prompt] if prompt else [], prompts, False, None, batch, quiet)
     # Folders that share pictures, or are the same, have them judged once.
     column = {entry.path: i for i, entry in enumerate(entries)}
     sides = [(column[one], column[other]) for one, other in matched]

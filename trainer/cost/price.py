@@ -11,6 +11,7 @@ from comfy_g2rpo.run.watch import forewarnings
 
 from ..config.file_checks import check_model_files, parameters_of, read_prompts
 from ..config.reading import Config, ConfigError, make_pace
+from ..config.reward_checks import missing_models
 from ..model.cpu_refusal import LARGE, why_no_gpu
 from ..model.inference import device
 from ..model.placing import check_card
@@ -36,6 +37,8 @@ def price(config: Config, recipe: str, anew: bool = False) -> list[str]:
     large = where.type == "cpu" and (parameters_of(config.model) or 0) > LARGE
     if large:
         reasons.append(why_no_gpu())
+    if missing := missing_models((*config.rewards, *config.heldout_rewards)):
+        reasons.append(missing)
     try:
         try:
             check_model_files(config.model)
