@@ -3,6 +3,7 @@
 import pytest
 
 from g2rpo_trainer import cli
+from g2rpo_trainer.reports.progress import Silent
 
 
 def call(*words: object) -> int:
@@ -17,3 +18,13 @@ def leave(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str,
     code = call(*words)
     printed = capsys.readouterr()
     return code, printed.out, printed.err
+
+
+class Notes(Silent):
+    """Keep what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from accelerate import Accelerator
+from program import Notes
 from test_run import config
 from test_update import CONDS, SEEDS, rolled
 from toys import SHAPE, ToyPolicy
@@ -26,7 +27,6 @@ from comfy_g2rpo.speed.fitting_rollout import roll_out
 from comfy_g2rpo.update import records, update
 from g2rpo_trainer import run as training
 from g2rpo_trainer.config.reading import dump
-from g2rpo_trainer.reports.progress import Silent
 
 
 class SmallCard(ToyPolicy):
@@ -135,16 +135,6 @@ def test_what_has_come_down_is_said_once():
 
 def out_of_memory():
     raise OutOfMemory
-
-
-class Notes(Silent):
-    """Keep what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, text):
-        self.said.append(text)
 
 
 @contextmanager

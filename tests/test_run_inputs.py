@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from program import Notes
 from safetensors.torch import load_file, save_file
 from test_run import config
 from test_run import training as host
@@ -23,14 +24,6 @@ from g2rpo_trainer.reports.progress import Silent
 pytestmark = pytest.mark.xdist_group("run inputs")
 ROOT = Path(__file__).parent.parent
 REWARD = "def warm(images, prompts):\n    return images[..., 0].mean((1, 2))\n"
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from program import Notes
 from test_run import assert_equal, config, outcome
 from test_run import training as host
 
@@ -34,16 +35,6 @@ with one_writer(sys.argv[1]):
     print("mine", flush=True)
     time.sleep(120)
 """
-
-
-class Notes(Silent):
-    """Keep what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
 
 
 @pytest.fixture(scope="module")

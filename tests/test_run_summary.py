@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from program import leave
+from program import Notes, leave
 from test_run import config
 from test_run import training as host
 
@@ -34,14 +34,6 @@ ANSWERS = {
     "tiny": "return [1e-38 * float(x) for x in images.mean((1, 2, 3))]",
     "always the same": "return [0.25] * len(prompts)",
 }
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
 
 
 def with_reward(path: Path, body: str, trained: bool, **more: object) -> object:
