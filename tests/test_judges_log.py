@@ -79,15 +79,31 @@ def test_a_refused_request_makes_one_line_that_says_why(name: str, caplog: pytes
 class Faulty(Bright):
     """A reward that breaks."""
 
+    fault: BaseException
+
     def score(self, images: object, prompts: object) -> object:
         """Fail."""
-        raise RuntimeError("no kernel\nimage is available")
+        raise self.fault
 
 
-def test_a_reward_that_breaks_makes_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    with serving(Faulty()) as (port, _):
+FAULTS: dict[str, tuple[BaseException, str]] = {
+    "an error": (RuntimeError("no kernel\nimage is available"), "no kernel image is available"),
+    "an exit": (SystemExit(), "called sys.exit(None)"),
+    "an exit without fault": (SystemExit(0), "called sys.exit(0)"),
+    "an exit in words": (SystemExit("no\nlicence"), "called sys.exit("),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_reward_that_breaks_makes_one_line_and_is_served_on(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    reward = Faulty()
+    reward.fault, words = FAULTS[name]
+    with serving(reward) as (port, _):
         assert send(port, "POST", "/score", body=ask()) == 500
-    assert len(caplog.records) == 1 and "no kernel image is available" in caplog.text
+        assert send(port, "GET", "/about") == 200
+    assert len(caplog.records) == 1 and words in caplog.text
 
 
 def test_a_port_that_is_taken_is_named_once() -> None:

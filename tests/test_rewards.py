@@ -1,4 +1,5 @@
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -305,6 +306,9 @@ BAD_ANSWERS = {
     "integers": (lambda images, prompts: torch.zeros(2, dtype=torch.long), "int64"),
     "infinity": (lambda images, prompts: torch.tensor([1.0, torch.inf]), "infinite"),
     "an exception": (lambda images, prompts: torch.zeros(2) / prompts[5], "failed with IndexError"),
+    "an exit": (lambda images, prompts: sys.exit(), r"called sys\.exit\(None\)"),
+    "an exit without fault": (lambda images, prompts: sys.exit(0), r"called sys\.exit\(0\)"),
+    "an exit in words": (lambda images, prompts: sys.exit("no licence"), r"called sys\.exit\('no licence'\)"),
 }
 
 

@@ -22,6 +22,7 @@ from comfy_g2rpo.run.folder import RunFolder
 from comfy_g2rpo.run.summary import best_checkpoint, best_lines
 from comfy_g2rpo.run.watch import best_step
 from g2rpo_trainer.reports.progress import Lines, Silent
+from g2rpo_trainer.rewards.own import custom
 
 pytestmark = pytest.mark.xdist_group("run summary")
 
@@ -65,6 +66,28 @@ def test_a_reward_that_ends_the_program_ends_the_run_with_a_sentence(place: str,
         (tmp_path / "own.py").write_text("raise SystemExit(3)")
     with pytest.raises(RewardError, match=r"own.* called sys\.exit\(3\); let it raise an error instead"):
         host.train(made, tmp_path / "run", progress=Silent())
+
+
+@pytest.mark.parametrize("member", ["check_prompts", "can_judge", "noise", "settle", "embed"])
+def test_no_part_of_a_reward_ends_the_program(member: str, tmp_path: Path) -> None:
+    source = f"""
+import sys
+from comfy_g2rpo.rewards import Reward
+
+class Own(Reward):
+    name, licence, compares_across_prompts = "own", "MIT", True
+
+    def {member}(self, *given):
+        sys.exit(0)
+
+own = Own()
+"""
+    (tmp_path / "own.py").write_text(source)
+    reward = custom("own", f"{tmp_path / 'own.py'}:own", 5)
+    given = {"check_prompts": [["a"]], "can_judge": ["a"], "embed": [None]}.get(member, [])
+    with pytest.raises(RewardError, match=r"reward 'own' called sys\.exit\(0\); let it raise an error"):
+        getattr(reward, member)(*given)
+    assert reward.cancel is None and (member == "embed" or reward.embed is None)
 
 
 @pytest.mark.parametrize(

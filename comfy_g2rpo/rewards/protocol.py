@@ -162,6 +162,10 @@ def checked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
         scores = reward.score(judged, prompts)
     except RewardError:
         raise
+    except SystemExit as cause:
+        raise RewardError(
+            f"reward '{reward.name}' called sys.exit({cause.code!r}); let it raise an error instead"
+        ) from cause
     except Exception as cause:
         raise RewardError(f"reward '{reward.name}' failed with {type(cause).__name__}: {cause}") from cause
     scores, place = _valid_scores(reward.name, scores, len(rows)), {row: at for at, row in enumerate(rows)}

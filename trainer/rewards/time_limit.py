@@ -50,8 +50,28 @@ class Worker:
         return answer
 
 
+def _staying(member: str) -> property:
+    """Forward a method that must not end the program; None where there is none."""
+
+    def found(self: TimeLimited) -> Callable[..., Any] | None:
+        method = getattr(self.reward, member)
+
+        def call(*given: Any) -> Any:
+            try:
+                return method(*given)
+            except SystemExit as error:
+                raise left(f"reward {self.reward.name!r}", error) from error
+
+        return method and call
+
+    return property(found)
+
+
 class TimeLimited(Wrapped):
     """A reward that is given up, by RewardError, when it does not answer in time or ends the program."""
+
+    check_prompts, can_judge, noise = map(_staying, ("check_prompts", "can_judge", "noise"))
+    settle, embed, cancel = map(_staying, ("settle", "embed", "cancel"))
 
     def __init__(self, reward: Reward, worker: Worker, seconds: float) -> None:
         self.reward, self.worker, self.seconds = reward, worker, seconds
@@ -76,4 +96,9 @@ def limited(worker: Worker, function: Callable[[], Any], seconds: float, what: s
             "resume the run"
         ) from error
     except SystemExit as error:
-        raise RewardError(f"{what} called sys.exit({error.code!r}); let it raise an error instead") from error
+        raise left(what, error) from error
+
+
+def left(what: str, error: SystemExit) -> RewardError:
+    """Say what tried to end the program."""
+    return RewardError(f"{what} called sys.exit({error.code!r}); let it raise an error instead")
