@@ -162,6 +162,7 @@ STRANGERS: dict[str, tuple[dict[str, Any], int]] = {
     "another token": ({"Authorization": "Bearer " + "u" * 43}, 401),
     "a longer token": ({"Authorization": f"Bearer {TOKEN}t"}, 401),
     "a shorter token": ({"Authorization": f"Bearer {TOKEN[:-1]}"}, 401),
+    "two tokens": ({"Authorization": [f"Bearer {TOKEN}"] * 2}, 401),
     "the token of another scheme": ({"Authorization": f"Basic {TOKEN}"}, 401),
     "the token in other letters": ({"Authorization": f"Bearer {TOKEN.upper()}"}, 401),
     "no token but an upgrade": ({"Authorization": None, **UPGRADE}, 401),
@@ -369,11 +370,8 @@ def test_only_so_many_wait_and_the_rest_are_told_when_to_come_back(monkeypatch: 
         reward.go.clear()
         first = threading.Thread(target=send, args=(port, "POST", "/score", None, ask()))
         first.start()
-        deadline = time.monotonic() + 10
-        while (got := send_for_answer(port, "POST", "/score", body=ask(prompts=["y"]), patience=1))[
-            0
-        ] != 503 and time.monotonic() < deadline:
-            pass
+        assert reward.entered.wait(20)
+        got = send_for_answer(port, "POST", "/score", body=ask(prompts=["y"]), patience=2)
         reward.go.set()
         first.join(20)
     assert got[0] == 503 and "Retry-After: 1" in got[1]
@@ -417,18 +415,49 @@ def test_the_token_is_made_once_and_is_its_users_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
-@pytest.mark.parametrize("how", ["readable", "link", "short", "blank"])
-def test_a_token_file_that_gives_no_safety_is_refused(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["readable", "writable", "another's", "pipe", "folder"])
+def test_a_token_file_that_others_may_reach_is_refused(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "token"
+    if how == "pipe":
+        os.mkfifo(place, 0o600)
+    elif how == "folder":
+        place.mkdir(0o700)
+    else:
+        token_of(place)
+        place.chmod({"readable": 0o640, "writable": 0o602}.get(how, 0o600))
+    if how == "another's":
+        monkeypatch.setattr(os, "getuid", lambda: place.stat().st_uid + 1)
+    with pytest.raises(RewardError, match="no plain file that only you can read"):
+        token_of(place)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such links")
+def test_a_token_file_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    token_of(tmp_path / "elsewhere")
+    (tmp_path / "token").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="token"):
+        token_of(tmp_path / "token")
+
+
+NO_TOKENS = {
+    "nothing": b"",
+    "31 signs": b"t" * 31,
+    "blanks within": b"a b" * 20,
+    "letters beyond ASCII": "é".encode() * 40,
+    "bytes that are no text": b"\xff" * 40,
+    "a sign that steers a terminal": b"a" * 20 + b"\x07" + b"b" * 20,
+    "two lines": b"a" * 40 + b"\n" + b"b" * 40,
+}
+
+
+@pytest.mark.parametrize("name", NO_TOKENS)
+def test_a_token_that_is_none_is_refused(name: str, tmp_path: Path) -> None:
     place = tmp_path / "token"
     token_of(place)
-    if how == "readable":
-        place.chmod(0o644)
-    elif how == "link":
-        place.rename(tmp_path / "elsewhere")
-        place.symlink_to(tmp_path / "elsewhere")
-    else:
-        place.write_text("short" if how == "short" else "a b" * 20)
-    with pytest.raises((RewardError, OSError), match="token"):
+    place.write_bytes(NO_TOKENS[name])
+    with pytest.raises(RewardError, match="holds no token of at least 32 signs"):
         token_of(place)
 
 

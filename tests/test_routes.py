@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from aiohttp import web
 from comfy_host import Server
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,6 +85,8 @@ HOSTILE_AFTER = [
     "NaN",
     "null",
     "1;2",
+    "1000000001",
+    "9" * 10,
     "9" * 11,
     "9" * 100_000,
     "1\0",
@@ -267,6 +270,31 @@ def test_an_unknown_run_is_not_found(tmp_path: Path) -> None:
         routes.read_metrics(tmp_path, "nobody")
 
 
+FOREIGN = {"of no schema": '{"step": 1}', "of another": '{"schema": "x/1"}', "no JSON": "{", "empty": ""}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_folder_that_is_no_run_of_ours_is_not_found(tmp_path: Path, name: str) -> None:
+    make_run(tmp_path).metrics_file.write_text(FOREIGN[name] + '\n{"step": 1}\n')
+    assert "no run of this name" in refused(tmp_path, "run")
+    assert routes.list_runs(tmp_path) == []
+
+
+def test_metrics_beyond_all_measure_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = make_run(tmp_path).metrics_file.stat().st_size
+    monkeypatch.setattr(routes, "MAX_METRICS_BYTES", size)
+    assert routes.read_metrics(tmp_path, "run")["total"] == 3
+    monkeypatch.setattr(routes, "MAX_METRICS_BYTES", size - 1)
+    assert "the page reads no more" in refused(tmp_path, "run")
+
+
+def test_json_beyond_all_measure_is_not_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    content = run.config_file.read_text("utf-8")
+    run.config_file.write_text(content + " " * routes.MAX_JSON_BYTES, "utf-8")
+    assert routes.read_metrics(tmp_path, "run")["total_steps"] is None
+
+
 def test_a_run_linked_from_outside_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path / "elsewhere", "secret")
     (tmp_path / "g2rpo").mkdir()
@@ -307,6 +335,15 @@ def test_nothing_is_written(tmp_path: Path) -> None:
 def test_without_a_server_there_is_nothing_to_register(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace()))
     routes.register()
+
+
+def test_a_second_copy_of_the_pack_adds_no_second_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = web.RouteTableDef()
+    server = SimpleNamespace(PromptServer=SimpleNamespace(instance=SimpleNamespace(routes=table)))
+    monkeypatch.setitem(sys.modules, "server", server)
+    for _ in range(2):
+        routes.register()
+    assert [route.path for route in table] == ["/g2rpo/runs", "/g2rpo/runs/{id}/metrics"]
 
 
 @pytest.fixture(scope="module")

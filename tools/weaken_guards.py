@@ -27,7 +27,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("test_runs", "test_run_safety", "test_damaged_runs", "test_odd_files")
 LORAS = ("test_lora", "test_lora_inputs", "test_lora_kinds", "test_lora_convert")
-NODES = ("test_guard", "test_routes", "test_hostile")
 GUARDED: dict[str, tuple[str, ...]] = {
     "comfy_g2rpo/files/safe.py": ("test_odd_files", "test_runs", "test_lora_inputs", "test_run_safety"),
     "comfy_g2rpo/files/one_writer.py": ("test_run_safety",),
@@ -37,8 +36,8 @@ GUARDED: dict[str, tuple[str, ...]] = {
     "comfy_g2rpo/lora/__init__.py": LORAS,
     "comfy_g2rpo/lora/forms.py": LORAS,
     "comfy_g2rpo/votes/ballots.py": ("test_votes", "test_vote_command"),
-    "nodes/inputs/checks.py": NODES,
-    "nodes/host/routes.py": NODES,
+    "nodes/inputs/checks.py": ("test_input_checks",),
+    "nodes/host/routes.py": ("test_routes",),
     "trainer/commands/vote.py": ("test_vote_command",),
     "trainer/config/input_files.py": ("test_run_inputs",),
     "trainer/rewards/judges/server.py": ("test_judges_server", "test_judges_log"),
@@ -57,6 +56,7 @@ class Mutant:
 
     file: str
     line: int
+    last: int  # of the lines of its condition: Python counts the first of several as met in none
     name: str
     text: str
 
@@ -104,7 +104,8 @@ def mutants(file: str) -> list[Mutant]:
             for old, new in changes:
                 name = f"{file}::{function.name}::{ast.unparse(old)} -> {new}"
                 text = replaced(source, old, f"({new})")
-                found.setdefault(name, Mutant(file, node.lineno, name, text))
+                last = (node.test if isinstance(node, ast.If) else node).end_lineno
+                found.setdefault(name, Mutant(file, node.lineno, last, name, text))
     return list(found.values())
 
 
@@ -180,7 +181,8 @@ def survivors(file: str, copy: Copy) -> Iterator[Mutant]:
     for mutant in mutants(file):
         if mutant.name in EQUIVALENT:
             continue
-        chosen = tests if met is None else met.get(mutant.line, [])
+        lines = range(mutant.line, mutant.last + 1)
+        chosen = tests if met is None else sorted({test for line in lines for test in met.get(line, ())})
         (copy.place / file).write_text(mutant.text, "utf-8")
         begin = time.monotonic()
         noticed = bool(chosen) and copy.pytest("-x", *chosen) != 0

@@ -234,14 +234,18 @@ def token_of(path: Path) -> str:
             file.write(secrets.token_urlsafe(32) + "\n")
     except FileExistsError:
         pass
-    with os.fdopen(os.open(path, os.O_RDONLY | flags)) as file:
-        state = os.fstat(file.fileno())
-        if os.name == "posix" and (
-            not stat.S_ISREG(state.st_mode) or state.st_mode & 0o077 or state.st_uid != os.getuid()
-        ):
-            raise RewardError(
-                f"token file {path} can be read by others; remove it, or make it yours alone (chmod 600)"
-            )
+    # A pipe is not waited for.
+    handle = os.open(path, os.O_RDONLY | flags | getattr(os, "O_NONBLOCK", 0))
+    state = os.fstat(handle)
+    if os.name == "posix" and (
+        not stat.S_ISREG(state.st_mode) or state.st_mode & 0o077 or state.st_uid != os.getuid()
+    ):
+        os.close(handle)
+        raise RewardError(
+            f"token file {path} is no plain file that only you can read; remove it, or make it yours "
+            "alone (chmod 600)"
+        )
+    with os.fdopen(handle, encoding="utf-8", errors="replace") as file:
         token = file.read(4096).strip()
     if len(token) < 32 or not token.isascii() or not token.isprintable() or " " in token:
         raise RewardError(
