@@ -25,7 +25,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from aiohttp.test_utils import make_mocked_request
 from judge_host import section
+from multidict import CIMultiDict
 from PIL import Image
 from program import leave
 
@@ -238,6 +240,18 @@ BAD_REQUESTS = {
 def test_nobody_but_the_holder_of_the_token_gets_anything_at_any_address() -> None:
     assert len(STRANGERS) * len(METHODS) * len(ADDRESSES) > 2000
     assert list(audit()) == []
+
+
+OURS = "127.0.0.1:80"
+
+
+@pytest.mark.parametrize("hosts", [[], [OURS] * 2, [OURS, "evil.example"], ["evil.example", OURS]])
+def test_a_request_names_one_host_whatever_the_parser_lets_through(hosts: list[str]) -> None:
+    judge = JudgeServer(Bright(), TOKEN, [OURS])
+    headers = CIMultiDict([("Authorization", f"Bearer {TOKEN}"), *(("Host", host) for host in hosts)])
+    with pytest.raises(server.Refusal, match="not called that") as caught:
+        judge.admit(make_mocked_request("GET", "/about", headers))
+    assert caught.value.status == 421
 
 
 COMPARE, ADMIT = "hmac.compare_digest", "            self.admit(request)"
