@@ -62,7 +62,7 @@ def _staying(member: str) -> property:
             except SystemExit as error:
                 raise left(f"reward {self.reward.name!r}", error) from error
 
-        return method and call
+        return None if method is None else call
 
     return property(found)
 
