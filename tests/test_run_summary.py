@@ -300,7 +300,7 @@ def test_nothing_left_to_do_is_said(whole: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(whole / "run", tmp_path / "run"))
     notes = Notes()
     host.train(config(whole), run, resume=True, progress=notes)
-    assert "nothing left to do: 3 of 3 steps are made" in notes.said
+    assert "nothing left to do: 3 of 3 steps are made; raise steps to make the run longer" in notes.said
 
 
 def test_the_live_view_of_a_resumed_run_compares_with_the_untrained_model(whole: Path, run: Path) -> None:

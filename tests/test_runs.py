@@ -151,7 +151,8 @@ def test_an_incomplete_checkpoint_is_not_the_latest(run: RunFolder) -> None:
 
 def test_only_the_newest_checkpoints_stay(run: RunFolder) -> None:
     for step in (9, 10, 100, 1_000_000):
-        run.save_checkpoint(step, fill, keep_last=2)
+        run.save_checkpoint(step, fill)
+        run.prune(keep_last=2)
     assert [path.name for path in run.saved()] == ["000100", "1000000"]
 
 

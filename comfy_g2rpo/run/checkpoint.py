@@ -25,8 +25,19 @@ def save(setup: Setup, learner: Learner, folder: RunFolder, row: Mapping[str, An
 
     `row` are metrics that will be written once the checkpoint that they announce is there.
     """
-    if not setup.world.speaks or (folder.latest() and int(folder.latest().name) == learner.step):
+    if not setup.world.speaks:
         return
+    if folder.latest() is None or int(folder.latest().name) != learner.step:
+        write_checkpoint(setup, learner, folder)
+    rows = [*folder.metrics(), *([row] if row else [])]
+    # Two at least: should the newest be damaged, there is the one before.
+    keep_last = max(setup.pace.keep_checkpoints, 2) if setup.pace.keep_checkpoints else 0
+    # Also where nothing was written: a kill may have come between the two.
+    folder.prune(keep_last, best_step(rows, setup.trained, setup.measures))
+
+
+def write_checkpoint(setup: Setup, learner: Learner, folder: RunFolder) -> None:
+    """Write a checkpoint of the step that was made last."""
     tensors = {
         f"parameter/{i}": p.detach() for i, p in enumerate(setup.policy.parameters())
     } | optimizer_tensors(learner.optimizer)
@@ -45,11 +56,7 @@ def save(setup: Setup, learner: Learner, folder: RunFolder, row: Mapping[str, An
             lora.write(path / "lora.safetensors", setup.policy.pairs(), setup.alpha, **form)
         write_state(path, tensors, progress)
 
-    rows = [*folder.metrics(), *([row] if row else [])]
-    best = best_step(rows, setup.trained, setup.measures)
-    # Two at least: should the newest be damaged, there is the one before.
-    keep_last = max(setup.pace.keep_checkpoints, 2) if setup.pace.keep_checkpoints else 0
-    folder.save_checkpoint(learner.step, write, keep_last=keep_last, keep=best)
+    folder.save_checkpoint(learner.step, write)
 
 
 def restore(setup: Setup, learner: Learner, folder: RunFolder) -> list[str]:

@@ -318,10 +318,8 @@ class RunFolder:
             ("\n".join([json.dumps({"schema": SCHEMA}), *kept]) + "\n").encode(errors="replace"),
         )
 
-    def save_checkpoint(
-        self, step: int, write: Callable[[Path], None], keep_last: int = 0, keep: int | None = None
-    ) -> Path:
-        """Let `write` fill a folder, move it into place, and keep the last `keep_last` and `keep`."""
+    def save_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Let `write` fill a folder, and move it into place."""
         place = self.checkpoints / f"{step:06d}"
         with writing(place):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -336,10 +334,17 @@ class RunFolder:
             finally:
                 shutil.rmtree(filling, ignore_errors=True)
                 shutil.rmtree(filling.with_name(f".replaced-{step}"), ignore_errors=True)
-            for old in self.saved()[:-keep_last] if keep_last else []:
-                if int(old.name) != keep:
-                    shutil.rmtree(old)
         return place
+
+    def prune(self, keep_last: int, keep: int | None = None) -> None:
+        """Remove all checkpoints but the last `keep_last` and that of the step `keep`; with 0, none."""
+        for old in self.saved()[:-keep_last] if keep_last else []:
+            if int(old.name) != keep:
+                # Renamed first: what an interruption leaves of it is swept, and no checkpoint.
+                gone = old.with_name(f".replaced-{old.name}")
+                with writing(old):
+                    os.replace(old, gone)
+                    shutil.rmtree(gone)
 
     def saved(self) -> list[Path]:
         """List the complete checkpoints, oldest first."""

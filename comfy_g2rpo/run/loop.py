@@ -62,12 +62,13 @@ def learn(
     ):
         watcher.note(note)
     if learner.step >= pace.steps or out_of_time(setup, learner):
-        spent = f"{learner.step} of {pace.steps} steps are made"
-        watcher.note(
-            f"nothing left to do: {spent}, and its time is used"
-            if learner.step < pace.steps
-            else f"nothing left to do: {spent}"
+        limit, spent = (
+            ("steps", "are made")
+            if learner.step >= pace.steps
+            else ("minutes", "are made, and its time is used")
         )
+        made = f"{learner.step} of {pace.steps} steps {spent}"
+        watcher.note(f"nothing left to do: {made}; raise {limit} to make the run longer")
     try:
         if learner.step == 0 or (due(pace.eval_every, learner.step) and learner.step < pace.steps):
             # A run that was stopped while it looked looks again.
