@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from comfy_g2rpo.files.safe import RunError, write_json
-from comfy_g2rpo.run.folder import RunFolder, fitting, is_run, read_progress, write_state
+from comfy_g2rpo.files.safe import RunError, read_json, write_json, write_tensors
+from comfy_g2rpo.run.folder import RunFolder, damage, fitting, is_run, read_progress, write_state
 from comfy_g2rpo.run.optimizers import load_optimizer_tensors, optimizer_tensors
 
 DEEP = "[" * 100_000
@@ -38,6 +38,31 @@ def test_a_configuration_of_another_kind_is_refused(run: RunFolder, content: str
     run.config_file.write_text(content)
     with pytest.raises(RunError, match=r"config\.json"):
         RunFolder.reopen(run.path, CONFIG)
+
+
+REWARD = {"name": "agreement", "weight": 1.0, "timeout": 60}
+
+
+@pytest.mark.parametrize("free", [{"timeout": 5}, {"retries": 3}, {"device": "cpu", "batch": 1}])
+def test_how_a_reward_is_asked_may_change(run: RunFolder, free: dict[str, Any]) -> None:
+    write_json(run.config_file, {"config": {"rewards": [REWARD]}})
+    RunFolder.reopen(run.path, {"config": {"rewards": [REWARD | free]}})
+
+
+@pytest.mark.parametrize(
+    ("rewards", "field"),
+    [
+        ([REWARD | {"weight": 2.0}], "weight"),
+        ([REWARD | {"name": "jpeg"}], "name"),
+        ([], "name"),
+        ([REWARD, REWARD], "name"),
+    ],
+)
+def test_another_reward_is_refused_by_its_field(run: RunFolder, rewards: list[Any], field: str) -> None:
+    write_json(run.config_file, {"config": {"rewards": [REWARD]}})
+    place = max(len(rewards) - 1, 0)
+    with pytest.raises(RunError, match=rf"was made with rewards\.{place}\.{field} = "):
+        RunFolder.reopen(run.path, {"config": {"rewards": rewards}})
 
 
 def test_a_difference_is_shown_in_short(run: RunFolder) -> None:
@@ -95,6 +120,24 @@ def test_progress_with_a_strange_count_is_refused(tmp_path: Path, count: Any) ->
     write_state(place, {}, {"step": 1, "forwards": count})
     with pytest.raises(RunError, match=r"state\.json"):
         read_progress(place, ("forwards",))
+
+
+@pytest.mark.parametrize("change", [{"step": 2}, {"forwards": 8}, {"forwards": None}, {"cheap": False}])
+def test_changed_progress_is_damage(tmp_path: Path, change: dict[str, Any]) -> None:
+    write_tensors(tmp_path / "lora.safetensors", {"x": torch.ones(1)})
+    write_state(tmp_path, {"x": torch.ones(2)}, {"step": 1, "forwards": 7})
+    assert damage(tmp_path) == ""
+    write_json(tmp_path / "state.json", read_json(tmp_path / "state.json") | change)
+    assert damage(tmp_path) == "state.json"
+
+
+@pytest.mark.parametrize("index", ["{}", '""', "7", "null", "[7]", '[{"file": "000.png"}]'])
+def test_an_index_that_lists_no_pictures_is_named(run: RunFolder, index: str) -> None:
+    folder = run.path / "images/000001"
+    folder.mkdir(parents=True)
+    (folder / "index.json").write_text(index)
+    with pytest.raises(RunError, match=r"index\.json is damaged: it lists no pictures"):
+        run.samples(1)
 
 
 @pytest.mark.parametrize(

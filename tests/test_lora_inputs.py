@@ -109,6 +109,15 @@ def test_metadata_that_are_null_are_none(tmp_path: Path) -> None:
     assert read_tensors(tmp_path / "a.safetensors") == ({"x": torch.zeros(1)}, {})
 
 
+@pytest.mark.parametrize("length", [0x3C, 0x7B, 0x280, 0x8B1F])
+def test_a_header_is_not_taken_for_another_kind_by_its_length(tmp_path: Path, length: int) -> None:
+    text = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, separators=(",", ":"))
+    assert len(text) <= length
+    content = struct.pack("<Q", length) + text.ljust(length).encode() + bytes(4)
+    (tmp_path / "a.safetensors").write_bytes(content)
+    assert read_tensors(tmp_path / "a.safetensors") == ({"x": torch.zeros(1)}, {})
+
+
 KINDS = {
     "GGUF": (b"GGUF\x03\0\0\0" + bytes(300), "a GGUF file"),
     "a pointer": (
@@ -139,7 +148,7 @@ def test_what_is_no_safetensors_file_is_named(
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.safetensors")
-    for place in (tmp_path / "a.safetensors", Path("/dev/zero"), tmp_path):
+    for place in (Path("/dev/zero"), tmp_path, tmp_path / "a.safetensors"):
         with pytest.raises(FileError, match="is a folder, pipe or device; choose a file"):
             read_header(place)
 

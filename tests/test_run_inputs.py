@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -198,3 +199,16 @@ def test_of_large_files_size_ends_and_blocks_are_read(
     assert input_files.digest_of_file(file) != before
     file.write_bytes(content)
     assert input_files.digest_of_file(file) == before
+
+
+@pytest.mark.parametrize("size", [0, 999, 1000])
+def test_files_up_to_the_limit_are_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(input_files, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(input_files, "BLOCK", 2)
+    monkeypatch.setattr(input_files, "BLOCKS", 3)
+    (tmp_path / "file").write_bytes(bytes(size))
+    assert input_files.digest_of_file(tmp_path / "file") == hashlib.sha256(bytes(size)).hexdigest()
+    (tmp_path / "file").write_bytes(bytes(1001))
+    assert input_files.digest_of_file(tmp_path / "file").startswith("sampled ")

@@ -13,17 +13,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from program import Notes
-from test_run import assert_equal, config, outcome
+from test_run import assert_equal, config, outcome, prepare
 from test_run import training as host
 
+from comfy_g2rpo.files import one_writer as locks
 from comfy_g2rpo.files.one_writer import LOCK, one_writer
 from comfy_g2rpo.files.safe import RunError, sweep, write_tensors
-from comfy_g2rpo.run.folder import RunFolder
+from comfy_g2rpo.run.checkpoint import save
+from comfy_g2rpo.run.folder import CHECKPOINT_FILES, RunFolder, file_state
+from comfy_g2rpo.run.setup import World, make_learner
 from g2rpo_trainer.reports.progress import Silent
 
 pytestmark = pytest.mark.xdist_group("run safety")
@@ -100,6 +104,34 @@ def test_two_threads_of_a_process_are_two_writers(tmp_path: Path) -> None:
     second = one_writer(tmp_path / "run")
     with one_writer(tmp_path / "run"), pytest.raises(RunError, match="is being written by process"):
         second.__enter__()
+
+
+@pytest.mark.parametrize("place", ["notes.txt", "link", "sub/notes.txt"])
+def test_a_file_in_a_runs_place_is_named(tmp_path: Path, place: str) -> None:
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    if place != "notes.txt":
+        (tmp_path / place).symlink_to(tmp_path / "notes.txt")
+    with pytest.raises(RunError, match=f"{place} is a file and no run"), one_writer(tmp_path / place):
+        pass
+    assert (tmp_path / place).read_text() == "mine"
+
+
+def test_a_lock_that_its_owner_removes_meanwhile_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, removed = locks.taken, []
+
+    def late(handle: int) -> bool:
+        if len(removed) < 3:
+            removed.append((tmp_path / LOCK).unlink())
+        return taken(handle)
+
+    monkeypatch.setattr(locks, "taken", late)
+    with one_writer(tmp_path):
+        assert len(removed) == 3 and (tmp_path / LOCK).is_file()
+        with pytest.raises(RunError, match="is being written by process"), one_writer(tmp_path):
+            pass
 
 
 def test_of_many_who_come_at_once_one_writes(tmp_path: Path) -> None:
@@ -189,6 +221,19 @@ def test_two_checkpoints_are_kept_at_least(tmp_path: Path) -> None:
     made = config(tmp_path, train={"keep_checkpoints": 1, "watch": "off"})
     host.train(made, tmp_path / "run", progress=Silent())
     assert [place.name for place in RunFolder(tmp_path / "run").saved()] == ["000002", "000003"]
+
+
+def test_one_process_writes_a_step_once(tmp_path: Path) -> None:
+    setup = prepare(config(tmp_path))
+    learner, folder = make_learner(setup), RunFolder.create(tmp_path / "run", {})
+    save(replace(setup, world=World(index=1, count=2)), learner, folder)
+    assert folder.saved() == []
+    save(setup, learner, folder)
+    files = [folder.checkpoints / "000000" / name for name in CHECKPOINT_FILES]
+    before = [file_state(file) for file in files]
+    learner.seconds += 9
+    save(setup, learner, folder)
+    assert [file_state(file) for file in files] == before
 
 
 def test_the_untrained_checkpoint_survives_a_full_disk(

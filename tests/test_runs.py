@@ -16,6 +16,7 @@ from comfy_g2rpo.files.safe import (
     HEADER_BYTES,
     FileError,
     RunError,
+    folder_on_disk,
     read_json,
     read_tensors,
     write_bytes,
@@ -23,7 +24,7 @@ from comfy_g2rpo.files.safe import (
     write_tensors,
 )
 from comfy_g2rpo.files.save_pictures import save_png
-from comfy_g2rpo.run.folder import RunFolder, Sample, read_state, write_state
+from comfy_g2rpo.run.folder import RunFolder, Sample, check_place, is_run, read_state, write_state
 from comfy_g2rpo.run.optimizers import load_optimizer_tensors, optimizer_tensors
 
 
@@ -65,6 +66,25 @@ def test_replace_never_removes_what_is_not_a_run(tmp_path: Path, name: str) -> N
 
 def test_an_empty_folder_may_become_a_run(tmp_path: Path) -> None:
     assert RunFolder.create(tmp_path, {}).path == tmp_path
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_file_does_not_become_a_run(tmp_path: Path, replace: bool) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(RunError, match="is not a run of this program"):
+        check_place(tmp_path / "notes", replace)
+
+
+@pytest.mark.parametrize("line", ["[]", "7", "null", "{}", '{"schema": "other/1"}', '{"schema": null}', ""])
+def test_a_run_is_known_by_its_schema_line(run: RunFolder, line: str) -> None:
+    assert is_run(run.path)
+    run.metrics_file.write_text(line + "\n")
+    assert not is_run(run.path)
+
+
+def test_metrics_without_a_configuration_are_no_run(run: RunFolder) -> None:
+    run.config_file.unlink()
+    assert not is_run(run.path)
 
 
 def test_opening_what_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -154,6 +174,26 @@ def test_only_the_newest_checkpoints_stay(run: RunFolder) -> None:
         run.save_checkpoint(step, fill)
         run.prune(keep_last=2)
     assert [path.name for path in run.saved()] == ["000100", "1000000"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "summary", "chosen"),
+    [
+        ([], {}, None),
+        ([], {"steps": 3, "lora_step": 3}, None),
+        ([1, 2, 3], {}, 3),
+        ([1, 2, 3], {"steps": 3, "lora_step": 1}, 1),
+        ([1, 2, 3], {"steps": 2, "lora_step": 1}, 3),  # went on since
+        ([2, 3], {"steps": 3, "lora_step": 1}, 3),  # removed since
+    ],
+)
+def test_the_outcome_is_what_the_summary_of_the_newest_step_says(
+    run: RunFolder, steps: list[int], summary: dict[str, int], chosen: int | None
+) -> None:
+    for step in steps:
+        run.save_checkpoint(step, fill)
+    run.save_summary(summary)
+    assert run.outcome() == (run.checkpoints / f"{chosen:06d}" if chosen else None)
 
 
 def test_a_step_can_be_saved_again(run: RunFolder) -> None:
@@ -250,6 +290,18 @@ def test_a_place_that_cannot_be_written_is_named_with_a_remedy(tmp_path: Path, w
         write(tmp_path / "file" / "a", content)
 
 
+def test_a_system_that_opens_no_folders_writes_files_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")  # as Windows answers
+
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        windows.setattr(os, "open", refused)
+        folder_on_disk(tmp_path)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_one_line(run: RunFolder) -> None:
     run.metrics_file.unlink()
@@ -277,6 +329,13 @@ def test_too_many_tensors_are_refused(tmp_path: Path) -> None:
     header = json.dumps(dict.fromkeys(map(str, range(20_001)), 0)).encode()
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(FileError, match="at most 20000 tensors"):
+        read_tensors(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("header", ["[]", "70", "null", '"x"', "[[1, 2]]"])
+def test_a_header_that_is_no_table_is_refused(tmp_path: Path, header: str) -> None:
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + b" " * 64)
+    with pytest.raises(FileError, match="header must be a table"):
         read_tensors(tmp_path / "a.safetensors")
 
 

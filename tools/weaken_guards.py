@@ -15,6 +15,7 @@ import argparse
 import ast
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -25,13 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = ("test_runs", "test_run_safety", "test_damaged_runs", "test_odd_files")
+RUNS = ("test_runs", "test_damaged_runs", "test_odd_files", "test_run_safety")
 LORAS = ("test_lora", "test_lora_inputs", "test_lora_kinds", "test_lora_convert")
 GUARDED: dict[str, tuple[str, ...]] = {
-    "comfy_g2rpo/files/safe.py": ("test_odd_files", "test_runs", "test_lora_inputs", "test_run_safety"),
+    "comfy_g2rpo/files/safe.py": ("test_runs", "test_damaged_runs", "test_lora_inputs", "test_odd_files"),
     "comfy_g2rpo/files/one_writer.py": ("test_run_safety",),
     "comfy_g2rpo/run/folder.py": RUNS,
-    "comfy_g2rpo/run/checkpoint.py": ("test_run_safety", "test_damaged_runs", "test_run"),
+    "comfy_g2rpo/run/checkpoint.py": ("test_run_safety",),
     "comfy_g2rpo/run/rank_guard.py": ("test_speed", "test_guard"),
     "comfy_g2rpo/lora/__init__.py": LORAS,
     "comfy_g2rpo/lora/forms.py": LORAS,
@@ -46,6 +47,9 @@ GUARDED: dict[str, tuple[str, ...]] = {
 IN_COMFYUI = ("nodes/",)
 """Where tests run in other processes, so that it cannot be told which of them meet a line."""
 SECONDS = 400
+TOO_LONG = 124  # as `timeout` has it
+MEMORY = 6 * 2**30
+"""Bytes that a process of the tests may take: without its guard a file may be read that has no end."""
 EQUIVALENT: dict[str, str] = json.loads((Path(__file__).with_suffix(".json")).read_text())
 """Weakened guards that no test can notice, and why."""
 
@@ -147,19 +151,27 @@ class Copy:
             (packages / name).symlink_to(place / folder)
 
     def pytest(self, *words: str) -> int:
-        """Run tests; return pytest's exit code, 1 where they took too long."""
+        """Run tests in the order given; return pytest's exit code, TOO_LONG where they took too long."""
         command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
         paths = os.pathsep.join([str(self.place / ".packages"), os.environ.get("PYTHONPATH", "")])
         environment = os.environ | {"PYTHONPATH": paths.strip(os.pathsep), "PYTHONHASHSEED": "0"}
         try:
             return subprocess.run(
-                command, cwd=self.place, env=environment, capture_output=True, timeout=SECONDS
+                command,
+                cwd=self.place,
+                env=environment,
+                capture_output=True,
+                timeout=SECONDS,
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY)),
             ).returncode
         except subprocess.TimeoutExpired:
-            return 1
+            return TOO_LONG
 
     def meeting(self, file: str, tests: Sequence[str]) -> dict[int, list[str]] | None:
-        """Return which tests meet each line of a file, None if that cannot be told; all of them must pass."""
+        """Return which tests meet each line of a file, by file in the order given; all must pass.
+
+        None if that cannot be told.
+        """
         data = self.place / ".coverage"
         elsewhere = file.startswith(IN_COMFYUI)
         measure = [f"--cov={self.place / Path(file).parent}", "--cov-context=test", "--cov-report="]
@@ -174,7 +186,10 @@ class Copy:
         held.read()
         name = next((name for name in held.measured_files() if os.path.samefile(name, self.place / file)), "")
         lines = held.contexts_by_lineno(name) if name else {}
-        return {line: sorted({each.split("|")[0] for each in met if each}) for line, met in lines.items()}
+        found = {line: sorted({each.split("|")[0] for each in met if each}) for line, met in lines.items()}
+        for met in found.values():
+            met.sort(key=lambda test: tests.index(test.split("::")[0]))
+        return found
 
 
 def survivors(file: str, copy: Copy) -> Iterator[Mutant]:
@@ -186,14 +201,15 @@ def survivors(file: str, copy: Copy) -> Iterator[Mutant]:
         if mutant.name in EQUIVALENT:
             continue
         lines = range(mutant.line, mutant.last + 1)
-        chosen = tests if met is None else sorted({test for line in lines for test in met.get(line, ())})
+        meeting = [test for line in lines for test in met.get(line, ())] if met is not None else tests
+        chosen = list(dict.fromkeys(meeting))
         (copy.place / file).write_text(mutant.text, "utf-8")
         begin = time.monotonic()
-        noticed = bool(chosen) and copy.pytest("-x", *chosen) != 0
+        code = copy.pytest("-x", *chosen) if chosen else 0
         (copy.place / file).write_text(original, "utf-8")
-        word = "noticed" if noticed else "SURVIVED"
+        word = {0: "SURVIVED", TOO_LONG: "TOO LONG"}.get(code, "noticed")
         print(f"{word:8}  {time.monotonic() - begin:4.0f} s  line {mutant.line}  {mutant.name}", flush=True)
-        if not noticed:
+        if code in (0, TOO_LONG):
             yield mutant
 
 
