@@ -69,6 +69,7 @@ def test_a_diverged_adapter_is_not_written(tmp_path: Path, bad: float) -> None:
 
 
 ONE = torch.ones(1, 1)
+LONG = "a" * lora.MAX_NAME
 PAIR = {"transformer.a.lora_A.weight": ONE, "transformer.a.lora_B.weight": ONE}
 
 
@@ -80,10 +81,26 @@ PAIR = {"transformer.a.lora_A.weight": ONE, "transformer.a.lora_B.weight": ONE}
         (PAIR | {"transformer.a b.alpha": ONE}, "not of the form"),
         (PAIR | {"diffusion_model.a.lora_up.weight": ONE}, "not of the form"),
         ({"transformer.a.lora_A.weight": ONE}, "lacks its lora_B.weight"),
+        ({"transformer.a.lora_B.weight": ONE}, "lacks its lora_A.weight"),
+        ({"transformer.a.alpha": torch.tensor(1.0)}, "lacks its lora_A.weight"),
+        (PAIR | {"transformer.a..alpha": ONE}, "not of the form"),
+        ({f"transformer.{LONG}x.{part}": ONE for part in ("lora_A.weight", "lora_B.weight")}, "module name"),
         (PAIR | {"transformer.a.lora_B.weight": torch.ones(1, 2)}, "must be"),
         (PAIR | {"transformer.a.lora_A.weight": torch.ones(1)}, "must be"),
+        (PAIR | {"transformer.a.lora_A.weight": torch.tensor(1.0)}, "must be"),
+        (PAIR | {"transformer.a.lora_B.weight": torch.ones(1)}, "must be"),
+        (
+            {
+                "transformer.a.lora_A.weight": torch.ones(0, 1),
+                "transformer.a.lora_B.weight": torch.ones(1, 0),
+            },
+            "must be",
+        ),
         (PAIR | {"transformer.a.lora_A.weight": torch.ones(1, 1, dtype=torch.int8)}, "non-float"),
+        (PAIR | {"transformer.a.lora_B.weight": torch.ones(1, 1, dtype=torch.int8)}, "non-float"),
         (PAIR | {"transformer.a.lora_A.weight": torch.full((1, 1), torch.nan)}, "NaN"),
+        (PAIR | {"transformer.a.lora_B.weight": torch.full((1, 1), -torch.inf)}, "NaN"),
+        (PAIR | {"transformer.a.alpha": torch.tensor(torch.nan)}, "NaN"),
         (PAIR | {"transformer.a.alpha": torch.tensor(torch.inf)}, "infinite"),
         (PAIR | {"transformer.a.alpha": torch.ones(2)}, "one number"),
     ],
@@ -94,6 +111,11 @@ def test_what_no_loader_could_apply_is_refused(
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "a.safetensors")
     with pytest.raises(LoraError, match=rf"a\.safetensors.*{words}"):
         lora.read(tmp_path / "a.safetensors")
+
+
+def test_a_module_name_may_be_as_long_as_is_said(tmp_path: Path) -> None:
+    lora.write(tmp_path / "a.safetensors", {LONG: (ONE, ONE)}, 1.0)
+    assert lora.read(tmp_path / "a.safetensors").alphas == {LONG: 1.0}
 
 
 def test_nothing_to_write_and_unknown_styles_are_refused(tmp_path: Path) -> None:

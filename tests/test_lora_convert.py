@@ -9,9 +9,9 @@ import torch
 from lora_models import ALPHA, RANK, TINY, deltas, layers, random_pairs
 from torch import Tensor
 
-from comfy_g2rpo.lora import LoraError
+from comfy_g2rpo.lora import MAX_NAME, LoraError
 from comfy_g2rpo.lora.convert import extracted, family_of, renamed, resized, scaled, shapes, split
-from comfy_g2rpo.lora.forms import faults, understand
+from comfy_g2rpo.lora.forms import check_sound, faults, understand
 from comfy_g2rpo.lora.key_names import FAMILIES, FLUX, SD3, template
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
@@ -228,6 +228,35 @@ def test_peft_keeps_the_alpha_that_its_file_lacks() -> None:
     assert own.alphas == {NAME: 2.0}
 
 
+@pytest.mark.parametrize("words", ["{", "[" * 10**5, "[1]", "null", "7", '{"r": 4}'])
+def test_metadata_that_are_no_configuration_of_peft_say_nothing(words: str) -> None:
+    tensors = {f"transformer.{NAME}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
+    reading = understand(tensors, {"lora_adapter_metadata": words}, "file")
+    assert reading.alphas == {NAME: 4.0} and reading.alpha_from == ""
+
+
+@pytest.mark.parametrize("alpha", [True, "8", None, [8], 10**400, -(10**400), math.inf])
+@pytest.mark.parametrize("field", ["lora_alpha", "alpha_pattern"])
+def test_an_alpha_of_peft_is_a_number(field: str, alpha: object) -> None:
+    tensors = {f"transformer.{NAME}.lora_{part}.weight": ONE for part in "AB"}
+    adapter = {"lora_alpha": 8} | {field: {NAME: alpha} if field == "alpha_pattern" else alpha}
+    with pytest.raises(LoraError, match=r"file: lora_alpha of its peft configuration is .* must be a number"):
+        understand(tensors, {}, "file", adapter)
+
+
+@pytest.mark.parametrize("alpha", [torch.ones(2), torch.ones(0), torch.ones(1, 3)])
+def test_an_alpha_of_the_file_is_one_number(alpha: Tensor) -> None:
+    tensors = {f"transformer.{NAME}.lora_{part}.weight": ONE for part in "AB"}
+    with pytest.raises(LoraError, match=r"to_q\.alpha has \d values; it must be one number"):
+        understand(tensors | {f"transformer.{NAME}.alpha": alpha}, {}, "file")
+
+
+@pytest.mark.parametrize("keys", [(), ("lora_te1_text_model.lora_down.weight",), ("emb_params",)])
+def test_a_file_without_pairs_is_refused(keys: tuple[str, ...]) -> None:
+    with pytest.raises(LoraError, match="file holds no LoRA pair for the model; choose another file"):
+        check_sound(understand(dict.fromkeys(keys, ONE), {}, "file"), "file")
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
@@ -241,6 +270,8 @@ def test_peft_keeps_the_alpha_that_its_file_lacks() -> None:
         ),
         ({"strange": ONE}, "no known name"),
         ({"transformer.a b.lora_A.weight": ONE}, "no known name"),
+        ({"lora_unet_down_blocks_0_attn.lora_down.weight": ONE}, "no known name"),
+        ({f"transformer.{'a' * (MAX_NAME + 1)}.lora_A.weight": ONE}, "no known name"),
     ],
 )
 def test_what_no_conversion_could_keep_is_named(extra: dict[str, Tensor], words: str) -> None:

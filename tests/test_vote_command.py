@@ -3,6 +3,7 @@ steps of votes that teach.
 """
 
 import json
+import os
 import re
 from types import SimpleNamespace
 
@@ -166,6 +167,23 @@ def test_what_somebody_voted_on_is_not_shown_again(shown, tmp_path, capsys):
     assert "no group waits for votes" in capsys.readouterr().out
 
 
+def test_the_page_stays_while_votes_are_taken(shown, tmp_path, capsys):
+    save_votes(shown, tmp_path / "votes.json")
+    table = json.loads((tmp_path / "votes.json").read_text("utf-8"))
+    (tmp_path / "votes.json").write_text(json.dumps(table | {"votes": table["votes"][:1]}))
+    assert call("vote", shown, "--take", tmp_path / "votes.json") == 0
+    assert capsys.readouterr().out.endswith("votes.jsonl: 1\ngroups that still wait for votes: 1\n")
+    assert not (shown / "vote.html").exists()
+
+
+def test_votes_are_not_taken_and_exported_at_once(shown, tmp_path, capsys):
+    save_votes(shown, tmp_path / "votes.json")
+    out = tmp_path / "pairs.jsonl"
+    assert call("vote", shown, "--take", tmp_path / "votes.json", "--export", out) == 2
+    assert "exclude each other; give one after the other" in capsys.readouterr().err
+    assert not out.exists() and ballots.read(shown) == []
+
+
 # its file
 
 
@@ -202,6 +220,13 @@ def test_a_file_that_is_not_this_runs_votes_is_refused_and_changes_nothing(shown
     said = capsys.readouterr().err
     assert said.startswith("error: ") and ";" in said and said.count("\n") == 1
     assert ballots.read(shown) == []
+
+
+def test_a_file_that_is_too_large_is_not_read(shown, tmp_path, capsys):
+    (tmp_path / "votes.json").touch()
+    os.truncate(tmp_path / "votes.json", 2**26 + 1)
+    assert call("vote", shown, "--take", tmp_path / "votes.json") == 2
+    assert "votes.json has more than 64 MiB; give the file" in capsys.readouterr().err
 
 
 def test_a_missing_run_or_file_is_named(shown, tmp_path, capsys):

@@ -313,6 +313,27 @@ def test_a_step_whose_pictures_come_again_but_for_roundings_finds_its_votes(run)
     assert ballots.write_ballot(run, pictures, "a cat", 1) == place
 
 
+@pytest.mark.parametrize(("levels", "same"), [(0, True), (1, True), (2, False), (255, False)])
+def test_pictures_are_the_same_up_to_one_level_of_255(run, levels, same):
+    # Single grey pixels: their mean difference is a level exactly, at least from black.
+    pictures = torch.tensor([[0.0], [8 / 255]]).view(2, 1, 1, 1)
+    place = run / "ballots/a"
+    place.mkdir(parents=True)
+    for i, picture in enumerate(pictures):
+        save_png(place / f"{i:03d}.png", picture.expand(1, 1, 3))
+    rows = [{"key": key, "file": f"{i:03d}.png"} for i, key in enumerate((A, B))]
+    (place / "ballot.json").write_text(json.dumps({"prompt": "a cat", "step": 1, "pictures": rows}))
+    again = (pictures * 255 + levels).expand(2, 1, 1, 3) / 255
+    assert bool(ballots.shown_as(run, again, "a cat", 1)) is same
+
+
+def test_a_ballot_that_is_there_is_left_as_it_is(run):
+    place = ballots.write_ballot(run, group(), "a cat", 1)
+    (place / "000.png").write_bytes(b"mine")
+    assert ballots.write_ballot(run, group(), "a cat", 1) == place
+    assert (place / "000.png").read_bytes() == b"mine"
+
+
 def test_a_ballot_of_equal_pictures_is_refused(run):
     with pytest.raises(VoteError, match="nothing to compare; "):
         ballots.write_ballot(run, torch.zeros(3, 4, 4, 3), "a cat", 1)
@@ -337,12 +358,28 @@ def test_pairs_are_exported_with_their_pictures(run, tmp_path):
         ballots.export(run, tmp_path / "out.jsonl")
 
 
-OUTSIDE = {"key": A, "file": "../../a.png"}
-
-
-@pytest.mark.parametrize(
-    "content", [[], {"prompt": 1}, *({"prompt": "", "step": 1, "pictures": [row]} for row in (1, OUTSIDE))]
+SOUND = {"prompt": "", "step": 1, "pictures": []}
+ROWS = (
+    1,
+    {"key": A, "file": "../../a.png"},
+    {"key": A, "file": "000.png\n"},
+    {"key": A, "file": 1},
+    {"key": A},
+    {"key": 1, "file": "000.png"},
+    {"key": A.upper() + "F", "file": "000.png"},
+    {"key": "<img>", "file": "000.png"},
 )
+DAMAGED = (
+    [],
+    {},
+    SOUND | {"prompt": 1},
+    SOUND | {"step": "1"},
+    SOUND | {"pictures": {}},
+    *(SOUND | {"pictures": [row]} for row in ROWS),
+)
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_ballot_is_named(run, content):
     place = ballots.write_ballot(run, group(), "a cat", 1) / "ballot.json"
     place.write_text(json.dumps(content))

@@ -1,8 +1,8 @@
 """Weaken every guard of the files that protect a user's data, one by one, and see that a test notices.
 
 A guard is a condition whose body raises, returns, skips or breaks off, or a predicate of several parts. It is
-weakened so: it never holds; a part of an `or` is gone, or of an `and` that is returned; a bound lets its own
-value pass.
+weakened so: it never holds; a part of an `or` is gone, or of an `and` that is returned or denied; a bound
+lets its own value pass.
 
     python tools/weaken_guards.py                      # all guarded files, about an hour
     python tools/weaken_guards.py --changed HEAD~1     # those that changed since then
@@ -77,6 +77,8 @@ def weaker(test: ast.expr) -> Iterator[tuple[ast.expr, str]]:
         if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or):
             for part in node.values:
                 yield part, "False"
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            yield from weaker_predicate(node.operand)
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             looser = {ast.GtE: ">", ast.LtE: "<"}.get(type(node.ops[0]))
             if looser:

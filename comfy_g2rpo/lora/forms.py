@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -223,9 +224,11 @@ def _alpha(path: object, module: str, found: Mapping[str, Tensor], settings: Map
     for name, value in patterns.items() if isinstance(patterns, Mapping) else ():
         if module == name or module.endswith(f".{name}"):
             alpha = value
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+    # JSON has whole numbers that no float holds.
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or abs(alpha) > sys.float_info.max:
         raise LoraError(
-            f"{path}: lora_alpha of its peft configuration is {str(alpha)[:40]!r}; it must be a number"
+            f"{path}: lora_alpha of its peft configuration is {str(alpha)[:40]!r}; it must be a number that "
+            "a float holds"
         )
     return float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
 
@@ -261,10 +264,8 @@ def known_by(family: Family, prefix: str, module: str) -> str:
 
 
 def naming_in(family: Family, module: str) -> str:
-    """Return whether a module is named natively, as in diffusers, or the same in both."""
+    """Return whether a family's module is named natively, as in diffusers, or the same in both."""
     link = family.find(module)
-    if link is None:
-        return "unknown"
     return "diffusers" if module != link.native else "both" if module in link.diffusers else "native"
 
 
