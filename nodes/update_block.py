@@ -18,18 +18,20 @@ from ..comfy_g2rpo.files.one_writer import one_writer
 from ..comfy_g2rpo.prompts import Prompts
 from ..comfy_g2rpo.recipes import recipe
 from ..comfy_g2rpo.run.checkpoint import save
-from ..comfy_g2rpo.run.folder import RunFolder, fitting, is_run, read_progress
+from ..comfy_g2rpo.run.folder import RunFolder, fitting, read_progress
 from ..comfy_g2rpo.run.optimizers import load_optimizer_tensors, optimizer_tensors
 from ..comfy_g2rpo.run.pace import Pace
 from ..comfy_g2rpo.run.setup import Learner, Setup
 from ..comfy_g2rpo.update import records, update
 from .host.comfyui import check_interrupted, run_place
-from .host.train_run import fingerprint, metadata
+from .host.open_run import open_run
+from .host.train_run import metadata
 from .inputs import widgets
 from .inputs.checks import check_inputs
 from .inputs.widgets import announce, output, recipe_input
 from .model.adapter import Adapter, fresh_adapter, is_large, lora_model, with_adapter
 from .model.comfy_policy import GraphPolicy, check_flow
+from .model.fingerprint import fingerprint, patches_of
 from .types import TRAINING, AdvantagesData, AdvantagesWire, PolicyData, PolicyWire
 
 
@@ -102,13 +104,13 @@ def continued(fresh: PolicyData, run: str, seed: int) -> PolicyData:
     adapter, place = fresh.adapter, run_place(run)
     config = {
         "config": {
-            "model": {"fingerprint": fingerprint(fresh.model)},
+            "model": {"fingerprint": fingerprint(fresh.model), "patches": patches_of(fresh.model)},
             "lora": {"rank": adapter.rank, "alpha": adapter.alpha, "targets": adapter.targets, "seed": seed},
             "method": {"name": "graph"},
         },
         "recipe": {},
     }
-    folder = RunFolder.reopen(place, config) if is_run(place) else RunFolder.create(place, config)
+    folder = open_run(place, config)
     newest = folder.latest()
     if newest is None:
         folder.truncate_metrics(0)

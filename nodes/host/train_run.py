@@ -32,15 +32,16 @@ from ...comfy_g2rpo.schedule import shifted_sigmas
 from ..inputs.judging import checked_prompt
 from ..model.adapter import Adapter, fresh_adapter, is_large
 from ..model.comfy_policy import text_policy
+from ..model.fingerprint import UNPATCHED, fingerprint, patches_of
 from ..sampling import check_sigmas
 from ..types import RewardSet
 from .comfyui import STOPS, Live, contained, fresh_lora, loras_root, run_place
+from .open_run import open_run, says_patches
 
 MAX_WORK = 10**14  # forwards × pixels of a run
 MAX_STATES = 1_000_000  # of one prompt's tree
 MAX_PROMPTS = 4096  # their encodings are kept
 HELDOUT_SHARE = 0.2
-FINGERPRINTED = 64  # weights that are looked into
 DEFAULTS = {"method": dataclasses.asdict(Recipe()), "train": dataclasses.asdict(Pace())}
 LATER = ("lr_schedule", "warmup_steps")
 """Fields that a run's name does not count where they are at their defaults: runs of before have none."""
@@ -85,12 +86,11 @@ def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tupl
     with torch.inference_mode(False), torch.enable_grad():
         setup, config = make_setup(wanted)
         say(price(setup, wanted.width, wanted.height))
-        name = wanted.run.strip() or name_of(config, wanted.recipe)
+        name = wanted.run.strip() or known_name(config, wanted.recipe)
         place = run_place(name)
         learner = make_learner(setup)
         with one_writer(place):
-            made = is_run(place)
-            folder = RunFolder.reopen(place, config, DEFAULTS) if made else RunFolder.create(place, config)
+            folder = open_run(place, config, DEFAULTS)
             for remark in restore(setup, learner, folder) if folder.metrics() or folder.latest() else []:
                 say(remark)
             live = Live(node, name, len(folder.metrics()))
@@ -266,6 +266,7 @@ def describe(wanted: Request, setup: Setup, rewards: dict[str, float], judges: l
         "config": {
             "model": {
                 "fingerprint": fingerprint(wanted.model),
+                "patches": patches_of(wanted.model),
                 **{name: getattr(wanted, name) for name in ("width", "height", "guidance", "negative")},
             },
             "lora": {"rank": wanted.rank, "alpha": wanted.alpha, "targets": wanted.targets},
@@ -282,6 +283,21 @@ def describe(wanted: Request, setup: Setup, rewards: dict[str, float], judges: l
     }
 
 
+def known_name(config: dict[str, Any], recipe: str) -> str:
+    """Return the name of a run by its settings, or of one that an earlier version began with them."""
+    name = name_of(config, recipe)
+    settled = {**config["config"], "model": without_patches(config["config"]["model"])}
+    former = name_of({"config": settled}, recipe)
+    place = run_place(former)
+    known = not is_run(run_place(name)) and is_run(place) and not says_patches(RunFolder(place))
+    return former if known else name
+
+
+def without_patches(model: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's section on its model as earlier versions wrote it."""
+    return {key: value for key, value in model.items() if key != "patches"}
+
+
 def name_of(config: dict[str, Any], recipe: str) -> str:
     """Return the name of a run by its settings: the same ones go on, others start a new run."""
     settled = dict(config["config"])
@@ -291,21 +307,10 @@ def name_of(config: dict[str, Any], recipe: str) -> str:
     method = settled["method"].items()
     plain = {name: DEFAULTS["method"][name] for name in LATER}
     settled["method"] = {key: value for key, value in method if plain.get(key, ()) != value}
+    if settled["model"].get("patches") == UNPATCHED:
+        settled["model"] = without_patches(settled["model"])
     content = json.dumps(finite(settled), sort_keys=True).encode()
     return f"{recipe}-{hashlib.blake2b(content, digest_size=4).hexdigest()}"
-
-
-def fingerprint(model: Any) -> str:
-    """Return what tells a model from others: its class, its shapes and some of its weights."""
-    digest = hashlib.blake2b(digest_size=8)
-    left = FINGERPRINTED
-    for name, weight in model.model.diffusion_model.named_parameters():
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        if weight.ndim == 1 and left:
-            # Not the matrices: whatever LoRA was loaded last may still be merged into them.
-            digest.update(weight.detach()[:16].float().cpu().numpy().tobytes())
-            left -= 1
-    return f"{type(model.model).__name__} {digest.hexdigest()}"
 
 
 def metadata(model: Any, recipe: str, rewards: dict[str, float]) -> dict[str, str]:

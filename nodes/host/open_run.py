@@ -1,0 +1,33 @@
+"""A run's folder as the blocks open it: begun, or continued by the same settings on the same MODEL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...comfy_g2rpo.files.safe import spelt_out
+from ...comfy_g2rpo.run.folder import RunFolder, is_run
+
+
+def open_run(
+    place: Path, config: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]] | None = None
+) -> RunFolder:
+    """Open the run at `place`, or begin it; raise RunError where other settings made it.
+
+    Earlier versions did not write down which patches the MODEL carried: a run of theirs takes those of now.
+    """
+    if not is_run(place):
+        return RunFolder.create(place, config)
+    now = config["config"]["model"]["patches"]
+    run = RunFolder.reopen(place, config, {**(defaults or {}), "model": {"patches": now}})
+    if not says_patches(run):
+        content = run.config()
+        content["config"]["model"]["patches"] = now
+        run.save_config(content)
+    return run
+
+
+def says_patches(run: RunFolder) -> bool:
+    """Return whether a run's configuration tells which patches its MODEL carried."""
+    return "patches" in spelt_out(spelt_out(run.config().get("config")).get("model"))
