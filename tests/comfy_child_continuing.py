@@ -5,6 +5,7 @@ What came out goes back to test_nodes_continuing.py.
 
 import comfy.model_management
 import comfy_side
+import torch
 from comfy_graphs import block, core, drawing, reward
 
 runs = comfy_side.pack_module("comfy_g2rpo.run.folder")
@@ -44,9 +45,9 @@ def sampled(model):
     }
 
 
-def told(graph):
-    """Run a graph on the models that are loaded; return whether that went well, or the error."""
-    ran = comfy_side.run_prompt(graph, want={"run": ("3", 4)}, fresh=False)
+def told(graph, fresh=False):
+    """Run a graph, on the models that are loaded unless afresh; return the run's name, or the error."""
+    ran = comfy_side.run_prompt(graph, want={"run": ("3", 4)}, fresh=fresh)
     return ran.error or str(ran.problems or "") or ran.values["run"]
 
 
@@ -136,6 +137,46 @@ def carried(**changes):
     ]
 
 
+def out_of_memory_from(call):
+    """Run out of memory from the given forward on, with batches of any size; from 0, never."""
+    looks = iter(range(1, 10**6))
+
+    def check():
+        if next(looks) >= call > 0:
+            raise torch.cuda.OutOfMemoryError("no memory left")
+
+    hosting.check_interrupted = check
+
+
+def too_large():
+    """Run out of memory, then run again with other settings; list what was told, and steps."""
+    found = {}
+    for name, (call, changes) in given["smaller"].items():
+        out_of_memory_from(call)
+        first = told(train(run=name, steps=2))
+        out_of_memory_from(0)
+        place = hosting.run_place(name)
+        if name == "voted":
+            (place / "votes.jsonl").write_text("")
+        held = steps(name)
+        found[name] = [first, held, told(train(run=name, **changes)), steps(name)]
+        found[name].append(runs.RunFolder(place).config()["config"]["model"]["width"])
+    loops = [{**GRAPH, "3": block("LoRAPolicy", model=["load", 0], run="loop", rank=rank)} for rank in (4, 2)]
+    ran = [comfy_side.run_prompt(loop, want={"step": ("3", 2)}) for loop in loops]
+    return found | {"loop": [ran[0].error, ran[1].error, ran[1].values.get("step")]}
+
+
+def announced():
+    """Run again what is finished, in part made, or longer than asked for; return what the node says."""
+    said, found = [], {}
+    hosting.PromptServer.instance.send_progress_text = lambda text, node, sid=None: said.append((node, text))
+    for name, changes in given["again and again"].items():
+        ran = told(train(run=name.split()[0], **changes), fresh=True)
+        found[name] = [ran, [text for node, text in said if node == "3"], steps(name.split()[0])[-1]]
+        said.clear()
+    return found
+
+
 if given.get("again"):
     answer = carried(**LONGER)
 else:
@@ -144,5 +185,6 @@ else:
     answer["others"] = {
         name: told({**train(model, run="lora", **LONGER), **more}) for name, (model, more) in OTHERS.items()
     }
+    answer["large"], answer["announced"] = too_large(), announced()
     answer["old"], answer["then"] = earlier(), told(train(run="lora-before", seed=21, steps=3))
 comfy_side.answer(answer)

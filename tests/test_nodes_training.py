@@ -159,6 +159,13 @@ def test_a_gamed_reward_stops_the_run_and_the_best_lora_comes_out(done: Answer) 
     assert unchanged and done.data["gamed loras"] == ["g2rpo/gamed_000000.safetensors"]
 
 
+def test_a_run_that_the_watch_stopped_is_announced_as_stopped(done: Answer) -> None:
+    ok, texts, same = done.data["gamed again"]
+    assert ok and same
+    words = "nothing left to do: the watch stopped the run at step 4; watch = warn in changes goes on"
+    assert texts[0] == words and not any("steps cost" in text for text in texts)
+
+
 def test_more_steps_continue_a_run_and_other_settings_are_refused(done: Answer) -> None:
     assert done.data["longer"] == [True, "", 5]
     assert "lora.rank = 4, not 2" in done.data["other"]

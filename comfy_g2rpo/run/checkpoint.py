@@ -83,7 +83,8 @@ def restore(setup: Setup, learner: Learner, folder: RunFolder) -> list[str]:
     )
     learner.schedule = rate_schedule(learner.optimizer, setup.recipe, setup.pace.steps, learner.step)
     planned = folder.config().get("config", {}).get("train", {}).get("steps", setup.pace.steps)
-    if setup.recipe.lr_schedule != "constant" and planned != setup.pace.steps:
+    falls = setup.recipe.lr_schedule != "constant" and learner.step < setup.pace.steps
+    if falls and planned != setup.pace.steps:
         remarks = [*remarks, f"from here on the learning rate falls over {setup.pace.steps} steps"]
     learner.cheap = progress.get("cheap", True) is not False
     if setup.world.speaks:

@@ -61,14 +61,8 @@ def learn(
         *blind_spots(pace, len(setup.prompts.heldout), judges, setup.trained, setup.measures),
     ):
         watcher.note(note)
-    if learner.step >= pace.steps or out_of_time(setup, learner):
-        limit, spent = (
-            ("steps", "are made")
-            if learner.step >= pace.steps
-            else ("minutes", "are made, and its time is used")
-        )
-        made = f"{learner.step} of {pace.steps} steps {spent}"
-        watcher.note(f"nothing left to do: {made}; raise {limit} to make the run longer")
+    if done := nothing_left(setup, learner):
+        watcher.note(done)
     try:
         if learner.step == 0 or (due(pace.eval_every, learner.step) and learner.step < pace.steps):
             # A run that was stopped while it looked looks again.
@@ -90,6 +84,20 @@ def learn(
             save(setup, learner, folder)
         raise
     save(setup, learner, folder)
+
+
+def nothing_left(setup: Setup, learner: Learner) -> str:
+    """Say that the budget of steps or minutes is spent; nothing where it is not."""
+    made, steps = learner.step, setup.pace.steps
+    if made > steps:
+        return f"nothing left to do: {made} steps are made, and steps is {steps}; a longer run needs more"
+    spent = "" if made == steps else ", and its time is used"
+    if spent and not out_of_time(setup, learner):
+        return ""
+    limit = "minutes" if spent else "steps"
+    return (
+        f"nothing left to do: {made} of {steps} steps are made{spent}; raise {limit} to make the run longer"
+    )
 
 
 def tell(setup: Setup, learner: Learner, row: Mapping[str, Any], watcher: Watcher) -> None:

@@ -106,8 +106,9 @@ class Live:
         """Begin at `first_step`; write the cost of a step into the log before anything runs."""
         self.total, self.first, self.at, self.began = total_steps, first_step, first_step, time.monotonic()
         self.bar = comfy.utils.ProgressBar(max(total_steps, 1), node_id=self.node)
-        self.bar.update_absolute(first_step, max(total_steps, 1))
-        self.note(f"steps {first_step} to {total_steps}, {plan_line}")
+        self.bar.update_absolute(min(first_step, total_steps), max(total_steps, 1))
+        if first_step < total_steps:
+            self.note(f"steps {first_step} to {total_steps}, {plan_line}")
         self.send("rollout", now=True)
 
     def step(self, metrics: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from ...comfy_g2rpo.run.evaluation import price as look_price
 from ...comfy_g2rpo.run.folder import MAY_CHANGE, RunFolder, is_run
 from ...comfy_g2rpo.run.pace import Pace
 from ...comfy_g2rpo.run.setup import Setup, make_learner, preview_shape, prompts_ahead
+from ...comfy_g2rpo.run.summary import alarm_at
 from ...comfy_g2rpo.schedule import shifted_sigmas
 from ..inputs.judging import checked_prompt
 from ..model.adapter import Adapter, fresh_adapter, is_large
@@ -80,12 +81,12 @@ class Request:
 def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tuple[RunFolder, Adapter]:
     """Tell the cost, then run the loop; return the run's folder and the LoRA as it was saved."""
     # Imported when somebody trains: most who start ComfyUI do not.
-    from ...comfy_g2rpo.run.loop import finish, learn
+    from ...comfy_g2rpo.run.loop import finish, learn, nothing_left
 
     # Nodes run in inference mode, where nothing could be learned.
     with torch.inference_mode(False), torch.enable_grad():
         setup, config = make_setup(wanted)
-        say(price(setup, wanted.width, wanted.height))
+        price(setup, wanted.width, wanted.height)  # refused before anything is written
         name = wanted.run.strip() or known_name(config, wanted.recipe)
         place = run_place(name)
         learner = make_learner(setup)
@@ -93,6 +94,8 @@ def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tupl
             folder = open_run(place, config, DEFAULTS)
             for remark in restore(setup, learner, folder) if folder.metrics() or folder.latest() else []:
                 say(remark)
+            stopped = halted(setup, folder, learner.step) or nothing_left(setup, learner)
+            say(stopped or price(setup, wanted.width, wanted.height, learner.step))
             live = Live(node, name, len(folder.metrics()))
             live.expected = expected(setup)
             try:
@@ -218,13 +221,24 @@ def make_prompts(wanted: Request, seed: int) -> Prompts:
     return split(trained, HELDOUT_SHARE, seed, "prompts", notes)
 
 
-def price(setup: Setup, width: int, height: int) -> str:
-    """Return what the run will cost, in words; raise ValueError where it is far too much."""
+def halted(setup: Setup, folder: RunFolder, step: int) -> str:
+    """Say that the watch stopped a run at this step, and stops it again; nothing where it did not."""
+    if setup.pace.watch != "stop" or not alarm_at(folder.metrics(), step):
+        return ""
+    return f"nothing left to do: the watch stopped the run at step {step}; watch = warn in changes goes on"
+
+
+def price(setup: Setup, width: int, height: int, made: int = 0) -> str:
+    """Return what the run will cost after the steps that are made, in words.
+
+    Raises ValueError where it is far too much.
+    """
     pace, plan = setup.pace, build_plan(setup.recipe, 0, setup.pace.seed)
-    groups = pace.steps * pace.prompts_per_step
+    steps = pace.steps - made
+    groups = steps * pace.prompts_per_step
     # A forward and backward is worth three forwards.
     forwards = groups * (plan.forwards + 3 * len(plan.forks))
-    looks = 2 + (pace.steps // pace.eval_every if pace.eval_every else 0)
+    looks = 2 + (steps // pace.eval_every if pace.eval_every else 0)
     parts = look_parts(setup)
     seen = sum(count for name, (count, _) in parts.items() if name != "preview") * width * height
     seen += parts.get("preview", (0, 0))[0] * pace.preview_width * pace.preview_height
@@ -233,7 +247,8 @@ def price(setup: Setup, width: int, height: int) -> str:
         limit = f"{work:.1e} forwards × pixels are above the limit of {MAX_WORK:.0e}"
         raise ValueError(f"steps: {limit}; lower steps, prompts_per_step or the size")
     pictures = f"{groups * len(plan.images)} pictures of {width}×{height}"
-    return f"{pace.steps} steps cost {forwards} forwards and {pictures}"
+    begun = f"{made} of {pace.steps} steps are made; " if made else ""
+    return f"{begun}{steps} {'more ' if made else ''}steps cost {forwards} forwards and {pictures}"
 
 
 def look_parts(setup: Setup) -> dict[str, tuple[int, int]]:
