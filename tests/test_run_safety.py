@@ -41,21 +41,28 @@ with one_writer(sys.argv[1]):
 """
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def train_whole(path: Path) -> Path:
     """Run once without trouble."""
-    path = tmp_path_factory.mktemp("whole")
     host.train(config(path), path / "run", progress=Silent())
     return path
 
 
+def stop_after_two(whole: Path, place: Path) -> Path:
+    """Copy that run, stopped after two of its three steps."""
+    shutil.copytree(whole / "run", place / "run")
+    shutil.rmtree(place / "run/checkpoints/000003")
+    (place / "run/summary.json").unlink()
+    return place / "run"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_whole(tmp_path_factory.mktemp("whole"))
+
+
 @pytest.fixture
 def run(whole: Path, tmp_path: Path) -> Path:
-    """Copy that run, stopped after two of its three steps."""
-    shutil.copytree(whole / "run", tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/checkpoints/000003")
-    (tmp_path / "run/summary.json").unlink()
-    return tmp_path / "run"
+    return stop_after_two(whole, tmp_path)
 
 
 def continued(whole: Path, run: Path) -> list[str]:

@@ -15,6 +15,7 @@ import pytest
 from program import Notes, leave
 from test_run import config
 from test_run import training as host
+from test_run_safety import stop_after_two, train_whole
 
 from comfy_g2rpo.files.safe import RunError
 from comfy_g2rpo.rewards import RewardError
@@ -126,18 +127,12 @@ def test_what_belongs_to_a_thread_stays_with_a_reward(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("whole")
-    host.train(config(path), path / "run", progress=Silent())
-    return path
+    return train_whole(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture
 def run(whole: Path, tmp_path: Path) -> Path:
-    """Copy that run, stopped after two of its three steps."""
-    shutil.copytree(whole / "run", tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/checkpoints/000003")
-    (tmp_path / "run/summary.json").unlink()
-    return tmp_path / "run"
+    return stop_after_two(whole, tmp_path)
 
 
 DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {

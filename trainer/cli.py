@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .commands.arguments import Best, CommandError, lora_of
+from .commands.arguments import Best, CommandError, lora_of, refuse_best
 from .commands.compare import compare
 from .commands.export import check_lora, export
 from .commands.rewards import rewards_app
@@ -334,8 +334,7 @@ def configuration(source: str, settings: list[str], best: bool = False) -> tuple
     from .config.reading import apply_overrides, from_dict, load
 
     if not is_run(Path(source)):
-        if best:
-            raise CommandError(f"--best is for runs, and {source} is none; give a run folder")
+        refuse_best(best, source)
         return load(source, settings), None
     run = RunFolder(Path(source))
     lora = lora_of(run.path, best) if best or run.latest() else None

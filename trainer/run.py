@@ -14,7 +14,6 @@ from accelerate import Accelerator
 
 from comfy_g2rpo import __version__
 from comfy_g2rpo.files.one_writer import one_writer
-from comfy_g2rpo.prompts import load as load_prompts
 from comfy_g2rpo.rewards import RewardError, check_prompts
 from comfy_g2rpo.run import rank_guard
 from comfy_g2rpo.run.checkpoint import restore
@@ -23,6 +22,7 @@ from comfy_g2rpo.run.loop import finish, learn
 from comfy_g2rpo.run.setup import Setup, Size, World, make_learner, preview_shape, prompts_ahead
 
 from . import families
+from .config.file_checks import read_prompts
 from .config.input_files import INPUTS, compare_inputs, input_digests
 from .config.reading import Config, defaults, dump, make_pace, make_recipe, make_speed, model_folder
 from .config.reward_checks import VOTES
@@ -96,10 +96,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
     keep_freed_memory()
     check_processes(config, accelerator.num_processes)
     recipe, pace, speed = make_recipe(config), make_pace(config), make_speed(config)
-    heldout = Path(config.prompts.heldout) if config.prompts.heldout else None
-    prompts = load_prompts(
-        Path(config.prompts.train), heldout, config.prompts.heldout_share, config.train.seed
-    )
+    prompts = read_prompts(config)
     rewards, judges = build_all(config.rewards, config.heldout_rewards, accelerator.device, run)
     if config.memory.rewards_in_turn:
         alone = {reward.name: in_turn(reward, accelerator.device) for reward in (*rewards, *judges)}

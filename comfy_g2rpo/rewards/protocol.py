@@ -17,6 +17,11 @@ class RewardError(ValueError):
     """A reward, or what it was given, cannot be used."""
 
 
+def exit_error(what: str, cause: SystemExit) -> RewardError:
+    """Return the error for what tried to end the program."""
+    return RewardError(f"{what} called sys.exit({cause.code!r}); let it raise an error instead")
+
+
 class Reward:
     """Judges images [B, H, W, 3] float32 in [0, 1] by their prompts; a subclass overrides what differs."""
 
@@ -163,9 +168,7 @@ def checked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     except RewardError:
         raise
     except SystemExit as cause:
-        raise RewardError(
-            f"reward '{reward.name}' called sys.exit({cause.code!r}); let it raise an error instead"
-        ) from cause
+        raise exit_error(f"reward '{reward.name}'", cause) from cause
     except Exception as cause:
         raise RewardError(f"reward '{reward.name}' failed with {type(cause).__name__}: {cause}") from cause
     scores, place = _valid_scores(reward.name, scores, len(rows)), {row: at for at, row in enumerate(rows)}

@@ -33,7 +33,7 @@ def summarise(
         try:
             first = first_look(rows)
             before, after = (Evaluation.read(folder, step) for step in (first, summary["lora_step"]))
-            alike(before, after)
+            check_comparable(before, after)
             summary |= {
                 "heldout_before": before.means(),
                 "heldout_after": after.means(),
@@ -45,7 +45,7 @@ def summarise(
     return summary | {"seconds": learner.seconds, "forwards": learner.forwards}, notes
 
 
-def alike(before: Evaluation, after: Evaluation) -> None:
+def check_comparable(before: Evaluation, after: Evaluation) -> None:
     """Refuse, by RunError, to compare evaluations of different rewards or held-out prompts."""
     if (before.names, before.prompts) != (after.names, after.prompts):
         raise RunError("held-out prompts or rewards have changed since the first evaluation")
@@ -99,7 +99,7 @@ def best_look(
     row = next(row for row in evaluated(rows) if row["step"] == step)
     names = [name for name, weight in judging(rows, setup.trained, setup.measures).items() if weight]
     after = Evaluation.read(folder, step)
-    alike(before, after)
+    check_comparable(before, after)
     gains = compare(before, after)
     kept = {int(place.name): place for place in folder.saved()}.get(step)
     return {

@@ -27,14 +27,19 @@ class CommandError(ValueError):
     """Arguments that do not go together, or a file that cannot be used."""
 
 
+def refuse_best(best: bool, place: object) -> None:
+    """Refuse --best where there is no run."""
+    if best:
+        raise CommandError(f"--best is for runs, and {place} is none; give a run folder")
+
+
 def lora_of(place: Path, best: bool = False) -> Path:
     """Return the LoRA file of a run, its result or that of its best evaluation; any other path as it is."""
     from comfy_g2rpo.run.folder import RunFolder, is_run
     from comfy_g2rpo.run.summary import best_checkpoint
 
     if not is_run(place):
-        if best:
-            raise CommandError(f"--best is for runs, and {place} is none; give a run folder")
+        refuse_best(best, place)
         return place
     run = RunFolder(place)
     chosen = best_checkpoint(run) if best else run.outcome()

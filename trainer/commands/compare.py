@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .arguments import AsJson, Batch, Best, CommandError, Device, Prompts, Quiet
+from .arguments import AsJson, Batch, Best, CommandError, Device, Prompts, Quiet, refuse_best
 from .score import asked_for, judged
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ def compare(
             )
         made = of_runs(before, other, best)
     else:
-        if best:
-            raise CommandError("--best is for runs; folders of pictures have no evaluations")
+        refuse_best(best, before)
         if after is None or not reward:
             raise CommandError(
                 "folders of pictures need a second folder B and --reward, such as: g2rpo compare A B "

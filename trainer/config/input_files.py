@@ -67,12 +67,13 @@ def source_of(path: str | None) -> str | None:
 def digest_of_prompts(prompts: Sequence[str]) -> str:
     """Digest prompts with their columns; files that columns name count by what is in them."""
     rows = [
-        [str(prompt), {name: told(value) for name, value in columns_of(prompt).items()}] for prompt in prompts
+        [str(prompt), {name: column_digest(value) for name, value in columns_of(prompt).items()}]
+        for prompt in prompts
     ]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def told(value: Any) -> Any:
+def column_digest(value: Any) -> Any:
     """Return a column's value, or the digest of the file that it names."""
     if isinstance(value, str) and Path(value).is_absolute() and Path(value).is_file():
         return digest_of(Path(value))

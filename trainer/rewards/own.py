@@ -17,7 +17,7 @@ from torch import Tensor
 
 from comfy_g2rpo.rewards import Reward, RewardError, Rule
 
-from .time_limit import TimeLimited, Worker, limited
+from .time_limit import TimeLimited, Worker, call_in_time
 
 
 def custom(name: str, path: str, seconds: float) -> Reward:
@@ -27,7 +27,7 @@ def custom(name: str, path: str, seconds: float) -> Reward:
     """
     worker = Worker(f"reward {name}")
     place = path.rpartition(":")[0]
-    reward = limited(
+    reward = call_in_time(
         worker, lambda: loaded(name, path), seconds, f"the import of {place} for reward {name!r}"
     )
     return TimeLimited(reward, worker, seconds)

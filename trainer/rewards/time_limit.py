@@ -1,4 +1,7 @@
-"""Calls that may hang: run in a thread of their own, and given up after a time."""
+"""Calls that may hang: run in a thread of their own, and given up after a time.
+
+A reward's import and its scores are timed; its smaller methods run where they are called.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ import torch
 from torch import Tensor
 
 from comfy_g2rpo.rewards import Reward, RewardError
-from comfy_g2rpo.rewards.protocol import Wrapped
+from comfy_g2rpo.rewards.protocol import Wrapped, exit_error
 
 DEFAULT_SECONDS = 600.0
 """How long an own reward may take for a batch of images, unless its section says otherwise."""
 
 
 class Worker:
-    """One thread in which a reward is imported and asked, so that what belongs to a thread stays in it.
+    """One thread in which a reward is imported and scores, so that what belongs to a thread stays in it.
 
     It is a daemon: a call that never returns does not keep the program from ending.
     """
@@ -50,7 +53,7 @@ class Worker:
         return answer
 
 
-def _staying(member: str) -> property:
+def _forward_safely(member: str) -> property:
     """Forward a method that must not end the program; None where there is none."""
 
     def found(self: TimeLimited) -> Callable[..., Any] | None:
@@ -60,7 +63,7 @@ def _staying(member: str) -> property:
             try:
                 return method(*given)
             except SystemExit as error:
-                raise left(f"reward {self.reward.name!r}", error) from error
+                raise exit_error(f"reward {self.reward.name!r}", error) from error
 
         return None if method is None else call
 
@@ -70,15 +73,15 @@ def _staying(member: str) -> property:
 class TimeLimited(Wrapped):
     """A reward that is given up, by RewardError, when it does not answer in time or ends the program."""
 
-    check_prompts, can_judge, noise = map(_staying, ("check_prompts", "can_judge", "noise"))
-    settle, embed, cancel = map(_staying, ("settle", "embed", "cancel"))
+    check_prompts, can_judge, noise = map(_forward_safely, ("check_prompts", "can_judge", "noise"))
+    settle, embed, cancel = map(_forward_safely, ("settle", "embed", "cancel"))
 
     def __init__(self, reward: Reward, worker: Worker, seconds: float) -> None:
         self.reward, self.worker, self.seconds = reward, worker, seconds
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the reward's scores [B]."""
-        return limited(
+        return call_in_time(
             self.worker,
             lambda: self.reward.score(images, prompts),
             self.seconds,
@@ -86,7 +89,7 @@ class TimeLimited(Wrapped):
         )
 
 
-def limited(worker: Worker, function: Callable[[], Any], seconds: float, what: str) -> Any:
+def call_in_time(worker: Worker, function: Callable[[], Any], seconds: float, what: str) -> Any:
     """Return what a function returns in a worker; RewardError where it hangs or ends the program."""
     try:
         return worker.call(function, seconds)
@@ -96,9 +99,4 @@ def limited(worker: Worker, function: Callable[[], Any], seconds: float, what: s
             "resume the run"
         ) from error
     except SystemExit as error:
-        raise left(what, error) from error
-
-
-def left(what: str, error: SystemExit) -> RewardError:
-    """Say what tried to end the program."""
-    return RewardError(f"{what} called sys.exit({error.code!r}); let it raise an error instead")
+        raise exit_error(what, error) from error
