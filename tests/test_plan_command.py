@@ -107,6 +107,17 @@ def test_hours_are_said_for_cards_and_the_faster_recipe_is_named(capsys: pytest.
     assert "which this machine does not have; fetch it with: hf download" in text
 
 
+def test_rewards_that_are_not_fetched_yet_are_in_the_hours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("G2RPO_REWARDS", str(tmp_path))
+    config = load("flux_dev")
+    work = work_of(config, count(config), counts_of(config))
+    # PickScore and CLIPScore, about 1.0 and 0.4 billion numbers.
+    assert work.operations["rewards"] > 2 * 257 * 0.9e9 * count(config).images
+    assert work.unknown == ()
+
+
 def test_a_run_takes_what_its_parts_take() -> None:
     config = load("demo", [*TINY, "train.steps=10"])
     counts = count(config)

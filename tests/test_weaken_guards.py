@@ -67,3 +67,8 @@ def test_every_guarded_file_and_its_tests_are_there() -> None:
         assert all((tool.ROOT / f"tests/{name}.py").is_file() for name in tests)
     known = {mutant.name for file in tool.GUARDED for mutant in tool.mutants(file)}
     assert set(tool.EQUIVALENT) <= known
+
+
+def test_an_unknown_revision_is_no_silence() -> None:
+    with pytest.raises(SystemExit, match=r"git diff --name-only nowhere --: fatal"):
+        tool.changed_since("nowhere")

@@ -126,8 +126,10 @@ def replaced(source: str, node: ast.expr, new: str) -> str:
 
 
 def git(*words: str) -> list[str]:
-    """Return the lines that git answers; none where it cannot."""
+    """Return the lines that git answers; leave with what it says where it cannot, as in a shallow clone."""
     ran = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    if ran.returncode:
+        raise SystemExit(f"git {' '.join(words)}: {ran.stderr.strip()}")
     return ran.stdout.splitlines()
 
 
@@ -221,7 +223,7 @@ def survivors(file: str, weak: Sequence[Mutant], copy: Copy) -> Iterator[Mutant]
 
 
 def changed_since(revision: str) -> list[str]:
-    """List the guarded files that changed since a revision; none where it is not known."""
+    """List the guarded files that changed since a revision."""
     return [name for name in git("diff", "--name-only", revision, "--") if name in GUARDED]
 
 

@@ -12,6 +12,7 @@ import torch
 
 from comfy_g2rpo.files.safe import read_header
 from comfy_g2rpo.rewards import REWARDS
+from comfy_g2rpo.rewards.models.catalogue import KNOWN
 
 from ..config.bundled import bundled_recipes
 from ..config.file_checks import read_prompts
@@ -47,6 +48,8 @@ UTILISATION = 1 / 3
 """Share of that speed which a run reaches, all stops for the rest of its work included: an assumption."""
 PICTURE_TOKENS = 257
 """Places at which a reward model's weights are used for one picture: the patches of a ViT-L/14 or -H/14."""
+FP32_BYTES = 4
+"""Of a number in the published files of reward models: of one in 16 bit this counts half."""
 CLIP_TOKENS = 77
 OPTIMIZER = 20
 """Operations of AdamW for a number of the adapter, about."""
@@ -94,8 +97,10 @@ def work_of(config: Config, counts: Counts, counted: ModelCounts) -> Work:
 
 
 def model_parameters(name: str) -> int:
-    """Count the weights of an installed reward model by its files' headers; 0 of what is none."""
+    """Count the weights of a reward model by its files' headers, or as it is published; 0 of what is none."""
     files = sorted((rewards_root() / name).glob("*.safetensors"))
+    if not files:
+        return round(KNOWN[name].gigabytes * 1e9 / FP32_BYTES) if name in KNOWN else 0
     headers = [read_header(file) for file in files]
     tensors = [entry for header in headers for key, entry in header.items() if key != "__metadata__"]
     return sum(math.prod(entry["shape"]) for entry in tensors)
