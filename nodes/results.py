@@ -17,11 +17,11 @@ from ..comfy_g2rpo.run.evaluation import Evaluation, compare, evaluate
 from ..comfy_g2rpo.run.folder import RunFolder
 from ..comfy_g2rpo.run.pace import Pace
 from ..comfy_g2rpo.schedule import shifted_sigmas
-from .host.comfyui import check_interrupted, fresh_lora, known_run, lora_listing
+from .host.comfyui import check_interrupted, checked_name, fresh_lora, known_run, lora_listing, run_place
 from .host.routes import list_runs, read_metrics, runs_root
 from .host.train_run import checked_schedule, model_shift
 from .inputs import widgets
-from .inputs.checks import check_inputs
+from .inputs.checks import check_inputs, check_text
 from .inputs.judging import checked_prompt
 from .inputs.widgets import announce, int_input, output, show, text_area
 from .model.adapter import Adapter, diffusers_pairs
@@ -160,7 +160,10 @@ class RunMonitor(io.ComfyNode):
                     options=[NEWEST, *run_names()],
                     default=NEWEST,
                     tooltip="A run under the output folder's g2rpo.",
-                )
+                ),
+                widgets.linked_text(
+                    "run_name", "The run of Train LoRA, shown once it is trained; it goes before the list."
+                ),
             ],
             outputs=[
                 output(io.Image, "curve", "Training and held-out rewards over the steps."),
@@ -174,26 +177,28 @@ class RunMonitor(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, run: str = NEWEST) -> bool | str:
-        """Allow a run that is younger than the page's list; return what is wrong with any other name."""
+        """Allow a run that is younger than the page's list, or that `run_name` stands for; refuse no name."""
         try:
-            found(run)
+            return run == NEWEST or bool(run_place(run))
         except ValueError as error:
             return str(error)
-        return True
 
     @classmethod
-    def fingerprint_inputs(cls, run: str = NEWEST) -> str:
-        """Return what changes when the run's metrics do."""
-        folder = found(run)
+    def fingerprint_inputs(cls, run: str = NEWEST, run_name: str | None = None) -> str:
+        """Return what changes when the run's metrics do; core does not know yet what comes over a link."""
+        try:
+            folder = found(run_name or run)
+        except ValueError:
+            return ""
         if folder is None:
             return ""
         metrics = folder.metrics_file
         return f"{metrics} {metrics.stat().st_mtime_ns} {metrics.stat().st_size}"
 
     @classmethod
-    def execute(cls, run: str) -> io.NodeOutput:
+    def execute(cls, run: str, run_name: str | None = None) -> io.NodeOutput:
         """Draw what the folder holds."""
-        folder = found(run)
+        folder = found(run if run_name is None else linked_run(run_name))
         if folder is None:
             return io.NodeOutput(
                 reward_curve([], "No run yet"), "There is no run yet; train one with Train LoRA."
@@ -221,6 +226,12 @@ def all_rows(folder: RunFolder) -> tuple[list[dict[str, Any]], int | None]:
         rows += answer["rows"]
         if not answer["rows"] or len(rows) >= min(answer["total"], MAX_ROWS):
             return rows, answer["total_steps"]
+
+
+def linked_run(name: str) -> str:
+    """Return the name of a run that came over a link; raise ValueError unless it is one."""
+    check_text("run_name", name)
+    return checked_name(name, "run_name")
 
 
 def found(run: str) -> RunFolder | None:

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ..comfy_g2rpo import recipes
 from ..comfy_g2rpo.run.pace import FIELDS as PACE
+from .host.open_run import IF_CHANGED, NEW
 from .host.train_run import Request, train
 from .inputs import widgets
 from .inputs.checks import check_inputs
+from .inputs.train_presets import AS_TYPED, PRESETS
 from .inputs.widgets import output
 from .model.adapter import lora_model, with_adapter
 from .model.comfy_policy import check_flow
@@ -72,6 +74,8 @@ class TrainLoRA(io.ComfyNode):
         seed: int,
         run: str,
         changes: str,
+        preset: str = AS_TYPED,
+        if_settings_changed: str = NEW,
         heldout_reward: RewardSet | None = None,
         sigmas: Tensor | None = None,
     ) -> io.NodeOutput:
@@ -121,6 +125,22 @@ def train_inputs() -> list[io.Input]:
         widgets.text_area(
             "changes",
             "Other settings, one 'name = value' per line, such as: group_size = 8. The docs list them all.",
+        ),
+        io.Combo.Input(
+            "preset",
+            options=list(PRESETS),
+            default=AS_TYPED,
+            optional=True,
+            tooltip="Numbers for your model's size in place of the typed ones. The node says which; lines in "
+            "'changes' still win.",
+        ),
+        io.Combo.Input(
+            "if_settings_changed",
+            options=list(IF_CHANGED),
+            default=NEW,
+            optional=True,
+            tooltip="What a named run does when its settings changed: new starts name-2, continue goes on "
+            "with the new numbers, ask stops and names them.",
         ),
         RewardWire.Input(
             "heldout_reward",

@@ -10,6 +10,8 @@ from ...comfy_g2rpo.files.one_writer import LOCK
 from ...comfy_g2rpo.files.safe import RunError, spelt_out
 from ...comfy_g2rpo.run.folder import RunFolder, is_run
 
+IF_CHANGED = (NEW, CONTINUE, ASK) = ("new", "continue", "ask")
+"""What a named run does when it is asked for with other settings."""
 BEGUN = {"config.json", "metrics.jsonl", "images", "checkpoints", LOCK}
 
 

@@ -31,13 +31,14 @@ from ...comfy_g2rpo.run.setup import Setup, make_learner, preview_shape, prompts
 from ...comfy_g2rpo.run.summary import alarm_at
 from ...comfy_g2rpo.schedule import shifted_sigmas
 from ..inputs.judging import checked_prompt
+from ..inputs.train_presets import AS_TYPED
 from ..model.adapter import Adapter, fresh_adapter, is_large
 from ..model.comfy_policy import text_policy
 from ..model.fingerprint import UNPATCHED, fingerprint, patches_of
 from ..sampling import check_sigmas
 from ..types import RewardSet
 from .comfyui import STOPS, Live, contained, fresh_lora, loras_root, run_place
-from .open_run import open_run, says_patches
+from .open_run import NEW, open_run, says_patches
 
 MAX_WORK = 10**14  # forwards × pixels of a run
 MAX_STATES = 1_000_000  # of one prompt's tree
@@ -74,6 +75,8 @@ class Request:
     seed: int
     run: str
     changes: str
+    preset: str = AS_TYPED
+    if_settings_changed: str = NEW
     heldout_reward: RewardSet | None = None
     sigmas: Tensor | None = None
 
