@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from ..comfy_g2rpo import lora
 from ..comfy_g2rpo.files.safe import HEADER_TENSORS
+from ..comfy_g2rpo.lora.modelspec import named_base
 from ..comfy_g2rpo.prompts import prompts_of
 from ..comfy_g2rpo.run.evaluation import Evaluation, compare, evaluate
 from ..comfy_g2rpo.run.folder import RunFolder
 from ..comfy_g2rpo.run.pace import Pace
 from ..comfy_g2rpo.schedule import shifted_sigmas
-from .host.comfyui import check_interrupted, checked_name, fresh_lora, known_run, lora_listing, run_place
+from .host.comfyui import check_interrupted, checked_name, known_run, lora_listing, run_place
+from .host.publish import base_of, file_ui, save_named
 from .host.routes import list_runs, read_metrics, runs_root
 from .host.train_run import checked_schedule, model_shift
 from .inputs import widgets
@@ -284,12 +287,14 @@ class SaveLoRA(io.ComfyNode):
     ) -> io.NodeOutput:
         """Check, rename if asked for, write."""
         check_inputs(cls, locals())
-        file = save(lora, name, key_names, model, run)
-        return io.NodeOutput(file, ui=ui.PreviewText(file))
+        place = save(lora, name, key_names, model, run)
+        file = lora_listing(place)
+        return io.NodeOutput(file, ui={**ui.PreviewText(file).as_dict(), **file_ui(place)})
 
 
-def save(wire: dict[str, Tensor], name: str, style: str, model: Any, run: str | None) -> str:
-    """Write a LORA_MODEL as a file; return its name in the loaders' list."""
+def save(wire: dict[str, Tensor], name: str, style: str, model: Any, run: str | None) -> Path:
+    """Write a LORA_MODEL as a file; return the file."""
+    checked_name(name, "name")
     with torch.inference_mode(False):
         tensors = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in wire.items()}
     if len(tensors) > HEADER_TENSORS:
@@ -299,11 +304,10 @@ def save(wire: dict[str, Tensor], name: str, style: str, model: Any, run: str | 
         )
     read = lora.parse(tensors, {}, "lora")
     folded = lora.fold(read.pairs, read.alphas)
-    notes: dict[str, str] = {}
-    if run:
-        chosen = known_run(run, "connect the output of Train LoRA").outcome()
-        notes = lora.read(chosen / "lora.safetensors").metadata if chosen else {}
-    place = fresh_lora(name, "name")
+    notes: dict[str, str] = {} if model is None else named_base(base_of(model))
+    folder = known_run(run, "connect the output of Train LoRA") if run else None
+    if folder is not None and (chosen := folder.outcome()):
+        notes |= lora.read(chosen / "lora.safetensors").metadata
     if style == "diffusers":
         if model is None:
             raise ValueError(
@@ -315,9 +319,9 @@ def save(wire: dict[str, Tensor], name: str, style: str, model: Any, run: str | 
         raise ValueError(
             f"lora: its modules have different ranks {sorted(ranks)}; save one that this pack has trained"
         )
-    kept = {name: note for name, note in notes.items() if name.startswith("g2rpo.")}
-    lora.write(place, folded, float(ranks.pop()), style=style, metadata=kept)
-    return lora_listing(place)
+    kept = {key: note for key, note in notes.items() if key.startswith(("g2rpo.", "modelspec.", "ss_"))}
+    named = lora.named(folded, float(ranks.pop()), name, style)
+    return save_named(name, lora.file_bytes(named, style, kept), folder)
 
 
 NODES: list[type[io.ComfyNode]] = [CompareLoRA, RunMonitor, SaveLoRA]

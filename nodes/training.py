@@ -10,6 +10,7 @@ from torch import Tensor
 from ..comfy_g2rpo import recipes
 from ..comfy_g2rpo.run.pace import FIELDS as PACE
 from .host.open_run import IF_CHANGED, NEW
+from .host.publish import file_ui
 from .host.train_run import Request, train
 from .inputs import widgets
 from .inputs.checks import check_inputs
@@ -82,7 +83,7 @@ class TrainLoRA(io.ComfyNode):
         """Train, or go on with a run of the same settings."""
         wanted = Request(**check_inputs(cls, locals()))
         check_flow(model)
-        folder, adapter = train(wanted, widgets.node_id(cls), lambda text: widgets.announce(cls, text))
+        folder, adapter, file = train(wanted, widgets.node_id(cls), lambda text: widgets.announce(cls, text))
         rows = folder.metrics()
         return io.NodeOutput(
             with_adapter(model, adapter),
@@ -90,7 +91,7 @@ class TrainLoRA(io.ComfyNode):
             {"loss": losses(rows, reward)},
             reward_curve(rows, f"Run {folder.path.name}", steps),
             folder.path.name,
-            ui={"g2rpo_run": [folder.path.name]},
+            ui={"g2rpo_run": [folder.path.name], **file_ui(file)},
         )
 
 

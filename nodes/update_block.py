@@ -25,7 +25,7 @@ from ..comfy_g2rpo.run.setup import Learner, Setup
 from ..comfy_g2rpo.update import records, update
 from .host.comfyui import check_interrupted, run_place
 from .host.open_run import open_run
-from .host.train_run import metadata
+from .host.publish import metadata
 from .inputs import widgets
 from .inputs.checks import check_inputs
 from .inputs.widgets import announce, output, recipe_input

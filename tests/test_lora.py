@@ -194,4 +194,11 @@ def test_metadata_is_readable_without_loading_tensors(tmp_path: Path) -> None:
         metadata={"recipe": "g2rpo", "rewards": json.dumps(["agreement"])},
     )
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt", "recipe": "g2rpo", "rewards": '["agreement"]'}
+        assert file.metadata() == {
+            "format": "pt",
+            "recipe": "g2rpo",
+            "rewards": '["agreement"]',
+            "modelspec.implementation": "diffusers",
+            "ss_network_dim": "4",
+            "ss_network_alpha": "4",
+        }

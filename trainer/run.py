@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from comfy_g2rpo import __version__
 from comfy_g2rpo.files.one_writer import one_writer
+from comfy_g2rpo.lora.modelspec import about_run, base_of_model
 from comfy_g2rpo.rewards import RewardError, check_prompts
 from comfy_g2rpo.run import rank_guard
 from comfy_g2rpo.run.checkpoint import restore
@@ -28,7 +29,7 @@ from .config.reading import Config, defaults, dump, make_pace, make_recipe, make
 from .config.reward_checks import VOTES
 from .config.sections import TrainedReward
 from .families import FamilyPolicy
-from .lora.lora_files import add_frozen, start_from
+from .lora.lora_files import add_frozen, shapes_of, start_from
 from .model.cheap_forward import completions
 from .model.named_optimizers import make_optimizer
 from .model.placing import in_turn, keep_freed_memory, load_in_stages
@@ -104,7 +105,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
     check_prompts(judges, [*prompts.train, *prompts.heldout])
     rank_guard.check(speed, rewards)
     policy = load_policy(config, accelerator.device, prompts_ahead(prompts, pace))
-    lora = config.lora
+    lora, notes = config.lora, lora_metadata(config, policy)
     policy.add_lora(lora.rank, lora.alpha, config.train.seed, lora.targets != "attention")
     if lora.init:
         continue_from(policy, Path(lora.init), lora.alpha / lora.rank, config.model.family)
@@ -132,7 +133,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
         alpha=lora.alpha,
         style=policy.lora_style,
         rename=policy.rename,
-        metadata=lora_metadata(config),
+        metadata=notes,
         world=world(accelerator),
         preview=preview,
         preview_sigmas=families.sigmas(policy, config.model.schedule, recipe, preview) if preview else None,
@@ -149,16 +150,22 @@ def check_processes(config: Config, count: int) -> None:
         raise ValueError(f"rewards has votes, {needs}")
 
 
-def lora_metadata(config: Config) -> dict[str, str]:
-    """Return what a LoRA file says about itself."""
+def lora_metadata(config: Config, policy: FamilyPolicy) -> dict[str, str]:
+    """Return what a LoRA file says about itself; the policy's model carries no LoRA yet."""
+    model = config.model
+    base = base_of_model(shapes_of(policy.transformer), str(model.family))
+    rewards = {reward.name: weighted(reward) for reward in config.rewards}
+    name = Path(model.transformer or model.path).name
     applied = (f"{each.strength:g} {Path(each.path).name}" for each in config.model.lora)
     return {
         "g2rpo.version": __version__,
-        "g2rpo.base_model": Path(config.model.transformer or config.model.path).name,
+        "g2rpo.base_model": name,
         "g2rpo.family": str(config.model.family),
         "g2rpo.base_loras": ", ".join(applied) or "none",
         "g2rpo.recipe": config.method.name,
-        "g2rpo.rewards": ", ".join(map(weighted, config.rewards)),
+        "g2rpo.rewards": ", ".join(rewards.values()),
+        **about_run(base, config.method.name, rewards, (model.width, model.height)),
+        "ss_sd_model_name": name,
     }
 
 

@@ -190,21 +190,31 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file whole or not at all."""
+    write_bytes(path, tensor_bytes(tensors, metadata))
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return tensors as a safetensors file has them."""
     ready = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    write_bytes(path, in_order(save_tensors(ready, {"format": "pt", **(metadata or {})})))
+    header, data = split_file(save_tensors(ready, {"format": "pt", **(metadata or {})}))
+    return join_file(header, data)
 
 
-def in_order(content: bytes) -> bytes:
-    """Return a safetensors file with its metadata sorted, so that equal contents are equal files."""
+def split_file(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """Take a safetensors file that we wrote apart: its header, and the bytes of its tensors."""
     length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def join_file(header: Mapping[str, Any], data: bytes) -> bytes:
+    """Make a safetensors file whose metadata are sorted, so that equal contents are equal files."""
+    notes = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps({**header, "__metadata__": notes}, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+    return len(text).to_bytes(8, "little") + text + data
 
 
 def read_header(path: Path) -> dict[str, Any]:

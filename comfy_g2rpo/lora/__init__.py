@@ -20,12 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files.safe import FileError, read_tensors, write_tensors
+from ..files.safe import FileError, read_tensors, tensor_bytes, write_bytes
 
 STYLES = {
     "diffusers": ("transformer.", "lora_A.weight", "lora_B.weight"),
     "native": ("diffusion_model.", "lora_down.weight", "lora_up.weight"),
 }
+IMPLEMENTATIONS = {"diffusers": "diffusers", "native": "https://github.com/comfyanonymous/ComfyUI"}
+"""Whose names a style has, as ModelSpec asks."""
 MAX_NAME = 300
 MODULE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
@@ -79,8 +81,20 @@ def write(
     metadata: Mapping[str, object] | None = None,
 ) -> None:
     """Write a LoRA file whose every loader applies alpha/rank · up · down; `metadata` is kept as text."""
-    tensors = named(pairs, alpha, path, style, rename)
-    write_tensors(path, tensors, {key: str(value) for key, value in (metadata or {}).items()})
+    write_bytes(path, file_bytes(named(pairs, alpha, path, style, rename), style, metadata))
+
+
+def file_bytes(
+    tensors: Mapping[str, Tensor], style: str, metadata: Mapping[str, object] | None = None
+) -> bytes:
+    """Return a LoRA's named tensors as its file has them, with what its form and ranks tell readers."""
+    down = STYLES[style][1]
+    ranks = {len(tensor) for key, tensor in tensors.items() if key.endswith(down)}
+    # Every alpha is its rank: the scale is folded. Where ranks differ, kohya's tools say Dynamic.
+    rank = ranks.pop() if len(ranks) == 1 else "Dynamic"
+    notes = {**(metadata or {}), "ss_network_dim": rank, "ss_network_alpha": rank}
+    notes["modelspec.implementation"] = IMPLEMENTATIONS[style]
+    return tensor_bytes(tensors, {key: str(value) for key, value in notes.items()})
 
 
 def named(

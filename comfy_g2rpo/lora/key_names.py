@@ -15,7 +15,7 @@ from functools import cached_property
 
 NAMINGS = ("native", "diffusers")
 BOTH, NEW, NONE = "both", "0.33", ""
-Size = tuple[int, int]  # rows and columns
+Size = tuple[int, ...]  # rows and columns
 
 
 @dataclass(frozen=True)
@@ -403,6 +403,12 @@ def candidates(modules: Mapping[str, Size | None]) -> list[Family]:
     fitting = [family for family in FAMILIES.values() if family.fits(modules)]
     if len(fitting) < 2 or not modules:
         return fitting
+    sized = [family for family in fitting if published_size(family, modules)[1]]
+    return sized if len(sized) == 1 else fitting
+
+
+def published_size(family: Family, modules: Mapping[str, Size | None]) -> Size:
+    """Return width and number of blocks of the published model that has modules of these sizes, or 0, 0."""
     numbers = [
         int(number)
         for number in (template(module)[1] for module in modules if not module.startswith("single_"))
@@ -410,12 +416,9 @@ def candidates(modules: Mapping[str, Size | None]) -> list[Family]:
     ]
     widths = {side for shape in modules.values() if shape for side in shape}
     blocks = max(numbers, default=-1) + 1
-    sized = [
-        family
-        for family in fitting
-        if any(width in widths and count == blocks for width, count in family.sizes)
-    ]
-    return sized if len(sized) == 1 else fitting
+    return next(
+        ((width, count) for width, count in family.sizes if width in widths and count == blocks), (0, 0)
+    )
 
 
 def family_of_model(modules: Iterable[str]) -> tuple[Family, str] | None:

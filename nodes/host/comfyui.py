@@ -76,13 +76,13 @@ def loras_root() -> Path:
     return Path(folder_paths.get_folder_paths("loras")[0]) / "g2rpo"
 
 
-def fresh_lora(stem: str, widget: str) -> Path:
-    """Return the first LoRA file named stem, stem_00002, … that does not exist yet."""
+def lora_place(stem: str, widget: str, taken: Callable[[Path], bool] = os.path.exists) -> Path:
+    """Return the first LoRA file named stem, stem_00002, … that is not taken."""
     stem = checked_name(stem, widget)
     for number in range(1, 100_000):
         file = f"{stem}.safetensors" if number == 1 else f"{stem}_{number:05d}.safetensors"
         place = contained(loras_root(), file, widget)
-        if not place.exists():
+        if not taken(place):
             return place
     raise FileError(f"{widget} is {stem!r}, and all its numbers are taken; choose another name")
 

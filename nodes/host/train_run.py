@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ import comfy.model_sampling
 import torch
 from torch import Tensor
 
-from ...comfy_g2rpo import __version__, lora, recipes
+from ...comfy_g2rpo import lora, recipes
 from ...comfy_g2rpo.files.one_writer import one_writer
-from ...comfy_g2rpo.files.safe import finite, write_bytes
+from ...comfy_g2rpo.files.safe import finite
 from ...comfy_g2rpo.prompts import Prompts, prompts_of, refuse_common, split
 from ...comfy_g2rpo.recipes import Recipe, build_plan
 from ...comfy_g2rpo.rewards import RewardError
@@ -37,8 +36,9 @@ from ..model.comfy_policy import text_policy
 from ..model.fingerprint import UNPATCHED, fingerprint, patches_of
 from ..sampling import check_sigmas
 from ..types import RewardSet
-from .comfyui import STOPS, Live, contained, fresh_lora, loras_root, run_place
+from .comfyui import STOPS, Live, run_place
 from .open_run import NEW, open_run, says_patches
+from .publish import metadata, publish
 
 MAX_WORK = 10**14  # forwards × pixels of a run
 MAX_STATES = 1_000_000  # of one prompt's tree
@@ -81,8 +81,8 @@ class Request:
     sigmas: Tensor | None = None
 
 
-def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tuple[RunFolder, Adapter]:
-    """Tell the cost, then run the loop; return the run's folder and the LoRA as it was saved."""
+def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tuple[RunFolder, Adapter, Path]:
+    """Tell the cost, then run the loop; return the run's folder, the LoRA as it was saved, and its file."""
     # Imported when somebody trains: most who start ComfyUI do not.
     from ...comfy_g2rpo.run.loop import finish, learn, nothing_left
 
@@ -111,9 +111,9 @@ def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tupl
     if summary["stopped_by"] == "watch":
         say(f"stopped by the watch, LoRA of step {summary['lora_step']}: {summary['alarms'][-1]['text']}")
     file = lora.read(folder.outcome() / "lora.safetensors")
-    publish(folder, name)
+    published = publish(folder, name)
     pairs = {module: file.pairs[module] for module in setup.policy.pairs()}
-    return folder, Adapter(pairs, wanted.rank, float(wanted.rank), wanted.targets)
+    return folder, Adapter(pairs, wanted.rank, float(wanted.rank), wanted.targets), published
 
 
 def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
@@ -154,7 +154,7 @@ def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
         shape=policy.latent_shape(wanted.width, wanted.height),
         alpha=wanted.alpha,
         style="native",
-        metadata=metadata(wanted.model, wanted.recipe, rewards),
+        metadata=metadata(wanted.model, wanted.recipe, rewards, (wanted.width, wanted.height)),
         preview=preview_shape(pace, policy.latent_shape),
     )
     return setup, describe(wanted, setup, rewards, list(judges))
@@ -329,27 +329,3 @@ def name_of(config: dict[str, Any], recipe: str) -> str:
         settled["model"] = without_patches(settled["model"])
     content = json.dumps(finite(settled), sort_keys=True).encode()
     return f"{recipe}-{hashlib.blake2b(content, digest_size=4).hexdigest()}"
-
-
-def metadata(model: Any, recipe: str, rewards: dict[str, float]) -> dict[str, str]:
-    """Return what a LoRA file says about itself."""
-    return {
-        "g2rpo.version": __version__,
-        "g2rpo.base_model": type(model.model).__name__,
-        "g2rpo.recipe": recipe,
-        "g2rpo.rewards": ", ".join(f"{weight:g} {name}" for name, weight in rewards.items()),
-    }
-
-
-def publish(folder: RunFolder, name: str) -> Path:
-    """Put the run's LoRA where LoraLoader lists it, unless it is there already."""
-    chosen = folder.outcome()
-    content = (chosen / "lora.safetensors").read_bytes()
-    stem = f"{name[:48]}_{int(chosen.name):06d}"
-    place = contained(loras_root(), f"{stem}.safetensors", "run")
-    if place.is_file() and place.read_bytes() == content:
-        return place
-    place = fresh_lora(stem, "run")
-    write_bytes(place, content)
-    logging.info("G²RPO run %s: LoRA %s", name, place)
-    return place

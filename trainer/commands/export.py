@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -103,8 +104,10 @@ def _convert(
     """Write a LoRA file in another form."""
     from comfy_g2rpo.lora.convert import renamed
     from comfy_g2rpo.lora.forms import check_sound
+    from comfy_g2rpo.lora.modelspec import date_of
+    from comfy_g2rpo.lora.preview import SUFFIX, run_of, save_preview
 
-    from ..lora.lora_files import form_for, read_any, which
+    from ..lora.lora_files import form_for, lora_file, read_any, which
 
     reading = read_any(file)
     check_sound(reading, file)
@@ -112,7 +115,11 @@ def _convert(
     pairs = reading.scaled()
     style = form_for(found, pairs) if form == "auto" else form
     _notes(reading)
-    _write(out, renamed(found, pairs, style), style, found, rank, precision, reading.metadata, alpha)
+    metadata = {**date_of(lora_file(file).stat().st_mtime), **reading.metadata}
+    _write(out, renamed(found, pairs, style), style, found, rank, precision, metadata, alpha)
+    if run := run_of(file):
+        remark = save_preview(out, *run)
+        typer.echo(f"note: {remark}" if remark else f"its picture: {out.stem}{SUFFIX}", err=bool(remark))
 
 
 def _write(
@@ -128,7 +135,8 @@ def _write(
     """Cut pairs to a rank, set their precision, write them and say what was written."""
     import torch
 
-    from comfy_g2rpo.lora.convert import resized
+    from comfy_g2rpo.lora.convert import resized, shapes
+    from comfy_g2rpo.lora.modelspec import base_of_lora, named_base
 
     from ..lora.lora_files import FAMILY_KEY, write_new
 
@@ -138,7 +146,8 @@ def _write(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if dtype:
         pairs = {module: (down.to(dtype), up.to(dtype)) for module, (down, up) in pairs.items()}
-    write_new(out, pairs, style, {**metadata, FAMILY_KEY: family.name}, alpha)
+    notes = {**named_base(base_of_lora(family, shapes(pairs))), **metadata, FAMILY_KEY: family.name}
+    write_new(out, pairs, style, notes, alpha)
     ranks = sorted({len(down) for down, _ in pairs.values()})
     spread = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     typer.echo(f"{len(pairs)} modules of {family.title}, {style} form, {spread}")
@@ -184,6 +193,7 @@ def _extract(
 ) -> None:
     """Write the LoRA that leads from one model to another."""
     from comfy_g2rpo.lora.convert import renamed
+    from comfy_g2rpo.lora.modelspec import date_of
 
     from ..lora.lora_files import extract, form_for
     from ..lora.weight_files import look_at
@@ -198,7 +208,7 @@ def _extract(
             f"such as {made.left_out[0]!a}"
         )
     style = form_for(made.family, made.pairs) if form == "auto" else form
-    metadata = {"g2rpo.extracted": tuned.name, "g2rpo.base_model": base.name}
+    metadata = {"g2rpo.extracted": tuned.name, "g2rpo.base_model": base.name, **date_of(time.time())}
     _write(out, renamed(made.family, made.pairs, style), style, made.family, None, precision, metadata, alpha)
 
 

@@ -28,6 +28,7 @@ from .files import diffusers_folder
 class FamilyPolicy(Trainee, Protocol):
     """What `load` returns: a trainee that the headless host can also prepare, schedule and continue."""
 
+    transformer: torch.nn.Module
     comfyui_shift: float
     """The shift that ComfyUI's graphs have for this family unless a block changes it."""
     lora_style: str

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from comfy_g2rpo.files.safe import FileError, in_order, read_tensors
-from comfy_g2rpo.lora import LoraError, named
+from comfy_g2rpo.files.safe import FileError, read_tensors
+from comfy_g2rpo.lora import LoraError, file_bytes, named
 from comfy_g2rpo.lora.convert import extracted, family_of, renamed, shapes
 from comfy_g2rpo.lora.forms import Reading, check_sound, understand
 from comfy_g2rpo.lora.key_names import BOTH, FAMILIES, Family, family_of_model
+from comfy_g2rpo.lora.modelspec import handed_out
 
 from .weight_files import SCALES, Model, check_free, new_file
 
@@ -84,12 +84,9 @@ def write_new(path: Path, pairs: Pairs, style: str, metadata: Mapping[str, str],
     for module, pair in pairs.items():
         tensors |= named({module: pair}, len(pair[0]), path, style)
     kept = {key: tensor for key, tensor in tensors.items() if alpha or not key.endswith(".alpha")}
-    ready = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in kept.items()
-    }
+    content = handed_out(file_bytes(kept, style, metadata), path.stem)
     with new_file(path) as file:
-        file.write(in_order(save(ready, {"format": "pt", **metadata})))
+        file.write(content)
 
 
 def form_for(family: Family, pairs: Pairs) -> str:
@@ -226,7 +223,7 @@ def in_diffusers_names(
 
 def for_transformer(path: Path, transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """Read a LoRA of any form for a diffusers model, scales in the up matrices; a misfit is refused."""
-    shapes = {name: shape for name, layer in transformer.named_modules() if (shape := _shape(layer))}
+    shapes = shapes_of(transformer)
     found, reading = family_of_model(shapes), read_any(path)
     known = [module for module in reading.pairs if module in shapes or (found and found[0].find(module))]
     if reading.pairs and not known:
@@ -242,6 +239,11 @@ def for_transformer(path: Path, transformer: nn.Module) -> dict[str, tuple[Tenso
             "model; take a LoRA that was made for it"
         )
     return pairs
+
+
+def shapes_of(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a diffusers model's weights by module."""
+    return {name: shape for name, layer in transformer.named_modules() if (shape := _shape(layer))}
 
 
 def _shape(layer: nn.Module) -> tuple[int, ...]:
