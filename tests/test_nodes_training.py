@@ -111,12 +111,13 @@ def test_the_wires_and_every_saved_file_draw_the_trained_picture(done: Answer) -
 
 
 def test_files_say_where_they_come_from(done: Answer, base: Path) -> None:
-    for name in ("whole", "saved"):
+    # The run went on after that: its file is of the step that it has now.
+    for name, step in {"whole": "5", "saved": "4"}.items():
         file = lora.read(base / f"models/loras/g2rpo/{name}.safetensors")
         assert (
             file.style == "native"
             and file.metadata["g2rpo.recipe"] == "g2rpo"
-            and file.metadata["g2rpo.step"] == "4"
+            and file.metadata["g2rpo.step"] == step
         )
         assert file.metadata["g2rpo.rewards"] == "1 agreement"
     assert lora.read(base / "models/loras/g2rpo/split.safetensors").style == "diffusers"

@@ -1,7 +1,8 @@
-// Puts the live curve on Train LoRA and Run Monitor, and the ballot on Vote. The page side of nodes/routes.py and of the event "g2rpo.progress".
+// Puts the live curve on Train LoRA and Run Monitor, the ballot on Vote, and where the file lies on what writes one. The page side of nodes/routes.py and of the event "g2rpo.progress".
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { CopyPath, WRITERS } from "./copy_path.mjs";
 import { Feed, problemOf, RUN_ID } from "./feed.mjs";
 import { Monitor } from "./monitor.mjs";
 import { VOTER, Voting } from "./vote.mjs";
@@ -18,6 +19,7 @@ const monitors = new Map();
 // What removed nodes have left in the page, by their id (see adopt).
 const left = new Map();
 const voting = new Voting({ app, api, nodeOf, left, adopt, scroll: scrollCanvas });
+const files = new CopyPath({ app, nodeOf, get, scroll: scrollCanvas });
 
 async function get(path) {
   try {
@@ -159,6 +161,7 @@ function scrollCanvas(event) {
 function look() {
   const now = Date.now();
   voting.look();
+  files.look();
   for (const [node, entry] of monitors) {
     adopt(node, entry.monitor.root);
     if (!entry.monitor.root.isConnected) continue;
@@ -183,6 +186,7 @@ function onProgress({ detail }) {
 
 function onExecuted({ detail }) {
   voting.executed(detail);
+  files.executed(detail);
   const run = detail?.output?.g2rpo_run?.[0];
   const node = nodeOf(detail?.display_node ?? detail?.node);
   if (!RUN_ID.test(run ?? "") || !monitors.has(node)) return;
@@ -207,10 +211,12 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass === TRAINER || node.comfyClass === MONITOR) addMonitor(node);
     if (node.comfyClass === VOTER) voting.add(node);
+    if (WRITERS.includes(node.comfyClass)) files.add(node);
   },
   loadedGraphNode(node) {
     const entry = monitors.get(node);
     if (entry) refreshEntry(node, entry);
     voting.restore(node);
+    files.restore(node);
   },
 });

@@ -1,0 +1,123 @@
+// The line on Train LoRA and Save LoRA that says where the LoRA file lies, with a button that copies its path.
+
+import { element, write } from "./dom.mjs";
+
+export const WRITERS = ["G2RPO_TrainLoRA", "G2RPO_SaveLoRA"];
+const HEIGHT = 34;
+const WIDTH = 340;
+const BACK_AFTER = 2500;
+const COPY = "Copy path";
+
+// Joins the folder and the name of a file in the manner of the server's system, which the folder shows.
+export function joined(folder, name) {
+  const line = folder.includes("\\") && !folder.startsWith("/") ? "\\" : "/";
+  return [folder.replace(/[\\/]+$/, ""), ...name.split(/[\\/]+/)].join(line);
+}
+
+// The folder of LoRAs in the answer of core's own /experiment/models; without it the path begins at ComfyUI's folder.
+export function folderIn(answer) {
+  const found = Array.isArray(answer) ? answer.find((each) => each?.name === "loras")?.folders?.[0] : null;
+  return typeof found === "string" && found ? found : "models/loras";
+}
+
+// Copies the text of an input: by the clipboard where the page may, else by selecting it. Returns whether it was copied.
+export async function copy(input, text, { clipboard = globalThis.navigator?.clipboard, page = globalThis.document } = {}) {
+  input.value = text;
+  input.focus();
+  input.select();
+  try {
+    // Browsers offer no clipboard to a page that came over plain HTTP from another machine.
+    await clipboard.writeText(text);
+    return true;
+  } catch {
+    input.select();
+    return Boolean(page.execCommand?.("copy"));
+  }
+}
+
+export class CopyPath {
+  // `nodeOf(id)` finds a node, `get(path)` asks the server, `scroll` is what the wheel does.
+  constructor({ app, nodeOf, get, scroll }) {
+    Object.assign(this, { app, nodeOf, get, scroll, lines: new Map(), left: new Map(), folder: null });
+  }
+
+  add(node) {
+    const input = element("input", { readonly: "", spellcheck: "false", "aria-label": "LoRA file", placeholder: "No LoRA file yet" });
+    const button = element("button", { type: "button", disabled: "" }, COPY);
+    const line = { root: element("div", { class: "g2rpo-file" }, input, button), input, button, name: "" };
+    button.addEventListener("click", () => this.copy(line));
+    line.root.addEventListener("wheel", this.scroll, { passive: false });
+    const height = () => HEIGHT;
+    const options = { serialize: false, hideOnZoom: false, hideInPanel: true, getMinHeight: height, getMaxHeight: height };
+    const widget = node.addDOMWidget("g2rpo_file", "g2rpo_file", line.root, options);
+    // `options.serialize` keeps it out of the prompt, this out of the workflow.
+    widget.serialize = false;
+    node.setSize([Math.max(node.size[0], WIDTH), Math.max(node.size[1], node.computeSize()[1])]);
+    this.lines.set(node, line);
+    setTimeout(() => this.adopt(node, line), 100);
+    const before = node.onRemoved;
+    const lines = this;
+    node.onRemoved = function onRemoved(...given) {
+      lines.lines.delete(node);
+      lines.left.set(String(node.id), line.root);
+      return before?.apply(this, given);
+    };
+  }
+
+  look() {
+    for (const [node, line] of this.lines) this.adopt(node, line);
+  }
+
+  // A node that is made anew under its id takes the old one's place in Nodes 2.0.
+  adopt(node, line) {
+    const old = this.left.get(String(node.id));
+    if (!line.root.isConnected && old?.isConnected) old.replaceWith(line.root);
+    if (line.root.isConnected) this.left.delete(String(node.id));
+  }
+
+  executed(detail) {
+    const name = detail?.output?.g2rpo_file?.[0];
+    const node = this.nodeOf(detail?.display_node ?? detail?.node);
+    if (typeof name !== "string" || !this.lines.has(node)) return;
+    this.show(node, name);
+    if (node.properties?.g2rpo_file === name) return;
+    (node.properties ??= {}).g2rpo_file = name;
+    const tracker = this.app.extensionManager?.workflow?.activeWorkflow?.changeTracker;
+    (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker);
+  }
+
+  // A workflow that was opened names the file of its last run; it is shown where it is there.
+  async restore(node) {
+    const name = node.properties?.g2rpo_file;
+    if (typeof name !== "string" || !this.lines.has(node)) return;
+    const { status } = await this.get(`/view_metadata/loras?filename=${encodeURIComponent(name)}`);
+    if (status === 200 && !this.lines.get(node)?.name) this.show(node, name);
+  }
+
+  show(node, name) {
+    const line = this.lines.get(node);
+    if (!line) return;
+    Object.assign(line, { name });
+    line.button.disabled = false;
+    this.rest(line);
+    this.learn().then((folder) => line.input.setAttribute("title", joined(folder, name)));
+  }
+
+  // Asked for once, and before anybody presses the button: a browser lets a page copy only right after a click.
+  learn() {
+    this.folder ??= this.get("/experiment/models").then(({ data }) => (this.place = folderIn(data)));
+    return this.folder;
+  }
+
+  async copy(line) {
+    clearTimeout(line.timer);
+    const done = await copy(line.input, joined(this.place ?? folderIn(null), line.name));
+    write(line.button, done ? "Copied" : "Press Ctrl+C");
+    if (done) line.timer = setTimeout(() => this.rest(line), BACK_AFTER);
+  }
+
+  rest(line) {
+    line.input.value = line.name;
+    write(line.button, COPY);
+  }
+}
