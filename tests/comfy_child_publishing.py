@@ -57,7 +57,11 @@ answer = {"first": train("pub", save="kept"), "files": sorted(files())}
 before = files()
 answer["again"] = [train("pub", save="kept"), touched(before)]
 (place / "pub.preview.png").unlink()
+for name in (".pub.safetensors.abcd1234", ".pub.preview.png.x_y_z_12", ".others.safetensors.abcd1234"):
+    (place / name).write_bytes(b"half")
 answer["crashed"] = [train("pub"), touched(before)]
+answer["crashed"].append([path.name for path in place.glob(".*")])
+(place / ".others.safetensors.abcd1234").unlink()
 answer["longer"] = [train("pub", save="kept", steps=2), touched(before), step_of("pub.safetensors")]
 answer["kept"] = [step_of("kept.safetensors"), step_of("kept_00002.safetensors")]
 

@@ -58,8 +58,9 @@ def test_a_rerun_with_nothing_left_to_do_writes_nothing(done: Answer) -> None:
 
 
 def test_a_crash_between_file_and_picture_is_made_good(done: Answer) -> None:
-    error, changed = done.data["crashed"]
-    assert error[0] == "" and changed == ["pub.preview.png"]
+    error, changed, hidden = done.data["crashed"]
+    assert error[0] == "" and changed == [".others.safetensors.abcd1234", "pub.preview.png"]
+    assert hidden == [".others.safetensors.abcd1234"]
 
 
 def test_a_run_that_goes_on_replaces_its_file_and_a_saved_one_gets_a_number(done: Answer) -> None:

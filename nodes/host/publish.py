@@ -12,11 +12,13 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ...comfy_g2rpo import __version__
 from ...comfy_g2rpo.files.safe import (
+    LEFTOVER,
     FileError,
     RunError,
     finite,
@@ -26,7 +28,7 @@ from ...comfy_g2rpo.files.safe import (
     write_bytes,
 )
 from ...comfy_g2rpo.lora.modelspec import DATE, SETTINGS, Base, about_run, base_of_model, date_of, handed_out
-from ...comfy_g2rpo.lora.preview import save_preview
+from ...comfy_g2rpo.lora.preview import SUFFIX, save_preview
 from ...comfy_g2rpo.run.folder import MAY_CHANGE, RunFolder
 from .comfyui import contained, lora_listing, lora_place, loras_root
 
@@ -99,7 +101,12 @@ def notes_of(place: Path) -> dict[str, Any]:
 
 
 def write_where_it_differs(place: Path, content: bytes) -> None:
-    """Write a file unless it holds this already."""
+    """Write a run's file unless it holds this already; remove what a kill has left of one, or its picture."""
+    names = (place.name, place.stem + SUFFIX)
+    for path in place.parent.glob(".*") if place.parent.is_dir() else ():
+        if LEFTOVER.fullmatch(path.name) and path.name[1:-9] in names:
+            with suppress(OSError):
+                path.unlink()
     if not place.is_file() or place.read_bytes() != content:
         write_bytes(place, content)
 
