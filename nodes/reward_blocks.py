@@ -249,6 +249,7 @@ class Like(Reward):
     digest: str
     licence: str = "Apache-2.0"
     compares_across_prompts: bool = True
+    reads_prompt = False
 
     @property
     def name(self) -> str:

@@ -202,6 +202,7 @@ def test_scores_follow_the_pictures(reward: ModelReward) -> None:
 def test_only_rewards_that_read_the_prompt_follow_it(reward: ModelReward) -> None:
     scores = reward.score(pictures(1).expand(2, -1, -1, -1), ["a red cube", "blue"])
     assert (scores[0] == scores[1]).item() == reward.name.startswith("aesthetic")
+    assert reward.reads_prompt != reward.name.startswith("aesthetic")
 
 
 def test_a_picture_with_nan_cannot_be_judged_and_spoils_no_other(reward: ModelReward) -> None:

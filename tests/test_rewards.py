@@ -374,3 +374,7 @@ def test_images_of_another_precision_or_with_a_gradient_are_judged_all_the_same(
     assert checked(
         AGREEMENT, circles(1).bfloat16().requires_grad_(), ["a red circle"]
     ).item() == pytest.approx(1, abs=1e-2)
+
+
+def test_rules_say_whether_they_read_the_prompt():
+    assert [name for name, reward in REWARDS.items() if reward.reads_prompt] == ["agreement", "strict"]

@@ -37,6 +37,8 @@ class Reward:
     """How it fails as a target."""
     needs = ""
     """What an image's prompt must hold for a score; blank where it judges every image."""
+    reads_prompt = True
+    """Whether scores may depend on the prompt; a judge that does not know says yes."""
     needs_group = False
     """Whether it must see all images of a prompt's group in one call, as a pairwise judge and votes must."""
     runs_elsewhere = False
@@ -85,7 +87,7 @@ class Wrapped(Reward):
 
     reward: Reward
     name, licence, about = map(_forwarded, ("name", "licence", "about"))
-    note, needs = map(_forwarded, ("note", "needs"))
+    note, needs, reads_prompt = map(_forwarded, ("note", "needs", "reads_prompt"))
     compares_across_prompts, needs_group = map(_forwarded, ("compares_across_prompts", "needs_group"))
     depends_on_batch, noise = map(_forwarded, ("depends_on_batch", "noise"))
     runs_elsewhere, may_abstain = map(_forwarded, ("runs_elsewhere", "may_abstain"))
@@ -109,6 +111,7 @@ class Rule(Reward):
     depends_on_batch: bool = False
     reads: Callable[[str], bool] | None = None
     """Whether a prompt asks for something that the rule looks for; None where it looks at images alone."""
+    reads_prompt: bool = True
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts whose columns the rule cannot use."""

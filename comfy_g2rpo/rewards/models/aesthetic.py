@@ -27,6 +27,8 @@ from .safe_folder import WEIGHTS, Folder, fill, table
 class Aesthetic(Judge):
     """CLIP's picture tower and an aesthetic head."""
 
+    reads_prompt = False
+
     def __init__(self, vision: dict[str, Any], width: int, widths: Sequence[int]) -> None:
         from transformers import CLIPVisionConfig, CLIPVisionModel
 

@@ -27,6 +27,8 @@ from .safe_folder import WEIGHTS, Folder, fill, table
 class AestheticV25(Judge):
     """SigLIP's picture tower and an aesthetic head."""
 
+    reads_prompt = False
+
     def __init__(self, vision: dict[str, Any], widths: Sequence[int]) -> None:
         from transformers import SiglipVisionConfig, SiglipVisionModel
 

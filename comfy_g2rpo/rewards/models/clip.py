@@ -33,6 +33,7 @@ class Judge(nn.Module):
     counts = False
     """Whether a score counts what is there or not, so that rounding changes all of a step or nothing."""
     may_abstain = False
+    reads_prompt = True
 
     def check_prompts(self, prompts: Sequence[str], name: str) -> None:
         """Refuse prompts, by RewardError, before anything runs; `name` is the reward's."""
@@ -93,6 +94,11 @@ class ModelReward(Reward):
     def may_abstain(self) -> bool:
         """Return whether a missing score is no failure."""
         return self.module.may_abstain
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Return whether scores depend on the prompt."""
+        return self.module.reads_prompt
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that the judge cannot read."""
