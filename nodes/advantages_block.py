@@ -16,7 +16,9 @@ from .inputs.checks import check_inputs
 from .inputs.judging import within
 from .inputs.widgets import output, recipe_input, show
 from .types import TRAINING, AdvantagesData, AdvantagesWire, RolloutData, RolloutWire, ScoresData, ScoresWire
-from .views.tables import Table, Tile, heatmap, ranked_grid
+from .views.drawing import stride_words
+from .views.ranked_sheet import Tile, ranked_grid
+from .views.tables import Table, heatmap
 
 WITHOUT_CLAMP = 1e9
 NOTHING = 1e-6  # advantages below this are rounding
@@ -85,7 +87,7 @@ def branch_places(plan: Plan) -> list[tuple[int, int]]:
 
 
 def make_tiles(rollout: RolloutData, scores: ScoresData, advantages: Tensor) -> list[Tile]:
-    """Label every completion with its branch, its strides and the advantage of its branch."""
+    """Label every completion with its branch, the steps it took and the advantage of its branch."""
     plan = rollout.rollout.plan
     strides: dict[int, list[int]] = {}
     for leaf in plan.leaves:
@@ -103,9 +105,8 @@ def make_tiles(rollout: RolloutData, scores: ScoresData, advantages: Tensor) -> 
             tiles.append(Tile(picture, score, None, (f"image {image}", "the anchor")))
             continue
         branch = plan.states[at]
-        stride = ", ".join(map(str, strides[state]))
         where = f"step {places[branch.group][0]}, branch {branch.member}"
-        said = (where, f"stride {stride}", f"image {image}")
+        said = (where, ", ".join(map(stride_words, strides[state])), f"image {image}")
         tiles.append(Tile(picture, score, float(advantages[branch.group, branch.member]), said))
     return tiles
 
@@ -124,13 +125,11 @@ def summary(
         agreement = rank_agreement(row[None], [noise])
         for stride, value in list(zip(rollout.granularities, agreement.tolist(), strict=True))[1:]:
             said = "no group to compare" if math.isnan(value) else f"{value:.2f}"
-            lines.append(
-                f"rank_agreement of stride {stride} with stride {rollout.granularities[0]}, {name}: {said}"
-            )
+            coarse, fine = stride_words(stride), stride_words(rollout.granularities[0])
+            lines.append(f"rank_agreement of {coarse} with {fine}, {name}: {said}")
             if value < MISLEADING:
                 lines.append(
-                    f"Warning: stride {stride} orders the branches differently; its coarse completions "
-                    "may mislead"
+                    f"Warning: completions by {coarse} order the branches differently and may mislead"
                 )
     if advantages.abs().max() < NOTHING:
         lines.append("Warning: every advantage is 0; an update with these scores changes nothing")
@@ -173,7 +172,8 @@ class Advantages(io.ComfyNode):
                 output(
                     io.Image,
                     "ranked",
-                    "Completions from best to worst with score and advantage; the frame says up or down.",
+                    "Completions from best to worst with score and advantage, of more than ten the five at "
+                    "both ends; the frame says up or down.",
                 ),
                 output(
                     io.String,

@@ -31,10 +31,11 @@ from .model.adapter import Adapter, diffusers_pairs
 from .model.comfy_policy import check_flow, text_policy
 from .types import TRAINING, RewardSet, RewardWire
 from .views.curve import reward_curve
-from .views.tables import Pair, before_after
+from .views.pair_sheet import Pair, before_after
 
 NEWEST = "newest"
 MAX_WORK = 2**36  # forwards × pixels of a comparison
+MAX_KEPT = 2**26  # pixels of each model's pictures that are given out: 768 MB
 MAX_SUMMARY_BYTES, MAX_ROWS = 2**20, 200_000  # that Run Monitor reads
 
 
@@ -71,12 +72,23 @@ class CompareLoRA(io.ComfyNode):
                 ),
             ],
             outputs=[
-                output(io.Image, "sheet", "Base above, tuned below, with scores and their change."),
+                output(
+                    io.Image,
+                    "sheet",
+                    "Base above, tuned below, with scores and their change: up to eight pairs, of more those "
+                    "with the highest and the lowest changes.",
+                ),
                 output(
                     io.String,
                     "summary",
                     "Gain of every reward with its 95 % interval and p-value, paired by prompt.",
                 ),
+                output(
+                    io.Image,
+                    "before",
+                    "The base model's pictures, prompt by prompt, for core's Compare Images or any block.",
+                ),
+                output(io.Image, "after", "The tuned model's pictures, in the same order as before."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -117,12 +129,27 @@ class CompareLoRA(io.ComfyNode):
         announce(cls, f"{forwards} forwards for {2 * len(texts) * noises} pictures of {width}×{height}")
         pace = Pace(seed=seed, eval_noises=noises, slots=slots, decode_batch=min(slots, 8))
         looks = []
+        shown = kept_pictures(len(texts), noises, MAX_KEPT // (width * height))
         for model in (base, tuned):
             policy = text_policy(model, clip, vae, guidance, negative, None)
             shape = policy.latent_shape(width, height)
-            looks.append(evaluate(policy, reward.rewards, texts, pace, levels, shape, check_interrupted))
-        text = gains(*looks)
-        return io.NodeOutput(before_after(pairs(*looks)), text, ui=show(cls, text))
+            look = evaluate(
+                policy, reward.rewards, texts, pace, levels, shape, check_interrupted, shown=shown
+            )
+            looks.append(look)
+        text, found = gains(*looks), pairs(*looks)
+        sheet = before_after(found, weights=reward.named_weights)
+        before, after = (
+            torch.stack([getattr(pair, side) for pair in found]).float().nan_to_num(0.0)
+            for side in ("before", "after")
+        )
+        return io.NodeOutput(sheet, text, before, after, ui=show(cls, text))
+
+
+def kept_pictures(prompts: int, noises: int, most: int) -> tuple[int, int]:
+    """Choose of how many prompts, and of how many noises each, pictures are kept: all, if `most` allows."""
+    each = min(noises, max(most // prompts, 1))
+    return min(prompts, max(most // each, 1)), each
 
 
 def pairs(before: Evaluation, after: Evaluation) -> list[Pair]:

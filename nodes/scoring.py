@@ -13,7 +13,6 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..comfy_g2rpo.prompts import MAX_CHARACTERS
-from ..comfy_g2rpo.rewards.protocol import embedder, none_judged
 from ..comfy_g2rpo.run.scorer import Scorer, comparison_groups
 from .inputs import widgets
 from .inputs.checks import check_inputs, check_number
@@ -29,6 +28,7 @@ from .inputs.judging import (
     decode,
     harmless,
     judge,
+    judgement_notes,
     one,
     overall,
     parse_votes,
@@ -40,14 +40,29 @@ from .inputs.judging import (
 from .inputs.widgets import int_input, linked_text, output, show, text_area
 from .types import SCORING, RewardSet, RolloutData, RolloutWire, ScoresData, ScoresWire
 from .views.drawing import number
-from .views.tables import Tile, ranked_grid
+from .views.ranked_sheet import Tile, ranked_grid
 
 DECODE_BATCH = 8  # completions between two looks at the stop button
 
 
+WHOLE = "The whole list is the output table"
+
+
 def table_output() -> io.Output:
     """Declare the output of a ranking as text."""
-    return output(io.String, "table", "The ranking as text, with each reward's own score.")
+    tip = "The whole ranking as text, with each reward's own score; the block shows the five best."
+    return output(io.String, "table", tip)
+
+
+def optional_prompt() -> io.Input:
+    """Declare the input of prompts, for rewards that read one."""
+    made = text_area(
+        "prompt",
+        "What the images should show, if the reward reads prompts: one for all, a list with one per image, "
+        f"or one per line if there are as many lines as images. At most {MAX_CHARACTERS} characters each.",
+    )
+    made.optional = True
+    return made
 
 
 class ScoreImages(io.ComfyNode):
@@ -71,11 +86,7 @@ class ScoreImages(io.ComfyNode):
                     "gets the score nan.",
                 ),
                 widgets.reward_input(),
-                text_area(
-                    "prompt",
-                    "What the images should show: one prompt for all, a list with one per image, or one per "
-                    f"line if there are as many lines as images. At most {MAX_CHARACTERS} characters each.",
-                ),
+                optional_prompt(),
                 linked_text(
                     "names", "One name per image for sheet and table, as Load Image Folder gives them."
                 ),
@@ -90,7 +101,12 @@ class ScoreImages(io.ComfyNode):
                 output(
                     io.Int, "best_first", "Positions of the images (from 0), the best one first.", many=True
                 ),
-                output(io.Image, "ranked", "A sheet of the images from best to worst with their scores."),
+                output(
+                    io.Image,
+                    "ranked",
+                    "A sheet of the images from best to worst with their scores; of more than ten, the five "
+                    "best and the five worst.",
+                ),
                 table_output(),
                 output(
                     ScoresWire,
@@ -103,7 +119,11 @@ class ScoreImages(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, images: list[Tensor], reward: list[RewardSet], prompt: list[str], names: list[str] | None = None
+        cls,
+        images: list[Tensor],
+        reward: list[RewardSet],
+        prompt: list[str] | None = None,
+        names: list[str] | None = None,
     ) -> io.NodeOutput:
         """Judge and rank."""
         check_inputs(cls, locals())
@@ -111,7 +131,8 @@ class ScoreImages(io.ComfyNode):
         check_count("names", names, len(pictures))
         count = range(len(pictures))
         titles = [f"image {i}" for i in count] if names is None else [harmless(name) for name in names]
-        prompts, notes = prompts_for(prompt, len(pictures))
+        prompts, notes = prompts_for(prompt or [""], len(pictures))
+        notes = notes if any(each.reads_prompt for each in rewards.rewards) else []
         channels = {picture.shape[-1] for picture in pictures}
         notes += ["alpha was ignored"] if 4 in channels else []
         notes += ["grey images were judged as grey RGB"] if 1 in channels else []
@@ -121,28 +142,26 @@ class ScoreImages(io.ComfyNode):
                 notes.append(
                     f"the prompts differ, and {', '.join(relative)} compares only images of one prompt"
                 )
-        if (blank := sum(not text.strip() for text in prompts)) and any(
-            embedder([each]) for each in rewards.rewards
-        ):
-            notes.append(f"{blank} images have no prompt: a judge that reads it judged them by an empty one")
         if len(rewards.rewards) > 1 and rewards.mix != "sum":
             notes.append(
                 f"a mix by {rewards.mix} says how an image stands among these ones, not how good it is "
                 "by itself"
             )
         scores = judge(rewards, pictures, prompts)
-        judged, told = zip(rewards.rewards, scores, strict=True), [harmless(text) for text in prompts]
-        notes += filter(None, (none_judged(each, row, told) for each, row in judged))
+        notes = [*judgement_notes(rewards, scores, prompts), *notes]
         mixed = overall(rewards, scores)
         shown = zip(pictures, mixed, titles, strict=True)
         tiles = [Tile(picture, score, lines=(title,)) for picture, score, title in shown]
-        text = score_table(rewards, scores, notes, "images", titles)
+        text, brief = (
+            score_table(rewards, scores, notes, "images", titles, elsewhere)
+            for elsewhere in ("", f"{WHOLE}; Save Scored Images writes it as a CSV file")
+        )
         grid = ranked_grid(tiles, "Images from best to worst")
         judges = tuple(each.name for each in rewards.rewards)
         details = ScoresData(
             judges, rewards.weights, scores, mix=rewards.mix, gates=rewards.gates, prompts=tuple(prompts)
         )
-        return io.NodeOutput(mixed, best_first(mixed), grid, text, details, ui=show(cls, text))
+        return io.NodeOutput(mixed, best_first(mixed), grid, text, details, ui=show(cls, brief))
 
 
 class SelectBest(io.ComfyNode):
@@ -295,8 +314,12 @@ class ScoreRollout(io.ComfyNode):
         mixed = {"mix": reward.mix, "gates": reward.gates}
         noise = tuple(each.noise() for each in reward.rewards)
         scores = ScoresData(names, reward.weights, scorer.scores[:, 0], text, shown, noise=noise, **mixed)
-        table = score_table(reward, scores.values, [], "completions")
-        return io.NodeOutput(scores, scores.pictures, table, ui=show(cls, table))
+        notes = judgement_notes(reward, scores.values, [text])
+        table, brief = (
+            score_table(reward, scores.values, notes, "completions", elsewhere=elsewhere)
+            for elsewhere in ("", WHOLE)
+        )
+        return io.NodeOutput(scores, scores.pictures, table, ui=show(cls, brief))
 
 
 class ScoresFromValues(io.ComfyNode):

@@ -108,6 +108,48 @@ answers["free"] = {
 }
 pictures |= {name: free[name][0] for name in ("free_best", "free_above", "one_of_sizes")}
 
+# Many images with other people's names, and no prompt at all.
+hostile_names = [f"*{i}* | _{i}_ `x` # <b>桜{i}</b>.png" for i in range(64)]
+many_graph = {
+    "images": thing("many", torch.rand(64, 8, 8, 3, generator=torch.Generator().manual_seed(1))),
+    "names": thing("many names", hostile_names),
+    "reward": reward("colourfulness"),
+    "agreement": reward("agreement"),
+    "mix": block("MixRewards", reward_1=["reward", 0], reward_2=["agreement", 0]),
+}
+sent = {"images": ["images", 0]}
+many_graph |= {
+    "many": core("G2RPO_ScoreImages", **sent, reward=["reward", 0], names=["names", 0]),
+    "unread": core("G2RPO_ScoreImages", **sent, reward=["agreement", 0]),
+    "both": core("G2RPO_ScoreImages", **sent, reward=["mix", 0]),
+    "blank": block("ScoreImages", **sent, reward=["reward", 0], prompt=" \n"),
+}
+many = run(many_graph, **{name: (name, 3) for name in ("many", "unread", "both", "blank")})
+answers["many"] = {name: [many.values[name], many.ui[name]["text"][0]] for name in many.values}
+
+# The model against itself with doubled weights.
+compared_graph = {
+    "load": block("TinyDemoLoader"),
+    "tuned": core("ModelMergeAdd", model1=["load", 0], model2=["load", 0]),
+    "reward": reward("colourfulness"),
+    "compare": core(
+        "G2RPO_CompareLoRA",
+        base=["load", 0],
+        tuned=["tuned", 0],
+        clip=["load", 1],
+        vae=["load", 2],
+        reward=["reward", 0],
+        prompts=given["compared"],
+        **{"negative": "", "guidance": 1.0, "width": 64, "height": 64},
+        **{"num_steps": 2, "noises": 4, "slots": 8, "seed": 3},
+    ),
+}
+ran = run(compared_graph, **outputs(compare="sheet gains before after"))
+answers["gains"] = ran.values["gains"]
+kept_pictures = comfy_side.pack_module("nodes.results").kept_pictures
+answers["kept"] = [kept_pictures(*each) for each in given["kept"]]
+pictures |= {name: ran.values[name] for name in ("sheet", "before", "after")}
+
 # Interruption: the judge presses the button, and must not be asked again.
 
 

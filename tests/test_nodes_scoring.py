@@ -3,6 +3,7 @@ for whatever is wrong.
 """
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,15 @@ THRESHOLD = 60.0
 WEIGHTS = (1.0, -0.01)
 CLAMP = 2.0
 BEST_ORDER = [3, 1, 4, 0, 2, 5]
+COMPARED = "a red circle\na blue square\ntwo green triangles"
+# Prompts, noises and how many pictures there is room for; of how many prompts and noises they are kept.
+KEPT = {
+    (3, 4, 1000): (3, 4),
+    (10, 4, 40): (10, 4),
+    (10, 4, 20): (10, 2),
+    (100, 64, 8): (8, 1),
+    (5, 2, 0): (1, 1),
+}
 
 # The widget that each hostile input must be blamed on.
 HOSTILE = {
@@ -109,6 +119,7 @@ IMAGES = make_images()
 @pytest.fixture(scope="module", params=COMFYUIS)
 def core(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answer:
     given = {"prompt": PROMPT, "threshold": THRESHOLD, "lines": LINES, "scene": SCENE, "random": 400}
+    given |= {"compared": COMPARED, "kept": list(KEPT)}
     return run_script(request.param, CHILD, make_base(tmp_path_factory.mktemp("scoring")), given, IMAGES)
 
 
@@ -166,8 +177,70 @@ def test_one_prompt_judges_all_and_lines_judge_one_each(core: Answer) -> None:
     assert "1 could not be judged" in core.data["free"]["tables"]["lines"]
 
 
+def listed(table: str) -> list[list[str]]:
+    """Return the words of every line of a table's list."""
+    return [line.split() for line in table.splitlines() if line.startswith("    ")]
+
+
+def test_a_block_shows_the_five_best_and_its_output_holds_all(core: Answer) -> None:
+    whole, shown = core.data["many"]["many"]
+    rows, best = listed(whole), listed(shown)
+    assert len(rows) == 64 and "more" not in whole
+    assert best == [*rows[:5], ["…"]]
+    lowest = rows[-1][-1]
+    assert shown.endswith(
+        f"59 more, down to {lowest}. The whole list is the output table; Save Scored Images writes it as a "
+        "CSV file"
+    )
+
+
+def test_no_name_becomes_markup_and_columns_stand_below_each_other(core: Answer) -> None:
+    for text in core.data["many"]["many"]:
+        head, blank, *rows = text.splitlines()
+        assert (head, blank) == ("64 images, best first", "")
+        rows = [row for row in rows if row.startswith("    ") and "…" not in row]
+        assert not set("*`<>|") & set(text)
+        # Four spaces make a list of code of it in Markdown: nothing in there is taken for markup.
+        assert all(re.fullmatch(r"     ?\d+\. .*\.png +\d+\.\d+", row) for row in rows)
+        assert len({len(row) for row in rows}) == 1
+
+
+def test_a_reward_that_reads_no_prompt_needs_none(core: Answer) -> None:
+    whole, _ = core.data["many"]["blank"]
+    assert "Note" not in whole + core.data["many"]["many"][0]
+
+
+@pytest.mark.parametrize("name", ["unread", "both"])
+def test_a_reward_that_reads_prompts_asks_for_one_in_one_line(core: Answer, name: str) -> None:
+    for text in core.data["many"][name]:
+        notes = [line for line in text.splitlines() if line.startswith("Note")]
+        assert notes[0] == (
+            "Note: prompt is empty, and agreement reads it; write in prompt what the images show"
+        )
+        assert len(notes) == 1 or name == "both"
+        assert "judged none" not in text
+
+
 def test_inputs_are_not_changed(core: Answer) -> None:
     assert core.data["free"]["unchanged"]
+
+
+# two models
+
+
+def test_compare_lora_gives_all_pictures_of_both_models_in_one_order(core: Answer) -> None:
+    before, after = core.tensors["before"], core.tensors["after"]
+    assert before.shape == after.shape == (12, 64, 64, 3)
+    assert all((one != other).any() for one, other in zip(before, after, strict=True))
+    old, new = (
+        score_all([load("colourfulness")], batch, [""] * 12).mean().item() for batch in (before, after)
+    )
+    assert f"{old:.3f} → {new:.3f}" in core.data["gains"]
+    assert core.tensors["sheet"].shape[0] == 1 and core.tensors["sheet"].shape[1] <= 2048
+
+
+def test_the_pictures_that_are_given_out_fit_into_memory(core: Answer) -> None:
+    assert core.data["kept"] == [list(kept) for kept in KEPT.values()]
 
 
 # rollouts
@@ -216,8 +289,8 @@ def test_broken_latents_are_not_judged_and_not_shown(core: Answer) -> None:
 def test_equal_votes_are_shown_as_a_tie(core: Answer) -> None:
     assert "zero_std_share 100%" in core.data["tie"]
     assert "every advantage is 0" in core.data["tie"]
-    hatching = (core.tensors["tie"] * 255).round() == 168
-    assert hatching.all(-1).sum() > 3 * ((core.tensors["heatmap"] * 255).round() == 168).all(-1).sum() > 0
+    stripes = [((core.tensors[name] * 255).round() == 118).all(-1).sum() for name in ("tie", "heatmap")]
+    assert stripes[0] > 3 * stripes[1] > 0
 
 
 def test_what_is_within_a_reward_s_noise_is_a_tie(core: Answer) -> None:
@@ -235,12 +308,14 @@ def test_views_are_images(core: Answer) -> None:
 
 def test_blocks_say_what_they_found(core: Answer) -> None:
     said = core.data["judged"]
-    assert said["ui"]["score"] == [said["score_table"]]
+    [shown], whole = said["ui"]["score"], said["score_table"]
+    assert len(listed(whole)) == 20 and listed(shown) == [*listed(whole)[:5], ["…"]]
+    assert shown.endswith("The whole list is the output table") and "15 more, down to" in shown
     assert said["ui"]["advantages"] == [said["summary"]]
-    assert said["score_table"].startswith("20 completions, best first\n1. image ")
+    assert whole.startswith("20 completions, best first\n\n     1. image ")
     assert "agreement" in said["score_table"] and "colourfulness" in said["score_table"]
     assert "zero_std_share 0%" in said["summary"]
-    assert "rank_agreement of stride 2 with stride 1, agreement" in said["summary"]
+    assert "rank_agreement of every 2nd step with every step, agreement" in said["summary"]
     assert "likes" in said["about"] and "[B" not in said["about"]
     assert "Apache-2.0" in said["about"] and "only between images of one prompt" in said["about"]
     assert PROMPT not in said["score_table"] + said["image_table"]

@@ -153,23 +153,25 @@ def evaluate(
     recipe: Recipe | None = None,
     preview: Sequence[int] | None = None,
     preview_sigmas: Tensor | None = None,
+    shown: tuple[int, int] = (SHOWN_PROMPTS, SHOWN_NOISES),
 ) -> Evaluation:
     """Score the deterministic samples of the held-out prompts from noises that every evaluation of a run
     shares.
 
     With the recipe of the run it measures what the watch needs, too; `preview` is a latent's shape for
-    pictures of a second size, along `preview_sigmas` or the same noise levels.
+    pictures of a second size, along `preview_sigmas` or the same noise levels; `shown` says of
+    how many prompts, and of how many noises each, pictures are kept.
     """
     prompts = tuple(heldout[: pace.eval_prompts or None])
     rows = [(prompt, noise) for prompt in prompts for noise in range(pace.eval_noises)]
     seeds = [stream("evaluation", pace.seed, prompt, noise) for prompt, noise in rows]
     # Evenly spaced over the list, so that nobody chose them for their outcome.
-    chosen = {round(i * len(prompts) / SHOWN_PROMPTS) for i in range(SHOWN_PROMPTS)}
-    shown = {
-        i for i in range(len(rows)) if i // pace.eval_noises in chosen and i % pace.eval_noises < SHOWN_NOISES
+    chosen = {round(i * len(prompts) / shown[0]) for i in range(shown[0])}
+    kept = {
+        i for i in range(len(rows)) if i // pace.eval_noises in chosen and i % pace.eval_noises < shown[1]
     }
     look = partial(describe, embed=embedder(judges)) if recipe else None
-    scorer = draw(policy, judges, rows, seeds, sigmas, shape, pace, shown, check, look)
+    scorer = draw(policy, judges, rows, seeds, sigmas, shape, pace, kept, check, look)
     names = tuple(judge.name for judge in judges)
     scores = scorer.scores[:, :, 0].reshape(len(judges), len(prompts), pace.eval_noises)
     found: dict[str, Any] = {"spread": {}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from ...comfy_g2rpo.prompts import MAX_CHARACTERS
 from ...comfy_g2rpo.rewards import Reward, score_all
 from ...comfy_g2rpo.rewards.mixing import ranking_scores
 from ...comfy_g2rpo.rewards.models.catalogue import KNOWN
+from ...comfy_g2rpo.rewards.protocol import none_judged
 from ...comfy_g2rpo.run.scorer import to_8_bit
 from ..types import RewardSet, RolloutData
 from ..views.drawing import number
@@ -25,7 +27,8 @@ MAX_VALUES_TEXT = 100_000  # characters of a list of values
 MAX_WEIGHT, MAX_SCORE, MAX_REWARDS = 100.0, 1e9, 6
 CHUNK_PIXELS = 2**22  # between two looks at the stop button
 SLACK = 0.25  # by which resizing may overshoot [0, 1]; saving clips it as well
-MAX_LINES = 100  # of a table
+SHOWN_LINES = 5  # of a table, on a block
+LONGEST_CELL = 40  # characters that a column is widened for
 RELATIVE = "Compare scores only between images of one prompt."
 
 _VALUE = re.compile(r"nan|[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
@@ -157,8 +160,8 @@ def rounded(images: Tensor, first: int, name: str = "images") -> Tensor:
 
 
 def harmless(name: str) -> str:
-    """Return a stranger's name as no page can take it for markup."""
-    return "".join(c if c.isalnum() or c in " ._-+()#" else "_" for c in name[:80])
+    """Return a stranger's name as no page can take it for markup, nor Markdown for emphasis."""
+    return "".join(c if c.isalnum() or c in " ._-+()#" else "-" for c in name[:80])
 
 
 def best_first(scores: Sequence[float]) -> list[int]:
@@ -172,22 +175,73 @@ def overall(rewards: RewardSet, scores: Tensor) -> list[float]:
 
 
 def score_table(
-    rewards: RewardSet, scores: Tensor, notes: Sequence[str], what: str, titles: Sequence[str] = ()
+    rewards: RewardSet,
+    scores: Tensor,
+    notes: Sequence[str],
+    what: str,
+    titles: Sequence[str] = (),
+    elsewhere: str = "",
 ) -> str:
-    """List scores [R, images] best first, with the parts of a mix; titles must be harmless to a page."""
+    """List scores [R, images] best first, with the parts of a mix; titles must be harmless to a page.
+
+    With `elsewhere`, which says where the whole list is, only the best ones are listed. The list is indented,
+    so that a page that takes a text for Markdown leaves it as it is.
+    """
     mixed, names = overall(rewards, scores), [reward.name for reward in rewards.rewards]
     order = best_first(mixed)
-    lines = [f"{len(order)} {what}, best first"]
-    for rank, i in enumerate(order[:MAX_LINES], 1):
-        own = zip(names, scores[:, i].tolist(), strict=True)
-        parts = ", ".join(f"{name} {number(value)}" for name, value in own)
-        title = titles[i] if titles else f"image {i}"
-        lines.append(f"{rank}. {title}: {number(mixed[i])}" + (f"  ({parts})" if len(names) > 1 else ""))
-    lines += [f"… and {len(order) - MAX_LINES} more"] if len(order) > MAX_LINES else []
-    if missing := sum(map(math.isnan, mixed)):
-        why = "broken image, or a prompt that the reward cannot read"
-        lines.append(f"Note: {missing} could not be judged ({why})")
-    return "\n".join([*lines, *(f"Note: {note}" for note in notes)])
+    listed = order[:SHOWN_LINES] if elsewhere else order
+    rows = []
+    for rank, i in enumerate(listed, 1):
+        own = zip(names, map(number, scores[:, i].tolist()), strict=True)
+        parts = [f"{name} {value}" for name, value in own] if len(names) > 1 else []
+        rows.append([f"{rank}.", titles[i] if titles else f"image {i}", number(mixed[i]), *parts])
+    lines = [f"{len(order)} {what}, best first", "", *(f"    {row}" for row in aligned(rows)), ""]
+    if more := len(order) - len(listed):
+        known = [score for score in mixed if not math.isnan(score)]
+        down = f", down to {number(min(known))}" if known else ""
+        lines[-1:] = ["    …", "", f"{more} more{down}. {elsewhere}"]
+    return "\n".join([*lines, *(f"Note: {note}" for note in notes)]).rstrip()
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Write rows in columns: names to the left, numbers to the right; signs of East Asia count two."""
+
+    def wide(cell: str) -> int:
+        return len(cell) + sum(unicodedata.east_asian_width(c) in "WF" for c in cell)
+
+    widths = [min(max(map(wide, column)), LONGEST_CELL) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        gaps = [" " * (width - wide(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [f"{gaps[0]}{row[0]} {row[1]}{gaps[1]}", *(map("".join, zip(gaps[2:], row[2:], strict=True)))]
+        lines.append("  ".join(cells))
+    return lines
+
+
+def unjudged(scores: Sequence[float]) -> list[str]:
+    """Note how many images have no score."""
+    missing = sum(map(math.isnan, scores))
+    why = "broken image, or a prompt that the reward cannot read"
+    return [f"{missing} could not be judged ({why})"] if missing else []
+
+
+def judgement_notes(rewards: RewardSet, scores: Tensor, prompts: Sequence[str]) -> list[str]:
+    """Note what scores [R, images] lack: the prompt that a reward reads, or else why it judged none."""
+    blank = sum(not text.strip() for text in prompts)
+    readers = [each.name for each in rewards.rewards if each.reads_prompt] if blank else []
+    told, notes = [harmless(text) for text in prompts], []
+    if readers:
+        whose = (
+            f"{blank} of {len(prompts)} images have no prompt" if blank < len(prompts) else "prompt is empty"
+        )
+        reads = "reads" if len(readers) == 1 else "read"
+        notes.append(f"{whose}, and {', '.join(readers)} {reads} it; write in prompt what the images show")
+    alone = readers and blank == len(prompts)
+    for each, row in zip(rewards.rewards, scores, strict=True):
+        if not (alone and each.reads_prompt):
+            notes += filter(None, [none_judged(each, row, told)])
+    explained = alone and scores.isnan().all()
+    return notes if explained else [*notes, *unjudged(overall(rewards, scores))]
 
 
 def describe(reward: Reward) -> str:

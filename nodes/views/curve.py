@@ -15,23 +15,24 @@ from .drawing import (
     COLOURS,
     FAINT,
     INK,
+    LINE,
     MARGIN,
     PALE,
     PAPER,
     SMALL,
     TITLE,
     WIDTH,
-    fitted,
-    length,
+    change,
     number,
     to_tensor,
-    wrapped,
 )
-from .drawing import write as write_pixels
+from .letters import fitted, length, wrapped
+from .letters import write as write_pixels
 
 FINER = 2  # drawn so many times larger and then reduced, because Pillow's lines have no soft edges
+LEFT = 92  # pixels of the numbers beside a panel
 SMOOTHING = 0.15  # weight of a new value in the moving average, as in the trainer's report
-MAX_PANELS, PLOT, AXIS, LEGEND = 4, 330, 66, 30
+MAX_PANELS, PLOT, AXIS, LEGEND = 4, 330, 72, 33
 LARGEST = 1e30  # beyond this a number is damage, not a reward
 
 Row = Mapping[str, Any]
@@ -47,21 +48,20 @@ def reward_curve(rows: Sequence[Row], title: str = "Rewards", total_steps: int |
     six rewards are drawn.
     """
     groups, dropped = panels(rows)
-    caption = (
-        "Line: training reward, smoothed, with ± one standard deviation. Dashed: held-out, 95 % interval."
-    )
+    caption = "Line: training, smoothed, with +/- one standard deviation. Dashed: held-out, 95 % interval."
     notes = [f"{dropped} more rewards are not shown."] if dropped else []
     if alarm := alarm_of(rows):
         notes += wrapped(alarm, SMALL, WIDTH - 2 * MARGIN, 2)
-    top = MARGIN + 52 + 28 * (1 + len(notes))
+    top = MARGIN + 58 + LINE * (1 + len(notes))
     heights = [PLOT + AXIS + LEGEND * sum(len(kinds(rows, name)) for name in names) for names in groups]
     made = Image.new("RGB", (WIDTH * FINER, (top + sum(heights) + (0 if groups else 60)) * FINER), PAPER)
     pen = ImageDraw.Draw(made)
     write(pen, (MARGIN, MARGIN - 8), fitted(title, TITLE, WIDTH - 2 * MARGIN), INK, TITLE)
-    write(pen, (MARGIN, MARGIN + 40), caption, PALE, SMALL)
+    write(pen, (MARGIN, MARGIN + 44), caption, PALE, SMALL)
     for line_number, note in enumerate(notes):
         alarming = alarm and line_number >= bool(dropped)
-        write(pen, (MARGIN, MARGIN + 68 + 28 * line_number), note, COLOURS[1] if alarming else PALE, SMALL)
+        place = (MARGIN, MARGIN + 44 + LINE * (1 + line_number))
+        write(pen, place, note, COLOURS[1] if alarming else PALE, SMALL)
     if not groups:
         write(pen, (MARGIN, top), "No step has been measured yet.", PALE, SMALL)
     colours = iter(COLOURS)
@@ -179,7 +179,7 @@ def draw_panel(
     frame = Frame(
         (first, last) if last > first else (first - 1, first + 1),
         (low, high),
-        (MARGIN + 84, top + 10, WIDTH - MARGIN - 8, top + PLOT),
+        (MARGIN + LEFT, top + 10, WIDTH - MARGIN - 8, top + PLOT),
     )
     draw_axes(pen, frame)
     for name, colour in colours.items():
@@ -217,9 +217,9 @@ def draw_axes(pen: ImageDraw.ImageDraw, frame: Frame) -> None:
     for value in ticks(*frame.x, 8, whole=True):
         x = float(frame.across([value])[0])
         line(pen, [(x, bottom), (x, bottom + 6)], INK, 1)
-        write(pen, (x, bottom + 20), f"{value:.0f}", PALE, SMALL, "mm")
+        write(pen, (x, bottom + 22), f"{value:.0f}", PALE, SMALL, "mm")
     line(pen, [(left, top), (left, bottom), (right, bottom)], INK, 1)
-    write(pen, ((left + right) / 2, bottom + 44), "step", PALE, SMALL, "mm")
+    write(pen, ((left + right) / 2, bottom + 48), "step", PALE, SMALL, "mm")
 
 
 def draw_band(made: Image.Image, frame: Frame, rows: Sequence[Row], name: str, colour: str) -> None:
@@ -231,7 +231,7 @@ def draw_band(made: Image.Image, frame: Frame, rows: Sequence[Row], name: str, c
     trend, width = smooth(means), smooth(np.abs(std))
     veil = Image.new("L", made.size, 0)
     lower, upper = frame.points(steps, trend - width), frame.points(steps, trend + width)
-    ImageDraw.Draw(veil).polygon(lower + upper[::-1], 32)
+    ImageDraw.Draw(veil).polygon(lower + upper[::-1], 44)
     made.paste(colour, (0, 0), veil)
 
 
@@ -269,7 +269,7 @@ def draw_legend(
 ) -> None:
     """Draw a key, what it stands for, and where it began and stands now."""
     y = (top + LEGEND / 2) * FINER
-    left, right = (MARGIN + 84) * FINER, (MARGIN + 146) * FINER
+    left, right = (MARGIN + LEFT) * FINER, (MARGIN + LEFT + 62) * FINER
     if kind == "reward":
         pen.line((left, y, right, y), colour, 3 * FINER)
         text = f"{name}, training"
@@ -278,14 +278,22 @@ def draw_legend(
         draw_marker(pen, ((left + right) / 2, y), colour)
         text = f"{name}, held-out"
     trend = smooth(values) if kind == "reward" else values
-    ends = f"{number(float(trend[0]))} -> {number(float(trend[-1]))}"
+    first, last = float(trend[0]), float(trend[-1])
+    ends = f"{number(first)} -> {number(last)} ({change(first, last)})"
     at = WIDTH - MARGIN - 8 - length(ends, SMALL)
-    write(pen, (MARGIN + 160, top + LEGEND / 2), fitted(text, SMALL, at - MARGIN - 180), INK, SMALL, "lm")
+    write(
+        pen,
+        (MARGIN + LEFT + 76, top + LEGEND / 2),
+        fitted(text, SMALL, at - MARGIN - LEFT - 96),
+        INK,
+        SMALL,
+        "lm",
+    )
     write(pen, (at, top + LEGEND / 2), ends, PALE, SMALL, "lm")
 
 
 def draw_marker(pen: ImageDraw.ImageDraw, place: tuple[float, float], colour: str) -> None:
-    """Draw a dot with a white rim."""
+    """Draw a dot with a rim of paper."""
     x, y = place
     for radius, fill in ((7 * FINER, PAPER), (5 * FINER, colour)):
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill)
@@ -322,4 +330,4 @@ def write(
 
 def paler(colour: str) -> tuple[int, ...]:
     """Mix a colour with the paper."""
-    return tuple(round(int(colour[i : i + 2], 16) * 0.4 + 255 * 0.6) for i in (1, 3, 5))
+    return tuple((int(colour[i : i + 2], 16) + int(PAPER[i : i + 2], 16)) // 2 for i in (1, 3, 5))

@@ -1,98 +1,51 @@
-"""Paper, ink and letters: what the views draw with, on Pillow and numpy alone.
+"""Paper, ink and numbers: what the views draw with, on Pillow and numpy alone.
 
-Sheets are drawn 1024 pixels wide with letters that are still readable when they are shown at 512. Pillow's
-own font knows little more than ASCII, so that every text goes through `plain`.
+Sheets are drawn 1024 pixels wide with letters that are still readable when they are shown at 512. A picture
+on a wire cannot know the page's theme, so that the ground is as dark as ComfyUI's, and stands out in the
+light one.
 """
 
 from __future__ import annotations
 
-import unicodedata
-from functools import cache
-from typing import Any
-
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from .letters import fitted, write
+
 WIDTH, MARGIN, GAP = 1024, 28, 12
-TITLE, BODY, SMALL = 34, 24, 20
-INK, PALE, FAINT, PAPER = "#1a1a1a", "#666666", "#d9d9d9", "#ffffff"
-UP, DOWN = "#0072B2", "#C04F00"  # blue and vermilion, told apart by colour-blind eyes
-# After Okabe and Ito, the yellow darkened for white paper.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B07800", "#56B4E9")
-LONGEST = 2000  # characters of a text that are looked at
+TITLE, BODY, SMALL = 36, 27, 22
+LINE = 31  # from one line of small letters to the next
+INK, PALE, FAINT, CARD, PAPER = "#eceef1", "#aab0ba", "#43474f", "#2b2e34", "#1e2024"
+UP, DOWN = "#62b5f0", "#ff9a5c"  # blue and orange, told apart by colour-blind eyes
+# The page's curves in the same order, lightened for the dark ground.
+COLOURS = ("#56b0ee", "#ff8a47", "#2fc59a", "#e08cc0", "#ab93f0", "#d9b13b")
+UNKNOWN, STRIPE = (84, 88, 95), 118  # a cell without a value; the level of hatching
 
-# From DOWN over neutral to UP; both sides darken alike.
-_RAMP = np.array([(148, 56, 0), (236, 150, 92), (245, 245, 245), (112, 178, 222), (0, 82, 140)], float)
-_WORDS = dict.fromkeys("–—−·", "-") | dict.fromkeys("’‘", "'") | dict.fromkeys("“”", '"')
-_WORDS |= {"×": "x", "→": "->", "…": "...", "ß": "ss", "±": "+/-", "≤": "<=", "≥": ">=", "≠": "!="}
-
-
-@cache
-def font(size: int) -> Any:
-    """Return Pillow's own font; before 10.1 that has one small size."""
-    try:
-        return ImageFont.load_default(size=size)
-    except (TypeError, ImportError, OSError):
-        return ImageFont.load_default()
-
-
-def plain(text: str) -> str:
-    """Spell a text with the font's letters: accents go, other scripts become '?', control characters ' '."""
-    spelt = "".join(_WORDS.get(c, c) for c in str(text)[:LONGEST])
-    letters = [c for c in unicodedata.normalize("NFKD", spelt) if not unicodedata.combining(c)]
-    return " ".join(
-        "".join(c if " " <= c <= "~" else " " if c.isspace() or c < " " else "?" for c in letters).split()
-    )
-
-
-def length(text: str, size: int) -> float:
-    """Measure a text in pixels."""
-    return font(size).getlength(text)
-
-
-def write(
-    pen: ImageDraw.ImageDraw,
-    place: tuple[float, float],
-    text: str,
-    colour: str | tuple[int, int, int] = INK,
-    size: int = SMALL,
-    anchor: str | None = None,
-) -> None:
-    """Write a text at a place in pixels."""
-    pen.text(place, text, colour, font(size), anchor=anchor)
-
-
-def fitted(text: str, size: int, width: float) -> str:
-    """Cut a text to a width in pixels."""
-    text = plain(text)
-    if length(text, size) <= width:
-        return text
-    low, high = 0, len(text)
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = length(text[:middle].rstrip() + "...", size) <= width
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return text[:low].rstrip() + "..."
-
-
-def wrapped(text: str, size: int, width: float, lines: int) -> list[str]:
-    """Break a text between words into at most so many lines; the last one is cut."""
-    words, made = plain(text).split(" "), []
-    while words and len(made) < lines - 1:
-        count = 1
-        while count < len(words) and length(" ".join(words[: count + 1]), size) <= width:
-            count += 1
-        made.append(fitted(" ".join(words[:count]), size, width))
-        words = words[count:]
-    return [*made, fitted(" ".join(words), size, width)] if words else made
+# From DOWN over neutral to UP; both sides brighten alike.
+_RAMP = np.array([(255, 168, 112), (164, 86, 38), (54, 54, 54), (54, 108, 164), (118, 196, 250)], float)
 
 
 def signed(value: float, digits: int = 2) -> str:
     """Write a number with its sign; what rounds to zero has none."""
     text = f"{value:+.{digits}f}"
     return text[1:] if float(text) == 0 else text
+
+
+def stride_words(stride: int) -> str:
+    """Say which steps a completion of a granularity takes."""
+    if stride == 1:
+        return "every step"
+    teen, last = stride // 10 % 10 == 1, stride % 10
+    ending = "th" if teen else {1: "st", 2: "nd", 3: "rd"}.get(last, "th")
+    return f"every {stride}{ending} step"
+
+
+def change(old: float, new: float) -> str:
+    """Write a difference with its sign."""
+    text = number(new - old)
+    return text if text.startswith("-") or not float(text) else f"+{text}"
 
 
 def number(value: float) -> str:
@@ -128,7 +81,7 @@ def hatch(width: int, height: int) -> Image.Image:
     """Make a hatched patch, for a group that cannot teach anything."""
     y, x = np.mgrid[:height, :width]
     striped = (x + y) % 14 < 3
-    return Image.fromarray(np.where(striped[..., None], np.uint8(168), np.uint8(236)).repeat(3, 2))
+    return Image.fromarray(np.where(striped[..., None], np.uint8(STRIPE), np.uint8(46)).repeat(3, 2))
 
 
 def picture(image: Tensor, width: int, height: int) -> Image.Image:
@@ -148,13 +101,14 @@ def sheet(height: int, title: str, captions: list[str]) -> tuple[Image.Image, Im
     pen = ImageDraw.Draw(made)
     write(pen, (MARGIN, MARGIN - 8), fitted(title, TITLE, WIDTH - 2 * MARGIN), INK, TITLE)
     for i, caption in enumerate(captions):
-        write(pen, (MARGIN, MARGIN + 40 + 28 * i), fitted(caption, SMALL, WIDTH - 2 * MARGIN), PALE)
+        place = (MARGIN, MARGIN + 44 + LINE * i)
+        write(pen, place, fitted(caption, SMALL, WIDTH - 2 * MARGIN), PALE, SMALL)
     return made, pen
 
 
 def heading(captions: list[str]) -> int:
     """Return the height of a sheet's heading."""
-    return MARGIN + 52 + 28 * len(captions)
+    return MARGIN + 58 + LINE * len(captions)
 
 
 def dashed(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour: str, width: int) -> None:
