@@ -106,7 +106,7 @@ class SaveScoredImages(io.ComfyNode):
             name = "" if names is None else names[i]
             rows.append((rank, file.name, name, note["prompt"], values[i], *parts))
         table = write_new(place, csv_bytes((*HEADER, *columns), rows), "_scores.csv")
-        return io.NodeOutput(*named(files, table), ui=ui_of(cls, files))
+        return io.NodeOutput(*named(files, table), ui=ui_of(cls, files, table))
 
 
 def checked_details(details: ScoresData, count: int) -> ScoresData:
@@ -197,10 +197,10 @@ def named(files: Sequence[Path], table: Path) -> tuple[list[str], str]:
     return names[:-1], names[-1]
 
 
-def ui_of(block: type[io.ComfyNode], files: Sequence[Path]) -> dict[str, Any]:
+def ui_of(block: type[io.ComfyNode], files: Sequence[Path], table: Path) -> dict[str, Any]:
     """Show the saved images in the block, as core's Save Image does."""
     root = os.path.realpath(folder_paths.get_output_directory())
-    show(block, f"{len(files)} images saved, best first")
+    show(block, f"{len(files)} images saved, best first; their scores: {table.name}")
     folder = os.path.relpath(files[0].parent, root).replace(os.sep, "/").removeprefix(".")
     return {"images": [{"filename": file.name, "subfolder": folder, "type": "output"} for file in files]}
 

@@ -189,14 +189,14 @@ def test_a_block_shows_the_five_best_and_its_output_holds_all(core: Answer) -> N
     assert best == [*rows[:5], ["…"]]
     lowest = rows[-1][-1]
     assert shown.endswith(
-        f"59 more, down to {lowest}. The whole list is the output table; Save Scored Images writes it as a "
-        "CSV file"
+        f"  \n59 more, down to {lowest}. The whole list is the output table; Save Scored Images writes it "
+        "as a CSV file"
     )
 
 
 def test_no_name_becomes_markup_and_columns_stand_below_each_other(core: Answer) -> None:
     for text in core.data["many"]["many"]:
-        head, blank, *rows = text.splitlines()
+        head, blank, *rows = (line.rstrip() for line in text.splitlines())
         assert (head, blank) == ("64 images, best first", "")
         rows = [row for row in rows if row.startswith("    ") and "…" not in row]
         assert not set("*`<>|") & set(text)
@@ -213,7 +213,7 @@ def test_a_reward_that_reads_no_prompt_needs_none(core: Answer) -> None:
 @pytest.mark.parametrize("name", ["unread", "both"])
 def test_a_reward_that_reads_prompts_asks_for_one_in_one_line(core: Answer, name: str) -> None:
     for text in core.data["many"][name]:
-        notes = [line for line in text.splitlines() if line.startswith("Note")]
+        notes = [line.rstrip() for line in text.splitlines() if line.startswith("Note")]
         assert notes[0] == (
             "Note: prompt is empty, and agreement reads it; write in prompt what the images show"
         )
@@ -311,7 +311,8 @@ def test_blocks_say_what_they_found(core: Answer) -> None:
     [shown], whole = said["ui"]["score"], said["score_table"]
     assert len(listed(whole)) == 20 and listed(shown) == [*listed(whole)[:5], ["…"]]
     assert shown.endswith("The whole list is the output table") and "15 more, down to" in shown
-    assert said["ui"]["advantages"] == [said["summary"]]
+    [shown], lines = said["ui"]["advantages"], said["summary"].splitlines()
+    assert shown.splitlines() == [*(f"{line}  " for line in lines[:-1]), lines[-1]]
     assert whole.startswith("20 completions, best first\n\n     1. image ")
     assert "agreement" in said["score_table"] and "colourfulness" in said["score_table"]
     assert "zero_std_share 0%" in said["summary"]

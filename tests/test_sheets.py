@@ -303,11 +303,13 @@ def test_of_many_prompts_the_highest_and_the_lowest_changes_are_shown(
 
 
 def test_a_prompt_is_shown_once_while_there_are_others() -> None:
-    pairs = [make_pair(f"p{i}", seed, gain=0.1 * (i - 4.5) + seed) for i in range(10) for seed in range(3)]
-    prompts = [pairs[i].prompt for i in paired.choose(pairs, 8, {})]
-    assert len(set(prompts)) == 8
+    pairs = [make_pair(f"p{i}", seed, gain=0.1 * i - 0.45 + seed) for i in range(10) for seed in range(3)]
+    chosen = [(pairs[i].prompt, pairs[i].seed) for i in paired.choose(pairs, 8, {})]
+    assert chosen == [*((f"p{i}", 2) for i in (9, 8, 7, 6)), *((f"p{i}", 0) for i in (3, 2, 1, 0))]
     alone = paired.choose([make_pair("p", seed, gain=seed / 10) for seed in range(20)], 8, {})
     assert alone == [19, 18, 17, 16, 3, 2, 1, 0]
+    two = [make_pair(f"p{i}", seed, gain=seed / 10 + i / 100) for i in range(2) for seed in range(10)]
+    assert [two[i].seed for i in paired.choose(two, 8, {})] == [9, 9, 8, 8, 1, 1, 0, 0]
 
 
 def test_changes_count_each_in_its_own_spread_and_by_its_weight() -> None:

@@ -90,8 +90,8 @@ def before_after(
     layout = layout_of(pairs, heading([*captions, ""]))
     chosen = choose(pairs, layout.across * layout.rows, weights or {})
     if len(chosen) < len(pairs):
-        ends = f"{(len(chosen) + 1) // 2} highest changes, then {len(chosen) // 2} lowest"
-        captions.append(f"Shown: {ends}; {len(pairs) - len(chosen)} more pairs are not shown.")
+        shown = f"{(len(chosen) + 1) // 2} highest changes, then {len(chosen) // 2} lowest"
+        captions.append(f"Shown: {shown}; {len(pairs) - len(chosen)} more pairs are not shown.")
     top, rows = heading(captions), max(math.ceil(len(chosen) / layout.across), 1)
     made, pen = sheet(top + (rows * layout.height if chosen else 60), title, captions)
     if not chosen:
@@ -124,25 +124,34 @@ def layout_of(pairs: Sequence[Pair], top: int) -> Layout:
 def choose(pairs: Sequence[Pair], most: int, weights: Mapping[str, float]) -> list[int]:
     """Return all pairs in their order, or of more than `most` the highest changes and then the lowest.
 
-    Where there are as many prompts, each is there once at most, by the pair that changed most.
+    A prompt comes a second time only where there are too few of them.
     """
     if len(pairs) <= most:
         return list(range(len(pairs)))
-    changes = changes_of(pairs, weights)
-    by_prompt: dict[str, int] = {}
-    for i in np.argsort(-np.abs(changes), kind="stable").tolist():
-        by_prompt.setdefault(pairs[i].prompt, i)
-    found = sorted(by_prompt.values()) if len(by_prompt) >= most else range(len(pairs))
-    order = sorted(found, key=lambda i: -changes[i])
-    return [*order[: (most + 1) // 2], *order[len(order) - most // 2 :]]
+    falling = np.argsort(-changes_of(pairs, weights), kind="stable").tolist()
+    seen: set[str] = set()
+    high = ends(pairs, falling, (most + 1) // 2, seen)
+    low = ends(pairs, [i for i in reversed(falling) if i not in high], most // 2, seen)
+    return [i for part in (high, low) for i in falling if i in part]
+
+
+def ends(pairs: Sequence[Pair], order: Sequence[int], count: int, seen: set[str]) -> set[int]:
+    """Take the first pairs of an order whose prompts are not seen yet, and then any first ones."""
+    found: list[int] = []
+    for i in order:
+        if len(found) < count and pairs[i].prompt not in seen:
+            found.append(i)
+            seen.add(pairs[i].prompt)
+    others = [i for i in order if i not in found]
+    return {*found, *others[: count - len(found)]}
 
 
 def changes_of(pairs: Sequence[Pair], weights: Mapping[str, float]) -> np.ndarray:
     """Sum every pair's changes, each reward's in standard deviations and by its weight: [pairs]."""
     changes = np.zeros(len(pairs))
     for name in dict.fromkeys(name for pair in pairs for name in pair.scores):
-        ends = [pair.scores.get(name, (math.nan, math.nan)) for pair in pairs]
-        moved = np.array([after - before for before, after in ends])
+        both = [pair.scores.get(name, (math.nan, math.nan)) for pair in pairs]
+        moved = np.array([after - before for before, after in both])
         known = np.isfinite(moved)
         spread = moved[known].std() if known.any() else 0.0
         if spread > 0:
@@ -187,7 +196,8 @@ def draw_pair(
         text, colour = delta(old, new)
         write(pen, (left + side, y), text, colour, SMALL, "ra")
         write(pen, (left, y), fitted(name, SMALL, side - length(text, SMALL) - 10), PALE, SMALL)
-        write(pen, (left, y + LINE), f"{number(old)} -> {number(new)}", PALE, SMALL)
+        if math.isfinite(old) or math.isfinite(new):
+            write(pen, (left, y + LINE), f"{number(old)} -> {number(new)}", PALE, SMALL)
         y += 2 * LINE
 
 
