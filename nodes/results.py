@@ -35,7 +35,7 @@ from .views.pair_sheet import Pair, before_after
 
 NEWEST = "newest"
 MAX_WORK = 2**36  # forwards × pixels of a comparison
-MAX_KEPT = 2**26  # pixels of each model's pictures that are given out: 768 MB
+MAX_KEPT = 2**25  # pixels of each model's pictures that are given out: 400 MB
 MAX_SUMMARY_BYTES, MAX_ROWS = 2**20, 200_000  # that Run Monitor reads
 
 
@@ -138,7 +138,7 @@ class CompareLoRA(io.ComfyNode):
             )
             looks.append(look)
         text, found = gains(*looks), pairs(*looks)
-        sheet = before_after(found, weights=reward.named_weights)
+        sheet = before_after(found, weights=reward.named_weights, drawn=len(texts) * noises)
         before, after = (
             torch.stack([getattr(pair, side) for pair in found]).float().nan_to_num(0.0)
             for side in ("before", "after")

@@ -298,8 +298,11 @@ def test_of_many_prompts_the_highest_and_the_lowest_changes_are_shown(
     captions: list[list[str]] = []
     real = paired.sheet
     monkeypatch.setattr(paired, "sheet", lambda *given: (captions.append(given[2]), real(*given))[1])
-    paired.before_after(pairs)
-    assert captions[0][-1] == "Shown: 4 highest changes, then 4 lowest; 22 more pairs are not shown."
+    for drawn in (0, 100):
+        paired.before_after(pairs, drawn=drawn)
+    assert [said[-1] for said in captions] == [
+        f"Shown: 4 highest changes, then 4 lowest; {more} more pairs are not shown." for more in (22, 92)
+    ]
 
 
 def test_a_prompt_is_shown_once_while_there_are_others() -> None:

@@ -78,11 +78,13 @@ def before_after(
     title: str = "Before and after",
     names: tuple[str, str] = ("base", "tuned"),
     weights: Mapping[str, float] | None = None,
+    drawn: int = 0,
 ) -> Tensor:
     """Draw a cell per pair: its prompt, without the LoRA, below it with it, then scores and changes.
 
     Of more pairs than fit into a sheet twice as tall as wide, the highest and the lowest changes are shown:
-    the rewards' changes by their `weights` (1 if not given), each in its own spread.
+    the rewards' changes by their `weights` (1 if not given), each in its own spread. `drawn` counts all pairs
+    there were, if that is more.
     """
     rewards = score_names(pairs)
     judged = {name: [p.scores[name] for p in pairs if name in p.scores] for name in rewards}
@@ -91,7 +93,8 @@ def before_after(
     chosen = choose(pairs, layout.across * layout.rows, weights or {})
     if len(chosen) < len(pairs):
         shown = f"{(len(chosen) + 1) // 2} highest changes, then {len(chosen) // 2} lowest"
-        captions.append(f"Shown: {shown}; {len(pairs) - len(chosen)} more pairs are not shown.")
+        more = max(len(pairs), drawn) - len(chosen)
+        captions.append(f"Shown: {shown}; {more} more pairs are not shown.")
     top, rows = heading(captions), max(math.ceil(len(chosen) / layout.across), 1)
     made, pen = sheet(top + (rows * layout.height if chosen else 60), title, captions)
     if not chosen:
