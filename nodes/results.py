@@ -347,7 +347,7 @@ def save(wire: dict[str, Tensor], name: str, style: str, model: Any, run: str | 
             f"lora: its modules have different ranks {sorted(ranks)}; save one that this pack has trained"
         )
     kept = {key: note for key, note in notes.items() if key.startswith(("g2rpo.", "modelspec.", "ss_"))}
-    named = lora.named(folded, float(ranks.pop()), name, style)
+    named = lora.named(folded, float(ranks.pop()), "lora", style)
     return save_named(name, lora.file_bytes(named, style, kept), folder)
 
 

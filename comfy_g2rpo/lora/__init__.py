@@ -26,7 +26,7 @@ STYLES = {
     "diffusers": ("transformer.", "lora_A.weight", "lora_B.weight"),
     "native": ("diffusion_model.", "lora_down.weight", "lora_up.weight"),
 }
-IMPLEMENTATIONS = {"diffusers": "diffusers", "native": "https://github.com/comfyanonymous/ComfyUI"}
+IMPLEMENTATIONS = {"diffusers": "diffusers", "native": "ComfyUI"}
 """Whose names a style has, as ModelSpec asks."""
 MAX_NAME = 300
 MODULE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
