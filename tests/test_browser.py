@@ -281,7 +281,9 @@ def test_the_widget_is_neither_in_the_prompt_nor_in_the_workflow(ours: Ours, sto
     ours.wait_for_step(2)
     saved = ours.page.evaluate("app.graph.serialize().nodes[0]")
     prompt = ours.page.evaluate("app.graphToPrompt()")
-    widgets = ours.page.evaluate("app.graph._nodes[0].widgets.filter((w) => w.name !== 'g2rpo_curve').length")
+    widgets = ours.page.evaluate(
+        "app.graph._nodes[0].widgets.filter((w) => !['g2rpo_curve', 'g2rpo_file'].includes(w.name)).length"
+    )
     assert len(saved["widgets_values"]) == widgets
     assert saved["properties"]["g2rpo_run"] == story.run.path.name
     assert not [name for name in prompt["output"]["1"]["inputs"] if "g2rpo" in name]
