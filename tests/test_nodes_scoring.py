@@ -201,7 +201,7 @@ def test_no_name_becomes_markup_and_columns_stand_below_each_other(core: Answer)
         rows = [row for row in rows if row.startswith("    ") and "…" not in row]
         assert not set("*`<>|") & set(text)
         # Four spaces make a list of code of it in Markdown: nothing in there is taken for markup.
-        assert all(re.fullmatch(r"     ?\d+\. .*\.png +\d+\.\d+", row) for row in rows)
+        assert all(re.fullmatch(r"     ?\d+\. .*\.png: +\d+\.\d+", row) for row in rows)
         assert len({len(row) for row in rows}) == 1
 
 

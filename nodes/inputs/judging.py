@@ -199,7 +199,7 @@ def score_table(
     for rank, i in enumerate(listed, 1):
         own = zip(names, map(number, scores[:, i].tolist()), strict=True)
         parts = [f"{name} {value}" for name, value in own] if len(names) > 1 else []
-        rows.append([f"{rank}.", titles[i] if titles else f"image {i}", number(mixed[i]), *parts])
+        rows.append([f"{rank}.", f"{titles[i] if titles else f'image {i}'}:", number(mixed[i]), *parts])
     lines = [f"{len(order)} {what}, best first", "", *(f"    {row}" for row in aligned(rows)), ""]
     if more := len(order) - len(listed):
         known = [score for score in mixed if not math.isnan(score)]
@@ -209,7 +209,10 @@ def score_table(
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Write rows in columns: names to the left, numbers to the right; signs of East Asia count two."""
+    """Write rows (rank, name, score, parts) in columns that are told apart without the spaces, too.
+
+    Names stand to the left, numbers to the right; signs of East Asia count two.
+    """
 
     def wide(cell: str) -> int:
         return len(cell) + sum(unicodedata.east_asian_width(c) in "WF" for c in cell)
@@ -218,8 +221,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     lines = []
     for row in rows:
         gaps = [" " * (width - wide(cell)) for cell, width in zip(row, widths, strict=True)]
-        cells = [f"{gaps[0]}{row[0]} {row[1]}{gaps[1]}", *(map("".join, zip(gaps[2:], row[2:], strict=True)))]
-        lines.append("  ".join(cells))
+        rank, name, score, *parts = (
+            cell + gap if column == 1 else gap + cell
+            for column, (cell, gap) in enumerate(zip(row, gaps, strict=True))
+        )
+        lines.append(f"{rank} {name} {score}" + (f"  ({', '.join(parts)})" if parts else ""))
     return lines
 
 
