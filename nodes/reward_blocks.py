@@ -13,7 +13,8 @@ from torch import Tensor
 from ..comfy_g2rpo.options import MIXES
 from ..comfy_g2rpo.rewards import Reward
 from ..comfy_g2rpo.rewards.likeness import KINDS, Likeness, reference_reward
-from .host.reward_models import DTYPES, choices, find, how_to_get_more, stamp
+from ..comfy_g2rpo.rewards.protocol import RewardError
+from .host.reward_models import DTYPES, check, choices, chosen, find, how_to_get_more, stamp
 from .inputs.checks import check_inputs
 from .inputs.judging import MAX_REWARDS, MAX_SCORE, MAX_WEIGHT, checked_images, describe, rounded, within
 from .inputs.widgets import output, show
@@ -61,13 +62,13 @@ class LoadReward(io.ComfyNode):
             display_name="Load Reward",
             category=SCORING,
             description="Choose what makes an image good: a built-in rule, or a reward model that lies in "
-            "models/g2rpo_rewards.",
+            "models/g2rpo_rewards. Choose one that is not installed, and Run says how to get it.",
             inputs=[
                 io.Combo.Input(
                     "reward",
                     options=choices(),
-                    tooltip="What scores images: built-in rules, and reward models that are installed. "
-                    "'about' says what it measures and how to get more.",
+                    tooltip="What scores images: built-in rules, then reward models, with size and licence "
+                    "where they are not installed. 'about' says what it measures and how to get more.",
                 ),
                 io.Combo.Input(
                     "precision",
@@ -94,13 +95,26 @@ class LoadReward(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, reward: str | None = None) -> bool | str:
+        """Allow a reward that was fetched after the page's list; name what is wrong before anything runs."""
+        try:
+            if reward is not None:  # else it comes over a link, and is checked when it has come
+                check(reward)
+        except RewardError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def fingerprint_inputs(cls, reward: str, precision: str = "fp32", batch: int = 16) -> str:
         """Return what changes when the reward is fetched again."""
-        return f"{reward} {precision} {batch} {stamp(str(reward))}"
+        name = chosen(reward)
+        return f"{name} {precision} {batch} {stamp(name)}"
 
     @classmethod
     def execute(cls, reward: str, precision: str = "fp32", batch: int = 16) -> io.NodeOutput:
         """Load the reward; the schema lists those that are there now."""
+        check(reward)
+        reward = chosen(reward)
         check_inputs(cls, locals())
         found = find(reward, precision or "fp32", batch or 16)
         return one_reward(cls, found, how_to_get_more())

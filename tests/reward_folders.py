@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from g2rpo_trainer.rewards import rewrite_weights
+from comfy_g2rpo.rewards.fetching import rewrite_weights
 
 IMAGE, PATCH, WIDTH, LAYERS, HEADS, EMBED = 28, 7, 32, 2, 4, 24
 VISION = {

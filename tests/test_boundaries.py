@@ -84,6 +84,7 @@ def test_the_rules_below_see_the_source() -> None:
 def test_method_imports_only_what_comfyui_brings() -> None:
     for path in sources("comfy_g2rpo"):
         lazily_allowed = {"transformers", "skimage"} if "rewards" in path.parts else set()
+        lazily_allowed |= {"certifi"} if "fetching" in path.parts else set()
         foreign = imported(nodes_of(path)) - set(sys.stdlib_module_names) - COMFYUI_BRINGS
         assert foreign <= lazily_allowed, path
         assert not imported_relatively(path), path
@@ -110,7 +111,7 @@ def reads_only_tensors(path: Path, call: ast.Call) -> bool:
         word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in call.keywords
     )
     return (
-        path == ROOT / "trainer" / "rewards" / "prepare.py"
+        path == ROOT / "comfy_g2rpo" / "rewards" / "fetching" / "prepare.py"
         and ast.unparse(call.func) == "torch.load"
         and restricted
     )
@@ -126,6 +127,16 @@ def test_nothing_shipped_can_run_code_from_a_file() -> None:
         }
         assert not called & UNSAFE_CALLS, path
         assert not imported(nodes) & UNSAFE_MODULES, path
+
+
+def test_nothing_that_comfyui_loads_can_fetch_or_read_a_pickle() -> None:
+    for path in [ROOT / "__init__.py", *sources("comfy_g2rpo", "nodes")]:
+        froms = [node for node in nodes_of(path) if isinstance(node, ast.ImportFrom)]
+        names = {part for node in froms for part in str(node.module).split(".")}
+        names |= {alias.name for node in froms for alias in node.names}
+        assert "fetching" in path.parts or not names & {"fetching", "fetch_rewards"}, path
+        # The other forms of an import would hide from the lines above.
+        assert not imported(nodes_of(path)) & {"comfy_g2rpo", "importlib"}, path
 
 
 def test_exceptions_are_caught_by_name() -> None:

@@ -250,9 +250,10 @@ def test_comfyui_manages_its_memory(core: Answer) -> None:
 def test_the_list_is_what_is_installed_and_says_how_to_get_the_rest(core: Answer) -> None:
     model = core.data["model"]
     assert {"agreement", "jpeg", "clipscore", "damaged"} <= set(model["listed"])
-    assert "pickscore" not in model["listed"]
-    assert "g2rpo rewards fetch NAME --to models/g2rpo_rewards" in model["about"]
-    assert "pickscore" in model["about"] and "Licence: MIT" in model["about"]
+    assert "clipscore (not installed: 1.7 GB, MIT)" not in model["listed"]
+    assert "hpsv2.1 (not installed: 2.0 GB, Apache-2.0)" in model["listed"]
+    assert re.search(r"fetch_rewards\.py'? NAME\nNAME: .*pickscore", model["about"])
+    assert "Licence: MIT" in model["about"]
     assert not re.search("https?:", model["about"])
     assert model["seen again"] and model["loaded again"]
 

@@ -7,114 +7,54 @@ import io
 import json
 import os
 import pickle
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pytest
 import torch
 from PIL import Image
 from reward_folders import (
-    BERT_WORDS,
     EMBED,
-    HEAD,
     HEADS,
     IMAGE,
     PATCH,
     PROMPTS,
     TEXT_WIDTH,
-    VISION,
     VOCABULARY,
     WIDTH,
     clip_config,
-    clip_model,
-    clip_tokenizer,
-    head_weights,
     imagereward_config,
     imagereward_weights,
-    named_vision,
     open_clip_weights,
     owlv2_config,
-    owlv2_model,
     pictures,
-    siglip_vision,
     write_clip_tokenizer,
 )
+from reward_hub import REVISION, Hub, pickled, published
 from safetensors.torch import save
 from typer.testing import CliRunner
 
-from comfy_g2rpo.rewards.models.catalogue import KNOWN, Known, Published
-from comfy_g2rpo.rewards.models.installed import installed, load_installed
+from comfy_g2rpo.files.one_writer import one_writer
+from comfy_g2rpo.rewards.fetching import download, prepare
+from comfy_g2rpo.rewards.fetching.download import Sources
+from comfy_g2rpo.rewards.fetching.fetch import fetch
+from comfy_g2rpo.rewards.fetching.prepare import EXAMPLES, Example
+from comfy_g2rpo.rewards.models.catalogue import KNOWN, Known
+from comfy_g2rpo.rewards.models.installed import command_line, installed, load_installed
 from g2rpo_trainer.commands.rewards import rewards_app
-from g2rpo_trainer.rewards import prepare
-from g2rpo_trainer.rewards.fetch import Sources, fetch
-from g2rpo_trainer.rewards.prepare import EXAMPLES, Example
 from g2rpo_trainer.rewards.recheck import read_picture
 
 pytest.importorskip("transformers", reason="model-backed rewards need transformers: pip install '.[rewards]'")
 
 Tiny = Callable[[str], Known]
-REVISION = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub:
-    """Serve files as the hub and GitHub do; `spoil` changes what is sent of a path."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.asked: list[tuple[str, str]] = []
-        self.spoil: dict[str, Callable[[bytes], bytes]] = {}
-        self.tokens: list[str] = []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self) -> None:
-                self.answer(body=False)
-
-            def do_GET(self) -> None:
-                self.answer(body=True)
-
-            def answer(self, body: bool) -> None:
-                path = unquote(self.path)
-                hub.asked.append((self.command, path))
-                hub.tokens += [self.headers[name] for name in ("Authorization",) if name in self.headers]
-                content = hub.files.get(path)
-                if content is None:
-                    self.send_error(404)
-                    return
-                sent = hub.spoil.get(path, bytes)(content)
-                self.send_response(200)
-                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-                self.send_header("X-Repo-Commit", REVISION)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                if body:
-                    self.wfile.write(sent)
-
-            def log_message(self, form: str, *values: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def publish(self, repo: str, path: str, content: bytes, place: str = "hub") -> Published:
-        """Serve a file; return its pin."""
-        place_of = f"/{repo}/resolve/{REVISION}/{path}" if place == "hub" else f"/{repo}/{REVISION}/{path}"
-        self.files[place_of] = content
-        return Published(repo, REVISION, path, hashlib.sha256(content).hexdigest(), len(content), place)
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """Start the server; let huggingface_hub use a network, which is this one."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    """Start the server; do not wait before a lost connection is tried again."""
+    monkeypatch.setattr(download, "PAUSE", 0.0)
     hub = Hub()
     monkeypatch.setenv("HF_ENDPOINT", hub.address)
     monkeypatch.setenv("G2RPO_GITHUB", hub.address)
@@ -122,63 +62,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     yield hub
     hub.server.shutdown()
     hub.server.server_close()
-
-
-def pickled(content: Any) -> bytes:
-    """Save as the published `.pt` files are."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-def tokenizer_files(hub: Hub) -> list[Published]:
-    """Publish CLIP's word list."""
-    words, merges = clip_tokenizer()
-    return [
-        hub.publish("clip", "vocab.json", words.encode()),
-        hub.publish("clip", "merges.txt", merges.encode()),
-    ]
-
-
-def clip_files(hub: Hub, model: torch.nn.Module, act: str = "gelu") -> list[Published]:
-    """Publish a CLIP in transformers' layout."""
-    weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    return [
-        hub.publish("clip", "model.safetensors", save(weights, {"format": "pt"})),
-        hub.publish("clip", "config.json", json.dumps(clip_config(act)).encode()),
-    ]
-
-
-def published(hub: Hub, name: str) -> list[Published]:
-    """Publish a tiny model in the layout of a known reward."""
-    if name == "pickscore":
-        return [clip_files(hub, clip_model(seed=1))[0], *tokenizer_files(hub)]
-    if name == "clipscore":
-        form = json.dumps({"size": IMAGE, "crop_size": IMAGE}).encode()
-        pictures = hub.publish("clip", "preprocessor_config.json", form)
-        return [*clip_files(hub, clip_model()), pictures, *tokenizer_files(hub)]
-    if name == "detection":
-        weights = owlv2_model().state_dict() | {"box_bias": torch.zeros(4)}
-        return [hub.publish("owlv2", "model.safetensors", save(weights)), *tokenizer_files(hub)]
-    if name == "hpsv2.1":
-        content = pickled({"epoch": 3, "state_dict": open_clip_weights()})
-        return [hub.publish("hps", "HPS_v2.1_compressed.pt", content), *tokenizer_files(hub)]
-    if name == "imagereward":
-        words = hub.publish("bert", "vocab.txt", ("\n".join(BERT_WORDS) + "\n").encode())
-        return [hub.publish("imagereward", "ImageReward.pt", pickled(imagereward_weights())), words]
-    if name == "aesthetic_v2.5":
-        weights = named_vision(siglip_vision())
-        weights |= {"text_model.x": torch.zeros(2), "logit_bias": torch.zeros(1)}
-        config = json.dumps({"vision_config": VISION, "text_config": {}}).encode()
-        head = pickled(head_weights(WIDTH, "scoring_head.{}", HEAD))
-        return [
-            hub.publish("siglip", "model.safetensors", save(weights)),
-            hub.publish("siglip", "config.json", config),
-            hub.publish("head", "models/aesthetic_predictor_v2_5.pth", head, "github"),
-        ]
-    head = head_weights(EMBED, "layers.{}", HEAD) if name == "aesthetic" else head_weights(EMBED, "", (1,))
-    clip = clip_files(hub, clip_model("quick_gelu"), "quick_gelu")
-    return [*clip, hub.publish("head", "a+b.pth", pickled(head), "github")]
 
 
 @pytest.fixture
@@ -217,7 +100,7 @@ def check(name: str, root: Path) -> tuple[int, str]:
 
 def install(known: Known, root: Path) -> None:
     """Fetch a reward without a word."""
-    fetch(known, root, Sources.from_environment(), say=lambda text: None)
+    fetch([known.name], root, Sources.chosen(), say=lambda text: None)
 
 
 @pytest.mark.parametrize("name", list(KNOWN))
@@ -274,11 +157,11 @@ def test_what_was_downloaded_before_an_interruption_is_kept(hub: Hub, tiny: Tiny
     lost = next(path for path in hub.files if path.endswith("merges.txt"))
     content = hub.files.pop(lost)
     code, said = get("clipscore", tmp_path)
-    assert code == 1 and "cannot download clip/merges.txt" in said and "try again, it goes on" in said
+    assert code == 1 and "merges.txt: HTTP Error 404" in said and "try again, it goes on" in said
     hub.files[lost] = content
     hub.asked.clear()
     assert get("clipscore", tmp_path)[0] == 0
-    assert {path for _, path in hub.asked} == {lost}
+    assert hub.asked == [(lost, None)]
 
 
 def test_a_file_that_breaks_off_is_no_file(hub: Hub, tiny: Tiny, tmp_path: Path) -> None:
@@ -286,8 +169,108 @@ def test_a_file_that_breaks_off_is_no_file(hub: Hub, tiny: Tiny, tmp_path: Path)
     path = next(path for path in hub.files if path.endswith("a+b.pth"))
     hub.spoil[path] = lambda content: content[:100]
     code, said = get("aesthetic_linear", tmp_path)
-    assert code == 1 and ("cannot download" in said or "is not the pinned file" in said)
+    assert code == 1 and "the connection ended after 100 of" in said and "try again, it goes on" in said
     assert installed(tmp_path) == []
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_lost_connection_goes_on_where_it_stopped_or_starts_again(
+    hub: Hub, tiny: Tiny, tmp_path: Path, share: float, goes_on: bool
+) -> None:
+    tiny("clipscore")
+    path = next(path for path in hub.files if path.endswith("model.safetensors"))
+    cut, hub.goes_on = int(share * len(hub.files[path])), goes_on
+    hub.spoil[path] = lambda content: content[:cut]
+    code, said = get("clipscore", tmp_path)
+    assert code == 1 and f"the connection ended after {cut} of {len(hub.files[path])} bytes" in said
+    assert os.listdir(tmp_path) == [".fetching"]
+    hub.spoil.clear()
+    hub.asked.clear()
+    code, said = get("clipscore", tmp_path)
+    assert code == 0 and "going on with clip/model.safetensors" in said
+    assert hub.asked[0] == (path, f"bytes={cut}-" if goes_on else None)
+    assert os.listdir(tmp_path) == ["clipscore"]
+
+
+def test_a_connection_that_is_lost_once_is_taken_up_by_itself(hub: Hub, tiny: Tiny, tmp_path: Path) -> None:
+    tiny("clipscore")
+    path = next(path for path in hub.files if path.endswith("model.safetensors"))
+    hub.spoil[path] = lambda content: hub.spoil.pop(path) and content[:1000]
+    assert get("clipscore", tmp_path)[0] == 0
+    assert [wanted for asked, wanted in hub.asked if asked == path] == [None, "bytes=1000-"]
+
+
+def test_a_part_that_is_whole_already_is_judged_by_its_hash(hub: Hub, tiny: Tiny, tmp_path: Path) -> None:
+    pin = tiny("clipscore").files[0]
+    whole = hub.files[f"/clip/resolve/{REVISION}/{pin.path}"]
+    for content, expected in ((b"x" * len(whole), 1), (whole, 0)):
+        part = tmp_path / ".fetching" / "clip" / REVISION / f"{pin.path}.part"
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        assert get("clipscore", tmp_path)[0] == expected
+
+
+def test_several_rewards_bring_what_they_share_once(
+    hub: Hub, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = tiny("clipscore")
+    files = dict(hub.files)
+    known = tiny("aesthetic")
+    hub.files |= files  # the same CLIP for both
+    monkeypatch.setitem(KNOWN, "aesthetic", replace(known, files=(*clip.files[:2], known.files[-1])))
+    code, said = run("fetch", "clipscore", "aesthetic", "--to", str(tmp_path))
+    assert code == 0, said
+    assert sorted(os.listdir(tmp_path)) == ["aesthetic", "clipscore"]
+    assert len([path for path, _ in hub.asked if path.endswith("model.safetensors")]) == 1
+
+
+@pytest.mark.parametrize("second", ["clipscor", "pickscore"])
+def test_several_are_all_refused_for_one_that_cannot_be_had(
+    hub: Hub, tiny: Tiny, tmp_path: Path, second: str
+) -> None:
+    tiny("clipscore")
+    (tmp_path / "pickscore").mkdir()
+    code, said = run("fetch", "clipscore", second, "--to", str(tmp_path))
+    assert code == 1 and ("did you mean 'clipscore'?" in said or "exists already" in said)
+    assert hub.asked == [] and os.listdir(tmp_path) == ["pickscore"]
+
+
+def test_two_do_not_fetch_into_one_folder_at_once(tiny: Tiny, tmp_path: Path) -> None:
+    tiny("clipscore")
+    with one_writer(tmp_path / ".fetching"):
+        code, said = get("clipscore", tmp_path)
+    assert code == 1 and "is being written by process" in said
+    assert get("clipscore", tmp_path)[0] == 0
+
+
+def test_what_a_killed_conversion_left_is_removed(tiny: Tiny, tmp_path: Path) -> None:
+    tiny("clipscore")
+    (tmp_path / ".fetching" / "ready-x" / "clipscore").mkdir(parents=True)
+    (tmp_path / ".fetching" / "ready-x" / "clipscore" / "model.safetensors").write_bytes(b"half")
+    assert get("clipscore", tmp_path)[0] == 0
+    assert os.listdir(tmp_path) == ["clipscore"]
+
+
+@pytest.mark.parametrize("mirror", ["ftp://x", "file:///etc", "localhost:80"])
+def test_a_mirror_is_a_web_address(hub: Hub, tmp_path: Path, mirror: str) -> None:
+    code, said = get("clipscore", tmp_path, "--mirror", mirror)
+    assert code == 1 and "is no web address; begin it with https://" in said and hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([r"C:\p\python.exe", r"C:\c\fetch_rewards.py", "x"], r"C:\p\python.exe C:\c\fetch_rewards.py x"),
+        ([r"C:\p\python.exe", r"C:\c d\f.py", "x"], r'C:\p\python.exe "C:\c d\f.py" x'),
+        (
+            [r"C:\Program Files (x86)\python.exe", r"C:\f.py", "x"],
+            r'"C:\Program Files (x86)\python.exe" C:\f.py x (in PowerShell with & before it)',
+        ),
+    ],
+)
+def test_a_command_is_written_for_windows(words: list[str], line: str) -> None:
+    assert command_line(words, windows=True) == line
 
 
 def test_without_a_hash_nothing_is_downloaded_unless_told_to(
@@ -399,9 +382,12 @@ def test_check_says_how_to_get_what_is_not_there(tmp_path: Path) -> None:
     assert code == 1 and "get it with: g2rpo rewards fetch pickscore" in said
 
 
-def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
-    code, said = get("hpsv3", tmp_path)
-    assert code == 1 and "'hpsv3' is unknown; known: pickscore, hpsv2.1" in said
+@pytest.mark.parametrize(
+    ("name", "meant"), [("hpsv3", "hpsv2.1"), ("PickScor", "pickscore"), ("asthetic", "aesthetic")]
+)
+def test_an_unknown_name_is_refused_with_the_nearest(tmp_path: Path, name: str, meant: str) -> None:
+    code, said = get(name, tmp_path)
+    assert code == 1 and f"{name!r} is unknown (did you mean {meant!r}?); known: pickscore, hpsv2.1" in said
 
 
 def test_list_names_every_reward_and_what_is_installed(tiny: Tiny, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from ...comfy_g2rpo.files.safe import stamps
+from ...comfy_g2rpo.options import nearest
 from ...comfy_g2rpo.rewards import REWARDS, Reward, load
-from ...comfy_g2rpo.rewards.models.installed import KNOWN, installed, load_installed
-from ...comfy_g2rpo.rewards.protocol import Wrapped
+from ...comfy_g2rpo.rewards.models.installed import (
+    FOLDER,
+    KNOWN,
+    beside,
+    command_line,
+    installed,
+    load_installed,
+)
+from ...comfy_g2rpo.rewards.protocol import RewardError, Wrapped
 
-FOLDER = "g2rpo_rewards"
+NOT_HERE = " (not installed: "
+SCRIPT = Path(__file__).parents[2] / "fetch_rewards.py"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PICTURE_BYTES = 2**26  # that judging one picture takes beside the weights, amply
 
@@ -32,19 +42,51 @@ def root() -> Path:
 
 
 def choices() -> list[str]:
-    """List what can be loaded: the built-in rules, then the reward models that are installed."""
-    return [*REWARDS, *(name for name in installed(root()) if name not in REWARDS)]
+    """List what can be chosen: built-in rules, reward models, and those that can be fetched, which say so."""
+    present = [name for name in installed(root()) if name not in REWARDS]
+    own = [name for name in present if name not in KNOWN]
+    return [*REWARDS, *(name if name in present else label(name) for name in KNOWN), *own]
+
+
+def label(name: str) -> str:
+    """Describe a reward model that is not installed, in a line of the list."""
+    return f"{name}{NOT_HERE}{KNOWN[name].gigabytes} GB, {KNOWN[name].licence})"
+
+
+def chosen(value: object) -> str:
+    """Return the name in a line of the list; the line may be older than the reward's installation."""
+    return str(value).partition(NOT_HERE)[0]
+
+
+def check(value: object) -> None:
+    """Raise RewardError for what is no reward, or not installed; say how to get it."""
+    name, present = chosen(value), installed(root())
+    if name in REWARDS or name in present:
+        return
+    if name in KNOWN:
+        raise RewardError(f"reward {name} is not installed; get it on a command line by: {command(name)}")
+    known = [*REWARDS, *KNOWN, *(own for own in present if own not in KNOWN)]
+    guess = nearest(name[:60], known)
+    raise RewardError(f"reward {name[:60]!a} is unknown{guess}; choose one of: {', '.join(known)}")
+
+
+def command(name: str) -> str:
+    """Return the whole command that fetches a reward."""
+    to = [] if beside(SCRIPT.parent) == root() else ["--to", str(root())]
+    return command_line([sys.executable or "python", str(SCRIPT), name, *to])
 
 
 def stamp(name: str) -> str:
     """Return what changes when an installed reward is fetched again; blank for a rule."""
-    if name in REWARDS or name not in choices():
+    if name in REWARDS or name not in installed(root()):
         return ""
     return stamps(sorted((root() / name).iterdir()))
 
 
 def find(name: str, dtype: str, batch: int) -> Reward:
     """Return a rule or an installed reward model; do not load one again that some graph still holds."""
+    check(name)
+    name = chosen(name)
     if name in REWARDS:
         return load(name)
     key = (name, stamp(name), dtype, batch)
@@ -61,8 +103,7 @@ def find(name: str, dtype: str, batch: int) -> Reward:
 def how_to_get_more() -> str:
     """Return how more reward models come here, never from a graph; blank where all are here."""
     missing = [name for name in KNOWN if name not in installed(root())]
-    command = f"g2rpo rewards fetch NAME --to models/{FOLDER}"
-    how = f"To have more, run on the command line: {command}\nNAME: {', '.join(missing)}\nThen press R."
+    how = f"To have more, run on a command line: {command('NAME')}\nNAME: {', '.join(missing)}\nThen press R."
     return how if missing else ""
 
 

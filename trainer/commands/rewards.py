@@ -54,8 +54,18 @@ def list_rewards(to: Place = None) -> None:
 
 @rewards_app.command()
 def fetch(
-    name: Name,
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME", help="Reward models, one or more; `g2rpo rewards list` shows them."),
+    ],
     to: Place = None,
+    mirror: Annotated[
+        str | None,
+        typer.Option(
+            help="Web address that stands in for the hub and for GitHub [default: $HF_ENDPOINT, "
+            "$G2RPO_GITHUB]."
+        ),
+    ] = None,
     accept_unpinned: Annotated[
         bool,
         typer.Option(
@@ -64,25 +74,14 @@ def fetch(
         ),
     ] = False,
 ) -> None:
-    """Download a reward model's pinned files, check their hashes, and install it.
+    """Download the pinned files of reward models, check their hashes, and install them.
 
     An interrupted download goes on.
     """
-    from comfy_g2rpo.rewards.models.installed import KNOWN
-    from comfy_g2rpo.rewards.protocol import RewardError
+    from comfy_g2rpo.rewards.fetching.download import Sources
+    from comfy_g2rpo.rewards.fetching.fetch import fetch as run
 
-    from ..rewards.fetch import Sources
-    from ..rewards.fetch import fetch as run
-
-    if name not in KNOWN:
-        raise RewardError(
-            f"reward model {name[:80]!a} is unknown; known: {', '.join(KNOWN)}. For another CLIP: "
-            "g2rpo rewards add"
-        )
-    known = KNOWN[name]
-    typer.echo(f"{known.title}: {known.licence}")
-    place = run(known, _root(to), Sources.from_environment(), accept_unpinned=accept_unpinned, say=typer.echo)
-    typer.echo(f"installed in {place}")
+    run(names, _root(to), Sources.chosen(mirror), accept_unpinned=accept_unpinned, say=typer.echo)
 
 
 @rewards_app.command()

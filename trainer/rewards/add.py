@@ -11,14 +11,13 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from comfy_g2rpo.files.safe import write_json
+from comfy_g2rpo.files.safe import digest_of, write_json
+from comfy_g2rpo.rewards.fetching import rewrite_weights
+from comfy_g2rpo.rewards.fetching.fetch import MANIFEST
+from comfy_g2rpo.rewards.fetching.prepare import TOKENIZER, read_pickle
 from comfy_g2rpo.rewards.models.installed import installed, load_installed
 from comfy_g2rpo.rewards.models.safe_folder import NAME
 from comfy_g2rpo.rewards.protocol import RewardError
-
-from . import rewrite_weights
-from .fetch import MANIFEST, sha256
-from .prepare import TOKENIZER, read_pickle
 
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 KERNELS = {"bilinear": 2, "bicubic": 3, "lanczos": 1}
@@ -46,7 +45,7 @@ def add(root: Path, name: str, source: Path, licence: str | None = None) -> Path
                 "either layout"
             )
         _copy(_tokenizer(root, source), folder, TOKENIZER)
-        files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        files = {path.name: digest_of(path) for path in sorted(folder.iterdir())}
         about = {"kind": "clipscore", "source": source.name, "revision": None, "licence": licence}
         write_json(folder / MANIFEST, {**about, "files": files})
         load_installed(Path(ready), name)

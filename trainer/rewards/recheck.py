@@ -10,12 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from comfy_g2rpo.rewards.fetching.fetch import changed
+from comfy_g2rpo.rewards.fetching.prepare import EXAMPLES, Example
 from comfy_g2rpo.rewards.models.clip import ModelReward
 from comfy_g2rpo.rewards.models.installed import installed, load_installed
 from comfy_g2rpo.rewards.protocol import checked
-
-from .fetch import changed
-from .prepare import EXAMPLES, Example
 
 PROMPT = "a photo of a red cube"
 

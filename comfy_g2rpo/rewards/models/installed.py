@@ -13,7 +13,8 @@ says {"kind": "clipscore"}.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from .safe_folder import NAME, Folder
 if TYPE_CHECKING:
     from .clip import ModelReward
 
+FOLDER = "g2rpo_rewards"
 KINDS = frozenset(known.kind for known in KNOWN.values())
 
 
@@ -43,6 +45,21 @@ def loaders() -> dict[str, Callable[[Folder, str, torch.dtype, int], ModelReward
         "aesthetic_v2.5": aesthetic_v25.load,
         "owlv2": owlv2.load,
     }
+
+
+def beside(pack: Path) -> Path | None:
+    """Return ComfyUI's folder of reward models for a pack in its custom_nodes; None where that is not so."""
+    models = pack.parent.parent / "models"
+    return models / FOLDER if pack.parent.name == "custom_nodes" and models.is_dir() else None
+
+
+def command_line(words: Sequence[str], windows: bool = os.name == "nt") -> str:
+    """Return words as one line to be pasted into this system's shell."""
+    if not windows:
+        return shlex.join(words)
+    line = " ".join(f'"{word}"' if set(word) & set(" &()^;,=!'") else word for word in words)
+    # PowerShell takes a quoted program for a text unless & stands before it, which cmd does not know.
+    return f"{line} (in PowerShell with & before it)" if line.startswith('"') else line
 
 
 def installed(root: Path) -> list[str]:

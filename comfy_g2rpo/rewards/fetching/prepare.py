@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from comfy_g2rpo.files.safe import write_json
-from comfy_g2rpo.rewards.models.catalogue import Known, Published
-
+from ...files.safe import write_json
+from ..models.catalogue import Known, Published
 from . import rewrite_weights
 
 Files = Mapping[str, Path]
