@@ -2,11 +2,14 @@
 drawn.
 """
 
+import json
 import re
+import shlex
+import subprocess
 
 import numpy as np
 import pytest
-from comfy_host import ROOT, SERVED, Server
+from comfy_host import ROOT, SERVED, Server, environment
 from PIL import Image
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("served")]
@@ -59,6 +62,44 @@ def test_the_page_gets_our_script_and_every_help_page(served: Server) -> None:
 def test_the_template_browser_lists_every_workflow(served: Server) -> None:
     workflows = {path.stem for path in (ROOT / "workflows").glob("*.json")}
     assert set(served.get("/workflow_templates").get(SERVED, [])) == workflows
+
+
+def judged_by(reward: str) -> dict:
+    """Return a graph that scores the image of GRAPH."""
+    inputs = {"images": ["5", 0], "reward": ["7", 0], "prompt": "a red circle"}
+    return {
+        **GRAPH,
+        "7": {"class_type": "G2RPO_LoadReward", "inputs": {"reward": reward}},
+        "8": {"class_type": "G2RPO_ScoreImages", "inputs": inputs},
+        "9": {"class_type": "PreviewAny", "inputs": {"source": ["8", 0]}},
+    }
+
+
+def fault_of(served: Server, reward: str) -> str:
+    """Return what the server says of a reward before anything runs."""
+    _, body = served.request("POST", "/prompt", {"prompt": judged_by(reward)})
+    return json.loads(body)["node_errors"]["7"]["errors"][0]["details"]
+
+
+@pytest.mark.parametrize(
+    "more", ["", " (not installed: 3.9 GB, MIT)", " (not installed: 9 GB, another text)"]
+)
+def test_a_reward_that_is_not_here_is_named_with_the_command_that_gets_it(served: Server, more: str) -> None:
+    fault = fault_of(served, f"pickscore{more}")
+    said, _, command = fault.partition(" by: ")
+    assert "\n" not in fault and "reward pickscore is not installed; get it on a command line" in said
+    script = served.base / "custom_nodes" / SERVED / "fetch_rewards.py"
+    assert shlex.split(command)[1:] == [str(script), "pickscore"]
+
+
+def test_that_command_runs(served: Server) -> None:
+    words = shlex.split(fault_of(served, "pickscore").partition(" by: ")[2])[:-1]
+    listed = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=120)
+    assert listed.returncode == 0 and f"in {served.base / 'models/g2rpo_rewards'}:" in listed.stdout
+
+
+def test_an_unknown_reward_is_named_with_the_nearest(served: Server) -> None:
+    assert "(did you mean 'sharpness'?)" in fault_of(served, "sharpnes")
 
 
 def test_the_server_has_nothing_to_complain_about(served: Server) -> None:
