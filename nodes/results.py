@@ -19,7 +19,8 @@ from ..comfy_g2rpo.run.evaluation import Evaluation, compare, evaluate
 from ..comfy_g2rpo.run.folder import RunFolder
 from ..comfy_g2rpo.run.pace import Pace
 from ..comfy_g2rpo.schedule import shifted_sigmas
-from .host.comfyui import check_interrupted, checked_name, known_run, lora_listing, run_place
+from .host.comfyui import NEWEST, check_interrupted, checked_name, known_run, lora_listing, run_place
+from .host.open_run import plain_errors
 from .host.publish import base_of, file_ui, save_named
 from .host.routes import list_runs, read_metrics, runs_root
 from .host.train_run import checked_schedule, model_shift
@@ -33,7 +34,6 @@ from .types import TRAINING, RewardSet, RewardWire
 from .views.curve import reward_curve
 from .views.pair_sheet import Pair, before_after
 
-NEWEST = "newest"
 MAX_WORK = 2**36  # forwards × pixels of a comparison
 MAX_KEPT = 2**25  # pixels of each model's pictures that are given out: 400 MB
 MAX_SUMMARY_BYTES, MAX_ROWS = 2**20, 200_000  # that Run Monitor reads
@@ -233,10 +233,13 @@ class RunMonitor(io.ComfyNode):
             return io.NodeOutput(
                 reward_curve([], "No run yet"), "There is no run yet; train one with Train LoRA."
             )
-        rows, total = all_rows(folder)
+        with plain_errors(folder.path.name):
+            rows, total = all_rows(folder)
+            ended = folder.summary_file.is_file() and folder.summary_file.stat().st_size <= MAX_SUMMARY_BYTES
+            summary = folder.summary() if ended else {}
         text = "\n".join(f"{name}: {value}" for name, value in (rows[-1] if rows else {}).items())
-        if folder.summary_file.is_file() and folder.summary_file.stat().st_size <= MAX_SUMMARY_BYTES:
-            text += "\n" + json.dumps(folder.summary(), indent=1, ensure_ascii=False)
+        if ended:
+            text += "\n" + json.dumps(summary, indent=1, ensure_ascii=False)
         curve = reward_curve(rows, f"Run {folder.path.name}", total)
         # Lone surrogates can be written in JSON, and nothing else can hold them.
         text = text[:MAX_SUMMARY_BYTES].encode("utf-8", "replace").decode()
@@ -244,8 +247,8 @@ class RunMonitor(io.ComfyNode):
 
 
 def run_names() -> list[str]:
-    """List the runs, newest first."""
-    return [run["id"] for run in list_runs(runs_root())]
+    """List the runs, newest first; one of this name can only come from elsewhere."""
+    return [run["id"] for run in list_runs(runs_root()) if run["id"].lower() != NEWEST]
 
 
 def all_rows(folder: RunFolder) -> tuple[list[dict[str, Any]], int | None]:
@@ -333,8 +336,10 @@ def save(wire: dict[str, Tensor], name: str, style: str, model: Any, run: str | 
     folded = lora.fold(read.pairs, read.alphas)
     notes: dict[str, str] = {} if model is None else named_base(base_of(model))
     folder = known_run(run, "connect the output of Train LoRA") if run else None
-    if folder is not None and (chosen := folder.outcome()):
-        notes |= lora.read(chosen / "lora.safetensors").metadata
+    if folder is not None:
+        with plain_errors(folder.path.name):
+            chosen = folder.outcome()
+            notes |= lora.read(chosen / "lora.safetensors").metadata if chosen else {}
     if style == "diffusers":
         if model is None:
             raise ValueError(

@@ -8,10 +8,12 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..comfy_g2rpo import recipes
+from ..comfy_g2rpo.files.safe import finite
 from ..comfy_g2rpo.run.pace import FIELDS as PACE
+from .host.comfyui import lora_listing
 from .host.open_run import IF_CHANGED, NEW
 from .host.publish import file_ui
-from .host.train_run import Request, train
+from .host.train_run import Request, Trained, train
 from .inputs import widgets
 from .inputs.checks import check_inputs
 from .inputs.train_presets import AS_TYPED, PRESETS
@@ -83,16 +85,24 @@ class TrainLoRA(io.ComfyNode):
         """Train, or go on with a run of the same settings."""
         wanted = Request(**check_inputs(cls, locals()))
         check_flow(model)
-        folder, adapter, file = train(wanted, widgets.node_id(cls), lambda text: widgets.announce(cls, text))
-        rows = folder.metrics()
+        done = train(wanted, widgets.node_id(cls), lambda text: widgets.announce(cls, text))
+        name, rows = done.folder.path.name, done.folder.metrics()
         return io.NodeOutput(
-            with_adapter(model, adapter),
-            lora_model(adapter),
+            with_adapter(model, done.adapter),
+            lora_model(done.adapter),
             {"loss": losses(rows, reward)},
-            reward_curve(rows, f"Run {folder.path.name}", steps),
-            folder.path.name,
-            ui={"g2rpo_run": [folder.path.name], **file_ui(file)},
+            reward_curve(rows, f"Run {name}", done.steps),
+            name,
+            ui={"g2rpo_run": [name], "g2rpo_result": [result_of(done)], **file_ui(done.file)},
         )
+
+
+def result_of(done: Trained) -> dict[str, Any]:
+    """Return what came out of a run, for those who read /history: names, steps and final scores."""
+    told = ("steps", "stopped_by", "lora_step", "reward_before", "reward_after")
+    told += ("heldout_before", "heldout_after")
+    kept = {name: done.summary[name] for name in told if name in done.summary}
+    return finite({"run": done.folder.path.name, "lora": lora_listing(done.file), **kept})
 
 
 def train_inputs() -> list[io.Input]:

@@ -24,7 +24,7 @@ from ..comfy_g2rpo.run.pace import Pace
 from ..comfy_g2rpo.run.setup import Learner, Setup
 from ..comfy_g2rpo.update import records, update
 from .host.comfyui import check_interrupted, run_place
-from .host.open_run import open_run
+from .host.open_run import Wanted, open_run, plain_errors
 from .host.publish import metadata
 from .inputs import widgets
 from .inputs.checks import check_inputs
@@ -94,14 +94,15 @@ class LoRAPolicy(io.ComfyNode):
         made = fresh_adapter(model, rank, alpha, seed, targets)
         policy = PolicyData(model, made, {}, learning_rate)
         if run.strip():
-            with one_writer(run_place(run.strip())):
-                policy = continued(policy, run.strip(), seed)
+            name = run.strip()
+            with plain_errors(name), one_writer(run_place(name)):
+                policy = continued(policy, name, seed)
         return io.NodeOutput(policy, with_adapter(model, policy.adapter), policy.step)
 
 
 def continued(fresh: PolicyData, run: str, seed: int) -> PolicyData:
     """Open the run and return its newest LoRA as a policy; begin the run if there is none yet."""
-    adapter, place = fresh.adapter, run_place(run)
+    adapter = fresh.adapter
     config = {
         "config": {
             "model": {"fingerprint": fingerprint(fresh.model), "patches": patches_of(fresh.model)},
@@ -110,7 +111,7 @@ def continued(fresh: PolicyData, run: str, seed: int) -> PolicyData:
         },
         "recipe": {},
     }
-    folder = open_run(place, config)
+    folder = open_run(Wanted(run, config))
     newest = folder.latest()
     if newest is None:
         folder.truncate_metrics(0)
@@ -271,7 +272,7 @@ def keep(
         metadata=metadata(policy.model, "graph", dict.fromkeys(advantages.names, 1.0)),
     )
     place = run_place(policy.run)
-    with one_writer(place):
+    with plain_errors(policy.run), one_writer(place):
         folder = RunFolder.open(place)
         folder.append(row | {"nfe": advantages.rollout.rollout.nfe})
         save(setup, Learner(optimizer, [], policy.step), folder)

@@ -16,6 +16,7 @@ from ..comfy_g2rpo.run.folder import RunFolder
 from ..comfy_g2rpo.votes.ballots import append, matching, read, votes_file, write_ballot
 from ..comfy_g2rpo.votes.strengths import MAX_PICTURES, Votes, parse, picture_key, scores
 from .host.comfyui import known_run, run_place
+from .host.open_run import plain_errors
 from .inputs.checks import check_inputs
 from .inputs.judging import checked_images, checked_prompt, rounded
 from .inputs.widgets import name_input, output, rollout_prompt_input
@@ -93,7 +94,8 @@ class VoteRollout(io.ComfyNode):
         mine = mine if mine and set(mine.pictures) == set(shown) and mine.outcomes() else None
         found = [mine] if mine else []
         if place is not None:
-            found = kept(place, mine, shown, text)
+            with plain_errors(place.name):
+                found = kept(place, mine, shown, text)
         page = {"g2rpo_ballot": [ballot(shown, text, found)]}
         if not found:
             logging.info("Vote: %d pictures wait for votes; nothing below runs until then", len(shown))

@@ -74,6 +74,7 @@ def as_before(run, name):
     return former
 
 
+ASK = {"if_settings_changed": "ask"}
 LONGER = {"steps": given["train"]["steps"] + 1}
 SIMPLE, SUBTRACT = merged("ModelMergeSimple", ratio=0.5), merged("ModelMergeSubtract", multiplier=0.7)
 BETWEEN = {
@@ -183,8 +184,9 @@ else:
     answer = {"first": told(train(run="first")), "between": between(), "known": known(), "carried": carried()}
     answer["plain"] = told(train(seed=9))
     answer["others"] = {
-        name: told({**train(model, run="lora", **LONGER), **more}) for name, (model, more) in OTHERS.items()
+        name: told({**train(model, run="lora", **LONGER, **ASK), **more})
+        for name, (model, more) in OTHERS.items()
     }
     answer["large"], answer["announced"] = too_large(), announced()
-    answer["old"], answer["then"] = earlier(), told(train(run="lora-before", seed=21, steps=3))
+    answer["old"], answer["then"] = earlier(), told(train(run="lora-before", seed=21, steps=3, **ASK))
 comfy_side.answer(answer)

@@ -81,10 +81,10 @@ GIVEN: dict[str, dict[str, Any]] = {
     "Advantages": {**TREE, "scores": ["ScoresFromValues", 0]},
     "UpdateLoRA": {"policy": ["LoRAPolicy", 0], "advantages": ["Advantages", 0], "kl": 0.01}
     | {"micro_batch": 2},
-    "TrainLoRA": {**REWARD, **SMALL, **SHORT},
+    "TrainLoRA": {**REWARD, **SMALL, **SHORT, "preset": "as typed", "if_settings_changed": "new"},
     "CompareLoRA": {**COMPARED, **REWARD, **SMALL, "num_steps": 1, "noises": 1, "slots": 2}
     | {"sigmas": ["sigmas", 0]},
-    "RunMonitor": {"run": "newest"},
+    "RunMonitor": {"run": "newest", "run_name": ["TrainLoRA", 4]},
     "SaveLoRA": {"lora": ["UpdateLoRA", 1], "name": "saved", "key_names": "native", "model": MODEL}
     | {"run": ["TrainLoRA", 4]},
 }

@@ -171,7 +171,7 @@ answer["gamed loras"] = [name for name in folder_paths.get_filename_list("loras"
 # More steps continue a run; other settings are refused, and a blank name tells settings apart.
 longer = comfy_side.run_prompt(train(run="whole", steps=given["train"]["steps"] + 1))
 answer["longer"] = [longer.ok, longer.error, state("whole")[1][-1]["step"]]
-answer["other"] = comfy_side.run_prompt(train(run="whole", rank=2)).error
+answer["other"] = comfy_side.run_prompt(train(run="whole", rank=2, if_settings_changed="ask")).error
 names = [
     comfy_side.run_prompt(train(steps=1, **changes), want={"run": ("3", 4)}).values["run"]
     for changes in ({}, {}, {"seed": 9})

@@ -295,7 +295,11 @@ def attack_files(
             kept = {path.name for path in outside.iterdir()}
             poison(run)
             before = contents(outside)
-            changed = {"steps": 2, "run": run.name} if letter == "T" else {"run": run.name}
+            # Others would start another run, or show the one that is wired.
+            changed: dict[str, Any] = {"run": run.name}
+            changed |= {"T": {"steps": 2, "if_settings_changed": "ask"}, "M": {"run_name": None}}.get(
+                letter, {}
+            )
             files = ("config.json", "metrics.jsonl", "state.json", "lora.safetensors")
             names = ["run", "checkpoint", *(name for name in files if name in what)]
             act = partial(execute, block, {**real[block], **changed})

@@ -159,7 +159,7 @@ async def _run(graph: dict[str, Any], fresh: bool) -> Ran:
     if not valid or problems:
         return Ran(problems={"error": error, "nodes": problems})
     executor = _executor_for(fresh)
-    await executor.execute_async(graph, prompt_id, {}, outputs)
+    await executor.execute_async(graph, prompt_id, {"client_id": "tests"}, outputs)
     failure = next(
         (
             data

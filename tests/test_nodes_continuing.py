@@ -21,8 +21,8 @@ DATA["smaller"] = {
     "rolling-out": [4, {**SMALL, "rank": 1, "learning_rate": 1e-4}],
     "updating": [9, {"width": 32}],
     "same": [4, {}],
-    "stepped": [12, SMALL],
-    "voted": [4, SMALL],
+    "stepped": [12, {**SMALL, "if_settings_changed": "ask"}],
+    "voted": [4, {**SMALL, "if_settings_changed": "ask"}],
 }
 FALLING = {"changes": f"{CHANGES}\nlr_schedule = cosine"}
 DATA["again and again"] = {
@@ -69,16 +69,18 @@ def test_a_model_is_known_however_another_is_loaded_over_it(done: Answer) -> Non
 def test_patches_of_a_model_belong_to_what_a_run_trains_on(done: Answer) -> None:
     *named, blank = done.data["carried"]
     assert named == ["lora", "merge"] and blank != done.data["plain"]
-    for name, said in done.data["others"].items():
-        assert "was made with model.patches = '" in said, name
-    assert "not 'none'" in done.data["others"]["base"]
+    without, other = "without the LoRAs or merges that the run's has", "that the run's has otherwise"
+    for name, what in (("base", without), ("weaker", other), ("merge", other)):
+        said = done.data["others"][name]
+        assert "run: lora was made with other settings (model: with" in said and what in said, name
+        assert said.endswith("give another name, or put back model"), name
 
 
 def test_runs_of_an_earlier_version_go_on_and_note_the_patches(done: Answer) -> None:
     assert len(done.data["old"]) == 6
     for name, (former, longer, steps) in done.data["old"].items():
         assert (longer, steps) == (former, LONGER), name
-    assert "not 'none'" in done.data["then"]
+    assert "model: without the LoRAs or merges that the run's has" in done.data["then"]
 
 
 def test_patches_are_the_same_after_a_restart(comfyui: Path, base: Path, done: Answer) -> None:
@@ -100,7 +102,7 @@ def test_a_run_without_a_step_is_begun_anew_by_other_settings(done: Answer) -> N
 def test_what_was_trained_or_voted_on_is_never_replaced(done: Answer, name: str) -> None:
     first, held, again, steps, width = done.data["large"][name]
     assert "no memory left" in first
-    assert "was made with model.width = 64, not 32" in again
+    assert f"run: {name} was made with other settings (width: 64 → 32; height: 64 → 32)" in again
     assert (steps, width, any(steps)) == (held, 64, name == "stepped")
 
 

@@ -169,14 +169,15 @@ def test_a_run_that_the_watch_stopped_is_announced_as_stopped(done: Answer) -> N
 
 def test_more_steps_continue_a_run_and_other_settings_are_refused(done: Answer) -> None:
     assert done.data["longer"] == [True, "", 5]
-    assert "lora.rank = 4, not 2" in done.data["other"]
+    assert "run: whole was made with other settings (rank: 4 → 2)" in done.data["other"]
     first, again, other = done.data["names"]
     assert first == again != other
 
 
-def test_a_graph_leaves_a_run_that_another_process_writes_alone(done: Answer) -> None:
+def test_a_graph_leaves_a_run_that_another_process_writes_alone(done: Answer, base: Path) -> None:
     for named, error, untouched in done.data["held"]:
-        assert named and "is being written by" in error and untouched
+        assert named and ": run: " in error and " is being written by" in error and untouched
+        assert str(base) not in error
     assert done.data["after"]
 
 

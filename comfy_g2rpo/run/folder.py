@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -219,10 +219,22 @@ class RunFolder:
         version made it. Fields in `moved` name files that lie elsewhere now.
         """
         run = cls.open(path)
-        saved = run.config().get("config")
+        for name, before, value in run.differences(config, defaults, moved):
+            was = f"{path} was made with {name} = {before!a:.80}, not {value!a:.80}"
+            raise RunError(f"{was}; continue with that, or start another run")
+        return run
+
+    def differences(
+        self,
+        config: Mapping[str, Any],
+        defaults: Mapping[str, Mapping[str, Any]] | None = None,
+        moved: Collection[str] = (),
+    ) -> Iterator[tuple[str, Any, Any]]:
+        """Name the fields that a run was made with otherwise and that may not change: field, then, now."""
+        saved = self.config().get("config")
         if not isinstance(saved, dict):
             raise RunError(
-                f"{run.config_file} is damaged (no configuration); restore it or start another run"
+                f"{self.config_file} is damaged (no configuration); restore it or start another run"
             )
         for section, values in finite(config["config"]).items():
             new, old = spelt_out(values), spelt_out(saved.get(section, {}))
@@ -233,9 +245,7 @@ class RunFolder:
                 name = f"{section}.{key}".strip(".")
                 free = section in ("out", "report") or name in moved or field in MAY_CHANGE.get(section, ())
                 if value != before and not free:
-                    was = f"{path} was made with {name} = {before!a:.80}, not {value!a:.80}"
-                    raise RunError(f"{was}; continue with that, or start another run")
-        return run
+                    yield name, before, value
 
     @property
     def config_file(self) -> Path:

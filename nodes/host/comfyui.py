@@ -20,6 +20,7 @@ from ...comfy_g2rpo.files.safe import FileError
 from ...comfy_g2rpo.run.folder import RunFolder, is_run
 from .routes import RUN_ID, runs_root
 
+NEWEST = "newest"
 EVENT = "g2rpo.progress"
 SECONDS_BETWEEN_EVENTS = 0.25
 STOPS = (comfy.model_management.InterruptProcessingException, torch.cuda.OutOfMemoryError)
@@ -45,13 +46,16 @@ def contained(root: Path, name: str, widget: str) -> Path:
     base = os.path.realpath(root)
     place = os.path.realpath(os.path.join(base, name))
     if os.path.commonpath((base, place)) != base or place == base:
-        raise ValueError(f"{widget} is {name[:80]!a}, which leads out of {base}; choose another name")
+        raise ValueError(f"{widget} is {name[:80]!a}, which leads out of its folder; choose another name")
     return Path(place)
 
 
 def run_place(name: str, widget: str = "run") -> Path:
     """Return the folder of a run; refuse one that has a link out of it, which writing would follow."""
-    place = contained(runs_root(), checked_name(name, widget), widget)
+    name = checked_name(name, widget)
+    if name.lower() == NEWEST:
+        raise ValueError(f"{widget}: {name} stands for the newest run in Run Monitor; give another name")
+    place = contained(runs_root(), name, widget)
     for folder, folders, files in os.walk(place):
         for entry in (*folders, *files):
             path = os.path.join(folder, entry)
@@ -90,6 +94,14 @@ def lora_place(stem: str, widget: str, taken: Callable[[Path], bool] = os.path.e
 def lora_listing(place: Path) -> str:
     """Return a LoRA file's name as LoraLoader's list shows it."""
     return os.path.relpath(place, os.path.realpath(folder_paths.get_folder_paths("loras")[0]))
+
+
+def asking_client() -> str | None:
+    """Return the client whose graph runs, to tell nobody else; None where there is none.
+
+    A script that names no client gets no messages, for core would send them to every page.
+    """
+    return getattr(getattr(PromptServer, "instance", None), "client_id", None)
 
 
 class Live:
@@ -145,7 +157,8 @@ class Live:
     def send(self, phase: str, now: bool = False) -> None:
         """Tell the page, at most four times a second."""
         clock = time.monotonic()
-        if PromptServer.instance is None or (not now and clock - self.sent < SECONDS_BETWEEN_EVENTS):
+        client = asking_client()
+        if client is None or (not now and clock - self.sent < SECONDS_BETWEEN_EVENTS):
             return
         self.sent = clock
         made = self.at - self.first
@@ -153,4 +166,4 @@ class Live:
         of = max(self.expected[phase], self.done) if phase in self.expected else None
         event = {"node": self.node, "run": self.run, "row": self.rows, "seconds_left": left}
         event |= {"step": self.at, "total": self.total, "phase": phase, "done": self.done, "of": of}
-        PromptServer.instance.send_sync(EVENT, event)
+        PromptServer.instance.send_sync(EVENT, event, client)

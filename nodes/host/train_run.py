@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,25 +19,27 @@ from ...comfy_g2rpo import lora, recipes
 from ...comfy_g2rpo.files.one_writer import one_writer
 from ...comfy_g2rpo.files.safe import finite
 from ...comfy_g2rpo.prompts import Prompts, prompts_of, refuse_common, split
-from ...comfy_g2rpo.recipes import Recipe, build_plan
+from ...comfy_g2rpo.recipes import FIELDS, Recipe, build_plan
 from ...comfy_g2rpo.rewards import RewardError
 from ...comfy_g2rpo.run import settings
 from ...comfy_g2rpo.run.checkpoint import restore
 from ...comfy_g2rpo.run.evaluation import price as look_price
 from ...comfy_g2rpo.run.folder import MAY_CHANGE, RunFolder, is_run
+from ...comfy_g2rpo.run.pace import FIELDS as PACE
 from ...comfy_g2rpo.run.pace import Pace
 from ...comfy_g2rpo.run.setup import Setup, make_learner, preview_shape, prompts_ahead
 from ...comfy_g2rpo.run.summary import alarm_at
 from ...comfy_g2rpo.schedule import shifted_sigmas
 from ..inputs.judging import checked_prompt
-from ..inputs.train_presets import AS_TYPED
+from ..inputs.train_presets import AS_TYPED, TREE, WIDGETS, preset_numbers
 from ..model.adapter import Adapter, fresh_adapter, is_large
 from ..model.comfy_policy import text_policy
 from ..model.fingerprint import UNPATCHED, fingerprint, patches_of
 from ..sampling import check_sigmas
 from ..types import RewardSet
+from .changed_settings import Change, said
 from .comfyui import STOPS, Live, run_place
-from .open_run import NEW, open_run, says_patches
+from .open_run import NEW, Wanted, choose_run, note_changes, open_run, plain_errors, says_patches
 from .publish import metadata, publish
 
 MAX_WORK = 10**14  # forwards × pixels of a run
@@ -45,6 +47,8 @@ MAX_STATES = 1_000_000  # of one prompt's tree
 MAX_PROMPTS = 4096  # their encodings are kept
 HELDOUT_SHARE = 0.2
 DEFAULTS = {"method": dataclasses.asdict(Recipe()), "train": dataclasses.asdict(Pace())}
+TOLD = (*WIDGETS, "num_steps", "group_size", "granularities", "pick")
+"""Numbers that are told of a preset; what `changes` say is in them."""
 LATER = ("lr_schedule", "warmup_steps")
 """Fields that a run's name does not count where they are at their defaults: runs of before have none."""
 
@@ -81,47 +85,111 @@ class Request:
     sigmas: Tensor | None = None
 
 
-def train(wanted: Request, node: str | None, say: Callable[[str], None]) -> tuple[RunFolder, Adapter, Path]:
-    """Tell the cost, then run the loop; return the run's folder, the LoRA as it was saved, and its file."""
+@dataclass(frozen=True)
+class Trained:
+    """A run that has ended: its folder, its LoRA, that one's file under models/loras, its summary."""
+
+    folder: RunFolder
+    adapter: Adapter
+    file: Path
+    summary: dict[str, Any]
+    steps: int
+
+
+def train(asked: Request, node: str | None, say: Callable[[str], None]) -> Trained:
+    """Tell the cost, then run the loop, by `node` and `say` of the block that asks for it."""
+    # Nodes run in inference mode, where nothing could be learned.
+    with torch.inference_mode(False), torch.enable_grad():
+        numbers = preset_of(asked)
+        wanted = dataclasses.replace(asked, **{name: numbers[name] for name in numbers if name in WIDGETS})
+        setup, config = make_setup(wanted, numbers)
+        price(setup, wanted.width, wanted.height)  # refused before anything is written
+        if numbers:
+            say(f"preset {wanted.preset}: {numbers_used(wanted, setup)}")
+        name = wanted.run.strip() or known_name(config, wanted.recipe)
+        run = Wanted(name, config, DEFAULTS, sources_of(wanted, numbers))
+        choice = choose_run(run, wanted.if_settings_changed or NEW)
+        if choice.remark:
+            say(choice.remark)
+        run = dataclasses.replace(run, name=choice.name)
+        with plain_errors(run.name), one_writer(run_place(run.name)):
+            folder = open_run(run, choice.changes)
+            summary = trained(wanted, setup, run, folder, choice.changes, Live(node, run.name), say)
+        if summary["stopped_by"] == "watch":
+            alarm = summary["alarms"][-1]["text"]
+            say(f"stopped by the watch, LoRA of step {summary['lora_step']}: {alarm}")
+        with plain_errors(run.name):
+            file = lora.read(folder.outcome() / "lora.safetensors")
+            place = publish(folder, run.name)
+        pairs = {module: file.pairs[module] for module in setup.policy.pairs()}
+        adapter = Adapter(pairs, wanted.rank, float(wanted.rank), wanted.targets)
+        return Trained(folder, adapter, place, summary, setup.pace.steps)
+
+
+def trained(
+    wanted: Request,
+    setup: Setup,
+    run: Wanted,
+    folder: RunFolder,
+    changes: Sequence[Change],
+    live: Live,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Go on with a run from where it stands, as its one writer; return its summary."""
     # Imported when somebody trains: most who start ComfyUI do not.
     from ...comfy_g2rpo.run.loop import finish, learn, nothing_left
 
-    # Nodes run in inference mode, where nothing could be learned.
-    with torch.inference_mode(False), torch.enable_grad():
-        setup, config = make_setup(wanted)
-        price(setup, wanted.width, wanted.height)  # refused before anything is written
-        name = wanted.run.strip() or known_name(config, wanted.recipe)
-        place = run_place(name)
-        learner = make_learner(setup)
-        with one_writer(place):
-            folder = open_run(place, config, DEFAULTS)
-            for remark in restore(setup, learner, folder) if folder.metrics() or folder.latest() else []:
-                say(remark)
-            stopped = halted(setup, folder, learner.step) or nothing_left(setup, learner)
-            say(stopped or price(setup, wanted.width, wanted.height, learner.step))
-            live = Live(node, name, len(folder.metrics()))
-            live.expected = expected(setup)
-            try:
-                learn(setup, learner, folder, live, live.check, (*STOPS, RewardError))
-                summary = finish(setup, learner, folder, live, live.check, wanted.recipe)
-                live.finish(summary)
-            except STOPS:
-                live.stopped()
-                raise
-    if summary["stopped_by"] == "watch":
-        say(f"stopped by the watch, LoRA of step {summary['lora_step']}: {summary['alarms'][-1]['text']}")
-    file = lora.read(folder.outcome() / "lora.safetensors")
-    published = publish(folder, name)
-    pairs = {module: file.pairs[module] for module in setup.policy.pairs()}
-    return folder, Adapter(pairs, wanted.rank, float(wanted.rank), wanted.targets), published
+    learner = make_learner(setup)
+    for remark in restore(setup, learner, folder) if folder.metrics() or folder.latest() else []:
+        say(remark)
+    stopped = halted(setup, folder, learner.step) or nothing_left(setup, learner)
+    if changes and not stopped:
+        note_changes(folder, run, changes, learner.step)
+    say(stopped or price(setup, wanted.width, wanted.height, learner.step))
+    live.rows, live.expected = len(folder.metrics()), expected(setup)
+    try:
+        learn(setup, learner, folder, live, live.check, (*STOPS, RewardError))
+        summary = finish(setup, learner, folder, live, live.check, wanted.recipe)
+        live.finish(summary)
+    except STOPS:
+        live.stopped()
+        raise
+    return summary
 
 
-def make_setup(wanted: Request) -> tuple[Setup, dict[str, Any]]:
-    """Check everything and encode the prompts; return the loop's setup and the content of config.json."""
+def preset_of(wanted: Request) -> dict[str, Any]:
+    """Return the numbers of the preset that is chosen, by field."""
+    parameters = sum(part.numel() for part in wanted.model.model.diffusion_model.parameters())
+    return preset_numbers(wanted.preset or AS_TYPED, parameters, wanted.recipe)
+
+
+def numbers_used(wanted: Request, setup: Setup) -> str:
+    """Return the numbers that a run with a preset uses, in words."""
+    parts = setup.pace, setup.recipe, wanted
+    made = [(name, next(getattr(part, name) for part in parts if hasattr(part, name))) for name in TOLD]
+    return ", ".join(f"{name} {said(value)}" for name, value in made)
+
+
+def sources_of(wanted: Request, numbers: Mapping[str, Any]) -> dict[str, str]:
+    """Name the widgets of fields that come from others than their own."""
+    changes = settings.parse(wanted.changes, "changes")
+    typed = {name for part in changes for name in part}
+    preset = {*numbers, *TREE} if numbers else ()
+    sources = {name: "preset" for name in preset if name not in typed and name != "steps"}
+    return sources | ({} if wanted.heldout_prompts.strip() else {"heldout": "prompts"})
+
+
+def make_setup(wanted: Request, numbers: Mapping[str, Any]) -> tuple[Setup, dict[str, Any]]:
+    """Check everything and encode the prompts; return the loop's setup and the content of config.json.
+
+    `numbers` are those of a preset.
+    """
     method, train = settings.parse(wanted.changes, "changes")
     sigmas = checked_schedule(wanted.sigmas) if wanted.sigmas is not None else None
-    made = make_recipe(wanted, method, sigmas)
-    pace = Pace(**{**graph_pace(wanted), **train})
+    paced = {name: value for name, value in numbers.items() if name in PACE}
+    learned = {name: value for name, value in numbers.items() if name in FIELDS and name not in PACE}
+    made = make_recipe(wanted, {**learned, **method}, sigmas)
+    pace = Pace(**{**graph_pace(wanted), **paced, **train})
     prompts = make_prompts(wanted, pace.seed)
     if (count := len(prompts.train) + len(prompts.heldout)) > MAX_PROMPTS:
         raise ValueError(
@@ -307,7 +375,8 @@ def known_name(config: dict[str, Any], recipe: str) -> str:
     settled = {**config["config"], "model": without_patches(config["config"]["model"])}
     former = name_of({"config": settled}, recipe)
     place = run_place(former)
-    known = not is_run(run_place(name)) and is_run(place) and not says_patches(RunFolder(place))
+    with plain_errors(former):
+        known = not is_run(run_place(name)) and is_run(place) and not says_patches(RunFolder(place))
     return former if known else name
 
 

@@ -15,7 +15,7 @@ from server import PromptServer
 
 from ...comfy_g2rpo.prompts import MAX_CHARACTERS
 from ...comfy_g2rpo.recipes import FIELDS
-from ..host.comfyui import NAME_TIP
+from ..host.comfyui import NAME_TIP, asking_client
 from ..model.adapter import TARGETS
 from ..types import RewardWire
 from .judging import MAX_SCORE
@@ -171,10 +171,10 @@ def node_id(block: type[io.ComfyNode]) -> str | None:
 
 
 def show(block: type[io.ComfyNode], text: str) -> ui.PreviewText:
-    """Show a text on the node while it runs; return it for the node's outputs, where it stays."""
-    server = getattr(PromptServer, "instance", None)
-    if server is not None and node_id(block) is not None:
-        server.send_progress_text(text, node_id(block))
+    """Show a text on the node of the client who asked; return it for the node's outputs, where it stays."""
+    client = asking_client()
+    if client is not None and node_id(block) is not None:
+        PromptServer.instance.send_progress_text(text, node_id(block), client)
     return ui.PreviewText(text)
 
 
