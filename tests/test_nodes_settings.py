@@ -108,7 +108,7 @@ PRESETS = {
 SHORTER = {**TRAIN, **SHORT}
 DATA = {
     "train": SHORTER,
-    "lora": "g2rpo/base_000001.safetensors",
+    "lora": "g2rpo/base.safetensors",
     "stories": {name: [{"run": name, **press} for press in story] for name, story in STORIES.items()},
     "changes": {name: changes for name, (changes, _) in WAYS.items()},
     "fixed": {name: WAYS[name][0] for name in FIXED},
@@ -170,6 +170,14 @@ def test_a_run_goes_on_under_other_numbers_where_that_is_asked_for(done: Answer)
         "method.kl": "0 → 0.1",
         "method.learning_rate": "0.002 → 0.001",
     }
+
+
+def test_a_run_that_goes_on_under_other_numbers_keeps_its_one_file(
+    base: tuple[Path, Path], done: Answer
+) -> None:
+    assert done.data["stories"]["goes-on"]
+    found = {file.name for file in (base[1] / "models" / "loras" / "g2rpo").glob("goes-on*")}
+    assert found == {"goes-on.safetensors", "goes-on.preview.png"}
 
 
 def test_a_finished_run_with_nothing_left_keeps_what_it_was_made_with(done: Answer) -> None:
