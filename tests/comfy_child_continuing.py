@@ -170,7 +170,9 @@ def too_large():
 def announced():
     """Run again what is finished, in part made, or longer than asked for; return what the node says."""
     said, found = [], {}
-    hosting.PromptServer.instance.send_progress_text = lambda text, node, sid=None: said.append((node, text))
+    hosting.PromptServer.instance.send_sync = lambda event, data, sid=None: (
+        event == "g2rpo.text" and said.append((data["node"], data["text"]))
+    )
     for name, changes in given["again and again"].items():
         ran = told(train(run=name.split()[0], **changes), fresh=True)
         found[name] = [ran, [text for node, text in said if node == "3"], steps(name.split()[0])[-1]]

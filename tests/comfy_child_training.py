@@ -161,9 +161,11 @@ caught = comfy_side.run_prompt(
 folder = runs.RunFolder(hosting.run_place("gamed"))
 answer["gamed"] = [caught.ok, caught.error, folder.summary(), torch.equal(before, caught.values["image"])]
 texts, made = [], len(folder.metrics())
-hosting.PromptServer.instance.send_progress_text = lambda text, node, sid=None: texts.append((node, text))
+hosting.PromptServer.instance.send_sync = lambda event, data, sid=None: (
+    event == "g2rpo.text" and texts.append((data["node"], data["text"]))
+)
 again = comfy_side.run_prompt(gamed)
-del hosting.PromptServer.instance.send_progress_text
+del hosting.PromptServer.instance.send_sync
 answer["gamed again"] = [again.ok, [text for node, text in texts if node == "3"]]
 answer["gamed again"].append(len(folder.metrics()) == made)
 answer["gamed loras"] = [name for name in folder_paths.get_filename_list("loras") if "gamed" in name]

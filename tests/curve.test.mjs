@@ -6,7 +6,8 @@ import * as curve from "../web/curve.mjs";
 import { Feed } from "../web/feed.mjs";
 
 const row = (step, value, more = {}) => ({ step, "reward/brightness/mean": value, "reward/brightness/std": 0.1, ...more });
-const filled = (count) => curve.collect(curve.emptySeries(), Array.from({ length: count }, (_, i) => row(i + 1, i / count)));
+const filledRows = (count) => Array.from({ length: count }, (_, i) => row(i + 1, i / count));
+const filled = (count) => curve.collect(curve.emptySeries(), filledRows(count));
 
 test("rows become one line per reward and one per held-out reward", () => {
   const series = curve.collect(curve.emptySeries(), [{ step: 0, "heldout/a/b/mean": 1, "heldout/a/b/ci95": 0.5 }, row(1, 2)]);
@@ -123,11 +124,45 @@ test("the status line says where the run is", () => {
   assert.equal(curve.status({}).text, "step 0");
 });
 
-test("the cursor reads each line at its own nearest step", () => {
-  const series = curve.collect(filled(30), [{ step: 30, "heldout/brightness/mean": 0.5 }]);
-  assert.equal(curve.sentence(series, new Set(), 12, 30), "step 12, brightness 0.367 ± 0.10, held-out brightness 0.500 at step 30");
-  assert.equal(curve.sentence(series, new Set(["heldout/brightness"]), null, 30), "step 30, brightness 0.967 ± 0.10");
+test("the cursor reads each line at its own nearest step, smoothed where every step is measured", () => {
+  const series = curve.collect(filled(30), [{ step: 0, "heldout/brightness/mean": 0.25 }, ...filledRows(30), { step: 30, "heldout/brightness/mean": 0.5, "heldout/brightness/ci95": 0.02 }]);
+  assert.equal(curve.sentence(series, new Set(), 12, 30), "step 12, brightness 0.291, change +0.21, held-out brightness 0.250 at step 0");
+  assert.equal(curve.sentence(series, new Set(["reward/brightness"]), null, 30), "step 30, held-out brightness 0.500 ± 0.020, change +0.25");
 });
+
+for (const [name, values, change] of [
+  ["a rise", [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], /^\+0\.9|^\+1/],
+  ["a fall", [5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2], /^−2\.|^−3/],
+  ["nothing", Array(20).fill(0.3), /^0$/],
+]) {
+  test(`the legend tells how far a reward has come since the start: ${name}`, () => {
+    const series = curve.collect(curve.emptySeries(), values.map((value, i) => row(i, value)));
+    assert.match(curve.reading(series.get("reward/brightness"), null).change, change);
+    assert.equal(curve.reading(series.get("reward/brightness"), 0).change, "");
+  });
+}
+
+test("the noise of the first step alone is not taken for a change", () => {
+  const noisy = [2, ...Array.from({ length: 99 }, (_, i) => (i % 2 ? 1.1 : 0.9))];
+  const { change } = curve.course({ kind: "reward", steps: [...noisy.keys()], values: noisy, spreads: noisy.map(() => 0) }, null);
+  assert.ok(Math.abs(change) < 0.12, String(change));
+});
+
+for (const [name, trained, shares] of [
+  ["one of two", [true, false], [0.6, 0.4]],
+  ["one of four", [false, true, false, false], [0.4 / 3, 0.6, 0.4 / 3, 0.4 / 3]],
+  ["two of three", [true, true, false], [0.3, 0.3, 0.4]],
+  ["all", [true, true], [0.5, 0.5]],
+  ["none", [false, false, false], [1 / 3, 1 / 3, 1 / 3]],
+  ["alone", [true], [1]],
+]) {
+  test(`what is trained on has 60 % of the height where there is more: ${name}`, () => {
+    const found = curve.heights(trained.map((each) => ({ trained: each })), 1000);
+    assert.deepEqual(found.map(Math.round), shares.map((share) => Math.round(1000 * share)));
+    // In a low chart every panel can still be read, and the chart scrolls.
+    assert.ok(curve.heights(trained.map((each) => ({ trained: each })), 60).every((height) => height >= 40));
+  });
+}
 
 function luminance(colour) {
   const [r, g, b] = [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16) / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));

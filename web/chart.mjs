@@ -1,6 +1,6 @@
 // Draws the panels of a run as SVG: lines, bands and marks are styled by class, so that the page's theme reaches them.
 
-import { allSteps, bandPath, decimate, limits, linePath, nearest, number, panels, scale, smooth, spanFor, stepLimits, ticks } from "./curve.mjs";
+import { allSteps, bandPath, decimate, heights, limits, linePath, nearest, number, panels, scale, smooth, spanFor, stepLimits, ticks } from "./curve.mjs";
 import { svg } from "./dom.mjs";
 
 const LEFT = 46;
@@ -10,18 +10,23 @@ const BOTTOM = 16;
 const GAP = 10;
 const MAX_MARKS = 60;
 
-// Fills `place` with the drawing of `series`; returns how to find the step under a horizontal position.
+// Fills `place` with the drawing of `series`; returns how to find the step under a horizontal position, and how high the drawing is: at least `height`.
 export function draw(place, series, { width, height, hidden, cursor, clip }) {
   const shown = panels(series, hidden);
   const lines = shown.flatMap((panel) => panel.lines);
   const across = scale(stepLimits(lines), [LEFT, width - RIGHT]);
-  const tall = (height - TOP - BOTTOM - GAP * (shown.length - 1)) / Math.max(1, shown.length);
-  const parts = shown.map((panel, i) => drawPanel(panel, { across, width, cursor, clip: `${clip}-${i}`, top: TOP + i * (tall + GAP), tall }));
-  if (lines.length) parts.push(drawSteps(lines, across, { width, height, cursor }));
-  place.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  const parts = [];
+  let top = TOP;
+  for (const [i, tall] of heights(shown, height - TOP - BOTTOM - GAP * (shown.length - 1)).entries()) {
+    parts.push(drawPanel(shown[i], { across, width, cursor, clip: `${clip}-${i}`, top, tall }));
+    top += tall + GAP;
+  }
+  const whole = Math.max(height, Math.round(top - GAP + BOTTOM));
+  if (lines.length) parts.push(drawSteps(lines, across, { width, height: whole, cursor }));
+  place.setAttribute("viewBox", `0 0 ${width} ${whole}`);
   place.replaceChildren(...parts);
   const steps = allSteps(new Map(lines.map((line) => [line.key, line])));
-  return { steps, stepAt: (x) => (steps.length ? steps[nearest(steps, scale([LEFT, width - RIGHT], stepLimits(lines))(x))] : null) };
+  return { steps, whole, stepAt: (x) => (steps.length ? steps[nearest(steps, scale([LEFT, width - RIGHT], stepLimits(lines))(x))] : null) };
 }
 
 function drawPanel(panel, { across, width, cursor, clip, top, tall }) {

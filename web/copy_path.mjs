@@ -3,7 +3,7 @@
 import { element, write } from "./dom.mjs";
 
 export const WRITERS = ["G2RPO_TrainLoRA", "G2RPO_SaveLoRA"];
-const HEIGHT = 34;
+const HEIGHT = 28;
 const WIDTH = 340;
 const BACK_AFTER = 2500;
 const COPY = "Copy path";
@@ -36,9 +36,9 @@ export async function copy(input, text, { clipboard = globalThis.navigator?.clip
 }
 
 export class CopyPath {
-  // `nodeOf(id)` finds a node, `get(path)` asks the server, `scroll` is what the wheel does.
-  constructor({ app, nodeOf, get, scroll }) {
-    Object.assign(this, { app, nodeOf, get, scroll, lines: new Map(), left: new Map(), folder: null });
+  // `nodeOf(id)` finds a node, `get(path)` asks the server.
+  constructor({ app, nodeOf, get, widgets }) {
+    Object.assign(this, { app, nodeOf, get, widgets, lines: new Map(), folder: null });
   }
 
   add(node) {
@@ -46,33 +46,8 @@ export class CopyPath {
     const button = element("button", { type: "button", disabled: "" }, COPY);
     const line = { root: element("div", { class: "g2rpo-file" }, input, button), input, button, name: "" };
     button.addEventListener("click", () => this.copy(line));
-    line.root.addEventListener("wheel", this.scroll, { passive: false });
-    const height = () => HEIGHT;
-    const options = { serialize: false, hideOnZoom: false, hideInPanel: true, getMinHeight: height, getMaxHeight: height };
-    const widget = node.addDOMWidget("g2rpo_file", "g2rpo_file", line.root, options);
-    // `options.serialize` keeps it out of the prompt, this out of the workflow.
-    widget.serialize = false;
-    node.setSize([Math.max(node.size[0], WIDTH), Math.max(node.size[1], node.computeSize()[1])]);
     this.lines.set(node, line);
-    setTimeout(() => this.adopt(node, line), 100);
-    const before = node.onRemoved;
-    const lines = this;
-    node.onRemoved = function onRemoved(...given) {
-      lines.lines.delete(node);
-      lines.left.set(String(node.id), line.root);
-      return before?.apply(this, given);
-    };
-  }
-
-  look() {
-    for (const [node, line] of this.lines) this.adopt(node, line);
-  }
-
-  // A node that is made anew under its id takes the old one's place in Nodes 2.0.
-  adopt(node, line) {
-    const old = this.left.get(String(node.id));
-    if (!line.root.isConnected && old?.isConnected) old.replaceWith(line.root);
-    if (line.root.isConnected) this.left.delete(String(node.id));
+    this.widgets.attach(node, "g2rpo_file", line.root, { height: () => HEIGHT, width: WIDTH, fixed: true, removed: () => this.lines.delete(node) });
   }
 
   executed(detail) {

@@ -3,6 +3,7 @@
 // Mid-tones that stand out on dark and on light ground and in the common kinds of colour blindness; the style sheet mixes the theme's text colour in.
 export const COLOURS = ["#2f86c8", "#d55e00", "#0a9a72", "#b85f97", "#8a6fd1", "#9a7a12"];
 
+const LEAST_PANEL = 40;
 const LABELS = { reward: "", heldout: "held-out " };
 const SPREAD = { reward: "std", heldout: "ci95" };
 
@@ -74,9 +75,18 @@ export function panels(series, hidden = new Set()) {
     .map((name, index) => ({
       name,
       colour: COLOURS[index % COLOURS.length],
+      trained: series.has(`reward/${name}`),
       lines: inOrder(series).filter((line) => line.name === name && line.steps.length && !hidden.has(line.key)),
     }))
     .filter((panel) => panel.lines.length);
+}
+
+// How high each panel is in `room` pixels: rewards that are trained on take 60 % together where there are others too, and none is less than can be read.
+export function heights(shown, room) {
+  const trained = shown.filter((panel) => panel.trained).length;
+  const others = shown.length - trained;
+  const share = (panel) => (!trained || !others ? 1 / shown.length : panel.trained ? 0.6 / trained : 0.4 / others);
+  return shown.map((panel) => Math.max(LEAST_PANEL, share(panel) * room));
 }
 
 // Exponential average, corrected at its start so that it begins at the first value.
@@ -222,12 +232,28 @@ export function status({ progress, step, totalSteps, finished }) {
   return { text: words.join(" · "), share, running: Boolean(running) };
 }
 
-// A line's value at the cursor's step, or its newest, with its spread.
-export function reading(line, step) {
+// A line at the cursor's step, or at its newest: its value, smoothed where every step has one, and how far it has come since the start, in numbers.
+export function course(line, step) {
   const i = step === null ? line.steps.length - 1 : nearest(line.steps, step);
-  if (i < 0) return "–";
-  const spread = line.spreads[i] > 0 ? ` ± ${digits(line.spreads[i], 2)}` : "";
-  return digits(line.values[i], 3) + spread;
+  if (i < 0) return null;
+  const span = line.kind === "heldout" ? 1 : spanFor(line.values.length);
+  const value = smooth(line.values, span)[i];
+  // One step's reward is noisy, so the start is the mean of as many steps as are smoothed over.
+  const first = line.values.slice(0, Math.min(i + 1, Math.max(1, Math.round(span))));
+  return { first: i === 0, value, change: value - first.reduce((sum, each) => sum + each, 0) / first.length, spread: line.kind === "heldout" ? line.spreads[i] : 0 };
+}
+
+// The course in words: {value: "0.512", spread: "± 0.02", change: "+0.21"}; at its first step there is no change to tell.
+export function reading(line, step) {
+  const at = course(line, step);
+  if (!at) return { value: "–", spread: "", change: "" };
+  return { value: digits(at.value, 3), spread: at.spread > 0 ? `± ${digits(at.spread, 2)}` : "", change: at.first ? "" : signed(at.change) };
+}
+
+// With its sign; what is nothing beside rounding is 0.
+function signed(value) {
+  const size = Math.abs(value);
+  return size < 1e-9 ? "0" : `${value < 0 ? "−" : "+"}${digits(size, 2)}`;
 }
 
 // Like number(), but with its trailing zeros, so that the width of a changing value stays.
@@ -242,7 +268,8 @@ export function sentence(series, hidden, step, last) {
     .filter((line) => line.steps.length && !hidden.has(line.key))
     .map((line) => {
       const at = step === null ? line.steps.at(-1) : line.steps[nearest(line.steps, step)];
-      return `${line.label} ${reading(line, step)}${at === (step ?? last) ? "" : ` at step ${at}`}`;
+      const { value, spread, change } = reading(line, step);
+      return `${[line.label, value, spread].filter(Boolean).join(" ")}${change && `, change ${change}`}${at === (step ?? last) ? "" : ` at step ${at}`}`;
     });
   return [`step ${step ?? last}`, ...said].join(", ");
 }

@@ -1,11 +1,15 @@
-// Puts the live curve on Train LoRA and Run Monitor, the ballot on Vote, and where the file lies on what writes one. The page side of nodes/routes.py and of the event "g2rpo.progress".
+// Puts the live curve on Train LoRA and Run Monitor, the ballot on Vote, where the file lies on what writes one, and what blocks say on them. The page side
+// of nodes/host/routes.py and of the events "g2rpo.progress" and "g2rpo.text".
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { CopyPath, WRITERS } from "./copy_path.mjs";
 import { Feed, problemOf, RUN_ID } from "./feed.mjs";
-import { Monitor } from "./monitor.mjs";
+import { colourNode, colourWires, nameBoxes } from "./looks.mjs";
+import { HEIGHT, Monitor } from "./monitor.mjs";
+import { Texts } from "./texts.mjs";
 import { VOTER, Voting } from "./vote.mjs";
+import { Widgets } from "./widgets.mjs";
 
 const TRAINER = "G2RPO_TrainLoRA";
 const MONITOR = "G2RPO_RunMonitor";
@@ -16,10 +20,11 @@ const NEWEST = "newest";
 
 const feeds = new Map();
 const monitors = new Map();
-// What removed nodes have left in the page, by their id (see adopt).
-const left = new Map();
-const voting = new Voting({ app, api, nodeOf, left, adopt, scroll: scrollCanvas });
-const files = new CopyPath({ app, nodeOf, get, scroll: scrollCanvas });
+const widgets = new Widgets(scrollCanvas);
+const place = (node) => `${app.graph?.id ?? ""}:${node.id}`;
+const voting = new Voting({ app, api, nodeOf, widgets, place });
+const texts = new Texts({ nodeOf, widgets, place });
+const files = new CopyPath({ app, nodeOf, get, widgets });
 
 async function get(path) {
   try {
@@ -117,53 +122,28 @@ function choose(node, run) {
 }
 
 function addMonitor(node) {
-  const resized = () => {
-    const least = node.computeSize();
-    if (node.size[1] < least[1]) node.setSize([node.size[0], least[1]]);
-    node.setDirtyCanvas?.(true, true);
-  };
-  const monitor = new Monitor({ picture, resized });
-  const widget = node.addDOMWidget("g2rpo_curve", "g2rpo_curve", monitor.root, {
-    serialize: false,
-    hideOnZoom: false,
-    getMinHeight: () => monitor.minHeight,
-  });
-  // `options.serialize` keeps it out of the prompt, this out of the workflow.
-  widget.serialize = false;
-  monitor.root.addEventListener("wheel", scrollCanvas, { passive: false });
-  node.setSize([Math.max(node.size[0], 440), Math.max(node.size[1], node.computeSize()[1])]);
-  const entry = { monitor, run: null };
-  monitors.set(node, entry);
-  const before = node.onRemoved;
-  setTimeout(() => adopt(node, monitor.root), 100);
-  node.onRemoved = function onRemoved(...given) {
+  const monitor = new Monitor({ picture });
+  monitors.set(node, { monitor, run: null });
+  const removed = () => {
     monitors.delete(node);
     monitor.dispose();
-    left.set(String(node.id), monitor.root);
-    return before?.apply(this, given);
   };
-}
-
-// Undo, and opening a workflow with the same ids, make all nodes anew in one go. Nodes 2.0 then keeps the frame of the node of the same id, with the
-// old node's element in it and no place for the new one's: it takes the old one's place.
-function adopt(node, root) {
-  const old = left.get(String(node.id));
-  if (!root.isConnected && old?.isConnected) old.replaceWith(root);
-  if (root.isConnected) left.delete(String(node.id));
+  widgets.attach(node, "g2rpo_curve", monitor.root, { height: () => HEIGHT, width: 440, first: node.comfyClass === TRAINER, removed });
 }
 
 // Over the widget the wheel zooms the classic canvas as everywhere else on it; Nodes 2.0 sees the event by itself.
 function scrollCanvas(event) {
   if (window.LiteGraph?.vueNodesMode || event.target.closest?.(".g2rpo-strip, .g2rpo-choices")) return;
+  const text = event.target.closest?.(".g2rpo-text, .g2rpo-chart, .g2rpo-legend");
+  if (text && text.scrollHeight > text.clientHeight && !event.ctrlKey) return event.stopPropagation();
   app.canvas?.processMouseWheel?.(event);
 }
 
 function look() {
   const now = Date.now();
-  voting.look();
-  files.look();
+  widgets.look();
+  colourWires(app.canvas);
   for (const [node, entry] of monitors) {
-    adopt(node, entry.monitor.root);
     if (!entry.monitor.root.isConnected) continue;
     refreshEntry(node, entry);
     const feed = entry.monitor.feed;
@@ -184,9 +164,16 @@ function onProgress({ detail }) {
   refreshEntry(node, entry);
 }
 
+// What Train LoRA says stands over its curve.
+function onText({ detail }) {
+  monitors.get(nodeOf(detail?.node))?.monitor.say(detail.text);
+  texts.take(detail);
+}
+
 function onExecuted({ detail }) {
   voting.executed(detail);
   files.executed(detail);
+  texts.executed(detail);
   const run = detail?.output?.g2rpo_run?.[0];
   const node = nodeOf(detail?.display_node ?? detail?.node);
   if (!RUN_ID.test(run ?? "") || !monitors.has(node)) return;
@@ -204,6 +191,7 @@ app.registerExtension({
   setup() {
     document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href: new URL("./g2rpo.css", import.meta.url).href }));
     api.addEventListener("g2rpo.progress", onProgress);
+    api.addEventListener("g2rpo.text", onText);
     api.addEventListener("executed", onExecuted);
     for (const end of ["execution_error", "execution_interrupted", "execution_success"]) api.addEventListener(end, onEnd);
     setInterval(look, LOOK_EVERY);
@@ -212,11 +200,15 @@ app.registerExtension({
     if (node.comfyClass === TRAINER || node.comfyClass === MONITOR) addMonitor(node);
     if (node.comfyClass === VOTER) voting.add(node);
     if (WRITERS.includes(node.comfyClass)) files.add(node);
+    texts.add(node);
+    colourNode(node);
+    if (node.comfyClass?.startsWith("G2RPO_")) nameBoxes(node, window);
   },
   loadedGraphNode(node) {
     const entry = monitors.get(node);
     if (entry) refreshEntry(node, entry);
     voting.restore(node);
     files.restore(node);
+    texts.restore(node);
   },
 });

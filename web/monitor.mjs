@@ -5,17 +5,14 @@ import { draw } from "./chart.mjs";
 import { element, svg, write } from "./dom.mjs";
 import { samplesStrip } from "./samples.mjs";
 
-const PANEL_HEIGHT = 100;
-const BASE_HEIGHT = 130;
-const STRIP_HEIGHT = 96;
-const ALARM_HEIGHT = 48;
-const MAX_PANELS = 5;
+// Kept free from the start, so that a node is as high before a run as after it; a node that is made higher has a larger chart.
+export const HEIGHT = 400;
 let made = 0;
 
 export class Monitor {
-  // `picture(run, folder, file, version)` answers an address; `resized()` is called when the least height has changed.
-  constructor({ picture, resized = () => {} }) {
-    Object.assign(this, { picture, resized, feed: null, cursor: null, hidden: new Set(), drawn: null, waiting: false, words: "", offers: null });
+  // `picture(run, folder, file, version)` answers an address.
+  constructor({ picture }) {
+    Object.assign(this, { picture, feed: null, cursor: null, hidden: new Set(), drawn: null, waiting: false, words: "", offers: null });
     this.clip = `g2rpo-clip-${(made += 1)}`;
     this.build();
     this.observer = new ResizeObserver(() => this.invalidate());
@@ -30,6 +27,7 @@ export class Monitor {
     this.bar = element("div");
     const share = { role: "progressbar", "aria-label": "Share of the run that is done", "aria-valuemin": "0", "aria-valuemax": "100" };
     this.progress = element("div", { class: "g2rpo-progress", ...share }, this.bar);
+    this.said = element("div", { class: "g2rpo-saying", role: "status", hidden: true });
     this.alarm = element("div", { class: "g2rpo-alarm", role: "alert", hidden: true });
     this.legend = element("div", { class: "g2rpo-legend", role: "group", "aria-label": "Curves shown" });
     this.drawing = svg("svg", { "aria-hidden": "true" });
@@ -41,11 +39,13 @@ export class Monitor {
       { class: "g2rpo", role: "group", "aria-label": "Training curve" },
       this.head,
       this.progress,
+      this.said,
       this.alarm,
       this.legend,
       this.chart,
       this.strip,
     );
+    this.root.style.minHeight = `${HEIGHT}px`;
     this.buttons = new Map();
     this.stripKey = "";
   }
@@ -99,6 +99,13 @@ export class Monitor {
     this.invalidate();
   }
 
+  // Tells what the block says: what a run costs, what it goes on from.
+  say(words) {
+    write(this.said, words);
+    this.said.title = words;
+    this.said.hidden = !words;
+  }
+
   // Redraws once before the next frame, however often it is called.
   invalidate() {
     if (this.waiting) return;
@@ -117,7 +124,6 @@ export class Monitor {
     this.renderLegend(series);
     this.renderNote(series);
     this.renderStrip();
-    this.fit(series);
   }
 
   renderHead() {
@@ -146,6 +152,7 @@ export class Monitor {
     if (!width || !height) return;
     if (this.cursor !== null && ![...series.values()].some((line) => line.steps.includes(this.cursor))) this.cursor = null;
     this.drawn = draw(this.drawing, series, { width, height, hidden: this.hidden, cursor: this.cursor, clip: this.clip });
+    this.drawing.style.height = `${this.drawn.whole}px`;
     this.chartAsSlider(series);
   }
 
@@ -170,7 +177,10 @@ export class Monitor {
     for (const line of lines) {
       const button = this.buttons.get(line.key);
       button.setAttribute("aria-pressed", String(!this.hidden.has(line.key)));
-      write(button.lastElementChild, reading(line, this.cursor));
+      const { value, spread, change } = reading(line, this.cursor);
+      button.title = `Show or hide: ${button.ariaLabel}\n${value} ${spread}${change && `, ${change} since the start`}`;
+      write(button.querySelector(".g2rpo-value"), value);
+      write(button.lastElementChild, change && `Δ ${change}`);
     }
     this.legend.hidden = !lines.length;
   }
@@ -191,9 +201,10 @@ export class Monitor {
   makeButton(line) {
     const swatch = element("span", { class: "g2rpo-swatch", "data-kind": line.kind });
     const label = line.kind === "heldout" ? line.label : `training reward ${line.label}`;
-    const named = { type: "button", title: `Show or hide: ${label}`, "aria-label": label, "data-series": line.key };
+    const named = { type: "button", "aria-label": label, "data-series": line.key };
     const words = line.kind === "heldout" ? [element("span", {}, "held-out")] : [];
-    const button = element("button", named, swatch, ...words, element("span", { class: "g2rpo-value" }));
+    const change = element("span", { class: "g2rpo-change" });
+    const button = element("button", named, swatch, ...words, element("span", { class: "g2rpo-value" }), change);
     button.addEventListener("click", () => {
       if (!this.hidden.delete(line.key)) this.hidden.add(line.key);
       this.invalidate();
@@ -225,22 +236,8 @@ export class Monitor {
     if (key === this.stripKey) return;
     this.stripKey = key;
     const before = this.strip.querySelector(".g2rpo-strip")?.scrollLeft ?? 0;
-    this.strip.replaceChildren(...samplesStrip(samples, (folder, file) => this.picture(id, folder, file, created)));
+    this.strip.replaceChildren(...samplesStrip(samples, (folder, file) => this.picture(id, folder, file, created), () => this.strip));
     this.strip.querySelector(".g2rpo-strip")?.scrollTo({ left: before });
-  }
-
-  // Room for every panel: the least height grows with their number.
-  fit(series) {
-    const count = Math.min(MAX_PANELS, Math.max(1, panels(series).length));
-    const height = BASE_HEIGHT + PANEL_HEIGHT * count + (this.strip.hidden ? 0 : STRIP_HEIGHT) + (this.alarm.hidden ? 0 : ALARM_HEIGHT);
-    if (height === this.height) return;
-    this.height = height;
-    this.root.style.minHeight = `${height}px`;
-    this.resized();
-  }
-
-  get minHeight() {
-    return this.height ?? BASE_HEIGHT + PANEL_HEIGHT;
   }
 
   dispose() {

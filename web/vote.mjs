@@ -6,38 +6,21 @@ export const VOTER = "G2RPO_VoteRollout";
 const KEY = /^[0-9a-f]{16}$/;
 
 export class Voting {
-  // `nodeOf(id)` finds a node, `left` takes what removed nodes leave in the page, `scroll` is what the wheel does.
-  constructor({ app, api, nodeOf, left, adopt, scroll }) {
-    Object.assign(this, { app, api, nodeOf, left, adopt, scroll, ballots: new Map(), groups: new Map() });
+  // `nodeOf(id)` finds a node, `place(node)` names it within its workflow.
+  constructor({ app, api, nodeOf, widgets, place }) {
+    Object.assign(this, { app, api, nodeOf, widgets, place, ballots: new Map(), groups: new Map() });
   }
 
   add(node) {
-    const resized = () => {
-      const least = node.computeSize();
-      if (node.size[1] < least[1]) node.setSize([node.size[0], least[1]]);
-      node.setDirtyCanvas?.(true, true);
-    };
+    const resized = () => this.widgets.grow(node);
     const ballot = new Ballot({ changed: (votes) => this.write(node, votes), done: () => this.goOn(), doneLabel: "Vote and go on", resized, room: (grid) => grid.clientHeight });
-    const widget = node.addDOMWidget("g2rpo_ballot", "g2rpo_ballot", ballot.root, { serialize: false, hideOnZoom: false, getMinHeight: () => ballot.height });
-    // `options.serialize` keeps it out of the prompt, this out of the workflow.
-    widget.serialize = false;
-    ballot.root.addEventListener("wheel", this.scroll, { passive: false });
     hide(votesOf(node));
-    node.setSize([Math.max(node.size[0], 460), Math.max(node.size[1], node.computeSize()[1])]);
     this.ballots.set(node, ballot);
-    setTimeout(() => this.adopt(node, ballot.root), 100);
-    const before = node.onRemoved;
-    const voting = this;
-    node.onRemoved = function onRemoved(...given) {
-      voting.ballots.delete(node);
+    const removed = () => {
+      this.ballots.delete(node);
       ballot.dispose();
-      voting.left.set(String(node.id), ballot.root);
-      return before?.apply(this, given);
     };
-  }
-
-  look() {
-    for (const [node, ballot] of this.ballots) this.adopt(node, ballot.root);
+    this.widgets.attach(node, "g2rpo_ballot", ballot.root, { height: () => ballot.height, width: 460, removed });
   }
 
   // A group has been drawn. Its votes are the widget's, or those that the run has kept; votes on another group are forgotten.
@@ -61,10 +44,6 @@ export class Voting {
   restore(node) {
     const group = this.groups.get(this.place(node));
     if (group) this.ballots.get(node)?.show(group, read(votesOf(node)?.value));
-  }
-
-  place(node) {
-    return `${this.app.graph?.id ?? ""}:${node.id}`;
   }
 
   address({ filename, subfolder, type }) {

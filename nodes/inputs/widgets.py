@@ -21,6 +21,7 @@ from ..types import RewardWire
 from .judging import MAX_SCORE
 
 LONGEST_LIST = 1000
+TEXT_EVENT = "g2rpo.text"
 
 
 def recipe_input(
@@ -171,10 +172,13 @@ def node_id(block: type[io.ComfyNode]) -> str | None:
 
 
 def show(block: type[io.ComfyNode], text: str) -> ui.PreviewText:
-    """Show a text on the node of the client who asked; return it for the node's outputs, where it stays."""
+    """Show a text on the node of the client who asked; return it for the node's outputs, where it stays.
+
+    It goes to our own place on the node: core's progress text is drawn as Markdown and enlarges the node.
+    """
     client = asking_client()
     if client is not None and node_id(block) is not None:
-        PromptServer.instance.send_progress_text(text, node_id(block), client)
+        PromptServer.instance.send_sync(TEXT_EVENT, {"node": node_id(block), "text": text}, client)
     return ui.PreviewText(text)
 
 

@@ -1,0 +1,40 @@
+// What our blocks look like, as data: colours by role and of wires, and how many lines of text a block shows. Colours of nodes are LiteGraph's own.
+
+export const ROLES = {
+  judge: { color: "#323", bgcolor: "#535" },
+  sample: { color: "#223", bgcolor: "#335" },
+  train: { color: "#232", bgcolor: "#353" },
+  look: { color: "#233", bgcolor: "#355" },
+};
+
+const NODES = {
+  judge: ["LoadReward", "MixRewards", "ReferenceReward", "ScoreImages", "ScoreRollout", "ScoresFromValues", "VoteRollout"],
+  sample: ["LoadImageFolder", "Rollout", "SelectBest", "SingularSDESampler", "TinyDemoLoader"],
+  train: ["Advantages", "LoRAPolicy", "SaveLoRA", "TrainLoRA", "UpdateLoRA"],
+  look: ["CompareLoRA", "RunMonitor", "SaveScoredImages"],
+};
+
+export const ROLE_OF = Object.fromEntries(Object.entries(NODES).flatMap(([role, names]) => names.map((name) => [`G2RPO_${name}`, role])));
+
+export const WIRES = {
+  G2RPO_ROLLOUT: "#5c7cfa",
+  G2RPO_REWARD: "#b25fd0",
+  G2RPO_SCORES: "#c0ca33",
+  G2RPO_ADVANTAGES: "#26b5a8",
+  G2RPO_POLICY: "#4caf50",
+};
+
+// Lines that stay in sight of what a block says; more are scrolled to.
+export const TEXT_LINES = {
+  G2RPO_Advantages: 7,
+  G2RPO_CompareLoRA: 5,
+  G2RPO_LoadImageFolder: 3,
+  G2RPO_LoadReward: 4,
+  G2RPO_MixRewards: 4,
+  G2RPO_ReferenceReward: 4,
+  G2RPO_Rollout: 3,
+  G2RPO_SaveScoredImages: 2,
+  G2RPO_ScoreImages: 7,
+  G2RPO_ScoreRollout: 7,
+  G2RPO_UpdateLoRA: 2,
+};
