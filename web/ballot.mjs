@@ -3,12 +3,14 @@
 
 import { element, write } from "./dom.mjs";
 
-const TILE_HEIGHT = 104;
-const BASE_HEIGHT = 120;
-const MAX_ROWS = 4;
+// Room for twelve pictures, kept free from the start; of more, all are smaller.
+export const BALLOT_HEIGHT = 450;
 const GAP = 6;
 const MIN_TILE = 72;
 const MODES = { rank: "Rank", pairs: "Pairs" };
+
+// Every key of a ballot, in words.
+export const KEYS = "Keys: 1–9 and 0 choose a picture · arrows move · Enter or space chooses · Backspace takes back";
 
 // What somebody thinks of the pictures named by `keys`. No page in here, so that Node can test it.
 export class Opinion {
@@ -99,11 +101,11 @@ export function tiling(count, width, height, aspect = 1) {
 let made = 0;
 
 // The elements of one ballot. `changed(votes)` is called after every change; `done()` by the last button, where there is one; `room(grid)`
-// answers how many pixels high the pictures may become together.
+// answers how many pixels high the pictures may become together; `hint` is a line under the buttons.
 export class Ballot {
-  constructor({ changed = () => {}, done = null, doneLabel = "", resized = () => {}, room }) {
-    Object.assign(this, { changed, resized, opinion: new Opinion([]), choices: [], height: BASE_HEIGHT + TILE_HEIGHT, name: `g2rpo-ballot-${(made += 1)}` });
-    this.build(done, doneLabel);
+  constructor({ changed = () => {}, done = null, doneLabel = "", room, hint = "" }) {
+    Object.assign(this, { changed, opinion: new Opinion([]), choices: [], name: `g2rpo-ballot-${(made += 1)}` });
+    this.build(done, doneLabel, hint);
     this.root.addEventListener("keydown", (event) => this.key(event));
     this.aspect = 1;
     this.room = room;
@@ -112,7 +114,7 @@ export class Ballot {
     this.say("Press Run: the pictures of the group appear here.");
   }
 
-  build(done, doneLabel) {
+  build(done, doneLabel, hint) {
     this.status = element("span", { class: "g2rpo-status", role: "status" });
     this.prompt = element("span", { class: "g2rpo-run" });
     this.grid = element("div", { class: "g2rpo-choices", role: "group", "aria-label": "Pictures of the group" });
@@ -125,8 +127,9 @@ export class Ballot {
     this.clear = this.button("Clear", () => this.change(() => this.opinion.clear()));
     this.done = done ? [this.button(doneLabel, done, { class: "g2rpo-done" })] : [];
     this.tools = element("div", { class: "g2rpo-tools" }, modes, rest, this.undo, this.clear, ...this.done);
+    this.hint = element("div", { class: "g2rpo-hint", title: hint }, hint);
     const head = element("div", { class: "g2rpo-head" }, this.status, this.prompt);
-    this.root = element("div", { class: "g2rpo g2rpo-ballot", role: "group", "aria-label": "Votes" }, head, this.grid, this.tools);
+    this.root = element("div", { class: "g2rpo g2rpo-ballot", role: "group", "aria-label": "Votes" }, head, this.grid, this.tools, this.hint);
   }
 
   button(label, action, attributes = {}) {
@@ -243,16 +246,7 @@ export class Ballot {
     this.undo.disabled = this.clear.disabled = !opinion.ranking.length && !opinion.pairs.length && opinion.half === null;
     for (const button of this.done) button.disabled = !opinion.votes();
     this.tools.hidden = !shown;
+    this.hint.hidden = !shown || !this.hint.textContent;
     write(this.status, shown ? opinion.sentence() : "");
-    this.fit();
-  }
-
-  // Room for the pictures: the least height grows with their number.
-  fit() {
-    const rows = Math.min(MAX_ROWS, Math.max(1, Math.ceil(this.choices.length / 4)));
-    const height = BASE_HEIGHT + TILE_HEIGHT * rows;
-    if (height === this.height) return;
-    this.height = height;
-    this.resized();
   }
 }

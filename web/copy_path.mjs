@@ -47,7 +47,7 @@ export class CopyPath {
     const line = { root: element("div", { class: "g2rpo-file" }, input, button), input, button, name: "" };
     button.addEventListener("click", () => this.copy(line));
     this.lines.set(node, line);
-    this.widgets.attach(node, "g2rpo_file", line.root, { height: () => HEIGHT, width: WIDTH, fixed: true, removed: () => this.lines.delete(node) });
+    this.widgets.attach(node, "g2rpo_file", line.root, { height: HEIGHT, width: WIDTH, fixed: true, removed: () => this.lines.delete(node) });
   }
 
   executed(detail) {

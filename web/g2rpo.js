@@ -128,7 +128,7 @@ function addMonitor(node) {
     monitors.delete(node);
     monitor.dispose();
   };
-  widgets.attach(node, "g2rpo_curve", monitor.root, { height: () => HEIGHT, width: 440, first: node.comfyClass === TRAINER, removed });
+  widgets.attach(node, "g2rpo_curve", monitor.root, { height: HEIGHT, width: 440, first: node.comfyClass === TRAINER, removed });
 }
 
 // Over the widget the wheel zooms the classic canvas as everywhere else on it; Nodes 2.0 sees the event by itself.

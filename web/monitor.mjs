@@ -45,7 +45,6 @@ export class Monitor {
       this.chart,
       this.strip,
     );
-    this.root.style.minHeight = `${HEIGHT}px`;
     this.buttons = new Map();
     this.stripKey = "";
   }
@@ -130,6 +129,7 @@ export class Monitor {
     const feed = this.feed;
     const { text, share, running } = feed?.progress || (feed?.loaded && !feed.problem) ? status(feed) : { text: "", share: 0, running: false };
     write(this.status, text);
+    this.status.title = text;
     write(this.run, feed?.id ?? "");
     this.run.title = feed ? `output/g2rpo/${feed.id}` : "";
     this.bar.style.width = `${share * 100}%`;

@@ -20,12 +20,11 @@ export class Texts {
     if (!lines) return;
     const text = element("div", { class: "g2rpo-text", tabindex: "0", role: "region", "aria-label": "What this block found", "data-capture-wheel": "true" });
     const root = element("div", { class: "g2rpo g2rpo-said" }, text);
-    root.style.minHeight = `${heightOf(lines)}px`;
     this.shown.set(node, text);
     this.write(node, "");
     // Keys that move and copy a text are not the canvas's.
     text.addEventListener("keydown", (event) => event.stopPropagation());
-    this.widgets.attach(node, "g2rpo_text", root, { height: () => heightOf(lines), removed: () => this.shown.delete(node) });
+    this.widgets.attach(node, "g2rpo_text", root, { height: heightOf(lines), removed: () => this.shown.delete(node) });
   }
 
   // Takes {node, text} of a running block.

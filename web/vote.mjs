@@ -1,6 +1,6 @@
 // The block Vote in the page: shows the group that was drawn, and writes what is clicked into the block's widget "votes".
 
-import { Ballot, sameGroup } from "./ballot.mjs";
+import { Ballot, BALLOT_HEIGHT, KEYS, sameGroup } from "./ballot.mjs";
 
 export const VOTER = "G2RPO_VoteRollout";
 const KEY = /^[0-9a-f]{16}$/;
@@ -12,15 +12,14 @@ export class Voting {
   }
 
   add(node) {
-    const resized = () => this.widgets.grow(node);
-    const ballot = new Ballot({ changed: (votes) => this.write(node, votes), done: () => this.goOn(), doneLabel: "Vote and go on", resized, room: (grid) => grid.clientHeight });
+    const ballot = new Ballot({ changed: (votes) => this.write(node, votes), done: () => this.goOn(), doneLabel: "Vote and go on", room: (grid) => grid.clientHeight, hint: KEYS });
     hide(votesOf(node));
     this.ballots.set(node, ballot);
     const removed = () => {
       this.ballots.delete(node);
       ballot.dispose();
     };
-    this.widgets.attach(node, "g2rpo_ballot", ballot.root, { height: () => ballot.height, width: 460, removed });
+    this.widgets.attach(node, "g2rpo_ballot", ballot.root, { height: BALLOT_HEIGHT, width: 460, removed });
   }
 
   // A group has been drawn. Its votes are the widget's, or those that the run has kept; votes on another group are forgotten.
@@ -80,6 +79,7 @@ function read(text) {
 function hide(widget) {
   if (!widget) return;
   widget.hidden = true;
+  widget.computeSize = () => [0, -4];
   // The newer renderer keeps this very object.
   (widget.options ??= {}).hidden = true;
 }

@@ -1,7 +1,7 @@
 // The page that `g2rpo vote` writes: every group that waits for votes, and a file of the votes to save. It is one file that works offline;
 // the command puts the sources of dom.mjs and ballot.mjs before this one, in the same script.
 
-import { Ballot } from "./ballot.mjs";
+import { Ballot, KEYS } from "./ballot.mjs";
 import { element, write } from "./dom.mjs";
 
 const { schema, run, groups } = JSON.parse(document.getElementById("groups").textContent);
@@ -55,7 +55,7 @@ window.addEventListener("beforeunload", (event) => {
 
 const words = [
   "Click the best picture first, then the next best, as far as you like; or switch to pairs. ",
-  "Keys: a digit chooses a picture, the arrows go to one, Enter chooses it, Backspace takes the last click back.",
+  KEYS,
 ];
 document.body.append(
   element("header", {}, element("h1", {}, "Which pictures are best?"), element("p", {}, `Run ${run}. `, ...words)),

@@ -19,16 +19,18 @@ export class Widgets {
     Object.assign(this, { wheel, roots: new Map(), left: new Map() });
   }
 
-  // Puts `root` on the node under its other widgets, or above them. `height()` answers its least height, or its only one if `fixed`; `removed()` is
+  // Puts `root` on the node under its other widgets, or above them. `height` is its least height in pixels, or its only one if `fixed`; `removed()` is
   // called when the node goes.
   attach(node, name, root, { height, width = 0, fixed = false, first = false, removed = () => {} }) {
     // In the panel at the right the same element would stand in a second place, and the node's would follow the panel's width.
-    const getMinHeight = () => height() + 2 * MARGIN;
+    const getMinHeight = () => height + 2 * MARGIN;
     const options = { serialize: false, hideOnZoom: false, hideInPanel: true, getMinHeight, ...(fixed && { getMaxHeight: getMinHeight }) };
     const widget = node.addDOMWidget(name, name, root, options);
     // `options.serialize` keeps it out of the prompt, this out of the workflow.
     widget.serialize = false;
     if (first) raise(node, widget);
+    // The newer renderer reads it from here.
+    root.style.minHeight = `${height}px`;
     root.addEventListener("wheel", this.wheel, { passive: false });
     this.roots.set(root, { node, name });
     this.grow(node, width);
