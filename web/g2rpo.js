@@ -5,7 +5,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { CopyPath, WRITERS } from "./copy_path.mjs";
 import { Feed, problemOf, RUN_ID } from "./feed.mjs";
-import { colourNode, colourWires, nameBoxes } from "./looks.mjs";
+import { colourNode, colourWires, greyTyped, nameBoxes } from "./looks.mjs";
 import { HEIGHT, Monitor } from "./monitor.mjs";
 import { Texts } from "./texts.mjs";
 import { VOTER, Voting } from "./vote.mjs";
@@ -57,10 +57,20 @@ function showAll(feed) {
 const runWidget = (node) => node.widgets?.find((widget) => widget.name === "run");
 const asked = (node) => String(runWidget(node)?.value ?? "").trim();
 
-// The run that a node shows: what its widget asks for, or the run that it started when it was last asked that.
+// The run that a node shows: what is wired to it, else what its widget asks for, or the run that it started when it was last asked that.
 function wanted(node) {
+  const wired = wiredRun(node);
+  if (wired !== null) return wired;
   const { g2rpo_run: started, g2rpo_asked: then } = node.properties ?? {};
   return node.comfyClass === TRAINER && started && (then ?? "") === asked(node) ? started : asked(node);
+}
+
+// The run that comes over Run Monitor's wire, "" before it is known; null where nothing is wired. Before Train LoRA has ended its own node tells it.
+function wiredRun(node) {
+  const slot = node.comfyClass === MONITOR ? node.findInputSlot?.("run_name") ?? -1 : -1;
+  if (slot < 0 || node.inputs[slot].link == null) return null;
+  const origin = node.getInputNode(slot);
+  return origin?.comfyClass === TRAINER ? wanted(origin) : monitors.get(node)?.told ?? "";
 }
 
 // Writes the run into the node, so that the saved workflow and a reloaded page find it.
@@ -85,8 +95,8 @@ function nodeOf(id) {
 
 function refreshEntry(node, entry) {
   const run = wanted(node);
-  const monitor = node.comfyClass === MONITOR;
-  if (monitor && (run === NEWEST || run === "")) {
+  const listed = node.comfyClass === MONITOR && wiredRun(node) === null;
+  if (listed && (run === NEWEST || run === "")) {
     entry.run = run;
     lookForRuns(node, entry);
   } else if (run !== entry.run) {
@@ -144,6 +154,7 @@ function look() {
   widgets.look();
   colourWires(app.canvas);
   for (const [node, entry] of monitors) {
+    greyTyped(node);
     if (!entry.monitor.root.isConnected) continue;
     refreshEntry(node, entry);
     const feed = entry.monitor.feed;
@@ -176,9 +187,11 @@ function onExecuted({ detail }) {
   texts.executed(detail);
   const run = detail?.output?.g2rpo_run?.[0];
   const node = nodeOf(detail?.display_node ?? detail?.node);
-  if (!RUN_ID.test(run ?? "") || !monitors.has(node)) return;
+  const entry = monitors.get(node);
+  if (!RUN_ID.test(run ?? "") || !entry) return;
+  entry.told = run;
   remember(node, run);
-  refreshEntry(node, monitors.get(node));
+  refreshEntry(node, entry);
   feedOf(run).refresh();
 }
 
@@ -207,6 +220,7 @@ app.registerExtension({
   loadedGraphNode(node) {
     const entry = monitors.get(node);
     if (entry) refreshEntry(node, entry);
+    greyTyped(node);
     voting.restore(node);
     files.restore(node);
     texts.restore(node);

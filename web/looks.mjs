@@ -1,6 +1,6 @@
-// Colours of wires and of fresh nodes, and names over boxes of several lines where the classic canvas draws none.
+// Colours of wires and of fresh nodes, names over boxes of several lines where the classic canvas draws none, and what a preset makes grey.
 
-import { ROLE_OF, ROLES, WIRES } from "./roles.mjs";
+import { PRESET, ROLE_OF, ROLES, WIRES } from "./roles.mjs";
 import { after } from "./widgets.mjs";
 
 // A palette empties the colours of types that it does not know, so this is called now and then; a palette that names ours keeps its own.
@@ -37,6 +37,16 @@ export function nameBoxes(node, page) {
     for (const widget of node.widgets) if (isBox(widget) && !widget.hidden) context.fillText(widget.label || widget.name, 14, widget.y + 4);
     context.restore();
   });
+}
+
+// Greys the numbers that do not count while a preset is chosen. Called now and then: the widget may be changed by an undo or from the side panel.
+export function greyTyped(node) {
+  const preset = node.widgets?.find((widget) => widget.name === PRESET.widget)?.value;
+  if (preset === undefined) return;
+  const grey = preset !== PRESET.none;
+  const changed = node.widgets.filter((widget) => PRESET.replaces.includes(widget.name) && Boolean(widget.disabled) !== grey);
+  for (const widget of changed) widget.disabled = grey;
+  if (changed.length) node.setDirtyCanvas?.(true, true);
 }
 
 const isBox = (widget) => widget.type === "customtext";

@@ -202,7 +202,7 @@ export class Monitor {
     const swatch = element("span", { class: "g2rpo-swatch", "data-kind": line.kind });
     const label = line.kind === "heldout" ? line.label : `training reward ${line.label}`;
     const named = { type: "button", "aria-label": label, "data-series": line.key };
-    const words = line.kind === "heldout" ? [element("span", {}, "held-out")] : [];
+    const words = line.kind === "heldout" ? [element("span", { class: "g2rpo-kind" }, "held-out")] : [];
     const change = element("span", { class: "g2rpo-change" });
     const button = element("button", named, swatch, ...words, element("span", { class: "g2rpo-value" }), change);
     button.addEventListener("click", () => {

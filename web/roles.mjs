@@ -38,3 +38,10 @@ export const TEXT_LINES = {
   G2RPO_ScoreRollout: 7,
   G2RPO_UpdateLoRA: 2,
 };
+
+// Widgets of Train LoRA whose numbers a chosen preset takes the place of.
+export const PRESET = {
+  widget: "preset",
+  none: "as typed",
+  replaces: ["steps", "learning_rate", "rank", "alpha", "prompts_per_step", "slots", "eval_every"],
+};

@@ -5,7 +5,7 @@ import { TEXT_LINES } from "./roles.mjs";
 
 const LINE = 16;
 const PADDING = 12;
-const HINT = "What this block finds is told here after a run.";
+const HINT = "The result appears here after a run.";
 
 export const heightOf = (lines) => lines * LINE + PADDING;
 
@@ -18,7 +18,7 @@ export class Texts {
   add(node) {
     const lines = TEXT_LINES[node.comfyClass];
     if (!lines) return;
-    const text = element("div", { class: "g2rpo-text", tabindex: "0", role: "region", "aria-label": "What this block found", "data-capture-wheel": "true" });
+    const text = element("div", { class: "g2rpo-text", tabindex: "0", role: "region", "aria-label": "Result", "data-capture-wheel": "true" });
     const root = element("div", { class: "g2rpo g2rpo-said" }, text);
     this.shown.set(node, text);
     this.write(node, "");
