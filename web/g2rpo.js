@@ -17,6 +17,7 @@ const LOOK_EVERY = 1000;
 const POLL_EVERY = 5000;
 const MAX_OFFERS = 6;
 const NEWEST = "newest";
+const STYLES = [new URL("./g2rpo.css", import.meta.url), new URL("./node_parts.css", import.meta.url)];
 
 const feeds = new Map();
 const monitors = new Map();
@@ -202,7 +203,7 @@ function onEnd() {
 app.registerExtension({
   name: "g2rpo.curve",
   setup() {
-    document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href: new URL("./g2rpo.css", import.meta.url).href }));
+    for (const { href } of STYLES) document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href }));
     api.addEventListener("g2rpo.progress", onProgress);
     api.addEventListener("g2rpo.text", onText);
     api.addEventListener("executed", onExecuted);
