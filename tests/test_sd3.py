@@ -23,12 +23,12 @@ from comfy_g2rpo.rewards import REWARDS, Rule
 from comfy_g2rpo.rollout import Rollout, roll_out, seeded_noise
 from comfy_g2rpo.run.scorer import Scorer
 from comfy_g2rpo.schedule import shifted_sigmas
+from comfy_g2rpo.speed import joint_forward
 from comfy_g2rpo.update import backward, records, snapshot, step_weights, update
 from g2rpo_trainer.config.sections import ModelSection
 from g2rpo_trainer.families import load as load_family
-from g2rpo_trainer.families.cpu import sd3_forward
-from g2rpo_trainer.families.cpu.sd3_forward import Merged
-from g2rpo_trainer.families.cpu.taesd_decoder import TinyDecoder, foldable
+from g2rpo_trainer.families.cpu.sd3_forward import merged as take_apart
+from g2rpo_trainer.families.cpu.taesd_decoder import folded_decoder
 from g2rpo_trainer.families.sd3 import SD3, Cond, load_pipeline
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
@@ -125,8 +125,8 @@ def test_the_merged_model_is_the_model_with_its_adapter(policy, batch):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("kept", [256, 0], ids=["keeping", "forgetting"])
 def test_the_forward_of_rollouts_is_diffusers_own(monkeypatch, qk_norm, width, dtype, tolerance, kept):
-    monkeypatch.setattr(sd3_forward, "KEPT", kept)
-    monkeypatch.setattr(sd3_forward, "ROWS", 50)  # between the parts' numbers of tokens
+    monkeypatch.setattr(joint_forward, "KEPT", kept)
+    monkeypatch.setattr(joint_forward, "ROWS", 50)  # between the parts' numbers of tokens
     size = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": width, "sample_size": 8}
     size |= {"caption_projection_dim": 2 * width, "pos_embed_max_size": 8, "dual_attention_layers": (0, 1)}
     text = {"joint_attention_dim": 12, "pooled_projection_dim": 10}
@@ -138,7 +138,7 @@ def test_the_forward_of_rollouts_is_diffusers_own(monkeypatch, qk_norm, width, d
     tokens, pooled = torch.stack([c.tokens for c in cond]), torch.stack([c.pooled for c in cond])
     with torch.no_grad():
         expected = model(x, tokens, pooled, sigma * 1000, return_dict=False)[0]
-        merged = Merged(model)
+        merged = take_apart(model)
         # Pairs that are new, and such as are known in another order.
         for part in ([2], [0, 1], [0, 1, 2, 3], [3, 2]):
             found = merged(x[part], sigma[part], [cond[i] for i in part])
@@ -151,9 +151,8 @@ def test_the_folded_decoder_is_diffusers_own(blocks):
     sizes = {"decoder_block_out_channels": (8,) * 4, "num_decoder_blocks": blocks}
     vae = AutoencoderTiny(latent_channels=16, **sizes).double().eval()
     latents = seeded_noise((2, 16, 3, 5), "latents").double()
-    assert foldable(vae)
     with torch.no_grad():
-        made, theirs = TinyDecoder(vae.decoder)(latents), vae.decode(latents).sample
+        made, theirs = folded_decoder(vae)(latents), vae.decode(latents).sample
     assert torch.allclose(made, theirs, rtol=0, atol=1e-12)
 
 

@@ -12,7 +12,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from .cpu.sd3_forward import PACKED, Merged
+from comfy_g2rpo.speed.joint_forward import PACKED, JointForward
+
+from .cpu.sd3_forward import merged
 from .files import diffusers_folder
 from .files.single_file import Held
 from .files.sizes import channels_of_noise
@@ -56,7 +58,7 @@ class SD3(PeftPolicy):
     comfyui_shift, cond = 3.0, Cond
     blank = ""
     blocks, attention, feed_forward = r"transformer_blocks\.\d+(\.attn2?)?", ATTENTION, FEED_FORWARD
-    _merged: Merged | None = None
+    _merged: JointForward | None = None
 
     def _forward(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
         if self._merged:
@@ -79,7 +81,7 @@ class SD3(PeftPolicy):
         exact = self.autocast is None and self.dtype in (torch.float32, torch.float64) and not self.packed
         with torch.no_grad():
             self._merged = (
-                Merged(self.transformer)
+                merged(self.transformer)
                 if exact and self.transformer.config.qk_norm in (None, "rms_norm")
                 else None
             )

@@ -22,7 +22,7 @@ from comfy_g2rpo.rollout import seeded_noise
 
 from ...lora.lora_files import for_transformer
 from ...model.prompt_cache import PromptCache
-from ..cpu.taesd_decoder import TinyDecoder, foldable
+from ..cpu.taesd_decoder import folded_decoder
 from ..files.parts import Parts
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class PeftPolicy:
         )
         if all(weight.dim() < 5 for weight in self.vae.parameters()):
             self.vae.to(memory_format=torch.channels_last)  # a video decoder's weights have no such format
-        self._folded = TinyDecoder(self.vae.decoder) if foldable(self.vae) else None
+        self._folded = folded_decoder(self.vae)
         self.layers: dict[str, nn.Module] = {}
         self._prompts: dict[str, Any] = {}
         self.set_up()
@@ -244,7 +244,7 @@ class PeftPolicy:
     def moved(self, device: torch.device) -> None:
         """Record that the model is on a device now, and bring along what has been made of it."""
         self.device = device
-        self._folded = TinyDecoder(self.vae.decoder) if foldable(self.vae) else None
+        self._folded = folded_decoder(self.vae)
         self._prompts = {
             key: self.cond(*(tensor.to(device) for tensor in found)) for key, found in self._prompts.items()
         }
