@@ -22,7 +22,7 @@ PACKED = 2**20  # numbers in the largest weight that is worth a second copy
 # tokens from which oneDNN is faster than PyTorch's own choice; it keeps half a megabyte of code for every
 # shape that it meets
 ROWS = 512
-KEPT = 256  # pairs of a prompt and a noise level
+KEPT, ROOM = 256, 2**29  # pairs of a prompt and a noise level, and bytes from which on they are forgotten
 
 
 class TextFeatures(Protocol):
@@ -231,7 +231,7 @@ class JointForward:
     def look_up(self, sigma: Tensor, cond: Sequence[TextFeatures]) -> Tensor:
         """Return where in `known` each state's prompt and noise level are [B], new ones computed."""
         pairs = [(id(c), s) for c, s in zip(cond, sigma.tolist(), strict=True)]
-        if len(self.row) > KEPT:
+        if len(self.row) > KEPT or sum(table.nbytes for table in self.known) > ROOM:
             self.row, self.prompts, self.known = {}, [], []
         if picked := [*{pair: i for i, pair in enumerate(pairs) if pair not in self.row}.values()]:
             new = self.prepare(sigma[picked], [cond[i] for i in picked])

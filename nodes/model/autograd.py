@@ -14,17 +14,14 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 
 @contextmanager
-def gradients(checkpoint: bool) -> Iterator[None]:
-    """Leave the executor's inference mode, and allow core's models to edit activations in place."""
+def gradients() -> Iterator[None]:
+    """Leave the executor's inference mode, and let core know."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if hasattr(comfy.model_management, "in_training"):
             stack.callback(setattr, comfy.model_management, "in_training", comfy.model_management.in_training)
             comfy.model_management.in_training = True
-        # The recomputation of checkpoints allows edits by itself, and the two must not be nested.
-        if not checkpoint:
-            stack.enter_context(allow_mutation_on_saved_tensors())
         yield
 
 

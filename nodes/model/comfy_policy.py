@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,11 +15,16 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from ..inputs.checks import blamed
 from .adapter import Adapter, diffusers_pairs, fresh_adapter, lora_model, target_modules, with_adapter
 from .autograd import checkpointed, gradients, ordinary_weights, pytorch_attention
 from .conditioning import Conds, mapped, processed, velocity
+from .core_sd3 import SD3Rollout, copies, is_exact, is_plain
+from .merged_weights import Delta, MergedWeights, fits, state_of
+from .tiny_decoder import fits as fits_decoded
+from .tiny_decoder import tiny_decoder
 
 __all__ = [
     "Adapter",
@@ -62,20 +68,6 @@ def check_flow(model: Any, name: str = "model") -> None:
         )
 
 
-class _Delta:
-    """Add the LoRA to a layer's weight when core calls it, rounded as core rounds its own patches."""
-
-    def __init__(self, down: Tensor, up: Tensor, scale: float) -> None:
-        self.down, self.up, self.scale, self.active, self.used = down, up, scale, True, False
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        self.used = True
-        if not self.active:
-            return weight
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        return (weight.to(exact) + ((self.up * self.scale) @ self.down).to(exact)).to(weight.dtype)
-
-
 class GraphPolicy:
     """A policy (comfy_g2rpo.policy) over a guider: its model, its guidance, its conditioning by default.
 
@@ -91,9 +83,10 @@ class GraphPolicy:
         self._given = adapter
         self._session: _Session | None = None
         self._layers: dict[str, nn.Module] = {}
-        self._deltas: dict[str, _Delta] = {}
+        self._deltas: dict[str, Delta] = {}
         if adapter:
             self._make_deltas(adapter)
+        self._merged = MergedWeights(self._layers, self._deltas)
 
     def _make_deltas(self, adapter: Adapter) -> None:
         self._layers = target_modules(self.model, adapter.targets)
@@ -105,7 +98,7 @@ class GraphPolicy:
         with torch.inference_mode(False):
             for name, pair in adapter.pairs.items():
                 copies = (part.detach().to(self.device, torch.float32, copy=True) for part in pair)
-                self._deltas[name] = _Delta(*map(nn.Parameter, copies), adapter.alpha / adapter.rank)
+                self._deltas[name] = Delta(*map(nn.Parameter, copies), adapter.alpha / adapter.rank)
 
     @property
     def model(self) -> Any:
@@ -180,7 +173,7 @@ class GraphPolicy:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Load the whole model and make velocities differentiable in the LoRA inside the context."""
-        with gradients(self._checkpoint), self._open(training=True):
+        with gradients(), self._open(training=True):
             yield
 
     @contextmanager
@@ -225,6 +218,8 @@ class _Session:
         if training:
             self.options["transformer_options"]["optimized_attention_override"] = pytorch_attention
         self.elements, self.loaded = 0, []
+        self.plain, self.copied = False, 0  # whether the model can be taken apart; into how many bytes
+        self.apart: tuple[Any, SD3Rollout] | None = None
         self.rows: dict[int, tuple[Any, Conds]] = {}
         stack.callback(self._leave)
 
@@ -237,25 +232,49 @@ class _Session:
             x, sigma = x.clone(), sigma.clone()
         if x.numel() > self.elements:
             self._load(x)
-        levels = torch.cat([sigma.unique().flip(0), sigma.new_zeros(1)])
-        self.options["transformer_options"]["sample_sigmas"] = levels
         with blamed(MISFIT):
-            made = velocity(self.guider, x, sigma, [self._row(one, x[:1]) for one in cond], self.options)
-        if self.policy._deltas and not any(delta.used for delta in self.policy._deltas.values()):
+            rows = [self._row(one, x[:1]) for one in cond]
+            made = self._apart(x, sigma, rows)
+            made = self._by_core(x, sigma, rows) if made is None else made
+        deltas = self.policy._deltas.values()
+        if deltas and not self.apart and not any(delta.dtype for delta in deltas):
             raise ValueError(
                 f"model: {type(self.model.model).__name__}'s layers do not take a LoRA while they run; "
                 "connect another model"
             )
         return made
 
+    def _by_core(self, x: Tensor, sigma: Tensor, rows: list[Conds]) -> Tensor:
+        self.policy._merged.attach(self.model, None if self.training else x)
+        levels = torch.cat([sigma.unique().flip(0), sigma.new_zeros(1)])
+        self.options["transformer_options"]["sample_sigmas"] = levels
+        try:
+            return velocity(self.guider, x, sigma, rows, self.options)
+        except torch.cuda.OutOfMemoryError:
+            self.policy._merged.spares = False  # the next try has the room of the sums
+            raise
+
+    def _apart(self, x: Tensor, sigma: Tensor, rows: list[Conds]) -> Tensor | None:
+        """Return the velocity by the forward of rollouts, or None where core's own is needed."""
+        policy, guidance = self.policy, self.guider.cfg
+        if not self.plain:
+            return None
+        state = state_of(policy._deltas)
+        if self.apart is None or self.apart[0] != state:
+            policy._merged.detach()
+            self.apart = state, SD3Rollout(self.model, policy._layers, policy._deltas)
+        return self.apart[1].velocity(x, sigma, rows, 1.0 if math.isclose(guidance, 1.0) else guidance)
+
     def _load(self, x: Tensor) -> None:
         """Load for a batch like x, the largest so far."""
         first = self.elements == 0
         self.elements = x.numel()
+        # Core may rewrite the layers' functions and move weights while it loads, so that ours come after.
+        self.policy._merged.detach()
         if self.training:
             if first:
                 self._load_whole()
-        else:
+        elif first or x.device.type != "cpu":  # where it has nothing to make room for
             inner, _, self.loaded = comfy.sampler_helpers.prepare_sampling(
                 self.model, x.shape, self.base, self.options
             )
@@ -265,8 +284,19 @@ class _Session:
                 self.options, device=self.policy.device, dtype=self.model.model_dtype()
             )
             self.model.pre_run()
-        # Core may rewrite the layers' functions while it loads, so that ours come after.
-        self._attach()
+            self._look_for_others()
+        self.plain = self.plain and fits(self.model, x, self.copied)
+
+    def _look_for_others(self) -> None:
+        """See whether core's own layers run and nothing else, so that we know what they do."""
+        policy, network = self.policy, self.model.model.diffusion_model
+        plain = type(self.guider) is comfy.samplers.CFGGuider and is_plain(self.model, self.options)
+        if not self.training and policy._deltas and plain and is_exact(network):
+            self.plain, self.copied = True, copies(network, policy._layers)
+        if self.training and not plain and not policy._checkpoint:
+            # Others may edit activations in place. The recomputation of checkpoints allows that by itself,
+            # and the two must not be nested.
+            self.stack.enter_context(allow_mutation_on_saved_tensors())
 
     def _load_whole(self) -> None:
         extra = comfy.sampler_helpers.get_additional_models(self.base, self.model.model_dtype())[0]
@@ -285,12 +315,6 @@ class _Session:
         if self.policy._checkpoint:
             self.stack.enter_context(checkpointed(self.model.model.diffusion_model))
 
-    def _attach(self) -> None:
-        for name, delta in self.policy._deltas.items():
-            layer = self.policy._layers[name]
-            if delta not in layer.weight_function:
-                layer.weight_function = [*layer.weight_function, delta]
-
     def _row(self, cond: Any, like: Tensor) -> Conds:
         """Process a row's conditioning once; None is the guider's own."""
         if id(cond) not in self.rows:
@@ -307,9 +331,7 @@ class _Session:
         return self.rows[id(cond)][1]
 
     def _leave(self) -> None:
-        for name, delta in self.policy._deltas.items():
-            layer = self.policy._layers[name]
-            layer.weight_function = [function for function in layer.weight_function if function is not delta]
+        self.policy._merged.detach()
         if self.elements:
             self.model.cleanup()
             comfy.sampler_helpers.cleanup_models(self.base, self.loaded)
@@ -333,6 +355,7 @@ class TextPolicy(GraphPolicy):
     ) -> None:
         super().__init__(guider, adapter, checkpoint=checkpoint)
         self._clip, self._vae, self._negative = clip, vae, negative
+        self._folded = tiny_decoder(vae)
         self._texts: dict[str, Any] = {}
         self._rows: dict[str, dict[str, Any]] = {}
 
@@ -360,7 +383,9 @@ class TextPolicy(GraphPolicy):
         if latents.ndim == 5 and latents.shape[2] > 1:
             raise ValueError("vae: videos are not supported yet; train on single images")
         with blamed("vae: it cannot decode the model's latents; connect the VAE that belongs to the model"):
-            images = self._vae.decode(self.model.model.process_latent_out(latents.float()))
+            raw = self.model.model.process_latent_out(latents.float())
+            fast = self._folded and raw.ndim == 4 and fits_decoded(self._vae, raw)
+            images = self._folded(raw) if fast else self._vae.decode(raw)
         return images.reshape(-1, *images.shape[-3:]).float()
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
