@@ -1,10 +1,16 @@
 """The benchmarks measure what they say: the plain loops' cost and results, and the estimators."""
 
+from multiprocessing.connection import Listener
+from threading import Thread
+from types import SimpleNamespace
+
 import pytest
 import torch
 from credit import explained, nested
+from graph import in_turn
 from plain import PlainLoop
 from rollout import ROOT, differences, load_policy
+from stopwatch import Stopwatch
 from toys import SHAPE, ToyPolicy
 
 from comfy_g2rpo.plan import singular
@@ -74,3 +80,36 @@ def test_repeats_share_the_noise_of_one_step_alone():
 def path(plan, state):
     """List the states from the root to a state."""
     return (path(plan, plan.states[state].parent) if plan.states[state].parent >= 0 else []) + [state]
+
+
+@pytest.mark.parametrize("lengths", [(2, 2), (1, 3), (3, 0)])
+def test_two_runs_take_turns_update_by_update_and_report_what_each_cost(tmp_path, lengths):
+    order = []
+
+    def run(name, address, length):
+        clock = Stopwatch(address)
+        parts = {part: lambda part=part: order.append((name, part)) for part in ("iterate", "look", "save")}
+        loop = SimpleNamespace(**parts)
+        clock.watch(loop)
+        loop.look()
+        for _ in range(length):
+            loop.iterate()
+        loop.save()
+        clock.close()
+
+    with Listener(str(tmp_path / "a")) as one, Listener(str(tmp_path / "b")) as other:
+        runs = [
+            Thread(target=run, args=("ab"[i], line.address, lengths[i]))
+            for i, line in enumerate((one, other))
+        ]
+        for each in runs:
+            each.start()
+        spans = in_turn(one.accept(), other.accept())
+        for each in runs:
+            each.join()
+    kinds = [[what for what, _ in own] for own in spans]
+    assert kinds == [["evaluation", *["update"] * length] for length in lengths]
+    assert all(seconds >= 0 for own in spans for _, seconds in own)
+    turns = [name for name, part in order if part != "save"]
+    shared = 2 * (min(lengths) + 1)
+    assert turns[:shared] == ["a", "b"] * (shared // 2)
