@@ -326,6 +326,38 @@ def fewer_bits(path: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def later_cores(model: Any, clip: Any, vae: Any) -> dict[str, dict[str, Any]]:
+    """Let our forward and our decoder do what core does not do."""
+    x, rows, adapter = noise((4, 16, 8, 8), "x"), rows_for(model), trained_adapter(model)
+    loaded, _ = drawn(policy_of(policy_module.with_adapter(model, adapter), None), x, rows, 1)
+    kept = forward_module.Ends
+    changed = {
+        "another norm": (forward_module, "EPS", 0.5),
+        "a lost part": (forward_module.JointForward, "prepare", None),
+        "no number": (kept, "side", 3),
+        "another attention": (forward_module, "attend", lambda q, k, v: q.transpose(1, 2)),
+    }
+    found = {}
+    for name, change in changed.items():
+        with replaced(change):
+            made, how = drawn(policy_of(model, adapter), x, rows)
+        found[name] = {"error": error(made, loaded), **how}
+    policy = policy_module.text_policy(model, clip, vae, 1.0, "", adapter)
+    pictures = vae.decode(model.model.process_latent_out(x))
+    found["decoder"] = {"error": error(policy.decode(x), pictures), "folded": policy._folded is not None}
+    own = decoder_module.FoldedDecoder.__call__
+    for name, call in {
+        "another decoder": lambda self, latents: 0.5 * own(self, latents),
+        "another shape": lambda self, latents: own(self, latents)[..., :3],
+        "no decoder": lambda self, latents: latents.nothing,
+    }.items():
+        policy = policy_module.text_policy(model, clip, vae, 1.0, "", adapter)
+        with replaced((decoder_module.FoldedDecoder, "__call__", call)):
+            made = policy.decode(x)
+        found[name] = {"error": error(made, pictures), "folded": policy._folded is not None}
+    return found
+
+
 def decoding(vae: Any) -> dict[str, Any]:
     """Decode by the folded decoder and by core."""
     latents = noise((3, 16, 8, 12), "latents")
@@ -356,7 +388,7 @@ def taesd_weights() -> dict[str, Tensor]:
 def main() -> None:
     """Do it all, in the executor's mode, and reply."""
     with torch.inference_mode():
-        model, _, vae = comfy_side.node_class("G2RPO_TinyDemoLoader").execute().result
+        model, clip, vae = comfy_side.node_class("G2RPO_TinyDemoLoader").execute().result
         larger = random_sd3()
         comfy_side.answer(
             {
@@ -371,6 +403,7 @@ def main() -> None:
                 "others": others(larger),
                 "fewer bits": fewer_bits(DATA["transformer"]),
                 "decoding": decoding(vae),
+                "later cores": later_cores(model, clip, vae),
             }
         )
 

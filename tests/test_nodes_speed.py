@@ -81,3 +81,16 @@ def test_other_vaes_and_little_memory_are_left_to_core(found: Any) -> None:
     made = found["decoding"]
     assert made["fits"] and not made["fits nothing"]
     assert made["hooked"] and made["low precision"] is None and made["no VAE"] is None
+
+
+@pytest.mark.parametrize("case", ["another norm", "a lost part", "no number", "another attention"])
+def test_a_core_that_computes_something_else_runs_its_own_forward(found: Any, case: str) -> None:
+    made = found["later cores"][case]
+    assert made["error"] < 1e-5 and not made["apart"] and made["merged"] > 10
+
+
+def test_a_core_that_decodes_something_else_decodes_itself(found: Any) -> None:
+    made = found["later cores"]
+    assert made["decoder"]["error"] < 1e-5 and made["decoder"]["folded"]
+    for case in ("another decoder", "another shape", "no decoder"):
+        assert made[case] == {"error": 0, "folded": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -44,6 +45,8 @@ MISFIT = (
 )
 
 CLIP_MISFIT = "clip: it cannot encode a prompt; connect the text encoder that belongs to the model"
+
+TOLERANCE = 1e-3  # between two ways of computing one velocity, whose rounding differs by less than 1e-5
 
 # They remember the steps of one image in order; a rollout visits states of many.
 STEP_CACHES = {"easycache", "lazycache"}
@@ -87,6 +90,7 @@ class GraphPolicy:
         if adapter:
             self._make_deltas(adapter)
         self._merged = MergedWeights(self._layers, self._deltas)
+        self._proved = self._apart = False  # whether a forward of rollouts was tried, and agreed with core's
 
     def _make_deltas(self, adapter: Adapter) -> None:
         self._layers = target_modules(self.model, adapter.targets)
@@ -237,7 +241,7 @@ class _Session:
             made = self._apart(x, sigma, rows)
             made = self._by_core(x, sigma, rows) if made is None else made
         deltas = self.policy._deltas.values()
-        if deltas and not self.apart and not any(delta.dtype for delta in deltas):
+        if deltas and not any(delta.dtype for delta in deltas):
             raise ValueError(
                 f"model: {type(self.model.model).__name__}'s layers do not take a LoRA while they run; "
                 "connect another model"
@@ -256,14 +260,33 @@ class _Session:
 
     def _apart(self, x: Tensor, sigma: Tensor, rows: list[Conds]) -> Tensor | None:
         """Return the velocity by the forward of rollouts, or None where core's own is needed."""
-        policy, guidance = self.policy, self.guider.cfg
-        if not self.plain:
+        if self.plain and not self.policy._proved:
+            self.policy._proved = True
+            self.policy._apart = self._agrees(x[:1], sigma[:1], rows[:1])
+            self.apart = self.apart if self.policy._apart else None
+        if not self.plain or not self.policy._apart:
             return None
-        state = state_of(policy._deltas)
+        return self._taken_apart().velocity(x, sigma, rows, self._guidance())
+
+    def _agrees(self, x: Tensor, sigma: Tensor, rows: list[Conds]) -> bool:
+        """Return whether the forward of rollouts does what core's own does: later cores may differ."""
+        core = self._by_core(x, sigma, rows)
+        try:
+            made = self._taken_apart().velocity(x, sigma, rows, self._guidance())
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            logging.warning("G²RPO: rollouts run core's own forward", exc_info=True)
+            return False
+        return made is not None and bool((made - core).norm() < TOLERANCE * core.norm())
+
+    def _taken_apart(self) -> SD3Rollout:
+        policy, state = self.policy, state_of(self.policy._deltas)
         if self.apart is None or self.apart[0] != state:
             policy._merged.detach()
             self.apart = state, SD3Rollout(self.model, policy._layers, policy._deltas)
-        return self.apart[1].velocity(x, sigma, rows, 1.0 if math.isclose(guidance, 1.0) else guidance)
+        return self.apart[1]
+
+    def _guidance(self) -> float:
+        return 1.0 if math.isclose(self.guider.cfg, 1.0) else self.guider.cfg
 
     def _load(self, x: Tensor) -> None:
         """Load for a batch like x, the largest so far."""
@@ -355,7 +378,7 @@ class TextPolicy(GraphPolicy):
     ) -> None:
         super().__init__(guider, adapter, checkpoint=checkpoint)
         self._clip, self._vae, self._negative = clip, vae, negative
-        self._folded = tiny_decoder(vae)
+        self._folded, self._proved_folded = tiny_decoder(vae), False
         self._texts: dict[str, Any] = {}
         self._rows: dict[str, dict[str, Any]] = {}
 
@@ -384,9 +407,16 @@ class TextPolicy(GraphPolicy):
             raise ValueError("vae: videos are not supported yet; train on single images")
         with blamed("vae: it cannot decode the model's latents; connect the VAE that belongs to the model"):
             raw = self.model.model.process_latent_out(latents.float())
-            fast = self._folded and raw.ndim == 4 and fits_decoded(self._vae, raw)
-            images = self._folded(raw) if fast else self._vae.decode(raw)
+            images = self._decoded(raw)
         return images.reshape(-1, *images.shape[-3:]).float()
+
+    def _decoded(self, raw: Tensor) -> Tensor:
+        if self._folded is None or raw.ndim != 4 or not fits_decoded(self._vae, raw):
+            return self._vae.decode(raw)
+        if not self._proved_folded:
+            self._proved_folded = True
+            self._folded = self._folded if self._folded.is_exact(raw) else None
+        return self._folded(raw) if self._folded else self._vae.decode(raw)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         """Return the shape of one latent in model space for a picture of the given size in pixels."""

@@ -34,11 +34,13 @@ OPERATIONS = (comfy.ops.disable_weight_init, comfy.ops.manual_cast)
 LINEAR, NORM, PATCH = (
     tuple(getattr(made, name) for made in OPERATIONS) for name in ("Linear", "LayerNorm", "Conv2d")
 )
+MODULES = (
+    *("OpenAISignatureMMDITWrapper", "PatchEmbed", "TimestepEmbedder", "VectorEmbedder", "JointBlock"),
+    *("DismantledBlock", "SelfAttention", "RMSNorm", "Mlp", "FinalLayer"),
+)
 KNOWN = {
-    *(*LINEAR, *NORM, *PATCH),
-    *(mmdit.OpenAISignatureMMDITWrapper, mmdit.PatchEmbed, mmdit.TimestepEmbedder, mmdit.VectorEmbedder),
-    *(mmdit.JointBlock, mmdit.DismantledBlock, mmdit.SelfAttention, mmdit.RMSNorm, mmdit.Mlp),
-    *(mmdit.FinalLayer, nn.ModuleList, nn.Sequential, nn.SiLU, nn.GELU, nn.Dropout, nn.Identity),
+    *(*LINEAR, *NORM, *PATCH, *(getattr(mmdit, name, None) for name in MODULES)),
+    *(nn.ModuleList, nn.Sequential, nn.SiLU, nn.GELU, nn.Dropout, nn.Identity),
 }
 ON_LAYERS = ("_forward_hooks", "_forward_pre_hooks", "weight_function", "bias_function")
 

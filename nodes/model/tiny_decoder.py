@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import comfy.model_management
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from ...comfy_g2rpo.speed.folded_decoder import FoldedDecoder, foldable
 from .core_sd3 import ON_LAYERS
 
+TOLERANCE = 1e-3  # of a value in [0, 1]; a 256th is what a picture shows
+
 
 class TinyDecoder:
     """The pictures that core's VAE would decode, by fewer products."""
@@ -19,6 +22,16 @@ class TinyDecoder:
     def __init__(self, vae: Any) -> None:
         self.vae, self.network = vae, vae.first_stage_model
         self.folded = FoldedDecoder(list(self.network.taesd_decoder)[1:])
+
+    def is_exact(self, latents: Tensor) -> bool:
+        """Return whether one of the latents becomes what core makes of it: later cores may differ."""
+        own = self.vae.decode(latents[:1])
+        try:
+            made = self(latents[:1])
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            logging.warning("G²RPO: pictures are decoded by core's own decoder", exc_info=True)
+            return False
+        return made.shape == own.shape and bool((made - own).abs().max() < TOLERANCE)
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
