@@ -308,7 +308,8 @@ class _Session:
             )
             self.model.pre_run()
             self._look_for_others()
-        self.plain = self.plain and fits(self.model, x, self.copied)
+        if self.plain and not fits(self.model, x, self.copied):
+            self.plain, self.apart = False, None
 
     def _look_for_others(self) -> None:
         """See whether core's own layers run and nothing else, so that we know what they do."""
