@@ -13,6 +13,7 @@ from ..comfy_g2rpo.plan import Plan
 from ..comfy_g2rpo.recipes import FIELDS
 from ..comfy_g2rpo.rewards.mixing import mixed_advantages, ranking_scores
 from .inputs.checks import check_inputs
+from .inputs.finding import offered
 from .inputs.judging import lines_kept, within
 from .inputs.widgets import output, recipe_input, show
 from .types import TRAINING, AdvantagesData, AdvantagesWire, RolloutData, RolloutWire, ScoresData, ScoresWire
@@ -142,7 +143,7 @@ class Advantages(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_Advantages",
             display_name="Advantages",
             category=TRAINING,
@@ -182,6 +183,11 @@ class Advantages(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+        )
+        return offered(
+            schema,
+            "grpo, rlhf, reinforcement learning, z-score, group relative",
+            rare="clamp, std_floor, per_branch",
         )
 
     @classmethod

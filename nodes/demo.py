@@ -19,6 +19,7 @@ from comfy.taesd.taesd import TAESD, Block, Clamp, conv
 from comfy_api.latest import io
 from torch import Tensor, nn
 
+from .inputs.finding import offered
 from .inputs.widgets import output
 from .types import TRAINING
 
@@ -37,7 +38,7 @@ class TinyDemoLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_TinyDemoLoader",
             display_name="Tiny Demo Loader",
             category=TRAINING,
@@ -66,6 +67,7 @@ class TinyDemoLoader(io.ComfyNode):
                 ),
             ],
         )
+        return offered(schema, "grpo, example model, test model, tiny model")
 
     @classmethod
     def execute(cls) -> io.NodeOutput:

@@ -20,6 +20,7 @@ from ..comfy_g2rpo.files.picture_files import PictureError, listed, read, size_o
 from ..comfy_g2rpo.files.safe import stamps
 from .host.comfyui import contained
 from .inputs.checks import check_inputs
+from .inputs.finding import offered
 from .inputs.judging import MAX_IMAGES, harmless
 from .inputs.widgets import int_input, node_id, output, show
 from .types import SCORING
@@ -52,7 +53,7 @@ class LoadImageFolder(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_LoadImageFolder",
             display_name="Load Image Folder",
             category=SCORING,
@@ -89,6 +90,9 @@ class LoadImageFolder(io.ComfyNode):
                 output(io.String, "report", "How many were loaded, and which could not be read."),
             ],
             hidden=[io.Hidden.unique_id],
+        )
+        return offered(
+            schema, "batch load images, directory, dataset, load images", rare="deep, skip, max_side"
         )
 
     @classmethod

@@ -26,6 +26,7 @@ from .host.routes import list_runs, read_metrics, runs_root
 from .host.train_run import checked_schedule, model_shift
 from .inputs import widgets
 from .inputs.checks import check_inputs, check_text
+from .inputs.finding import offered
 from .inputs.judging import checked_prompt, lines_kept
 from .inputs.widgets import announce, int_input, output, show, text_area
 from .model.adapter import Adapter, diffusers_pairs
@@ -45,7 +46,7 @@ class CompareLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_CompareLoRA",
             display_name="Compare LoRA",
             category=TRAINING,
@@ -92,6 +93,11 @@ class CompareLoRA(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
+        )
+        return offered(
+            schema,
+            "before and after, evaluate lora, benchmark lora, ab test, win rate",
+            rare="negative, slots",
         )
 
     @classmethod
@@ -178,7 +184,7 @@ class RunMonitor(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_RunMonitor",
             display_name="Run Monitor",
             category=TRAINING,
@@ -204,6 +210,7 @@ class RunMonitor(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
+        return offered(schema, "grpo, training curve, reward curve, loss graph, training progress")
 
     @classmethod
     def validate_inputs(cls, run: str = NEWEST) -> bool | str:
@@ -231,7 +238,7 @@ class RunMonitor(io.ComfyNode):
         folder = found(run if run_name is None else linked_run(run_name))
         if folder is None:
             return io.NodeOutput(
-                reward_curve([], "No run yet"), "There is no run yet; train one with Train LoRA."
+                reward_curve([], "No run yet"), "There is no run yet; train one with Train LoRA on a Reward."
             )
         with plain_errors(folder.path.name):
             rows, total = all_rows(folder)
@@ -281,7 +288,7 @@ class SaveLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_SaveLoRA",
             display_name="Save LoRA (G²RPO)",
             category=TRAINING,
@@ -310,6 +317,7 @@ class SaveLoRA(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
+        return offered(schema, "export lora, save lora weights, grpo", rare="key_names")
 
     @classmethod
     def execute(

@@ -16,6 +16,7 @@ from ..comfy_g2rpo.rewards.likeness import KINDS, Likeness, reference_reward
 from ..comfy_g2rpo.rewards.protocol import RewardError
 from .host.reward_models import DTYPES, check, choices, chosen, find, how_to_get_more, stamp
 from .inputs.checks import check_inputs
+from .inputs.finding import offered
 from .inputs.judging import MAX_REWARDS, MAX_SCORE, MAX_WEIGHT, checked_images, describe, rounded, within
 from .inputs.widgets import output, show
 from .types import SCORING, RewardSet, RewardWire
@@ -57,7 +58,7 @@ class LoadReward(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_LoadReward",
             display_name="Load Reward",
             category=SCORING,
@@ -92,6 +93,12 @@ class LoadReward(io.ComfyNode):
                 "What it measures, its licence, how it fails as a target, and how to get more rewards."
             ),
             hidden=[io.Hidden.unique_id],
+        )
+        return offered(
+            schema,
+            "rlhf, reward model, preference model, aesthetic score, pickscore, hps, imagereward, clip score, "
+            "ocr, judge, quality",
+            rare="precision, batch",
         )
 
     @classmethod
@@ -138,7 +145,7 @@ class MixRewards(io.ComfyNode):
             io.Combo.Input("mix", options=list(MIXES), default="zscore", optional=True, tooltip=MIX_TIP),
             io.String.Input("gates", default="", multiline=True, optional=True, tooltip=GATES_TIP),
         ]
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_MixRewards",
             display_name="Mix Rewards",
             category=SCORING,
@@ -160,6 +167,7 @@ class MixRewards(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+        return offered(schema, "rlhf, combine rewards, weighted reward, several rewards, judge")
 
     @classmethod
     def execute(
@@ -291,7 +299,7 @@ class ReferenceReward(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_ReferenceReward",
             display_name="Reference Reward",
             category=SCORING,
@@ -321,6 +329,7 @@ class ReferenceReward(io.ComfyNode):
             outputs=reward_outputs("What it measures and how it fails as a target."),
             hidden=[io.Hidden.unique_id],
         )
+        return offered(schema, "similarity, ssim, histogram, palette, look like, judge")
 
     @classmethod
     def execute(cls, kind: str, reference: Tensor | None = None, colours: str = "") -> io.NodeOutput:

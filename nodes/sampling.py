@@ -20,6 +20,7 @@ from ..comfy_g2rpo.plan import Leaf, Plan, PlanBuilder, State, singular
 from ..comfy_g2rpo.rollout import Rollout
 from ..comfy_g2rpo.speed.fitting_rollout import roll_out
 from .inputs.checks import blamed, check_inputs
+from .inputs.finding import offered
 from .inputs.widgets import Progress, announce, int_input, int_list, output, recipe_input, slots_input
 from .model.comfy_policy import check_flow
 from .model.conditioning import Conds, first_row, velocity
@@ -273,7 +274,7 @@ class SingularSDESampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_SingularSDESampler",
             display_name="Singular SDE Sampler",
             category=SAMPLING,
@@ -299,6 +300,7 @@ class SingularSDESampler(io.ComfyNode):
                 )
             ],
         )
+        return offered(schema, "grpo, stochastic sampler, sde, ode", rare="kernel")
 
     @classmethod
     def execute(cls, branch_step: int, branch: int, kernel: str, eta: float) -> io.NodeOutput:
@@ -313,7 +315,7 @@ class RolloutBlock(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_Rollout",
             display_name="Rollout",
             category=SAMPLING,
@@ -361,6 +363,11 @@ class RolloutBlock(io.ComfyNode):
                 output(io.Latent, "anchor", "The deterministic image that the branches leave from."),
             ],
             hidden=[io.Hidden.unique_id],
+        )
+        return offered(
+            schema,
+            "grpo, rlhf, reinforcement learning, explore, branches, variations",
+            rare="kernel, eta, terminal, antithetic, slots",
         )
 
     @classmethod

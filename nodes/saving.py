@@ -24,6 +24,7 @@ from ..comfy_g2rpo.files.csv_table import csv_bytes
 from ..comfy_g2rpo.files.safe import FileError, finite, write_bytes
 from .host.comfyui import checked_name, contained
 from .inputs.checks import check_inputs, check_number
+from .inputs.finding import offered
 from .inputs.judging import MAX_IMAGES, best_first, check_count, one, rounded, scored_images
 from .inputs.widgets import int_input, linked_text, output, scores_input, show
 from .types import SCORING, ScoresData, ScoresWire
@@ -40,7 +41,7 @@ class SaveScoredImages(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_SaveScoredImages",
             display_name="Save Scored Images",
             category=SCORING,
@@ -74,6 +75,7 @@ class SaveScoredImages(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
+        return offered(schema, "rank, csv, best of n, export scores")
 
     @classmethod
     def execute(

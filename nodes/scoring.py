@@ -16,6 +16,7 @@ from ..comfy_g2rpo.prompts import MAX_CHARACTERS
 from ..comfy_g2rpo.run.scorer import Scorer, comparison_groups
 from .inputs import widgets
 from .inputs.checks import check_inputs, check_number
+from .inputs.finding import offered
 from .inputs.judging import (
     MAX_IMAGES,
     MAX_SCORE,
@@ -72,7 +73,7 @@ class ScoreImages(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_ScoreImages",
             display_name="Score Images",
             category=SCORING,
@@ -116,6 +117,11 @@ class ScoreImages(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+        )
+        return offered(
+            schema,
+            "rank images, aesthetic score, preference score, rate images, quality, best of n, pickscore, "
+            "hps, clip score",
         )
 
     @classmethod
@@ -171,7 +177,7 @@ class SelectBest(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_SelectBest",
             display_name="Select Best",
             category=SCORING,
@@ -213,6 +219,11 @@ class SelectBest(io.ComfyNode):
                 output(io.Image, "image_list", "What was kept one by one: of any sizes.", many=True),
                 output(io.Float, "kept_scores", "The scores of what was kept.", many=True),
             ],
+        )
+        return offered(
+            schema,
+            "best of n, top k, rank images, filter by score, pick the best",
+            rare="use_threshold, threshold",
         )
 
     @classmethod
@@ -275,7 +286,7 @@ class ScoreRollout(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_ScoreRollout",
             display_name="Score Rollout",
             category=SCORING,
@@ -293,6 +304,7 @@ class ScoreRollout(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+        return offered(schema, "grpo, rlhf, reward, rank")
 
     @classmethod
     def execute(cls, rollout: RolloutData, vae: Any, reward: RewardSet, prompt: str) -> io.NodeOutput:
@@ -329,7 +341,7 @@ class ScoresFromValues(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_ScoresFromValues",
             display_name="Scores From Values",
             category=SCORING,
@@ -359,6 +371,7 @@ class ScoresFromValues(io.ComfyNode):
             ],
             outputs=[output(ScoresWire, "made", "For Advantages.", shown="scores")],
         )
+        return offered(schema, "custom reward, own scores, human feedback, votes, numbers to scores")
 
     @classmethod
     def execute(

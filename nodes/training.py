@@ -16,6 +16,7 @@ from .host.publish import file_ui
 from .host.train_run import Request, Trained, train
 from .inputs import widgets
 from .inputs.checks import check_inputs
+from .inputs.finding import offered
 from .inputs.train_presets import AS_TYPED, PRESETS
 from .inputs.widgets import output
 from .model.adapter import lora_model, with_adapter
@@ -30,9 +31,9 @@ class TrainLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_TrainLoRA",
-            display_name="Train LoRA",
+            display_name="Train LoRA on a Reward (G²RPO)",
             category=TRAINING,
             description="Train a LoRA on the connected flow model by G²RPO, with live curves. "
             "Stopped, it goes on where it was.",
@@ -50,6 +51,13 @@ class TrainLoRA(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
+        )
+        return offered(
+            schema,
+            "grpo, dancegrpo, flow-grpo, rlhf, reinforcement learning, preference alignment, lora training, "
+            "fine-tune, pickscore, hps, aesthetic",
+            rare="negative, alpha, targets, prompts_per_step, slots, eval_every, changes, "
+            "if_settings_changed",
         )
 
     @classmethod

@@ -28,6 +28,7 @@ from .host.open_run import Wanted, open_run, plain_errors
 from .host.publish import metadata
 from .inputs import widgets
 from .inputs.checks import check_inputs
+from .inputs.finding import offered
 from .inputs.widgets import announce, output, recipe_input
 from .model.adapter import Adapter, fresh_adapter, is_large, lora_model, with_adapter
 from .model.comfy_policy import GraphPolicy, check_flow
@@ -41,7 +42,7 @@ class LoRAPolicy(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_LoRAPolicy",
             display_name="LoRA Policy",
             category=TRAINING,
@@ -65,6 +66,9 @@ class LoRAPolicy(io.ComfyNode):
                 output(io.Int, "step", "Updates made so far: a seed that differs at every one."),
             ],
             hidden=[io.Hidden.unique_id],
+        )
+        return offered(
+            schema, "grpo, rlhf, reinforcement learning, policy, trainable lora", rare="alpha, targets"
         )
 
     @classmethod
@@ -140,7 +144,7 @@ class UpdateLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_UpdateLoRA",
             display_name="Update LoRA",
             category=TRAINING,
@@ -171,6 +175,11 @@ class UpdateLoRA(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
+        )
+        return offered(
+            schema,
+            "grpo, rlhf, reinforcement learning, policy gradient, optimizer step",
+            rare="step_weight, max_grad_norm, weight_decay, micro_batch",
         )
 
     @classmethod

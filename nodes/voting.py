@@ -18,6 +18,7 @@ from ..comfy_g2rpo.votes.strengths import MAX_PICTURES, Votes, parse, picture_ke
 from .host.comfyui import known_run, run_place
 from .host.open_run import plain_errors
 from .inputs.checks import check_inputs
+from .inputs.finding import offered
 from .inputs.judging import checked_images, checked_prompt, rounded
 from .inputs.widgets import name_input, output, rollout_prompt_input
 from .types import SCORING, RolloutData, RolloutWire, ScoresData, ScoresWire
@@ -31,7 +32,7 @@ class VoteRollout(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Declare the block."""
-        return io.Schema(
+        schema = io.Schema(
             node_id="G2RPO_VoteRollout",
             display_name="Vote",
             category=SCORING,
@@ -63,6 +64,7 @@ class VoteRollout(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
+        return offered(schema, "human feedback, rlhf, preference, rank, pick the best, rate")
 
     @classmethod
     def fingerprint_inputs(

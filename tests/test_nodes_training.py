@@ -96,7 +96,7 @@ def test_a_run_ends_with_model_lora_loss_and_curve(done: Answer) -> None:
 
 
 def test_the_monitor_waits_for_the_first_run(done: Answer) -> None:
-    assert done.data["unborn"] == [True, "There is no run yet; train one with Train LoRA."]
+    assert done.data["unborn"] == [True, "There is no run yet; train one with Train LoRA on a Reward."]
 
 
 def test_the_wires_and_every_saved_file_draw_the_trained_picture(done: Answer) -> None:

@@ -223,6 +223,30 @@ def test_blocks_lie_where_users_look(pair: Pair) -> None:
     assert len({info["display_name"] for info in pair.ours.values()}) == len(pair.ours)
 
 
+def test_no_other_block_has_the_name_of_one_of_ours(pair: Pair) -> None:
+    others = {info["display_name"] for info in pair.bare.data["object_info"].values()}
+    assert "Train LoRA" in others
+    assert {info["display_name"] for info in pair.ours.values()} & others == set()
+
+
+def test_blocks_have_search_words_and_rare_inputs_where_core_knows_them(pair: Pair) -> None:
+    core = [info for info in pair.bare.data["object_info"].values() if info.get("search_aliases")]
+    words = {node_id: info.get("search_aliases", []) for node_id, info in pair.ours.items()}
+    rare = {
+        (node_id, key)
+        for node_id, info in pair.ours.items()
+        for _, key, _, options in inputs_of(info)
+        if options.get("advanced")
+    }
+    if core:
+        assert min(map(len, words.values())) >= 3
+        assert {len(set(given)) - len(given) for given in words.values()} == {0}
+        assert {("G2RPO_TrainLoRA", "slots"), ("G2RPO_Rollout", "eta"), ("G2RPO_LoadReward", "batch")} < rare
+    else:
+        assert not any(words.values())
+        assert rare == set()
+
+
 def test_saved_workflows_keep_loading(pair: Pair) -> None:
     """Compare ids, input order, types, defaults and bounds with the snapshot.
 

@@ -114,7 +114,7 @@ async function lookForRuns(node, entry) {
   const { status, data } = await get("/g2rpo/runs");
   if (entry.run !== entry.listedFor || !["", NEWEST].includes(entry.run)) return;
   if (status !== 200) entry.monitor.show(null, problemOf(status, data));
-  else if (!data.runs.length) entry.monitor.show(null, "No runs yet. Train LoRA makes them.");
+  else if (!data.runs.length) entry.monitor.show(null, "No runs yet. Train LoRA on a Reward makes them.");
   else if (entry.run === NEWEST) entry.monitor.show(feedOf(data.runs[0].id));
   else entry.monitor.show(null, "Which run?", data.runs.slice(0, MAX_OFFERS).map((run) => offer(node, run)));
 }
