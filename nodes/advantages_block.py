@@ -186,7 +186,7 @@ class Advantages(io.ComfyNode):
         )
         return offered(
             schema,
-            "grpo, rlhf, reinforcement learning, z-score, group relative",
+            "grpo, reinforcement learning, z-score, group relative",
             rare="clamp, std_floor, per_branch",
         )
 

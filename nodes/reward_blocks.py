@@ -167,7 +167,7 @@ class MixRewards(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
-        return offered(schema, "rlhf, combine rewards, weighted reward, several rewards, judge")
+        return offered(schema, "combine rewards, weighted reward, several rewards, judge")
 
     @classmethod
     def execute(

@@ -366,7 +366,7 @@ class RolloutBlock(io.ComfyNode):
         )
         return offered(
             schema,
-            "grpo, rlhf, reinforcement learning, explore, branches, variations",
+            "grpo, reinforcement learning, explore, branches, variations",
             rare="kernel, eta, terminal, antithetic, slots",
         )
 

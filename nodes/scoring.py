@@ -75,7 +75,7 @@ class ScoreImages(io.ComfyNode):
         """Declare the block."""
         schema = io.Schema(
             node_id="G2RPO_ScoreImages",
-            display_name="Score Images",
+            display_name="Score and Rank Images",
             category=SCORING,
             description="Score every image by a reward and rank them: any images, no training needed. Images "
             "in a list may differ in size.",
@@ -304,7 +304,7 @@ class ScoreRollout(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
-        return offered(schema, "grpo, rlhf, reward, rank")
+        return offered(schema, "grpo, reward, rank")
 
     @classmethod
     def execute(cls, rollout: RolloutData, vae: Any, reward: RewardSet, prompt: str) -> io.NodeOutput:

@@ -67,9 +67,7 @@ class LoRAPolicy(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
-        return offered(
-            schema, "grpo, rlhf, reinforcement learning, policy, trainable lora", rare="alpha, targets"
-        )
+        return offered(schema, "grpo, reinforcement learning, policy, trainable lora", rare="alpha, targets")
 
     @classmethod
     def fingerprint_inputs(
@@ -146,7 +144,7 @@ class UpdateLoRA(io.ComfyNode):
         """Declare the block."""
         schema = io.Schema(
             node_id="G2RPO_UpdateLoRA",
-            display_name="Update LoRA",
+            display_name="Update LoRA (GRPO)",
             category=TRAINING,
             description=(
                 "One update of the LoRA: what scored above its group becomes likelier, the rest less likely."
@@ -178,7 +176,7 @@ class UpdateLoRA(io.ComfyNode):
         )
         return offered(
             schema,
-            "grpo, rlhf, reinforcement learning, policy gradient, optimizer step",
+            "grpo, reinforcement learning, policy gradient, optimizer step",
             rare="step_weight, max_grad_norm, weight_decay, micro_batch",
         )
 

@@ -34,7 +34,7 @@ class VoteRollout(io.ComfyNode):
         """Declare the block."""
         schema = io.Schema(
             node_id="G2RPO_VoteRollout",
-            display_name="Vote",
+            display_name="Vote (Human Preference)",
             category=SCORING,
             description="Let people judge a rollout: click the best picture first, then run again. Without "
             "votes nothing below runs.",
