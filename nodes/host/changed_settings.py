@@ -74,7 +74,8 @@ def changes_of(
 def measured(config: Mapping[str, Any]) -> set[str]:
     """Return the rewards that are measured and not trained on."""
     named = [config.get(section) for section in ("heldout_rewards", "rewards")]
-    judges, trained = ({name_of(one) for one in part or () if one} for part in named)
+    listed = [part if isinstance(part, list) else [] for part in named]
+    judges, trained = ({name_of(one) for one in part} for part in listed)
     return judges - trained
 
 
@@ -127,9 +128,9 @@ def counted(unit: str, before: Any, now: Any) -> str:
     """Tell how long two texts or lists are."""
     many = [len(value) if isinstance(value, (list, str)) else 0 for value in (now, before)]
     if many[0] != many[1]:
-        return f"{many[0]} {unit}, the run has {many[1]}"
+        return f"{many[0]} {unit if many[0] != 1 else unit.removesuffix('s')}, the run has {many[1]}"
     others = sum(one != other for one, other in zip(now, before, strict=True))
-    return f"{others} of {many[0]} {unit} are others"
+    return f"{others} of {many[0]} {unit} changed"
 
 
 def said(value: Any) -> str:
