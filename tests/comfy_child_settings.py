@@ -63,6 +63,11 @@ answer = {
     "stories": {name: [press(changes) for changes in story] for name, story in given["stories"].items()}
 }
 answer["rates"] = [row["lr"] for row in folder("goes-on").metrics() if "nfe" in row]
+damaged = hosting.runs_root() / "rate-4"
+damaged.mkdir()
+(damaged / "metrics.jsonl").write_bytes(folder("rate").metrics_file.read_bytes())
+(damaged / "config.json").write_text("[")
+answer["beside a damaged one"] = press({"run": "rate", "learning_rate": 4e-3})["run"]
 answer["written"] = {name: folder(name).config() for name in ("goes-on", "finished")}
 
 # Everything that may differ, under ask and under continue.

@@ -149,6 +149,7 @@ def test_a_changed_rate_starts_a_numbered_run_and_pressed_again_goes_on_with_it(
 def test_a_numbered_run_takes_the_first_free_number_or_the_one_with_its_settings(done: Answer) -> None:
     runs = [press["run"] for press in done.data["stories"]["hand"]]
     assert runs == ["hand-2", "hand", "hand-3", "hand-2"]
+    assert done.data["beside a damaged one"] == "rate-5"
     first, second = done.data["stories"][LONG]
     assert first["run"] == LONG and f"{LONG} is too long to number; shorten it" in second["run"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...comfy_g2rpo.files.safe import spelt_out
-from ...comfy_g2rpo.recipes import RECIPES
+from ...comfy_g2rpo.recipes import FIELDS, RECIPES
 from ...comfy_g2rpo.run.folder import RunFolder
 from ..model.fingerprint import UNPATCHED
 
@@ -21,7 +21,7 @@ UNITS = {"train": "lines", "heldout": "lines", "sigmas": "noise levels", "negati
 LONGEST = 40  # characters of a value that is told as it is
 MOST = 4  # settings that a sentence tells
 MAY_GO_ON = {
-    "method": {*RECIPES["g2rpo"].__dataclass_fields__, "name"} - {"num_steps", "shift", "ema", "optimizer"},
+    "method": {*FIELDS, "name"} - {"num_steps", "shift", "ema", "optimizer"},
     "prompts": {"train"},
     "train": {"prompts_per_step"},
     "rewards": {"weight", "gate"},

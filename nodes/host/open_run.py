@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,8 +108,10 @@ def numbered(wanted: Wanted) -> str:
         taken = {int(found[1]) for entry in entries if (found := pattern.fullmatch(entry.name))}
     for number in sorted(taken):
         name = f"{wanted.name}-{number}"
-        if is_run(run_place(name)) and not made_otherwise(wanted, name):
-            return name
+        # One that is damaged is not the one that is looked for.
+        with suppress(FileError):
+            if is_run(run_place(name)) and not made_otherwise(wanted, name):
+                return name
     name = f"{wanted.name}-{next(number for number in range(2, len(taken) + 3) if number not in taken)}"
     if not RUN_ID.fullmatch(name):
         raise ValueError(
