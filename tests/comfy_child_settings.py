@@ -17,7 +17,9 @@ TEXT = "a red circle"
 GRAPH = {**drawing(TEXT, steps=2, model=["load", 0]), "reward": reward("agreement"), "jpeg": reward("jpeg")}
 LORA = {"lora": core("LoraLoaderModelOnly", model=["load", 0], lora_name=given["lora"], strength_model=1.0)}
 said, logged, pressed = [], [], []
-hosting.PromptServer.instance.send_progress_text = lambda text, node, sid=None: said.append((node, text, sid))
+hosting.PromptServer.instance.send_sync = lambda event, data, sid=None: (
+    event == "g2rpo.text" and said.append((data["node"], data["text"], sid))
+)
 handler = logging.Handler(logging.INFO)
 handler.emit = lambda record: logged.append(record.getMessage())
 logging.getLogger().addHandler(handler)
