@@ -376,3 +376,41 @@ def test_every_key_of_vote_is_told_and_works_and_its_action_is_brightest(ours: O
     assert buttons[-1].inner_text() == "Vote and go on" and done[-1] > 2 * max(done[:-1])
     assert ours.page.evaluate(SIZES) == before
     ours.shoot("keys")
+
+
+JUDGED = """() => { app.graph.clear();
+    const make = (type, x) => { const node = LiteGraph.createNode(type); node.pos = [x, 130]; app.graph.add(node); return node; };
+    const image = make("EmptyImage", 60), reward = make("G2RPO_LoadReward", 60), score = make("G2RPO_ScoreImages", 420);
+    reward.pos = [60, 420];
+    image.widgets.find((each) => each.name === "batch_size").value = 40;
+    for (const name of ["width", "height"]) image.widgets.find((each) => each.name === name).value = 64;
+    score.widgets.find((each) => each.name === "prompt").value = "a *red* | circle_ # 1";
+    image.connect(0, score, "images"); reward.connect(0, score, "reward");
+    return JSON.parse(JSON.stringify(app.graph.serialize())); }"""  # noqa: E501
+
+
+def test_a_real_run_tells_its_own_page_alone(ours: Ours) -> None:
+    file = ours.page.evaluate(JUDGED)
+    ours.page.evaluate("(file) => app.loadGraphData(file)", file)
+    ours.page.wait_for_timeout(1000)
+    stranger = ours.page.context.new_page()
+    stranger.goto(ours.host.url)
+    stranger.wait_for_function("'G2RPO_TrainLoRA' in (window.LiteGraph?.registered_node_types ?? {})")
+    stranger.wait_for_timeout(2000)
+    stranger.evaluate("(file) => app.loadGraphData(file)", file)
+    stranger.locator(TEXT).nth(1).wait_for()
+    before = ours.page.evaluate(SIZES)
+    ours.page.evaluate(
+        "window.ended = 0; app.api.addEventListener('execution_success', () => { ended += 1; })"
+    )
+    ours.page.locator("[data-testid=queue-button]").first.click()
+    ours.page.wait_for_function("window.ended > 0", timeout=120_000)
+    ours.page.locator(TEXT, has_text="image 0").wait_for()
+    ours.page.wait_for_timeout(800)
+    assert ours.page.evaluate(SIZES) == before
+    assert ours.page.locator(f"{TEXT}[data-empty]").count() == 0
+    assert stranger.locator(f"{TEXT}[data-empty]").count() == 2
+    names = "app.graph._nodes.flatMap((node) => (node.widgets ?? []).map((each) => each.name))"
+    assert not [name for name in read(ours, names) if name.startswith("$$node-text")]
+    ours.shoot("judged")
+    stranger.close()
