@@ -255,3 +255,37 @@ def test_a_dropped_workflow_trains_with_a_live_curve_and_can_be_interrupted(ours
     ours.shoot("stopped")
     folder = RunFolder.open(ours.host.base / "output/g2rpo" / run)
     assert folder.metrics()[-1]["step"] >= 4
+
+
+def test_another_page_hears_nothing_of_a_run_and_its_monitor_follows_it(ours: Ours) -> None:
+    """Both pages hold nodes of the same ids; the run's name is wired to a Run Monitor in the first."""
+    run = "heard-classic" if "classic" in ours.name else "heard-nodes2"
+    listen = """() => { window.heard = []; window.ended = [];
+        for (const name of ['progress_text', 'g2rpo.progress', 'executed', 'progress'])
+          app.api.addEventListener(name, () => heard.push(name));
+        for (const name of ['execution_success', 'execution_error'])
+          app.api.addEventListener(name, ({ detail }) => ended.push([name, detail?.exception_message])); }"""
+    wire = """(run) => { const train = app.graph._nodes.find((node) => node.type === 'G2RPO_TrainLoRA');
+        train.widgets.find((widget) => widget.name === 'run').value = run;
+        const monitor = LiteGraph.createNode('G2RPO_RunMonitor'); monitor.pos = [1100, 130];
+        app.graph.add(monitor); return Boolean(train.connect(4, monitor, 'run_name')); }"""
+    drop(ours, workflow(ours))
+    context = ours.page.context.browser.new_context()
+    other = Ours(context.new_page(), ours.host, ours.shots, ours.name)
+    other.page.set_default_timeout(60_000)
+    other.open()
+    other.add("G2RPO_TrainLoRA", "G2RPO_RunMonitor")
+    for page in (ours.page, other.page):
+        page.evaluate(listen)
+    assert ours.page.evaluate(wire, run)
+    ours.page.locator("[data-testid=queue-button]").first.click()
+    ours.page.wait_for_function("ended.length > 0", timeout=180_000)
+    assert ours.page.evaluate("ended") == [["execution_success", None]]
+    assert {"progress_text", "g2rpo.progress", "executed"} <= set(ours.page.evaluate("heard"))
+    # It asks the server now and then which run is the newest.
+    other.page.wait_for_function(f"document.body.innerText.includes({run!r})", timeout=60_000)
+    other.page.wait_for_function("document.body.innerText.includes('step 3 of 3')", timeout=60_000)
+    assert other.page.evaluate("heard") == []
+    ours.shoot("wired")
+    other.shoot("followed")
+    context.close()
