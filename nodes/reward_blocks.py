@@ -13,8 +13,7 @@ from torch import Tensor
 from ..comfy_g2rpo.options import MIXES
 from ..comfy_g2rpo.rewards import Reward
 from ..comfy_g2rpo.rewards.likeness import KINDS, Likeness, reference_reward
-from ..comfy_g2rpo.rewards.protocol import RewardError
-from .host.reward_models import DTYPES, check, choices, chosen, find, how_to_get_more, stamp
+from .host.reward_models import DTYPES, check, choices, chosen, find, how_to_get_more, stamp, unknown
 from .inputs.checks import check_inputs
 from .inputs.finding import offered
 from .inputs.judging import MAX_REWARDS, MAX_SCORE, MAX_WEIGHT, checked_images, describe, rounded, within
@@ -103,13 +102,12 @@ class LoadReward(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, reward: str | None = None) -> bool | str:
-        """Allow a reward that was fetched after the page's list; name what is wrong before anything runs."""
-        try:
-            if reward is not None:  # else it comes over a link, and is checked when it has come
-                check(reward)
-        except RewardError as error:
-            return str(error)
-        return True
+        """Allow what the page's list may not have: a bare name, or a reward that was just fetched.
+
+        One that is not installed is named when it runs: newer pages show no words of a validation.
+        """
+        # A reward that comes over a link is not there yet.
+        return True if reward is None else unknown(reward) or True
 
     @classmethod
     def fingerprint_inputs(cls, reward: str, precision: str = "fp32", batch: int = 16) -> str:
@@ -121,9 +119,8 @@ class LoadReward(io.ComfyNode):
     def execute(cls, reward: str, precision: str = "fp32", batch: int = 16) -> io.NodeOutput:
         """Load the reward; the schema lists those that are there now."""
         check(reward)
-        reward = chosen(reward)
-        check_inputs(cls, locals())
-        found = find(reward, precision or "fp32", batch or 16)
+        check_inputs(cls, {**locals(), "reward": chosen(reward)})
+        found = find(chosen(reward), precision or "fp32", batch or 16)
         return one_reward(cls, found, how_to_get_more())
 
 

@@ -2,7 +2,6 @@
 drawn.
 """
 
-import json
 import re
 import shlex
 import subprocess
@@ -64,47 +63,51 @@ def test_the_template_browser_lists_every_workflow(served: Server) -> None:
     assert set(served.get("/workflow_templates").get(SERVED, [])) == workflows
 
 
-def judged_by(reward: str) -> dict:
-    """Return a graph that scores the image of GRAPH."""
-    inputs = {"images": ["5", 0], "reward": ["7", 0], "prompt": "a red circle"}
-    return {
-        **GRAPH,
-        "7": {"class_type": "G2RPO_LoadReward", "inputs": {"reward": reward}},
-        "8": {"class_type": "G2RPO_ScoreImages", "inputs": inputs},
-        "9": {"class_type": "PreviewAny", "inputs": {"source": ["8", 0]}},
-    }
-
-
-def fault_of(served: Server, reward: str) -> str:
-    """Return what the server says of a reward before anything runs."""
-    _, body = served.request("POST", "/prompt", {"prompt": judged_by(reward)})
-    return json.loads(body)["node_errors"]["7"]["errors"][0]["details"]
-
-
-@pytest.mark.parametrize(
-    "more", ["", " (not installed: 3.9 GB, MIT)", " (not installed: 9 GB, another text)"]
-)
-def test_a_reward_that_is_not_here_is_named_with_the_command_that_gets_it(served: Server, more: str) -> None:
-    fault = fault_of(served, f"pickscore{more}")
-    said, _, command = fault.partition(" by: ")
-    assert "\n" not in fault and "reward pickscore is not installed; get it on a command line" in said
-    script = served.base / "custom_nodes" / SERVED / "fetch_rewards.py"
-    assert shlex.split(command)[1:] == [str(script), "pickscore"]
-
-
-def test_that_command_runs(served: Server) -> None:
-    words = shlex.split(fault_of(served, "pickscore").partition(" by: ")[2])[:-1]
-    listed = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=120)
-    assert listed.returncode == 0 and f"in {served.base / 'models/g2rpo_rewards'}:" in listed.stdout
-
-
-def test_an_unknown_reward_is_named_with_the_nearest(served: Server) -> None:
-    assert "(did you mean 'sharpness'?)" in fault_of(served, "sharpnes")
-
-
 def test_the_server_has_nothing_to_complain_about(served: Server) -> None:
     served.get("/object_info/G2RPO_TinyDemoLoader")
     # Core's own database may complain on a busy machine; nothing may come by way of the pack.
     raised = re.findall(r"Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*.*", served.log)
     assert not [one for one in raised if SERVED in one or str(ROOT) in one]
     assert "IMPORT FAILED" not in served.log
+
+
+# What fails on purpose comes last, as the server logs it.
+
+
+def judged_by(reward: str) -> dict:
+    """Return a graph that scores the image of GRAPH."""
+    inputs = {"images": ["5", 0], "reward": ["7", 0], "prompt": "a red circle"}
+    return {
+        **{key: node for key, node in GRAPH.items() if key != "6"},
+        "7": {"class_type": "G2RPO_LoadReward", "inputs": {"reward": reward}},
+        "8": {"class_type": "G2RPO_ScoreImages", "inputs": inputs},
+        "9": {"class_type": "PreviewAny", "inputs": {"source": ["8", 0]}},
+    }
+
+
+def error_of(served: Server, reward: str) -> dict:
+    """Return how a graph fails for its reward."""
+    ended = served.wait(served.post_prompt(judged_by(reward)))
+    return next(said for kind, said in ended["status"]["messages"] if kind == "execution_error")
+
+
+@pytest.mark.parametrize("more", ["", " (not installed: 3.9 GB, MIT)", " (not installed: 9 GB, other words)"])
+def test_a_reward_that_is_not_here_is_named_with_the_command_that_gets_it(served: Server, more: str) -> None:
+    error = error_of(served, f"pickscore{more}")
+    said, _, command = error["exception_message"].strip().partition(" by: ")
+    assert (error["node_type"], error["exception_type"]) == ("G2RPO_LoadReward", "ValueError")
+    assert said == "reward pickscore is not installed; get it on a command line" and "\n" not in command
+    script = served.base / "custom_nodes" / SERVED / "fetch_rewards.py"
+    assert shlex.split(command)[1:] == [str(script), "pickscore"]
+
+
+def test_that_command_runs(served: Server) -> None:
+    command = error_of(served, "pickscore")["exception_message"].strip().partition(" by: ")[2]
+    words = shlex.split(command)[:-1]  # without a name it lists
+    listed = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=120)
+    assert listed.returncode == 0 and f"in {served.base / 'models/g2rpo_rewards'}:" in listed.stdout
+
+
+def test_an_unknown_reward_is_refused_before_anything_runs_with_the_nearest(served: Server) -> None:
+    status, body = served.request("POST", "/prompt", {"prompt": judged_by("sharpnes")})
+    assert status == 400 and "(did you mean 'sharpness'?)" in body.decode()

@@ -26,7 +26,7 @@ from ...comfy_g2rpo.rewards.models.installed import (
     installed,
     load_installed,
 )
-from ...comfy_g2rpo.rewards.protocol import RewardError, Wrapped
+from ...comfy_g2rpo.rewards.protocol import Wrapped
 
 NOT_HERE = " (not installed: "
 SCRIPT = Path(__file__).parents[2] / "fetch_rewards.py"
@@ -58,16 +58,23 @@ def chosen(value: object) -> str:
     return str(value).partition(NOT_HERE)[0]
 
 
-def check(value: object) -> None:
-    """Raise RewardError for what is no reward, or not installed; say how to get it."""
-    name, present = chosen(value), installed(root())
-    if name in REWARDS or name in present:
-        return
-    if name in KNOWN:
-        raise RewardError(f"reward {name} is not installed; get it on a command line by: {command(name)}")
-    known = [*REWARDS, *KNOWN, *(own for own in present if own not in KNOWN)]
+def unknown(value: object) -> str:
+    """Return what is wrong with the name of no reward; blank for one that is here or can be fetched."""
+    name = chosen(value)
+    known = list(dict.fromkeys([*REWARDS, *KNOWN, *installed(root())]))
+    if name in known:
+        return ""
     guess = nearest(name[:60], known)
-    raise RewardError(f"reward {name[:60]!a} is unknown{guess}; choose one of: {', '.join(known)}")
+    return f"reward {name[:60]!a} is unknown{guess}; choose one of: {', '.join(known)}"
+
+
+def check(value: object) -> None:
+    """Raise ValueError for what is no reward, or not installed; say how to get it."""
+    if fault := unknown(value):
+        raise ValueError(fault)
+    name = chosen(value)
+    if name not in REWARDS and name not in installed(root()):
+        raise ValueError(f"reward {name} is not installed; get it on a command line by: {command(name)}")
 
 
 def command(name: str) -> str:
@@ -85,8 +92,6 @@ def stamp(name: str) -> str:
 
 def find(name: str, dtype: str, batch: int) -> Reward:
     """Return a rule or an installed reward model; do not load one again that some graph still holds."""
-    check(name)
-    name = chosen(name)
     if name in REWARDS:
         return load(name)
     key = (name, stamp(name), dtype, batch)
