@@ -263,7 +263,8 @@ class _Session:
         if self.plain and not self.policy._proved:
             self.policy._proved = True
             self.policy._apart = self._agrees(x[:1], sigma[:1], rows[:1])
-            self.apart = self.apart if self.policy._apart else None
+            # Its tables hold a row that was computed alone: a resumed run would differ in the last bits.
+            self.apart = None
         if not self.plain or not self.policy._apart:
             return None
         return self._taken_apart().velocity(x, sigma, rows, self._guidance())
