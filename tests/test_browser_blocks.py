@@ -78,6 +78,7 @@ def test_the_wheel_scrolls_a_text_and_leaves_the_canvas(ours: Ours) -> None:
     place = ours.page.locator(TEXT)
     ours.page.wait_for_function("document.querySelector('.g2rpo-text').textContent.length > 100")
     place.click()
+    ours.page.wait_for_timeout(500)
     ours.page.mouse.wheel(0, 120)
     ours.page.wait_for_function("document.querySelector('.g2rpo-text').scrollTop > 0")
     assert ours.page.evaluate("app.canvas.ds.scale") == 1
@@ -189,13 +190,16 @@ def test_values_keep_their_order_under_the_curve(ours: Ours) -> None:
 
 def test_every_box_of_several_lines_has_its_name(ours: Ours) -> None:
     ours.add("G2RPO_TrainLoRA", "G2RPO_CompareLoRA")
+    # Rarely touched inputs are folded away on newer cores.
+    ours.page.evaluate("() => { for (const node of app.graph._nodes) node.showAdvanced = true; }")
     ours.page.evaluate(
         "() => { for (const node of app.graph._nodes) for (const each of node.widgets) "
         "if (each.type === 'customtext') each.value = 'filled'; }"
     )
     boxes = read(
         ours,
-        "app.graph._nodes.flatMap((node) => node.widgets).filter((each) => each.type === 'customtext')"
+        "app.graph._nodes.flatMap((node) => node.widgets.filter((each) => node.isWidgetVisible(each)))"
+        ".filter((each) => each.type === 'customtext')"
         ".map((each) => each.label || each.name)",
     )
     assert len(boxes) >= 6
@@ -378,19 +382,21 @@ def test_every_key_of_vote_is_told_and_works_and_its_action_is_brightest(ours: O
     ours.shoot("keys")
 
 
-JUDGED = """() => { app.graph.clear();
+JUDGED = """(batch) => { app.graph.clear();
     const make = (type, x) => { const node = LiteGraph.createNode(type); node.pos = [x, 130]; app.graph.add(node); return node; };
     const image = make("EmptyImage", 60), reward = make("G2RPO_LoadReward", 60), score = make("G2RPO_ScoreImages", 420);
     reward.pos = [60, 420];
     image.widgets.find((each) => each.name === "batch_size").value = 40;
     for (const name of ["width", "height"]) image.widgets.find((each) => each.name === name).value = 64;
     score.widgets.find((each) => each.name === "prompt").value = "a *red* | circle_ # 1";
+    reward.widgets.find((each) => each.name === "batch").value = batch;
     image.connect(0, score, "images"); reward.connect(0, score, "reward");
     return JSON.parse(JSON.stringify(app.graph.serialize())); }"""  # noqa: E501
 
 
 def test_a_real_run_tells_its_own_page_alone(ours: Ours) -> None:
-    file = ours.page.evaluate(JUDGED)
+    # Another number per renderer, for what a server has at hand it neither computes nor tells again.
+    file = ours.page.evaluate(JUDGED, 11 + nodes2(ours))
     ours.page.evaluate("(file) => app.loadGraphData(file)", file)
     ours.page.wait_for_timeout(1000)
     stranger = ours.page.context.new_page()

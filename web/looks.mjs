@@ -34,7 +34,7 @@ export function nameBoxes(node, page) {
     context.textAlign = "left";
     context.textBaseline = "middle";
     context.fillStyle = page.LiteGraph?.WIDGET_SECONDARY_TEXT_COLOR ?? "#999";
-    for (const widget of node.widgets) if (isBox(widget) && !widget.hidden) context.fillText(widget.label || widget.name, 14, widget.y + 4);
+    for (const widget of node.widgets) if (isBox(widget) && node.isWidgetVisible(widget)) context.fillText(widget.label || widget.name, 14, widget.y + 4);
     context.restore();
   });
 }

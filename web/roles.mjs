@@ -24,7 +24,7 @@ export const WIRES = {
   G2RPO_POLICY: "#4caf50",
 };
 
-// Lines that stay in sight of what a block says; more are scrolled to.
+// How many lines of what a block says stay in sight at least; more are scrolled to.
 export const TEXT_LINES = {
   G2RPO_Advantages: 7,
   G2RPO_CompareLoRA: 5,
