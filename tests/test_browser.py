@@ -261,7 +261,7 @@ def test_another_page_hears_nothing_of_a_run_and_its_monitor_follows_it(ours: Ou
     """Both pages hold nodes of the same ids; the run's name is wired to a Run Monitor in the first."""
     run = "heard-classic" if "classic" in ours.name else "heard-nodes2"
     listen = """() => { window.heard = []; window.ended = [];
-        for (const name of ['progress_text', 'g2rpo.progress', 'executed', 'progress'])
+        for (const name of ['progress_text', 'g2rpo.text', 'g2rpo.progress', 'executed', 'progress'])
           app.api.addEventListener(name, () => heard.push(name));
         for (const name of ['execution_success', 'execution_error'])
           app.api.addEventListener(name, ({ detail }) => ended.push([name, detail?.exception_message])); }"""
@@ -281,7 +281,7 @@ def test_another_page_hears_nothing_of_a_run_and_its_monitor_follows_it(ours: Ou
     ours.page.locator("[data-testid=queue-button]").first.click()
     ours.page.wait_for_function("ended.length > 0", timeout=180_000)
     assert ours.page.evaluate("ended") == [["execution_success", None]]
-    assert {"progress_text", "g2rpo.progress", "executed"} <= set(ours.page.evaluate("heard"))
+    assert {"g2rpo.text", "g2rpo.progress", "executed"} <= set(ours.page.evaluate("heard"))
     # It asks the server now and then which run is the newest.
     other.page.wait_for_function(f"document.body.innerText.includes({run!r})", timeout=60_000)
     other.page.wait_for_function("document.body.innerText.includes('step 3 of 3')", timeout=60_000)
