@@ -184,9 +184,9 @@ def test_a_template_opens_from_the_template_browser(ours: Ours) -> None:
     page = ours.page
     page.evaluate("app.graph.clear(), app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.wait_for_selector("[data-testid=template-workflows-content]")
-    page.locator("input[placeholder*='earch']").last.fill("g2rpo_train")
-    page.locator("[data-testid=template-workflow-g2rpo_train_lora_tiny]").click()
-    page.wait_for_function("app.graph._nodes.some((node) => node.type === 'G2RPO_TrainLoRA')")
+    page.locator("input[placeholder*='earch']").last.fill("Train a LoRA on")
+    page.locator("[data-testid='template-workflow-Train a LoRA on a reward - tiny demo']").click()
+    page.wait_for_function("app.graph._nodes.some((node) => node.type === 'G2RPO_RunMonitor')")
     page.wait_for_selector(".g2rpo", state="attached")
     assert (
         page.evaluate("app.graph._nodes.filter((node) => node.has_errors || node.type === null).length") == 0

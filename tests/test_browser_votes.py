@@ -34,7 +34,7 @@ pytestmark = [
     ),
 ]
 
-WORKFLOW = ROOT / "workflows/g2rpo_vote_and_train_tiny.json"
+WORKFLOW = ROOT / "workflows/Train on my votes - tiny demo.json"
 NODES2_SINCE = (1, 33)
 CHOICE = ".g2rpo-choice"
 VOTE = "app.graph.nodes.find((node) => node.type === 'G2RPO_VoteRollout')"

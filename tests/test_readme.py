@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import typer
@@ -62,7 +63,7 @@ def test_lines_are_short(page: Path) -> None:
 def test_links_lead_to_something(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text("utf-8")):
         file, _, anchor = target.partition("#")
-        place = page.parent / file if file else page
+        place = page.parent / unquote(file) if file else page
         assert place.exists(), target
         assert not anchor or anchor in anchors(place.read_text("utf-8")), target
 

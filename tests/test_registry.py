@@ -17,7 +17,7 @@ from packed import published
 LIST = Path(__file__).parent / "snapshots/pack.txt"
 RENEW = "G2RPO_RENEW_SNAPSHOT"
 COMFY = os.environ.get("G2RPO_COMFY_CLI")
-KINDS = {"workflows": r"[\w-]+\.(json|jpg|webp|png)", "locales": r"[a-z]{2}(-[A-Z]{2})?/\w+\.json"}
+KINDS = {"workflows": r"[\w. -]+\.(json|jpg|webp|png)", "locales": r"[a-z]{2}(-[A-Z]{2})?/\w+\.json"}
 """Folders of many like files: the list has one line for each, and this says what may lie there."""
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 NOTES = {"Note", "MarkdownNote"}
 MUTED, BYPASSED = 2, 4
+INPUTS = -10  # where a folded graph's wires from outside begin
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 
@@ -43,31 +45,79 @@ def widget_values(node: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[st
     return named
 
 
-def to_api(workflow: Mapping[str, Any], schemas: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Convert a workflow; notes and muted nodes are left out, bypassed ones hand on what they get."""
+@dataclass(frozen=True)
+class Level:
+    """A graph, or a graph that is folded into a node of the graph around it."""
+
+    nodes: Mapping[int, Any]
+    links: Mapping[int, tuple[int, int, str]]  # origin, its slot, type
+    folded: Mapping[str, Any]  # definitions by id
+    prefix: str = ""
+    host: Mapping[str, Any] = field(default_factory=dict)
+    around: Level | None = None
+
+    def within(self, node: Mapping[str, Any]) -> Level:
+        """Return what is folded into a node."""
+        inner = self.folded[node["type"]]
+        links = {
+            link["id"]: (link["origin_id"], link["origin_slot"], link["type"]) for link in inner["links"]
+        }
+        nodes = {each["id"]: each for each in inner["nodes"]}
+        return Level(nodes, links, self.folded, f"{self.prefix}{node['id']}:", node, self)
+
+    def source(self, link: int | None) -> list[Any] | None:
+        """Follow a link back to a node that runs: [its id, its slot]."""
+        if link is None:
+            return None
+        origin, slot, kind = self.links[link]
+        if origin == INPUTS:
+            return self.around.source(self.host["inputs"][slot]["link"]) if self.around else None
+        node = self.nodes[origin]
+        if node["mode"] == MUTED:
+            return None
+        if node["mode"] == BYPASSED:
+            same = next((entry for entry in node["inputs"] if entry["type"] == kind), None)
+            return self.source(same["link"]) if same else None
+        if node["type"] in self.folded:
+            (last,) = self.folded[node["type"]]["outputs"][slot]["linkIds"]
+            return self.within(node).source(last)
+        return [f"{self.prefix}{origin}", slot]
+
+    def running(self) -> Iterator[tuple[Level, Mapping[str, Any]]]:
+        """Yield every node that runs, and where it is; notes and muted nodes are left out."""
+        for node in self.nodes.values():
+            if node["type"] in NOTES or node["mode"] in (MUTED, BYPASSED):
+                continue
+            if node["type"] in self.folded:
+                yield from self.within(node).running()
+            else:
+                yield self, node
+
+
+def top(workflow: Mapping[str, Any]) -> Level:
+    """Return a file's graph."""
     nodes = {node["id"]: node for node in workflow["nodes"]}
-    links = {link[0]: link for link in workflow["links"]}
+    links = {link[0]: (link[1], link[2], link[5]) for link in workflow["links"]}
+    inner = workflow.get("definitions", {}).get("subgraphs", [])
+    return Level(nodes, links, {each["id"]: each for each in inner})
+
+
+def to_api(workflow: Mapping[str, Any], schemas: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Convert a workflow; bypassed nodes hand on what they get."""
     graph = {}
-    for node in workflow["nodes"]:
-        if node["type"] in NOTES or node["mode"] in (MUTED, BYPASSED):
-            continue
+    for level, node in top(workflow).running():
         inputs = widget_values(node, schemas[node["type"]])
         for entry in node["inputs"]:
-            origin = source(entry["link"], nodes, links)
+            origin = level.source(entry["link"])
             if origin:
                 inputs[entry["name"]] = origin
-        graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+        graph[f"{level.prefix}{node['id']}"] = {"class_type": node["type"], "inputs": inputs}
     return graph
 
 
-def source(link: int | None, nodes: Mapping[int, Any], links: Mapping[int, Any]) -> list[Any] | None:
-    """Follow a link back to a node that runs: [its id, its slot]."""
-    if link is None:
-        return None
-    _, origin, slot, *_, kind = links[link]
-    if nodes[origin]["mode"] == MUTED:
-        return None
-    if nodes[origin]["mode"] == BYPASSED:
-        same = next((entry for entry in nodes[origin]["inputs"] if entry["type"] == kind), None)
-        return source(same["link"], nodes, links) if same else None
-    return [str(origin), slot]
+def every_node(workflow: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """List a file's nodes, those that are folded in it instead of the nodes that stand for them."""
+    inner = workflow.get("definitions", {}).get("subgraphs", [])
+    folded = {each["id"] for each in inner}
+    nodes = [*workflow["nodes"], *(node for each in inner for node in each["nodes"])]
+    return [node for node in nodes if node["type"] not in folded]

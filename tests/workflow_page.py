@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from comfy_host import Server
+from comfy_host import Server, version
 
 CHROMIUM = "/usr/bin/chromium"
 ARGUMENTS = [
@@ -20,12 +20,41 @@ ARGUMENTS = [
     "--no-first-run",
     "--disable-dev-shm-usage",
 ]
-SIZE = {"width": 1600, "height": 1000}
+SIZE = {"width": 1500, "height": 1000}
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,
     "Comfy.Validation.Workflows": True,
 }
+
+
+NODES2_SINCE = [0, 4]
+"""Older ComfyUIs have the newer renderer as a hidden experiment only."""
+BOXES = """() => app.graph.nodes.map((node) => ({
+  id: node.id, pos: [...node.pos], size: [...node.size], bounding: [...node.boundingRect],
+  inputs: (node.inputs ?? []).map((_, i) => [...node.getInputPos(i)]),
+  outputs: (node.outputs ?? []).map((_, i) => [...node.getOutputPos(i)]) }))"""
+
+
+class Box(NamedTuple):
+    """What the page gives a node, in the graph's units: [x, y] of its place without the title, [width,
+    height] without the title, [x, y, width, height] with it, and [x, y] of its sockets.
+    """
+
+    pos: list[float]
+    size: list[float]
+    bounding: list[float]
+    inputs: list[list[float]]
+    outputs: list[list[float]]
+
+
+def renderers(roots: list[Path]) -> list[tuple[Path, bool]]:
+    """List ComfyUIs and whether to draw with the newer renderer: each as its users can."""
+    return [
+        (root, newer)
+        for root in roots
+        for newer in ((False, True) if version(root) >= NODES2_SINCE else (False,))
+    ]
 
 
 @contextmanager
@@ -56,6 +85,29 @@ def load(page: Any, file: Path) -> dict[str, Any]:
     )
     page.wait_for_timeout(500)
     return workflow
+
+
+def open_template(page: Any, name: str, workflow: dict[str, Any]) -> None:
+    """Open a workflow as the template browser does, and wait until it holds still."""
+    page.evaluate(
+        "([workflow, name]) => app.loadGraphData(workflow, true, true, name, { openSource: 'template' })",
+        [workflow, name],
+    )
+    ids = [node["id"] for node in workflow["nodes"]]
+    page.wait_for_function(
+        "ids => app.graph.nodes.length === ids.length && ids.every(id => app.graph.getNodeById(id))", arg=ids
+    )
+    page.wait_for_timeout(700)
+
+
+def boxes(page: Any) -> dict[int, Box]:
+    """Return where the nodes of the graph stand, by their ids."""
+    return {int(box.pop("id")): Box(**box) for box in page.evaluate(BOXES)}
+
+
+def zoom(page: Any) -> float:
+    """Return how large the graph is drawn; 1 is one pixel per unit."""
+    return float(page.evaluate("app.canvas.ds.scale"))
 
 
 def queued(page: Any) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""What the workflows are made of: the three model families with the settings that suit them, and the
-pieces that every graph has.
+"""What the workflows are made of: the model families with the settings that suit them, and the pieces that
+several graphs have.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from workflow_graph import MUTED, Graph, Node, Socket
+from workflow_graph import Fold, Graph, Node, Socket
 
 ROOT = Path(__file__).resolve().parent.parent
+STEP = 360  # from one column of a folded graph to the next
+HUB = "https://huggingface.co/Comfy-Org"
 
 
 def lines_of(file: str, first: int, count: int) -> str:
@@ -48,13 +50,12 @@ class Family:
     heldout: str
     rewards: tuple[tuple[str, float], tuple[str, float]]  # the judge of pictures that are only looked at
     target: str  # what is trained
-    watch: tuple[str, str]  # what only measures
-    price: str  # what the note says about time
+    watch: str  # what only measures
 
 
 TINY = Family(
     name="tiny",
-    label="Tiny Demo",
+    label="tiny demo",
     files="The model comes with the pack: no download, no GPU.",
     size=64,
     num_steps=8,
@@ -74,16 +75,12 @@ TINY = Family(
     heldout=lines_of("shapes_heldout.txt", 0, 12),
     rewards=(("agreement", 1.0), ("strict", 0.5)),
     target="agreement",
-    watch=("strict", "colourfulness"),
-    price="a minute or two on a processor",
+    watch="strict",
 )
 SD35 = Family(
     name="sd35",
-    label="SD3.5 medium",
-    files=(
-        "Files: checkpoints/sd3.5_medium · text_encoders/clip_l, clip_g, t5xxl_fp8_e4m3fn_scaled. Settings "
-        "for a card of 24 GB."
-    ),
+    label="SD3.5",
+    files="Settings for a card of 24 GB.",
     size=512,
     num_steps=12,
     cfg=4.5,
@@ -100,16 +97,14 @@ SD35 = Family(
     prompt="a lighthouse on a cliff at sunset",
     train=lines_of("pictures.txt", 0, 32),
     heldout=lines_of("pictures.txt", 32, 8),
-    rewards=(("colourfulness", 1.0), ("sharpness", 0.05)),
+    rewards=(("colourfulness", 1.0), ("sharpness", 0.5)),
     target="colourfulness",
-    watch=("sharpness", "jpeg"),
-    price="about 1000 forwards of one picture each (guidance counts double; guidance 1 halves it)",
+    watch="sharpness",
 )
 FLUX = Family(
     name="flux",
-    label="FLUX.1-dev",
-    files="Files: diffusion_models/flux1-dev (loaded as fp8) · text_encoders/clip_l, t5xxl_fp8_e4m3fn_scaled "
-    "· vae/ae. Settings for a card of 24 GB.",
+    label="FLUX.1",
+    files="Settings for a card of 24 GB.",
     size=512,
     num_steps=12,
     cfg=1.0,
@@ -126,160 +121,161 @@ FLUX = Family(
     prompt="a lighthouse on a cliff at sunset",
     train=lines_of("pictures.txt", 0, 32),
     heldout=lines_of("pictures.txt", 32, 8),
-    rewards=(("colourfulness", 1.0), ("sharpness", 0.05)),
+    rewards=(("colourfulness", 1.0), ("sharpness", 0.5)),
     target="colourfulness",
-    watch=("sharpness", "jpeg"),
-    price="about 190 forwards of one picture each",
+    watch="sharpness",
 )
-FAMILIES = (TINY, SD35, FLUX)
+Z_IMAGE = Family(
+    name="z_image",
+    label="Z-Image",
+    files="Settings for a card of 24 GB; needs a ComfyUI that knows Z-Image.",
+    size=512,
+    num_steps=16,
+    cfg=4.0,
+    branch_steps="0,2,4",
+    group_size=6,
+    slots=4,
+    micro_batch=1,
+    rank=32,
+    learning_rate=1e-4,
+    steps=200,
+    prompts_per_step=2,
+    eval_every=20,
+    changes="num_steps = 16\ngroup_size = 6\ngranularities = 2\npick = random\npick_size = 3",
+    prompt="a lighthouse on a cliff at sunset",
+    train=lines_of("pictures.txt", 0, 32),
+    heldout=lines_of("pictures.txt", 32, 8),
+    rewards=(("colourfulness", 1.0), ("sharpness", 0.5)),
+    target="colourfulness",
+    watch="sharpness",
+)
+FAMILIES = (TINY, SD35, FLUX, Z_IMAGE)
+
+FILES = {
+    "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors": "stable-diffusion-3.5-fp8/resolve/main",
+    "flux1-dev-fp8.safetensors": "flux1-dev/resolve/main",
+    "z_image_bf16.safetensors": "z_image/resolve/main/split_files/diffusion_models",
+    "qwen_3_4b.safetensors": "z_image_turbo/resolve/main/split_files/text_encoders",
+    "ae.safetensors": "z_image_turbo/resolve/main/split_files/vae",
+}
+"""The files of ComfyUI's own templates, and where the page offers to fetch them from."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What the loaders give."""
+    """What the loaders give, and their widgets that name files: node, widget, label."""
 
     model: Socket
     clip: Socket
     vae: Socket
+    files: tuple[tuple[Node, str, str], ...]
 
 
 def load(graph: Graph, family: Family) -> Model:
     """Add the family's usual loaders."""
+
+    def loader(kind: str, widget: str, name: str, folder: str, **more: str) -> Node:
+        models = {name: (f"{HUB}/{FILES[name]}/{name}", folder)}
+        return graph.add(kind, {widget: name, **more}, models=models)
+
     if family is TINY:
         tiny = graph.add("G2RPO_TinyDemoLoader")
-        return Model(tiny["MODEL"], tiny["CLIP"], tiny["VAE"])
-    if family is SD35:
-        checkpoint = graph.add("CheckpointLoaderSimple", {"ckpt_name": "sd3.5_medium.safetensors"})
-        names = ("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors")
-        clip = graph.add("TripleCLIPLoader", {f"clip_name{i}": name for i, name in enumerate(names, 1)})
-        return Model(checkpoint["MODEL"], clip["CLIP"], checkpoint["VAE"])
-    unet = graph.add("UNETLoader", {"unet_name": "flux1-dev.safetensors", "weight_dtype": "fp8_e4m3fn"})
-    names = {
-        "clip_name1": "clip_l.safetensors",
-        "clip_name2": "t5xxl_fp8_e4m3fn_scaled.safetensors",
-        "type": "flux",
-        "device": "default",
-    }
-    clip = graph.add("DualCLIPLoader", names)
-    return Model(unet["MODEL"], clip["CLIP"], graph.add("VAELoader", {"vae_name": "ae.safetensors"})["VAE"])
+        return Model(tiny["MODEL"], tiny["CLIP"], tiny["VAE"], ())
+    if family is Z_IMAGE:
+        unet = loader("UNETLoader", "unet_name", "z_image_bf16.safetensors", "diffusion_models")
+        clip = loader("CLIPLoader", "clip_name", "qwen_3_4b.safetensors", "text_encoders", type="lumina2")
+        vae = loader("VAELoader", "vae_name", "ae.safetensors", "vae")
+        files = ((unet, "unet_name", "model"), (clip, "clip_name", "text encoder"), (vae, "vae_name", "VAE"))
+        return Model(unet["MODEL"], clip["CLIP"], vae["VAE"], files)
+    name = "sd3.5_medium_incl_clips_t5xxlfp8scaled" if family is SD35 else "flux1-dev-fp8"
+    loaded = loader("CheckpointLoaderSimple", "ckpt_name", f"{name}.safetensors", "checkpoints")
+    return Model(loaded["MODEL"], loaded["CLIP"], loaded["VAE"], ((loaded, "ckpt_name", "checkpoint"),))
 
 
-def begin(graph: Graph, family: Family, title: str, text: str) -> Model:
-    """Begin a graph with its note and the model."""
-    graph.column(f"Model · {family.label}")
-    graph.note(f"**{title} — {family.label}**\n\n{family.files}\n\n{text}")
-    return load(graph, family)
+def load_one(graph: Graph, family: Family) -> Node:
+    """Add one node that gives MODEL, CLIP and VAE."""
+    if family is not Z_IMAGE:
+        load(graph, family)
+        return graph.columns[-1].nodes[-1]
+    inner = graph.fold("Z-Image")
+    inner.column(0, 300)
+    found = load(inner, family)
+    promote_files(inner, found)
+    for name, socket in (("MODEL", found.model), ("CLIP", found.clip), ("VAE", found.vae)):
+        inner.give(name, socket)
+    return graph.folded(inner, {})
 
 
-def write_prompt(graph: Graph, family: Family) -> Socket:
-    """Add the field in which the prompt is written once."""
-    return graph.add("PrimitiveStringMultiline", {"value": family.prompt}, "Prompt", lines=3)["STRING"]
+def promote_files(inner: Fold, model: Model) -> None:
+    """Show the loaders' files on the folded node."""
+    for node, widget, label in model.files:
+        inner.promote(node, widget, label)
 
 
-def encode(graph: Graph, family: Family, clip: Socket, prompt: Socket) -> tuple[Socket, Socket]:
-    """Encode the prompt; return positive and negative conditioning."""
-    positive = graph.add("CLIPTextEncode", {"clip": clip, "text": prompt}, lines=2)["CONDITIONING"]
+def write_prompt(inner: Fold, family: Family) -> Socket:
+    """Add the field in which the prompt is written once, and show it on the folded node."""
+    written = inner.add("PrimitiveStringMultiline", {"value": family.prompt})
+    inner.promote(written, "value", "prompt")
+    return written["STRING"]
+
+
+def next_column(graph: Graph) -> None:
+    """Begin the next column of a folded graph."""
+    graph.column(graph.columns[-1].x + STEP if graph.columns else 0, 300)
+
+
+def encode(graph: Graph, family: Family, clip: Socket, prompt: Socket) -> Socket:
+    """Encode the prompt."""
+    positive = graph.add("CLIPTextEncode", {"clip": clip, "text": prompt})["CONDITIONING"]
     if family is FLUX:
+        next_column(graph)
         positive = graph.add("FluxGuidance", {"conditioning": positive, "guidance": 3.5})["CONDITIONING"]
+    return positive
+
+
+def against(graph: Graph, family: Family, clip: Socket, positive: Socket) -> Socket:
+    """Add what core's sampler wants as negative: read with classifier-free guidance only."""
     if family.cfg > 1:
-        return positive, graph.add("CLIPTextEncode", {"clip": clip, "text": ""}, "Negative prompt", lines=2)[
-            "CONDITIONING"
-        ]
-    return positive, graph.add("ConditioningZeroOut", {"conditioning": positive})["CONDITIONING"]
+        return graph.add("CLIPTextEncode", {"clip": clip, "text": ""}, "Negative prompt")["CONDITIONING"]
+    next_column(graph)
+    return graph.add("ConditioningZeroOut", {"conditioning": positive})["CONDITIONING"]
 
 
-def guide(
-    graph: Graph, family: Family, model: Socket, conditioning: tuple[Socket, Socket], title: str = ""
-) -> Socket:
+def guide(graph: Graph, family: Family, model: Socket, positive: Socket, negative: Socket | None) -> Socket:
     """Add a guider: with classifier-free guidance where the family uses it."""
-    positive, negative = conditioning
-    if family.cfg > 1:
+    if negative is not None:
         values = {"model": model, "positive": positive, "negative": negative, "cfg": family.cfg}
-        return graph.add("CFGGuider", values, title)["GUIDER"]
-    return graph.add("BasicGuider", {"model": model, "conditioning": positive}, title)["GUIDER"]
+        return graph.add("CFGGuider", values)["GUIDER"]
+    return graph.add("BasicGuider", {"model": model, "conditioning": positive})["GUIDER"]
 
 
-def conditions(graph: Graph, family: Family, clip: Socket, prompt: Socket) -> tuple[Socket, Socket]:
-    """Encode the prompt for guide(): without classifier-free guidance nothing negative is needed."""
-    if family.cfg > 1:
-        return encode(graph, family, clip, prompt)
-    positive = graph.add("CLIPTextEncode", {"clip": clip, "text": prompt}, lines=2)["CONDITIONING"]
-    if family is FLUX:
-        positive = graph.add("FluxGuidance", {"conditioning": positive, "guidance": 3.5})["CONDITIONING"]
-    return positive, positive
-
-
-def empty(graph: Graph, family: Family, count: int = 1) -> Socket:
+def empty(graph: Graph, family: Family, count: int = 1) -> Node:
     """Add an empty latent."""
-    return graph.add(
-        "EmptySD3LatentImage", {"width": family.size, "height": family.size, "batch_size": count}
-    )["LATENT"]
+    size = {"width": family.size, "height": family.size, "batch_size": count}
+    return graph.add("EmptySD3LatentImage", size)
 
 
 def schedule(graph: Graph, family: Family, model: Socket) -> Socket:
     """Add the noise levels."""
-    return graph.add(
-        "BasicScheduler", {"model": model, "scheduler": "simple", "steps": family.num_steps, "denoise": 1.0}
-    )["SIGMAS"]
+    settings = {"scheduler": "simple", "steps": family.num_steps, "denoise": 1.0}
+    return graph.add("BasicScheduler", {"model": model} | settings)["SIGMAS"]
 
 
-def draw(
-    graph: Graph,
-    family: Family,
-    model: Model,
-    tuned: Socket,
-    conditioning: tuple[Socket, Socket],
-    seed: int,
-    latent: Socket,
-    denoise: float = 1.0,
-) -> Socket:
-    """Add core's usual sampler and the decoder; return the pictures."""
-    wires = {"model": tuned, "positive": conditioning[0], "negative": conditioning[1], "latent_image": latent}
-    settings = {"seed": seed, "steps": family.num_steps, "cfg": family.cfg, "denoise": denoise}
+def sample(graph: Graph, family: Family, wires: dict[str, Socket], seed: int) -> Node:
+    """Add core's usual sampler; `wires` are model, positive, negative and latent_image."""
+    settings = {"seed": seed, "steps": family.num_steps, "cfg": family.cfg, "denoise": 1.0}
     settings |= {"sampler_name": "euler", "scheduler": "simple"}
-    latents = graph.add("KSampler", wires | settings)["LATENT"]
-    return graph.add("VAEDecode", {"samples": latents, "vae": model.vae})["IMAGE"]
-
-
-def preview(graph: Graph, images: Socket, title: str, size: tuple[int, int] = (400, 340)) -> None:
-    """Add a preview of pictures."""
-    graph.add("PreviewImage", {"images": images}, title, size=size)
+    return graph.add("KSampler", wires | settings)
 
 
 def reward(graph: Graph, name: str, title: str = "") -> Socket:
     """Add a reward."""
-    return graph.add("G2RPO_LoadReward", {"reward": name}, title, size=(300, 240))["reward"]
+    return graph.add("G2RPO_LoadReward", {"reward": name}, title)["reward"]
 
 
-def mixed(graph: Graph, parts: tuple[tuple[str, float], tuple[str, float]], title: str = "") -> Socket:
-    """Add two rewards and their mix."""
-    sockets = [reward(graph, name) for name, _ in parts]
-    values = {f"reward_{i}": socket for i, socket in enumerate(sockets, 1)} | {
-        f"weight_{i}": part[1] for i, part in enumerate(parts, 1)
-    }
-    return graph.add("G2RPO_MixRewards", values, title, size=(300, 620))["reward"]
-
-
-def rollout(
-    graph: Graph, family: Family, guider: Socket, noise: Socket, sigmas: Socket, latent: Socket, strides: str
-) -> Node:
-    """Add the rollout."""
-    wires = {"guider": guider, "noise": noise, "sigmas": sigmas, "latent_image": latent}
-    settings = {
-        "branch_steps": family.branch_steps,
-        "group_size": family.group_size,
-        "granularities": strides,
-        "slots": family.slots,
-    }
-    return graph.add("G2RPO_Rollout", wires | settings, size=(320, 340))
-
-
-def train(
-    graph: Graph, family: Family, model: Model, steps: int, judge: Socket, heldout: Socket | None
-) -> Node:
-    """Add Train LoRA; the same settings but for `steps` go on with the same run."""
-    wires = {"model": model.model, "clip": model.clip, "vae": model.vae, "reward": judge}
-    settings = {
+def training(family: Family, steps: int) -> dict[str, object]:
+    """Return Train LoRA's widgets; the same settings but for `steps` go on with the same run."""
+    return {
         "recipe": "g2rpo",
         "steps": steps,
         "prompts": family.train,
@@ -297,32 +293,9 @@ def train(
         "run": f"{family.name}-train",
         "changes": family.changes,
     }
-    wires |= {"heldout_reward": heldout} if heldout else {}
-    return graph.add("G2RPO_TrainLoRA", wires | settings, size=(460, 1400))
 
 
-def policy(graph: Graph, family: Family, model: Model, rate: float, run: str) -> Node:
-    """Add the LoRA that a graph trains by itself."""
-    settings = {"rank": family.rank, "alpha": float(family.rank), "learning_rate": rate, "run": run}
-    return graph.add("G2RPO_LoRAPolicy", {"model": model.model} | settings)
-
-
-def judged(graph: Graph, tree: Node, model: Model, judge: Socket, prompt: Socket, lines: int) -> Node:
-    """Add the scores of a rollout."""
-    wires = {"rollout": tree["rollout"], "vae": model.vae, "reward": judge, "prompt": prompt}
-    return graph.add("G2RPO_ScoreRollout", wires, lines=lines)
-
-
-def advantages(graph: Graph, tree: Node, scores: Socket, title: str = "", per_branch: bool = False) -> Node:
-    """Add what scores are worth to the learner."""
-    values = {"rollout": tree["rollout"], "scores": scores} | ({"per_branch": True} if per_branch else {})
-    return graph.add("G2RPO_Advantages", values, title, size=(400, 290))
-
-
-def update(graph: Graph, family: Family, learner: Node, worth: Node, name: str) -> Node:
-    """Add one update of the LoRA, and its file, which is only written on demand."""
-    wires = {"policy": learner["policy"], "advantages": worth["advantages"]}
-    updated = graph.add("G2RPO_UpdateLoRA", wires | {"micro_batch": family.micro_batch}, size=(400, 240))
-    wires = {"lora": updated["lora"], "model": updated["model"], "name": name}
-    graph.add("G2RPO_SaveLoRA", wires, mode=MUTED, size=(400, 200))
-    return updated
+def branching(family: Family, strides: str) -> dict[str, object]:
+    """Return Rollout's widgets."""
+    settings = {"branch_steps": family.branch_steps, "group_size": family.group_size}
+    return settings | {"granularities": strides, "slots": family.slots}

@@ -1,121 +1,292 @@
-"""The .jpg beside every workflow: a result of the tiny graphs, a photograph of the page for the others."""
+"""The .jpg beside every workflow: what comes out of it, drawn for a card of 300 pixels from what the tiny
+model makes.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import tempfile
-from io import BytesIO
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import comfy_host
 import torch
-import workflow_api
-import workflow_inputs
-import workflow_page
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from workflow_parts import FAMILIES, TINY, training
+from workflow_topics import GRAPHS
 
-MAX_BYTES = 150_000
-WIDTH = 800
-RESULTS = {
-    "g2rpo_score_images_tiny": "Ranked, best first",
-    "g2rpo_rank_folder_tiny": "Ranked, best first",
-    "g2rpo_look_at_rollout_tiny": "Heat map: step × granularity",
-    "g2rpo_train_lora_tiny": "Curve",
-    "g2rpo_graph_loop_tiny": "Ranked, best first",
-    "g2rpo_resume_compare_tiny": "Before and after",
-}
-"""Workflow and the title of the preview that is kept.
+from comfy_g2rpo.rewards import REWARDS
 
-Resuming comes after training, so that it has something to go on with.
-"""
-VOTED = "g2rpo_vote_and_train_tiny"
-"""Photographed with a group in it and some votes on that."""
+SIDE, MAX_BYTES = 600, 60_000
+STEPS = 240
 RUN = Path(comfy_host.__file__).with_name("comfy_child_workflows.py")
-SIZE = {"width": 3000, "height": 1900}
-"""Large enough for the page to draw a node's text however wide the graph is."""
-PANELS = {"left": 100, "top": 300, "right": 60, "bottom": 130}
-FIT = """([width, height, left, top]) => {
-    const boxes = app.graph.groups.map(group => group._bounding), view = app.canvas.ds, page = app.canvas.canvas.getBoundingClientRect()
-    const x = Math.min(...boxes.map(b => b[0])), y = Math.min(...boxes.map(b => b[1]))
-    const wide = Math.max(...boxes.map(b => b[0] + b[2])) - x, high = Math.max(...boxes.map(b => b[1] + b[3])) - y
-    view.scale = Math.min(width / wide, height / high)
-    view.offset = [(left - page.x) / view.scale - x, (top - page.y) / view.scale - y]
-    app.canvas.setDirty(true, true)
-    return [wide * view.scale, high * view.scale]
-}"""  # noqa: E501
+GROUND, DIM, LIGHT = "#17181c", "#5b5f6b", "#f2f2f2"
+GREEN, CYAN, PURPLE, BLUE = "#4fc26b", "#46c1c9", "#b06fd0", "#6f8df0"
+UP, DOWN = "#62b5f0", "#ff9a5c"  # as the sheets have them
+PROMPT = TINY.prompt
+PAIRS = ("two red circles", "a yellow triangle above a green circle")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the tiny model made: a batch for PROMPT, best first, with its scores; pictures of PAIRS before
+    and after training; and the curve.
+    """
+
+    batch: list[Image.Image]
+    scores: list[float]
+    before: list[Image.Image]
+    after: list[Image.Image]
+    trained: list[float]
+    heldout: list[tuple[int, float]]
 
 
 def make(comfyui: Path, folder: Path) -> None:
     """Make all pictures."""
-    for part in (results, photographs):
-        with tempfile.TemporaryDirectory() as place:
-            base = comfy_host.make_base(Path(place), "comfy_g2rpo")
-            workflow_inputs.put_pictures(base)
-            part(comfyui, base, folder)
+    material = gather(comfyui)
+    for subject in GRAPHS:
+        for family in FAMILIES:
+            canvas = Image.new("RGB", (SIDE, SIDE), GROUND)
+            pen = ImageDraw.Draw(canvas)
+            DRAWN[subject](canvas, pen, material)
+            badge(pen, family.label)
+            keep(canvas, folder / f"{subject} - {family.label}.jpg")
 
 
-def results(comfyui: Path, base: Path, folder: Path) -> None:
-    """Run the tiny graphs and keep one picture of each."""
-    with comfy_host.server(comfyui, base) as server:
-        schemas = server.get("/object_info")
-    jobs = []
-    for name, title in RESULTS.items():
-        workflow = json.loads((folder / f"{name}.json").read_text("utf-8"))
-        wanted = next(str(node["id"]) for node in workflow["nodes"] if node.get("title") == title)
-        graph = workflow_api.to_api(workflow, schemas)
-        jobs.append({"name": name, "graph": graph, "want": {name: graph[wanted]["inputs"]["images"]}})
-    answer = comfy_host.run_script(comfyui, RUN, base, jobs, timeout=1200)
-    for name, image in answer.tensors.items():
-        pixels = (image[0].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-        keep(Image.fromarray(pixels), folder / f"{name}.jpg")
+def gather(comfyui: Path) -> Material:
+    """Train the tiny model for a minute and draw with it."""
+    graph: dict[str, Any] = {"m": node("G2RPO_TinyDemoLoader")}
+    graph["r"] = node("G2RPO_LoadReward", reward="agreement")
+    wires = {"model": ["m", 0], "clip": ["m", 1], "vae": ["m", 2], "reward": ["r", 0]}
+    settings = training(TINY, STEPS) | {"run": "cards", "seed": 0, "targets": "attention"}
+    settings |= {"eval_every": 20}
+    graph["t"] = node("G2RPO_TrainLoRA", **wires, **settings)
+    want = {}
+    for i, prompt in enumerate((PROMPT, *PAIRS)):
+        graph[f"c{i}"] = node("CLIPTextEncode", clip=["m", 1], text=prompt)
+        for model, name in (("m", "before"), ("t", "after")):
+            graph[f"{name}{i}"] = drawn(graph, model, f"c{i}", 8)
+            want[f"{name}{i}"] = [f"{name}{i}", 0]
+    with tempfile.TemporaryDirectory() as place:
+        base = comfy_host.make_base(Path(place), "comfy_g2rpo")
+        job = {"name": "cards", "graph": graph, "want": want}
+        answer = comfy_host.run_script(comfyui, RUN, base, [job], timeout=1800)
+        if answer.data[0]["error"] or answer.data[0]["problems"]:
+            raise RuntimeError(f"the tiny model did not train: {answer.data}")
+        lines = (base / "output/g2rpo/cards/metrics.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return sorted_out(answer.tensors, rows)
 
 
-def photographs(comfyui: Path, base: Path, folder: Path) -> None:
-    """Load the other graphs into the page and photograph them."""
-    with (
-        comfy_host.server(comfyui, base) as server,
-        workflow_page.opened(server, newer_renderer=False) as page,
-    ):
-        page.set_viewport_size(SIZE)
-        for file in sorted(folder.glob("*.json")):
-            if file.stem not in RESULTS:
-                keep(photograph(page, file), folder / f"{file.stem}.jpg")
+def node(kind: str, **inputs: object) -> dict[str, Any]:
+    """Return a node of an API graph."""
+    return {"class_type": kind, "inputs": inputs}
 
 
-def photograph(page: Any, file: Path) -> Image.Image:
-    """Return the picture of a loaded graph."""
-    workflow_page.load(page, file)
-    left, top = PANELS["left"], PANELS["top"]
-    room = [SIZE["width"] - left - PANELS["right"], SIZE["height"] - top - PANELS["bottom"]]
-    width, height = page.evaluate(FIT, [*room, left, top])
-    page.wait_for_timeout(2000)
-    if file.stem == VOTED:
-        vote(page)
-    # The model files are not on this machine, which says nothing about the graph.
-    page.evaluate(
-        "() => { app.graph.nodes.forEach(node => { node.has_errors = false }); "
-        "app.canvas.setDirty(true, true) }"
+def drawn(graph: dict[str, Any], model: str, conditioning: str, count: int) -> dict[str, Any]:
+    """Add a sampler for some pictures; return the node that decodes them."""
+    name, both = f"k{len(graph)}", [conditioning, 0]
+    graph["latent"] = node("EmptySD3LatentImage", width=TINY.size, height=TINY.size, batch_size=count)
+    settings = {"seed": 7, "steps": TINY.num_steps, "cfg": 1.0, "denoise": 1.0}
+    settings |= {"sampler_name": "euler", "scheduler": "simple", "latent_image": ["latent", 0]}
+    graph[name] = node("KSampler", model=[model, 0], positive=both, negative=both, **settings)
+    return node("VAEDecode", samples=[name, 0], vae=["m", 2])
+
+
+def sorted_out(tensors: dict[str, Tensor], rows: Sequence[dict[str, Any]]) -> Material:
+    """Choose the pictures that the cards show: for every pair the noise that training helped most."""
+    judge = REWARDS["agreement"]
+    scores = judge.score(tensors["before0"], [PROMPT] * len(tensors["before0"]))
+    order = scores.argsort(descending=True)
+    before, after = [], []
+    for i, prompt in enumerate(PAIRS, 1):
+        first, then = tensors[f"before{i}"], tensors[f"after{i}"]
+        gain = judge.score(then, [prompt] * len(then)) - judge.score(first, [prompt] * len(first))
+        best = int(gain.argmax())
+        before.append(picture(first[best]))
+        after.append(picture(then[best]))
+    steps = [row for row in rows if row.get("step")]
+    return Material(
+        [picture(tensors["before0"][i]) for i in order.tolist()],
+        scores[order].tolist(),
+        before,
+        after,
+        [row["reward/agreement/mean"] for row in steps if "reward/agreement/mean" in row],
+        [(row["step"], row["heldout/agreement/mean"]) for row in steps if "heldout/agreement/mean" in row],
     )
-    page.wait_for_timeout(300)
-    clip = {"x": left - 20, "y": top - 20, "width": width + 40, "height": height + 40}
-    return Image.open(BytesIO(page.screenshot(clip=clip))).convert("RGB")
 
 
-def vote(page: Any) -> None:
-    """Draw a group and rank three of its pictures."""
-    page.locator("[data-testid=queue-button]").first.click()
-    page.wait_for_function("document.querySelectorAll('.g2rpo-choice img').length === 12", timeout=180_000)
-    page.evaluate("[4, 2, 9].forEach((place) => document.querySelectorAll('.g2rpo-choice')[place].click())")
-    page.wait_for_timeout(3000)
+def picture(image: Tensor) -> Image.Image:
+    """Return an image [H, W, 3] in [0, 1] as a picture."""
+    return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
 
 
-def keep(picture: Image.Image, place: Path) -> None:
-    """Write a JPEG of at most MAX_BYTES; what is much taller than wide is cut."""
-    picture = picture.convert("RGB").crop((0, 0, picture.width, min(picture.height, picture.width)))
-    picture.thumbnail((WIDTH * 2, WIDTH * 2), Image.Resampling.LANCZOS)
-    for quality in range(88, 30, -6):
-        picture.save(place, "JPEG", quality=quality, optimize=True)
+def tile(
+    canvas: Image.Image, image: Image.Image, at: tuple[int, int], side: int, frame: str = DIM, width: int = 4
+) -> None:
+    """Put a picture on the canvas, with a frame around it."""
+    x, y = at
+    canvas.paste(image.resize((side, side), Image.Resampling.BICUBIC), at)
+    ImageDraw.Draw(canvas).rectangle(
+        (x - width, y - width, x + side + width, y + side + width), None, frame, width
+    )
+
+
+def say(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, colour: str = LIGHT) -> None:
+    """Write a text around a point."""
+    pen.text(at, text, colour, ImageFont.load_default(size), anchor="mm")
+
+
+def badge(pen: ImageDraw.ImageDraw, label: str) -> None:
+    """Write the model's name into the lower right corner."""
+    font = ImageFont.load_default(34)
+    width = font.getlength(label) + 36
+    box = (SIDE - width - 14, SIDE - 66, SIDE - 14, SIDE - 14)
+    pen.rounded_rectangle(box, 14, "#2b2d36", "#8a8f9e", 2)
+    pen.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), label, LIGHT, font, anchor="mm")
+
+
+def pick(canvas: Image.Image, pen: ImageDraw.ImageDraw, made: Material) -> None:
+    """Draw the best picture large, and the others below it."""
+    tile(canvas, made.batch[0], (40, 40), 330, GREEN, 8)
+    say(pen, (485, 120), "best", 64, GREEN)
+    say(pen, (485, 200), "of 8", 64)
+    say(pen, (485, 290), f"{made.scores[0]:.2f}", 52, GREEN)
+    for i, place in enumerate((1, 3, 5)):
+        x = 40 + 128 * i
+        tile(canvas, made.batch[place], (x, 420), 104)
+        say(pen, (x + 52, 556), f"{made.scores[place]:.2f}", 32, "#b9bdc8")
+
+
+def why(canvas: Image.Image, pen: ImageDraw.ImageDraw, made: Material) -> None:
+    """Draw what is pushed up above what is pushed down."""
+    for row, (colour, places, sign) in enumerate(((UP, (0, 1, 2), 1), (DOWN, (7, 6, 5), -1))):
+        y = 44 + 250 * row
+        for i, place in enumerate(places):
+            tile(canvas, made.batch[place], (150 + 146 * i, y), 126, colour, 6)
+            mean = sum(made.scores) / len(made.scores)
+            say(pen, (213 + 146 * i, y + 160), f"{made.scores[place] - mean:+.2f}", 34, colour)
+        arrow(pen, (74, y + 63), 56, sign, colour)
+
+
+def arrow(pen: ImageDraw.ImageDraw, at: tuple[int, int], size: int, sign: int, colour: str) -> None:
+    """Draw an arrow up (1) or down (-1)."""
+    x, y = at
+    pen.polygon([(x - size, y), (x + size, y), (x, y - sign * size)], colour)
+    ends = sorted((y, y + sign * size))
+    pen.rectangle((x - size // 3, ends[0], x + size // 3, ends[1]), colour)
+
+
+def train(canvas: Image.Image, pen: ImageDraw.ImageDraw, made: Material) -> None:
+    """Draw the curve of a run, and a picture at both of its ends."""
+    smooth = smoothed(made.trained)
+    values = smooth + [value for _, value in made.heldout]
+    low, high = min(values), max(values)
+
+    def at(step: float, value: float) -> tuple[float, float]:
+        return 60 + 480 * step / len(smooth), 500 - 290 * (value - low) / (high - low)
+
+    for y in (210, 307, 404, 500):
+        pen.line((60, y, 540, y), "#2e313b", 2)
+    dashes(pen, [at(step, value) for step, value in made.heldout])
+    pen.line([at(i + 1, value) for i, value in enumerate(smooth)], GREEN, 9, "curve")
+    tile(canvas, made.before[0], (60, 36), 130)
+    tile(canvas, made.after[0], (410, 36), 130, GREEN, 6)
+    pen.line((220, 101, 350, 101), LIGHT, 8)
+    pen.polygon([(350, 78), (390, 101), (350, 124)], LIGHT)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Return running means, as the page draws them."""
+    made, level = [], values[0]
+    for value in values:
+        level = 0.85 * level + 0.15 * value
+        made.append(level)
+    return made
+
+
+def dashes(pen: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]]) -> None:
+    """Draw a dashed line."""
+    for (x0, y0), (x1, y1) in pairwise(points):
+        parts = max(1, round(math.dist((x0, y0), (x1, y1)) / 14))
+        for i in range(0, parts, 2):
+            a, b = i / parts, min(1, (i + 1) / parts)
+            ends = (x0 + a * (x1 - x0), y0 + a * (y1 - y0), x0 + b * (x1 - x0), y0 + b * (y1 - y0))
+            pen.line(ends, CYAN, 7)
+
+
+def vote(canvas: Image.Image, pen: ImageDraw.ImageDraw, made: Material) -> None:
+    """Draw pictures to choose from, three of them chosen."""
+    order = [3, 0, 6, 1, 7, 4, 5, 2]
+    chosen = {0: "1", 1: "2", 2: "3"}
+    for i, place in enumerate(order[:8]):
+        x, y = 34 + 180 * (i % 3), 34 + 180 * (i // 3)
+        tile(
+            canvas,
+            made.batch[place],
+            (x, y),
+            156,
+            PURPLE if place in chosen else DIM,
+            7 if place in chosen else 3,
+        )
+        if place in chosen:
+            pen.ellipse((x - 16, y - 16, x + 48, y + 48), PURPLE)
+            say(pen, (x + 16, y + 15), chosen[place], 42)
+
+
+def loop(canvas: Image.Image, pen: ImageDraw.ImageDraw, made: Material) -> None:
+    """Draw four stations on a ring around a picture."""
+    centre, ring = (300, 270), 205
+    for quarter in range(4):
+        start = 90 * quarter - 90 + (24, 18, 30, 18)[quarter]
+        box = (centre[0] - ring, centre[1] - ring, centre[0] + ring, centre[1] + ring)
+        pen.arc(box, start, start + 34, LIGHT, 10)
+        tip = math.radians(start + 38)
+        x, y = centre[0] + ring * math.cos(tip), centre[1] + ring * math.sin(tip)
+        ahead, aside = (-math.sin(tip), math.cos(tip)), (math.cos(tip), math.sin(tip))
+        pen.polygon(
+            [
+                (x + 18 * ahead[0], y + 18 * ahead[1]),
+                (x - 14 * ahead[0] + 20 * aside[0], y - 14 * ahead[1] + 20 * aside[1]),
+                (x - 14 * ahead[0] - 20 * aside[0], y - 14 * ahead[1] - 20 * aside[1]),
+            ],
+            LIGHT,
+        )
+    stations = (("draw", BLUE), ("judge", PURPLE), ("compare", CYAN), ("learn", GREEN))
+    for quarter, (word, colour) in enumerate(stations):
+        angle = math.radians(90 * quarter - 90)
+        x, y = centre[0] + ring * math.cos(angle), centre[1] + ring * math.sin(angle)
+        width = 24 + ImageFont.load_default(38).getlength(word) / 2
+        x = min(max(x, width + 8), SIDE - width - 8)
+        pen.rounded_rectangle((x - width, y - 34, x + width, y + 34), 18, "#22242c", colour, 5)
+        say(pen, (x, y), word, 38, colour)
+    tile(canvas, made.after[0], (228, 198), 144, GREEN, 5)
+
+
+def compare(canvas: Image.Image, pen: ImageDraw.ImageDraw, made: Material) -> None:
+    """Draw pairs, before on the left and after on the right."""
+    for column, (word, pictures, colour) in enumerate(
+        (("before", made.before, DIM), ("after", made.after, GREEN))
+    ):
+        say(pen, (165 + 270 * column, 36), word, 44, LIGHT if column else "#b9bdc8")
+        for i, each in enumerate(pictures):
+            tile(canvas, each, (55 + 270 * column, 70 + 234 * i), 214, colour, 6)
+
+
+DRAWN: dict[str, Callable[[Image.Image, ImageDraw.ImageDraw, Material], None]] = dict(
+    zip(GRAPHS, (pick, why, train, vote, loop, compare), strict=True)
+)
+
+
+def keep(canvas: Image.Image, place: Path) -> None:
+    """Write a JPEG of at most MAX_BYTES."""
+    for quality in range(90, 30, -6):
+        canvas.save(place, "JPEG", quality=quality, optimize=True)
         if place.stat().st_size <= MAX_BYTES:
             return
     raise ValueError(f"{place.name} does not fit into {MAX_BYTES} bytes")

@@ -1,0 +1,202 @@
+"""What the workflows fold into one node: core's loaders, encoders and samplers, which everybody knows."""
+
+from __future__ import annotations
+
+from workflow_graph import Fold, Graph, Node, Socket
+from workflow_parts import (
+    Family,
+    Model,
+    against,
+    branching,
+    empty,
+    encode,
+    guide,
+    load,
+    next_column,
+    promote_files,
+    reward,
+    sample,
+    schedule,
+    training,
+    write_prompt,
+)
+
+VOTE_STEPS, VOTE_GROUP = "1,3", 6  # twelve pictures: what a person still compares
+FASTER = 3  # times the learning rate, for a person makes few updates
+
+
+def draw_images(graph: Graph, family: Family) -> Fold:
+    """Fold core's usual way from a prompt to pictures."""
+    inner = graph.fold("Draw images")
+    next_column(inner)
+    model = load(inner, family)
+    text = write_prompt(inner, family)
+    next_column(inner)
+    positive = encode(inner, family, model.clip, text)
+    negative = against(inner, family, model.clip, positive)
+    latent = empty(inner, family, 8)
+    inner.promote(latent, "batch_size", "how many")
+    next_column(inner)
+    wires = {"model": model.model, "positive": positive, "negative": negative}
+    sampler = sample(inner, family, wires | {"latent_image": latent["LATENT"]}, 7)
+    inner.promote(sampler, "seed", "seed")
+    promote_files(inner, model)
+    next_column(inner)
+    pictures = inner.add("VAEDecode", {"samples": sampler["LATENT"], "vae": model.vae})
+    inner.give("images", pictures["IMAGE"])
+    inner.give("prompt", text)
+    return inner
+
+
+def judges(graph: Graph, family: Family) -> Fold:
+    """Fold two rewards and their mix."""
+    inner = graph.fold("Judge: two rewards, mixed")
+    next_column(inner)
+    wires = {}
+    for i, (name, _) in enumerate(family.rewards, 1):
+        loaded = inner.add("G2RPO_LoadReward", {"reward": name})
+        wires[f"reward_{i}"] = loaded["reward"]
+        inner.promote(loaded, "reward", f"reward {i}")
+    next_column(inner)
+    weights = {f"weight_{i}": weight for i, (_, weight) in enumerate(family.rewards, 1)}
+    mixed = inner.add("G2RPO_MixRewards", wires | weights)
+    for weight in weights:
+        inner.promote(mixed, weight, weight.replace("_", " "))
+    inner.give("reward", mixed["reward"])
+    return inner
+
+
+def model_and_prompt(graph: Graph, family: Family) -> Fold:
+    """Fold what a rollout starts from."""
+    inner = graph.fold("Model and prompt")
+    next_column(inner)
+    model = load(inner, family)
+    text = write_prompt(inner, family)
+    starts(inner, family, model, model.model, text, 5)
+    return inner
+
+
+def model_and_lora(graph: Graph, family: Family, run: str) -> Fold:
+    """Fold what a rollout with a LoRA that learns starts from."""
+    inner = graph.fold("Model, LoRA and prompt")
+    next_column(inner)
+    model = load(inner, family)
+    text = write_prompt(inner, family)
+    next_column(inner)
+    learner = policy(inner, family, model.model, family.learning_rate, run)
+    inner.promote(learner, "run", "run")
+    inner.give("policy", learner["policy"])
+    starts(inner, family, model, learner["model"], text, learner["step"])
+    return inner
+
+
+def policy(graph: Graph, family: Family, model: Socket, rate: float, run: str | Socket) -> Node:
+    """Add the LoRA that a graph trains by itself."""
+    settings = {"rank": family.rank, "alpha": float(family.rank), "learning_rate": rate, "run": run}
+    return graph.add("G2RPO_LoRAPolicy", {"model": model} | settings)
+
+
+def starts(
+    inner: Fold, family: Family, model: Model, sampled: Socket, text: Socket, seed: int | Socket
+) -> None:
+    """Add guider, noise, noise levels and latent, and give them to the graph around."""
+    next_column(inner)
+    positive = encode(inner, family, model.clip, text)
+    negative = against(inner, family, model.clip, positive) if family.cfg > 1 else None
+    next_column(inner)
+    guider = guide(inner, family, sampled, positive, negative)
+    noise = inner.add("RandomNoise", {"noise_seed": seed})
+    sigmas = schedule(inner, family, sampled)
+    latent = empty(inner, family)["LATENT"]
+    if isinstance(seed, int):
+        inner.promote(noise, "noise_seed", "seed")
+    promote_files(inner, model)
+    given = {"vae": model.vae, "prompt": text, "guider": guider, "noise": noise["NOISE"]}
+    for name, socket in (given | {"sigmas": sigmas, "latent": latent}).items():
+        inner.give(name, socket)
+
+
+def draw_group(graph: Graph, family: Family) -> Fold:
+    """Fold everything that stands before the vote."""
+    inner = graph.fold("Draw twelve images")
+    next_column(inner)
+    model = load(inner, family)
+    text = write_prompt(inner, family)
+    run = inner.add("PrimitiveString", {"value": f"{family.name}-vote"}, "Run")
+    inner.promote(run, "value", "run")
+    next_column(inner)
+    learner = policy(inner, family, model.model, FASTER * family.learning_rate, run["STRING"])
+    positive = encode(inner, family, model.clip, text)
+    negative = against(inner, family, model.clip, positive)
+    next_column(inner)
+    guider = guide(inner, family, learner["model"], positive, negative if family.cfg > 1 else None)
+    wires = {"guider": guider, "noise": inner.add("RandomNoise", {"noise_seed": learner["step"]})["NOISE"]}
+    wires |= {"sigmas": schedule(inner, family, learner["model"])}
+    wires |= {"latent_image": empty(inner, family)["LATENT"]}
+    next_column(inner)
+    settings = branching(family, "1") | {"branch_steps": VOTE_STEPS, "group_size": VOTE_GROUP}
+    tree = inner.add("G2RPO_Rollout", wires | settings)
+    next_column(inner)
+    pictures = inner.add("VAEDecode", {"samples": tree["completions"], "vae": model.vae})
+    promote_files(inner, model)
+    given = {"policy": learner["policy"], "positive": positive, "negative": negative, "vae": model.vae}
+    given |= {"rollout": tree["rollout"], "pictures": pictures["IMAGE"], "prompt": text, "run": run["STRING"]}
+    for name, socket in given.items():
+        inner.give(name, socket)
+    return inner
+
+
+def learn(graph: Graph, family: Family) -> Fold:
+    """Fold the update and a picture after it."""
+    inner = graph.fold("Learn from the votes")
+    next_column(inner)
+    taken = {"policy": "G2RPO_POLICY", "positive": "CONDITIONING", "negative": "CONDITIONING", "vae": "VAE"}
+    taken |= {"rollout": "G2RPO_ROLLOUT", "scores": "G2RPO_SCORES"}
+    wires = {name: inner.take(name, kind) for name, kind in taken.items()}
+    worth = inner.add("G2RPO_Advantages", {"rollout": wires["rollout"], "scores": wires["scores"]})
+    latent = empty(inner, family)["LATENT"]
+    next_column(inner)
+    learner = {"policy": wires["policy"], "advantages": worth["advantages"]}
+    updated = inner.add("G2RPO_UpdateLoRA", learner | {"micro_batch": family.micro_batch})
+    next_column(inner)
+    conditioning = {"positive": wires["positive"], "negative": wires["negative"], "latent_image": latent}
+    sampler = sample(inner, family, {"model": updated["model"]} | conditioning, 1)
+    inner.promote(sampler, "seed", "seed of the picture")
+    next_column(inner)
+    pictures = inner.add("VAEDecode", {"samples": sampler["LATENT"], "vae": wires["vae"]})
+    inner.give("images", pictures["IMAGE"])
+    inner.give("lora", updated["lora"])
+    return inner
+
+
+def train_folded(graph: Graph, family: Family, title: str) -> Fold:
+    """Fold Train LoRA: its node is taller than a page, and few of its settings are touched often."""
+    inner = graph.fold(title)
+    next_column(inner)
+    taken = {"model": "MODEL", "clip": "CLIP", "vae": "VAE", "reward": "G2RPO_REWARD"}
+    wires = {
+        name: inner.take(name, kind) for name, kind in (taken | {"heldout_reward": taken["reward"]}).items()
+    }
+    trained = inner.add("G2RPO_TrainLoRA", wires | training(family, family.steps))
+    shown = {"prompts": "prompts", "heldout_prompts": "held-out prompts", "steps": "steps"}
+    for name, label in (shown | {"learning_rate": "learning rate", "run": "run"}).items():
+        inner.promote(trained, name, label)
+    for name in ("model", "lora", "run"):
+        inner.give(name, trained[name])
+    return inner
+
+
+def train_short(graph: Graph, family: Family) -> Fold:
+    """Fold Train LoRA with its held-out reward, to be compared with the model as it was."""
+    inner = graph.fold("Train, or take the finished run")
+    next_column(inner)
+    taken = {"model": "MODEL", "clip": "CLIP", "vae": "VAE", "reward": "G2RPO_REWARD"}
+    wires = {name: inner.take(name, kind) for name, kind in taken.items()}
+    wires["heldout_reward"] = reward(inner, family.watch)
+    next_column(inner)
+    trained = inner.add("G2RPO_TrainLoRA", wires | training(family, family.steps))
+    for name in ("steps", "run"):
+        inner.promote(trained, name, name)
+    for name in ("model", "lora", "run"):
+        inner.give(name, trained[name])
+    return inner

@@ -1,0 +1,204 @@
+"""The six subjects that the workflows show, each for any family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from workflow_folds import (
+    draw_group,
+    draw_images,
+    judges,
+    learn,
+    model_and_lora,
+    model_and_prompt,
+    train_folded,
+    train_short,
+)
+from workflow_graph import MUTED, Graph, Node
+from workflow_layout import GAP, HEIGHT, MAP, NOTE, TALL_NOTE, WIDTH
+from workflow_parts import TINY, Family, branching, load_one, reward
+
+
+def say(*lines: str) -> str:
+    """Write a note, a paragraph per line."""
+    return "\n\n".join(lines)
+
+
+def pick(graph: Graph, family: Family) -> None:
+    """Pick the best of some images; nothing is trained."""
+    graph.column(0, 300, 0, HEIGHT)
+    images = graph.folded(draw_images(graph, family), {}, grow=1)
+    judge = graph.folded(judges(graph, family), {}, "judge")
+    folder = {"folder": "(input)", "deep": True, "most": 64}
+    graph.add("G2RPO_LoadImageFolder", folder, "Your own images", mode=MUTED, collapsed=True)
+    graph.column(336, 290, 190)
+    wires = {"images": images["images"], "reward": judge["reward"], "prompt": images["prompt"]}
+    scored = graph.add("G2RPO_ScoreImages", wires)
+    graph.column(660, 240)
+    best = graph.add("G2RPO_SelectBest", {"images": images["images"], "scores": scored["scores"], "k": 2})
+    graph.column(336, 564, HEIGHT - NOTE, HEIGHT)
+    graph.note(
+        say(
+            f"**Pick the best of my images.** {family.files}",
+            "Press **Run**: eight images are drawn and judged, and the best two are saved.",
+            "**Look at** the ranked sheet: the best image comes first.",
+            "*Judge* mixes two rewards; other ones are in its lists.",
+            "*Your own images*, lower left: switch it on (Ctrl+M) and connect it instead of *Draw images*.",
+        ),
+        grow=1,
+    )
+    graph.column(940, WIDTH - 940, 0, MAP)
+    wires = {"images": best["image_list"], "scores": best["kept_scores"]}
+    graph.add("G2RPO_SaveScoredImages", wires | {"prefix": f"best/{family.name}"}, grow=1)
+    graph.add("PreviewImage", {"images": scored["ranked"]}, "Ranked, best first", grow=2)
+
+
+def why(graph: Graph, family: Family) -> None:
+    """Show one rollout and why its branches are pushed up or down."""
+    graph.column(0, 240)
+    begun = graph.folded(model_and_prompt(graph, family), {}, "sample")
+    worth = explained(graph, family, begun, 0)
+    graph.column(1057, WIDTH - 1057, 0, MAP)
+    graph.add("PreviewImage", {"images": worth["heatmap"]}, "Heat map: step × granularity", grow=2)
+    graph.add("PreviewImage", {"images": worth["ranked"]}, "Ranked, best first", grow=3)
+    graph.column(533, 484, HEIGHT - NOTE, HEIGHT)
+    graph.note(
+        say(
+            f"**Why is one better?** {family.files}",
+            "Press **Run**: *Rollout* draws variants of one image, and a reward judges each.",
+            "**Look at** the heat map: blue steps liked the winner, orange ones voted against it.",
+            "*Advantages* says what training would push up or down, and why.",
+            "Try another prompt, or another reward.",
+        ),
+        grow=1,
+    )
+
+
+def explained(graph: Graph, family: Family, begun: Node, bus: int) -> Node:
+    """Add a rollout, its scores and what they are worth, below `bus` pixels of passing wires."""
+    graph.column(274, 225, bus + 115)
+    judge = reward(graph, family.target)
+    wires = {name: begun[name] for name in ("guider", "noise", "sigmas")} | {"latent_image": begun["latent"]}
+    tree = graph.add("G2RPO_Rollout", wires | branching(family, "1,2"))
+    graph.column(533, 225, bus)
+    wires = {"rollout": tree["rollout"], "vae": begun["vae"], "reward": judge, "prompt": begun["prompt"]}
+    scored = graph.add("G2RPO_ScoreRollout", wires)
+    graph.column(792, 225, bus + 300 + bus // 2)
+    return graph.add("G2RPO_Advantages", {"rollout": tree["rollout"], "scores": scored["scores"]})
+
+
+def train(graph: Graph, family: Family) -> None:
+    """Train a LoRA in one block."""
+    graph.column(0, 300)
+    model = load_one(graph, family)
+    judge = reward(graph, family.target, "Reward: what is trained")
+    watch = reward(graph, family.watch, "Held-out reward: only measures")
+    graph.column(336, 400, 0, HEIGHT - TALL_NOTE - GAP)
+    wires = {"model": model["MODEL"], "clip": model["CLIP"], "vae": model["VAE"]}
+    inner = train_folded(graph, family, "Train a LoRA (open it for all settings)")
+    trained = graph.folded(inner, wires | {"reward": judge, "heldout_reward": watch}, "train", grow=1)
+    graph.column(772, WIDTH - 772, 0, MAP)
+    graph.add("G2RPO_RunMonitor", {"run_name": trained["run"]}, "Curve", grow=1)
+    graph.column(336, 400, HEIGHT - TALL_NOTE, HEIGHT)
+    graph.note(
+        say(
+            f"**Train a LoRA on a reward.** {family.files}",
+            f"Press **Run**: {family.steps} steps. The price comes first; **Stop** keeps what is done.",
+            "**Look at** the curve. Solid: trained prompts; dashed: prompts it never sees.",
+            "Where only the solid line rises, the model games its judge.",
+            "The LoRA lies in models/loras/g2rpo. More *steps* go on with the run.",
+        ),
+        grow=1,
+    )
+
+
+def vote(graph: Graph, family: Family) -> None:
+    """Vote on a group and train on the votes."""
+    graph.column(0, 290)
+    begun = graph.folded(draw_group(graph, family), {}, "sample")
+    bus = 44 + 20 * (len(begun.outputs) - 2)
+    graph.column(326, 430, bus, HEIGHT)
+    wires = {"rollout": begun["rollout"], "pictures": begun["pictures"], "prompt": begun["prompt"]}
+    voted = graph.add("G2RPO_VoteRollout", wires | {"run": begun["run"]}, grow=1)
+    graph.column(792, 240)
+    inner = learn(graph, family)
+    wires = {name: begun[name] for name, *_ in inner.inputs if name in begun.outputs}
+    learnt = graph.folded(inner, wires | {"scores": voted["scores"]}, "train")
+    graph.column(1068, WIDTH - 1068, 0, 560)
+    graph.add("PreviewImage", {"images": learnt["images"]}, "The same noise, updated LoRA", grow=1)
+    wires = {"lora": learnt["lora"], "name": f"{family.name}-vote"}
+    graph.add("G2RPO_SaveLoRA", wires, "Save LoRA", mode=MUTED)
+    graph.column(0, 290, 500, HEIGHT)
+    graph.note(
+        say(
+            f"**Train on my votes.** {family.files}",
+            "Press **Run**: twelve images appear in *Vote*. Nothing below it runs yet.",
+            "Click the best one, then the next best; *Vote and go on* makes an update and draws new ones.",
+            "**Look at** the picture on the right: the same noise, drawn with your LoRA. Vote ten times.",
+            "The run keeps LoRA and votes: come back tomorrow.",
+        ),
+        grow=1,
+    )
+
+
+def loop(graph: Graph, family: Family) -> None:
+    """Make the graph the loop: every run of it is an update."""
+    run = f"{family.name}-loop"
+    graph.column(0, 240)
+    begun = graph.folded(model_and_lora(graph, family, run), {}, "sample")
+    worth = explained(graph, family, begun, 60)
+    graph.column(1057, WIDTH - 1057, 0, MAP)
+    wires = {"policy": begun["policy"], "advantages": worth["advantages"]}
+    graph.add("G2RPO_UpdateLoRA", wires | {"micro_batch": family.micro_batch})
+    graph.add("PreviewImage", {"images": worth["ranked"]}, "Ranked, best first", grow=1)
+    graph.column(0, 240, HEIGHT - TALL_NOTE - 60, HEIGHT)
+    graph.note(
+        say(
+            f"**The loop as a graph.** {family.files}",
+            "Press **Run**: one update. Set the batch count beside Run to 20 for twenty.",
+            f"**Look at** the ranked sheet. The run {run} keeps the LoRA, after a restart too.",
+            "Change reward, prompt or branch steps between two updates as you like.",
+            "*Run Monitor* shows the curve of a run.",
+        ),
+        grow=1,
+    )
+
+
+def compare(graph: Graph, family: Family) -> None:
+    """Train a LoRA, or take that of the finished run, and compare."""
+    graph.column(0, 255)
+    model = load_one(graph, family)
+    judge = reward(graph, family.target)
+    graph.column(291, 250, 300)
+    wires = {"model": model["MODEL"], "clip": model["CLIP"], "vae": model["VAE"], "reward": judge}
+    inner = train_short(graph, family)
+    trained = graph.folded(inner, wires, "train")
+    graph.column(577, 330, 0, HEIGHT)
+    pair = {"base": model["MODEL"], "tuned": trained["model"], "clip": model["CLIP"], "vae": model["VAE"]}
+    settings = {"prompts": family.heldout, "negative": "", "guidance": family.cfg}
+    settings |= {"num_steps": family.num_steps, "width": family.size, "height": family.size}
+    settings |= {"slots": family.slots, "noises": 2 if family is TINY else 1}
+    compared = graph.add("G2RPO_CompareLoRA", pair | {"reward": judge} | settings, grow=1)
+    graph.column(943, WIDTH - 943, 0, MAP)
+    graph.add("PreviewImage", {"images": compared["sheet"]}, "Before and after", grow=1)
+    graph.column(0, 541, HEIGHT - NOTE, HEIGHT)
+    graph.note(
+        say(
+            f"**Before and after.** {family.files}",
+            f"Press **Run**: it finishes the run {family.name}-train, then draws without and with its LoRA.",
+            "**Look at** *Compare LoRA*: every score's change, and whether it is more than chance.",
+            "The LoRA lies in models/loras/g2rpo; any LoRA loader finds it after a press of **R**.",
+            "A LoRA you have: put *Load LoRA* in the place of *Train*.",
+        ),
+        grow=1,
+    )
+
+
+GRAPHS: dict[str, Callable[[Graph, Family], None]] = {
+    "Pick the best of my images": pick,
+    "Why is one better": why,
+    "Train a LoRA on a reward": train,
+    "Train on my votes": vote,
+    "The loop as a graph": loop,
+    "Before and after": compare,
+}
