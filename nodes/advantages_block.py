@@ -14,7 +14,7 @@ from ..comfy_g2rpo.recipes import FIELDS
 from ..comfy_g2rpo.rewards.mixing import mixed_advantages, ranking_scores
 from .inputs.checks import check_inputs
 from .inputs.finding import offered
-from .inputs.judging import lines_kept, within
+from .inputs.judging import within
 from .inputs.widgets import output, recipe_input, show
 from .types import TRAINING, AdvantagesData, AdvantagesWire, RolloutData, RolloutWire, ScoresData, ScoresWire
 from .views.drawing import stride_words
@@ -208,7 +208,7 @@ class Advantages(io.ComfyNode):
             given = scores.names, scores.noise, std_floor
             made = AdvantagesData(rollout, advantages.clone(), rewards.clone(), *given)
         ranked = ranked_grid(make_tiles(rollout, scores, advantages), "Completions from best to worst")
-        return io.NodeOutput(made, heatmap(table, per_branch), ranked, text, ui=show(cls, lines_kept(text)))
+        return io.NodeOutput(made, heatmap(table, per_branch), ranked, text, ui=show(cls, text))
 
 
 NODES: list[type[io.ComfyNode]] = [Advantages]

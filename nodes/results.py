@@ -27,7 +27,7 @@ from .host.train_run import checked_schedule, model_shift
 from .inputs import widgets
 from .inputs.checks import check_inputs, check_text
 from .inputs.finding import offered
-from .inputs.judging import checked_prompt, lines_kept
+from .inputs.judging import checked_prompt
 from .inputs.widgets import announce, int_input, output, show, text_area
 from .model.adapter import Adapter, diffusers_pairs
 from .model.comfy_policy import check_flow, text_policy
@@ -149,7 +149,7 @@ class CompareLoRA(io.ComfyNode):
             torch.stack([getattr(pair, side) for pair in found]).float().nan_to_num(0.0)
             for side in ("before", "after")
         )
-        return io.NodeOutput(sheet, text, before, after, ui=show(cls, lines_kept(text)))
+        return io.NodeOutput(sheet, text, before, after, ui=show(cls, text))
 
 
 def kept_pictures(prompts: int, noises: int, most: int) -> tuple[int, int]:

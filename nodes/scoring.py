@@ -30,7 +30,6 @@ from .inputs.judging import (
     harmless,
     judge,
     judgement_notes,
-    lines_kept,
     one,
     overall,
     parse_votes,
@@ -168,7 +167,7 @@ class ScoreImages(io.ComfyNode):
         details = ScoresData(
             judges, rewards.weights, scores, mix=rewards.mix, gates=rewards.gates, prompts=tuple(prompts)
         )
-        return io.NodeOutput(mixed, best_first(mixed), grid, text, details, ui=show(cls, lines_kept(brief)))
+        return io.NodeOutput(mixed, best_first(mixed), grid, text, details, ui=show(cls, brief))
 
 
 class SelectBest(io.ComfyNode):
@@ -332,7 +331,7 @@ class ScoreRollout(io.ComfyNode):
             score_table(reward, scores.values, notes, "completions", elsewhere=elsewhere)
             for elsewhere in ("", WHOLE)
         )
-        return io.NodeOutput(scores, scores.pictures, table, ui=show(cls, lines_kept(brief)))
+        return io.NodeOutput(scores, scores.pictures, table, ui=show(cls, brief))
 
 
 class ScoresFromValues(io.ComfyNode):

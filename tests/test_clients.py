@@ -92,7 +92,7 @@ def test_a_page_hears_of_its_own_graph_alone(talked: Any, client: str, run: str)
     mine = ours(heard[client])
     texts = [text for kind, text in mine if kind != "g2rpo.progress"]
     events = [json.loads(text)["data"] for kind, text in mine if kind == "g2rpo.progress"]
-    assert any(f"train-{run}" in text and "steps cost" in text for text in texts)
+    assert any(f"train-{run}" in text and "1 step costs" in text for text in texts)
     assert any(f"score-{run}" in text for text in texts)
     assert all(f"-{run}" in text and f"-{run}-" not in text for text in texts), texts
     assert events and {(event["node"], event["run"]) for event in events} == {(f"train-{run}", run)}

@@ -159,7 +159,9 @@ function look() {
     if (!entry.monitor.root.isConnected) continue;
     refreshEntry(node, entry);
     const feed = entry.monitor.feed;
-    if (!feed || document.hidden || (feed.finished && !feed.problem) || now - (feed.polled ?? 0) < POLL_EVERY) continue;
+    // A finished run may go on in somebody else's page.
+    const every = feed?.finished && !feed.problem ? 6 * POLL_EVERY : POLL_EVERY;
+    if (!feed || document.hidden || now - (feed.polled ?? 0) < every) continue;
     feed.polled = now;
     feed.refresh();
   }

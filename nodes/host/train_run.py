@@ -319,7 +319,8 @@ def price(setup: Setup, width: int, height: int, made: int = 0) -> str:
         raise ValueError(f"steps: {limit}; lower steps, prompts_per_step or the size")
     pictures = f"{groups * len(plan.images)} pictures of {width}×{height}"
     begun = f"{made} of {pace.steps} steps are made; " if made else ""
-    return f"{begun}{steps} {'more ' if made else ''}steps cost {forwards} forwards and {pictures}"
+    cost = "step costs" if steps == 1 else "steps cost"
+    return f"{begun}{steps} {'more ' if made else ''}{cost} {forwards} forwards and {pictures}"
 
 
 def look_parts(setup: Setup) -> dict[str, tuple[int, int]]:

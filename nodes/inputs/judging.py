@@ -164,11 +164,6 @@ def harmless(name: str) -> str:
     return "".join(c if c.isalnum() or c in " ._-+()#" else "-" for c in name[:80])
 
 
-def lines_kept(text: str) -> str:
-    """Keep the lines of a text apart on a page that takes it for Markdown: two spaces, unseen, end a line."""
-    return text.replace("\n", "  \n")
-
-
 def best_first(scores: Sequence[float]) -> list[int]:
     """Order images from the best score to the worst, those without a score last; equal ones stay in order."""
     return sorted(range(len(scores)), key=lambda i: math.inf if math.isnan(scores[i]) else -scores[i])
