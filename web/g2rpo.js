@@ -223,6 +223,8 @@ app.registerExtension({
   loadedGraphNode(node) {
     const entry = monitors.get(node);
     if (entry) refreshEntry(node, entry);
+    // A folded part of a graph shows boxes of the nodes inside, which it has only once it is loaded.
+    if (node.subgraph?.nodes.some((inner) => inner.type?.startsWith("G2RPO_"))) nameBoxes(node, window);
     greyTyped(node);
     voting.restore(node);
     files.restore(node);

@@ -24,9 +24,12 @@ export function colourNode(node) {
   });
 }
 
+const named = new WeakSet();
+
 // Writes the names of boxes of several lines into the gap over them; the newer renderer writes them itself.
 export function nameBoxes(node, page) {
-  if (!node.widgets?.some(isBox)) return;
+  if (named.has(node) || !node.widgets?.some(isBox)) return;
+  named.add(node);
   after(node, "onDrawForeground", (context) => {
     if (page.LiteGraph?.vueNodesMode || node.flags?.collapsed) return;
     context.save();
