@@ -275,6 +275,9 @@ def test_another_page_hears_nothing_of_a_run_and_its_monitor_follows_it(ours: Ou
     other.page.set_default_timeout(60_000)
     other.open()
     other.add("G2RPO_TrainLoRA", "G2RPO_RunMonitor")
+    # What an earlier test has queued ends first.
+    ours.page.wait_for_function("""async () => { const { Running, Pending } = await app.api.getQueue();
+        return !Running.length && !Pending.length; }""")
     for page in (ours.page, other.page):
         page.evaluate(listen)
     assert ours.page.evaluate(wire, run)

@@ -44,7 +44,8 @@ OTHER = (
     f"but.includes(key)); }}"
 )
 PREPARE = f"""(run) => {{
-    for (const node of app.graph.nodes) for (const widget of node.widgets ?? []) if (widget.name === "run") widget.value = run;
+    // A folded part of the graph shows the run's name by its label.
+    for (const node of app.graph.nodes) for (const widget of node.widgets ?? []) if ([widget.name, widget.label].includes("run")) widget.value = run;
     const [x, y] = {VOTE}.pos, view = app.canvas.ds;
     view.scale = 1;
     view.offset = [120 - x, 160 - y];
