@@ -18,6 +18,10 @@ GLOSSARY = {"terms": {"reward": ["Reward"], "Score Rollout": ["Rollout bewerten"
 KIND = ["phash", "exact", "new", "ask"]
 
 
+def test_german_is_there() -> None:
+    assert "de" in locales.languages()
+
+
 @pytest.mark.parametrize("language", locales.languages())
 def test_a_language_is_complete_and_up_to_date(language: str) -> None:
     assert locales.check(language) == []
@@ -74,6 +78,7 @@ def test_a_fault_of_a_text_shows(english: str, text: str, said: str) -> None:
         ("Rollout", "Rollout"),
         ("The 'kind' of the VAE: 2 rewards.", "Die Art „kind“ der VAE: 2 Rewards."),
         ("VAE of both.", "両方のVAE。"),
+        ("In models/reward; scikit-reward has none.", "In models/reward; scikit-reward hat keine."),
         ("the published code's end, exact is usual", "das Ende im Code, üblich ist exact"),
     ],
 )

@@ -2,6 +2,7 @@
 drawn.
 """
 
+import json
 import re
 import shlex
 import subprocess
@@ -61,6 +62,16 @@ def test_the_page_gets_our_script_and_every_help_page(served: Server) -> None:
 def test_the_template_browser_lists_every_workflow(served: Server) -> None:
     workflows = {path.stem for path in (ROOT / "workflows").glob("*.json")}
     assert set(served.get("/workflow_templates").get(SERVED, [])) == workflows
+
+
+def test_the_page_gets_our_texts_in_every_language(served: Server) -> None:
+    files = {path.parent.name: path for path in (ROOT / "locales").glob("*/nodeDefs.json")}
+    merged = served.get("/i18n")
+    assert {"en", "de"} <= set(files)
+    for language, path in files.items():
+        ours = json.loads(path.read_text("utf-8"))
+        there = merged[language]["nodeDefs"]
+        assert {node: there.get(node) for node in ours} == ours
 
 
 def test_the_server_has_nothing_to_complain_about(served: Server) -> None:

@@ -77,7 +77,7 @@ def missing_terms(english: str, text: str, terms: Mapping[str, list[str]]) -> li
     missing, rest = [], QUOTED.sub(" ", english)
     for term in sorted(terms, key=len, reverse=True):
         plural = "" if term[0].isupper() else "s?"
-        pattern = rf"(?<!\w){re.escape(term)}{plural}(?!\w)"
+        pattern = rf"(?<![\w/-]){re.escape(term)}{plural}(?![\w/-])"
         rest, count = re.subn(pattern, " ", rest, flags=0 if term[0].isupper() else re.IGNORECASE)
         if count and not any(form.casefold() in text.casefold() for form in terms[term]):
             missing.append(f"{term!r} is {' or '.join(terms[term])} in the glossary")
