@@ -15,6 +15,8 @@ import check_locales as locales  # noqa: E402
 ENGLISH = locales.read(locales.LOCALES / "en/nodeDefs.json")
 NODES = locales.read(locales.NODES)
 GLOSSARY = {"terms": {"reward": ["Reward"], "Score Rollout": ["Rollout bewerten"]}, "same": ["Rollout"]}
+METHOD = {"reward", "rollout", "advantage", "branch", "group", "granularity", "held-out", "gate", "run"}
+METHOD |= {"recipe", "prompt", "noise", "sampler", "LoRA", "step"}
 KIND = ["phash", "exact", "new", "ask"]
 
 
@@ -32,6 +34,20 @@ def test_no_two_nodes_have_one_name(language: str) -> None:
     blocks = locales.read(locales.LOCALES / language / "nodeDefs.json").values()
     names = [block["display_name"] for block in blocks]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("language", locales.languages())
+def test_a_glossary_is_as_the_tool_writes_it(language: str) -> None:
+    path = locales.GLOSSARY / f"{language}.json"
+    assert locales.written(locales.read(path)) == path.read_text("utf-8"), (
+        "run tools/check_locales.py --translated"
+    )
+
+
+@pytest.mark.parametrize("language", locales.languages())
+def test_a_glossary_has_the_method_s_words(language: str) -> None:
+    there = locales.read(locales.GLOSSARY / f"{language}.json")["terms"]
+    assert METHOD - set(there) == set()
 
 
 def test_the_english_texts_hold_no_marks_of_the_page() -> None:
@@ -112,6 +128,18 @@ def test_a_finished_language_has_no_problems() -> None:
 )
 def test_a_fault_of_a_language_shows(there: dict[str, Any], glossary: dict[str, Any], said: str) -> None:
     assert [line for line in locales.problems(SOURCE, there, glossary, {}) if line.startswith(said)]
+
+
+@pytest.mark.parametrize("shown", ["Score Rollout", "Score Rollout (SR)"])
+def test_a_text_calls_another_node_by_its_name_in_that_language(shown: str) -> None:
+    source = {
+        "A": {"display_name": shown},
+        "B": {"display_name": "Beta", "description": "From Score Rollout."},
+    }
+    there = {"A": {"display_name": shown.replace("Score Rollout", "Rollout ordnen")}}
+    there["B"] = {"display_name": "Zweites", "description": "Von Rollout bewerten."}
+    said = locales.problems(source, there, GLOSSARY | {"sources": locales.sources_of(source)}, {})
+    assert len(said) == 1 and "'Score Rollout' is Rollout ordnen" in said[0]
 
 
 def test_a_changed_english_text_makes_its_translations_stale() -> None:

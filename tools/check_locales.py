@@ -103,6 +103,14 @@ def text_problems(
     return said + missing_terms(english, text, glossary["terms"])
 
 
+def node_names(english: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Map the nodes' English names to those of a language, both without what stands in brackets."""
+    pairs = [
+        (english[node]["display_name"], there[node]["display_name"]) for node in english if node in there
+    ]
+    return {was.partition(" (")[0]: [re.split(r" ?[(（]", now)[0]] for was, now in pairs}
+
+
 def problems(
     english: Mapping[str, Any],
     there: Mapping[str, Any],
@@ -111,6 +119,7 @@ def problems(
 ) -> list[str]:
     """List what is missing, stale or wrong in a language, one line each."""
     source, translated = dict(texts(english)), dict(texts(there))
+    words = glossary | {"terms": glossary["terms"] | node_names(english, there)}
     said = [f"{path}: is missing" for path in source if path not in translated]
     said += [f"{path}: has no English text" for path in translated if path not in source]
     options = {
@@ -123,7 +132,7 @@ def problems(
         if path.endswith("/name"):
             said += [f"{path}: names stay {was!r}"] if now != was else []
             continue
-        said += [f"{path}: {what}: {now}" for what in text_problems(was, now, glossary, options.get(path))]
+        said += [f"{path}: {what}: {now}" for what in text_problems(was, now, words, options.get(path))]
         if glossary["sources"].get(path) != source_hash(was):
             said.append(f"{path}: is stale, the English text has changed: {was}")
     return sorted(said)
@@ -140,11 +149,23 @@ def check(language: str) -> list[str]:
     return problems(english, there, read(GLOSSARY / f"{language}.json"), read(NODES))
 
 
+def written(glossary: Mapping[str, Any]) -> str:
+    """Return a glossary as JSON with a line for each term and hash."""
+    parts = []
+    for name, entries in glossary.items():
+        value = json.dumps(entries, ensure_ascii=False)
+        if isinstance(entries, Mapping):
+            pairs = [json.dumps({key: one}, ensure_ascii=False)[1:-1] for key, one in entries.items()]
+            value = "{\n  " + ",\n  ".join(pairs) + "\n }"
+        parts.append(f' "{name}": {value}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def note_translated(language: str) -> None:
     """Write into the glossary that a language's texts were made from the English ones of now."""
     path = GLOSSARY / f"{language}.json"
     now = read(path) | {"sources": sources_of(read(LOCALES / "en/nodeDefs.json"))}
-    path.write_text(json.dumps(now, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    path.write_text(written(now), "utf-8")
 
 
 if __name__ == "__main__":
