@@ -1,6 +1,6 @@
 """Check the translations of the nodes' texts against the English ones, and say what is missing or stale.
 
-python tools/check_locales.py            (every language)
+python tools/check_locales.py                    (every language)
 python tools/check_locales.py --translated de    (note that de now says what the English texts say)
 
 tools/glossary/<language>.json has the words: "terms" gives each English term the forms its translation may
@@ -133,7 +133,7 @@ def problems(
             said += [f"{path}: names stay {was!r}"] if now != was else []
             continue
         said += [f"{path}: {what}: {now}" for what in text_problems(was, now, words, options.get(path))]
-        if glossary["sources"].get(path) != source_hash(was):
+        if glossary.get("sources", {}).get(path) != source_hash(was):
             said.append(f"{path}: is stale, the English text has changed: {was}")
     return sorted(said)
 
