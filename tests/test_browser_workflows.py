@@ -34,10 +34,6 @@ pytestmark = [
 
 LEAST_ZOOM, NEAR = 0.8, 2.5  # the page rounds sizes
 SEEN = NAMES if EVERY else [name for name in NAMES if name.endswith(("tiny demo", "Z-Image"))]
-SHORT = """() => { for (const inner of [app.graph, ...(app.graph.subgraphs?.values() ?? [])])
-  for (const node of inner.nodes) if (node.type === "G2RPO_TrainLoRA")
-    for (const [name, value] of Object.entries({ steps: 1, run: "page" }))
-      node.widgets.find((widget) => widget.name === name).value = value; }"""
 LISTEN = """() => { window.ended = []; for (const name of ["execution_success", "execution_error", "execution_interrupted"])
   app.api.addEventListener(name, ({ detail }) => ended.push([name, detail?.exception_message ?? ""])); }"""  # noqa: E501
 
@@ -123,10 +119,9 @@ def test_it_looks_the_same_after_a_run_and_after_it_is_saved_and_opened(
     view: View, name: str, tmp_path: Path
 ) -> None:
     workflow = view.open(name)
-    view.page.evaluate(SHORT)
     view.page.evaluate("ended.length = 0")
     view.page.locator("[data-testid=queue-button]").first.click()
-    view.page.wait_for_function("ended.length > 0", timeout=180_000)
+    view.page.wait_for_function("ended.length > 0", timeout=300_000)
     view.page.wait_for_timeout(1000)  # pictures appear
     view.shoot(f"{name} ran")
     assert view.page.evaluate("ended") == [["execution_success", ""]]

@@ -114,6 +114,23 @@ def test_every_block_is_used_but_the_builders() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_blocks_have_the_colours_of_their_roles(name: str) -> None:
+    page = (ROOT / "web/roles.mjs").read_text("utf-8")
+    colours = {
+        role: rest for role, *rest in re.findall(r'(\w+): { color: "(#\w+)", bgcolor: "(#\w+)" }', page)
+    }
+    role_of = {
+        f"G2RPO_{block}": role
+        for role, blocks in re.findall(r"(\w+): \[([^]]+)\]", page)
+        for block in re.findall(r'"(\w+)"', blocks)
+    }
+    assert len(colours) == 4
+    for node in every_node(read(name)):
+        if node["type"].startswith("G2RPO_"):
+            assert [node["color"], node["bgcolor"]] == colours[role_of[node["type"]]], node["type"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_it_can_be_read_when_it_opens(name: str) -> None:
     nodes = read(name)["nodes"]
     width, height = geometry.frame(geometry.rectangles(nodes).values())

@@ -264,8 +264,7 @@ class Fold(Graph):
     def promote(self, node: Node, widget: str, label: str) -> None:
         """Show a widget of a node within on the folded node."""
         slot, entry = next((i, each) for i, each in enumerate(node.data["inputs"]) if each["name"] == widget)
-        same = sum(name.split(" ")[0] == widget for name, *_ in self.inputs)
-        self.inputs.append((f"{widget} {same + 1}" if same else widget, entry["type"], label, []))
+        self.inputs.append((label, entry["type"], label, []))
         socket = Socket(INPUTS, len(self.inputs) - 1, entry["type"])
         entry["link"] = self._link(socket, node.data["id"], slot)
 

@@ -26,17 +26,21 @@ def say(*lines: str) -> str:
 
 def pick(graph: Graph, family: Family) -> None:
     """Pick the best of some images; nothing is trained."""
-    graph.column(0, 300, 0, HEIGHT)
+    graph.column(0, 290, 0, HEIGHT)
     images = graph.folded(draw_images(graph, family), {}, grow=1)
     judge = graph.folded(judges(graph, family), {}, "judge")
     folder = {"folder": "(input)", "deep": True, "most": 64}
     graph.add("G2RPO_LoadImageFolder", folder, "Your own images", mode=MUTED, collapsed=True)
-    graph.column(336, 290, 190)
+    graph.column(326, 280, 190)
     wires = {"images": images["images"], "reward": judge["reward"], "prompt": images["prompt"]}
     scored = graph.add("G2RPO_ScoreImages", wires)
-    graph.column(660, 240)
+    graph.column(642, 290, 0, HEIGHT)
     best = graph.add("G2RPO_SelectBest", {"images": images["images"], "scores": scored["scores"], "k": 2})
-    graph.column(336, 564, HEIGHT - NOTE, HEIGHT)
+    graph.add("PreviewImage", {"images": scored["ranked"]}, "Ranked, best first", grow=1)
+    graph.column(968, WIDTH - 968, 0, MAP)
+    wires = {"images": best["image_list"], "scores": best["kept_scores"]}
+    graph.add("G2RPO_SaveScoredImages", wires | {"prefix": f"best/{family.name}"}, grow=1)
+    graph.column(326, 280, HEIGHT - TALL_NOTE - 40, HEIGHT)
     graph.note(
         say(
             f"**Pick the best of my images.** {family.files}",
@@ -47,20 +51,16 @@ def pick(graph: Graph, family: Family) -> None:
         ),
         grow=1,
     )
-    graph.column(940, WIDTH - 940, 0, MAP)
-    wires = {"images": best["image_list"], "scores": best["kept_scores"]}
-    graph.add("G2RPO_SaveScoredImages", wires | {"prefix": f"best/{family.name}"}, grow=1)
-    graph.add("PreviewImage", {"images": scored["ranked"]}, "Ranked, best first", grow=2)
 
 
 def why(graph: Graph, family: Family) -> None:
     """Show one rollout and why its branches are pushed up or down."""
-    graph.column(0, 240)
+    graph.column(0, 226)
     begun = graph.folded(model_and_prompt(graph, family), {}, "sample")
     worth = explained(graph, family, begun, 0)
     graph.column(1057, WIDTH - 1057, 0, MAP)
-    graph.add("PreviewImage", {"images": worth["heatmap"]}, "Heat map: step × granularity", grow=2)
-    graph.add("PreviewImage", {"images": worth["ranked"]}, "Ranked, best first", grow=3)
+    graph.add("PreviewImage", {"images": worth["heatmap"]}, "Heat map: step × granularity", grow=1)
+    graph.add("PreviewImage", {"images": worth["ranked"]}, "Ranked, best first", grow=1)
     graph.column(533, 484, HEIGHT - NOTE, HEIGHT)
     graph.note(
         say(
@@ -76,7 +76,7 @@ def why(graph: Graph, family: Family) -> None:
 
 def explained(graph: Graph, family: Family, begun: Node, bus: int) -> Node:
     """Add a rollout, its scores and what they are worth, below `bus` pixels of passing wires."""
-    graph.column(274, 225, bus + 115)
+    graph.column(274, 225, bus + 145)
     judge = reward(graph, family.target)
     wires = {name: begun[name] for name in ("guider", "noise", "sigmas")} | {"latent_image": begun["latent"]}
     tree = graph.add("G2RPO_Rollout", wires | branching(family, "1,2"))
@@ -93,13 +93,13 @@ def train(graph: Graph, family: Family) -> None:
     model = load_one(graph, family)
     judge = reward(graph, family.target, "Reward: what is trained")
     watch = reward(graph, family.watch, "Held-out reward: only measures")
-    graph.column(336, 400, 0, HEIGHT - TALL_NOTE - GAP)
+    graph.column(348, 390, 0, HEIGHT - TALL_NOTE - GAP)
     wires = {"model": model["MODEL"], "clip": model["CLIP"], "vae": model["VAE"]}
     inner = train_folded(graph, family, "Train a LoRA (open it for all settings)")
     trained = graph.folded(inner, wires | {"reward": judge, "heldout_reward": watch}, "train", grow=1)
     graph.column(772, WIDTH - 772, 0, MAP)
     graph.add("G2RPO_RunMonitor", {"run_name": trained["run"]}, "Curve", grow=1)
-    graph.column(336, 400, HEIGHT - TALL_NOTE, HEIGHT)
+    graph.column(348, 390, HEIGHT - TALL_NOTE, HEIGHT)
     graph.note(
         say(
             f"**Train a LoRA on a reward.** {family.files}",
@@ -144,14 +144,14 @@ def vote(graph: Graph, family: Family) -> None:
 def loop(graph: Graph, family: Family) -> None:
     """Make the graph the loop: every run of it is an update."""
     run = f"{family.name}-loop"
-    graph.column(0, 240)
+    graph.column(0, 226)
     begun = graph.folded(model_and_lora(graph, family, run), {}, "sample")
-    worth = explained(graph, family, begun, 60)
+    worth = explained(graph, family, begun, 50)
     graph.column(1057, WIDTH - 1057, 0, MAP)
     wires = {"policy": begun["policy"], "advantages": worth["advantages"]}
     graph.add("G2RPO_UpdateLoRA", wires | {"micro_batch": family.micro_batch})
     graph.add("PreviewImage", {"images": worth["ranked"]}, "Ranked, best first", grow=1)
-    graph.column(0, 240, HEIGHT - TALL_NOTE - 60, HEIGHT)
+    graph.column(0, 226, HEIGHT - TALL_NOTE - 60, HEIGHT)
     graph.note(
         say(
             f"**The loop as a graph.** {family.files}",
