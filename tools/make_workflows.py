@@ -50,7 +50,8 @@ def measure(roots: list[Path], schemas: Mapping[str, Any]) -> dict[str, int]:
     for root, newer_renderer in workflow_page.renderers(roots):
         with (
             tempfile.TemporaryDirectory() as folder,
-            comfy_host.server(root, comfy_host.make_base(Path(folder))) as server,
+            # By a name without a space: ComfyUI serves no web files of other packs.
+            comfy_host.server(root, comfy_host.make_base(Path(folder), "comfy_g2rpo")) as server,
             workflow_page.opened(server, newer_renderer) as page,
         ):
             for graph in graphs:
