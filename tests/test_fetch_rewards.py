@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -70,7 +71,9 @@ class Pack:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         # transformers warns of the small models' word lists.
         env = environment() | {"TRANSFORMERS_VERBOSITY": "error"}
-        return subprocess.Popen(command, cwd=self.comfyui, env=env, text=True, **pipes)
+        # What runs in the background has children that are deaf to Ctrl-C.
+        hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(command, cwd=self.comfyui, env=env, text=True, preexec_fn=hears, **pipes)
 
     def run(self, *words: str) -> tuple[int, str, str]:
         """Run it to its end; return its exit status, what it said, and its errors."""

@@ -4,6 +4,7 @@ evaluation was best.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
 import shutil
@@ -250,13 +251,14 @@ def test_best_picks_the_checkpoint_for_sample_export_and_compare(
         ("sample", run, "--prompt", "a red circle", "--out", tmp_path / "last.png"),
         ("sample", run, "--prompt", "a red circle", "--best", "--out", tmp_path / "best.png"),
         ("sample", run, "--prompt", "a red circle", "--out", tmp_path / "two.png", "--lora", two),
-        ("export", run, "--best", "--out", tmp_path / "best.safetensors"),
-        ("export", two, "--out", tmp_path / "two.safetensors"),
+        # A file's title is its name.
+        ("export", run, "--best", "--out", tmp_path / "best/lora.safetensors"),
+        ("export", two, "--out", tmp_path / "two/lora.safetensors"),
     ):
         assert leave(capsys, *words)[0] == 0
     assert (tmp_path / "best.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     assert (tmp_path / "best.png").read_bytes() != (tmp_path / "last.png").read_bytes()
-    assert (tmp_path / "best.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+    assert filecmp.cmp(tmp_path / "best/lora.safetensors", tmp_path / "two/lora.safetensors", shallow=False)
     code, out, _ = leave(capsys, "compare", run, "--best", "--json", "--out", tmp_path / "a.html")
     assert code == 0 and json.loads(out)["after"].endswith("step 2")
 
