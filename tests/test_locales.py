@@ -20,8 +20,8 @@ METHOD |= {"recipe", "prompt", "noise", "sampler", "LoRA", "step"}
 KIND = ["phash", "exact", "new", "ask"]
 
 
-def test_german_is_there() -> None:
-    assert "de" in locales.languages()
+def test_the_promised_languages_are_there() -> None:
+    assert {"de", "es", "fr", "ja", "zh"} <= set(locales.languages())
 
 
 @pytest.mark.parametrize("language", locales.languages())
