@@ -20,7 +20,7 @@ SAYS = re.compile(r"\b(show|announce)$")
 ADDRESS = re.compile(r"https?://[^\s\"'`)]+|url\(\s*[\"']?//")
 
 
-@pytest.mark.parametrize(("name", "least"), [("curve", 30), ("ballot", 11), ("copy_path", 10)])
+@pytest.mark.parametrize(("name", "least"), [("curve", 30), ("ballot", 11), ("copy_path", 10), ("grow", 9)])
 def test_arithmetic_and_fetching_of_the_page(name: str, least: int) -> None:
     node = shutil.which("node")
     if node is None:

@@ -5,6 +5,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { CopyPath, WRITERS } from "./copy_path.mjs";
 import { Feed, problemOf, RUN_ID } from "./feed.mjs";
+import { MIXER, grows } from "./grow.mjs";
 import { colourNode, colourWires, greyTyped, nameBoxes } from "./looks.mjs";
 import { HEIGHT, Monitor } from "./monitor.mjs";
 import { Texts } from "./texts.mjs";
@@ -217,6 +218,7 @@ app.registerExtension({
     if (node.comfyClass === VOTER) voting.add(node);
     if (WRITERS.includes(node.comfyClass)) files.add(node);
     texts.add(node);
+    if (node.comfyClass === MIXER) grows(node);
     colourNode(node);
     if (node.comfyClass?.startsWith("G2RPO_")) nameBoxes(node, window);
   },
