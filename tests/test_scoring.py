@@ -191,19 +191,28 @@ def test_time_elsewhere_counts_only_where_it_is_waited_for():
     assert scorer.seconds["reward"] < 0.25
 
 
-def test_side_by_side_takes_little_longer_than_the_slower_of_the_two():
-    def slowly(images):
-        time.sleep(0.02 * len(images))
-        return images
-
-    far = Elsewhere()
-    far.score = lambda images, prompts: slowly(images).mean((1, 2, 3))
-    latents, seconds, scores = latents_of(16), [], []
+def test_the_next_pictures_are_decoded_while_a_reward_judges_the_last():
+    latents, scores, overlapped = latents_of(16), [], []
     for beside in (False, True):
-        scorer = Scorer(lambda part: decode(slowly(part)), [far], [""] * 16, 1, batch=2)
-        begin = time.perf_counter()
+        decoded, judged = [], []
+
+        def decoding(part, decoded=decoded):
+            decoded.append(len(part))
+            return decode(part)
+
+        def judging(images, prompts, decoded=decoded, judged=judged, beside=beside):
+            judged.append(len(images))
+            end = time.monotonic() + 30
+            while beside and len(judged) < 8 and len(decoded) <= len(judged) and time.monotonic() < end:
+                time.sleep(0.001)
+            overlapped.append(len(decoded) > len(judged))
+            return images.mean((1, 2, 3))
+
+        far = Elsewhere()
+        far.score = judging
+        scorer = Scorer(decoding, [far], [""] * 16, 1, batch=2)
         with scorer if beside else nullcontext():
             scorer(list(range(16)), [0] * 16, latents)
-        seconds.append(time.perf_counter() - begin)
         scores.append(scorer.scores)
-    assert torch.equal(*scores) and seconds[1] < 0.8 * seconds[0]
+    assert torch.equal(*scores)
+    assert overlapped == [False] * 8 + [True] * 7 + [False]
