@@ -297,3 +297,15 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """Start a ComfyUI with the pack, for all tests of the group "served"."""
     with server(request.param, make_base(tmp_path_factory.mktemp("served"), SERVED)) as running:
         yield running
+
+
+@pytest.fixture(scope="module", params=COMFYUIS)
+def comfyui(request: pytest.FixtureRequest) -> Path:
+    """Name a ComfyUI."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def base(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a base directory for its scripts."""
+    return make_base(tmp_path_factory.mktemp(comfyui.name))

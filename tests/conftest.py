@@ -16,7 +16,7 @@ os.environ.setdefault("G2RPO_PLANS", tempfile.mkdtemp(prefix="g2rpo-plans-"))
 
 import pytest
 import torch
-from comfy_host import served  # noqa: F401
+from comfy_host import base, comfyui, served  # noqa: F401
 from hypothesis import settings
 
 settings.register_profile("project", deadline=None, derandomize=True, database=None)

@@ -5,7 +5,7 @@ LoRAs.
 from pathlib import Path
 
 import pytest
-from comfy_host import COMFYUIS, Answer, make_base, run_script
+from comfy_host import Answer, run_script
 from test_nodes_training import TRAIN
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("training in comfyui")]
@@ -34,18 +34,6 @@ DATA["again and again"] = {
     "timed finished": {"steps": 2, "changes": f"{CHANGES}\nminutes = 0.0001"},
 }
 LONGER = [0, 1, 1, 2, 2]  # steps of the rows of a run that a second step continues
-
-
-@pytest.fixture(scope="module", params=COMFYUIS)
-def comfyui(request: pytest.FixtureRequest) -> Path:
-    """Name a ComfyUI."""
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def base(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make its base directory."""
-    return make_base(tmp_path_factory.mktemp(comfyui.name))
 
 
 @pytest.fixture(scope="module")

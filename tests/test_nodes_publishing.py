@@ -5,7 +5,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from comfy_host import COMFYUIS, Answer, make_base, run_script
+from comfy_host import Answer, run_script
 from PIL import Image
 from test_nodes_training import TRAIN
 
@@ -18,18 +18,6 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("training in comfyui"
 CHILD = Path(__file__).with_name("comfy_child_publishing.py")
 CHANGES = "num_steps = 2\ngroup_size = 2\ngranularities = 1\nshift = 3\neval_noises = 1"
 SHORT = {"steps": 1, "eval_every": 0, "slots": 8, "rank": 2, "prompts_per_step": 1, "changes": CHANGES}
-
-
-@pytest.fixture(scope="module", params=COMFYUIS)
-def comfyui(request: pytest.FixtureRequest) -> Path:
-    """Name a ComfyUI."""
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def base(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make its base directory."""
-    return make_base(tmp_path_factory.mktemp(comfyui.name))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,9 @@
 asks; what the blocks say; presets.
 """
 
+import ast
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -303,3 +305,12 @@ def test_the_widgets_of_presets_are_told_to_the_page() -> None:
     widgets = [entry["id"] for entry in BLOCKS["G2RPO_TrainLoRA"]["inputs"]]
     numbers = {name for part in (*data["SIZES"].values(), *data["PRESETS"].values()) for name in part}
     assert set(data["WIDGETS"]) == numbers & set(widgets)
+
+
+def test_what_blocks_say_instead_of_the_command_lines_advice_is_still_advised() -> None:
+    source = "".join(path.read_text("utf-8") for path in (ROOT / "comfy_g2rpo").rglob("*.py"))
+    whole = re.sub(r'"\s*\n\s*f?"', "", source)
+    opening = (ROOT / "nodes/host/open_run.py").read_text("utf-8")
+    (table,) = re.findall(r"^HEADLESS = (\{.*?^\})", opening, re.MULTILINE | re.DOTALL)
+    advised = ast.literal_eval(table)
+    assert len(advised) > 5 and [words for words in advised if words not in whole] == []

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_host import COMFYUIS, EVERY, Answer, make_base, run_script, server
+from comfy_host import EVERY, Answer, make_base, run_script, server
 from safetensors.torch import load_file
 
 from comfy_g2rpo import lora
@@ -64,18 +64,6 @@ LOADERS = {
     "1": {"class_type": "G2RPO_TinyDemoLoader", "inputs": {}},
     "2": {"class_type": "G2RPO_LoadReward", "inputs": {"reward": "agreement"}},
 }
-
-
-@pytest.fixture(scope="module", params=COMFYUIS)
-def comfyui(request: pytest.FixtureRequest) -> Path:
-    """Name a ComfyUI."""
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def base(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make its base directory."""
-    return make_base(tmp_path_factory.mktemp(comfyui.name))
 
 
 @pytest.fixture(scope="module")

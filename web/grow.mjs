@@ -17,8 +17,8 @@ export function shown(linked) {
 const slotOf = (node, name) => node.inputs.findIndex((input) => input.name === name);
 const isLinked = (node, name) => node.inputs[slotOf(node, name)]?.link != null;
 
-// Shows and hides what belongs to a reward. The values of hidden weights stay in their places, and so in the prompt. A fresh node is made to `fit`; one
-// that was saved keeps its height, and one that grows changes its own by what it needs.
+// Shows and hides what belongs to a reward. The values of hidden weights stay in their places, and so in the prompt. Of its `kind`s a "fresh"
+// node gets the height that it needs, a "saved" one keeps its own, and a "linked" one changes its own by what came or went.
 export function arrange(node, kind) {
   const numbers = Array.from({ length: MOST }, (_, i) => i + 1);
   const most = shown(numbers.filter((number) => isLinked(node, `reward_${number}`) || isLinked(node, `weight_${number}`)));

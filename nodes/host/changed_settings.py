@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,15 @@ class Change:
         """Return whether a run may go on with the new value."""
         section, _, field = self.field.partition(".")
         return field.rpartition(".")[2] in MAY_GO_ON.get(section, ())
+
+
+def without(section: Any, fields: Collection[str]) -> Any:
+    """Return a section of a configuration, or a list of them, without some fields."""
+    if isinstance(section, list):
+        return [without(one, fields) for one in section]
+    if isinstance(section, dict):
+        return {name: value for name, value in section.items() if name not in fields}
+    return section
 
 
 def changes_of(

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ...comfy_g2rpo.files.safe import (
 from ...comfy_g2rpo.lora.modelspec import DATE, SETTINGS, Base, about_run, base_of_model, date_of, handed_out
 from ...comfy_g2rpo.lora.preview import SUFFIX, save_preview
 from ...comfy_g2rpo.run.folder import MAY_CHANGE, RunFolder
-from .changed_settings import MAY_GO_ON
+from .changed_settings import MAY_GO_ON, without
 from .comfyui import contained, lora_listing, lora_place, loras_root
 
 
@@ -90,15 +90,6 @@ def identity(folder: RunFolder) -> dict[str, str]:
     content = json.dumps(finite(settled), sort_keys=True).encode()
     digest = hashlib.blake2b(content, digest_size=8).hexdigest()
     return {"g2rpo.run": folder.path.name, SETTINGS: digest}
-
-
-def without(section: Any, fields: Collection[str]) -> Any:
-    """Return a section of a configuration, or a list of them, without some fields."""
-    if isinstance(section, list):
-        return [without(one, fields) for one in section]
-    if isinstance(section, dict):
-        return {name: value for name, value in section.items() if name not in fields}
-    return section
 
 
 def notes_of(place: Path) -> dict[str, Any]:

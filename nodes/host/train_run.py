@@ -37,7 +37,7 @@ from ..model.comfy_policy import text_policy
 from ..model.fingerprint import UNPATCHED, fingerprint, patches_of
 from ..sampling import check_sigmas
 from ..types import RewardSet
-from .changed_settings import Change, said
+from .changed_settings import Change, said, without
 from .comfyui import STOPS, Live, run_place
 from .open_run import NEW, Wanted, choose_run, note_changes, open_run, plain_errors, says_patches
 from .publish import metadata, publish
@@ -373,7 +373,7 @@ def describe(wanted: Request, setup: Setup, rewards: dict[str, float], judges: l
 def known_name(config: dict[str, Any], recipe: str) -> str:
     """Return the name of a run by its settings, or of one that an earlier version began with them."""
     name = name_of(config, recipe)
-    settled = {**config["config"], "model": without_patches(config["config"]["model"])}
+    settled = {**config["config"], "model": without(config["config"]["model"], {"patches"})}
     former = name_of({"config": settled}, recipe)
     place = run_place(former)
     with plain_errors(former):
@@ -381,21 +381,14 @@ def known_name(config: dict[str, Any], recipe: str) -> str:
     return former if known else name
 
 
-def without_patches(model: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's section on its model as earlier versions wrote it."""
-    return {key: value for key, value in model.items() if key != "patches"}
-
-
 def name_of(config: dict[str, Any], recipe: str) -> str:
     """Return the name of a run by its settings: the same ones go on, others start a new run."""
     settled = dict(config["config"])
-    for section, free in MAY_CHANGE.items():
-        if isinstance(part := settled.get(section), dict):
-            settled[section] = {key: value for key, value in part.items() if key not in free}
+    settled |= {name: without(settled[name], free) for name, free in MAY_CHANGE.items() if name in settled}
     method = settled["method"].items()
     plain = {name: DEFAULTS["method"][name] for name in LATER}
     settled["method"] = {key: value for key, value in method if plain.get(key, ()) != value}
     if settled["model"].get("patches") == UNPATCHED:
-        settled["model"] = without_patches(settled["model"])
+        settled["model"] = without(settled["model"], {"patches"})
     content = json.dumps(finite(settled), sort_keys=True).encode()
     return f"{recipe}-{hashlib.blake2b(content, digest_size=4).hexdigest()}"
