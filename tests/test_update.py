@@ -121,9 +121,14 @@ def test_the_first_ratio_is_exactly_one(name):
     made = dataclasses.replace(RECIPES[name], num_steps=8, group_size=4)
     policy = ToyPolicy()
     made_records = records(*rolled(made, policy), samples=True)
-    old = snapshot(policy, made_records, CONDS)
-    stats = backward(policy, made_records, CONDS, made, old=old)
-    assert stats["ratio_deviation"] == 0.0 and stats["clipped"] == 0
+    past = dataclasses.replace(made_records, velocity=snapshot(policy, made_records, CONDS))
+    gradients = []
+    for rows in (past, made_records):
+        policy.adapter.grad = None
+        ratio = backward(policy, rows, CONDS, made)["ratio"]
+        gradients.append(policy.adapter.grad)
+        assert len(ratio) and (ratio == 1).all()
+    assert torch.equal(*gradients)
 
 
 def test_the_clipped_form_at_ratio_one_gives_the_on_policy_gradient():
@@ -135,8 +140,7 @@ def test_the_clipped_form_at_ratio_one_gives_the_on_policy_gradient():
     for made in (on, clip):
         policy = ToyPolicy()
         rows = records(*rolled(made, policy), samples=True)
-        old = snapshot(policy, rows, CONDS) if made.objective == "clip" else None
-        backward(policy, rows, CONDS, made, old=old)
+        backward(policy, rows, CONDS, made)
         grads.append(policy.adapter.grad)
     assert (grads[0] - grads[1]).norm() <= 1e-5 * grads[1].norm()
 
@@ -181,7 +185,7 @@ def test_a_velocity_kl_changes_the_gradient_and_pulls_towards_the_reference():
     backward(policy, still, CONDS, made)
     assert policy.adapter.grad.abs().max() == 0
     stats = backward(policy, still, CONDS, dataclasses.replace(made, kl=0.5))
-    assert stats["kl"] > 0 and (policy.adapter.grad * policy.adapter).sum() > 0
+    assert (stats["kl"] > 0).any() and (policy.adapter.grad * policy.adapter).sum() > 0
 
 
 def test_the_kl_adds_two_beta_times_the_distance_to_the_cotangent():
@@ -208,14 +212,12 @@ def test_the_kl_may_pull_towards_where_the_run_began():
     still = records(rollout, [torch.zeros_like(a) for a in advantages])
     start = [policy.adapter.detach().clone()]
     here = partial(swapped, policy.parameters(), start)
-    assert (
-        backward(policy, still, CONDS, made, reference=here)["kl"] == 0
-        and policy.adapter.grad.abs().max() == 0
-    )
+    assert not backward(policy, still, CONDS, made, reference=here)["kl"].any()
+    assert policy.adapter.grad.abs().max() == 0
     with torch.no_grad():
         policy.adapter.add_(0.1)
     moved = policy.adapter.detach().clone()
-    assert backward(policy, still, CONDS, made, reference=here)["kl"] > 0
+    assert backward(policy, still, CONDS, made, reference=here)["kl"].sum() > 0
     assert (policy.adapter.grad * (moved - start[0])).sum() > 0 and torch.equal(policy.adapter, moved)
 
 
@@ -289,7 +291,7 @@ def test_corner_cases_give_finite_gradients(num_steps, kernel, eta, kind):
     )
     made = recipe("g2rpo", num_steps=num_steps, objective="clip")
     rows = records(rollout, [integrate(plan.values(scores))] * 2, samples=True, step_weight="balanced")
-    backward(policy, rows, CONDS, made, old=snapshot(policy, rows, CONDS))
+    backward(policy, dataclasses.replace(rows, velocity=snapshot(policy, rows, CONDS)), CONDS, made)
     assert policy.adapter.grad.isfinite().all()
     if kind != "random" or eta == 0:
         assert policy.adapter.grad.abs().max() == 0

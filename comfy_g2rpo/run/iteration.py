@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..advantages import zero_std_share
+from ..objectives import OBJECTIVES
 from ..plan import Plan
 from ..prompts import PromptCursor
 from ..rewards import Reward, RewardError
@@ -159,7 +160,7 @@ def update(
         explored.rollout,
         scored.advantages,
         step_weight=recipe.step_weight,
-        samples=recipe.objective == "clip",
+        samples=OBJECTIVES[recipe.objective].samples,
     )
     reference = partial(swapped, policy.parameters(), learner.start) if learner.start else None
     with undone_on_error(setup, learner), policy.training():

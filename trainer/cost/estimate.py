@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from comfy_g2rpo.objectives import OBJECTIVES
 from comfy_g2rpo.recipes import build_plan
 from comfy_g2rpo.run.evaluation import price
 
@@ -79,9 +80,10 @@ def count(config: Config) -> Counts:
     held = len(read_prompts(config).heldout)
     looks = price(recipe, make_pace(config), held, preview=bool(train.preview_width))
     between = (train.steps - 1) // train.eval_every if train.eval_every else 0
-    # All branches of a fork share its forward and backward; the clipped form first takes a snapshot of the
-    # old velocities.
-    passes = 1 if recipe.objective == "on_policy" else recipe.epochs + 1
+    # All branches of a fork share its forward and backward; several optimizer steps by the clipped form first
+    # take a snapshot of the old velocities.
+    several = recipe.epochs > 1 or recipe.update == "per_step"
+    passes = recipe.epochs + (OBJECTIVES[recipe.objective].compares and several)
     trained = [passes * len(plan.forks) for plan in plans]
     return Counts(
         prompts=train.prompts_per_step,

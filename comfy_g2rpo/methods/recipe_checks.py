@@ -1,0 +1,23 @@
+"""Which settings of a recipe go together."""
+
+from __future__ import annotations
+
+from ..options import check_fields
+from .recipe_options import Recipe
+
+PRODIGYS_LEAST = 0.1
+
+
+def check(made: Recipe) -> Recipe:
+    """Raise ValueError that names the first field out of its bounds; return the recipe otherwise."""
+    check_fields(made)
+    if made.tree == "independent" and made.granularities != (1,):
+        remedy = "independent trajectories have no completions, so it must be (1,)"
+        raise ValueError(f"granularities is {made.granularities}; {remedy}")
+    if made.objective == "on_policy" and (made.epochs > 1 or made.update == "per_step"):
+        leaving = "epochs above 1 and update per_step leave the rollout's policy"
+        raise ValueError(f"{leaving}; choose objective: clip")
+    if made.optimizer == "prodigy" and made.learning_rate < PRODIGYS_LEAST:
+        remedy = "prodigy finds its own and takes this for a factor: set it to 1"
+        raise ValueError(f"learning_rate is {made.learning_rate:g}; {remedy}")
+    return made

@@ -1,0 +1,163 @@
+"""The fields of a recipe: five axes, on which a method of the field is a line of data.
+
+Kernel · which steps are stochastic · shape of the tree · advantage · objective. The command line's help, the
+configuration's bounds and the graph blocks' tooltips are made from the fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from ..options import MIXES, option
+
+KERNELS = ("flow_sde", "dance_sde", "cps")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one iteration explores, judges and updates."""
+
+    num_steps: int = option(
+        16, "Sampling steps of an image. More look finer and cost in proportion.", 1, 1000
+    )
+    shift: float = option(3.0, "Time shift: above 1, more steps go to high noise; 1 is linear.", 0.01, 100)
+    kernel: str = option("flow_sde", "How noise is added when exploring. Keep flow_sde.", choices=KERNELS)
+    eta: float = option(
+        0.7,
+        "How far branches stray. Too low: they look alike and teach little; too high: broken images.",
+        0,
+        10,
+    )
+
+    steps: str = option(
+        "first_half",
+        "Steps that may explore. Early steps decide what is in the image, late ones its texture.",
+        choices=("first_half", "all", "all_but_last"),
+    )
+    pick: str = option(
+        "every",
+        "Which of them an iteration takes: every one, some next to each other, or single ones at random. "
+        "Fewer are cheaper and noisier.",
+        choices=("every", "random_window", "sliding_window", "random"),
+    )
+    pick_size: int = option(1, "How many steps a window or a random choice takes.", 1, 1000)
+    slide_every: int = option(25, "Iterations until a sliding window moves on by one step.", 1, 100000)
+    train_share: float = option(
+        1.0, "Share of the exploring steps that is trained; less is quicker and noisier.", 0.01, 1
+    )
+
+    tree: str = option(
+        "singular",
+        "Branches that leave one image at a single step, or whole images of their own (the older methods).",
+        choices=("singular", "independent"),
+    )
+    group_size: int = option(
+        12, "Images that are compared with one another. Below 6 is noisy; more costs in proportion.", 2, 1024
+    )
+    starts: int = option(1, "Start noises per prompt. More see more variety and cost in proportion.", 1, 64)
+    shared_start: bool = option(
+        False, "Start a prompt's independent images from one noise, to compare alike."
+    )
+    granularities: tuple[int, ...] = option(
+        (1, 2),
+        "Strides at which a branch is finished: 1 takes every step, 2 every second. Each gives a score; more "
+        "make scores surer and cost more.",
+        1,
+        1000,
+    )
+    terminal: str = option(
+        "exact",
+        "Where a stride misses the end: one short step more, or the jump of the published code.",
+        choices=("exact", "published"),
+    )
+    antithetic: bool = option(False, "Draw the branches' noise in opposite pairs, which evens out chance.")
+
+    mix: str = option(
+        "zscore",
+        "How several rewards become one: z-scores added, raw scores added, the worst z-score, or ranks "
+        "multiplied. zscore suits rewards of different scales.",
+        choices=MIXES,
+    )
+    std: str = option(
+        "group",
+        "What scores are divided by: the spread of their own group, or of all prompts.",
+        choices=("group", "global"),
+    )
+    std_floor: float = option(
+        1e-8,
+        "Smallest spread of a group that teaches, in the reward's units. Raise it for noisy rewards.",
+        0,
+        1e6,
+    )
+    clamp: float = option(5.0, "Largest advantage of one image, so that no outlier rules a step.", 0.01, 1000)
+    diversity_weight: float = option(
+        0.0,
+        "Reward for looking unlike the group, against collapse; 1 pulls like a reward, 0 is off.",
+        0,
+        1000,
+    )
+    diversity_by: str = option(
+        "auto",
+        "What likeness is measured by: pixels, a reward model's view (embed), or that where there is one.",
+        choices=("auto", "pixels", "embed"),
+    )
+    step_weight: str = option(
+        "uniform",
+        "How much each exploring step counts: alike, by its noise, or so that all pull equally hard.",
+        choices=("uniform", "std", "balanced"),
+    )
+
+    objective: str = option(
+        "on_policy",
+        "The exact gradient for one update per rollout, or the clipped ratio, which allows several.",
+        choices=("on_policy", "clip"),
+    )
+    clip: float = option(1e-4, "How far a clipped update may go. Small, for likelihoods are means.", 0, 1)
+    epochs: int = option(1, "Updates from one rollout. Needs objective clip; more can overshoot.", 1, 100)
+    update: str = option(
+        "accumulate",
+        "One optimizer step per rollout, or one per exploring step, as the published code does.",
+        choices=("accumulate", "per_step"),
+    )
+    kl: float = option(
+        0.0, "Pull back to the reference model, against drift and reward hacking. Costs a forward.", 0, 1000
+    )
+    kl_reference: str = option(
+        "base", "Pull back to the model without this LoRA, or to the run's start.", choices=("base", "start")
+    )
+
+    optimizer: str = option(
+        "adamw",
+        "adamw; adamw_8bit, which saves memory; or prodigy, which finds its own rate (set learning_rate: 1). "
+        "The last two run headless only.",
+        choices=("adamw", "adamw_8bit", "prodigy"),
+    )
+    learning_rate: float = option(
+        1e-4, "How fast it learns. Too high collapses images within few steps; halve it then.", 0, 1
+    )
+    lr_schedule: str = option(
+        "constant",
+        "Whether the learning rate stays, or falls to nothing over the run's steps: linear or cosine. A fall "
+        "calms the end of a run.",
+        choices=("constant", "linear", "cosine"),
+    )
+    warmup_steps: int = option(
+        0,
+        "Steps over which the learning rate rises to its value; a guard against a rough start.",
+        0,
+        1_000_000,
+    )
+    weight_decay: float = option(1e-4, "Pull of the LoRA's weights towards zero.", 0, 1)
+    max_grad_norm: float = option(
+        1.0, "Longest gradient that an update follows; a guard against jumps.", 0, 1e9
+    )
+    ema: float = option(
+        0.0,
+        "Save a moving average of the LoRA, which is calmer; 0.9 looks back ten steps, 0 is off.",
+        0,
+        0.99999,
+    )
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}

@@ -1,0 +1,35 @@
+"""What an update makes smaller: one function per objective, by name in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..methods.recipe_options import Recipe
+from .policy_gradient import clip, clip_metrics, on_policy
+from .record_rows import Records
+
+Values = dict[str, Tensor]
+"""What a loss saw, without gradient, per sample [S] or row [N], by name."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss, and what it is computed from."""
+
+    loss: Callable[[Tensor, Records, Recipe], tuple[Tensor, Values]]
+    """From the velocities [N, …] of the rows to a sum over them, and values."""
+    samples: bool = False
+    """Whether it needs the noise and the advantage of every sample, or the sum over a fork alone."""
+    compares: bool = False
+    """Whether it compares with the policy that rolled out, and so needs the rows' `velocity`."""
+    metrics: Callable[[Values, Recipe], dict[str, float]] | None = None
+    """What the values of all rows say."""
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "on_policy": Objective(on_policy),
+    "clip": Objective(clip, samples=True, compares=True, metrics=clip_metrics),
+}

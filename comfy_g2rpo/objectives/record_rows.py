@@ -1,0 +1,54 @@
+"""What an objective learns from: one row per state at which the model is differentiated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PER_SAMPLE = ("noise", "advantage", "owner")
+"""Fields with an entry per sample; the others have one per row."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """What travels from sampler to learner, one row per fork state."""
+
+    x: Tensor  # [N, …]
+    direction: Tensor  # [N, …], Σ A ε over the fork's samples
+    sigma: Tensor  # [N]
+    v_coef: Tensor  # [N], c
+    std: Tensor  # [N], s
+    weight: Tensor  # [N], step weight / (group size · groups · prompts)
+    step: Tensor  # [N], schedule index
+    prompt: Tensor  # [N], position in the rollout's prompts
+    velocity: Tensor | None = None  # [N, …], of the policy that the objective compares with
+    noise: Tensor | None = None  # [S, …], kept for the clipped objective alone
+    advantage: Tensor | None = None  # [S]
+    owner: Tensor | None = None  # [S], the row of each sample
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def rows(self, rows: Tensor) -> Records:
+        """Return some rows [n] (long) with their samples."""
+        place = torch.full((len(self),), -1, device=self.x.device)
+        place[rows] = torch.arange(len(rows), device=self.x.device)
+        kept = None if self.owner is None else place[self.owner] >= 0
+        part: dict[str, Tensor] = {}
+        for field in dataclasses.fields(self):
+            found = getattr(self, field.name)
+            if found is not None:
+                part[field.name] = found[kept] if field.name in PER_SAMPLE else found[rows]
+        if kept is not None:
+            part["owner"] = place[part["owner"]]
+        return Records(**part)
+
+
+def micro_batches(made: Records, size: int) -> Iterator[Records]:
+    """Split into parts of at most `size` rows."""
+    for rows in torch.arange(len(made), device=made.x.device).split(size):
+        yield made.rows(rows)
