@@ -58,7 +58,26 @@ def cps_step(sigma: Tensor, sigma_next: Tensor, eta: float, sigma_max: Sigma) ->
     return Step(clean + kept, kept * (1 - sigma) - clean * sigma, std)
 
 
-STEPS = {"ode": ode_step, "flow_sde": flow_sde_step, "dance_sde": dance_sde_step, "cps": cps_step}
+def ddim_step(sigma: Tensor, sigma_next: Tensor, eta: float, sigma_max: Sigma) -> Step:
+    """DDIM's noise (arXiv 2010.02502, eq. 16) for a flow; any eta keeps the marginals (arXiv 2510.10767).
+
+    s = min(η·σ′·√(1 − SNR/SNR′), σ′) with SNR = ((1−σ)/σ)². η = 1 is ancestral sampling; at the bound, which
+    η = 1 reaches at σ = 1, all noise is fresh.
+    """
+    clean = 1 - sigma_next
+    noisier = ((1 - sigma) * sigma_next / (sigma * clean)) ** 2
+    std = torch.minimum(eta * sigma_next * torch.sqrt(1 - noisier), sigma_next)
+    kept = torch.sqrt(sigma_next**2 - std**2)
+    return Step(clean + kept, kept * (1 - sigma) - clean * sigma, std)
+
+
+STEPS = {
+    "ode": ode_step,
+    "flow_sde": flow_sde_step,
+    "dance_sde": dance_sde_step,
+    "cps": cps_step,
+    "ddim": ddim_step,
+}
 
 
 def step(kernel: str, sigma: Sigma, sigma_next: Sigma, eta: float, sigma_max: Sigma) -> Step:
@@ -100,6 +119,13 @@ def cps(
 ) -> tuple[Tensor, Tensor]:
     """Return (mean, std) of the coefficients-preserving step; x, velocity: [B, …], sigmas: scalar or [B]."""
     return _transition("cps", x, velocity, sigma, sigma_next, eta, sigma_max)
+
+
+def ddim(
+    x: Tensor, velocity: Tensor, sigma: Sigma, sigma_next: Sigma, eta: float, sigma_max: Sigma
+) -> tuple[Tensor, Tensor]:
+    """Return (mean, std) of DDIM's step; x, velocity: [B, …], sigmas: scalar or [B]."""
+    return _transition("ddim", x, velocity, sigma, sigma_next, eta, sigma_max)
 
 
 def dpm_2m_step(sigma_before: Sigma, sigma: Sigma, sigma_next: Sigma) -> tuple[Tensor, Tensor, Tensor]:

@@ -92,7 +92,7 @@ WRONG = {
     "method.granularities=[]": "method.granularities is empty; list at least one",
     "method.granularities=3": "method.granularities is 3; it must be a list; write [3]",
     "method.kernel=flowsde": (
-        "method.kernel is 'flowsde' (did you mean 'flow_sde'?); choose one of: flow_sde, dance_sde, cps"
+        "method.kernel is 'flowsde' (did you mean 'flow_sde'?); choose one of: flow_sde, dance_sde, cps, ddim"
     ),
     "method.epochs=2": (
         "method.epochs above 1 and update per_step leave the rollout's policy; choose objective: clip"

@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 from comfy_g2rpo import kernels
 from comfy_g2rpo.schedule import shifted_sigmas
 
-STOCHASTIC = {"flow_sde": kernels.flow_sde, "dance_sde": kernels.dance_sde, "cps": kernels.cps}
+STOCHASTIC = {
+    "flow_sde": kernels.flow_sde,
+    "dance_sde": kernels.dance_sde,
+    "cps": kernels.cps,
+    "ddim": kernels.ddim,
+}
 SIGMAS = shifted_sigmas(16, 3.0)
 steps = st.integers(0, 15)
 
@@ -57,6 +62,55 @@ def test_cps_keeps_the_total_noise_at_the_next_sigma(k, eta):
     sigma, sigma_next = SIGMAS[k].double(), SIGMAS[k + 1].double()
     a, c, s = kernels.step("cps", sigma, sigma_next, eta, SIGMAS[1].double())
     assert math.hypot((a * sigma + c).item(), s.item()) == pytest.approx(sigma_next.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0, 1.7, 10.0])
+@given(k=steps)
+def test_ddim_keeps_the_marginal_at_any_eta(k, eta, shift):
+    """The published step, (1−σ′)x̂₀ + √(σ′² − s²)·ε̂ + s·ξ, from x̂₀ = x − σv and ε̂ = x + (1−σ)v."""
+    sigma, sigma_next = (level.item() for level in shifted_sigmas(16, shift).double()[k : k + 2])
+    snr, snr_next = (((1 - s) / s) ** 2 if s else math.inf for s in (sigma, sigma_next))
+    std = min(eta * sigma_next * math.sqrt(1 - snr / snr_next), sigma_next)
+    a, c, s = (part.item() for part in kernels.step("ddim", torch.tensor(sigma).double(), sigma_next, eta, 1))
+    assert s == pytest.approx(std, abs=1e-12)
+    kept = math.sqrt(sigma_next**2 - std**2)
+    assert a == pytest.approx(1 - sigma_next + kept, abs=1e-12)
+    assert c == pytest.approx(kept * (1 - sigma) - (1 - sigma_next) * sigma, abs=1e-12)
+    assert a * (1 - sigma) - c == pytest.approx(1 - sigma_next, abs=1e-12)
+    assert math.hypot(a * sigma + c, s) == pytest.approx(sigma_next, abs=1e-12)
+
+
+@given(k=steps, seed=st.integers(0, 5))
+def test_ddim_without_noise_is_euler_to_the_last_digits(k, seed):
+    x, v = pair(seed, torch.float64)
+    sigma, sigma_next = SIGMAS[k].double(), SIGMAS[k + 1].double()
+    mean, std = kernels.ddim(x, v, sigma, sigma_next, 0.0, SIGMAS[1])
+    assert (mean - (x + v * (sigma_next - sigma))).abs().max() < 1e-12 and std == 0
+
+
+def test_ddim_from_pure_noise_needs_no_bound_of_its_own():
+    for eta in (0.5, 1.0, 3.0):
+        assert kernels.step("ddim", 1.0, 0.9, eta, 0.9).std.item() == pytest.approx(min(eta, 1) * 0.9)
+
+
+def flow_against_ddim(sigma, width, eta):
+    """Divide the noise of flow_sde by that of ddim, over a step of this width."""
+    here = torch.tensor(sigma, dtype=torch.float64)
+    flow, ddim = (kernels.step(name, here, sigma - width, eta, 0.99).std for name in ("flow_sde", "ddim"))
+    return (flow / ddim).item()
+
+
+@pytest.mark.parametrize(("width", "ratio"), [(1e-2, 0.7355), (1e-3, 0.7099), (1e-4, 0.7074)])
+@pytest.mark.parametrize("eta", [0.1, 0.5, 0.7])
+def test_over_small_steps_flow_sde_strays_less_than_ddim_by_the_root_of_two(eta, width, ratio):
+    """So flow_sde at η = .7 explores as ddim does at η = .5: .7/√2."""
+    assert flow_against_ddim(0.6, width, eta) == pytest.approx(ratio, abs=5e-5)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 0.9])
+def test_that_ratio_has_its_limit_at_every_noise_level(sigma):
+    assert flow_against_ddim(sigma, 1e-7, 0.5) == pytest.approx(1 / math.sqrt(2), abs=1e-5)
 
 
 def test_dance_sde_is_the_score_form():

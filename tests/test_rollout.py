@@ -38,7 +38,7 @@ def test_any_singular_plan_equals_the_plain_loop(data):
     num_steps = data.draw(st.integers(1, 8))
     steps = sorted(data.draw(st.sets(st.integers(0, num_steps - 1), min_size=1)))
     strides = tuple(data.draw(st.sets(st.integers(1, 9), min_size=1, max_size=3)))
-    kernel = data.draw(st.sampled_from(["flow_sde", "dance_sde", "cps"]))
+    kernel = data.draw(st.sampled_from(["flow_sde", "dance_sde", "cps", "ddim"]))
     compare(
         singular(
             num_steps,
@@ -161,7 +161,7 @@ def test_a_rollout_can_start_from_given_states_and_draws_the_rest_as_ever():
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
-@pytest.mark.parametrize("kernel", ["flow_sde", "dance_sde", "cps"])
+@pytest.mark.parametrize("kernel", ["flow_sde", "dance_sde", "cps", "ddim"])
 def test_short_schedules_have_no_nan(num_steps, kernel):
     plan = singular(num_steps, range(num_steps), 2, (1, 2), kernel=kernel, eta=0.7)
     rollout = roll_out(ToyPolicy(), plan, shifted_sigmas(num_steps), CONDS, SEEDS, SHAPE)

@@ -40,7 +40,7 @@ def rolled(made, policy=None, iteration=0):
     return rollout, advantages
 
 
-@pytest.mark.parametrize("kernel", ["flow_sde", "dance_sde", "cps"])
+@pytest.mark.parametrize("kernel", ["flow_sde", "dance_sde", "cps", "ddim"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("k", [0, 3, 7])
 def test_the_cotangent_is_autograd_of_the_clipped_loss_at_ratio_one(kernel, dtype, tolerance, k):
@@ -54,7 +54,7 @@ def test_the_cotangent_is_autograd_of_the_clipped_loss_at_ratio_one(kernel, dtyp
     )
     advantage -= advantage.mean()
     sigma, sigma_next, eta = sigmas[k], sigmas[k + 1], 0.5
-    if kernel == "cps" and k == 7:
+    if kernel in ("cps", "ddim") and k == 7:
         assert cotangent(noise, sigma, sigma_next, eta, group, kernel, sigmas[1]).abs().max() == 0
         return
     mean, std = kernels._transition(kernel, x, v, sigma, sigma_next, eta, sigmas[1])
@@ -278,7 +278,7 @@ def test_a_gradient_that_is_not_finite_is_skipped():
 @settings(deadline=None, max_examples=20)
 @given(
     st.integers(1, 3),
-    st.sampled_from(["flow_sde", "dance_sde", "cps"]),
+    st.sampled_from(["flow_sde", "dance_sde", "cps", "ddim"]),
     st.sampled_from([0.0, 0.7]),
     st.sampled_from(["equal", "nan", "random"]),
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..options import MIXES, option
 
-KERNELS = ("flow_sde", "dance_sde", "cps")
+KERNELS = ("flow_sde", "dance_sde", "cps", "ddim")
 
 
 @dataclass(frozen=True)
