@@ -54,6 +54,18 @@ RECIPES: dict[str, Recipe] = {
     "tempflow_grpo": Recipe(
         steps="all_but_last", starts=2, group_size=6, granularities=(1,), step_weight="std", objective="clip"
     ),
+    # arXiv 2509.05952: the tree of Flow-GRPO; noise that keeps its level, weighted as −‖x′ − mean‖² weights it.
+    "flow_cps": Recipe(
+        kernel="cps",
+        eta=0.8,
+        steps="all_but_last",
+        tree="independent",
+        granularities=(1,),
+        std="global",
+        step_weight="variance",
+        objective="clip",
+        kl=0.01,
+    ),
 }
 
 

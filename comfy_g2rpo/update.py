@@ -36,12 +36,14 @@ __all__ = [
 
 
 def step_weights(v_coef: Tensor, std: Tensor, mode: str) -> Tensor:
-    """Return the weights of steps [N], mean 1: uniform, by their noise s (TempFlow-GRPO), or balanced.
+    """Return the weights of steps [N], mean 1: uniform, by their noise s (TempFlow-GRPO), by its variance
+    (Flow-CPS), or balanced.
 
+    s² makes the gradient that of −‖x′ − mean‖², the log-probability of arXiv 2509.05952 without its 1/2s².
     Balanced is s/|c|, which gives every step's gradient one scale.
     """
     balanced = torch.where(std > 0, std / v_coef.abs().clamp(min=1e-12), 0.0)
-    raw = {"uniform": torch.ones_like(std), "std": std, "balanced": balanced}[mode]
+    raw = {"uniform": torch.ones_like(std), "std": std, "variance": std**2, "balanced": balanced}[mode]
     return raw / raw.mean().clamp(min=1e-12)
 
 

@@ -9,6 +9,7 @@ from toys import SHAPE, ToyPolicy, plain_states
 
 from comfy_g2rpo import kernels
 from comfy_g2rpo.advantages import integrate
+from comfy_g2rpo.objectives.policy_gradient import clip
 from comfy_g2rpo.plan import deterministic, singular
 from comfy_g2rpo.recipes import RECIPES, build_plan, recipe
 from comfy_g2rpo.rollout import roll_out
@@ -303,9 +304,44 @@ def test_step_weights_have_mean_one_and_balance_the_scale():
     assert torch.allclose(
         balanced * c.abs() / s, (balanced * c.abs() / s)[0].expand(3)
     ) and balanced.mean() == pytest.approx(1)
+    assert torch.allclose(step_weights(c, s, "variance"), s**2 / (s**2).mean())
     assert torch.allclose(step_weights(c, s, "std"), s / s.mean()) and torch.equal(
         step_weights(c, s, "uniform"), torch.ones(3)
     )
+
+
+@pytest.mark.parametrize("eta", [0.2, 0.8, 1.0])
+@pytest.mark.parametrize("num_steps", [4, 8])
+def test_weighted_by_variance_cps_has_the_gradient_of_its_published_loss(num_steps, eta):
+    """Flow-CPS's log-probability is −‖x′ − mean‖², a mean over elements: ∇ = 2A·c·s·ε on the velocity.
+
+    Ours, A·c·ε/s by a weight ∝ s², is that up to one constant for all steps; at σ′ = 0 both are nothing.
+    """
+    made = recipe("flow_cps", num_steps=num_steps, steps="all", group_size=4, eta=eta, kl=0)
+    rollout, advantages = rolled(made)
+    rows = records(rollout, advantages, samples=True, step_weight=made.step_weight)
+    velocity = rollout.velocity.flatten(0, 1).double().requires_grad_()
+    loss, _ = clip(velocity, dataclasses.replace(rows, velocity=velocity.detach()), made)
+    (ours,) = torch.autograd.grad(loss, velocity)
+    sigmas, loss = shifted_sigmas(num_steps).double(), 0.0
+    for noise, advantage, row in zip(rows.noise, rows.advantage, rows.owner, strict=True):
+        k = int(rows.step[row])
+        mean, std = kernels.cps(
+            rows.x[row][None].double(), velocity[row][None], sigmas[k], sigmas[k + 1], eta, 1.0
+        )
+        x_next = (mean + std * noise).detach()
+        log_p = -((x_next - mean) ** 2).mean()
+        loss = loss - advantage * (log_p - log_p.detach()).exp() / len(rows.advantage)
+    (theirs,) = torch.autograd.grad(loss, velocity)
+    constant = (ours * theirs).sum() / theirs.square().sum()
+    assert constant > 0 and (ours - constant * theirs).norm() <= 1e-6 * ours.norm()
+    last = rows.step == num_steps - 1
+    assert last.any() and (rows.weight[last] == 0).all() and (ours[last] == 0).all()
+
+
+def test_flow_cps_is_the_tree_of_flow_grpo_with_its_own_kernel_and_weights():
+    changed = dict(kernel="cps", eta=0.8, step_weight="variance")
+    assert recipe("flow_grpo", **changed) == RECIPES["flow_cps"]
 
 
 def test_rows_keep_their_samples():

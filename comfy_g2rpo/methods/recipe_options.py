@@ -104,8 +104,9 @@ class Recipe:
     )
     step_weight: str = option(
         "uniform",
-        "How much each exploring step counts: alike, by its noise, or so that all pull equally hard.",
-        choices=("uniform", "std", "balanced"),
+        "How much each exploring step counts: alike, by its noise, so that all pull equally hard, or by its "
+        "noise squared (Flow-CPS).",
+        choices=("uniform", "std", "balanced", "variance"),
     )
 
     objective: str = option(
