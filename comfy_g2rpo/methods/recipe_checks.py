@@ -6,6 +6,12 @@ from ..options import check_fields
 from .recipe_options import Recipe
 
 PRODIGYS_LEAST = 0.1
+EXPLORING = (
+    *("kernel", "eta", "steps", "pick", "pick_size", "slide_every", "train_share", "tree", "group_size"),
+    *("starts", "shared_start", "granularities", "terminal", "antithetic", "step_weight"),
+    *("diversity_weight", "epochs", "update"),
+)
+"""Fields that say how a rollout explores and is learned from, which stored forks have behind them."""
 
 
 def check(made: Recipe) -> Recipe:
@@ -17,6 +23,12 @@ def check(made: Recipe) -> Recipe:
     if made.objective == "on_policy" and (made.epochs > 1 or made.update == "per_step"):
         leaving = "epochs above 1 and update per_step leave the rollout's policy"
         raise ValueError(f"{leaving}; choose objective: clip")
+    if made.objective == "pairs":
+        plain = Recipe()
+        for name in EXPLORING:
+            if getattr(made, name) != getattr(plain, name):
+                remedy = "objective pairs learns from kept forks and explores nothing; leave it out"
+                raise ValueError(f"{name} is {getattr(made, name)}; {remedy}")
     if made.optimizer == "prodigy" and made.learning_rate < PRODIGYS_LEAST:
         remedy = "prodigy finds its own and takes this for a factor: set it to 1"
         raise ValueError(f"learning_rate is {made.learning_rate:g}; {remedy}")

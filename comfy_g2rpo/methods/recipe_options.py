@@ -111,9 +111,25 @@ class Recipe:
 
     objective: str = option(
         "on_policy",
-        "The exact gradient for one update per rollout, or the clipped ratio, which allows several.",
-        choices=("on_policy", "clip"),
+        "The exact gradient for one update per rollout, or the clipped ratio, which allows several; or pairs "
+        "of kept votes (g2rpo pairs), which needs no rollouts.",
+        choices=("on_policy", "clip", "pairs"),
     )
+    pair_loss: str = option(
+        "ropo",
+        "Loss of a pair: plain, tolerant of wrong votes, or with the rejected one's share scaled by the "
+        "margin.",
+        choices=("dpo", "ropo", "pg_dpo"),
+    )
+    pair_beta: float = option(1.0, "Sharpness β on the log-ratio of a whole latent.", 1e-6, 1e4)
+    pair_alpha: float = option(14.0, "ROPO's α: more trusts large contradictions less.", 2.001, 1000)
+    pair_scale: float = option(
+        1.0, "PG-DPO's K: more counts the rejected one in full once scores differ.", 0, 100
+    )
+    pair_keep: float = option(
+        1.0, "Share of a step's pairs, those with the least loss, that it learns from.", 0.05, 1
+    )
+    pair_anchor: float = option(0.0, "Weight of keeping the preferred picture as likely as before.", 0, 1000)
     clip: float = option(1e-4, "How far a clipped update may go. Small, for likelihoods are means.", 0, 1)
     epochs: int = option(1, "Updates from one rollout. Needs objective clip; more can overshoot.", 1, 100)
     update: str = option(

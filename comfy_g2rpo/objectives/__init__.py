@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..methods.recipe_options import Recipe
+from .pairs import pair_metrics, pairs
 from .policy_gradient import clip, clip_metrics, on_policy
 from .record_rows import Records
 
@@ -27,9 +28,12 @@ class Objective:
     """Whether it compares with the policy that rolled out, and so needs the rows' `velocity`."""
     metrics: Callable[[Values, Recipe], dict[str, float]] | None = None
     """What the values of all rows say."""
+    stored: bool = False
+    """Whether it learns from forks that were kept with votes, and not from rollouts."""
 
 
 OBJECTIVES: dict[str, Objective] = {
     "on_policy": Objective(on_policy),
     "clip": Objective(clip, samples=True, compares=True, metrics=clip_metrics),
+    "pairs": Objective(pairs, metrics=pair_metrics, stored=True),
 }

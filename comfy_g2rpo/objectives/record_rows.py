@@ -29,6 +29,9 @@ class Records:
     noise: Tensor | None = None  # [S, …], kept for the clipped objective alone
     advantage: Tensor | None = None  # [S]
     owner: Tensor | None = None  # [S], the row of each sample
+    branches: Tensor | None = None  # [N, G, …], the noises of a fork's branches, for pairs
+    wins: Tensor | None = None  # [N, G, G], how often one branch was preferred to another
+    scores: Tensor | None = None  # [N, G], where rewards preferred; NaN where people did
 
     def __len__(self) -> int:
         return len(self.x)

@@ -49,7 +49,10 @@ HELDOUT_SHARE = 0.2
 DEFAULTS = {"method": dataclasses.asdict(Recipe()), "train": dataclasses.asdict(Pace())}
 TOLD = (*WIDGETS, "num_steps", "group_size", "granularities", "pick")
 """Numbers that are told of a preset; what `changes` say is in them."""
-LATER = ("lr_schedule", "warmup_steps")
+LATER = (
+    *("lr_schedule", "warmup_steps"),
+    *("pair_loss", "pair_beta", "pair_alpha", "pair_scale", "pair_keep", "pair_anchor"),
+)
 """Fields that a run's name does not count where they are at their defaults: runs of before have none."""
 
 
