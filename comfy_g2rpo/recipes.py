@@ -54,7 +54,7 @@ RECIPES: dict[str, Recipe] = {
     "tempflow_grpo": Recipe(
         steps="all_but_last", starts=2, group_size=6, granularities=(1,), step_weight="std", objective="clip"
     ),
-    # arXiv 2509.05952: the tree of Flow-GRPO; noise that keeps its level, weighted as −‖x′ − mean‖² weights it.
+    # arXiv 2509.05952: the tree of Flow-GRPO; noise keeps its level, steps weigh as −‖x′ − mean‖² has them.
     "flow_cps": Recipe(
         kernel="cps",
         eta=0.8,
