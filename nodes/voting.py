@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
+from ..comfy_g2rpo.files.safe import spelt_out
 from ..comfy_g2rpo.run.folder import RunFolder
 from ..comfy_g2rpo.votes.ballots import append, matching, read, votes_file, write_ballot
+from ..comfy_g2rpo.votes.forks import keep_forks
 from ..comfy_g2rpo.votes.strengths import MAX_PICTURES, Votes, parse, picture_key, scores
 from .host.comfyui import known_run, run_place
 from .host.open_run import plain_errors
@@ -97,7 +100,7 @@ class VoteRollout(io.ComfyNode):
         found = [mine] if mine else []
         if place is not None:
             with plain_errors(place.name):
-                found = kept(place, mine, shown, text)
+                found = kept(place, mine, shown, text, rollout, keys)
         page = {"g2rpo_ballot": [ballot(shown, text, found)]}
         if not found:
             logging.info("Vote: %d pictures wait for votes; nothing below runs until then", len(shown))
@@ -131,13 +134,30 @@ def group_of(rollout: RolloutData, pictures: Tensor) -> Tensor:
     return rounded(torch.stack(images), 0).cpu()
 
 
-def kept(place: Path, mine: Votes | None, shown: dict[str, Tensor], prompt: str) -> list[Votes]:
-    """Keep new votes in the run, with their pictures; return all that it has on this group."""
+def kept(
+    place: Path,
+    mine: Votes | None,
+    shown: dict[str, Tensor],
+    prompt: str,
+    rollout: RolloutData,
+    keys: Sequence[str],
+) -> list[Votes]:
+    """Keep new votes in the run, with their pictures and forks; return all that it has on this group."""
     if mine and mine not in read(place):
-        newest = RunFolder(place).latest()
-        write_ballot(place, torch.stack(list(shown.values())), prompt, int(newest.name) + 1 if newest else 1)
+        run = RunFolder(place)
+        newest = run.latest()
+        step = int(newest.name) + 1 if newest else 1
+        written = write_ballot(place, torch.stack(list(shown.values())), prompt, step)
+        base = base_of(run.config().get("config"))
+        keep_forks(written, keys, rollout.rollout, 0, range(len(keys)), base)
         append(place, mine)
     return matching(read(place), list(shown), prompt)
+
+
+def base_of(config: Any) -> str:
+    """Return what tells the model of a run from others, by its configuration."""
+    model = spelt_out(spelt_out(config).get("model"))
+    return ", ".join(str(model.get(name, "")) for name in ("fingerprint", "patches"))
 
 
 def ballot(shown: dict[str, Tensor], prompt: str, found: list[Votes]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import folder_paths
 import numpy as np
 from comfy_graphs import block, core, drawing
 from PIL import Image
+from safetensors import safe_open
 
 PROMPT = "two red circles"
 VOTE, UPDATE = "vote", "update"
@@ -89,6 +90,16 @@ def kept(name: str) -> list[str]:
     return place.read_text("utf-8").splitlines() if place.exists() else []
 
 
+def forks(name: str) -> list[dict[str, Any]]:
+    """Say what a run's ballots keep of their forks."""
+    found = []
+    for place in sorted((Path(folder_paths.get_output_directory()) / "g2rpo" / name).glob("ballots/*")):
+        with safe_open(place / "forks.safetensors", "pt") as file:
+            shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            found.append({"shapes": shapes, "notes": file.metadata()})
+    return found
+
+
 def story() -> dict[str, Any]:
     """Vote and train twice, as a user does: look, vote, run, look at the next group."""
     looks, votes = [], ""
@@ -97,7 +108,7 @@ def story() -> dict[str, Any]:
         votes = json.dumps(ranked(looks[-1]["ballot"]))
         looks.append(run(votes, run="voted"))
     looks.append(run(votes, run="voted"))
-    return {"looks": looks, "votes": json.loads(votes), "lines": kept("voted")}
+    return {"looks": looks, "votes": json.loads(votes), "lines": kept("voted"), "forks": forks("voted")}
 
 
 def without_run() -> dict[str, Any]:

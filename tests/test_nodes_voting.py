@@ -58,6 +58,18 @@ def test_nothing_below_runs_until_somebody_votes_and_nothing_fails(core: Answer)
     assert len(set(keys_of(looked))) == 8 and keys_of(trained) == keys_of(looked)
 
 
+def test_every_vote_that_is_kept_keeps_its_forks_with_the_model_and_the_prompt(core: Answer) -> None:
+    kept = core.data["story"]["forks"]
+    assert len(kept) == 2
+    for each in kept:
+        assert each["shapes"]["x"][0] == 2 and each["shapes"]["x"] == each["shapes"]["velocity"]
+        assert each["shapes"]["origin"] == [8, 2] and each["shapes"]["noise"] == [8]
+        assert each["notes"]["prompt"] == "two red circles"
+        kind, patches = each["notes"]["base"].split(", ")
+        assert kind.startswith("SD3 ") and patches == "none"
+    assert len({each["notes"]["seed"] for each in kept}) == 2
+
+
 def test_votes_are_scores_in_their_order(core: Answer) -> None:
     first = core.data["without"]
     scores = dict(zip(keys_of(first["first"]), first["voted"]["scores"], strict=True))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..prompts import columns_of
+from ..rollout import Rollout
 
 TOLERANCE = 1e-3  # by which images may leave [0, 1] through rounding
 
@@ -74,6 +75,13 @@ class Reward:
         """Return whether any image of a prompt can get a score; a judge that does not know says yes."""
         return True
 
+    def keep_forks(self, rollout: Rollout, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Take, before `settle`, what drew a step's images, to keep what belongs to them.
+
+        `groups` names every group that was judged as a whole, in that order: its prompt, and its images by
+        their places in the plan.
+        """
+
     def settle(self) -> None:
         """Stop a run, by raising, once all images of a step have been seen and people must be asked."""
 
@@ -93,7 +101,7 @@ class Wrapped(Reward):
     runs_elsewhere, may_abstain = map(_forwarded, ("runs_elsewhere", "may_abstain"))
     module, embed, cancel = map(_forwarded, ("module", "embed", "cancel"))
     score, check_prompts, settle = map(_forwarded, ("score", "check_prompts", "settle"))
-    can_judge = _forwarded("can_judge")
+    can_judge, keep_forks = map(_forwarded, ("can_judge", "keep_forks"))
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
         gather=setup.world.gather,
     )
     for reward in setup.rewards:
+        reward.keep_forks(found.rollout, found.scorer.whole)
         reward.settle()
     plan, seconds = found.plan, found.scorer.seconds
     features = {

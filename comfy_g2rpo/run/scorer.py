@@ -74,6 +74,8 @@ class Scorer:
         self.scores = torch.full((len(self.rewards), len(self.prompts), self.images), torch.nan)
         self.pictures: dict[tuple[int, int], Tensor] = {}
         self.features: dict[str, Tensor] = {}
+        self.whole: list[tuple[int, tuple[int, ...]]] = []
+        """Prompt and images of every group that was judged as a whole, in that order."""
         self._grouping = [r for r, reward in enumerate(self.rewards) if reward.needs_group]
         self._elsewhere = [r for r, reward in enumerate(self.rewards) if reward.runs_elsewhere]
         self._together = [
@@ -131,6 +133,8 @@ class Scorer:
             while rewards is self._together and groups.nbytes > MAX_WAITING:
                 done.append(groups.oldest())
             for group in done:
+                if group.images and rewards is self._grouping:
+                    self.whole.append((group.prompts[0], group.images))
                 for r in rewards if group.images else ():
                     self._hand_over(r, group)
         self._collect(MAX_WAITING)

@@ -2,7 +2,8 @@
 
     votes.jsonl                  line 1 names the schema, then one table of votes (votes.py) per line; only
     ever appended to ballots/<name>/              a group that was shown: ballot.json (prompt, step, and key
-    and file of every picture) and 000.png …
+    and file of every picture), 000.png …,
+    and forks.safetensors (forks.py), from which votes can teach again
 
 A line that an interruption tore off was never a vote: it is left out when reading, and removed before the
 next one is written.
@@ -192,12 +193,13 @@ def write_ballot(run: Path, pictures: Tensor, prompt: str, step: int) -> Path:
 
 def read_ballots(run: Path) -> list[Ballot]:
     """Read the groups that a run has shown, in the order of their steps."""
-    found = [_ballot(path) for path in sorted((Path(run) / "ballots").glob("*/ballot.json"))]
+    found = [read_ballot(path.parent) for path in sorted((Path(run) / "ballots").glob("*/ballot.json"))]
     return sorted(found, key=lambda ballot: ballot.step)
 
 
-def _ballot(path: Path) -> Ballot:
-    """Read one ballot."""
+def read_ballot(place: Path) -> Ballot:
+    """Read the ballot of a folder."""
+    path = place / "ballot.json"
     content = read_table(path)
     prompt, step, rows = (content.get(name) for name in ("prompt", "step", "pictures"))
     if not isinstance(prompt, str) or not isinstance(step, int) or not isinstance(rows, list):
@@ -212,8 +214,8 @@ def _ballot(path: Path) -> Ballot:
             or not FILE.fullmatch(file)
         ):
             raise RunError(f"{path} is damaged; remove its folder")
-        files[key] = path.parent / file
-    return Ballot(prompt, step, files, path.parent)
+        files[key] = place / file
+    return Ballot(prompt, step, files, place)
 
 
 def open_ballots(run: Path) -> list[Ballot]:

@@ -35,6 +35,20 @@ def input_digests(config: Config, prompts: Prompts) -> dict[str, str]:
     return found | {field: digest_of_place(place) for field, place in places(config)}
 
 
+def model_digest(content: Mapping[str, Any]) -> str:
+    """Return what tells the model of a run from others, by its config.json: files, LoRAs, guidance.
+
+    Blank where an earlier version wrote down no digests.
+    """
+    inputs, model = content.get(INPUTS), content["config"]["model"]
+    files = {field: digest for field, digest in (inputs or {}).items() if field.startswith("model.")}
+    if not files:
+        return ""
+    kept = {name: model.get(name) for name in ("family", "guidance", "negative_prompt")}
+    kept["strengths"] = [each["strength"] for each in model.get("lora", ())]
+    return hashlib.sha256(json.dumps([files, kept], sort_keys=True).encode()).hexdigest()
+
+
 def places(config: Config) -> Iterator[tuple[str, Path]]:
     """List the files and folders of a configuration, by field."""
     model = config.model

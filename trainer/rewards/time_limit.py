@@ -75,6 +75,7 @@ class TimeLimited(Wrapped):
 
     check_prompts, can_judge, noise = map(_forward_safely, ("check_prompts", "can_judge", "noise"))
     settle, embed, cancel = map(_forward_safely, ("settle", "embed", "cancel"))
+    keep_forks = _forward_safely("keep_forks")
 
     def __init__(self, reward: Reward, worker: Worker, seconds: float) -> None:
         self.reward, self.worker, self.seconds = reward, worker, seconds

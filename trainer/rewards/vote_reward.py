@@ -12,9 +12,13 @@ from torch import Tensor
 
 from comfy_g2rpo.prompts import titled
 from comfy_g2rpo.rewards import Reward, RewardError
+from comfy_g2rpo.rollout import Rollout
 from comfy_g2rpo.run.folder import RunFolder
 from comfy_g2rpo.votes.ballots import score, write_ballot
+from comfy_g2rpo.votes.forks import keep_forks
 from comfy_g2rpo.votes.strengths import picture_key
+
+from ..config.input_files import model_digest
 
 NAME = "votes"
 
@@ -35,18 +39,32 @@ class VoteReward(Reward):
     may_abstain: bool = True
     note: str = "follows whoever votes, and his mood"
     waiting: list[Path] = field(default_factory=list)
+    shown: list[tuple[Path | None, list[str]]] = field(default_factory=list)
+    """Of every group that was judged: its ballot, if it waits for votes, and the keys of its pictures."""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score the pictures [B, H, W, 3] of one prompt's group: [B], NaN for those that nobody compared."""
         prompt, step = titled(prompts[0]), self.step()
-        if len({picture_key(image) for image in images}) < 2:
+        keys = [picture_key(image) for image in images]
+        if len(set(keys)) < 2:
             # Nothing to choose between: a tie, about which nobody need be asked.
+            self.shown.append((None, keys))
             return torch.zeros(len(images))
         found = score(self.run, images, prompt, step)
+        place = write_ballot(self.run, images, prompt, step) if found is None else None
+        self.shown.append((place, keys))
         if found is None:
-            self.waiting.append(write_ballot(self.run, images, prompt, step))
+            self.waiting.append(place)
             return torch.full((len(images),), torch.nan)
         return found
+
+    def keep_forks(self, rollout: Rollout, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Write the forks of the groups that wait beside their pictures: their votes can teach again."""
+        shown, self.shown = self.shown[len(self.shown) - len(groups) :], []
+        base = model_digest(self.folder.config()) if any(place for place, _ in shown) else ""
+        for (place, keys), (prompt, images) in zip(shown, groups, strict=True):
+            if place:
+                keep_forks(place, keys, rollout, prompt, images, base)
 
     def settle(self) -> None:
         """Stop the run where the step that was just scored has groups without votes."""
