@@ -12,6 +12,7 @@ from ..comfy_g2rpo.advantages import least_spread, moments, rank_agreement, zero
 from ..comfy_g2rpo.plan import Plan
 from ..comfy_g2rpo.recipes import FIELDS
 from ..comfy_g2rpo.rewards.mixing import mixed_advantages, ranking_scores
+from ..comfy_g2rpo.run.diversity import pixel_features, shaping
 from .inputs.checks import check_inputs
 from .inputs.finding import offered
 from .inputs.judging import within
@@ -24,6 +25,7 @@ from .views.tables import Table, heatmap
 WITHOUT_CLAMP = 1e9
 NOTHING = 1e-6  # advantages below this are rounding
 MISLEADING = 0.5  # rank agreement below which a coarse completion is worth a warning
+MOST_DIVERSITY = 10.0
 
 
 def checked_rewards(rollout: RolloutData, scores: ScoresData) -> Tensor:
@@ -45,6 +47,26 @@ def checked_rewards(rollout: RolloutData, scores: ScoresData) -> Tensor:
             "scores are all nan: nothing could be judged; check the prompt and the reward of Score Rollout"
         )
     return plan.values(values.detach().float().cpu())
+
+
+def diversity_credit(
+    rollout: RolloutData, scores: ScoresData, rewards: Tensor, weight: float, clamp: float
+) -> Tensor:
+    """Return what unlikeness by pixels adds to the advantages [K, G], from the pictures that were judged.
+
+    Rewards: [R, K, G, L]. Raise ValueError where scores do not hold a picture of every image.
+    """
+    plan, pictures = rollout.rollout.plan, scores.pictures
+    if pictures is None:
+        remedy = "connect pictures in Scores From Values, or set diversity to 0"
+        raise ValueError(f"diversity is {weight:g}, but scores hold no pictures to compare; {remedy}")
+    if len(pictures) != len(plan.images):
+        raise ValueError(
+            f"diversity compares all {len(plan.images)} pictures of the rollout, and scores hold "
+            f"{len(pictures)}; connect the pictures of this very rollout, or set diversity to 0"
+        )
+    features = plan.values(pixel_features(pictures[..., :3]).cpu().T).movedim(0, -1)
+    return shaping(features, rewards, weight, clamp)
 
 
 def make_table(
@@ -113,15 +135,22 @@ def make_tiles(rollout: RolloutData, scores: ScoresData, advantages: Tensor) -> 
 
 
 def summary(
-    rollout: RolloutData, rewards: Tensor, advantages: Tensor, scores: ScoresData, std_floor: float
+    rollout: RolloutData,
+    rewards: Tensor,
+    advantages: Tensor,
+    scores: ScoresData,
+    std_floor: float,
+    credit: Tensor | None = None,
 ) -> str:
-    """Describe how much there is to learn, and whether coarse completions mislead."""
+    """Describe how much there is to learn, whether coarse completions mislead, and what diversity adds."""
     steps, branches = advantages.shape
     equal = zero_std_share(rewards, std_floor, scores.noise)
     lines = [
         f"{steps} branch steps × {branches} branches, mean |advantage| {advantages.abs().mean():.2f}",
         f"zero_std_share {equal:.0%}: groups whose rewards are all equal, but for noise, which teach nothing",
     ]
+    if credit is not None:
+        lines.append(f"diversity moves a branch's advantage by {credit.abs().mean():.2f} on average")
     for name, row, noise in zip(scores.names, rewards, scores.noise or [0.0] * len(rewards), strict=True):
         agreement = rank_agreement(row[None], [noise])
         for stride, value in list(zip(rollout.granularities, agreement.tolist(), strict=True))[1:]:
@@ -160,6 +189,17 @@ class Advantages(io.ComfyNode):
                     default=False,
                     tooltip="Heat map with a row per branch instead of one row per granularity.",
                 ),
+                io.Float.Input(
+                    "diversity",
+                    default=0.0,
+                    min=0.0,
+                    max=MOST_DIVERSITY,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Credit for pictures that look unlike their group (by pixels), against sameness: "
+                    "1 pulls like one reward, 0 is off. Begin with 0.1 to 0.3. SetPO's paper only centres "
+                    "this credit; here it is scaled as well, as rewards are.",
+                ),
             ],
             outputs=[
                 output(AdvantagesWire, "advantages", "For Update LoRA."),
@@ -187,12 +227,18 @@ class Advantages(io.ComfyNode):
         return offered(
             schema,
             "grpo, reinforcement learning, z-score, group relative",
-            rare="clamp, std_floor, per_branch",
+            rare="clamp, std_floor, per_branch, diversity",
         )
 
     @classmethod
     def execute(
-        cls, rollout: RolloutData, scores: ScoresData, clamp: float, std_floor: float, per_branch: bool
+        cls,
+        rollout: RolloutData,
+        scores: ScoresData,
+        clamp: float,
+        std_floor: float,
+        per_branch: bool,
+        diversity: float = 0.0,
     ) -> io.NodeOutput:
         """Compute the advantages and draw them."""
         check_inputs(cls, locals())
@@ -201,8 +247,10 @@ class Advantages(io.ComfyNode):
         rewards = checked_rewards(rollout, scores)
         how = scores.weights, scores.mix, scores.gates, clamp, std_floor
         [advantages] = mixed_advantages([rewards], *how, noise=scores.noise)
+        credit = diversity_credit(rollout, scores, rewards, diversity, clamp) if diversity else None
+        advantages = advantages if credit is None else advantages + credit
         table = make_table(rollout, scores, rewards, advantages, std_floor)
-        text = summary(rollout, rewards, advantages, scores, std_floor)
+        text = summary(rollout, rewards, advantages, scores, std_floor, credit)
         # Made outside the executor's inference mode, so that a learner can use them.
         with torch.inference_mode(False):
             given = scores.names, scores.noise, std_floor

@@ -365,7 +365,8 @@ class ScoresFromValues(io.ComfyNode):
                 io.Image.Input(
                     "pictures",
                     optional=True,
-                    tooltip="The decoded completions, if the ranked grid is to show them.",
+                    tooltip="The decoded completions, if the ranked grid is to show them, or diversity of "
+                    "Advantages to compare them.",
                 ),
             ],
             outputs=[output(ScoresWire, "made", "For Advantages.", shown="scores")],

@@ -78,7 +78,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     | {"details": ["ScoreImages", 4], "names": ["LoadImageFolder", 1]},
     "VoteRollout": {**TREE, "pictures": ["ScoreRollout", 1], "prompt": CIRCLE, "votes": "", "run": ""},
     "ScoresFromValues": {**TREE, "votes": "", "values": ["ScoreImages", 0], "pictures": ["ScoreRollout", 1]},
-    "Advantages": {**TREE, "scores": ["ScoresFromValues", 0]},
+    "Advantages": {**TREE, "scores": ["ScoresFromValues", 0], "diversity": 0.1},
     "UpdateLoRA": {"policy": ["LoRAPolicy", 0], "advantages": ["Advantages", 0], "kl": 0.01}
     | {"micro_batch": 2},
     "TrainLoRA": {**REWARD, **SMALL, **SHORT, "preset": "as typed", "if_settings_changed": "new"},

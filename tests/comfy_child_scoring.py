@@ -43,17 +43,21 @@ judged_graph = {
         "ScoresFromValues", rollout=["rollout", 0], votes="", values=["images", 0], pictures=["decode", 0]
     ),
     "voted_advantages": block("Advantages", scores=["voted", 0]),
+    "same": block("Advantages", scores=["score", 0], clamp=2.0, diversity=0.0),
+    "diverse": block("Advantages", scores=["score", 0], clamp=2.0, diversity=0.3),
 }
 judged = run(
     judged_graph,
     **outputs(rollout="rollout", load="model - vae", score="scores pictures score_table", mix="- about"),
     **outputs(advantages="advantages heatmap ranked summary", branches="- per_branch", decode="decoded"),
     **outputs(images="- image_order image_ranked image_table", best="best kept", voted="voted"),
-    **outputs(voted_advantages="voted_advantages"),
+    **outputs(voted_advantages="voted_advantages", same="same - - same_summary"),
+    **outputs(diverse="diverse - - diverse_summary"),
 )
 rollout, scores, advantages = judged.values["rollout"], judged.values["scores"], judged.values["advantages"]
 answers["judged"] = {
     **plain({name: judged.values[name] for name in ("score_table", "summary", "image_table", "about")}),
+    **plain({name: judged.values[name] for name in ("same_summary", "diverse_summary")}),
     "ui": {node: output.get("text") for node, output in judged.ui.items()},
     "names": scores.names,
     "weights": scores.weights,
@@ -69,6 +73,8 @@ pictures |= {
     "scores": scores.values,
     "table": advantages.table,
     "rewards": advantages.rewards,
+    "same": judged.values["same"].table,
+    "diverse": judged.values["diverse"].table,
     "voted_table": judged.values["voted_advantages"].table,
     "voted_scores": judged.values["voted"].values,
     "voted_pictures": judged.values["voted"].pictures,
@@ -214,6 +220,16 @@ tie_graph = {
 tie = run(tie_graph, **outputs(tie="- heatmap - summary"))
 answers["tie"], pictures["tie"] = tie.values["summary"], tie.values["heatmap"]
 
+# Equal votes and the pictures of a user: only their unlikeness tells the branches apart.
+for name, shown in tensors.items():
+    if name.startswith("alike "):
+        few = block("Rollout", branch_steps="1", group_size=len(shown), granularities="1")
+        graph = {**drawing(given["prompt"], steps=2), "rollout": few, "shown": thing(name, shown)}
+        wires = {"rollout": ["rollout", 0], "pictures": ["shown", 0], "votes": "1 " * len(shown)}
+        graph |= {"votes": block("ScoresFromValues", **wires)}
+        graph |= {"diverse": block("Advantages", scores=["votes", 0], diversity=given["diversity"])}
+        pictures[name] = run(graph, made=("diverse", 0)).values["made"].table
+
 # A reward whose noise is larger than any spread: all that it says of a group is that.
 noisy = rewards.Rule("noisy", lambda images, prompts: images.mean((1, 2, 3)), True)
 object.__setattr__(noisy, "noise", lambda: 10.0)
@@ -307,6 +323,18 @@ hostile: dict[str, dict[str, dict[str, Any]]] = {
         "clamp of nan": {"clamp": math.nan},
         "clamp below zero": {"clamp": -1.0},
         "std_floor without end": {"std_floor": math.inf},
+        "diversity of nan": {"diversity": math.nan},
+        "diversity below zero": {"diversity": -0.1},
+        "diversity above ten": {"diversity": 10.5},
+        "diversity of text": {"diversity": "much"},
+        "diversity without pictures": {
+            "diversity": 0.1,
+            "scores": dataclasses.replace(scores, pictures=None),
+        },
+        "diversity of too few pictures": {
+            "diversity": 0.1,
+            "scores": dataclasses.replace(scores, pictures=scores.pictures[:-1]),
+        },
     },
     "MixRewards": {
         "weights of zero": {"weight_1": 0.0, "weight_2": 0.0},

@@ -96,6 +96,35 @@ def test_shaping_sums_to_zero_over_those_that_were_judged(seed, size, levels, we
     )
 
 
+@pytest.mark.parametrize("apart", [1e-3, 0.1, 7.0])
+@pytest.mark.parametrize(("twins", "weight"), [(2, 1.0), (2, 0.3), (3, 0.1), (7, 2.0)])
+def test_one_picture_among_twins_is_credited_by_the_closed_form(twins, weight, apart):
+    pictures = torch.zeros(1, twins + 1, 1, 4)
+    pictures[0, -1] = apart
+    # Marginals are linear in (is it the odd one), whatever the distance; so are the z-scores: −1/√n and
+    # (n−1)/√n of n pictures.
+    count = twins + 1
+    expected = [-weight / count**0.5] * twins + [weight * twins / count**0.5]
+    found = shaping(pictures, torch.zeros(1, 1, count, 1), weight)
+    assert found.flatten().tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@given(st.integers(0, 1000), st.integers(1, 3), st.integers(2, 5))
+def test_duplicates_get_less_than_singles(seed, copies, singles):
+    pictures = torch.eye(singles + 1)
+    group = torch.cat([pictures, pictures[:1].repeat(copies, 1)])[None, :, None]
+    order = torch.randperm(group.shape[1], generator=torch.Generator().manual_seed(seed))
+    found = shaping(group[:, order], torch.zeros(1, 1, group.shape[1], 1), 1.0)[0]
+    copied = (group[0, order, 0] == pictures[0]).all(1)
+    assert found[copied].max() < found[~copied].min()
+
+
+@given(st.integers(0, 1000), st.integers(4, 12), st.sampled_from([0.1, 0.3, 1.0, 3.0]))
+def test_the_credit_has_the_scale_of_a_reward_of_that_weight(seed, size, weight):
+    found = shaping(features(2, size, 1, 5, seed=seed), torch.zeros(1, 2, size, 1), weight, clamp=1e9)
+    assert found.std(1).tolist() == pytest.approx([weight, weight], rel=1e-3)
+
+
 def test_a_group_of_equal_pictures_is_not_shaped():
     assert shaping(torch.ones(2, 6, 1, 4), features(1, 2, 6, 1), 1.0).abs().max() == 0
 

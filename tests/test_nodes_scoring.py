@@ -14,6 +14,7 @@ from comfy_g2rpo.advantages import integrate
 from comfy_g2rpo.plan import singular
 from comfy_g2rpo.rewards import load, score_all
 from comfy_g2rpo.rewards.mixing import ranking_scores
+from comfy_g2rpo.run.diversity import pixel_features, shaping
 from comfy_g2rpo.run.scorer import to_8_bit
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("scripts in comfyui")]
@@ -84,6 +85,12 @@ HOSTILE = {
     "clamp of nan": "clamp",
     "clamp below zero": "clamp",
     "std_floor without end": "std_floor",
+    "diversity of nan": "diversity",
+    "diversity below zero": "diversity",
+    "diversity above ten": "diversity",
+    "diversity of text": "diversity",
+    "diversity without pictures": "diversity is 0.1, but scores hold no pictures",
+    "diversity of too few pictures": "diversity compares all 20 pictures of the rollout",
     "weights of zero": "weight",
     "weights that cancel": "weight",
     "weight of nan": "weight_1",
@@ -114,13 +121,28 @@ def make_images() -> dict[str, torch.Tensor]:
 
 
 IMAGES = make_images()
+DIVERSITY = 0.3
+# What pictures of one group are, by letter, and their credit over λ by hand: of n pictures of which one
+# differs, that one has z = (n−1)/√n, the others −1/√n, whatever the difference is.
+ALIKE = {
+    "aab": [-1 / 3**0.5, -1 / 3**0.5, 2 / 3**0.5],
+    "baaa": [1.5, -0.5, -0.5, -0.5],
+    "aaaa": [0.0] * 4,
+    "ab": [0.0] * 2,
+    "aabb": [0.0] * 4,
+}
+PAINTED = {letter: torch.rand(3, generator=torch.Generator().manual_seed(ord(letter))) for letter in "ab"}
+ALIKE_PICTURES = {
+    f"alike {names}": torch.stack([PAINTED[name].expand(16, 16, 3) for name in names]) for names in ALIKE
+}
 
 
 @pytest.fixture(scope="module", params=COMFYUIS)
 def core(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answer:
     given = {"prompt": PROMPT, "threshold": THRESHOLD, "lines": LINES, "scene": SCENE, "random": 400}
-    given |= {"compared": COMPARED, "kept": list(KEPT)}
-    return run_script(request.param, CHILD, make_base(tmp_path_factory.mktemp("scoring")), given, IMAGES)
+    given |= {"compared": COMPARED, "kept": list(KEPT), "diversity": DIVERSITY}
+    sent = IMAGES | ALIKE_PICTURES
+    return run_script(request.param, CHILD, make_base(tmp_path_factory.mktemp("scoring")), given, sent)
 
 
 # any images
@@ -263,6 +285,27 @@ def test_advantages_are_the_engines(core: Answer) -> None:
     assert torch.allclose(core.tensors["table"], integrate(rewards, WEIGHTS, CLAMP, 1e-8), atol=1e-6)
     assert not torch.allclose(core.tensors["table"], integrate(rewards, WEIGHTS, 5.0, 1e-8), atol=1e-3)
     assert core.data["judged"]["learnable"]
+
+
+def test_without_diversity_advantages_are_as_before(core: Answer) -> None:
+    assert torch.equal(core.tensors["same"], core.tensors["table"])
+    assert core.data["judged"]["same_summary"] == core.data["judged"]["summary"]
+
+
+def test_diversity_adds_what_training_adds(core: Answer) -> None:
+    plan = singular(6, [0, 2], 5, (1, 2))
+    features = plan.values(pixel_features(core.tensors["pictures"]).T).movedim(0, -1)
+    credit = shaping(features, plan.values(core.tensors["scores"]), DIVERSITY, CLAMP)
+    assert credit.abs().mean() > 0.1
+    assert torch.allclose(core.tensors["diverse"], core.tensors["table"] + credit, atol=1e-6)
+    said = f"diversity moves a branch's advantage by {credit.abs().mean():.2f} on average"
+    assert said in core.data["judged"]["diverse_summary"]
+
+
+@pytest.mark.parametrize(("names", "expected"), ALIKE.items())
+def test_where_votes_tie_unlikeness_alone_decides(core: Answer, names: str, expected: list[float]) -> None:
+    found = core.tensors[f"alike {names}"]
+    assert found.flatten().tolist() == pytest.approx([DIVERSITY * z for z in expected], rel=1e-4, abs=1e-6)
 
 
 def test_any_graph_can_be_the_judge(core: Answer) -> None:
