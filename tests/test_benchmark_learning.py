@@ -1,30 +1,35 @@
-"""The learning benchmark counts all model work, tunes every arm by the same rule, and compares arms on the
-seeds they share.
+"""The learning benchmark counts all model work, gives every arm the same freedoms and tries, reads several
+budgets off one run, and compares arms on the seeds they share.
 """
 
+import json
+from pathlib import Path
+
+import learning_runs
 import pytest
 import torch
-from learning import (
+from learning import fresh, idea_jobs, main
+from learning_arms import (
     ARMS,
     OWN,
     RATES,
     START,
-    TUNE_SEEDS,
-    Counted,
-    best_setting,
-    differences,
-    interval,
-    jobs_again,
+    arms_here,
+    describe,
+    forms,
+    make,
     neighbours,
-    next_setting,
-    reached,
-    tried,
-    tuning_jobs,
+    setting_of,
+    start,
     weighted,
 )
+from learning_report import by_arm, differences, gains, ideas_report, interval, measures, reached, tries
+from learning_runs import Counted, configure, identity, jobs_again, missing, read, run_arm
+from learning_tuning import best_setting, next_setting, tried, tuning_jobs
 from toys import SHAPE, ToyPolicy
 
-from comfy_g2rpo.recipes import recipe
+RESULTS = Path(__file__).parent.parent / "benchmarks/results"
+HERE = arms_here()[0]
 
 
 def test_work_is_one_per_forward_and_two_more_per_backward():
@@ -39,99 +44,171 @@ def test_work_is_one_per_forward_and_two_more_per_backward():
     assert policy.work == 15
 
 
-def climb(gain, tries, weighted=True):
+def climb(gain, tries, arm="mix_grpo"):
     gains = {}
     for _ in range(tries):
-        setting = next_setting(gains, weighted, START)
+        setting = next_setting(gains, arm, start(arm))
         assert setting not in gains
-        gains[setting] = gain(*setting)
+        gains[setting] = gain(setting)
     return list(gains)
 
 
-def test_tuning_climbs_from_its_start_and_tries_every_kind_of_neighbour():
-    rate = START[0]
-    up, down = (RATES[RATES.index(rate) + i] for i in (1, -1))
-    tries = climb(
-        lambda lr, weights, prompts, average: (
-            1.0 if (lr, prompts) == (rate, 1) else 0.5 if lr == rate else 0.0
-        ),
-        7,
+def test_tuning_tries_every_form_first_and_then_every_kind_of_neighbour():
+    place = RATES.index(START.rate)
+    up, down = RATES[place + 1], RATES[place - 1]
+    single = START._replace(prompts=1)
+    found = climb(
+        lambda setting: (setting.form == OWN) + (setting.prompts == 1) - 0.1 * (setting != single), 9
     )
-    single = (rate, OWN, 1, 0.0)
-    assert tries[:4] == [START, single, (up, *single[1:]), (down, *single[1:])]
-    assert tries[4:6] == [(rate, OWN, 1, 0.9), (rate, "balanced", 1, 0.0)]
+    assert found[:4] == [
+        START,
+        START._replace(form="one step"),
+        START._replace(form="one step, stride 2"),
+        single,
+    ]
+    rest = [single._replace(rate=up), single._replace(rate=down), single._replace(average=0.0)]
+    assert found[4:8] == [*rest, single._replace(weights="balanced")]
+
+
+def test_tuning_goes_on_from_the_form_that_pays():
+    found = climb(lambda setting: float(setting.form == "one step"), 8)
+    assert {setting.form for setting in found[3:]} == {"one step"}
+    assert {setting.weights for setting in found[3:]} == {OWN}
 
 
 def test_tuning_goes_on_in_the_direction_that_pays():
-    assert max(climb(lambda lr, weights, prompts, average: -abs(lr - 2 * START[0]), 6))[0] >= 2 * START[0]
+    tried = climb(lambda setting: -abs(setting.rate - 2 * START.rate), 8)
+    assert max(setting.rate for setting in tried) >= 2 * START.rate
 
 
-def test_rates_end_where_the_ladder_does():
-    for rate in (RATES[0], RATES[-1]):
-        near = [other for other, *_ in neighbours((rate, OWN, 2, 0.0), weighted=True)]
-        assert {rate} < set(near) <= set(RATES)
+@pytest.mark.parametrize("rate", [RATES[0], RATES[-1]])
+def test_rates_end_where_the_ladder_does(rate):
+    near = [other.rate for other in neighbours("mix_grpo", START._replace(rate=rate))]
+    assert {rate} < set(near) <= set(RATES)
 
 
-def test_an_arm_without_weights_to_choose_gets_as_many_tries():
-    tries = climb(lambda lr, weights, prompts, average: float(prompts), 8, weighted=False)
-    assert len(set(tries)) == 8
-    assert {weights for _, weights, _, _ in tries} == {OWN}
-    assert {prompts for _, _, prompts, _ in tries} == {1, 2, 4}
+@pytest.mark.parametrize("arm", HERE)
+def test_every_arm_gets_as_many_tries(arm):
+    found = climb(lambda setting: setting.prompts + setting.rate, 20, arm)
+    assert len(set(found)) == 20
+    assert len({json.dumps(describe(arm, setting), sort_keys=True) for setting in found}) == 20
 
 
-def test_a_setting_counts_with_the_mean_of_all_tuning_seeds():
-    def result(setting, seed, gain):
-        job = next(job for job in tuning_jobs("mix_grpo", setting, 1.0) if job["seed"] == seed)
-        return {**job, "curve": [{"agreement": gain}]}
+def test_the_published_method_stays_as_it_is():
+    found = climb(lambda setting: setting.rate, 12, "g2rpo, published")
+    assert {(setting.weights, setting.average, setting.form) for setting in found} == {(OWN, 0.0, OWN)}
+    made = make(describe("g2rpo, published", found[0])["method"])
+    assert (made.granularities, made.pick, made.steps) == ((1, 2), "every", "first_half")
+    assert (made.update, made.objective, made.terminal) == ("per_step", "clip", "published")
+    assert (made.ema, made.max_grad_norm, made.step_weight) == (0.0, 1.0, "uniform")
 
-    other = (START[0], "balanced", 2, 0.9)
-    first, second, third = TUNE_SEEDS
-    results = [
-        result(START, first, 0.1),
-        result(START, second, 0.3),
-        result(START, third, 0.5),
-        result(other, first, 9.0),
-    ]
-    assert tried(results, "mix_grpo") == {START: pytest.approx(0.3)}
-    assert (
-        best_setting([*results, result(other, second, 0.0), result(other, third, 0.0)], "mix_grpo") == other
+
+def test_every_baseline_gets_the_leaders_freedoms():
+    for arm in ("flow_grpo", "flow_grpo_fast", "dance_grpo", "mix_grpo", "tempflow_grpo"):
+        assert list(forms(arm))[:3] == [OWN, "one step", "one step, stride 2"]
+        for form in list(forms(arm))[1:]:
+            job = describe(arm, START._replace(form=form))
+            made = make(job["method"])
+            assert (made.steps, made.pick, made.pick_size) == ("first_half", "random", 1)
+        coarse = made.granularities == (2,) or job["set"]["speed.tail_stride"] == 2
+        assert coarse
+    assert [list(forms(arm)) for arm in HERE if ARMS[arm].ours] == [[OWN]] * sum(
+        ARMS[arm].ours for arm in HERE
     )
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_every_arm_is_a_recipe_with_the_shared_gradient_norm(arm):
-    for setting in (START, (START[0], "balanced", 2, 0.9)):
-        settings = tuning_jobs(arm, setting, 1.0)[0]["method"]
-        made = recipe(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-        )
-        assert made.max_grad_norm < 1e-3
+def test_an_arm_without_a_recipe_is_left_out():
+    ARMS["nobody's"] = type(ARMS["awm"])({"name": "nobody"})
+    ARMS["no such field"] = type(ARMS["awm"])({"name": "g2rpo", "no_such_field": 1})
+    ARMS["refused"] = type(ARMS["awm"])({"name": "flow_grpo", "granularities": [3]})
+    try:
+        assert {"nobody's", "no such field", "refused"} <= set(arms_here()[1])
+    finally:
+        for name in ("nobody's", "no such field", "refused"):
+            del ARMS[name]
+    assert {"g2rpo, published", "g2rpo {2}", "flow_grpo", "dance_grpo"} <= set(arms_here()[0])
 
 
-def test_step_weights_matter_where_an_update_has_several_steps():
-    assert [arm for arm in ARMS if not weighted(arm)] == [
-        "g2rpo {1}",
-        "g2rpo {2}",
-        "g2rpo {1,2}",
-        "g2rpo {1,3}",
-        "g2rpo {2,4}",
+def results(arm, setting, gains):
+    jobs = tuning_jobs(arm, setting, [1.0])
+    return [
+        {**job, "curve": [{"cpu": 1.0, "agreement": gain}]} for job, gain in zip(jobs, gains, strict=False)
     ]
 
 
-def run(arm, seed, gain, work=10):
-    curve = [{"cpu": 5, "work": 4, "agreement": gain / 2}, {"cpu": 10, "work": work, "agreement": gain}]
-    return {"arm": arm, "seed": seed, "cpu_seconds": 10, "work": 8, "curve": curve}
+def test_a_setting_counts_with_the_mean_of_all_tuning_seeds():
+    other = START._replace(weights="balanced", form="one step, stride 2")
+    found = [*results("mix_grpo", START, [0.1, 0.3, 0.5]), *results("mix_grpo", other, [9.0])]
+    assert tried(found, "mix_grpo") == {START: pytest.approx(0.3)}
+    found += results("mix_grpo", other, [9.0, 0.0, 0.0])[1:]
+    assert best_setting(found, "mix_grpo") == other
+    with pytest.raises(SystemExit, match="flow_grpo was not tuned"):
+        best_setting(found, "flow_grpo")
+
+
+def test_tuning_says_how_much_was_tried():
+    other = START._replace(form="one step")
+    found = [*results("mix_grpo", START, [0.1] * 3), *results("mix_grpo", other, [0.2] * 3)]
+    lines = tries(found, ["mix_grpo"])
+    assert lines[0].startswith("Tuning: 2 settings per arm, 2 in all, each on the seeds 1000 to 1002")
+    assert lines[-1] == "| mix_grpo | 2 | one step +0.200 (1); own +0.100 (1) |"
+    unequal = tries([*found, *results("awm", START, [0.1] * 3)], ["mix_grpo", "awm"])[0]
+    assert "1 to 2 (unequal) settings per arm" in unequal
+
+
+@pytest.mark.parametrize("arm", HERE)
+def test_every_form_of_every_arm_can_be_configured(arm):
+    for form in forms(arm):
+        setting = start(arm)._replace(form=form)
+        job = describe(arm, setting, split="tune", seed=0, noises=1)
+        assert setting_of(json.loads(json.dumps(job))) == setting
+        config = configure(job)
+        assert config.method.max_grad_norm == (1.0 if arm == "g2rpo, published" else 3e-5)
+        assert config.speed.tail_stride == job["set"].get("speed.tail_stride", 1)
+
+
+def test_step_weights_matter_where_an_update_has_several_steps():
+    single = [arm for arm in HERE if not weighted(arm)]
+    assert {"g2rpo {1}", "g2rpo {2}", "g2rpo {1,2}", "g2rpo {1,3}", "g2rpo {2,4}"} <= set(single)
+    assert {"flow_grpo", "mix_grpo", "tempflow_grpo"}.isdisjoint(single)
+    assert not weighted("mix_grpo", "one step")
+
+
+def run(arm, seed, gain, work=10, seconds=10):
+    curve = [{"cpu": 5, "work": 4, "agreement": gain / 2, "strict": 0.0}]
+    curve.append({"cpu": 10, "work": work, "agreement": gain, "strict": gain / 4})
+    return {"arm": arm, "seed": seed, "cpu_seconds": seconds, "work": 8, "curve": curve}
 
 
 def test_a_budget_is_read_where_it_was_spent():
     made = run("a", 0, 0.2)
     made["curve"][0]["work"] = 9
-    assert [reached(made, budget)["agreement"] for budget in ("cpu", "work")] == [0.2, 0.1]
+    assert [reached(made, "cpu", 10)["agreement"], reached(made, "work", 8)["agreement"]] == [0.2, 0.1]
 
 
-def test_arms_are_compared_on_the_seeds_that_both_have():
-    runs = [run("a", 0, 0.3), run("a", 1, 0.4), run("a", 2, 9.0), run("b", 0, 0.2), run("b", 1, 0.3)]
-    assert differences(runs, "a", ["b"])[2].startswith("| b | 2 | +0.100 ± 0.000")
+def test_several_budgets_are_points_of_one_run():
+    runs = [run("a", 0, 0.4, seconds=[5, 10]), run("a", 1, 0.2, seconds=[5])]
+    lines = gains(by_arm(runs), measures(runs))
+    assert lines[0].startswith(
+        "| arm | seeds | agreement, 5 CPU s | agreement, 10 CPU s | agreement, 8 work |"
+    )
+    assert "| a | 2 | +0.150 ± 0.635 | +0.400 ± nan (1) |" in lines[2]
+    assert lines[2].endswith("| +0.400, 10 CPU s |")
+
+
+def test_a_long_run_holds_a_shorter_one_and_not_the_other_way_round():
+    long, short, old = ({"arm": "a", "seed": 0, "cpu_seconds": s} for s in ([12.0, 60.0], [12.0], 12.0))
+    assert missing([short], [long]) == missing([short], [old]) == []
+    assert missing([long], [short]) == [long]
+    assert missing([{**short, "seed": 1}], [long]) == [{**short, "seed": 1}]
+    assert by_arm([long, short])["a"][0] is long
+
+
+def test_arms_are_compared_on_the_seeds_and_budgets_that_both_have():
+    runs = [run("a", seed, gain, seconds=[5, 10]) for seed, gain in enumerate((0.3, 0.4, 9.0))]
+    runs += [run("b", 0, 0.2, seconds=[5, 10]), run("b", 1, 0.3, seconds=[5])]
+    lines = differences(by_arm(runs), "a", ["b"], measures(runs))
+    assert lines[2].startswith("| b | 2 | +0.050 ± 0.000 | +0.100 ± nan (1) | +0.100 ± 0.000 |")
 
 
 def test_the_interval_is_students():
@@ -146,3 +223,65 @@ def test_a_recorded_run_is_made_again_up_to_its_own_updates():
     assert [point["updates"] for point in job["points"]] == [3, 4]
     assert not {"before", "curve"} & set(job)
     assert all(set(point) == {"cpu", "work", "updates"} for point in job["points"])
+
+
+RECORDED = {
+    "refined_final": "| g2rpo {2} | 30 | +0.120 ± 0.007 | +0.120 ± 0.007 | +0.104 ± 0.012 |",
+    "clean_final": "| flow_grpo_fast | 15 | +0.092 ± 0.009 | +0.079 ± 0.009 | +0.092 ± 0.014 |",
+    "scaled_final": "| tempflow_grpo | 14 | +0.103 ± 0.006 | +0.059 ± 0.012 | +0.078 ± 0.014 |",
+    "confirm": "| mix_grpo | 22 | +0.103 ± 0.006 | +0.063 ± 0.006 | +0.043 ± 0.020 |",
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_results_stay_readable(name, tmp_path, capsys):
+    (tmp_path / f"{name}.jsonl").write_bytes((RESULTS / f"{name}.jsonl").read_bytes())
+    main(["report", "--out", str(tmp_path), "--runs", name, "--plot", str(tmp_path / "drawn.png")])
+    assert RECORDED[name] in (tmp_path / f"{name}.md").read_text()
+    assert (tmp_path / "drawn.png").stat().st_size > 10_000
+    assert capsys.readouterr().out.startswith("| arm | form | lr |")
+
+
+def test_ideas_run_beside_the_leader_seed_by_seed():
+    leader = describe("flow_grpo", START._replace(form="one step, stride 2"), split="tune")
+    ideas = {"wider": {"lora.rank": 32}, "calmer": {"method.lr_schedule": "linear", "train.steps": 80}}
+    jobs = idea_jobs(leader, ideas, range(7, 9))
+    assert [(job["seed"], job["arm"]) for job in jobs[:3]] == [(7, "flow_grpo"), (7, "wider"), (7, "calmer")]
+    assert len(jobs) == 6
+    config = configure({**jobs[2], "noises": 1})
+    assert (config.method.lr_schedule, config.train.steps, config.speed.tail_stride) == ("linear", 80, 2)
+    assert len({identity(job) for job in jobs}) == 6
+
+
+def test_the_number_of_ideas_stands_beside_what_they_gain():
+    runs = [run("a", seed, 0.1) | {"idea": {}, "split": "tune"} for seed in (0, 1)]
+    runs += [run("wide", seed, 0.3) | {"idea": {"lora.rank": 8}, "split": "tune"} for seed in (0, 1)]
+    lines = ideas_report(runs, "a", 5)
+    assert lines[0].startswith("1 ideas on the tune prompts, of 5 that were tried; each minus a")
+    assert lines[4].startswith('| wide | `{"lora.rank": 8}` | 2 | +0.200 ± 0.000 |')
+
+
+def test_seeds_that_were_used_are_refused(tmp_path):
+    (tmp_path / "old.jsonl").write_text(json.dumps({"seed": 5, "split": "heldout"}) + "\n")
+    (tmp_path / "tuned.jsonl").write_text(json.dumps({"seed": 9, "split": "tune"}) + "\n")
+    options = type("Options", (), {"out": tmp_path, "seeds": [4, 8]})
+    with pytest.raises(SystemExit, match=r"old.jsonl holds runs of the seeds \[5\]"):
+        fresh(options, tmp_path / "mine.jsonl")
+    assert list(fresh(options, tmp_path / "old.jsonl")) == [4, 5, 6, 7]
+    options.seeds = [8, 12]
+    assert list(fresh(options, tmp_path / "mine.jsonl")) == [8, 9, 10, 11]
+
+
+def test_one_run_gives_every_budget_and_is_not_made_twice(tmp_path, monkeypatch):
+    """Time counts updates here, so the points lie where they must."""
+    ticks = iter(range(1000))
+    monkeypatch.setattr(learning_runs.time, "process_time", lambda: float(next(ticks)))
+    setting = START._replace(prompts=1)
+    common = {"seed": 3, "split": "tune", "noises": 1, "work": 100}
+    made = run_arm(describe("g2rpo {2}", setting, cpu_seconds=[1.0, 3.0], **common))
+    assert [(point["cpu"], point["updates"]) for point in made["curve"]][-1] == (3.0, 3)
+    assert [reached(made, "cpu", goal)["updates"] for goal in (1.0, 3.0)] == [1, 3]
+    assert reached(made, "work", 100)["work"] >= 100
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps(made) + "\n")
+    assert missing([describe("g2rpo {2}", setting, cpu_seconds=[1.0], **common)], read(path)) == []
