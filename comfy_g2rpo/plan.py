@@ -101,6 +101,16 @@ class Plan:
         """List the distinct finished states, in order: what is decoded and scored."""
         return tuple(sorted({leaf.state for leaf in self.leaves}))
 
+    @property
+    def pictures(self) -> int:
+        """Count the pictures that are decoded and judged."""
+        return len(self.images)
+
+    @property
+    def rows(self) -> int:
+        """Count the states at which an update differentiates."""
+        return len(self.forks)
+
     @cached_property
     def transitions(self) -> tuple[int, ...]:
         """List the trained stochastic edges by the state they lead to."""
@@ -159,6 +169,10 @@ class Plan:
         total = scores.new_zeros(scores.shape[0], size).index_add_(1, place, scores[:, sources])
         count = scores.new_zeros(size).index_add_(0, place, scores.new_ones(len(places)))
         return (total / count).reshape(scores.shape[0], *self.shape)
+
+    def final_values(self, scores: Tensor) -> Tensor:
+        """Give each trained edge the scores that its advantage comes from; here all of them."""
+        return self.values(scores)
 
 
 @dataclass

@@ -66,6 +66,18 @@ RECIPES: dict[str, Recipe] = {
         objective="clip",
         kl=0.01,
     ),
+    # arXiv 2512.15347 on Flow-GRPO's trajectories: 32 begin, 8 are finished; judged as published, at steps 30
+    # and 40 of 50.
+    "pro_grpo": Recipe(
+        steps="all_but_last",
+        tree="independent",
+        group_size=8,
+        expand=4.0,
+        prune_at=(0.6, 0.8),
+        granularities=(1,),
+        objective="clip",
+        kl=0.01,
+    ),
 }
 
 
@@ -105,7 +117,12 @@ def build_plan(made: Recipe, iteration: int = 0, seed: int = 0, coarsest: int = 
     The random choices depend on (seed, iteration) alone.
     """
     from .plan import independent, singular
+    from .trees.pruned import pruned
 
+    if made.expand > 1:
+        begun = dataclasses.replace(made, expand=1.0, group_size=round(made.expand * made.group_size))
+        whole = build_plan(begun, iteration, seed, coarsest)
+        return pruned(whole, made.granularities, made.group_size, made.prune_by, made.prune_at)
     rng = random.Random(f"plan {seed} {iteration}")
     steps = chosen_steps(made, iteration, rng)
     every = {"kernel": made.kernel, "eta": made.eta, "coarsest": coarsest}

@@ -20,6 +20,8 @@ def check(made: Recipe) -> Recipe:
     if made.tree == "independent" and made.granularities != (1,):
         remedy = "independent trajectories have no completions, so it must be (1,)"
         raise ValueError(f"granularities is {made.granularities}; {remedy}")
+    if made.expand > 1:
+        check_pruning(made)
     if made.objective == "on_policy" and (made.epochs > 1 or made.update == "per_step"):
         leaving = "epochs above 1 and update per_step leave the rollout's policy"
         raise ValueError(f"{leaving}; choose objective: clip")
@@ -33,3 +35,13 @@ def check(made: Recipe) -> Recipe:
         remedy = "prodigy finds its own and takes this for a factor: set it to 1"
         raise ValueError(f"learning_rate is {made.learning_rate:g}; {remedy}")
     return made
+
+
+def check_pruning(made: Recipe) -> None:
+    """Raise ValueError unless the recipe's branches can be judged on the way."""
+    if made.tree not in ("singular", "independent"):
+        remedy = "branches that split again cannot be dropped: choose tree singular or independent"
+        raise ValueError(f"expand is {made.expand:g}; {remedy}, or set it to 1")
+    if made.prune_by == "coarsest" and len(set(made.granularities)) < 2:
+        remedy = "the largest stride only judges, so list a smaller one too, such as 1, 2"
+        raise ValueError(f"granularities is {made.granularities}; {remedy}, or choose prune_by: prediction")

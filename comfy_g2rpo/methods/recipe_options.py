@@ -55,6 +55,25 @@ class Recipe:
     group_size: int = option(
         12, "Images that are compared with one another. Below 6 is noisy; more costs in proportion.", 2, 1024
     )
+    expand: float = option(
+        1.0,
+        "Branches that begin for each one that is finished; above 1 they are judged on the way, and those go "
+        "on that differ most. More variety for less than finishing all.",
+        1,
+        64,
+    )
+    prune_by: str = option(
+        "prediction",
+        "What a branch is judged by on its way: the image that one step predicts after prune_at of it, or "
+        "the one finished at the largest of several granularities (coarsest); the others then teach.",
+        choices=("prediction", "coarsest"),
+    )
+    prune_at: tuple[float, ...] = option(
+        (0.5,),
+        "Shares of a branch's way after which predictions are judged. Late ones see more and save less.",
+        0,
+        0.99,
+    )
     starts: int = option(1, "Start noises per prompt. More see more variety and cost in proportion.", 1, 64)
     shared_start: bool = option(
         False, "Start a prompt's independent images from one noise, to compare alike."

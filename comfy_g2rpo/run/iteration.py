@@ -23,6 +23,8 @@ from ..rewards.protocol import embedder
 from ..rollout import Rollout, stream
 from ..speed.peak_memory import peak_memory
 from ..speed.step_cache import Shortcut
+from ..trees.pruned import PrunedPlan, finished_rows
+from ..trees.staged_rollout import PrunedRollout, roll_out_pruned
 from ..update import records
 from ..update import update as take_steps
 from .diversity import describe, mean_distance, measure, shaping
@@ -50,6 +52,13 @@ class Explored:
         """Count the forwards, those of the guard among them."""
         return self.rollout.nfe + int(self.guard.get("guard/nfe", 0))
 
+    @property
+    def final_scores(self) -> Tensor:
+        """Return the scores of the pictures that teach: [R, P, F], of all but in a rollout that prunes."""
+        if not isinstance(self.rollout, PrunedRollout):
+            return self.scores
+        return self.scores.gather(2, torch.tensor(self.rollout.images).expand(len(self.scores), -1, -1))
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -57,7 +66,7 @@ class Scored:
 
     rewards: Sequence[Tensor]
     advantages: Sequence[Tensor]
-    everywhere: Tensor  # [R, P, images] of all processes
+    everywhere: Tensor  # [R, P, F] of all processes
     dropped: float  # share of the pictures that the least able reward could not judge
     noise: Sequence[float]  # [R], a spread below which tells nothing
 
@@ -94,6 +103,8 @@ def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
         seen = {"check": rolling, "describe": features, "groups": comparison_groups(plan)}
         scorer = Scorer(setup.policy.decode, rewards, texts, images, limits.decode_batch, **seen)
         how = size.sigmas, given, drawn, size.shape, scorer, limits.slots, rolling, shortcut
+        if isinstance(plan, PrunedPlan):
+            return scorer, roll_out_pruned(setup.policy, plan, *how, judge=partial(worth, setup))
         return scorer, roll_out_and_score(setup.policy, plan, *how)
 
     found = roll_out_guarded(
@@ -113,7 +124,7 @@ def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
         reward.settle()
     plan, seconds = found.plan, found.scorer.seconds
     features = {
-        name: [plan.values(table.T).movedim(0, -1) for table in tables]
+        name: [plan.final_values(table.T).movedim(0, -1) for table in tables]
         for name, tables in found.scorer.features.items()
     }
     rollout = time.perf_counter() - begin - seconds["decode"] - seconds["reward"]
@@ -132,13 +143,15 @@ def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
 def score(setup: Setup, explored: Explored, step: int) -> Scored:
     """Turn the scores of a step into advantages; RewardError where too few images were judged."""
     recipe, plan = setup.recipe, explored.plan
-    rewards = [plan.values(scores) for scores in explored.scores.unbind(1)]
-    everywhere = setup.world.gather(explored.scores)
+    rewards = [plan.final_values(scores) for scores in explored.scores.unbind(1)]
+    everywhere = setup.world.gather(explored.final_scores)
     if everywhere.isnan().all():
         none = f"rewards judged none of the {everywhere[0].numel()} pictures of step {step}"
         raise RewardError(f"{none}; mend the prompts, or the judge that is asked, and resume the run")
     dropped = dropped_share(setup, everywhere, step)
-    scale = [plan.values(scores) for scores in everywhere.unbind(1)] if recipe.std == "global" else None
+    scale = None
+    if recipe.std == "global":
+        scale = [plan.final_values(scores) for scores in setup.world.gather(explored.scores).unbind(1)]
     noise = [reward.noise() for reward in setup.rewards]
     advantages = mixed_advantages(
         rewards, setup.weights, recipe.mix, setup.gates, recipe.clamp, recipe.std_floor, scale, noise
@@ -152,6 +165,13 @@ def score(setup: Setup, explored: Explored, step: int) -> Scored:
     return Scored(rewards, advantages, everywhere, dropped, noise)
 
 
+def worth(setup: Setup, rewards: Tensor) -> Tensor:
+    """Make one score [n] of the rewards [R, 1, n, 1] of pictures of one group, as advantages are mixed."""
+    noise, recipe = [reward.noise() for reward in setup.rewards], setup.recipe
+    how = setup.weights, recipe.mix, setup.gates, math.inf, recipe.std_floor
+    return mixed_advantages([rewards], *how, noise=noise)[0][0]
+
+
 def update(
     setup: Setup, learner: Learner, explored: Explored, scored: Scored, check: Check
 ) -> dict[str, float]:
@@ -163,6 +183,8 @@ def update(
         step_weight=recipe.step_weight,
         samples=OBJECTIVES[recipe.objective].samples,
     )
+    if isinstance(explored.rollout, PrunedRollout):
+        made = finished_rows(made, explored.plan, explored.rollout.finished)
     reference = partial(swapped, policy.parameters(), learner.start) if learner.start else None
     with undone_on_error(setup, learner), policy.training():
         stats = take_steps(

@@ -52,7 +52,7 @@ def learn(
     watcher.start(
         pace.steps,
         learner.step,
-        f"{count * plan.forwards} forwards and {count * len(plan.images)} pictures per step",
+        f"{count * plan.forwards} forwards and {count * plan.pictures} pictures per step",
     )
     judges = [judge.name for judge in setup.judges]
     for note in (

@@ -103,11 +103,11 @@ def roll_out_guarded(
 
 def sample(plan: Plan, prompts: int, share: float, rng: random.Random) -> tuple[Plan, list[int]]:
     """Choose a share of the groups, at least one: branch steps of every prompt, or whole prompts."""
-    units = sorted({first_group(plan, leaf.state) for leaf in plan.leaves})
+    units = sorted({first_group(plan, leaf.state) for leaf in plan.leaves} - {-1})
     if len(units) > 1:
         chosen = rng.sample(units, max(round(share * len(units)), 1))
         return excerpt(plan, chosen), list(range(prompts))
-    return plan, sorted(rng.sample(range(prompts), max(round(share * prompts), 1)))
+    return excerpt(plan, units), sorted(rng.sample(range(prompts), max(round(share * prompts), 1)))
 
 
 def excerpt(plan: Plan, groups: Collection[int]) -> Plan:

@@ -19,9 +19,9 @@ from ..plan import ROOT, Plan
 from ..policy import Decoder, Trainee
 from ..rewards import Reward
 from ..rewards.clips import described, judged
-from ..rollout import Rollout
+from ..rollout import Frontier, Rollout
 from ..speed.fitting_batch import Limit, limit_of
-from ..speed.fitting_rollout import roll_out
+from ..speed.fitting_rollout import FittingFrontier, roll_out
 from ..speed.step_cache import Shortcut
 
 MAX_WAITING = 2**29
@@ -85,9 +85,18 @@ class Scorer:
         ]
         apart = {*self._grouping, *self._together, *self._elsewhere}
         self._here = [r for r in range(len(self.rewards)) if r not in apart]
-        self._whole, self._part = _Groups([0] * self.images), _Groups(self.groups)
+        self.expect([(p, image) for p in range(len(self.prompts)) for image in range(self.images)])
         self._thread: ThreadPoolExecutor | None = None
         self._waiting: deque[tuple[int, Batch, Future[Tensor]]] = deque()
+
+    def expect(self, coming: Collection[tuple[int, int]]) -> None:
+        """Say which images (prompt, position) come from now on: a group is complete when all of it has come.
+
+        All of a rollout's, unless it says otherwise.
+        """
+        self.coming = coming
+        self._whole = _Groups([0] * self.images, coming)
+        self._part = _Groups(self.groups, coming if self.groups else ())
 
     @torch.no_grad()
     def __call__(self, prompts: list[int], images: list[int], latents: Tensor) -> None:
@@ -112,6 +121,14 @@ class Scorer:
                     self.pictures[prompt, image] = (
                         levels(picture) if picture.ndim == 4 else picture.cpu().clone()
                     )
+
+    def blank(self, kept: Collection[tuple[int, int]]) -> None:
+        """Forget the scores and features of all images (prompt, position) but those given: NaN."""
+        there = torch.zeros(len(self.prompts), self.images, dtype=torch.bool)
+        there[tuple(map(list, zip(*kept, strict=True)))] = True
+        self.scores = torch.where(there, self.scores, torch.nan)
+        for name, found in self.features.items():
+            self.features[name] = torch.where(there[..., None].to(found.device), found, torch.nan)
 
     def _decoded(self, latents: Tensor, part: slice) -> Tensor:
         """Decode some latents to what a saved file would hold."""
@@ -202,9 +219,9 @@ class Scorer:
 class _Groups:
     """Pictures that wait for the others of their group; `of` names each image's group by its position."""
 
-    def __init__(self, of: Sequence[Hashable]) -> None:
+    def __init__(self, of: Sequence[Hashable], coming: Collection[tuple[int, int]]) -> None:
         self.of, self.nbytes = of, 0
-        self.size = Counter(of)
+        self.size = Counter((prompt, of[image]) for prompt, image in coming)
         self.known: dict[tuple[int, Hashable], dict[int, Tensor | None]] = {}
         """By prompt and group, in order of arrival: each image's levels [H, W, 3]; None once judged, or
         broken."""
@@ -219,7 +236,7 @@ class _Groups:
             # A copy, so that what has been judged is not kept with what has not.
             group[image] = levels.clone() if whole else None
             self.nbytes += levels.nbytes * whole
-            if len(group) == self.size[self.of[image]]:
+            if len(group) == self.size[name]:
                 done.append(self.take(name))
                 del self.known[name]
         return done
@@ -295,18 +312,19 @@ def roll_out_and_score(
     slots: int | Limit,
     check: Callable[[], None] | None = None,
     shortcut: Shortcut | None = None,
+    frontier: Callable[..., Frontier] = FittingFrontier,
 ) -> Rollout:
-    """Run a plan per prompt and give the scorer every finished latent, while rolling or afterwards."""
+    """Run a plan per prompt and give the scorer every finished latent that it expects, while rolling or
+    afterwards. `frontier` makes another frontier than the usual one, such as one that runs a part.
+    """
     sink = scorer if policy.decodes_while_rolling else None
     with scorer:
-        where = {"device": policy.device, "shortcut": shortcut}
+        where = {"device": policy.device, "shortcut": shortcut, "frontier": frontier}
         rollout = roll_out(
             policy, plan, sigmas, conds, seeds, shape, slots=slots, sink=sink, check=check, **where
         )
         if sink:
             return rollout
-        images = list(range(len(plan.images)))
-        scorer(
-            [p for p in range(len(seeds)) for _ in images], images * len(seeds), rollout.latents.flatten(0, 1)
-        )
+        prompts, images = map(list, zip(*scorer.coming, strict=True))
+        scorer(prompts, images, rollout.latents[prompts, images])
         return dataclasses.replace(rollout, latents=None)

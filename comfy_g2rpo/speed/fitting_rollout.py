@@ -126,11 +126,12 @@ def roll_out(
     device: torch.device | str = "cpu",
     start: Tensor | None = None,
     shortcut: Shortcut | None = None,
+    frontier: Callable[..., Frontier] = FittingFrontier,
 ) -> Rollout:
     """Run a plan per prompt as `rollout.roll_out` does, with as many slots as memory has room for.
 
     Where memory runs out, `slots` are halved and the rollout goes on. A `shortcut` says how completions are
-    evaluated; forks are always exact.
+    evaluated; forks are always exact. `frontier` makes a frontier of the same parameters.
     """
     return roll_out_plain(
         policy,
@@ -144,5 +145,5 @@ def roll_out(
         check=check,
         device=device,
         start=start,
-        frontier=partial(FittingFrontier, shortcut=shortcut),
+        frontier=partial(frontier, shortcut=shortcut),
     )

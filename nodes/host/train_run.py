@@ -49,11 +49,15 @@ HELDOUT_SHARE = 0.2
 DEFAULTS = {"method": dataclasses.asdict(Recipe()), "train": dataclasses.asdict(Pace())}
 TOLD = (*WIDGETS, "num_steps", "group_size", "granularities", "pick")
 """Numbers that are told of a preset; what `changes` say is in them."""
-LATER = (
-    *("lr_schedule", "warmup_steps"),
-    *("pair_loss", "pair_beta", "pair_alpha", "pair_scale", "pair_keep", "pair_anchor"),
+FIRST = frozenset(
+    """
+    num_steps shift kernel eta steps pick pick_size slide_every train_share tree group_size starts
+    shared_start granularities terminal antithetic mix std std_floor clamp diversity_weight
+    diversity_by step_weight objective clip epochs update kl kl_reference optimizer learning_rate
+    weight_decay max_grad_norm ema
+    """.split()
 )
-"""Fields that a run's name does not count where they are at their defaults: runs of before have none."""
+"""Fields that every run has. A run's name does not count another one at its default: older runs lack it."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +315,7 @@ def price(setup: Setup, width: int, height: int, made: int = 0) -> str:
     steps = pace.steps - made
     groups = steps * pace.prompts_per_step
     # A forward and backward is worth three forwards.
-    forwards = groups * (plan.forwards + 3 * len(plan.forks))
+    forwards = groups * (plan.forwards + 3 * plan.rows)
     looks = 2 + (steps // pace.eval_every if pace.eval_every else 0)
     parts = look_parts(setup)
     seen = sum(count for name, (count, _) in parts.items() if name != "preview") * width * height
@@ -320,7 +324,7 @@ def price(setup: Setup, width: int, height: int, made: int = 0) -> str:
     if work > MAX_WORK:
         limit = f"{work:.1e} forwards × pixels are above the limit of {MAX_WORK:.0e}"
         raise ValueError(f"steps: {limit}; lower steps, prompts_per_step or the size")
-    pictures = f"{groups * len(plan.images)} pictures of {width}×{height}"
+    pictures = f"{groups * plan.pictures} pictures of {width}×{height}"
     begun = f"{made} of {pace.steps} steps are made; " if made else ""
     cost = "step costs" if steps == 1 else "steps cost"
     return f"{begun}{steps} {'more ' if made else ''}{cost} {forwards} forwards and {pictures}"
@@ -343,8 +347,8 @@ def expected(setup: Setup) -> dict[str, int]:
 
     groups = pace.prompts_per_step
     return {
-        "rollout": drawn(groups * plan.forwards, groups * len(plan.images)),
-        "update": batches((groups * len(plan.forks), pace.micro_batch)),
+        "rollout": drawn(groups * plan.forwards, groups * plan.pictures),
+        "update": batches((groups * plan.rows, pace.micro_batch)),
         "evaluate": sum(drawn(*part) for part in look_parts(setup).values()),
     }
 
@@ -389,7 +393,7 @@ def name_of(config: dict[str, Any], recipe: str) -> str:
     settled = dict(config["config"])
     settled |= {name: without(settled[name], free) for name, free in MAY_CHANGE.items() if name in settled}
     method = settled["method"].items()
-    plain = {name: DEFAULTS["method"][name] for name in LATER}
+    plain = without(DEFAULTS["method"], FIRST)
     settled["method"] = {key: value for key, value in method if plain.get(key, ()) != value}
     if settled["model"].get("patches") == UNPATCHED:
         settled["model"] = without(settled["model"], {"patches"})

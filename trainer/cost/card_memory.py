@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from comfy_g2rpo.recipes import Recipe, build_plan
 from comfy_g2rpo.rewards.models.catalogue import KNOWN
+from comfy_g2rpo.trees.pruned import PrunedPlan
 
 from ..config.reading import Config, make_recipe
 from ..config.reward_checks import rewards_root
@@ -132,5 +133,8 @@ def reward_sizes(config: Config) -> list[int]:
 
 def rollout_states(config: Config, counted: ModelCounts, recipe: Recipe) -> int:
     """Estimate the latents that a rollout keeps: forks, and states that wait for their children."""
-    forks = 3 * config.train.prompts_per_step * len(build_plan(recipe).forks)
-    return 4 * counted.latent * (forks + 4 * config.train.slots)
+    plan = build_plan(recipe)
+    # Branches that are judged on the way wait with their velocity.
+    waiting = sum(map(len, plan.members)) if isinstance(plan, PrunedPlan) else 0
+    kept = config.train.prompts_per_step * (3 * len(plan.forks) + 2 * waiting)
+    return 4 * counted.latent * (kept + 4 * config.train.slots)

@@ -84,13 +84,13 @@ def count(config: Config) -> Counts:
     # take a snapshot of the old velocities.
     several = recipe.epochs > 1 or recipe.update == "per_step"
     passes = recipe.epochs + (OBJECTIVES[recipe.objective].compares and several)
-    trained = [passes * len(plan.forks) for plan in plans]
+    trained = [passes * plan.rows for plan in plans]
     return Counts(
         prompts=train.prompts_per_step,
         heldout=held,
         steps=train.steps,
         group_forwards=sum(plan.forwards for plan in plans) / len(plans),
-        group_images=sum(len(plan.images) for plan in plans) / len(plans),
+        group_images=sum(plan.pictures for plan in plans) / len(plans),
         group_trained=sum(trained) / len(plans),
         evaluations=(2 + between) if held else 0,
         evaluation_forwards=sum(forwards for forwards, _ in looks.values()),

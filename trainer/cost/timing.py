@@ -96,10 +96,10 @@ def one_step(setup: Setup, learner: Learner, counts: Counts, now: Callable[[], f
     update(setup, learner, explored, score(setup, explored, learner.step + 1), silent)
     end = now()
     prompts, plan = len(explored.conds), explored.plan
-    passes = counts.passes * prompts * len(plan.forks)
+    passes = counts.passes * prompts * plan.rows
     judging = (explored.seconds["decode"] + explored.seconds["reward"]) / sum(explored.seconds.values())
     rollout = (1 - judging) * counts.step_forwards / (prompts * plan.forwards)
-    images = judging * counts.prompts * counts.group_images / (prompts * len(plan.images))
+    images = judging * counts.prompts * counts.group_images / (prompts * plan.pictures)
     trained = counts.prompts * counts.group_trained / passes
     return (rolled - begin) * (rollout + images) + (end - rolled) * trained
 

@@ -1,0 +1,1 @@
+"""Shapes of plans beyond the paper's tree."""
