@@ -49,13 +49,12 @@ HELDOUT_SHARE = 0.2
 DEFAULTS = {"method": dataclasses.asdict(Recipe()), "train": dataclasses.asdict(Pace())}
 TOLD = (*WIDGETS, "num_steps", "group_size", "granularities", "pick")
 """Numbers that are told of a preset; what `changes` say is in them."""
-FIRST = frozenset(
-    """
-    num_steps shift kernel eta steps pick pick_size slide_every train_share tree group_size starts
-    shared_start granularities terminal antithetic mix std std_floor clamp diversity_weight
-    diversity_by step_weight objective clip epochs update kl kl_reference optimizer learning_rate
-    weight_decay max_grad_norm ema
-    """.split()
+FIRST = (
+    *("num_steps", "shift", "kernel", "eta", "steps", "pick", "pick_size", "slide_every"),
+    *("train_share", "tree", "group_size", "starts", "shared_start", "granularities", "terminal"),
+    *("antithetic", "mix", "std", "std_floor", "clamp", "diversity_weight", "diversity_by"),
+    *("step_weight", "objective", "clip", "epochs", "update", "kl", "kl_reference", "optimizer"),
+    *("learning_rate", "weight_decay", "max_grad_norm", "ema"),
 )
 """Fields that every run has. A run's name does not count another one at its default: older runs lack it."""
 
