@@ -20,8 +20,8 @@ def option(
     high: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> Any:
-    """Declare a field with its sentence and its bounds or choices."""
-    rule = {"help": text, "low": low, "high": high, "choices": choices}
+    """Declare a field with its sentence and its bounds or choices; a tuple may be empty if its default is."""
+    rule = {"help": text, "low": low, "high": high, "choices": choices, "may_be_empty": default == ()}
     return dataclasses.field(default=default, metadata=rule)
 
 
@@ -54,7 +54,7 @@ def check_fields(made: Any) -> None:
     """Raise ValueError for the first field of a dataclass of options that is out of its bounds."""
     for field in dataclasses.fields(made):
         rule, value = field.metadata, getattr(made, field.name)
-        if value is not None:
+        if value is not None and not (value == () and rule["may_be_empty"]):
             check_value(field.name, value, rule["low"], rule["high"], rule["choices"])
 
 

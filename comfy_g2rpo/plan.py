@@ -42,10 +42,14 @@ class State:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A finished state to score, and which granularity (position in Λ) it stands for."""
+    """A finished state to score, and which granularity (position in Λ) it stands for.
+
+    A probe is the finished state of a completion that says what another state is worth: `of`.
+    """
 
     state: int
     granularity: int = 0
+    of: int = ROOT
 
 
 class Coefficients:
@@ -150,14 +154,14 @@ class Plan:
     def values(self, scores: Tensor) -> Tensor:
         """Give each trained edge the mean score of the leaves beneath it: [R, images] → [R, K, G, L].
 
-        NaN where there is none. In the singular tree that is one leaf per granularity; in a tree that splits
-        again it is BranchGRPO's fusion (arXiv 2509.06040).
+        NaN where there is none; probes do not count. In the singular tree that is one leaf per granularity;
+        in a tree that splits again it is BranchGRPO's fusion (arXiv 2509.06040).
         """
         column = {state: i for i, state in enumerate(self.images)}
         places, sources = [], []
         _, members, levels = self.shape
         for leaf in self.leaves:
-            at = leaf.state
+            at = leaf.state if leaf.of == ROOT else ROOT
             while at != ROOT:
                 state = self.states[at]
                 if state.trained:
@@ -174,6 +178,25 @@ class Plan:
         """Give each trained edge the scores that its advantage comes from; here all of them."""
         return self.values(scores)
 
+    def gains(self, scores: Tensor) -> Tensor:
+        """Give each trained edge what it raised the score by: [R, images] → [R, K, G, 1].
+
+        The score of the state that it leads to minus that of the state it leaves, as their probes finished
+        them (DenseGRPO, arXiv 2601.20218); NaN where either has no probe.
+        """
+        column = {state: i for i, state in enumerate(self.images)}
+        worth = {leaf.of: column[leaf.state] for leaf in self.leaves if leaf.of != ROOT}
+        made = scores.new_full((scores.shape[0], *self.shape[:2], 1), torch.nan)
+        for i in self.transitions:
+            edge = self.states[i]
+            if i in worth and edge.parent in worth:
+                made[:, edge.group, edge.member, 0] = scores[:, worth[i]] - scores[:, worth[edge.parent]]
+        return made
+
+    def credited(self, scores: Tensor, credit: str = "final") -> Tensor:
+        """Return what trained edges are credited with: `final_values`, or `gains` where credit is "gain"."""
+        return self.gains(scores) if credit == "gain" else self.final_values(scores)
+
 
 @dataclass
 class PlanBuilder:
@@ -184,6 +207,13 @@ class PlanBuilder:
     leaves: list[Leaf] = field(default_factory=list)
     _known: dict[State, int] = field(default_factory=dict)
     _draws: int = 0
+
+    @classmethod
+    def of(cls, plan: Plan) -> PlanBuilder:
+        """Go on with a plan."""
+        known = {state: i for i, state in enumerate(plan.states)}
+        draws = max((abs(state.noise) for state in plan.states), default=0)
+        return cls(plan.num_steps, [*plan.states], [*plan.leaves], known, draws)
 
     def draw(self) -> int:
         """Reserve a fresh noise id."""
@@ -211,13 +241,18 @@ class PlanBuilder:
         # The first step by Euler: a multistep solver's past would be that before the noise.
         return self.follow(self.follow(start, indices[:1]), indices[1:], solver)
 
-    def score(self, state: int, granularity: int = 0) -> None:
-        """Make a finished state a leaf."""
-        self.leaves.append(Leaf(state, granularity))
+    def score(self, state: int, granularity: int = 0, of: int = ROOT) -> None:
+        """Make a finished state a leaf; `of` names the state that it is a probe of."""
+        self.leaves.append(Leaf(state, granularity, of))
 
     def build(self) -> Plan:
         """Freeze the trie."""
         return Plan(self.num_steps, tuple(self.states), tuple(self.leaves))
+
+
+def eta_at(eta: float | Sequence[float], step: int) -> float:
+    """Return a step's exploration strength: the one for all steps, or its own of one per step."""
+    return eta[step] if isinstance(eta, Sequence) else eta
 
 
 def singular(
@@ -227,7 +262,7 @@ def singular(
     granularities: Sequence[int] = (1,),
     *,
     kernel: str = "flow_sde",
-    eta: float = 0.7,
+    eta: float | Sequence[float] = 0.7,
     terminal: Terminal = "exact",
     window: int = 1,
     starts: int = 1,
@@ -254,7 +289,9 @@ def singular(
                 state = anchor[k]
                 for offset, j in enumerate(steps):
                     noise = -tree._draws if antithetic and window == 1 and member % 2 else tree.draw()
-                    state = tree.add(State(j + 1, state, kernel, eta, noise, group + offset, member))
+                    state = tree.add(
+                        State(j + 1, state, kernel, eta_at(eta, j), noise, group + offset, member)
+                    )
                 for level, stride in enumerate(granularities):
                     solver, end = ("dpm_2m", "exact") if stride < coarsest else ("ode", terminal)
                     rest = completion_indices(num_steps, steps[-1], max(stride, coarsest), end)[1:]
@@ -269,7 +306,7 @@ def independent(
     group_size: int,
     *,
     kernel: str = "flow_sde",
-    eta: float = 0.7,
+    eta: float | Sequence[float] = 0.7,
     trained_steps: Sequence[int] | None = None,
     shared_start: bool = False,
     tail: str = "ode",
@@ -289,7 +326,7 @@ def independent(
         for j in range(num_steps if coarsest == 1 else max(stochastic_steps) + 1):
             if j in stochastic_steps:
                 place = (trained.index(j), member) if j in trained else (-1, -1)
-                state = tree.add(State(j + 1, state, kernel, eta, tree.draw(), *place))
+                state = tree.add(State(j + 1, state, kernel, eta_at(eta, j), tree.draw(), *place))
             else:
                 state = tree.follow(state, [j + 1], tail if j > max(stochastic_steps) else "ode")
         if coarsest > 1:

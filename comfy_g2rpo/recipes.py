@@ -54,7 +54,7 @@ RECIPES: dict[str, Recipe] = {
     "tempflow_grpo": Recipe(
         steps="all_but_last", starts=2, group_size=6, granularities=(1,), step_weight="std", objective="clip"
     ),
-    # arXiv 2509.05952: the tree of Flow-GRPO; noise keeps its level, steps weigh as −‖x′ − mean‖² has them.
+    # arXiv 2509.05952: Flow-GRPO's tree; noise that keeps its level, weighted as by −‖x′ − mean‖².
     "flow_cps": Recipe(
         kernel="cps",
         eta=0.8,
@@ -75,6 +75,17 @@ RECIPES: dict[str, Recipe] = {
         expand=4.0,
         prune_at=(0.6, 0.8),
         granularities=(1,),
+        objective="clip",
+        kl=0.01,
+    ),
+    # arXiv 2601.20218: Flow-GRPO's chains, every state of them finished; z of what each step gained. `g2rpo
+    # calibrate` finds the etas.
+    "dense_grpo": Recipe(
+        num_steps=10,
+        steps="all_but_last",
+        tree="independent",
+        granularities=(1,),
+        credit="gain",
         objective="clip",
         kl=0.01,
     ),
@@ -117,6 +128,7 @@ def build_plan(made: Recipe, iteration: int = 0, seed: int = 0, coarsest: int = 
     The random choices depend on (seed, iteration) alone.
     """
     from .plan import independent, singular
+    from .trees.dense_chains import dense, probed
     from .trees.pruned import pruned
 
     if made.expand > 1:
@@ -125,13 +137,19 @@ def build_plan(made: Recipe, iteration: int = 0, seed: int = 0, coarsest: int = 
         return pruned(whole, made.granularities, made.group_size, made.prune_by, made.prune_at)
     rng = random.Random(f"plan {seed} {iteration}")
     steps = chosen_steps(made, iteration, rng)
-    every = {"kernel": made.kernel, "eta": made.eta, "coarsest": coarsest}
+    every = {"kernel": made.kernel, "eta": made.etas or made.eta, "coarsest": coarsest}
+    chains: dict[str, Any] = {"starts": made.starts, "shared_start": True}
     if made.tree == "independent":
-        every["trained_steps"] = sorted(rng.sample(steps, max(round(made.train_share * len(steps)), 1)))
-        return independent(made.num_steps, steps, made.group_size, shared_start=made.shared_start, **every)
+        trained = sorted(rng.sample(steps, max(round(made.train_share * len(steps)), 1)))
+        chains = {"trained_steps": trained, "shared_start": made.shared_start}
+    finish = made.granularities[0], made.terminal
+    if made.credit == "gain":
+        return dense(made.num_steps, steps, made.group_size, *finish, **chains, **every)
+    if made.tree == "independent":
+        return independent(made.num_steps, steps, made.group_size, **chains, **every)
     # A window moves as one: its branches leave the anchor once, at its first step.
     windowed = made.pick in ("random_window", "sliding_window")
-    return singular(
+    plan = singular(
         made.num_steps,
         steps[:1] if windowed else steps,
         made.group_size,
@@ -142,3 +160,4 @@ def build_plan(made: Recipe, iteration: int = 0, seed: int = 0, coarsest: int = 
         antithetic=made.antithetic,
         **every,
     )
+    return probed(plan, {*plan.forks, *plan.transitions}, *finish, coarsest) if made.anchor_image else plan

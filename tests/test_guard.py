@@ -17,7 +17,7 @@ from comfy_g2rpo.plan import ROOT, independent, singular
 from comfy_g2rpo.recipes import RECIPES, build_plan, recipe
 from comfy_g2rpo.rewards import Reward
 from comfy_g2rpo.run.rank_guard import check, excerpt, roll_out_guarded
-from comfy_g2rpo.run.scorer import Scorer, first_group, roll_out_and_score
+from comfy_g2rpo.run.scorer import Scorer, leaf_group, roll_out_and_score
 from comfy_g2rpo.schedule import shifted_sigmas
 from comfy_g2rpo.speed.cheap_completions import Speed
 from comfy_g2rpo.speed.fitting_rollout import roll_out
@@ -199,10 +199,10 @@ def test_foresight_costs_the_less_the_more_it_may_err(exact, tolerance):
 @pytest.mark.parametrize("name", RECIPES)
 def test_an_excerpt_draws_what_the_whole_draws(name):
     whole = build_plan(RECIPES[name], iteration=30, seed=3)
-    groups = {first_group(whole, whole.leaves[-1].state)}
+    groups = {leaf_group(whole, whole.leaves[-1])}
     part = excerpt(whole, groups)
     drawn = {p: run(p, slots=64, prompts=[1]) for p in (whole, part)}
-    kept = [leaf for leaf in whole.leaves if first_group(whole, leaf.state) in groups]
+    kept = [leaf for leaf in whole.leaves if leaf_group(whole, leaf) in groups]
     assert kept and len(kept) == len(part.leaves)
     for one, other in zip(kept, part.leaves, strict=True):
         pictures = (

@@ -48,7 +48,7 @@ def test_every_field_reads_its_own_default_back():
     for section, made in (("method", recipes.Recipe()), ("train", pace.Pace())):
         for field in dataclasses.fields(made):
             value = getattr(made, field.name)
-            text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            text = ", ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
             lines.append(
                 f"{section}.{field.name} = "
                 f"{text.lower() if isinstance(value, bool) or value is None else text}"

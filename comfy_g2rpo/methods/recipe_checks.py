@@ -12,16 +12,25 @@ EXPLORING = (
     *("diversity_weight", "epochs", "update"),
 )
 """Fields that say how a rollout explores and is learned from, which stored forks have behind them."""
+WINDOWS = ("random_window", "sliding_window")
 
 
 def check(made: Recipe) -> Recipe:
     """Raise ValueError that names the first field out of its bounds; return the recipe otherwise."""
     check_fields(made)
-    if made.tree == "independent" and made.granularities != (1,):
+    if made.etas and len(made.etas) != made.num_steps:
+        count = f"{len(made.etas)} {'value' if len(made.etas) == 1 else 'values'}"
+        raise ValueError(f"etas has {count} for {made.num_steps} steps; give one per step, or none")
+    if made.credit == "gain":
+        check_gain(made)
+    elif made.tree == "independent" and made.granularities != (1,):
         remedy = "independent trajectories have no completions, so it must be (1,)"
         raise ValueError(f"granularities is {made.granularities}; {remedy}")
     if made.expand > 1:
         check_pruning(made)
+    if made.anchor_image and (made.tree != "singular" or made.pick in WINDOWS):
+        remedy = "only branches of single steps leave one; credit: gain logs the gaps of other trees"
+        raise ValueError(f"anchor_image is for tree: singular without a window; {remedy}")
     if made.objective == "on_policy" and (made.epochs > 1 or made.update == "per_step"):
         leaving = "epochs above 1 and update per_step leave the rollout's policy"
         raise ValueError(f"{leaving}; choose objective: clip")
@@ -42,6 +51,25 @@ def check_pruning(made: Recipe) -> None:
     if made.tree not in ("singular", "independent"):
         remedy = "branches that split again cannot be dropped: choose tree singular or independent"
         raise ValueError(f"expand is {made.expand:g}; {remedy}, or set it to 1")
+    if made.credit == "gain":
+        raise ValueError(
+            "credit is 'gain', which judges every state; choose credit: final, or set expand to 1"
+        )
     if made.prune_by == "coarsest" and len(set(made.granularities)) < 2:
         remedy = "the largest stride only judges, so list a smaller one too, such as 1, 2"
         raise ValueError(f"granularities is {made.granularities}; {remedy}, or choose prune_by: prediction")
+
+
+def check_gain(made: Recipe) -> None:
+    """Refuse a gain that would mix strides, or take the same from every member and so change nothing."""
+    if len(made.granularities) > 1:
+        remedy = "credit: gain compares a state with the one before, so it must be a single stride"
+        raise ValueError(f"granularities is {made.granularities}; {remedy}")
+    window = made.tree == "singular" and made.pick in WINDOWS and made.pick_size > 1
+    one_step = made.pick != "every" and made.pick_size == 1
+    if not window and (made.tree != "independent" or (made.shared_start and one_step)):
+        same = "changes nothing where a group leaves one state by one step"
+        remedy = (
+            "choose tree: independent with several steps, or pick: random_window with pick_size 2 or more"
+        )
+        raise ValueError(f"credit is 'gain', which {same}; {remedy}")

@@ -29,6 +29,12 @@ class Recipe:
         0,
         10,
     )
+    etas: tuple[float, ...] = option(
+        (),
+        "Exploration strength of every step, in place of eta; g2rpo calibrate finds some. Empty is eta.",
+        0,
+        10,
+    )
 
     steps: str = option(
         "first_half",
@@ -91,6 +97,18 @@ class Recipe:
         choices=("exact", "published"),
     )
     antithetic: bool = option(False, "Draw the branches' noise in opposite pairs, which evens out chance.")
+    credit: str = option(
+        "final",
+        "What a step is credited with: the finished image's reward, or by how much the step raised it "
+        "(DenseGRPO). gain leaves out what other steps did, but finishes every state, at several times the "
+        "cost.",
+        choices=("final", "gain"),
+    )
+    anchor_image: bool = option(
+        False,
+        "Log what exploring costs in reward at every step (gap/…), by also finishing and scoring the images "
+        "that branches leave.",
+    )
 
     mix: str = option(
         "zscore",

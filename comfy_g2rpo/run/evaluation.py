@@ -278,7 +278,8 @@ FORKS = 4  # states of a prompt at which velocities are compared
 
 def exploring(recipe: Recipe) -> Plan:
     """Plan one picture of each kind that the recipe's rollouts judge: the same at every evaluation."""
-    made = dataclasses.replace(recipe, group_size=1, expand=1.0, starts=1, antithetic=False)
+    alone = {"group_size": 1, "expand": 1.0, "starts": 1, "antithetic": False}
+    made = dataclasses.replace(recipe, **alone, credit="final", anchor_image=False)
     if made.tree == "singular" and made.pick == "every":
         made = dataclasses.replace(made, pick="random", pick_size=STEPS)
     return build_plan(made)

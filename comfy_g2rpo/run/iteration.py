@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..advantages import zero_std_share
+from ..exploration.noise_gaps import gain_noise, gap_metrics
 from ..objectives import OBJECTIVES
 from ..plan import Plan
 from ..prompts import PromptCursor
@@ -143,7 +144,7 @@ def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
 def score(setup: Setup, explored: Explored, step: int) -> Scored:
     """Turn the scores of a step into advantages; RewardError where too few images were judged."""
     recipe, plan = setup.recipe, explored.plan
-    rewards = [plan.final_values(scores) for scores in explored.scores.unbind(1)]
+    rewards = [plan.credited(scores, recipe.credit) for scores in explored.scores.unbind(1)]
     everywhere = setup.world.gather(explored.final_scores)
     if everywhere.isnan().all():
         none = f"rewards judged none of the {everywhere[0].numel()} pictures of step {step}"
@@ -151,8 +152,11 @@ def score(setup: Setup, explored: Explored, step: int) -> Scored:
     dropped = dropped_share(setup, everywhere, step)
     scale = None
     if recipe.std == "global":
-        scale = [plan.final_values(scores) for scores in setup.world.gather(explored.scores).unbind(1)]
+        gathered = setup.world.gather(explored.scores)
+        scale = [plan.credited(scores, recipe.credit) for scores in gathered.unbind(1)]
     noise = [reward.noise() for reward in setup.rewards]
+    if recipe.credit == "gain":
+        noise = gain_noise(noise, everywhere)
     advantages = mixed_advantages(
         rewards, setup.weights, recipe.mix, setup.gates, recipe.clamp, recipe.std_floor, scale, noise
     )
@@ -224,6 +228,7 @@ def step_row(
     shares = [zero_std_share(reward, setup.recipe.std_floor, scored.noise) for reward in scored.rewards]
     row["zero_std_share"] = sum(shares) / len(shares)
     row["dropped_share"] = scored.dropped
+    row |= gap_metrics([reward.name for reward in setup.rewards], explored.plan, scored.everywhere)
     if pixels := explored.features.get("pixels"):
         apart = [mean_distance(features.movedim(2, 1)).nanmean() for features in pixels]
         row["diversity/group"] = torch.stack(apart).nanmean().item()

@@ -24,7 +24,7 @@ from ..rewards import Reward
 from ..rollout import Rollout
 from ..speed.cheap_completions import Speed
 from ..speed.step_cache import Shortcut, Velocity
-from .scorer import Scorer, first_group
+from .scorer import Scorer, leaf_group
 
 Roll = Callable[[Plan, Sequence[int], Sequence[Reward], Shortcut | None], tuple[Scorer, Rollout]]
 """Roll out a plan for the prompts at the given places, judged by the given rewards."""
@@ -81,10 +81,9 @@ def roll_out_guarded(
     judged, measured = roll(part, some, [rewards[r] for r in judges], None)
     found = []
     for place, p in enumerate(some):
-        true = part.values(judged.scores[:, place])
-        found.append(
-            rank_correlation(plan.values(scorer.scores[judges, p])[:, : true.shape[1]], true).flatten()
-        )
+        true = part.credited(judged.scores[:, place], recipe.credit)
+        cheaply = plan.credited(scorer.scores[judges, p], recipe.credit)[:, : true.shape[1]]
+        found.append(rank_correlation(cheaply, true).flatten())
     ranks = torch.cat(found)
     ranks = ranks[~ranks.isnan()]
     total, count = (
@@ -103,7 +102,7 @@ def roll_out_guarded(
 
 def sample(plan: Plan, prompts: int, share: float, rng: random.Random) -> tuple[Plan, list[int]]:
     """Choose a share of the groups, at least one: branch steps of every prompt, or whole prompts."""
-    units = sorted({first_group(plan, leaf.state) for leaf in plan.leaves} - {-1})
+    units = sorted({leaf_group(plan, leaf) for leaf in plan.leaves} - {-1})
     if len(units) > 1:
         chosen = rng.sample(units, max(round(share * len(units)), 1))
         return excerpt(plan, chosen), list(range(prompts))
@@ -111,8 +110,10 @@ def sample(plan: Plan, prompts: int, share: float, rng: random.Random) -> tuple[
 
 
 def excerpt(plan: Plan, groups: Collection[int]) -> Plan:
-    """Return the plan of the leaves below the given groups; noises and group numbers stay."""
-    leaves = [leaf for leaf in plan.leaves if first_group(plan, leaf.state) in groups]
+    """Return the plan of the leaves below the given groups, and of the probes of the states that those leave;
+    noises and group numbers stay.
+    """
+    leaves = [leaf for leaf in plan.leaves if leaf_group(plan, leaf) in groups]
     kept: set[int] = set()
     for leaf in leaves:
         at = leaf.state
@@ -126,5 +127,5 @@ def excerpt(plan: Plan, groups: Collection[int]) -> Plan:
     return Plan(
         plan.num_steps,
         tuple(states),
-        tuple(dataclasses.replace(leaf, state=number[leaf.state]) for leaf in leaves),
+        tuple(dataclasses.replace(leaf, state=number[leaf.state], of=number[leaf.of]) for leaf in leaves),
     )

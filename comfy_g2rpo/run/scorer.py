@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import ROOT, Plan
+from ..plan import ROOT, Leaf, Plan
 from ..policy import Decoder, Trainee
 from ..rewards import Reward
 from ..rewards.clips import described, judged
@@ -28,6 +28,7 @@ MAX_WAITING = 2**29
 """Bytes of pictures that may wait for rewards that run elsewhere, before the rollout waits too; and for the
 others of their group, before they are judged without them."""
 POLL_SECONDS = 0.1
+NO_GROUP = -1  # of a state that no trained edge leads to
 
 
 @dataclass(frozen=True)
@@ -281,14 +282,26 @@ def _judged(reward: Reward, batch: Batch, texts: Sequence[str]) -> Tensor:
 def comparison_groups(plan: Plan) -> list[Hashable]:
     """Name what each image is compared with: its branch step, and the granularities that it stands for."""
     levels: dict[int, list[int]] = {}
+    groups: dict[int, int] = {}
     for leaf in plan.leaves:
-        levels.setdefault(leaf.state, []).append(leaf.granularity)
-    return [(first_group(plan, state), *levels[state]) for state in plan.images]
+        found = levels.setdefault(leaf.state, [])
+        found += [] if leaf.granularity in found else [leaf.granularity]
+        groups.setdefault(leaf.state, leaf_group(plan, leaf))
+    return [(groups[state], *levels[state]) for state in plan.images]
+
+
+def leaf_group(plan: Plan, leaf: Leaf) -> int:
+    """Return the first group on the way to a leaf; of a probe before any, the group that leaves its state."""
+    group = first_group(plan, leaf.state)
+    if group != NO_GROUP or leaf.of == ROOT:
+        return group
+    leaving = (plan.states[i] for i in plan.children[leaf.of])
+    return next((edge.group for edge in leaving if edge.trained), NO_GROUP)
 
 
 def first_group(plan: Plan, state: int) -> int:
     """Return the group of the trained edge nearest to the root on the way to a state; −1 without any."""
-    group = -1
+    group = NO_GROUP
     while state != ROOT:
         group = plan.states[state].group if plan.states[state].trained else group
         state = plan.states[state].parent

@@ -67,8 +67,8 @@ def _place(key: str, place: str) -> tuple[str, str]:
 def _value(text: str, kind: Any, field: Field[Any], place: str) -> Any:
     """Read one value by the field's type and check its bounds."""
     options = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if type(None) in options and text.lower() == "none":
-        return None
+    if text.lower() == "none" and (type(None) in options or field.metadata["may_be_empty"]):
+        return None if type(None) in options else ()
     kind = next(option for option in options if option is not type(None))
     many = get_origin(kind) is tuple
     parts = [part.strip() for part in text.strip("[]()").split(",") if part.strip()] if many else [text]

@@ -148,6 +148,8 @@ def preview_shape(pace: Pace, shape_of: Callable[[int, int], tuple[int, ...]]) -
 def make_learner(setup: Setup) -> Learner:
     """Set up the recipe's optimizer over the adapter."""
     measure(embedder(setup.rewards), setup.recipe.diversity_by)
+    if setup.recipe.credit == "gain" and any(gate is not None for gate in setup.gates):
+        raise ValueError("rewards has a gate, a limit for whole scores, not for gains; use credit: final")
     parameters = setup.policy.parameters()
     optimizer = setup.optimizer(parameters, setup.recipe)
     schedule = rate_schedule(optimizer, setup.recipe, setup.pace.steps)

@@ -1,1 +1,1 @@
-"""Shapes of plans beyond the paper's tree."""
+"""Shapes of a rollout beside the two in `plan.py`."""

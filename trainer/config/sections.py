@@ -40,7 +40,8 @@ class Section(BaseModel):
     def keep_bounds(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse what is out of its field's bounds."""
         rule = cls.model_fields[info.field_name].json_schema_extra or {}
-        wrong = complaint("", value, rule["low"], rule["high"]) if rule and value is not None else ""
+        left_out = value is None or (value == () and rule.get("may_be_empty"))
+        wrong = complaint("", value, rule["low"], rule["high"]) if rule and not left_out else ""
         if wrong:
             raise PydanticCustomError("bounds", "{sentence}", {"sentence": wrong})
         return value
@@ -301,8 +302,10 @@ def _made_of(options: type, keep_defaults: bool = True) -> dict[str, tuple[Any, 
         rule, kind = field.metadata, kinds[field.name]
         default = field.default if keep_defaults else None
         kind = Literal[rule["choices"]] if rule["choices"] else kind
-        extra = None if rule["low"] is None else {"low": rule["low"], "high": rule["high"]}
-        found = Field(default, description=rule["help"], json_schema_extra=extra)
+        bounds = {key: rule[key] for key in ("low", "high", "may_be_empty")}
+        found = Field(
+            default, description=rule["help"], json_schema_extra=None if rule["low"] is None else bounds
+        )
         made[field.name] = (kind if default is not None else kind | None, found)
     return made
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from comfy_g2rpo.exploration.noise_gaps import gap_lines
 from comfy_g2rpo.files.picture_files import PictureError, looked_at
 from comfy_g2rpo.files.safe import FileError, write_bytes
 from comfy_g2rpo.run.folder import PREVIEW, RunFolder, Sample
@@ -44,9 +45,14 @@ Row = Mapping[str, Any]
 
 
 def write_report(run: RunFolder, say: Callable[[str], None] = lambda text: None) -> list[Path]:
-    """Draw whatever the run folder holds; return the files, and say in one line what cannot be drawn."""
+    """Draw whatever the run folder holds and return the files.
+
+    Say in a line each what exploration has cost, where that was measured, and what cannot be drawn.
+    """
     written = []
     rows = run.metrics()
+    for line in gap_lines(rows):
+        say(line)
     if rows:
         curves(rows, run.path / "curves.png")
         written.append(run.path / "curves.png")

@@ -1,0 +1,1 @@
+"""How much noise exploring takes, and what it costs."""
