@@ -36,7 +36,7 @@ class State:
 
     @property
     def trained(self) -> bool:
-        """Return whether the edge to this state gets an advantage."""
+        """Return whether the edge to this state gets an advantage: of a root, its start noise."""
         return self.group >= 0
 
 
@@ -123,7 +123,7 @@ class Plan:
     @cached_property
     def forks(self) -> tuple[int, ...]:
         """List the states that trained edges leave: what the learner needs."""
-        return tuple(sorted({self.states[i].parent for i in self.transitions}))
+        return tuple(sorted({self.states[i].parent for i in self.transitions} - {ROOT}))
 
     @cached_property
     def trunk(self) -> tuple[bool, ...]:

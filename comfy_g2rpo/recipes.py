@@ -9,7 +9,7 @@ import dataclasses
 import random
 from typing import TYPE_CHECKING, Any
 
-from .methods.recipe_checks import check
+from .methods.recipe_checks import FORWARD, check
 from .methods.recipe_options import FIELDS, Recipe
 from .options import nearest
 
@@ -89,6 +89,28 @@ RECIPES: dict[str, Recipe] = {
         objective="clip",
         kl=0.01,
     ),
+    # arXiv 2509.16117: images by the ODE, brought back to nine in ten of the levels; settings of its code.
+    "diffusion_nft": Recipe(
+        steps="all",
+        train_share=0.9,
+        tree="independent",
+        granularities=(1,),
+        std="global",
+        objective="nft",
+        old_decay=0.5,
+        kl=1e-4,
+    ),
+    # arXiv 2509.25050: the same by six levels of fourteen, and clipped; settings of its code.
+    "awm": Recipe(
+        steps="all_but_last",
+        train_share=0.43,
+        tree="independent",
+        granularities=(1,),
+        std="global",
+        objective="awm",
+        clip=1.0,
+        kl=1e-3,
+    ),
 }
 
 
@@ -130,6 +152,7 @@ def build_plan(made: Recipe, iteration: int = 0, seed: int = 0, coarsest: int = 
     from .plan import independent, singular
     from .trees.dense_chains import dense, probed
     from .trees.pruned import pruned
+    from .trees.whole_images import whole_images
 
     if made.expand > 1:
         begun = dataclasses.replace(made, expand=1.0, group_size=round(made.expand * made.group_size))
@@ -137,6 +160,9 @@ def build_plan(made: Recipe, iteration: int = 0, seed: int = 0, coarsest: int = 
         return pruned(whole, made.granularities, made.group_size, made.prune_by, made.prune_at)
     rng = random.Random(f"plan {seed} {iteration}")
     steps = chosen_steps(made, iteration, rng)
+    if made.objective in FORWARD:
+        draws = max(round(made.train_share * len(steps)), 1)
+        return whole_images(made.num_steps, made.group_size, steps, draws, coarsest)
     every = {"kernel": made.kernel, "eta": made.etas or made.eta, "coarsest": coarsest}
     chains: dict[str, Any] = {"starts": made.starts, "shared_start": True}
     if made.tree == "independent":

@@ -40,6 +40,16 @@ STORIES = {
     "asks": [{}, {**TWICE, **ASK}, {"steps": 2, **ASK}],
     "hand": [{"run": "hand-2", "rank": 4}, {}, TWICE, {"run": "hand-2", "rank": 4}],
     LONG: [{}, TWICE],
+    "forward": [
+        {"recipe": "diffusion_nft"},
+        {"recipe": "diffusion_nft", "steps": 2},
+        {"recipe": "diffusion_nft", "steps": 3, "changes": f"{CHANGES}\nold_decay = 0.2", **ON},
+        {"recipe": "diffusion_nft", "steps": 3, "changes": f"{CHANGES}\nnft_beta = 0.5", **ON},
+    ],
+    "typed": [
+        {"changes": f"{CHANGES}\nobjective = awm"},
+        {"changes": f"{CHANGES}\nobjective = awm\ntree = independent\nclip = 1"},
+    ],
 }
 WAYS = {
     "learning_rate": ({"learning_rate": 5e-4}, "learning_rate: 0.001 → 0.0005"),
@@ -181,6 +191,17 @@ def test_a_run_that_goes_on_under_other_numbers_keeps_its_one_file(
     assert done.data["stories"]["goes-on"]
     found = {file.name for file in (base[1] / "models" / "loras" / "g2rpo").glob("goes-on*")}
     assert found == {"goes-on.safetensors", "goes-on.preview.png"}
+
+
+def test_objectives_on_finished_images_train_in_the_graph_by_recipe_or_by_changes(done: Answer) -> None:
+    first, longer, other, bolder = done.data["stories"]["forward"]
+    assert (first["run"], first["steps"], longer["steps"]) == ("forward", [0, 1, 1], [0, 1, 1, 2, 2])
+    # The average that draws is part of what a run is; how the loss is weighed is not.
+    assert "old_decay: 0.5 → 0.2" in other["run"] and other["steps"] == longer["steps"]
+    assert bolder["run"] == "forward" and bolder["steps"][-1] == 3
+    refused, typed = done.data["stories"]["typed"]
+    assert "tree is singular" in refused["run"] and "choose tree: independent" in refused["run"]
+    assert (typed["run"], typed["steps"]) == ("typed", [0, 1, 1])
 
 
 def test_a_finished_run_with_nothing_left_keeps_what_it_was_made_with(done: Answer) -> None:

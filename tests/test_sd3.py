@@ -17,6 +17,7 @@ from torch import Tensor
 
 from comfy_g2rpo.advantages import integrate
 from comfy_g2rpo.kernels import log_prob
+from comfy_g2rpo.objectives import OBJECTIVES
 from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.recipes import RECIPES, Recipe, build_plan
 from comfy_g2rpo.rewards import REWARDS, Rule
@@ -289,8 +290,8 @@ def plain_gradient(loop: PlainLoop, advantages: Tensor, recipe: Recipe) -> Tenso
     return gradient(policy)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_equals_the_plain_loop_in_rewards_advantages_and_gradient(policy, name):
+@pytest.mark.parametrize("name", [name for name in SMALL if not OBJECTIVES[SMALL[name].objective].images])
+def test_every_recipe_of_noisy_steps_equals_the_plain_loop_in_rewards_advantages_and_gradient(policy, name):
     recipe = SMALL[name]
     rollout, rewards, advantages = run_engine(policy, recipe, slots=7)
     cond = policy.encode(PROMPTS[:1])

@@ -13,6 +13,8 @@ EXPLORING = (
 )
 """Fields that say how a rollout explores and is learned from, which stored forks have behind them."""
 WINDOWS = ("random_window", "sliding_window")
+FORWARD = ("nft", "awm")
+"""Objectives that learn from finished images, and not from the noise of steps."""
 
 
 def check(made: Recipe) -> Recipe:
@@ -21,6 +23,7 @@ def check(made: Recipe) -> Recipe:
     if made.etas and len(made.etas) != made.num_steps:
         count = f"{len(made.etas)} {'value' if len(made.etas) == 1 else 'values'}"
         raise ValueError(f"etas has {count} for {made.num_steps} steps; give one per step, or none")
+    check_forward(made)
     if made.credit == "gain":
         check_gain(made)
     elif made.tree == "independent" and made.granularities != (1,):
@@ -73,3 +76,28 @@ def check_gain(made: Recipe) -> None:
             "choose tree: independent with several steps, or pick: random_window with pick_size 2 or more"
         )
         raise ValueError(f"credit is 'gain', which {same}; {remedy}")
+
+
+def check_forward(made: Recipe) -> None:
+    """Raise ValueError unless the rollout gives forward-process objectives what they need."""
+    if made.objective not in FORWARD:
+        if made.old_decay:
+            remedy = "choose objective: nft or awm, or old_decay: 0"
+            raise ValueError(
+                f"old_decay is {made.old_decay:g}, which objective {made.objective} lacks; {remedy}"
+            )
+        return
+    wrong = {
+        "tree": (made.tree != "independent", "it learns from whole images; choose tree: independent"),
+        "shared_start": (
+            made.shared_start,
+            "it draws without noise on the way, so all images would be one; choose shared_start: false",
+        ),
+        "credit": (made.credit != "final", "no step is credited; choose credit: final"),
+        "expand": (made.expand != 1, "nothing is judged on the way; choose expand: 1"),
+        "step_weight": (made.step_weight != "uniform", "no step has noise; choose step_weight: uniform"),
+    }
+    for name, (is_wrong, why) in wrong.items():
+        if is_wrong:
+            value = str(getattr(made, name)).lower()
+            raise ValueError(f"{name} is {value}, but of objective {made.objective}: {why}")

@@ -38,7 +38,8 @@ class Recipe:
 
     steps: str = option(
         "first_half",
-        "Steps that may explore. Early steps decide what is in the image, late ones its texture.",
+        "Steps that may explore. Early steps decide what is in the image, late ones its texture. For nft and "
+        "awm, the noise levels that they learn at.",
         choices=("first_half", "all", "all_but_last"),
     )
     pick: str = option(
@@ -50,7 +51,11 @@ class Recipe:
     pick_size: int = option(1, "How many steps a window or a random choice takes.", 1, 1000)
     slide_every: int = option(25, "Iterations until a sliding window moves on by one step.", 1, 100000)
     train_share: float = option(
-        1.0, "Share of the exploring steps that is trained; less is quicker and noisier.", 0.01, 1
+        1.0,
+        "Share of the exploring steps that is trained, for nft and awm of an image's noise levels; less is "
+        "quicker and noisier.",
+        0.01,
+        1,
     )
 
     tree: str = option(
@@ -148,9 +153,10 @@ class Recipe:
 
     objective: str = option(
         "on_policy",
-        "The exact gradient for one update per rollout, or the clipped ratio, which allows several; or pairs "
-        "of kept votes (g2rpo pairs), which needs no rollouts.",
-        choices=("on_policy", "clip", "pairs"),
+        "The exact gradient for one update per rollout; the clipped ratio, which allows several; pairs of "
+        "kept votes (g2rpo pairs), which needs no rollouts; or nft and awm, which need no noisy step and "
+        "learn from finished images alone, at more passes per update.",
+        choices=("on_policy", "clip", "pairs", "nft", "awm"),
     )
     pair_loss: str = option(
         "ropo",
@@ -168,7 +174,31 @@ class Recipe:
     )
     pair_anchor: float = option(0.0, "Weight of keeping the preferred picture as likely as before.", 0, 1000)
     clip: float = option(1e-4, "How far a clipped update may go. Small, for likelihoods are means.", 0, 1)
-    epochs: int = option(1, "Updates from one rollout. Needs objective clip; more can overshoot.", 1, 100)
+    nft_beta: float = option(
+        1.0,
+        "How far apart nft takes its good and its bad model. Smaller lets an update go further.",
+        0.001,
+        100,
+    )
+    awm_weight: str = option(
+        "ghuber",
+        "What an error counts for awm: the same at every noise level, as much as its level, or that with "
+        "large errors damped.",
+        choices=("uniform", "sigma", "ghuber"),
+    )
+    old_decay: float = option(
+        0.0,
+        "For nft and awm: draw with a moving average of the LoRA that keeps this share per step, and learn "
+        "against it. Calmer and slower; 0 draws with the LoRA itself.",
+        0,
+        0.99999,
+    )
+    old_ramp: float = option(
+        0.001, "By how much that share grows per step until it is reached; 1 has it at once.", 1e-6, 1
+    )
+    epochs: int = option(
+        1, "Updates from one rollout. Needs another objective than on_policy; more can overshoot.", 1, 100
+    )
     update: str = option(
         "accumulate",
         "One optimizer step per rollout, or one per exploring step, as the published code does.",

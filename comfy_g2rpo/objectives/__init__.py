@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..methods.recipe_options import Recipe
+from .forward_process import awm, nft, nft_metrics
 from .pairs import pair_metrics, pairs
 from .policy_gradient import clip, clip_metrics, on_policy
 from .record_rows import Records
@@ -30,10 +31,14 @@ class Objective:
     """What the values of all rows say."""
     stored: bool = False
     """Whether it learns from forks that were kept with votes, and not from rollouts."""
+    images: bool = False
+    """Whether it learns from finished images and not from stochastic steps."""
 
 
 OBJECTIVES: dict[str, Objective] = {
     "on_policy": Objective(on_policy),
     "clip": Objective(clip, samples=True, compares=True, metrics=clip_metrics),
     "pairs": Objective(pairs, metrics=pair_metrics, stored=True),
+    "nft": Objective(nft, compares=True, metrics=nft_metrics, images=True),
+    "awm": Objective(awm, compares=True, metrics=clip_metrics, images=True),
 }

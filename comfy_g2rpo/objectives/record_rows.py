@@ -13,12 +13,13 @@ PER_SAMPLE = ("noise", "advantage", "owner")
 """Fields with an entry per sample; the others have one per row."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Records:
-    """What travels from sampler to learner, one row per fork state."""
+    """What travels from sampler to learner: one row per fork state, or per image and noise level."""
 
     x: Tensor  # [N, …]
-    direction: Tensor  # [N, …], Σ A ε over the fork's samples
+    direction: Tensor | None = None  # [N, …], Σ A ε over the fork's samples
+    target: Tensor | None = None  # [N, …], ε − x₀ of an image that was brought back to a noise level
     sigma: Tensor  # [N]
     v_coef: Tensor  # [N], c
     std: Tensor  # [N], s

@@ -41,7 +41,8 @@ def write_checkpoint(setup: Setup, learner: Learner, folder: RunFolder) -> None:
     tensors = {
         f"parameter/{i}": p.detach() for i, p in enumerate(setup.policy.parameters())
     } | optimizer_tensors(learner.optimizer)
-    tensors |= {f"average/{i}": mean for i, mean in enumerate(learner.average)}
+    for kind, values in (("average", learner.average), ("old", learner.old)):
+        tensors |= {f"{kind}/{i}": value for i, value in enumerate(values)}
     progress = {
         "step": learner.step,
         "forwards": learner.forwards,
@@ -69,7 +70,7 @@ def restore(setup: Setup, learner: Learner, folder: RunFolder) -> list[str]:
             folder.truncate_metrics(0)
         return remarks
     tensors, progress = read_progress(place, ("forwards", "seconds"))
-    targets = {"parameter": setup.policy.parameters(), "average": learner.average}
+    targets = {"parameter": setup.policy.parameters(), "average": learner.average, "old": learner.old}
     found = {kind: fitting(tensors, kind, like, place) for kind, like in targets.items()}
     load_optimizer_tensors(learner.optimizer, tensors)
     with torch.no_grad():

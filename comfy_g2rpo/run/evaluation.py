@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..files.safe import RunError, read_json, write_json
+from ..objectives import OBJECTIVES
 from ..plan import Plan, deterministic
 from ..policy import Policy, Trainee
 from ..prompts import image_of, titled
@@ -280,6 +281,9 @@ def exploring(recipe: Recipe) -> Plan:
     """Plan one picture of each kind that the recipe's rollouts judge: the same at every evaluation."""
     alone = {"group_size": 1, "expand": 1.0, "starts": 1, "antithetic": False}
     made = dataclasses.replace(recipe, **alone, credit="final", anchor_image=False)
+    if OBJECTIVES[made.objective].images:
+        # The same images, by steps without noise, whose states the velocities are compared at.
+        made = dataclasses.replace(made, objective="on_policy", eta=0.0)
     if made.tree == "singular" and made.pick == "every":
         made = dataclasses.replace(made, pick="random", pick_size=STEPS)
     return build_plan(made)

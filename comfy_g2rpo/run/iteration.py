@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..advantages import zero_std_share
 from ..exploration.noise_gaps import gain_noise, gap_metrics
 from ..objectives import OBJECTIVES
+from ..objectives.forward_process import image_rows
 from ..plan import Plan
 from ..prompts import PromptCursor
 from ..rewards import Reward, RewardError
@@ -26,7 +28,7 @@ from ..speed.peak_memory import peak_memory
 from ..speed.step_cache import Shortcut
 from ..trees.pruned import PrunedPlan, finished_rows
 from ..trees.staged_rollout import PrunedRollout, roll_out_pruned
-from ..update import records
+from ..update import Records, records, snapshot
 from ..update import update as take_steps
 from .diversity import describe, mean_distance, measure, shaping
 from .optimizers import load_optimizer_tensors, optimizer_tensors, swapped, update_average
@@ -47,6 +49,7 @@ class Explored:
     cheap: bool  # whether completions may go on being cheap
     guard: Mapping[str, float]  # metrics of the guard on cheap completions
     seconds: Mapping[str, float]  # rollout, decode, reward
+    latents: Tensor | None = None  # [P, images, …], where the objective learns from finished images
 
     @property
     def forwards(self) -> int:
@@ -102,11 +105,13 @@ def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
         features = features_of(setup) if rewards is setup.rewards else None
         limits, images = learner.limits, len(plan.images)
         seen = {"check": rolling, "describe": features, "groups": comparison_groups(plan)}
+        seen["keeps_latents"] = OBJECTIVES[setup.recipe.objective].images
         scorer = Scorer(setup.policy.decode, rewards, texts, images, limits.decode_batch, **seen)
         how = size.sigmas, given, drawn, size.shape, scorer, limits.slots, rolling, shortcut
-        if isinstance(plan, PrunedPlan):
-            return scorer, roll_out_pruned(setup.policy, plan, *how, judge=partial(worth, setup))
-        return scorer, roll_out_and_score(setup.policy, plan, *how)
+        with old_policy(setup, learner):
+            if isinstance(plan, PrunedPlan):
+                return scorer, roll_out_pruned(setup.policy, plan, *how, judge=partial(worth, setup))
+            return scorer, roll_out_and_score(setup.policy, plan, *how)
 
     found = roll_out_guarded(
         roll,
@@ -138,6 +143,7 @@ def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
         found.cheap,
         found.metrics,
         {"rollout": rollout, **seconds},
+        found.scorer.latents,
     )
 
 
@@ -181,16 +187,13 @@ def update(
 ) -> dict[str, float]:
     """Take the optimizer's steps on the adapter, move its average, and return the update's metrics."""
     recipe, policy = setup.recipe, setup.policy
-    made = records(
-        explored.rollout,
-        scored.advantages,
-        step_weight=recipe.step_weight,
-        samples=OBJECTIVES[recipe.objective].samples,
-    )
-    if isinstance(explored.rollout, PrunedRollout):
-        made = finished_rows(made, explored.plan, explored.rollout.finished)
+    made = rows_of(setup, learner, explored, scored)
     reference = partial(swapped, policy.parameters(), learner.start) if learner.start else None
     with undone_on_error(setup, learner), policy.training():
+        if learner.old:
+            with old_policy(setup, learner):
+                past = snapshot(policy, made, explored.conds, micro_batch=learner.limits.micro_batch)
+            made = dataclasses.replace(made, velocity=past)
         stats = take_steps(
             policy,
             made,
@@ -207,7 +210,28 @@ def update(
     if recipe.ema:
         decay = min(recipe.ema, (learner.step + 1) / (learner.step + 10))
         update_average(learner.average, policy.parameters(), decay)
+    if learner.old:
+        # DiffusionNFT's published schedule: nearly the adapter itself at first.
+        decay = min(recipe.old_decay, recipe.old_ramp * (learner.step + 1))
+        update_average(learner.old, policy.parameters(), decay)
     return stats
+
+
+def rows_of(setup: Setup, learner: Learner, explored: Explored, scored: Scored) -> Records:
+    """Return what the objective learns from: the rollout's forks, or its finished images."""
+    recipe, rollout = setup.recipe, explored.rollout
+    if explored.latents is not None:
+        return image_rows(rollout, explored.latents, scored.advantages, setup.size(learner.step).sigmas)
+    how = {"step_weight": recipe.step_weight, "samples": OBJECTIVES[recipe.objective].samples}
+    made = records(rollout, scored.advantages, **how)
+    if isinstance(rollout, PrunedRollout):
+        return finished_rows(made, explored.plan, rollout.finished)
+    return made
+
+
+def old_policy(setup: Setup, learner: Learner) -> AbstractContextManager[None]:
+    """Put the average that draws, where there is one, in the adapter's place."""
+    return swapped(setup.policy.parameters(), learner.old) if learner.old else nullcontext()
 
 
 def step_row(

@@ -70,11 +70,14 @@ class Scorer:
     """Images [B, H, W, 3] → features [B, D] by measure, gathered as [P, images, D], NaN where none came."""
     groups: Sequence[Hashable] = ()
     """What each image is compared with, by its position; blank where nothing is."""
+    keeps_latents: bool = False
+    """Whether to gather the finished latents as `latents` [P, images, …]."""
 
     def __post_init__(self) -> None:
         self.scores = torch.full((len(self.rewards), len(self.prompts), self.images), torch.nan)
         self.pictures: dict[tuple[int, int], Tensor] = {}
         self.features: dict[str, Tensor] = {}
+        self.latents: Tensor | None = None
         self.whole: list[tuple[int, tuple[int, ...]]] = []
         """Prompt and images of every group that was judged as a whole, in that order."""
         self._grouping = [r for r, reward in enumerate(self.rewards) if reward.needs_group]
@@ -102,6 +105,10 @@ class Scorer:
     @torch.no_grad()
     def __call__(self, prompts: list[int], images: list[int], latents: Tensor) -> None:
         """Score latents [n, …] of the given prompts and image positions; clips by their frames."""
+        if self.keeps_latents:
+            if self.latents is None:
+                self.latents = latents.new_empty(len(self.prompts), self.images, *latents.shape[1:])
+            self.latents[prompts, images] = latents
         limit = limit_of(self.batch)
         size = limit.rows
         for start in range(0, len(prompts), size):

@@ -108,6 +108,8 @@ class Learner:
     seconds: float = 0.0
     start: list[Tensor] = field(default_factory=list)
     """The adapter as the run began with it, where the KL is measured against that."""
+    old: list[Tensor] = field(default_factory=list)
+    """The moving average that draws, where the objective learns against that and not the adapter itself."""
     cheap: bool = True
     """Whether completions may still be cheaper than exact (`Setup.speed`)."""
     limits: Limits = field(default_factory=lambda: Limits.of(Pace()))
@@ -153,11 +155,13 @@ def make_learner(setup: Setup) -> Learner:
     parameters = setup.policy.parameters()
     optimizer = setup.optimizer(parameters, setup.recipe)
     schedule = rate_schedule(optimizer, setup.recipe, setup.pace.steps)
-    average, start = setup.recipe.ema, setup.recipe.kl and setup.recipe.kl_reference == "start"
-    average, start = (
-        [p.detach().clone() for p in parameters] if wanted else [] for wanted in (average, start)
+    start = setup.recipe.kl and setup.recipe.kl_reference == "start"
+    average, start, old = (
+        [p.detach().clone() for p in parameters] if wanted else []
+        for wanted in (setup.recipe.ema, start, setup.recipe.old_decay)
     )
-    return Learner(optimizer, average, start=start, limits=Limits.of(setup.pace), schedule=schedule)
+    limits = Limits.of(setup.pace)
+    return Learner(optimizer, average, start=start, old=old, limits=limits, schedule=schedule)
 
 
 def prompts_ahead(prompts: Prompts, pace: Pace) -> tuple[str, ...]:

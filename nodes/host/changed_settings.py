@@ -21,7 +21,7 @@ UNITS = {"train": "lines", "heldout": "lines", "sigmas": "noise levels", "negati
 LONGEST = 40  # characters of a value that is told as it is
 MOST = 4  # settings that a sentence tells
 MAY_GO_ON = {
-    "method": {*FIELDS, "name"} - {"num_steps", "shift", "ema", "optimizer"},
+    "method": {*FIELDS, "name"} - {"num_steps", "shift", "ema", "old_decay", "optimizer"},
     "prompts": {"train"},
     "train": {"prompts_per_step"},
     "rewards": {"weight", "gate"},

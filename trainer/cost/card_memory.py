@@ -106,7 +106,7 @@ def footprint_of(config: Config, counted: ModelCounts) -> Footprint:
 
 def resident(config: Config, counted: ModelCounts, recipe: Recipe) -> dict[str, int]:
     """Count what stays on the card during training."""
-    copies = bool(recipe.ema) + bool(recipe.kl and recipe.kl_reference == "start")
+    copies = bool(recipe.ema) + bool(recipe.old_decay) + bool(recipe.kl and recipe.kl_reference == "start")
     return {
         "transformer": counted.transformer,
         "vae": counted.vae,
@@ -136,5 +136,5 @@ def rollout_states(config: Config, counted: ModelCounts, recipe: Recipe) -> int:
     plan = build_plan(recipe)
     # Branches that are judged on the way wait with their velocity.
     waiting = sum(map(len, plan.members)) if isinstance(plan, PrunedPlan) else 0
-    kept = config.train.prompts_per_step * (3 * len(plan.forks) + 2 * waiting)
+    kept = config.train.prompts_per_step * (3 * plan.rows + 2 * waiting)
     return 4 * counted.latent * (kept + 4 * config.train.slots)

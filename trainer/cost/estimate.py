@@ -82,7 +82,7 @@ def count(config: Config) -> Counts:
     between = (train.steps - 1) // train.eval_every if train.eval_every else 0
     # All branches of a fork share its forward and backward; several optimizer steps by the clipped form first
     # take a snapshot of the old velocities.
-    several = recipe.epochs > 1 or recipe.update == "per_step"
+    several = recipe.epochs > 1 or recipe.update == "per_step" or bool(recipe.old_decay)
     passes = recipe.epochs + (OBJECTIVES[recipe.objective].compares and several)
     trained = [passes * plan.rows for plan in plans]
     return Counts(
