@@ -20,6 +20,9 @@ from .recipes import Recipe
 from .rollout import Rollout
 from .speed.fitting_batch import Limit, limit_of
 
+Watch = Callable[[Records, Values], None]
+"""Takes rows with the velocities that they were compared with, and what the loss saw of them."""
+
 __all__ = [
     "Records",
     "backward",
@@ -48,11 +51,18 @@ def step_weights(v_coef: Tensor, std: Tensor, mode: str) -> Tensor:
 
 
 def records(
-    rollout: Rollout, advantages: Sequence[Tensor], *, step_weight: str = "uniform", samples: bool = False
+    rollout: Rollout,
+    advantages: Sequence[Tensor],
+    *,
+    step_weight: str = "uniform",
+    samples: bool = False,
+    values: Sequence[Tensor] | None = None,
+    every: bool = False,
 ) -> Records:
     """Collect the rows of a rollout with one table of advantages [K, G] per prompt.
 
-    `samples` keeps every sample for the clipped form.
+    `samples` keeps every sample, with its value of as many tables `values`: those of an advantage, or where
+    `every` is set, those of a value (not NaN).
     """
     plan, c = rollout.plan, rollout.coefficients
     groups, members, _ = plan.shape
@@ -62,19 +72,20 @@ def records(
     weights = step_weights(c.v_coef[child], c.std[child], step_weight)
     weights = weights / (members * groups * len(advantages))
     direction = torch.zeros_like(rollout.x)
-    noise, advantage, owner = [], [], []
+    values = advantages if values is None else values
+    noise, kept = [], []
     for p, table in enumerate(advantages):
         for state in plan.transitions:
             edge = plan.states[state]
             value, fork = table[edge.group, edge.member].item(), row[edge.parent]
-            if value == 0:
+            worth = values[p][edge.group, edge.member].item()
+            if math.isnan(worth) if every else value == 0:
                 continue
             draw = rollout.noise(p, state)
             direction[p, fork] += value * draw
             if samples:
                 noise.append(draw)
-                advantage.append(value)
-                owner.append(p * len(row) + fork)
+                kept.append((value, worth, edge.noise, p * len(row) + fork))
     device, prompts = rollout.x.device, len(advantages)
     made = Records(
         x=rollout.x.flatten(0, 1),
@@ -89,11 +100,14 @@ def records(
     if not samples:
         return made
     noise = torch.stack(noise) if noise else rollout.x.new_zeros(0, *rollout.x.shape[2:])
+    advantage, value, draw, owner = torch.tensor(kept, dtype=torch.float64).reshape(-1, 4).T
     return dataclasses.replace(
         made,
         noise=noise,
-        advantage=torch.tensor(advantage, device=device),
-        owner=torch.tensor(owner, dtype=torch.long, device=device),
+        advantage=advantage.float().to(device),
+        value=value.float().to(device),
+        draw=draw.long().to(device),
+        owner=owner.long().to(device),
     )
 
 
@@ -106,12 +120,13 @@ def backward(
     micro_batch: int = 32,
     check: Callable[[], None] | None = None,
     reference: Callable[[], AbstractContextManager[None]] | None = None,
+    watch: Watch | None = None,
 ) -> Values:
     """Accumulate the gradient of the recipe's objective over all rows; return what its loss saw.
 
     An objective that compares with an older policy takes a row's `velocity` for it, or where rows have none
-    the present one. The velocity KL adds β·mean‖v − v_ref‖²/D over the rows, v_ref inside the context
-    `reference`: without the adapter where it is not given.
+    (NaN) the present one. `watch` is told of every part. The velocity KL adds β·mean‖v − v_ref‖²/D over the
+    rows, v_ref inside the context `reference`: without the adapter where it is not given.
     """
     objective, seen = OBJECTIVES[recipe.objective], []
     for part in micro_batches(made, micro_batch):
@@ -123,14 +138,19 @@ def backward(
             with torch.no_grad(), (reference or policy.reference)():
                 anchored = policy.velocity(part.x, part.sigma, cond)
         velocity = policy.velocity(part.x, part.sigma, cond)
-        if objective.compares and part.velocity is None:
-            part = dataclasses.replace(part, velocity=velocity.detach())
+        if objective.compares:
+            past = velocity.detach()
+            if part.velocity is not None:
+                past = torch.where(part.velocity.isnan(), past, part.velocity)
+            part = dataclasses.replace(part, velocity=past)
         loss, values = objective.loss(velocity, part, recipe)
         if recipe.kl:
             distance = (velocity - anchored).square().flatten(1).mean(1)
             loss = loss + recipe.kl * distance.sum() / len(made)
             values = {**values, "kl": distance}
         seen.append({name: value.detach() for name, value in values.items()})
+        if watch:
+            watch(part, seen[-1])
         loss.backward()
     return together(seen)
 
@@ -150,6 +170,16 @@ def snapshot(policy: Policy, made: Records, conds: Sequence[Any], *, micro_batch
     return limit_of(micro_batch).parts(velocity, len(made))
 
 
+def with_past(policy: Policy, made: Records, conds: Sequence[Any], micro_batch: int | Limit) -> Records:
+    """Give the rows without a velocity of their own (NaN) the present policy's."""
+    if made.velocity is None:
+        return dataclasses.replace(made, velocity=snapshot(policy, made, conds, micro_batch=micro_batch))
+    past = made.velocity.clone()
+    if len(new := past.flatten(1)[:, 0].isnan().nonzero().flatten()):
+        past[new] = snapshot(policy, made.rows(new), conds, micro_batch=micro_batch)
+    return dataclasses.replace(made, velocity=past)
+
+
 def update(
     policy: Policy,
     made: Records,
@@ -161,31 +191,30 @@ def update(
     reduce: Callable[[Tensor], Tensor] | None = None,
     check: Callable[[], None] | None = None,
     reference: Callable[[], AbstractContextManager[None]] | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, float]:
     """Take one optimizer step per rollout or per branch step, `epochs` times over; return the metrics.
 
     `reduce` averages a gradient over processes; `check` is called before every forward and may raise;
-    `reference` is as in `backward`. A step whose gradient is not finite is skipped and counted. Where memory
-    runs out, `micro_batch` is halved and the step begun again.
+    `reference` and `watch` are as in `backward`, the latter in the first epoch. A step whose gradient is not
+    finite is skipped and counted. Where memory runs out, `micro_batch` is halved and the step begun again.
     """
     limit, objective = limit_of(micro_batch), OBJECTIVES[recipe.objective]
     parts = by_step(made) if recipe.update == "per_step" else [made]
     if objective.compares and made.velocity is None and (recipe.epochs > 1 or len(parts) > 1):
         # Else the only optimizer step is taken at the rollout's own policy: the velocity is its own past.
-        parts = [
-            dataclasses.replace(part, velocity=snapshot(policy, part, conds, micro_batch=limit))
-            for part in parts
-        ]
+        parts = [with_past(policy, part, conds, limit) for part in parts]
 
-    def gradient(part: Records) -> Values:
+    def gradient(part: Records, watch: Watch | None) -> Values:
         optimizer.zero_grad(set_to_none=True)
-        how = {"micro_batch": limit.rows, "check": check, "reference": reference}
+        how = {"micro_batch": limit.rows, "check": check, "reference": reference, "watch": watch}
         return backward(policy, part, conds, recipe, **how)
 
     found, norms = [], []
-    for _ in range(recipe.epochs):
+    for epoch in range(recipe.epochs):
         for part in parts:
-            found.append(limit.until(partial(gradient, part), len(part)))
+            work = partial(gradient, part, None if epoch else watch)
+            found.append(limit.until(work, len(part)))
             norms.append(clip_gradients(policy.parameters(), recipe.max_grad_norm, reduce))
             if math.isfinite(norms[-1]):
                 optimizer.step()

@@ -15,6 +15,8 @@ EXPLORING = (
 WINDOWS = ("random_window", "sliding_window")
 FORWARD = ("nft", "awm")
 """Objectives that learn from finished images, and not from the noise of steps."""
+REPLAYING = ("clip", "vargrad")
+"""Objectives that can learn from branches of an older policy."""
 
 
 def check(made: Recipe) -> Recipe:
@@ -43,6 +45,13 @@ def check(made: Recipe) -> Recipe:
             if getattr(made, name) != getattr(plain, name):
                 remedy = "objective pairs learns from kept forks and explores nothing; leave it out"
                 raise ValueError(f"{name} is {getattr(made, name)}; {remedy}")
+    if made.replay and made.objective not in REPLAYING:
+        needs = f"{made.objective} cannot learn from branches of an older policy"
+        raise ValueError(
+            f"replay is {made.replay}, but objective {needs}; choose objective: clip, or replay: 0"
+        )
+    if made.objective == "vargrad":
+        check_vargrad(made)
     if made.optimizer == "prodigy" and made.learning_rate < PRODIGYS_LEAST:
         remedy = "prodigy finds its own and takes this for a factor: set it to 1"
         raise ValueError(f"learning_rate is {made.learning_rate:g}; {remedy}")
@@ -101,3 +110,17 @@ def check_forward(made: Recipe) -> None:
         if is_wrong:
             value = str(getattr(made, name)).lower()
             raise ValueError(f"{name} is {value}, but of objective {made.objective}: {why}")
+
+
+def check_vargrad(made: Recipe) -> None:
+    """Raise ValueError where an update could not compare branches of one state by their rewards alone."""
+    alike = "objective vargrad compares branches of one state"
+    if made.tree == "independent":
+        raise ValueError(f"tree is independent, but {alike}; choose tree: singular")
+    if made.pick in ("random_window", "sliding_window") and made.pick_size > 1:
+        raise ValueError(f"pick_size is {made.pick_size} steps in a row, but {alike}; choose pick: random")
+    if made.mix not in ("zscore", "sum"):
+        raise ValueError(f"mix is {made.mix}, but objective vargrad adds raw rewards; choose mix: sum")
+    if made.diversity_weight:
+        unit = "objective vargrad learns from rewards in their own units"
+        raise ValueError(f"diversity_weight is {made.diversity_weight:g}, but {unit}; set it to 0")

@@ -154,9 +154,10 @@ class Recipe:
     objective: str = option(
         "on_policy",
         "The exact gradient for one update per rollout; the clipped ratio, which allows several; pairs of "
-        "kept votes (g2rpo pairs), which needs no rollouts; or nft and awm, which need no noisy step and "
-        "learn from finished images alone, at more passes per update.",
-        choices=("on_policy", "clip", "pairs", "nft", "awm"),
+        "kept votes (g2rpo pairs), which needs no rollouts; vargrad, a least-squares fit of the log-ratio to "
+        "reward/τ; or nft and awm, which need no noisy step and learn from finished images alone, at more "
+        "passes per update.",
+        choices=("on_policy", "clip", "pairs", "nft", "awm", "vargrad"),
     )
     pair_loss: str = option(
         "ropo",
@@ -195,6 +196,28 @@ class Recipe:
     )
     old_ramp: float = option(
         0.001, "By how much that share grows per step until it is reached; 1 has it at once.", 1e-6, 1
+    )
+    vargrad_tau: float = option(
+        0.1, "Temperature τ of vargrad, in units of the reward: smaller moves the model further.", 1e-6, 1e6
+    )
+    replay: int = option(
+        0,
+        "Old forks that every update learns from once more, per new fork. Each costs a forward and a "
+        "backward, and no image. Needs objective clip or vargrad.",
+        0,
+        16,
+    )
+    replay_size: int = option(
+        256, "Forks that are kept for that, in memory and in every checkpoint.", 1, 100000
+    )
+    replay_by: str = option(
+        "uniform",
+        "How they are chosen: evenly, by the rank of their best reward, or by a budgeted draw of large "
+        "advantages.",
+        choices=("uniform", "rank", "draw"),
+    )
+    replay_age: int = option(
+        64, "Steps after which a fork is not used again: its images are of a model long gone.", 1, 1_000_000
     )
     epochs: int = option(
         1, "Updates from one rollout. Needs another objective than on_policy; more can overshoot.", 1, 100

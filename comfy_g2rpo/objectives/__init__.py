@@ -12,6 +12,7 @@ from .forward_process import awm, nft, nft_metrics
 from .pairs import pair_metrics, pairs
 from .policy_gradient import clip, clip_metrics, on_policy
 from .record_rows import Records
+from .vargrad import vargrad, vargrad_metrics
 
 Values = dict[str, Tensor]
 """What a loss saw, without gradient, per sample [S] or row [N], by name."""
@@ -27,6 +28,8 @@ class Objective:
     """Whether it needs the noise and the advantage of every sample, or the sum over a fork alone."""
     compares: bool = False
     """Whether it compares with the policy that rolled out, and so needs the rows' `velocity`."""
+    values: bool = False
+    """Whether it learns from rewards in their own units, where a sample of advantage 0 counts, too."""
     metrics: Callable[[Values, Recipe], dict[str, float]] | None = None
     """What the values of all rows say."""
     stored: bool = False
@@ -41,4 +44,5 @@ OBJECTIVES: dict[str, Objective] = {
     "pairs": Objective(pairs, metrics=pair_metrics, stored=True),
     "nft": Objective(nft, compares=True, metrics=nft_metrics, images=True),
     "awm": Objective(awm, compares=True, metrics=clip_metrics, images=True),
+    "vargrad": Objective(vargrad, samples=True, compares=True, values=True, metrics=vargrad_metrics),
 }

@@ -46,7 +46,7 @@ def log_ratio(velocity: Tensor, velocity_old: Tensor, made: Records) -> Tensor:
     scale = torch.where(made.std > 0, made.v_coef / made.std.clamp(min=1e-30), 0.0)
     delta = over(scale, velocity) * (velocity_old - velocity)
     square = delta.square().flatten(1).mean(1)
-    return -((made.noise * delta[made.owner]).flatten(1).mean(1) + 0.5 * square[made.owner])
+    return -((made.noise.to(delta.device) * delta[made.owner]).flatten(1).mean(1) + 0.5 * square[made.owner])
 
 
 def clipped_loss(velocity: Tensor, velocity_old: Tensor, made: Records, clip: float) -> tuple[Tensor, Tensor]:
@@ -69,12 +69,14 @@ def clip(velocity: Tensor, made: Records, recipe: Recipe) -> tuple[Tensor, dict[
 
 def clip_metrics(found: dict[str, Tensor], recipe: Recipe) -> dict[str, float]:
     """Say of ratios [S] how far they went, and the share that the clip held."""
-    ratio = found["ratio"].double()
+    away = (found["ratio"].double() - 1).abs()
+    held = {"clip_share": (away > recipe.clip).double().mean().item()} if len(away) else {}
+    return ratio_metrics(found["ratio"]) | held
+
+
+def ratio_metrics(ratio: Tensor) -> dict[str, float]:
+    """Say of ratios [S] how far they went."""
     if not len(ratio):
         return {}
-    away = (ratio - 1).abs()
-    return {
-        "ratio/mean": ratio.mean().item(),
-        "ratio/max_deviation": away.max().item(),
-        "clip_share": (away > recipe.clip).double().mean().item(),
-    }
+    ratio = ratio.double()
+    return {"ratio/mean": ratio.mean().item(), "ratio/max_deviation": (ratio - 1).abs().max().item()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PER_SAMPLE = ("noise", "advantage", "owner")
+PER_SAMPLE = ("noise", "advantage", "value", "draw", "owner")
 """Fields with an entry per sample; the others have one per row."""
 
 
@@ -26,9 +26,12 @@ class Records:
     weight: Tensor  # [N], step weight / (group size · groups · prompts)
     step: Tensor  # [N], schedule index
     prompt: Tensor  # [N], position in the rollout's prompts
-    velocity: Tensor | None = None  # [N, …], of the policy that the objective compares with
-    noise: Tensor | None = None  # [S, …], kept for the clipped objective alone
+    velocity: Tensor | None = None  # [N, …], of the policy to compare with; NaN: the present one
+    number: Tensor | None = None  # [N], which row of an update it is, where somebody asks afterwards
+    noise: Tensor | None = None  # [S, …], for objectives that look at every sample; may lie on the CPU
     advantage: Tensor | None = None  # [S]
+    value: Tensor | None = None  # [S], the rewards in their own units
+    draw: Tensor | None = None  # [S], the noise's number in its plan, mirrored below 0
     owner: Tensor | None = None  # [S], the row of each sample
     branches: Tensor | None = None  # [N, G, …], the noises of a fork's branches, for pairs
     wins: Tensor | None = None  # [N, G, G], how often one branch was preferred to another
@@ -46,7 +49,8 @@ class Records:
         for field in dataclasses.fields(self):
             found = getattr(self, field.name)
             if found is not None:
-                part[field.name] = found[kept] if field.name in PER_SAMPLE else found[rows]
+                chosen = kept if field.name in PER_SAMPLE else rows
+                part[field.name] = found[chosen.to(found.device)]
         if kept is not None:
             part["owner"] = place[part["owner"]]
         return Records(**part)

@@ -111,6 +111,23 @@ def blend(
     return wide(torch.where(complete, score, torch.nan))[None]
 
 
+def raw_values(
+    rewards: Tensor,
+    weights: Sequence[float],
+    gates: Sequence[float | None] = (),
+    floor: float = FLOOR,
+    noise: Sequence[float] = (),
+) -> Tensor:
+    """Return one value [K, G] in the rewards' own units of [R, K, G, L]: Σ w r, averaged over Λ.
+
+    As `blend` has a sum. A granularity that judges nobody of a group has no say; a member that lacks another's
+    score is left out (NaN).
+    """
+    summed = blend(rewards, weights, "sum", gates, floor, None, noise)[0]
+    judged = ~summed.isnan().all(1, keepdim=True)
+    return torch.where(judged, summed, 0.0).sum(-1) / judged.sum(-1)
+
+
 def apply_gates(
     rewards: Tensor,
     weights: Sequence[float],

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from .. import lora
+from ..replay.old_forks import remembered
+from ..replay.replay_file import read_forks, write_forks
 from .folder import RunFolder, fitting, read_progress, write_state
 from .optimizers import load_optimizer_tensors, optimizer_tensors, rate_schedule, swapped
-from .setup import Learner, Setup
+from .setup import Learner, Setup, prompts_ahead
 from .watch import best_step
 
 
@@ -55,6 +57,8 @@ def write_checkpoint(setup: Setup, learner: Learner, folder: RunFolder) -> None:
         with averaged(setup, learner):
             form = {"style": setup.style, "rename": setup.rename, "metadata": metadata}
             lora.write(path / "lora.safetensors", setup.policy.pairs(), setup.alpha, **form)
+        if learner.forks:
+            write_forks(path, learner.forks)
         write_state(path, tensors, progress)
 
     folder.save_checkpoint(learner.step, write)
@@ -87,6 +91,10 @@ def restore(setup: Setup, learner: Learner, folder: RunFolder) -> list[str]:
     falls = setup.recipe.lr_schedule != "constant" and learner.step < setup.pace.steps
     if falls and planned != setup.pace.steps:
         remarks = [*remarks, f"from here on the learning rate falls over {setup.pace.steps} steps"]
+    if setup.recipe.replay:
+        # Those of prompts that are not trained on any more are left out.
+        found = read_forks(place, prompts_ahead(setup.prompts, setup.pace))
+        learner.forks = remembered(found, [], setup.recipe, learner.step)
     learner.cheap = progress.get("cheap", True) is not False
     if setup.world.speaks:
         folder.truncate_metrics(learner.step)

@@ -103,7 +103,7 @@ def damage(place: Path) -> str:
     sums = meta.pop("sha256", {})
     if sums and sums.get("state.json") != digest_of_table(meta):
         return "state.json"
-    for name in CHECKPOINT_FILES[:2]:
+    for name in (*CHECKPOINT_FILES[:2], *(name for name in sums if name not in CHECKPOINT_FILES)):
         try:
             read_header(place / name)
             sound_file = not sums or digest_of(place / name) == sums.get(name)

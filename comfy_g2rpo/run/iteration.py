@@ -20,8 +20,9 @@ from ..objectives import OBJECTIVES
 from ..objectives.forward_process import image_rows
 from ..plan import Plan
 from ..prompts import PromptCursor
+from ..replay.replay_rows import Batch, Share, after, forks_of, metrics_of, seed_of, with_old
 from ..rewards import Reward, RewardError
-from ..rewards.mixing import mixed_advantages
+from ..rewards.mixing import mixed_advantages, raw_values
 from ..rewards.protocol import embedder
 from ..rollout import Rollout, stream
 from ..speed.peak_memory import peak_memory
@@ -73,6 +74,7 @@ class Scored:
     everywhere: Tensor  # [R, P, F] of all processes
     dropped: float  # share of the pictures that the least able reward could not judge
     noise: Sequence[float]  # [R], a spread below which tells nothing
+    values: Sequence[Tensor] | None = None  # [K, G] of every prompt, in the rewards' own units
 
 
 def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
@@ -172,7 +174,11 @@ def score(setup: Setup, explored: Explored, step: int) -> Scored:
             advantage + shaping(features, reward, recipe.diversity_weight, recipe.clamp)
             for advantage, features, reward in zip(advantages, unlike, rewards, strict=True)
         ]
-    return Scored(rewards, advantages, everywhere, dropped, noise)
+    values = None
+    if recipe.replay or OBJECTIVES[recipe.objective].values:
+        how = setup.weights, setup.gates, recipe.std_floor, noise
+        values = [raw_values(reward, *how) for reward in rewards]
+    return Scored(rewards, advantages, everywhere, dropped, noise, values)
 
 
 def worth(setup: Setup, rewards: Tensor) -> Tensor:
@@ -188,23 +194,35 @@ def update(
     """Take the optimizer's steps on the adapter, move its average, and return the update's metrics."""
     recipe, policy = setup.recipe, setup.policy
     made = rows_of(setup, learner, explored, scored)
+    batch = Batch(made, explored.conds, len(made))
+    if recipe.replay:
+        chance = seed_of(setup.pace.seed, learner.step)
+        share = Share(setup.world.index, setup.world.count, setup.world.gather)
+        batch = with_old(made, explored.conds, learner.forks, recipe, share, chance, policy.encode)
     reference = partial(swapped, policy.parameters(), learner.start) if learner.start else None
     with undone_on_error(setup, learner), policy.training():
         if learner.old:
             with old_policy(setup, learner):
                 past = snapshot(policy, made, explored.conds, micro_batch=learner.limits.micro_batch)
-            made = dataclasses.replace(made, velocity=past)
+            batch.rows = dataclasses.replace(made, velocity=past)
         stats = take_steps(
             policy,
-            made,
-            explored.conds,
+            batch.rows,
+            batch.conds,
             learner.optimizer,
             recipe,
             micro_batch=learner.limits.micro_batch,
             reduce=setup.world.reduce,
             check=partial(check, "update"),
             reference=reference,
+            watch=batch.see if recipe.replay else None,
         )
+    if recipe.replay:
+        prompts, seeds = drawn(setup, learner.step)
+        new = forks_of(made, batch, share, prompts, seeds, learner.step)
+        kept = after(learner.forks, new, batch, recipe, share, learner.step + 1)
+        stats |= metrics_of(batch, learner.forks, kept, learner.step)
+        learner.forks = kept
     if learner.schedule:
         learner.schedule.step()
     if recipe.ema:
@@ -222,8 +240,15 @@ def rows_of(setup: Setup, learner: Learner, explored: Explored, scored: Scored) 
     recipe, rollout = setup.recipe, explored.rollout
     if explored.latents is not None:
         return image_rows(rollout, explored.latents, scored.advantages, setup.size(learner.step).sigmas)
-    how = {"step_weight": recipe.step_weight, "samples": OBJECTIVES[recipe.objective].samples}
-    made = records(rollout, scored.advantages, **how)
+    objective = OBJECTIVES[recipe.objective]
+    made = records(
+        rollout,
+        scored.advantages,
+        step_weight=recipe.step_weight,
+        samples=objective.samples,
+        values=scored.values,
+        every=objective.values,
+    )
     if isinstance(rollout, PrunedRollout):
         return finished_rows(made, explored.plan, rollout.finished)
     return made
@@ -264,11 +289,16 @@ def step_row(
 
 def draw(setup: Setup, step: int) -> tuple[list[str], list[int]]:
     """Return this process's share of the step's prompts, and their seeds, by (seed, step) alone."""
-    pace, world = setup.pace, setup.world
-    prompts = PromptCursor(setup.prompts.train, pace.prompts_per_step, pace.seed).batch(step)
-    seeds = [stream("rollout", pace.seed, step, place) for place in range(len(prompts))]
-    mine = slice(world.index, None, world.count)
+    prompts, seeds = drawn(setup, step)
+    mine = slice(setup.world.index, None, setup.world.count)
     return prompts[mine], seeds[mine]
+
+
+def drawn(setup: Setup, step: int) -> tuple[list[str], list[int]]:
+    """Return the step's prompts of all processes, and their seeds."""
+    pace = setup.pace
+    prompts = PromptCursor(setup.prompts.train, pace.prompts_per_step, pace.seed).batch(step)
+    return prompts, [stream("rollout", pace.seed, step, place) for place in range(len(prompts))]
 
 
 def features_of(setup: Setup) -> Callable[[Tensor], dict[str, Tensor]] | None:

@@ -15,6 +15,7 @@ from .. import lora
 from ..policy import Trainee
 from ..prompts import PromptCursor, Prompts
 from ..recipes import Recipe
+from ..replay.old_forks import Fork, refuse_too_many
 from ..rewards import Reward
 from ..rewards.protocol import embedder
 from ..speed.cheap_completions import Speed
@@ -83,6 +84,9 @@ class Setup:
     optimizer: Optimizers = adamw
     """Makes the recipe's optimizer."""
 
+    def __post_init__(self) -> None:
+        refuse_too_many(self.recipe, [self.shape, *(size.shape for size in self.sizes)])
+
     @property
     def trained(self) -> dict[str, float]:
         """Return the weights of the rewards that are trained on, by name."""
@@ -116,6 +120,8 @@ class Learner:
     """What fits into memory at once; not part of a checkpoint, for results do not depend on it."""
     schedule: LRScheduler | None = None
     """Sets the learning rate of every step; the count of steps says where it stands."""
+    forks: list[Fork] = field(default_factory=list)
+    """Old forks that updates learn from once more, oldest first."""
 
 
 class CheapVelocity(Protocol):

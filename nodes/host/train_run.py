@@ -313,8 +313,8 @@ def price(setup: Setup, width: int, height: int, made: int = 0) -> str:
     pace, plan = setup.pace, build_plan(setup.recipe, 0, setup.pace.seed)
     steps = pace.steps - made
     groups = steps * pace.prompts_per_step
-    # A forward and backward is worth three forwards.
-    forwards = groups * (plan.forwards + 3 * plan.rows)
+    # A forward and backward is worth three forwards; old forks have theirs, too.
+    forwards = groups * (plan.forwards + 3 * plan.rows * (1 + setup.recipe.replay))
     looks = 2 + (steps // pace.eval_every if pace.eval_every else 0)
     parts = look_parts(setup)
     seen = sum(count for name, (count, _) in parts.items() if name != "preview") * width * height
@@ -347,7 +347,7 @@ def expected(setup: Setup) -> dict[str, int]:
     groups = pace.prompts_per_step
     return {
         "rollout": drawn(groups * plan.forwards, groups * plan.pictures),
-        "update": batches((groups * plan.rows, pace.micro_batch)),
+        "update": batches((groups * plan.rows * (1 + setup.recipe.replay), pace.micro_batch)),
         "evaluate": sum(drawn(*part) for part in look_parts(setup).values()),
     }
 

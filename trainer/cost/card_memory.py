@@ -93,13 +93,17 @@ def footprint_of(config: Config, counted: ModelCounts) -> Footprint:
     encoders = 0 if config.memory.text_encoders == "cpu" else element * sum(counted.text_parameters.values())
     stays, judging = sum(parts.values()), max(reward_sizes(config), default=0)
     states = rollout_states(config, counted, recipe)
+    # Their state, velocity and a row of zeros; their noise waits in the computer's memory.
+    replayed = (
+        3 * 4 * counted.latent * recipe.replay * config.train.prompts_per_step * build_plan(recipe).rows
+    )
     peaks = {
         "encode": encoders + parts["vae"] + parts["rewards"],
         "rollout": stays + counted.swapped + states + counted.merged + counted.rolling,
         # Rewards that take turns are on the card while they judge, which is never during a forward.
         "decode": stays + states + counted.merged + max(counted.decoding, 0 if parts["rewards"] else judging),
         # The gradients of earlier micro-batches are there when the next one is at its peak.
-        "update": stays + counted.swapped + states + 4 * counted.adapter + counted.learning,
+        "update": stays + counted.swapped + states + replayed + 4 * counted.adapter + counted.learning,
     }
     return Footprint(parts, peaks)
 

@@ -30,6 +30,8 @@ class Counts:
     evaluation_images: int
     passes: int = 1
     """Passes of the update at each state: one, or a snapshot's and one per epoch."""
+    again: int = 0
+    """Those of old forks among them."""
 
     @property
     def step_forwards(self) -> float:
@@ -83,7 +85,9 @@ def count(config: Config) -> Counts:
     # All branches of a fork share its forward and backward; several optimizer steps by the clipped form first
     # take a snapshot of the old velocities.
     several = recipe.epochs > 1 or recipe.update == "per_step" or bool(recipe.old_decay)
-    passes = recipe.epochs + (OBJECTIVES[recipe.objective].compares and several)
+    # Old forks have theirs, and take a pass per epoch.
+    again = recipe.epochs * recipe.replay
+    passes = recipe.epochs + (OBJECTIVES[recipe.objective].compares and several) + again
     trained = [passes * plan.rows for plan in plans]
     return Counts(
         prompts=train.prompts_per_step,
@@ -96,6 +100,7 @@ def count(config: Config) -> Counts:
         evaluation_forwards=sum(forwards for forwards, _ in looks.values()),
         evaluation_images=sum(images for _, images in looks.values()),
         passes=passes,
+        again=again,
     )
 
 

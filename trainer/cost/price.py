@@ -6,17 +6,18 @@ import time
 
 import torch
 
+from comfy_g2rpo.replay.old_forks import bytes_of_fork
 from comfy_g2rpo.rewards import REWARDS
 from comfy_g2rpo.run.watch import forewarnings
 
 from ..config.file_checks import check_model_files, parameters_of, read_prompts
-from ..config.reading import Config, ConfigError, make_pace
+from ..config.reading import Config, ConfigError, make_pace, make_recipe
 from ..config.reward_checks import missing_models
 from ..model.cpu_refusal import LARGE, why_no_gpu
 from ..model.inference import device
 from ..model.placing import check_card
 from ..reports.progress import clock
-from .card_memory import UnknownMemoryError, footprint_of
+from .card_memory import UnknownMemoryError, footprint_of, sized
 from .estimate import Counts, count, laid_out, rows_of
 from .hours_by_card import rows_by_card
 from .measured import measured
@@ -74,13 +75,18 @@ def foreseen(config: Config) -> list[str]:
 def memory_rows(config: Config, where: torch.device, large: bool) -> tuple[Rows, str]:
     """Return rows about a run's memory, and why it does not fit here, if so."""
     try:
-        found = footprint_of(config, counts_of(config))
+        counted = counts_of(config)
+        found = footprint_of(config, counted)
     except UnknownMemoryError as error:
         return [("memory", str(error))], ""
+    recipe, lines = make_recipe(config), found.lines()
+    if recipe.replay:
+        much = sized(recipe.replay_size * bytes_of_fork(counted.latent))
+        lines.append((f"{recipe.replay_size} old forks", f"{much}, in memory and in every checkpoint"))
     if large:  # a card is wanted, and this is none
-        return found.lines(), ""
+        return lines, ""
     card = this_card(where)
-    rows = [*found.lines(), ("memory", says(card, found))]
+    rows = [*lines, ("memory", says(card, found))]
     return rows, "" if card.fits(found) else f"it does not fit; {remedy(config, card)}"
 
 

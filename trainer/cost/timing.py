@@ -93,10 +93,11 @@ def one_step(setup: Setup, learner: Learner, counts: Counts, now: Callable[[], f
     begin = now()
     explored = explore(setup, learner, silent)
     rolled = now()
-    update(setup, learner, explored, score(setup, explored, learner.step + 1), silent)
+    stats = update(setup, learner, explored, score(setup, explored, learner.step + 1), silent)
     end = now()
     prompts, plan = len(explored.conds), explored.plan
-    passes = counts.passes * prompts * plan.rows
+    passes = (counts.passes - counts.again) * prompts * plan.rows
+    passes += setup.recipe.epochs * int(stats.get("replay/rows", 0))  # not as many yet as a long run has
     judging = (explored.seconds["decode"] + explored.seconds["reward"]) / sum(explored.seconds.values())
     rollout = (1 - judging) * counts.step_forwards / (prompts * plan.forwards)
     images = judging * counts.prompts * counts.group_images / (prompts * plan.pictures)
