@@ -120,8 +120,8 @@ def raw_values(
 ) -> Tensor:
     """Return one value [K, G] in the rewards' own units of [R, K, G, L]: Σ w r, averaged over Λ.
 
-    As `blend` has a sum. A granularity that judges nobody of a group has no say; a member that lacks another's
-    score is left out (NaN).
+    As `blend` has a sum. A granularity that judges nobody of a group has no say; a member that lacks the
+    score of another one is left out (NaN).
     """
     summed = blend(rewards, weights, "sum", gates, floor, None, noise)[0]
     judged = ~summed.isnan().all(1, keepdim=True)
