@@ -17,11 +17,13 @@ from comfy_g2rpo.exploration.noise_gaps import gain_noise, gap_lines, gap_metric
 from comfy_g2rpo.plan import ROOT, Leaf, count_forwards, independent, singular
 from comfy_g2rpo.recipes import RECIPES, Recipe, build_plan, recipe
 from comfy_g2rpo.rollout import roll_out
+from comfy_g2rpo.run import settings
 from comfy_g2rpo.run.folder import RunFolder
 from comfy_g2rpo.run.rank_guard import excerpt, sample
 from comfy_g2rpo.run.scorer import comparison_groups
 from comfy_g2rpo.schedule import shifted_sigmas
 from comfy_g2rpo.trees.dense_chains import dense, probed
+from g2rpo_trainer.config.reading import ConfigError, load
 
 TREES = {
     "chains": dense(5, range(5), 3),
@@ -238,6 +240,40 @@ def test_etas_give_every_step_its_own_noise(tree):
         assert std[i].item() == pytest.approx(etas[k] * (sigmas[k] - sigmas[k + 1]).sqrt().item(), rel=1e-6)
     same = recipe("g2rpo", num_steps=6, group_size=2, steps="all", kernel="dance_sde", eta=0.3, **changes)
     assert build_plan(dataclasses.replace(same, etas=(0.3,) * 6), 4) == build_plan(same, 4)
+
+
+@pytest.mark.parametrize(
+    ("line", "fields"),
+    [
+        ("etas = 0.5, 0.25", {"etas": (0.5, 0.25)}),
+        ("etas = none", {"etas": ()}),
+        ("method.etas = [1]", {"etas": (1.0,)}),
+        ("credit = gain", {"credit": "gain"}),
+        ("anchor_image = true", {"anchor_image": True}),
+        ("kernel = ddim", {"kernel": "ddim"}),
+        ("step_weight = variance", {"step_weight": "variance"}),
+    ],
+)
+def test_the_graphs_changes_take_the_new_fields(line, fields):
+    assert settings.parse(line, "changes") == (fields, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("[0.5, 11, 0.5, 0.5]", "method.etas is (0.5, 11.0, 0.5, 0.5); it must lie between 0 and 10"),
+        ("[0.5]", "method.etas has 1 value for 4 steps; give one per step, or none"),
+        ("0.5", "method.etas is 0.5; it must be a list; write [0.5]"),
+        ("[high]", "method.etas.0 is 'high'; it must be a number"),
+    ],
+)
+def test_a_recipes_etas_are_checked_by_name(given, says):
+    few = ["method.num_steps=4"]
+    assert load("demo", [*few, "method.etas=[]"]).method.etas == ()
+    assert load("demo", [*few, "method.etas=[0, 1, 2, 3]"]).method.etas == (0, 1, 2, 3)
+    with pytest.raises(ConfigError) as error:
+        load("demo", [*few, f"method.etas={given}"])
+    assert says in str(error.value)
 
 
 @pytest.mark.parametrize("granularities", [(1,), (1, 2), (2,), (2, 1)])

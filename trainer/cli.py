@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .commands.arguments import Best, CommandError, lora_of, refuse_best
+from .commands.arguments import Best, CommandError, Force, Recipe, Settings, lora_of, refuse_best
+from .commands.calibrate import calibrate
 from .commands.compare import compare
 from .commands.export import check_lora, export
 from .commands.rewards import rewards_app
@@ -36,22 +37,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Recipe = Annotated[
-    str,
-    typer.Argument(metavar="RECIPE", help=f"A YAML file, or a bundled one: {', '.join(bundled_recipes())}."),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe, such as method.eta=0.5."),
-]
 Preset = Annotated[
     str | None, typer.Option(help="Settings for a card of this size: 8gb, 12gb, 16gb, 24gb, 48gb, 80gb.")
 ]
 
-
-Force = Annotated[
-    bool, typer.Option("--force", help="Start even without a GPU, or where memory will not be enough.")
-]
 ChangedInputs = Annotated[
     bool, typer.Option("--changed-inputs", help="Resume although prompts, rewards or weights have changed.")
 ]
@@ -280,6 +269,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder."
         typer.echo(path)
 
 
+app.command()(calibrate)
 app.command()(score)
 app.command()(compare)
 app.command()(vote)

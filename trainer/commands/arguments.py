@@ -7,6 +7,19 @@ from typing import Annotated
 
 import typer
 
+from ..config.bundled import bundled_recipes
+
+Recipe = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help=f"A YAML file, or a bundled one: {', '.join(bundled_recipes())}."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe, such as method.eta=0.5."),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Start even without a GPU, or where memory will not be enough.")
+]
 Prompts = Annotated[
     Path | None, typer.Option(metavar="JSONL", help='File of {"file": name, "prompt": …} lines.')
 ]
