@@ -181,6 +181,7 @@ def test_in_the_singular_tree_the_gain_is_the_same_advantage(starts, stride):
             "anchor_image is for tree: singular",
         ),
         ({"anchor_image": True, "pick": "sliding_window"}, "credit: gain logs the gaps"),
+        ({"anchor_image": True, "expand": 2.0}, "anchor_image logs gaps over all branches"),
     ],
 )
 def test_what_does_nothing_or_does_not_fit_is_refused_by_name(changes, words):

@@ -92,7 +92,7 @@ def exploring(setup: Setup, kernel: str, eta: float, check: Callable[[str], None
     """Compare a recipe's images, drawn with a kernel at one strength, with those of the same start noises
     without any; one result per reward. Branches leave at every step that the recipe may explore at.
     """
-    alone = {"etas": (), "granularities": (1,), "credit": "final", "anchor_image": False}
+    alone = {"etas": (), "granularities": (1,), "credit": "final", "anchor_image": False, "expand": 1.0}
     every = {"pick": "every"} if setup.recipe.tree == "singular" else {}
     recipe = dataclasses.replace(setup.recipe, kernel=kernel, eta=eta, **alone, **every)
     plan = build_plan(recipe, 0, setup.pace.seed)

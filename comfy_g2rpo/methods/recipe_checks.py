@@ -9,7 +9,7 @@ PRODIGYS_LEAST = 0.1
 EXPLORING = (
     *("kernel", "eta", "steps", "pick", "pick_size", "slide_every", "train_share", "tree", "group_size"),
     *("starts", "shared_start", "granularities", "terminal", "antithetic", "step_weight"),
-    *("diversity_weight", "epochs", "update"),
+    *("etas", "credit", "anchor_image", "diversity_weight", "epochs", "update"),
 )
 """Fields that say how a rollout explores and is learned from, which stored forks have behind them."""
 WINDOWS = ("random_window", "sliding_window")
@@ -67,6 +67,8 @@ def check_pruning(made: Recipe) -> None:
         raise ValueError(
             "credit is 'gain', which judges every state; choose credit: final, or set expand to 1"
         )
+    if made.anchor_image:
+        raise ValueError("anchor_image logs gaps over all branches; leave it out, or set expand to 1")
     if made.prune_by == "coarsest" and len(set(made.granularities)) < 2:
         remedy = "the largest stride only judges, so list a smaller one too, such as 1, 2"
         raise ValueError(f"granularities is {made.granularities}; {remedy}, or choose prune_by: prediction")
