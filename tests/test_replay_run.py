@@ -21,7 +21,7 @@ from comfy_g2rpo.recipes import FIELDS
 from comfy_g2rpo.replay.replay_file import NAME
 from comfy_g2rpo.run.folder import RunFolder
 from comfy_g2rpo.run.iteration import iterate
-from comfy_g2rpo.run.setup import make_learner
+from comfy_g2rpo.run.setup import Setup, make_learner
 from g2rpo_trainer.cost.estimate import count
 from g2rpo_trainer.reports.progress import Silent
 from g2rpo_trainer.run import train
@@ -73,6 +73,29 @@ def test_a_stopped_run_goes_on_with_the_forks_that_it_had(way: str, whole: Calla
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     rows = [row for row in RunFolder(tmp_path / "run").metrics() if "nfe" in row]
     assert [row["replay/rows"] > 0 for row in rows] == [False, True, True]
+
+
+def test_a_model_that_has_not_moved_learns_from_a_fork_what_it_learned(tmp_path: Path) -> None:
+    """With the model's own conditioning, sizes of batch and noise: ratios are 1, and the gradient is the
+    same.
+    """
+    method = {**TREE, "group_size": 6, "learning_rate": 0, "replay": 1}
+    setup = prepare(config(tmp_path, method=method))
+    learner, steps = make_learner(setup), []
+    step = learner.optimizer.step
+    learner.optimizer.step = lambda: steps.append(gradients_of(setup)) or step()
+    iterate(setup, learner, lambda phase: None)
+    known, learner.step = learner.forks, 0
+    row = iterate(setup, learner, lambda phase: None)
+    # The same step once more: half of its rows are new, half of them old, and they are the same forks.
+    assert len(known) == row["replay/rows"] > 0 and row["ratio/max_deviation"] < 1e-6
+    alone, together = steps
+    assert torch.nn.functional.cosine_similarity(alone, together, dim=0) > 1 - 1e-5
+
+
+def gradients_of(setup: Setup) -> torch.Tensor:
+    """Return the gradient of the adapter in one row."""
+    return torch.cat([p.grad.flatten() for p in setup.policy.parameters()])
 
 
 def test_a_killed_run_goes_on_so_too(whole: Callable, tmp_path: Path) -> None:
