@@ -201,7 +201,7 @@ def update(
     """
     limit, objective = limit_of(micro_batch), OBJECTIVES[recipe.objective]
     parts = by_step(made) if recipe.update == "per_step" else [made]
-    if objective.compares and made.velocity is None and (recipe.epochs > 1 or len(parts) > 1):
+    if objective.compares and (recipe.epochs > 1 or len(parts) > 1):
         # Else the only optimizer step is taken at the rollout's own policy: the velocity is its own past.
         parts = [with_past(policy, part, conds, limit) for part in parts]
 
