@@ -117,13 +117,13 @@ class Plan:
 
     @cached_property
     def transitions(self) -> tuple[int, ...]:
-        """List the trained stochastic edges by the state they lead to."""
-        return tuple(i for i, state in enumerate(self.states) if state.trained)
+        """List the trained stochastic edges by the state they lead to; a start noise is no edge."""
+        return tuple(i for i, state in enumerate(self.states) if state.trained and state.parent != ROOT)
 
     @cached_property
     def forks(self) -> tuple[int, ...]:
         """List the states that trained edges leave: what the learner needs."""
-        return tuple(sorted({self.states[i].parent for i in self.transitions} - {ROOT}))
+        return tuple(sorted({self.states[i].parent for i in self.transitions}))
 
     @cached_property
     def trunk(self) -> tuple[bool, ...]:
@@ -138,7 +138,7 @@ class Plan:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Return (K, G, L): comparison groups, members, granularities."""
-        trained = [self.states[i] for i in self.transitions]
+        trained = [state for state in self.states if state.trained]
         if not trained:
             return 0, 0, 0
         level = max(leaf.granularity for leaf in self.leaves)

@@ -7,11 +7,16 @@ import torch
 from toys import SHAPE, ToyPolicy
 
 from comfy_g2rpo.advantages import integrate
+from comfy_g2rpo.methods.recipe_checks import FORWARD
+from comfy_g2rpo.objectives import OBJECTIVES
 from comfy_g2rpo.objectives.forward_process import awm, image_rows, likelihood, nft, optimality
+from comfy_g2rpo.plan import deterministic
 from comfy_g2rpo.recipes import RECIPES, build_plan, recipe
 from comfy_g2rpo.rollout import roll_out, seeded_noise
+from comfy_g2rpo.run.evaluation import exploring
 from comfy_g2rpo.schedule import shifted_sigmas
 from comfy_g2rpo.update import backward, snapshot, update
+from comfy_g2rpo.votes.forks import forks_of
 
 CONDS, SEEDS = [0.3, -0.8], [11, 12]
 SMALL = {"num_steps": 6, "group_size": 4}
@@ -211,6 +216,23 @@ def test_the_plan_compares_g_images_of_as_many_start_noises(objective, coarsest)
         assert plan.forwards == 4 * 6
 
 
+def test_a_start_noise_is_no_fork_of_a_ballot():
+    rollout = roll_out(ToyPolicy(), build_plan(made("nft")), shifted_sigmas(6), CONDS, SEEDS, SHAPE)
+    assert rollout.plan.transitions == () and rollout.x.shape[1] == 0
+    assert forks_of(rollout, 0, dict(enumerate(range(4))), "a red circle", "base") is None
+
+
+@pytest.mark.parametrize("name", NAMES.values())
+@pytest.mark.parametrize("changes", [{}, {"etas": (0.7,) * 6}, {"kernel": "cps", "eta": 0.9}])
+def test_the_watch_looks_at_images_without_noise(name, changes):
+    plan, sigmas = exploring(recipe(name, **SMALL, **changes)), shifted_sigmas(6)
+    assert plan.forks and plan.shape[1] == 1
+    found, plain = (
+        roll_out(ToyPolicy(), each, sigmas, CONDS, SEEDS, SHAPE).latents for each in (plan, deterministic(6))
+    )
+    assert torch.allclose(found, plain, atol=1e-5)
+
+
 def test_published_shares_of_the_levels():
     assert build_plan(RECIPES["diffusion_nft"]).draws == 14
     assert build_plan(dataclasses.replace(RECIPES["diffusion_nft"], num_steps=10)).draws == 9
@@ -341,6 +363,9 @@ def test_what_an_image_learns_does_not_depend_on_the_processes(tmp_path):
         ("dance_grpo", {"objective": "awm"}, "shared_start is true.*shared_start: false"),
         ("awm", {"step_weight": "balanced"}, "step_weight is balanced.*step_weight: uniform"),
         ("awm", {"tree": "singular"}, "tree is singular"),
+        ("awm", {"credit": "gain"}, "credit is gain.*credit: final"),
+        ("awm", {"replay": 2}, "replay is 2.*awm cannot"),
+        ("awm", {"expand": 2.0}, "expand is 2.0.*expand: 1"),
         ("diffusion_nft", {"nft_beta": 0.0}, "nft_beta is 0.0; it must lie between 0.001 and 100"),
         ("diffusion_nft", {"old_decay": 1.0}, "old_decay is 1.0; it must lie between"),
         ("diffusion_nft", {"old_ramp": 0.0}, "old_ramp"),
@@ -355,6 +380,10 @@ def test_settings_that_do_not_go_together_are_named_with_what_to_do(name, change
     with pytest.raises(ValueError, match=words) as told:
         recipe(name, **changes)
     assert "\n" not in str(told.value)
+
+
+def test_what_checks_call_forward_learns_from_images():
+    assert [name for name, objective in OBJECTIVES.items() if objective.images] == list(FORWARD)
 
 
 def test_old_recipes_have_none_of_it():

@@ -16,6 +16,7 @@ from comfy_g2rpo.schedule import shifted_sigmas
 from comfy_g2rpo.speed.step_cache import Shortcut
 from comfy_g2rpo.trees.pruned import PrunedPlan, finished_rows, pruned, widest
 from comfy_g2rpo.trees.staged_rollout import roll_out_pruned
+from comfy_g2rpo.trees.whole_images import ImagePlan
 from comfy_g2rpo.update import records
 
 STEPS, CONDS, SEEDS = 10, [0.3, -0.8], [11, 12]
@@ -255,5 +256,6 @@ def test_what_cannot_be_pruned_is_refused_by_name(changes, said):
 def test_other_recipes_prune_nothing(name):
     plan = build_plan(RECIPES[name], 5, 2)
     assert not isinstance(plan, PrunedPlan)
-    assert (plan.pictures, plan.rows) == (len(plan.images), len(plan.forks))
+    assert plan.pictures == len(plan.images)
+    assert plan.rows == (len(plan.images) * plan.draws if isinstance(plan, ImagePlan) else len(plan.forks))
     assert singular(4, [0], 2).final_values(torch.arange(2.0)[None]).shape == (1, 1, 2, 1)

@@ -283,7 +283,7 @@ def exploring(recipe: Recipe) -> Plan:
     made = dataclasses.replace(recipe, **alone, credit="final", anchor_image=False)
     if OBJECTIVES[made.objective].images:
         # The same images, by steps without noise, whose states the velocities are compared at.
-        made = dataclasses.replace(made, objective="on_policy", eta=0.0)
+        made = dataclasses.replace(made, objective="on_policy", eta=0.0, etas=())
     if made.tree == "singular" and made.pick == "every":
         made = dataclasses.replace(made, pick="random", pick_size=STEPS)
     return build_plan(made)

@@ -123,7 +123,7 @@ def trained_edges(plan: Plan, state: int) -> list[int]:
     """List the states on the way to one that a trained stochastic edge leads to."""
     found = []
     while state != ROOT:
-        if plan.states[state].trained:
+        if plan.states[state].trained and plan.states[state].parent != ROOT:
             found.append(state)
         state = plan.states[state].parent
     return found
