@@ -92,6 +92,7 @@ def test_the_readme_names_every_method() -> None:
     assert [name for name in RECIPES if f"`{name}`" not in text] == []
 
 
-def test_the_page_of_options_lists_every_bundled_recipe() -> None:
+def test_the_page_of_options_lists_every_bundled_recipe_and_every_method() -> None:
     text = (ROOT / "docs/options.md").read_text("utf-8")
     assert [file.stem for file in (ROOT / "recipes").glob("*.yaml") if f"| `{file.stem}` |" not in text] == []
+    assert [name for name in RECIPES if f"| `{name}` |" not in text] == []
