@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from program import leave
 from test_resume import SMALL
 from test_run import outcome
@@ -19,11 +20,14 @@ from comfy_g2rpo.recipes import RECIPES, Recipe, build_plan, recipe
 from comfy_g2rpo.rollout import roll_out
 from comfy_g2rpo.run import settings
 from comfy_g2rpo.run.folder import RunFolder
+from comfy_g2rpo.run.iteration import explore, score
 from comfy_g2rpo.run.rank_guard import excerpt, sample
 from comfy_g2rpo.run.scorer import comparison_groups
+from comfy_g2rpo.run.setup import make_learner
 from comfy_g2rpo.schedule import shifted_sigmas
 from comfy_g2rpo.trees.dense_chains import dense, probed
 from g2rpo_trainer.config.reading import ConfigError, load
+from g2rpo_trainer.run import prepare
 
 TREES = {
     "chains": dense(5, range(5), 3),
@@ -319,7 +323,10 @@ def test_the_report_says_where_exploration_costs_most():
     assert mean_gaps(rows) == {"a": {0: pytest.approx(-0.15), 12: pytest.approx(-0.375)}, "b/c": {0: 0.2}}
     assert gap_lines(rows) == [
         "exploration costs 0.375 of a at sampling step 12, the most, and 0.15 at step 0, the least",
-        "exploration costs -0.2 of b/c at sampling step 0",
+        "exploration costs no b/c: with its noise images score 0.2 higher at sampling step 0",
+    ]
+    assert gap_lines([{"gap/a/0": 0.25, "gap/a/1": -0.5}]) == [
+        "exploration costs 0.5 of a at sampling step 1, the most, and none at step 0, the least"
     ]
     assert gap_lines(rows[:1]) == gap_lines([]) == []
 
@@ -359,15 +366,8 @@ def test_a_guards_excerpt_keeps_the_probes_of_its_groups():
     assert chains == dense(4, range(4), 3) and len(prompts) == 2
 
 
-DENSE = [
-    *SMALL,
-    "--set",
-    "method.name=dense_grpo",
-    "--set",
-    "method.kl=0",
-    "--set",
-    "method.granularities=[1]",
-]
+CHAINS = ("method.name=dense_grpo", "method.kl=0", "method.granularities=[1]")
+DENSE = [*SMALL, *(word for setting in CHAINS for word in ("--set", setting))]
 
 
 def rows_of(run):
@@ -397,7 +397,7 @@ def test_a_run_learns_from_gains_logs_them_and_resumes_bit_for_bit(tmp_path, cap
     assert rows == rows_of(tmp_path / "halved")
     assert [key for key in rows[0] if key.startswith("gap/")] == [f"gap/agreement/{k}" for k in range(3)]
     _, _, said = leave(capsys, "report", tmp_path / "whole")
-    assert "exploration costs " in said and "of agreement at sampling step" in said
+    assert "exploration costs " in said and " at sampling step " in said
     assert rows[0]["nfe"] == dense(4, range(3), 3).forwards and rows[0]["advantage/abs_mean"] > 0
 
 
@@ -405,3 +405,21 @@ def test_a_gate_is_a_limit_for_whole_scores(tmp_path, capsys):
     words = ["train", "demo", "--quiet", "--out", tmp_path / "run", *DENSE, "--set", "rewards.0.gate=0.5"]
     code, _, errors = leave(capsys, *words)
     assert code == 2 and "rewards has a gate" in errors and not (tmp_path / "run").exists()
+
+
+def test_the_advantage_of_a_step_is_the_z_score_of_its_gain(monkeypatch):
+    """A_t = (ΔR_t − mean)/std over the group, ΔR_t = R(ODE(x_{t+1})) − R(ODE(x_t)) of each chain."""
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    few = ["method.num_steps=4", "method.group_size=4", "train.prompts_per_step=2", "train.seed=3"]
+    setup = prepare(load("demo", [*few, *CHAINS]), Accelerator(cpu=True))
+    explored = explore(setup, make_learner(setup), lambda phase: None)
+    found, plan = score(setup, explored, 1), explored.plan
+    column = {leaf.of: plan.images.index(leaf.state) for leaf in plan.leaves if leaf.of != ROOT}
+    for p, advantages in enumerate(found.advantages):
+        rewards = explored.scores[0, p].double()
+        for k in range(plan.shape[0]):
+            edges = [i for i in plan.transitions if plan.states[i].group == k]
+            gains = torch.stack([rewards[column[i]] - rewards[column[plan.states[i].parent]] for i in edges])
+            z = (gains - gains.mean()) / gains.std() if gains.std() > 1e-5 else torch.zeros(len(edges))
+            assert torch.allclose(advantages[k].double(), z.double(), atol=1e-5)
+    assert any(advantages.abs().max() > 0.5 for advantages in found.advantages)

@@ -254,6 +254,15 @@ def test_where_groups_share_their_pictures_a_share_of_the_prompts_is_measured():
     assert [len(places) for _, places, _ in plans] == [2, 1]
 
 
+@pytest.mark.parametrize("name", ["dense_grpo", "flow_grpo_fast"])
+def test_where_gains_teach_their_order_is_measured(name):
+    made = recipe(name, num_steps=STEPS, group_size=4, credit="gain")
+    found, plans = explored(Speed(cache=0.01), made=made)
+    assert len(plans) == 2 and found.metrics["guard/rank"] > 0.95 and found.cheap
+    found, _ = explored(Speed(cache=0.01), velocity=Painter().spoilt, made=made)
+    assert found.metrics["guard/rank"] < 0.95 and not found.cheap
+
+
 def test_what_turns_the_order_round_is_switched_off_and_done_again_exactly():
     found, plans = explored(Speed(cache=0.01), velocity=Painter().spoilt)
     exact, _ = explored(Speed())

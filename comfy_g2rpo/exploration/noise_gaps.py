@@ -66,7 +66,11 @@ def gap_lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     lines = []
     for name, gaps in mean_gaps(rows).items():
         most, least = min(gaps, key=gaps.__getitem__), max(gaps, key=gaps.__getitem__)
-        where = f"exploration costs {-gaps[most]:.3g} of {name} at sampling step {most}"
-        other = f", the most, and {-gaps[least]:.3g} at step {least}, the least" if least != most else ""
-        lines.append(where + other)
+        if gaps[most] >= 0:
+            score = f"with its noise images score {gaps[most]:.3g} higher at sampling step {most}"
+            lines.append(f"exploration costs no {name}: {score}{', the least' if least != most else ''}")
+            continue
+        other = f"{-gaps[least]:.3g}" if gaps[least] < 0 else "none"
+        other = f", the most, and {other} at step {least}, the least" if least != most else ""
+        lines.append(f"exploration costs {-gaps[most]:.3g} of {name} at sampling step {most}{other}")
     return lines
