@@ -216,6 +216,14 @@ def test_the_report_has_a_row_for_every_kernel_and_strength(tmp_path, capsys, mo
         (["--out", "folder.png"], "--out is folder.png, a folder"),
         (["--set", "rewards.0.name=votes", "--set", "heldout_rewards=[jpeg]"], "rewards has votes"),
         (["--set", "rewards.0.name=pickscore"], "pickscore"),
+        (
+            ["--set", "method.name=diffusion_nft", "--set", "method.granularities=[1]"],
+            "method.objective is nft, which explores no step",
+        ),
+        (
+            ["--report", "--set", "method.name=awm", "--set", "method.granularities=[1]"],
+            "method.objective is awm, which explores no step",
+        ),
         (["--set", "method.etas=[1,2]"], "method.etas has 2 values for"),
         (["--set", "method.kernel=cps", "--set", "method.num_steps=1"], "no step of 1 takes noise"),
     ],

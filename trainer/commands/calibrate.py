@@ -105,9 +105,16 @@ def short_run(config: Config, prompts: int, rounds: int) -> Config:
 
 
 def check_can_be_asked(config: Config) -> None:
-    """Refuse rewards that nobody answers now."""
+    """Refuse a recipe that explores nothing, and rewards that nobody answers now."""
+    from comfy_g2rpo.methods.recipe_checks import FORWARD
+
+    from ..config.reading import make_recipe
     from ..config.reward_checks import VOTES, missing_models
 
+    if (objective := make_recipe(config).objective) in (*FORWARD, "pairs"):
+        raise CommandError(
+            f"method.objective is {objective}, which explores no step; there is no eta to find"
+        )
     if any(reward.name == VOTES for reward in config.rewards):
         raise CommandError("rewards has votes, which come after a run has stopped; give another reward here")
     if missing := missing_models(config.rewards):
