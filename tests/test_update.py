@@ -9,6 +9,7 @@ from toys import SHAPE, ToyPolicy, plain_states
 
 from comfy_g2rpo import kernels
 from comfy_g2rpo.advantages import integrate
+from comfy_g2rpo.methods.recipe_options import KERNELS
 from comfy_g2rpo.objectives.policy_gradient import clip
 from comfy_g2rpo.plan import deterministic, singular
 from comfy_g2rpo.recipes import RECIPES, build_plan, recipe
@@ -162,6 +163,15 @@ def test_the_log_ratio_is_the_difference_of_log_probabilities():
         x_next = means[0][0] + means[0][1] * rows.noise[s]
         expected = kernels.log_prob(x_next, means[1][0], means[1][1]) - kernels.log_prob(x_next, *means[0])
         assert log_ratio(new, old, rows)[s] == pytest.approx(expected.item(), abs=2e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_at_the_old_velocity_every_kernels_log_ratio_is_exactly_zero(kernel):
+    made = recipe("g2rpo", num_steps=8, group_size=4, steps="all", kernel=kernel)
+    rollout, advantages = rolled(made)
+    rows, old = records(rollout, advantages, samples=True), rollout.velocity.flatten(0, 1)
+    assert (log_ratio(old, old, rows) == 0).all()
+    assert (log_ratio(old + 0.05, old, rows)[rows.std[rows.owner] > 0] != 0).all()
 
 
 def test_clipping_stops_the_gradient_beyond_the_range():
