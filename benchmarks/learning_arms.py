@@ -18,6 +18,8 @@ SHARED = {"max_grad_norm": 3e-5}
 to one norm.
 """
 OWN = "own"
+WEIGHED = ("on_policy", "clip")
+"""Objectives that weigh steps."""
 RATES = (2.5e-4, 3.5e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3)
 WEIGHTS, PROMPTS, AVERAGES = (OWN, "balanced"), (1, 2, 4), (0.0, 0.9)
 Changes = Mapping[str, Any]
@@ -74,21 +76,24 @@ def one_step(granularities: Sequence[int], listed: bool = True, **more: Any) -> 
     return Arm(method, ours=True, free=False, listed=listed)
 
 
+OFTEN = 2
+"""Updates until a sliding window moves: 12 places in 300 published updates, or the 30 of 12 CPU seconds."""
+
 ARMS: dict[str, Arm] = {
     "g2rpo, published": Arm(AS_PUBLISHED, free=False, fixed=("weights", "average")),
     "g2rpo {2}": one_step([2]),
     "g2rpo {2,4}": one_step([2, 4]),
     "g2rpo {2}, replay": one_step([2], objective="clip", replay=4),
-    "flow_grpo": Arm({"name": "flow_grpo"}, forms={"one step, stride 2, no KL": {"kl": 0.0}}),
+    "flow_grpo": Arm({"name": "flow_grpo"}),
     "flow_grpo_fast": Arm({"name": "flow_grpo_fast"}),
     "dance_grpo": Arm({"name": "dance_grpo"}),
-    "mix_grpo": Arm({"name": "mix_grpo"}),
+    "mix_grpo": Arm({"name": "mix_grpo", "slide_every": OFTEN}),
     "tempflow_grpo": Arm({"name": "tempflow_grpo", "group_size": 4}),
     "flow_cps": Arm({"name": "flow_cps"}),
-    "grpo_guard": Arm({"name": "grpo_guard"}),
+    "grpo_guard": Arm({"name": "grpo_guard"}, forms={"two epochs": {"epochs": 2}}),
     "dense_grpo": Arm({"name": "dense_grpo"}),
-    "branch_grpo": Arm({"name": "branch_grpo"}),
-    "tree_grpo": Arm({"name": "tree_grpo"}),
+    "branch_grpo": Arm({"name": "branch_grpo", "branch_at": [0, 2, 4]}),
+    "tree_grpo": Arm({"name": "tree_grpo", "pick_size": 3, "slide_every": OFTEN}),
     "pro_grpo": Arm({"name": "pro_grpo"}),
     "ada_grpo": Arm({"name": "ada_grpo"}),
     "diffusion_nft": Arm({"name": "diffusion_nft"}),
@@ -129,21 +134,21 @@ COARSE_TAIL = {"speed.tail_stride": 2, "speed.guard_rank": 0.0, "speed.guard_eve
 def forms(arm: str) -> dict[str, Changes]:
     """List an arm's forms: as published first, then each freedom that it can take.
 
-    With one epoch the ratio is 1 and the clip idle: a clipped arm's gradient is the exact one, at its price.
+    With one epoch the ratio is 1 and the clip idle: a clipped arm's gradient is the exact one, and as many
+    forwards; what the clip still costs per image, the forms with one step save.
     """
-    found, own = {OWN: {}}, make(ARMS[arm].method)
-    if own and ARMS[arm].free:
-        coarse = COARSE_TAIL if own.tree == "independent" else {"granularities": [2]}
-        steps = {"one step": RANDOM_STEP, "one step, stride 2": {**RANDOM_STEP, **coarse}}
-        steps |= {name: {**RANDOM_STEP, **coarse, **more} for name, more in ARMS[arm].forms.items()}
-        found |= {name: changes for name, changes in steps.items() if differs(arm, own, changes)}
-    return found
-
-
-def differs(arm: str, own: Recipe, changes: Changes) -> bool:
-    """Say whether a form is one: its recipe can be made, and is not what the arm is anyway."""
-    made = make({**ARMS[arm].method, **changes})
-    return made is not None and (made != own or any("." in name for name in changes))
+    found, method, own = {OWN: {}}, ARMS[arm].method, make(ARMS[arm].method)
+    if own is None or not ARMS[arm].free:
+        return found
+    wanted = dict(ARMS[arm].forms)
+    if own.tree in ("singular", "independent"):
+        exact = {"objective": "on_policy"} if own.objective == "clip" else {}
+        step = {**RANDOM_STEP, **exact} if make({**method, **exact}) else RANDOM_STEP
+        single = {**step, "granularities": [2]}
+        coarse = single if make({**method, **single}) else {**step, **COARSE_TAIL}
+        wanted |= {"one step": step, "one step, stride 2": coarse}
+        wanted |= {"one step, stride 2, no KL": {**coarse, "kl": 0.0}} if own.kl else {}
+    return found | {name: changes for name, changes in wanted.items() if make({**method, **changes})}
 
 
 def method_of(arm: str, setting: Setting) -> dict[str, Any]:
@@ -172,9 +177,9 @@ def setting_of(run: Mapping[str, Any]) -> Setting:
 
 
 def weighted(arm: str, form: str = OWN) -> bool:
-    """Say whether step weights can matter: not where an update has one stochastic step."""
+    """Say whether step weights can matter: not where an update has one stochastic step, or none."""
     made = make({**ARMS[arm].method, **forms(arm)[form]})
-    return made is not None and (made.pick not in ("random", "random_window") or made.pick_size > 1)
+    return made is not None and made.objective in WEIGHED and (made.pick == "every" or made.pick_size > 1)
 
 
 def start(arm: str) -> Setting:

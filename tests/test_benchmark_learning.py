@@ -110,6 +110,7 @@ def test_every_baseline_gets_the_leaders_freedoms():
             job = describe(arm, START._replace(form=form))
             made = make(job["method"])
             assert (made.steps, made.pick, made.pick_size) == ("first_half", "random", 1)
+            assert made.objective == "on_policy"
         coarse = made.granularities == (2,) or job["set"]["speed.tail_stride"] == 2
         assert coarse
     assert [list(forms(arm)) for arm in HERE if ARMS[arm].ours] == [[OWN]] * sum(
