@@ -3,11 +3,12 @@ at equal model work.
 
 Every arm's form (as published, or with the freedoms of our leader: one random step, stride 2), learning rate,
 step weights, prompts per update and moving average are tuned with the same number of tries on the tuning
-prompts. The final figures are gains over the base model, paired by prompt and noise, on held-out prompts
-that nothing was tuned on, over seeds. One single-thread process per run; several budgets are points of one
-curve. A stopped stage goes on where it was.
+prompts; with --published every baseline is there once more, in its published form alone. The final figures
+are gains over the base model, paired by prompt and noise, on held-out prompts that nothing was tuned on, over
+seeds. One single-thread process per run; several budgets are points of one curve. A stopped stage goes on
+where it was.
 
-    python benchmarks/learning.py tune                     # the settings of each arm
+    python benchmarks/learning.py tune --published         # the settings of each arm
     python benchmarks/learning.py final --seeds 600 620    # seeds × arms, seed after seed
     python benchmarks/learning.py final --seeds 600 605 --cpu-seconds 12 60 240
     python benchmarks/learning.py report --leader 'g2rpo {2}' --plot docs/learning_field.png
@@ -43,7 +44,9 @@ def chosen(options: argparse.Namespace) -> list[str]:
     here, lacking = arms_here()
     if lacking:
         print(f"left out, for this version has no such recipe: {', '.join(lacking)}", flush=True)
-    return [arm for arm in options.arms or here if arm in here and (options.arms or ARMS[arm].listed)]
+    if options.arms:
+        return [arm for arm in options.arms if arm in here]
+    return [arm for arm in here if ARMS[arm].listed or (options.published and arm.endswith(", published"))]
 
 
 def seeds_of(options: argparse.Namespace) -> range:
@@ -161,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--start", help="results file of an earlier tuning: what it chose is where this one starts")
     add("--seeds", type=int, nargs=2, help="first seed, and the one after the last (report, again: all)")
     add("--arms", nargs="*", choices=list(ARMS), help="arms (default: all that are not variants of ours)")
+    add("--published", action="store_true", help="also every baseline in its published form alone")
     add("--workers", type=int, default=1)
     add("--runs", default="field_final", help="results file of the final runs, without .jsonl")
     add("--to", default="clean_final", help="results file of again, without .jsonl")

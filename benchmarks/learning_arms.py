@@ -2,12 +2,13 @@
 
 A **form** is what an arm is with one of the freedoms that our own leader has: one random step per update, and
 completions at stride 2. Every arm that can take a freedom gets it, by the same rule, and its tuning chooses.
+With both freedoms some arms are ours by another name, so each also stands as an arm that is `…, published`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from comfy_g2rpo.recipes import FIELDS, RECIPES, Recipe, recipe
@@ -106,6 +107,10 @@ ARMS: dict[str, Arm] = {
     "g2rpo {1,3}": one_step([1, 3], listed=False),
 }
 
+for _name, _arm in list(ARMS.items()):
+    if _arm.free:
+        ARMS[f"{_name}, published"] = replace(_arm, free=False, forms={}, listed=False)
+
 
 def make(changes: Changes) -> Recipe | None:
     """Make a recipe of the benchmark's size; None where this version lacks or refuses something of it."""
@@ -127,6 +132,8 @@ def arms_here() -> tuple[list[str], list[str]]:
 
 
 RANDOM_STEP = {"steps": "first_half", "pick": "random", "pick_size": 1}
+FORWARD, ONE_LEVEL = ("nft", "awm"), {"train_share": 0.01}
+"""Objectives without a random step, and what one step is for them: one noise level for each image."""
 COARSE_TAIL = {"speed.tail_stride": 2, "speed.guard_rank": 0.0, "speed.guard_every": 1_000_000}
 """Stride 2 for trajectories, whose rest is no completion of its own: MixGRPO-Flash's second-order tail."""
 
@@ -140,14 +147,18 @@ def forms(arm: str) -> dict[str, Changes]:
     found, method, own = {OWN: {}}, ARMS[arm].method, make(ARMS[arm].method)
     if own is None or not ARMS[arm].free:
         return found
-    wanted = dict(ARMS[arm].forms)
-    if own.tree in ("singular", "independent"):
+    wanted: dict[str, Changes] = {}
+    if own.objective in FORWARD:
+        wanted |= {"one level": ONE_LEVEL, "one level, stride 2": {**ONE_LEVEL, **COARSE_TAIL}}
+        wanted |= {"one level, stride 2, no KL": {**ONE_LEVEL, **COARSE_TAIL, "kl": 0.0}}
+    elif own.tree in ("singular", "independent"):
         exact = {"objective": "on_policy"} if own.objective == "clip" else {}
         step = {**RANDOM_STEP, **exact} if make({**method, **exact}) else RANDOM_STEP
         single = {**step, "granularities": [2]}
         coarse = single if make({**method, **single}) else {**step, **COARSE_TAIL}
         wanted |= {"one step": step, "one step, stride 2": coarse}
         wanted |= {"one step, stride 2, no KL": {**coarse, "kl": 0.0}} if own.kl else {}
+    wanted |= ARMS[arm].forms
     return found | {name: changes for name, changes in wanted.items() if make({**method, **changes})}
 
 
@@ -168,6 +179,12 @@ def describe(arm: str, setting: Setting, **common: Any) -> dict[str, Any]:
     sections = {name: value for name, value in forms(arm)[setting.form].items() if "." in name}
     found = {"arm": arm, "method": method_of(arm, setting), "lr": setting.rate, "weights": setting.weights}
     return {**found, "prompts": setting.prompts, "form": setting.form, "set": sections, **common}
+
+
+def bare(run: Mapping[str, Any]) -> tuple[Recipe | None, Changes]:
+    """Return a run's recipe without what tuning chose beside the form, and its other sections."""
+    made = make({**run["method"], "ema": 0.0, "step_weight": "uniform"})
+    return made, run.get("set", {})
 
 
 def setting_of(run: Mapping[str, Any]) -> Setting:

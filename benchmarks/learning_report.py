@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from learning_arms import ARMS, setting_of
+from learning_arms import ARMS, OWN, bare, setting_of
 from learning_runs import seconds_of
 from learning_tuning import tried
 
@@ -140,6 +140,13 @@ def paired(one: Mapping[int, Run], other: Mapping[int, Run], columns: Sequence[M
     return [str(len(seeds)), *cells]
 
 
+def same(arms: Mapping[str, Mapping[int, Run]], leader: str) -> list[str]:
+    """Name the arms whose form is the leader's own recipe."""
+    first = {arm: bare(next(iter(runs.values()))) for arm, runs in arms.items()}
+    twins = [arm for arm in arms if arm != leader and first[arm] == first[leader]]
+    return ["", f"The same recipe as {leader}, but for what was tuned: {', '.join(twins)}."] if twins else []
+
+
 def tries(tuning: Sequence[Run], arms: Sequence[str]) -> list[str]:
     """Say how much was tuned, and tabulate each arm's best tuning gain by form, with its tries."""
     found = {arm: tried(tuning, arm) for arm in arms}
@@ -177,6 +184,7 @@ def report(final: Sequence[Run], tuning: Sequence[Run], out: Path, plot: Path, l
     leader = leader or next(iter(arms))
     lines = [*settings(arms, tuning), "", *gains(arms, columns)]
     lines += ["", *differences(arms, leader, [arm for arm in arms if arm != leader], columns)]
+    lines += same(arms, leader)
     if known := [arm for arm in arms if tried(tuning, arm)]:
         lines += ["", *tries(tuning, known)]
     print("\n".join(lines))
@@ -196,7 +204,7 @@ def draw(arms: Mapping[str, Mapping[int, Run]], columns: Sequence[Measure], path
     figure, axes = pyplot.subplots(
         1,
         len(shown),
-        figsize=(2.6 + 2.1 * len(shown), height),
+        figsize=(4.0 + 2.0 * len(shown), height),
         sharey=True,
         layout="constrained",
         squeeze=False,
@@ -214,9 +222,11 @@ def draw(arms: Mapping[str, Mapping[int, Run]], columns: Sequence[Measure], path
         axis.grid(axis="both", alpha=0.3)
         axis.tick_params(labelsize=12)
         axis.locator_params(axis="x", nbins=4)
-    axes[0][0].set_yticks(range(len(names)), names)
-    for label in axes[0][0].get_yticklabels():
-        label.set_color("#0072B2" if ours(label.get_text()) else "#B04A00")
+    forms = [setting_of(next(iter(arms[arm].values()))).form for arm in names]
+    labels = [arm if form == OWN else f"{arm} · {form}" for arm, form in zip(names, forms, strict=True)]
+    axes[0][0].set_yticks(range(len(names)), labels)
+    for arm, label in zip(names, axes[0][0].get_yticklabels(), strict=True):
+        label.set_color("#0072B2" if ours(arm) else "#B04A00")
     figure.supxlabel("held-out gain in agreement, mean and 95 % interval over seeds; blue: ours", fontsize=12)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

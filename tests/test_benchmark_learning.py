@@ -23,7 +23,7 @@ from learning_arms import (
     start,
     weighted,
 )
-from learning_report import by_arm, differences, gains, ideas_report, interval, measures, reached, tries
+from learning_report import by_arm, differences, gains, ideas_report, interval, measures, reached, same, tries
 from learning_runs import Counted, configure, identity, jobs_again, missing, read, run_arm
 from learning_tuning import best_setting, next_setting, tried, tuning_jobs
 from toys import SHAPE, ToyPolicy
@@ -116,6 +116,24 @@ def test_every_baseline_gets_the_leaders_freedoms():
     assert [list(forms(arm)) for arm in HERE if ARMS[arm].ours] == [[OWN]] * sum(
         ARMS[arm].ours for arm in HERE
     )
+
+
+def test_every_baseline_is_there_as_published_too():
+    for arm in ("flow_grpo", "flow_grpo_fast", "dance_grpo", "mix_grpo", "tempflow_grpo"):
+        job, plain = describe(f"{arm}, published", START), describe(arm, START)
+        assert (job["method"], job["set"]) == (plain["method"], plain["set"])
+        assert list(forms(f"{arm}, published")) == [OWN]
+    assert not [arm for arm in HERE if arm.endswith(", published, published")]
+
+
+def test_a_form_that_is_the_leader_by_another_name_is_said_to_be():
+    def tuned(arm, **change):
+        return {0: describe(arm, START._replace(**change))}
+
+    arms = {"g2rpo {2}": tuned("g2rpo {2}"), "flow_grpo_fast": tuned("flow_grpo_fast", form="one step")}
+    assert same(arms, "g2rpo {2}") == []
+    arms["flow_grpo_fast"] = tuned("flow_grpo_fast", form="one step, stride 2", average=0.0)
+    assert same(arms, "g2rpo {2}")[1].endswith("but for what was tuned: flow_grpo_fast.")
 
 
 def test_an_arm_without_a_recipe_is_left_out():
