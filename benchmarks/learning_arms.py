@@ -181,10 +181,10 @@ def describe(arm: str, setting: Setting, **common: Any) -> dict[str, Any]:
     return {**found, "prompts": setting.prompts, "form": setting.form, "set": sections, **common}
 
 
-def bare(run: Mapping[str, Any]) -> tuple[Recipe | None, Changes]:
+def bare(run: Mapping[str, Any]) -> tuple[Recipe | Changes, Changes]:
     """Return a run's recipe without what tuning chose beside the form, and its other sections."""
-    made = make({**run["method"], "ema": 0.0, "step_weight": "uniform"})
-    return made, run.get("set", {})
+    changes = {**run["method"], "ema": 0.0, "step_weight": "uniform"}
+    return make(changes) or changes, run.get("set", {})
 
 
 def setting_of(run: Mapping[str, Any]) -> Setting:
