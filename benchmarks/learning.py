@@ -31,7 +31,7 @@ from typing import Any
 from learning_arms import ARMS, arms_here, describe, start
 from learning_report import ideas_report, report
 from learning_runs import NOISES, ROOT, WORK, identity, jobs_again, read, run_all, run_arm
-from learning_tuning import best_setting, tune
+from learning_tuning import TUNE_SEEDS, best_setting, tune
 
 __all__ = ["ARMS", "describe", "main", "run_arm"]
 
@@ -126,6 +126,8 @@ def ideas_stage(options: argparse.Namespace) -> None:
     setting = best_setting(read(options.out / f"{options.tuning}.jsonl"), leader)
     tuned, confirmed = options.out / "ideas_tune.jsonl", options.out / "ideas_final.jsonl"
     path, split, seeds = tuned, "tune", seeds_of(options)
+    if options.confirm is None and set(TUNE_SEEDS) & set(seeds):
+        raise SystemExit(f"the leader was tuned on the seeds {TUNE_SEEDS}; choose fresh ones")
     if options.confirm is not None:
         path, split, seeds = confirmed, "heldout", fresh(options, confirmed)
         ideas = {name: ideas[name] for name in options.confirm}

@@ -152,14 +152,20 @@ def missing(jobs: Iterable[dict[str, Any]], done: Sequence[dict[str, Any]]) -> l
 
 def run_all(jobs: Iterable[dict[str, Any]], path: Path, workers: int) -> list[dict[str, Any]]:
     """Run what the results file does not hold yet, in the given order, each result written as it comes: a
-    stopped benchmark goes on where it was.
+    stopped benchmark goes on where it was. A run that fails is told, and once all others are done SystemExit
+    ends the stage.
     """
-    done = read(path)
+    done, failed = read(path), []
     left = missing(jobs, done)
     path.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, path.open("a") as file:
         try:
-            for future in as_completed([pool.submit(run_arm, job) for job in left]):
+            futures = {pool.submit(run_arm, job): job for job in left}
+            for future in as_completed(futures):
+                if error := future.exception():
+                    failed.append(f"{futures[future]['arm']}, seed {futures[future]['seed']}: {error!r}")
+                    print(failed[-1], flush=True)
+                    continue
                 result = future.result()
                 file.write(json.dumps(result) + "\n")
                 file.flush()
@@ -168,6 +174,8 @@ def run_all(jobs: Iterable[dict[str, Any]], path: Path, workers: int) -> list[di
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(left)} runs failed, the first of them {failed[0]}")
     return done
 
 

@@ -3,6 +3,7 @@ budgets off one run, and compares arms on the seeds they share.
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import learning_runs
@@ -24,7 +25,7 @@ from learning_arms import (
     weighted,
 )
 from learning_report import by_arm, differences, gains, ideas_report, interval, measures, reached, same, tries
-from learning_runs import Counted, configure, identity, jobs_again, missing, read, run_arm
+from learning_runs import Counted, configure, identity, jobs_again, missing, read, run_all, run_arm
 from learning_tuning import best_setting, next_setting, tried, tuning_jobs
 from toys import SHAPE, ToyPolicy
 
@@ -261,6 +262,25 @@ def test_recorded_results_stay_readable(name, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("| arm | form | lr |")
 
 
+def test_a_run_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    def fake(job):
+        if job["seed"] == 1:
+            raise ValueError("no such thing")
+        return job | {"curve": [{"cpu": 1.0, "agreement": 0.1, "strict": 0.0}]}
+
+    monkeypatch.setattr(
+        learning_runs, "ProcessPoolExecutor", lambda workers, **how: ThreadPoolExecutor(workers)
+    )
+    monkeypatch.setattr(learning_runs, "run_arm", fake)
+    common = {"cpu_seconds": [1.0], "work": 0, "split": "tune", "noises": 1}
+    jobs = [describe("mix_grpo", START, seed=seed, **common) for seed in range(4)]
+    with pytest.raises(SystemExit, match="1 of 4 runs failed, the first of them mix_grpo, seed 1"):
+        run_all(jobs, tmp_path / "runs.jsonl", 1)
+    done = read(tmp_path / "runs.jsonl")
+    assert [run["seed"] for run in done] == [0, 2, 3]
+    assert [job["seed"] for job in missing(jobs, done)] == [1]
+
+
 def test_ideas_run_beside_the_leader_seed_by_seed():
     leader = describe("flow_grpo", START._replace(form="one step, stride 2"), split="tune")
     ideas = {"wider": {"lora.rank": 32}, "calmer": {"method.lr_schedule": "linear", "train.steps": 80}}
@@ -270,6 +290,22 @@ def test_ideas_run_beside_the_leader_seed_by_seed():
     config = configure({**jobs[2], "noises": 1})
     assert (config.method.lr_schedule, config.train.steps, config.speed.tail_stride) == ("linear", 80, 2)
     assert len({identity(job) for job in jobs}) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name the file of --ideas, and --seeds"),
+        (["--seeds", "999", "1003"], "the leader was tuned on the seeds"),
+        (["--seeds", "3", "5", "--confirm", "wide"], "2 seeds confirm nothing; take at least 12"),
+    ],
+)
+def test_ideas_need_fresh_seeds_and_enough_of_them(arguments, message, tmp_path):
+    tuned = results("g2rpo {2}", START, [0.1] * 3)
+    (tmp_path / "field_tune.jsonl").write_text("".join(json.dumps(run) + "\n" for run in tuned))
+    (tmp_path / "ideas.json").write_text(json.dumps({"wide": {"lora.rank": 32}}))
+    with pytest.raises(SystemExit, match=message):
+        main(["ideas", "--out", str(tmp_path), "--ideas", str(tmp_path / "ideas.json"), *arguments])
 
 
 def test_the_number_of_ideas_stands_beside_what_they_gain():
