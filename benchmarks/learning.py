@@ -11,6 +11,7 @@ where it was.
     python benchmarks/learning.py tune --published         # the settings of each arm
     python benchmarks/learning.py final --seeds 600 620    # seeds × arms, seed after seed
     python benchmarks/learning.py final --seeds 600 605 --cpu-seconds 12 60 240
+    python benchmarks/learning.py tune --cpu-seconds 60 --tuning field_tune_60 --start field_tune --tries 4
     python benchmarks/learning.py report --leader 'g2rpo {2}' --plot docs/learning_field.png
     python benchmarks/learning.py ideas --ideas ideas.json --seeds 2000 2006
     python benchmarks/learning.py ideas --ideas ideas.json --confirm NAME --seeds 700 712

@@ -136,47 +136,78 @@ def seconds_of(run: dict[str, Any]) -> list[float]:
     return list(found) if isinstance(found, list) else [found]
 
 
-def identity(job: dict[str, Any]) -> str:
-    """Return what makes a run the same but for its length."""
-    other = ("before", "curve", "cpu_seconds")
+def identity(job: dict[str, Any], *but: str) -> str:
+    """Return what makes a run the same but for its length, and but for some fields."""
+    other = ("before", "curve", "cpu_seconds", *but)
     return json.dumps({key: job[key] for key in job if key not in other}, sort_keys=True)
 
 
 def missing(jobs: Iterable[dict[str, Any]], done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """List the jobs that no finished run holds; a run with more budgets holds those with fewer."""
-    held: dict[str, set[float]] = {}
+    runs = held(done)
+    return [job for job in jobs if not twin(job, runs)]
+
+
+def held(done: Iterable[dict[str, Any]], *but: str) -> dict[str, list[dict[str, Any]]]:
+    """Sort finished runs by what makes them the same."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for run in done:
-        held.setdefault(identity(run), set()).update(seconds_of(run))
-    return [job for job in jobs if not set(seconds_of(job)) <= held.get(identity(job), set())]
+        found.setdefault(identity(run, *but), []).append(run)
+    return found
+
+
+def twin(job: dict[str, Any], runs: dict[str, list[dict[str, Any]]], *but: str) -> dict[str, Any] | None:
+    """Return a finished run that holds a job, None where there is none."""
+    alike = runs.get(identity(job, *but), [])
+    return next((run for run in alike if set(seconds_of(job)) <= set(seconds_of(run))), None)
 
 
 def run_all(jobs: Iterable[dict[str, Any]], path: Path, workers: int) -> list[dict[str, Any]]:
     """Run what the results file does not hold yet, in the given order, each result written as it comes: a
-    stopped benchmark goes on where it was. A run that fails is told, and once all others are done SystemExit
-    ends the stage.
+    stopped benchmark goes on where it was. Arms that are the same but for their names share a run. One that
+    fails is told, and once all others are done SystemExit ends the stage.
     """
     done, failed = read(path), []
-    left = missing(jobs, done)
+    others = held(done, "arm")
+    left = alike(missing(jobs, done))
     path.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, path.open("a") as file:
+
+        def keep(result: dict[str, Any], group: Sequence[dict[str, Any]]) -> None:
+            for run in [result | {"arm": job["arm"]} for job in group]:
+                file.write(json.dumps(run) + "\n")
+                done.append(run)
+                print(line(run), flush=True)
+            file.flush()
+
         try:
-            futures = {pool.submit(run_arm, job): job for job in left}
+            futures = {}
+            for group in left:
+                if run := twin(group[0], others, "arm"):
+                    keep(run, group)
+                else:
+                    futures[pool.submit(run_arm, group[0])] = group
             for future in as_completed(futures):
+                group = futures[future]
                 if error := future.exception():
-                    failed.append(f"{futures[future]['arm']}, seed {futures[future]['seed']}: {error!r}")
+                    failed.append(f"{group[0]['arm']}, seed {group[0]['seed']}: {error!r}")
                     print(failed[-1], flush=True)
-                    continue
-                result = future.result()
-                file.write(json.dumps(result) + "\n")
-                file.flush()
-                done.append(result)
-                print(line(result), flush=True)
+                else:
+                    keep(future.result(), group)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if failed:
         raise SystemExit(f"{len(failed)} of {len(left)} runs failed, the first of them {failed[0]}")
     return done
+
+
+def alike(jobs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Group jobs that differ in the name of the arm alone, in the order of the first of each."""
+    groups: dict[tuple[str, tuple[float, ...]], list[dict[str, Any]]] = {}
+    for job in jobs:
+        groups.setdefault((identity(job, "arm"), tuple(seconds_of(job))), []).append(job)
+    return list(groups.values())
 
 
 def line(run: dict[str, Any]) -> str:

@@ -220,6 +220,8 @@ def test_a_long_run_holds_a_shorter_one_and_not_the_other_way_round():
     long, short, old = ({"arm": "a", "seed": 0, "cpu_seconds": s} for s in ([12.0, 60.0], [12.0], 12.0))
     assert missing([short], [long]) == missing([short], [old]) == []
     assert missing([long], [short]) == [long]
+    other = {**short, "cpu_seconds": [60.0]}
+    assert missing([long], [short, other]) == [long]
     assert missing([{**short, "seed": 1}], [long]) == [{**short, "seed": 1}]
     assert by_arm([long, short])["a"][0] is long
 
@@ -279,6 +281,29 @@ def test_a_run_that_fails_leaves_the_others(tmp_path, monkeypatch):
     done = read(tmp_path / "runs.jsonl")
     assert [run["seed"] for run in done] == [0, 2, 3]
     assert [job["seed"] for job in missing(jobs, done)] == [1]
+
+
+def test_arms_that_are_the_same_share_a_run(tmp_path, monkeypatch):
+    ran = []
+
+    def fake(job):
+        ran.append((job["arm"], job["seed"]))
+        return job | {"curve": [{"cpu": 1.0, "agreement": 0.1, "strict": 0.0}]}
+
+    monkeypatch.setattr(
+        learning_runs, "ProcessPoolExecutor", lambda workers, **how: ThreadPoolExecutor(workers)
+    )
+    monkeypatch.setattr(learning_runs, "run_arm", fake)
+    common = {"cpu_seconds": [1.0], "work": 0, "split": "tune", "noises": 1}
+    arms = ("mix_grpo", "mix_grpo, published", "flow_grpo")
+    jobs = [describe(arm, START, seed=seed, **common) for seed in (0, 1) for arm in arms]
+    found = run_all(jobs, tmp_path / "runs.jsonl", 1)
+    assert ran == [("mix_grpo", 0), ("flow_grpo", 0), ("mix_grpo", 1), ("flow_grpo", 1)]
+    assert {(run["arm"], run["seed"]) for run in found} == {(arm, seed) for arm in arms for seed in (0, 1)}
+    assert missing(jobs, read(tmp_path / "runs.jsonl")) == []
+    late = describe("flow_grpo, published", START, seed=1, **common)
+    assert run_all([late], tmp_path / "runs.jsonl", 1)[-1]["arm"] == "flow_grpo, published"
+    assert len(ran) == 4
 
 
 def test_ideas_run_beside_the_leader_seed_by_seed():
