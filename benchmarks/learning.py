@@ -13,11 +13,12 @@ where it was.
     python benchmarks/learning.py final --seeds 600 605 --cpu-seconds 12 60 240
     python benchmarks/learning.py tune --cpu-seconds 60 --tuning field_tune_60 --start field_tune --tries 4
     python benchmarks/learning.py report --leader 'g2rpo {2}' --plot docs/learning_field.png
-    python benchmarks/learning.py ideas --ideas ideas.json --seeds 2000 2006
-    python benchmarks/learning.py ideas --ideas ideas.json --confirm NAME --seeds 700 712
+    python benchmarks/learning.py ideas --seeds 2000 2006
+    python benchmarks/learning.py ideas --confirm NAME --seeds 700 712
     python benchmarks/learning.py again --runs refined_final --to clean_final   # recorded runs, measured anew
 
-An ideas file is JSON, {"name": {"method.rank": …}}: changes to the leader, as `--set` takes them.
+An ideas file is JSON, as ideas.json beside this file: changes to the leader by name, as `--set` takes them. A
+rate that falls needs train.steps, the updates that the leader makes in the budget.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from learning_arms import ARMS, arms_here, describe, start
 from learning_report import ideas_report, report
 from learning_runs import NOISES, ROOT, WORK, identity, jobs_again, read, run_all, run_arm
 from learning_tuning import TUNE_SEEDS, best_setting, tune
+
+from comfy_g2rpo.recipes import FIELDS
 
 __all__ = ["ARMS", "describe", "main", "run_arm"]
 
@@ -106,6 +109,15 @@ def again_stage(options: argparse.Namespace) -> None:
     run_all(jobs_again(runs), options.out / f"{options.to}.jsonl", options.workers)
 
 
+def ideas_here(ideas: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the ideas whose fields this version has; say which it lacks."""
+    known = {f"method.{name}" for name in FIELDS}
+    lacking = [name for name, change in ideas.items() if {k for k in change if k[:7] == "method."} - known]
+    if lacking:
+        print(f"left out, for this version lacks a field of theirs: {', '.join(lacking)}", flush=True)
+    return {name: change for name, change in ideas.items() if name not in lacking}
+
+
 def idea_jobs(
     leader: dict[str, Any], ideas: dict[str, dict[str, Any]], seeds: Sequence[int]
 ) -> list[dict[str, Any]]:
@@ -121,9 +133,9 @@ def idea_jobs(
 
 def ideas_stage(options: argparse.Namespace) -> None:
     """Compare changes to the leader on tuning prompts, or confirm some on fresh seeds of held-out prompts."""
-    if not (options.ideas and options.seeds):
-        raise SystemExit("name the file of --ideas, and --seeds, first and the one after the last")
-    ideas, leader = json.loads(options.ideas.read_text()), options.leader or "g2rpo {2}"
+    if not options.seeds:
+        raise SystemExit("name --seeds, first and the one after the last")
+    ideas, leader = ideas_here(json.loads(options.ideas.read_text())), options.leader or "g2rpo {2}"
     setting = best_setting(read(options.out / f"{options.tuning}.jsonl"), leader)
     tuned, confirmed = options.out / "ideas_tune.jsonl", options.out / "ideas_final.jsonl"
     path, split, seeds = tuned, "tune", seeds_of(options)
@@ -173,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--to", default="clean_final", help="results file of again, without .jsonl")
     add("--leader", choices=list(ARMS), help="arm that is compared with the others, or with ideas")
     add("--plot", type=Path, help="file of the report's plot (default: beside its table)")
-    add("--ideas", type=Path, help='JSON file of changes to the leader: {"name": {"method.rank": 8}}')
+    add("--ideas", type=Path, default=ROOT / "benchmarks/ideas.json", help="JSON file of ideas")
     add("--confirm", nargs="+", help="ideas that go to held-out prompts, on fresh seeds")
     options = parser.parse_args(arguments)
     STAGES[options.stage](options)

@@ -9,7 +9,7 @@ from pathlib import Path
 import learning_runs
 import pytest
 import torch
-from learning import fresh, idea_jobs, main
+from learning import fresh, idea_jobs, ideas_here, main
 from learning_arms import (
     ARMS,
     OWN,
@@ -317,10 +317,29 @@ def test_ideas_run_beside_the_leader_seed_by_seed():
     assert len({identity(job) for job in jobs}) == 6
 
 
+IDEAS = ideas_here(json.loads((RESULTS.parent / "ideas.json").read_text()))
+
+
+def test_an_idea_whose_field_is_not_there_is_left_out(capsys):
+    assert ideas_here({"a": {"method.ema": 0.5}, "b": {"method.nobody": 1}}) == {"a": {"method.ema": 0.5}}
+    assert capsys.readouterr().out.endswith("lacks a field of theirs: b\n")
+
+
+@pytest.mark.parametrize("name", IDEAS)
+def test_every_idea_can_be_configured(name):
+    leader = describe("g2rpo {2}", START, split="tune", noises=1)
+    job = idea_jobs(leader, {name: IDEAS[name]}, [3])[1]
+    made = configure(job).model_dump()
+    for key, value in IDEAS[name].items():
+        section, _, option = key.partition(".")
+        found = made[section][option]
+        assert (list(found) if isinstance(found, tuple) else found) == value
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name the file of --ideas, and --seeds"),
+        ([], "name --seeds, first and the one after the last"),
         (["--seeds", "999", "1003"], "the leader was tuned on the seeds"),
         (["--seeds", "3", "5", "--confirm", "wide"], "2 seeds confirm nothing; take at least 12"),
     ],
