@@ -296,13 +296,18 @@ class PromptCursor:
     per_step: int
     seed: int = 0
 
+    def place(self, draw: int) -> int:
+        """Return the place in the list of the prompt that comes at a draw, counted from the run's start."""
+        count = len(self.prompts)
+        return order_of_epoch(count, self.seed, draw // count)[draw % count]
+
+    def places(self, step: int) -> list[int]:
+        """Return the places in the list of the step's prompts."""
+        return [self.place(draw) for draw in range(step * self.per_step, (step + 1) * self.per_step)]
+
     def batch(self, step: int) -> list[str]:
         """Return the step's prompts."""
-        places = range(step * self.per_step, (step + 1) * self.per_step)
-        count = len(self.prompts)
-        return [
-            self.prompts[order_of_epoch(count, self.seed, place // count)[place % count]] for place in places
-        ]
+        return [self.prompts[place] for place in self.places(step)]
 
 
 @lru_cache(maxsize=2)

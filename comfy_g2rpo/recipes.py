@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .methods.recipe_checks import FORWARD, check
 from .methods.recipe_options import FIELDS, Recipe
+from .methods.step_choice import candidate_steps, drawn_steps
 from .options import nearest
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ RECIPES: dict[str, Recipe] = {
         clip=1.0,
         kl=1e-3,
     ),
+    # arXiv 2606.06828: G²RPO's tree with one stride, a curriculum of prompts and a running baseline.
+    "ada_grpo": Recipe(granularities=(1,), prompt_choice="curriculum", global_advantage=1.0),
 }
 
 
@@ -122,13 +125,6 @@ def recipe(name: str, **changes: Any) -> Recipe:
     return check(dataclasses.replace(RECIPES[name], **changes))
 
 
-def candidate_steps(made: Recipe) -> list[int]:
-    """List the steps that may be stochastic."""
-    steps = made.num_steps
-    count = {"first_half": max(steps // 2, 1), "all": steps, "all_but_last": max(steps - 1, 1)}
-    return list(range(count[made.steps]))
-
-
 def chosen_steps(made: Recipe, iteration: int, rng: random.Random) -> list[int]:
     """List the steps that are stochastic in this iteration."""
     steps = candidate_steps(made)
@@ -138,7 +134,7 @@ def chosen_steps(made: Recipe, iteration: int, rng: random.Random) -> list[int]:
     elif made.pick == "sliding_window":
         start = (iteration // made.slide_every) % (len(steps) - size + 1)
     elif made.pick == "random":
-        return sorted(rng.sample(steps, size))
+        return drawn_steps(steps, size, made.step_share, rng)
     else:
         return steps
     return steps[start : start + size]

@@ -15,17 +15,26 @@ WAYS = {
     "prediction": {"expand": 2.0, "std": "global"},
     "trajectories": {"name": "pro_grpo", "expand": 2.0, "granularities": [1]},
 }
+CHOICES = {
+    "signal": {"prompt_choice": "signal", "pick": "random", "step_share": [1, 3]},
+    "curriculum": {"name": "ada_grpo", "candidates": 2},
+    "baseline": {"global_advantage": 0.5, "std": "global"},
+}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS | CHOICES)
 def test_a_run_costs_what_is_announced_and_goes_on_as_if_it_had_not_stopped(way, tmp_path):
-    made = config(tmp_path, method=WAYS[way], train={"eval_every": 0})
+    made = config(tmp_path, method=(WAYS | CHOICES)[way], train={"eval_every": 0})
     training.train(made, tmp_path / "whole", progress=Silent())
     with pytest.raises(KeyboardInterrupt):
         training.train(made, tmp_path / "parts", progress=StopAt(2))
     training.train(made, tmp_path / "parts", resume=True, progress=Silent())
     assert_equal(outcome(tmp_path / "whole"), outcome(tmp_path / "parts"))
-    spent = [row["nfe"] for row in RunFolder.open(tmp_path / "whole").metrics() if "nfe" in row]
+    spent = [
+        row["nfe"] + row.get("choice/nfe", 0)
+        for row in RunFolder.open(tmp_path / "whole").metrics()
+        if "nfe" in row
+    ]
     assert sum(spent) == pytest.approx(3 * count(made).step_forwards)
 
 

@@ -245,6 +245,7 @@ def test_a_reward_that_is_silent_drops_nobody_for_it(name):
         ({"prune_at": (0.5, 1.0)}, "prune_at is"),
         ({"prune_by": "best"}, "choose one of"),
         ({"expand": 0.5}, "expand is 0.5"),
+        ({"anchor_image": True}, "anchor_image logs gaps"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_by_name(changes, said):

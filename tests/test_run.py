@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from comfy_g2rpo import lora
 from comfy_g2rpo.files.safe import RunError
+from comfy_g2rpo.prompts import PromptCursor
 from comfy_g2rpo.rewards import RewardError
 from comfy_g2rpo.run import iteration
 from comfy_g2rpo.run import setup as run_setup
@@ -314,7 +315,8 @@ def test_the_prompts_that_a_run_can_come_to_are_encoded_and_no_others(tmp_path, 
     )
     train = {"steps": steps, "prompts_per_step": 2, "eval_prompts": 1}
     setup = prepare(config(tmp_path, prompts={"train": str(tmp_path / "nine.txt")}, train=train))
-    drawn = {prompt for step in range(steps) for prompt in iteration.draw(setup, step)[0]}
+    places = [PromptCursor(setup.prompts.train, 2, 0).batch(step) for step in range(steps)]
+    drawn = {prompt for batch in places for prompt in batch}
     assert len(drawn) == min(2 * steps, 9)
     assert sorted(encoded) == sorted([*drawn, "a yellow circle"])
 

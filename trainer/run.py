@@ -104,7 +104,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
         rewards, judges = (tuple(alone[reward.name] for reward in some) for some in (rewards, judges))
     check_prompts(judges, [*prompts.train, *prompts.heldout])
     rank_guard.check(speed, rewards)
-    policy = load_policy(config, accelerator.device, prompts_ahead(prompts, pace))
+    policy = load_policy(config, accelerator.device, prompts_ahead(prompts, pace, recipe))
     lora, notes = config.lora, lora_metadata(config, policy)
     policy.add_lora(lora.rank, lora.alpha, config.train.seed, lora.targets != "attention")
     if lora.init:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from ..options import check_fields
 from .recipe_options import Recipe
+from .step_choice import candidate_steps
 
 PRODIGYS_LEAST = 0.1
 EXPLORING = (
     *("kernel", "eta", "steps", "pick", "pick_size", "slide_every", "train_share", "tree", "group_size"),
     *("starts", "shared_start", "granularities", "terminal", "antithetic", "step_weight"),
     *("etas", "credit", "anchor_image", "diversity_weight", "epochs", "update"),
+    *("expand", "prune_by", "prune_at", "step_share", "prompt_choice", "candidates", "global_advantage"),
+    "baseline_decay",
 )
 """Fields that say how a rollout explores and is learned from, which stored forks have behind them."""
 WINDOWS = ("random_window", "sliding_window")
@@ -31,8 +34,13 @@ def check(made: Recipe) -> Recipe:
     elif made.tree == "independent" and made.granularities != (1,):
         remedy = "independent trajectories have no completions, so it must be (1,)"
         raise ValueError(f"granularities is {made.granularities}; {remedy}")
+    if made.step_share is not None:
+        check_shares(made)
     if made.expand > 1:
         check_pruning(made)
+    if made.global_advantage and made.credit == "gain":
+        remedy = "whose average is no baseline of scores; choose credit: final"
+        raise ValueError(f"global_advantage is {made.global_advantage:g}, but credit is 'gain', {remedy}")
     if made.anchor_image and (made.tree != "singular" or made.pick in WINDOWS):
         remedy = "only branches of single steps leave one; credit: gain logs the gaps of other trees"
         raise ValueError(f"anchor_image is for tree: singular without a window; {remedy}")
@@ -123,6 +131,20 @@ def check_vargrad(made: Recipe) -> None:
         raise ValueError(f"pick_size is {made.pick_size} steps in a row, but {alike}; choose pick: random")
     if made.mix not in ("zscore", "sum"):
         raise ValueError(f"mix is {made.mix}, but objective vargrad adds raw rewards; choose mix: sum")
-    if made.diversity_weight:
-        unit = "objective vargrad learns from rewards in their own units"
-        raise ValueError(f"diversity_weight is {made.diversity_weight:g}, but {unit}; set it to 0")
+    for name in ("diversity_weight", "global_advantage"):
+        if getattr(made, name):
+            unit = "objective vargrad learns from rewards in their own units"
+            raise ValueError(f"{name} is {getattr(made, name):g}, but {unit}; set it to 0")
+
+
+def check_shares(made: Recipe) -> None:
+    """Raise ValueError unless the recipe can draw its steps by their shares."""
+    if made.pick != "random":
+        remedy = "shares are for single steps drawn at random: choose pick: random, or step_share: none"
+        raise ValueError(f"step_share is given, but pick is {made.pick}; {remedy}")
+    count, used = len(candidate_steps(made)), sum(share > 0 for share in made.step_share)
+    if len(made.step_share) != count:
+        given = f"step_share has {len(made.step_share)} numbers for {count} steps that may explore"
+        raise ValueError(f"{given} (0 to {count - 1}); give one for each")
+    if used < min(made.pick_size, count):
+        raise ValueError(f"step_share has {used} numbers above 0; pick_size takes {made.pick_size} steps")

@@ -49,6 +49,13 @@ class Recipe:
         choices=("every", "random_window", "sliding_window", "random"),
     )
     pick_size: int = option(1, "How many steps a window or a random choice takes.", 1, 1000)
+    step_share: tuple[float, ...] | None = option(
+        None,
+        "How often pick random takes each step that may explore, in proportion: one number per step, more "
+        "for those that teach more; none draws all alike.",
+        0,
+        1e6,
+    )
     slide_every: int = option(25, "Iterations until a sliding window moves on by one step.", 1, 100000)
     train_share: float = option(
         1.0,
@@ -56,6 +63,16 @@ class Recipe:
         "quicker and noisier.",
         0.01,
         1,
+    )
+
+    prompt_choice: str = option(
+        "in_turn",
+        "Which prompts a step takes: all in turn; half of them by how much their last scores differed "
+        "(signal); or those that the model is neither good nor bad at (curriculum).",
+        choices=("in_turn", "signal", "curriculum"),
+    )
+    candidates: int = option(
+        10, "Prompts that a curriculum draws and scores one image of, for each one that it takes.", 2, 1024
     )
 
     tree: str = option(
@@ -143,6 +160,15 @@ class Recipe:
         "auto",
         "What likeness is measured by: pixels, a reward model's view (embed), or that where there is one.",
         choices=("auto", "pixels", "embed"),
+    )
+    global_advantage: float = option(
+        0.0,
+        "Weight of being above the run's moving average, beside being above the group's (AdaGRPO: 1).",
+        0,
+        1000,
+    )
+    baseline_decay: float = option(
+        0.8, "How slowly that moving average follows: 0.8 looks back five steps.", 0, 0.99999
     )
     step_weight: str = option(
         "uniform",

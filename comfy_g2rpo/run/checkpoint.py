@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import lora
+from ..curriculum.prompt_history import History
 from ..replay.old_forks import remembered
 from ..replay.replay_file import read_forks, write_forks
 from .folder import RunFolder, fitting, read_progress, write_state
@@ -51,6 +52,8 @@ def write_checkpoint(setup: Setup, learner: Learner, folder: RunFolder) -> None:
         "seconds": learner.seconds,
         "cheap": learner.cheap,
     }
+    if learner.history != History():
+        progress["history"] = learner.history.table(setup.prompts.train)
     metadata = {**setup.metadata, "g2rpo.step": str(learner.step)}
 
     def write(path: Any) -> None:
@@ -93,9 +96,10 @@ def restore(setup: Setup, learner: Learner, folder: RunFolder) -> list[str]:
         remarks = [*remarks, f"from here on the learning rate falls over {setup.pace.steps} steps"]
     if setup.recipe.replay:
         # Those of prompts that are not trained on any more are left out.
-        found = read_forks(place, prompts_ahead(setup.prompts, setup.pace))
+        found = read_forks(place, prompts_ahead(setup.prompts, setup.pace, setup.recipe))
         learner.forks = remembered(found, [], setup.recipe, learner.step)
     learner.cheap = progress.get("cheap", True) is not False
+    learner.history = History.of(progress.get("history"), setup.prompts.train, len(setup.rewards))
     if setup.world.speaks:
         folder.truncate_metrics(learner.step)
     return remarks

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from ..advantages import zero_std_share
+from ..curriculum.prompt_choice import Chosen, absolute_weights, choose_prompts, history_after, slot_seed
+from ..curriculum.prompt_history import History, global_advantages
 from ..exploration.noise_gaps import gain_noise, gap_metrics
 from ..objectives import OBJECTIVES
 from ..objectives.forward_process import image_rows
 from ..plan import Plan
-from ..prompts import PromptCursor
 from ..replay.replay_rows import Batch, Share, after, forks_of, metrics_of, seed_of, with_old
 from ..rewards import Reward, RewardError
 from ..rewards.mixing import mixed_advantages, raw_values
 from ..rewards.protocol import embedder
-from ..rollout import Rollout, stream
+from ..rollout import Rollout
 from ..speed.peak_memory import peak_memory
 from ..speed.step_cache import Shortcut
 from ..trees.pruned import PrunedPlan, finished_rows
@@ -51,11 +52,12 @@ class Explored:
     guard: Mapping[str, float]  # metrics of the guard on cheap completions
     seconds: Mapping[str, float]  # rollout, decode, reward
     latents: Tensor | None = None  # [P, images, …], where the objective learns from finished images
+    chosen: Chosen = field(default_factory=Chosen)
 
     @property
     def forwards(self) -> int:
-        """Count the forwards, those of the guard among them."""
-        return self.rollout.nfe + int(self.guard.get("guard/nfe", 0))
+        """Count the forwards, those of the guard and of the choice of prompts among them."""
+        return self.rollout.nfe + int(self.guard.get("guard/nfe", 0)) + self.chosen.nfe
 
     @property
     def final_scores(self) -> Tensor:
@@ -74,6 +76,7 @@ class Scored:
     everywhere: Tensor  # [R, P, F] of all processes
     dropped: float  # share of the pictures that the least able reward could not judge
     noise: Sequence[float]  # [R], a spread below which tells nothing
+    history: History  # with what this step shows
     values: Sequence[Tensor] | None = None  # [K, G] of every prompt, in the rewards' own units
 
 
@@ -85,7 +88,7 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
     scored = score(setup, explored, learner.step + 1)
     stats = update(setup, learner, explored, scored, check)
     learner.step += 1
-    learner.cheap = explored.cheap
+    learner.cheap, learner.history = explored.cheap, scored.history
     learner.forwards += explored.forwards * setup.world.count
     end = time.perf_counter()
     learner.seconds += end - begin
@@ -95,8 +98,10 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
 def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
     """Roll out the step's prompts, and let the rewards judge every finished picture."""
     begin = time.perf_counter()
-    prompts, seeds = draw(setup, learner.step)
-    conds, rolling = setup.policy.encode(prompts), partial(check, "rollout")
+    rolling = partial(check, "rollout")
+    chosen = choose_prompts(setup, learner, rolling)
+    prompts, seeds = draw(setup, chosen, learner.step)
+    conds = setup.policy.encode(prompts)
     size = setup.size(learner.step)
 
     def roll(
@@ -130,7 +135,8 @@ def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
     for reward in setup.rewards:
         reward.keep_forks(found.rollout, found.scorer.whole)
         reward.settle()
-    plan, seconds = found.plan, found.scorer.seconds
+    plan = found.plan
+    seconds = {name: spent + chosen.seconds.get(name, 0.0) for name, spent in found.scorer.seconds.items()}
     features = {
         name: [plan.final_values(table.T).movedim(0, -1) for table in tables]
         for name, tables in found.scorer.features.items()
@@ -146,6 +152,7 @@ def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
         found.metrics,
         {"rollout": rollout, **seconds},
         found.scorer.latents,
+        chosen,
     )
 
 
@@ -168,6 +175,13 @@ def score(setup: Setup, explored: Explored, step: int) -> Scored:
     advantages = mixed_advantages(
         rewards, setup.weights, recipe.mix, setup.gates, recipe.clamp, recipe.std_floor, scale, noise
     )
+    history = history_after(setup, explored.chosen, rewards, everywhere, noise)
+    if recipe.global_advantage:
+        how = absolute_weights(setup), recipe.clamp, recipe.std_floor, noise
+        advantages = [
+            advantage + recipe.global_advantage * global_advantages(history, reward, *how)
+            for advantage, reward in zip(advantages, rewards, strict=True)
+        ]
     if recipe.diversity_weight:
         unlike = explored.features[measure(embedder(setup.rewards), recipe.diversity_by)]
         advantages = [
@@ -178,7 +192,7 @@ def score(setup: Setup, explored: Explored, step: int) -> Scored:
     if recipe.replay or OBJECTIVES[recipe.objective].values:
         how = setup.weights, setup.gates, recipe.std_floor, noise
         values = [raw_values(reward, *how) for reward in rewards]
-    return Scored(rewards, advantages, everywhere, dropped, noise, values)
+    return Scored(rewards, advantages, everywhere, dropped, noise, history, values)
 
 
 def worth(setup: Setup, rewards: Tensor) -> Tensor:
@@ -218,7 +232,7 @@ def update(
             watch=batch.see if recipe.replay else None,
         )
     if recipe.replay:
-        prompts, seeds = drawn(setup, learner.step)
+        prompts, seeds = drawn(setup, explored.chosen, learner.step)
         new = forks_of(made, batch, share, prompts, seeds, learner.step)
         kept = after(learner.forks, new, batch, recipe, share, learner.step + 1)
         stats |= metrics_of(batch, learner.forks, kept, learner.step)
@@ -282,23 +296,24 @@ def step_row(
         apart = [mean_distance(features.movedim(2, 1)).nanmean() for features in pixels]
         row["diversity/group"] = torch.stack(apart).nanmean().item()
     row |= {**stats, **explored.guard, "nfe": explored.rollout.nfe}
+    if explored.chosen.nfe:
+        row["choice/nfe"] = explored.chosen.nfe
     row |= {f"memory/{name}": rows for name, rows in learner.limits.lowered().items()}
     row |= {f"time/{name}": spent for name, spent in explored.seconds.items()}
     return row | {"time/update": seconds, "memory/peak": peak_memory(setup.policy.device)}
 
 
-def draw(setup: Setup, step: int) -> tuple[list[str], list[int]]:
+def draw(setup: Setup, chosen: Chosen, step: int) -> tuple[list[str], list[int]]:
     """Return this process's share of the step's prompts, and their seeds, by (seed, step) alone."""
-    prompts, seeds = drawn(setup, step)
+    prompts, seeds = drawn(setup, chosen, step)
     mine = slice(setup.world.index, None, setup.world.count)
     return prompts[mine], seeds[mine]
 
 
-def drawn(setup: Setup, step: int) -> tuple[list[str], list[int]]:
+def drawn(setup: Setup, chosen: Chosen, step: int) -> tuple[list[str], list[int]]:
     """Return the step's prompts of all processes, and their seeds."""
-    pace = setup.pace
-    prompts = PromptCursor(setup.prompts.train, pace.prompts_per_step, pace.seed).batch(step)
-    return prompts, [stream("rollout", pace.seed, step, place) for place in range(len(prompts))]
+    prompts = [setup.prompts.train[place] for place in chosen.places]
+    return prompts, [slot_seed(setup, step, slot) for slot in range(len(prompts))]
 
 
 def features_of(setup: Setup) -> Callable[[Tensor], dict[str, Tensor]] | None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..curriculum.prompt_choice import choice_cost
 from ..files.safe import FileError
 from ..recipes import build_plan
 from .checkpoint import averaged, save
@@ -48,11 +49,11 @@ def learn(
         setup.pace,
         build_plan(setup.recipe, coarsest=setup.speed.tail_stride if learner.cheap else 1),
     )
-    count = pace.prompts_per_step
+    count, (more, seen) = pace.prompts_per_step, choice_cost(setup.recipe)
     watcher.start(
         pace.steps,
         learner.step,
-        f"{count * plan.forwards} forwards and {count * plan.pictures} pictures per step",
+        f"{count * (plan.forwards + more)} forwards and {count * (plan.pictures + seen)} pictures per step",
     )
     judges = [judge.name for judge in setup.judges]
     for note in (

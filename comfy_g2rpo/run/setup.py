@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from .. import lora
+from ..curriculum.prompt_history import History, check_baseline
 from ..policy import Trainee
 from ..prompts import PromptCursor, Prompts
 from ..recipes import Recipe
@@ -118,6 +119,8 @@ class Learner:
     """Whether completions may still be cheaper than exact (`Setup.speed`)."""
     limits: Limits = field(default_factory=lambda: Limits.of(Pace()))
     """What fits into memory at once; not part of a checkpoint, for results do not depend on it."""
+    history: History = field(default_factory=History)
+    """What is remembered of prompts and scores, where the recipe chooses or judges by it."""
     schedule: LRScheduler | None = None
     """Sets the learning rate of every step; the count of steps says where it stands."""
     forks: list[Fork] = field(default_factory=list)
@@ -158,6 +161,7 @@ def make_learner(setup: Setup) -> Learner:
     measure(embedder(setup.rewards), setup.recipe.diversity_by)
     if setup.recipe.credit == "gain" and any(gate is not None for gate in setup.gates):
         raise ValueError("rewards has a gate, a limit for whole scores, not for gains; use credit: final")
+    check_baseline(setup.recipe, setup.rewards)
     parameters = setup.policy.parameters()
     optimizer = setup.optimizer(parameters, setup.recipe)
     schedule = rate_schedule(optimizer, setup.recipe, setup.pace.steps)
@@ -170,9 +174,10 @@ def make_learner(setup: Setup) -> Learner:
     return Learner(optimizer, average, start=start, old=old, limits=limits, schedule=schedule)
 
 
-def prompts_ahead(prompts: Prompts, pace: Pace) -> tuple[str, ...]:
+def prompts_ahead(prompts: Prompts, pace: Pace, recipe: Recipe) -> tuple[str, ...]:
     """Return the prompts that a run can come to: its steps' and those that it is measured on."""
-    drawn = min(pace.steps * pace.prompts_per_step, len(prompts.train))
+    each = recipe.candidates if recipe.prompt_choice == "curriculum" else 1
+    drawn = min(pace.steps * pace.prompts_per_step * each, len(prompts.train))
     return (
         *PromptCursor(prompts.train, drawn, pace.seed).batch(0),
         *prompts.heldout[: pace.eval_prompts or None],

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...comfy_g2rpo import lora, recipes
+from ...comfy_g2rpo.curriculum.prompt_choice import choice_cost
 from ...comfy_g2rpo.files.one_writer import one_writer
 from ...comfy_g2rpo.files.safe import finite
 from ...comfy_g2rpo.prompts import Prompts, prompts_of, refuse_common, split
@@ -210,7 +211,7 @@ def make_setup(wanted: Request, numbers: Mapping[str, Any]) -> tuple[Setup, dict
     parts = wanted.model, wanted.clip, wanted.vae
     policy = text_policy(*parts, wanted.guidance, wanted.negative, adapter, checkpoint=saving)
     with torch.no_grad():
-        policy.encode(prompts_ahead(prompts, pace))
+        policy.encode(prompts_ahead(prompts, pace, made))
     held = wanted.heldout_reward or RewardSet((), ())
     judges = {reward.name: reward for reward in (*wanted.reward.rewards, *held.rewards)}
     rewards = wanted.reward.named_weights
@@ -314,7 +315,8 @@ def price(setup: Setup, width: int, height: int, made: int = 0) -> str:
     steps = pace.steps - made
     groups = steps * pace.prompts_per_step
     # A forward and backward is worth three forwards; old forks have theirs, too.
-    forwards = groups * (plan.forwards + 3 * plan.rows * (1 + setup.recipe.replay))
+    more, seen_first = choice_cost(setup.recipe)
+    forwards = groups * (plan.forwards + more + 3 * plan.rows * (1 + setup.recipe.replay))
     looks = 2 + (steps // pace.eval_every if pace.eval_every else 0)
     parts = look_parts(setup)
     seen = sum(count for name, (count, _) in parts.items() if name != "preview") * width * height
@@ -323,7 +325,7 @@ def price(setup: Setup, width: int, height: int, made: int = 0) -> str:
     if work > MAX_WORK:
         limit = f"{work:.1e} forwards × pixels are above the limit of {MAX_WORK:.0e}"
         raise ValueError(f"steps: {limit}; lower steps, prompts_per_step or the size")
-    pictures = f"{groups * plan.pictures} pictures of {width}×{height}"
+    pictures = f"{groups * (plan.pictures + seen_first)} pictures of {width}×{height}"
     begun = f"{made} of {pace.steps} steps are made; " if made else ""
     cost = "step costs" if steps == 1 else "steps cost"
     return f"{begun}{steps} {'more ' if made else ''}{cost} {forwards} forwards and {pictures}"
@@ -344,9 +346,10 @@ def expected(setup: Setup) -> dict[str, int]:
     def drawn(forwards: int, pictures: int) -> int:
         return batches((forwards, pace.slots), (pictures, pace.decode_batch))
 
-    groups = pace.prompts_per_step
+    groups, (more, seen) = pace.prompts_per_step, choice_cost(setup.recipe)
     return {
-        "rollout": drawn(groups * plan.forwards, groups * plan.pictures),
+        "rollout": drawn(groups * plan.forwards, groups * plan.pictures)
+        + drawn(groups * more, groups * seen),
         "update": batches((groups * plan.rows * (1 + setup.recipe.replay), pace.micro_batch)),
         "evaluate": sum(drawn(*part) for part in look_parts(setup).values()),
     }

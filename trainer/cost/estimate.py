@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from comfy_g2rpo.curriculum.prompt_choice import choice_cost
 from comfy_g2rpo.objectives import OBJECTIVES
 from comfy_g2rpo.recipes import build_plan
 from comfy_g2rpo.run.evaluation import price
@@ -80,6 +81,7 @@ def count(config: Config) -> Counts:
         for iteration in range(min(train.steps, COUNTED_PLANS))
     ]
     held = len(read_prompts(config).heldout)
+    forwards, pictures = choice_cost(recipe)
     looks = price(recipe, make_pace(config), held, preview=bool(train.preview_width))
     between = (train.steps - 1) // train.eval_every if train.eval_every else 0
     # All branches of a fork share its forward and backward; several optimizer steps by the clipped form first
@@ -93,8 +95,8 @@ def count(config: Config) -> Counts:
         prompts=train.prompts_per_step,
         heldout=held,
         steps=train.steps,
-        group_forwards=sum(plan.forwards for plan in plans) / len(plans),
-        group_images=sum(plan.pictures for plan in plans) / len(plans),
+        group_forwards=forwards + sum(plan.forwards for plan in plans) / len(plans),
+        group_images=pictures + sum(plan.pictures for plan in plans) / len(plans),
         group_trained=sum(trained) / len(plans),
         evaluations=(2 + between) if held else 0,
         evaluation_forwards=sum(forwards for forwards, _ in looks.values()),

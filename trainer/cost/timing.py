@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
+from comfy_g2rpo.curriculum.prompt_choice import choice_cost
 from comfy_g2rpo.run.evaluation import evaluate, price
 from comfy_g2rpo.run.iteration import explore, score, update
 from comfy_g2rpo.run.setup import Learner, Setup, make_learner
@@ -99,8 +100,9 @@ def one_step(setup: Setup, learner: Learner, counts: Counts, now: Callable[[], f
     passes = (counts.passes - counts.again) * prompts * plan.rows
     passes += setup.recipe.epochs * int(stats.get("replay/rows", 0))  # not as many yet as a long run has
     judging = (explored.seconds["decode"] + explored.seconds["reward"]) / sum(explored.seconds.values())
-    rollout = (1 - judging) * counts.step_forwards / (prompts * plan.forwards)
-    images = judging * counts.prompts * counts.group_images / (prompts * plan.pictures)
+    more, seen = choice_cost(setup.recipe)
+    rollout = (1 - judging) * counts.step_forwards / (prompts * (plan.forwards + more))
+    images = judging * counts.prompts * counts.group_images / (prompts * (plan.pictures + seen))
     trained = counts.prompts * counts.group_trained / passes
     return (rolled - begin) * (rollout + images) + (end - rolled) * trained
 
