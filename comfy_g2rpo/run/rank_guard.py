@@ -79,10 +79,12 @@ def roll_out_guarded(
     judges = [r for r, reward in enumerate(rewards) if not reward.needs_group]
     part, some = sample(exact, prompts, speed.guard_share, random.Random(f"guard {seed} {step}"))
     judged, measured = roll(part, some, [rewards[r] for r in judges], None)
-    found = []
+    found, gain = [], recipe.credit == "gain"
     for place, p in enumerate(some):
-        true = part.credited(judged.scores[:, place], recipe.credit)
-        cheaply = plan.credited(scorer.scores[judges, p], recipe.credit)[:, : true.shape[1]]
+        # By all levels: an excerpt does not know which are final, and what a rollout left out is NaN.
+        true, cheaply = judged.scores[:, place], scorer.scores[judges, p]
+        true = part.gains(true) if gain else part.values(true)
+        cheaply = (plan.gains(cheaply) if gain else plan.values(cheaply))[:, : true.shape[1]]
         found.append(rank_correlation(cheaply, true).flatten())
     ranks = torch.cat(found)
     ranks = ranks[~ranks.isnan()]
