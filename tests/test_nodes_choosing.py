@@ -1,0 +1,43 @@
+"""Train LoRA that drops branches and chooses prompts, in a real ComfyUI: by lines in `changes`."""
+
+from pathlib import Path
+
+import pytest
+from comfy_host import Answer, run_script
+from test_nodes_continuing import CHANGES, SHORT
+from test_nodes_training import TRAIN
+
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("training in comfyui")]
+
+CHILD = Path(__file__).with_name("comfy_child_choosing.py")
+DATA = {
+    "train": {**TRAIN, **SHORT},
+    "ways": {
+        "pruned": f"{CHANGES}\nexpand = 2\nprune_at = 0.2, 0.6",
+        "signal": f"{CHANGES}\nprompt_choice = signal",
+        "curriculum": f"{CHANGES}\nprompt_choice = curriculum\ncandidates = 2\nglobal_advantage = 1",
+    },
+    "refused": {
+        "expand": f"{CHANGES}\nexpand = 0.5",
+        "step_share": f"{CHANGES}\nstep_share = 1, 2, 3, 4, 5, 6, 7",
+        "prompt_choice": f"{CHANGES}\nprompt_choice = sigal",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def done(comfyui: Path, base: Path) -> Answer:
+    """Run the child script once."""
+    return run_script(comfyui, CHILD, base, DATA)
+
+
+@pytest.mark.parametrize("way", DATA["ways"])
+def test_pressed_twice_a_run_is_the_one_of_a_single_press(way: str, done: Answer) -> None:
+    pressed, equal, remembers = done.data[way]
+    assert pressed == [f"{way}-whole", *[f"{way}-parts"] * 2] and equal
+    assert remembers == (way != "pruned")
+
+
+@pytest.mark.parametrize("field", DATA["refused"])
+def test_what_cannot_be_is_refused_by_the_fields_name(field: str, done: Answer) -> None:
+    assert f"{field} " in done.data["refused"][field]
