@@ -114,6 +114,16 @@ def test_every_prompt_comes_though_half_are_drawn_by_their_signal(per_step, coun
     assert set(seen) == set(range(count))
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+@pytest.mark.parametrize("per_step", [2, 3, 5])
+def test_a_step_takes_no_prompt_twice_while_there_are_others(per_step, spread):
+    history, cursor = History({place: (spread,) for place in range(7)}), PromptCursor(WORDS, per_step, 1)
+    for step in range(7 // per_step * 2):
+        places = by_signal(cursor, step, history, [1.0])
+        assert len(set(places)) == per_step
+    assert by_signal(PromptCursor(WORDS[:1], 3, 1), 1, History({0: (spread,)}), [1.0]) == [0, 0, 0]
+
+
 @pytest.mark.parametrize("weights", [[1.0, 0.0], [0.0, -2.0], [1.0, 1.0]])
 def test_draws_by_signal_follow_the_spread(weights):
     table = {0: (1.0, 4.0), 3: (3.0, 4.0), 5: (0.0, 0.0)}

@@ -120,20 +120,24 @@ def by_signal(cursor: PromptCursor, step: int, history: History, weights: Sequen
     """Choose the places of a step's prompts: every second one in turn, the others by their spread.
 
     The latter are drawn, among prompts seen before and not in this step yet, with probability in proportion
-    to Σ |w_r| · spread_r / (mean spread_r of those seen). So in 2N draws each of N prompts comes at least
-    once. The choice depends on (seed, step, history) alone; before anything is seen all come in turn.
+    to Σ |w_r| · spread_r / (mean spread_r of those seen), or alike where none has any. So in 2N draws each of
+    N prompts comes at least once. The choice depends on (seed, step, history) alone; before anything is seen
+    all come in turn.
     """
     seen = sorted(history.spread)
     table = torch.tensor([history.spread[place] for place in seen], dtype=torch.float64)
-    chosen: list[int] = []
-    for draw in range(step * cursor.per_step, (step + 1) * cursor.per_step):
+    if not seen:
+        return cursor.places(step)
+    share = table / table.mean(0).clamp(min=1e-300)
+    worths = (share * torch.tensor(weights, dtype=torch.float64).abs()).sum(1).tolist()
+    draws = range(step * cursor.per_step, (step + 1) * cursor.per_step)
+    chosen = [cursor.place(draw // 2) for draw in draws if draw % 2 == 0]
+    for draw in (draw for draw in draws if draw % 2):
         left = [row for row, place in enumerate(seen) if place not in chosen]
-        if not history.spread or draw % 2 == 0 or not table[left].any():
-            chosen.append(cursor.place(draw // 2 if history.spread else draw))
+        if not left:
+            chosen.append(cursor.place(draw // 2))
             continue
-        share = table / table.mean(0).clamp(min=1e-300)
-        worth = (share * torch.tensor(weights, dtype=torch.float64).abs()).sum(1)[left].tolist()
-        rng = random.Random(f"signal {cursor.seed} {draw}")
+        worth, rng = [worths[row] for row in left], random.Random(f"signal {cursor.seed} {draw}")
         chosen.append(seen[rng.choices(left, worth)[0] if any(worth) else rng.choice(left)])
     return chosen
 
