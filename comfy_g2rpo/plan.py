@@ -154,8 +154,9 @@ class Plan:
     def values(self, scores: Tensor) -> Tensor:
         """Give each trained edge the mean score of the leaves beneath it: [R, images] → [R, K, G, L].
 
-        NaN where there is none; probes do not count. In the singular tree that is one leaf per granularity;
-        in a tree that splits again it is BranchGRPO's fusion (arXiv 2509.06040).
+        Leaves without a score (NaN) are left out; NaN where there is no other; probes do not count. In the
+        singular tree that is one leaf per granularity; in a tree that splits again it is BranchGRPO's fusion
+        (arXiv 2509.06040).
         """
         column = {state: i for i, state in enumerate(self.images)}
         places, sources = [], []
@@ -170,8 +171,9 @@ class Plan:
                 at = state.parent
         place = torch.tensor(places, dtype=torch.long, device=scores.device)
         size = self.shape[0] * members * levels
-        total = scores.new_zeros(scores.shape[0], size).index_add_(1, place, scores[:, sources])
-        count = scores.new_zeros(size).index_add_(0, place, scores.new_ones(len(places)))
+        found, none = scores[:, sources], scores.new_zeros(scores.shape[0], size)
+        total = none.index_add(1, place, found.nan_to_num(0.0, torch.inf, -torch.inf))
+        count = none.index_add(1, place, (~found.isnan()).to(scores.dtype))
         return (total / count).reshape(scores.shape[0], *self.shape)
 
     def final_values(self, scores: Tensor) -> Tensor:

@@ -26,15 +26,22 @@ RECIPES: dict[str, Recipe] = {
     "g2rpo_single": Recipe(granularities=(1,)),
     # arXiv 2505.05470.
     "flow_grpo": Recipe(
-        steps="all_but_last", tree="independent", granularities=(1,), std="global", objective="clip", kl=0.01
+        steps="all_but_last",
+        tree="independent",
+        granularities=(1,),
+        std="global",
+        objective="clip",
+        kl=0.01,
+        kl_form="published",
     ),
     # The same authors' later variant: a random window of two steps, branches of one anchor.
     "flow_grpo_fast": Recipe(pick="random_window", pick_size=2, granularities=(1,), objective="clip"),
-    # arXiv 2505.07818: noise everywhere, a random 60 % of the steps trained.
+    # arXiv 2505.07818: noise everywhere but at the last step, whose prediction is the image; a random 60 % of
+    # these steps trained.
     "dance_grpo": Recipe(
         kernel="dance_sde",
         eta=0.3,
-        steps="all",
+        steps="all_but_last",
         train_share=0.6,
         tree="independent",
         shared_start=True,
@@ -43,7 +50,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     # arXiv 2507.21802.
     "mix_grpo": Recipe(
-        steps="all",
+        steps="all_but_last",
         pick="sliding_window",
         pick_size=4,
         tree="independent",
@@ -114,6 +121,40 @@ RECIPES: dict[str, Recipe] = {
     ),
     # arXiv 2606.06828: G²RPO's tree with one stride, a curriculum of prompts and a running baseline.
     "ada_grpo": Recipe(granularities=(1,), prompt_choice="curriculum", global_advantage=1.0),
+    # arXiv 2509.06040: a binary tree; every branch splits at four steps and keeps DanceGRPO's noise between.
+    "branch_grpo": Recipe(
+        kernel="dance_sde",
+        eta=0.3,
+        steps="all_but_last",
+        tree="branching",
+        branch_at=(0, 3, 6, 9),
+        group_size=16,
+        granularities=(1,),
+        objective="clip",
+        clip=1e-3,
+    ),
+    # arXiv 2512.08153: splits at each step of a window that moves on; deterministic outside of it.
+    "tree_grpo": Recipe(
+        steps="all_but_last",
+        pick="sliding_window",
+        pick_size=4,
+        slide_every=50,
+        tree="branching",
+        group_size=16,
+        granularities=(1,),
+        std="tree",
+        objective="clip",
+    ),
+    # arXiv 2510.22319: Flow-GRPO's images, its ratio re-centred, its steps balanced; no KL.
+    "grpo_guard": Recipe(
+        steps="all_but_last",
+        tree="independent",
+        granularities=(1,),
+        std="global",
+        objective="clip",
+        ratio_norm="guard",
+        clip=2e-6,
+    ),
 }
 
 
@@ -146,6 +187,7 @@ def build_plan(made: Recipe, iteration: int = 0, seed: int = 0, coarsest: int = 
     The random choices depend on (seed, iteration) alone.
     """
     from .plan import independent, singular
+    from .trees.branching import branching
     from .trees.dense_chains import dense, probed
     from .trees.pruned import pruned
     from .trees.whole_images import whole_images
@@ -169,6 +211,11 @@ def build_plan(made: Recipe, iteration: int = 0, seed: int = 0, coarsest: int = 
         return dense(made.num_steps, steps, made.group_size, *finish, **chains, **every)
     if made.tree == "independent":
         return independent(made.num_steps, steps, made.group_size, **chains, **every)
+    if made.tree == "branching":
+        splits = steps if made.branch_at is None else made.branch_at
+        steps = sorted({*steps, *splits})
+        every["trained_steps"] = sorted(rng.sample(steps, max(round(made.train_share * len(steps)), 1)))
+        return branching(made.num_steps, steps, splits, made.group_size, starts=made.starts, **every)
     # A window moves as one: its branches leave the anchor once, at its first step.
     windowed = made.pick in ("random_window", "sliding_window")
     plan = singular(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .objectives import OBJECTIVES, Values
-from .objectives.policy_gradient import clipped_loss, cotangent, log_ratio
+from .objectives.policy_gradient import clipped_loss, cotangent, kl_scale, log_ratio
 from .objectives.record_rows import Records, micro_batches
 from .policy import Policy
 from .recipes import Recipe
@@ -65,12 +65,12 @@ def records(
     `every` is set, those of a value (not NaN).
     """
     plan, c = rollout.plan, rollout.coefficients
-    groups, members, _ = plan.shape
     row = {fork: i for i, fork in enumerate(plan.forks)}
     first = {plan.states[child].parent: child for child in plan.transitions}
     child = torch.tensor([first[fork] for fork in plan.forks])
     weights = step_weights(c.v_coef[child], c.std[child], step_weight)
-    weights = weights / (members * groups * len(advantages))
+    # The loss is the mean over the trained edges, of which deep groups of a branching tree have more.
+    weights = weights / (len(plan.transitions) * len(advantages))
     direction = torch.zeros_like(rollout.x)
     values = advantages if values is None else values
     noise, kept = [], []
@@ -96,6 +96,7 @@ def records(
         weight=weights.repeat(prompts).to(device),
         step=torch.tensor([plan.states[f].index for f in plan.forks]).repeat(prompts).to(device),
         prompt=torch.arange(prompts).repeat_interleave(len(row)).to(device),
+        dt=(c.sigma[child] - c.sigma[list(plan.forks)]).repeat(prompts).to(device),
     )
     if not samples:
         return made
@@ -125,8 +126,8 @@ def backward(
     """Accumulate the gradient of the recipe's objective over all rows; return what its loss saw.
 
     An objective that compares with an older policy takes a row's `velocity` for it, or where rows have none
-    (NaN) the present one. `watch` is told of every part. The velocity KL adds β·mean‖v − v_ref‖²/D over the
-    rows, v_ref inside the context `reference`: without the adapter where it is not given.
+    (NaN) the present one. `watch` is told of every part. The KL adds β·mean‖v − v_ref‖²/D over the rows,
+    scaled by its form, v_ref inside the context `reference`: without the adapter where it is not given.
     """
     objective, seen = OBJECTIVES[recipe.objective], []
     for part in micro_batches(made, micro_batch):
@@ -146,7 +147,8 @@ def backward(
         loss, values = objective.loss(velocity, part, recipe)
         if recipe.kl:
             distance = (velocity - anchored).square().flatten(1).mean(1)
-            loss = loss + recipe.kl * distance.sum() / len(made)
+            weighed = distance * kl_scale(part, recipe.kl_form)
+            loss = loss + recipe.kl * weighed.sum() / len(made)
             values = {**values, "kl": distance}
         seen.append({name: value.detach() for name, value in values.items()})
         if watch:

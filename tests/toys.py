@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -11,9 +12,19 @@ from torch import Tensor, nn
 
 from comfy_g2rpo import kernels
 from comfy_g2rpo.plan import ROOT, Plan
+from comfy_g2rpo.recipes import RECIPES, Recipe
 from comfy_g2rpo.rollout import state_noise
 
 SHAPE = (2, 3, 3)
+
+
+def small(name: str, num_steps: int, group_size: int) -> Recipe:
+    """Make a named recipe small; a tree whose branches split again makes 2 · 2 images."""
+    made = dataclasses.replace(RECIPES[name], num_steps=num_steps, group_size=group_size)
+    if made.tree != "branching":
+        return made
+    splits = {"pick_size": 2} if made.branch_at is None else {"branch_at": (0, 2)}
+    return dataclasses.replace(made, group_size=4, **splits)
 
 
 class ToyPolicy:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..options import check_fields
 from .recipe_options import Recipe
-from .step_choice import candidate_steps
+from .step_choice import candidate_steps, split_count, split_factor
 
 PRODIGYS_LEAST = 0.1
 EXPLORING = (
@@ -12,7 +12,7 @@ EXPLORING = (
     *("starts", "shared_start", "granularities", "terminal", "antithetic", "step_weight"),
     *("etas", "credit", "anchor_image", "diversity_weight", "epochs", "update"),
     *("expand", "prune_by", "prune_at", "step_share", "prompt_choice", "candidates", "global_advantage"),
-    "baseline_decay",
+    *("baseline_decay", "kl_form", "branch_at"),
 )
 """Fields that say how a rollout explores and is learned from, which stored forks have behind them."""
 WINDOWS = ("random_window", "sliding_window")
@@ -44,6 +44,10 @@ def check(made: Recipe) -> Recipe:
     if made.anchor_image and (made.tree != "singular" or made.pick in WINDOWS):
         remedy = "only branches of single steps leave one; credit: gain logs the gaps of other trees"
         raise ValueError(f"anchor_image is for tree: singular without a window; {remedy}")
+    if made.tree == "branching":
+        check_branching(made)
+    if made.ratio_norm != "none" and made.objective != "clip":
+        raise ValueError(f"ratio_norm is {made.ratio_norm}, but there is no ratio; choose objective: clip")
     if made.objective == "on_policy" and (made.epochs > 1 or made.update == "per_step"):
         leaving = "epochs above 1 and update per_step leave the rollout's policy"
         raise ValueError(f"{leaving}; choose objective: clip")
@@ -58,6 +62,10 @@ def check(made: Recipe) -> Recipe:
         raise ValueError(
             f"replay is {made.replay}, but objective {needs}; choose objective: clip, or replay: 0"
         )
+    if made.replay and (made.ratio_norm != "none" or (made.kl and made.kl_form == "published")):
+        field = "ratio_norm" if made.ratio_norm != "none" else "kl_form"
+        wide = f"old forks do not know how wide their step was, which {field} {getattr(made, field)} needs"
+        raise ValueError(f"replay is {made.replay}, but {wide}; choose replay: 0, or the default of {field}")
     if made.objective == "vargrad":
         check_vargrad(made)
     if made.optimizer == "prodigy" and made.learning_rate < PRODIGYS_LEAST:
@@ -115,6 +123,7 @@ def check_forward(made: Recipe) -> None:
         "credit": (made.credit != "final", "no step is credited; choose credit: final"),
         "expand": (made.expand != 1, "nothing is judged on the way; choose expand: 1"),
         "step_weight": (made.step_weight != "uniform", "no step has noise; choose step_weight: uniform"),
+        "kl_form": (made.kl_form != "velocity", "no step has noise; choose kl_form: velocity"),
     }
     for name, (is_wrong, why) in wrong.items():
         if is_wrong:
@@ -125,8 +134,8 @@ def check_forward(made: Recipe) -> None:
 def check_vargrad(made: Recipe) -> None:
     """Raise ValueError where an update could not compare branches of one state by their rewards alone."""
     alike = "objective vargrad compares branches of one state"
-    if made.tree == "independent":
-        raise ValueError(f"tree is independent, but {alike}; choose tree: singular")
+    if made.tree != "singular":
+        raise ValueError(f"tree is {made.tree}, but {alike}; choose tree: singular")
     if made.pick in ("random_window", "sliding_window") and made.pick_size > 1:
         raise ValueError(f"pick_size is {made.pick_size} steps in a row, but {alike}; choose pick: random")
     if made.mix not in ("zscore", "sum"):
@@ -148,3 +157,14 @@ def check_shares(made: Recipe) -> None:
         raise ValueError(f"{given} (0 to {count - 1}); give one for each")
     if used < min(made.pick_size, count):
         raise ValueError(f"step_share has {used} numbers above 0; pick_size takes {made.pick_size} steps")
+
+
+def check_branching(made: Recipe) -> None:
+    """Raise ValueError unless the recipe's branching tree can be grown."""
+    if made.granularities != (1,):
+        remedy = "branches that split again are finished step by step, so it must be (1,)"
+        raise ValueError(f"granularities is {made.granularities}; {remedy}")
+    if made.branch_at is not None and max(made.branch_at) >= made.num_steps:
+        last = f"the last of {made.num_steps} steps is {made.num_steps - 1}"
+        raise ValueError(f"branch_at is {made.branch_at}; {last}: list earlier ones, or raise num_steps")
+    split_factor(made.group_size, split_count(made))

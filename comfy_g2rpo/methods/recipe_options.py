@@ -77,8 +77,16 @@ class Recipe:
 
     tree: str = option(
         "singular",
-        "Branches that leave one image at a single step, or whole images of their own (the older methods).",
-        choices=("singular", "independent"),
+        "Branches that leave one image at a single step, whole images of their own (the older methods), or "
+        "branches that split again and again.",
+        choices=("singular", "independent", "branching"),
+    )
+    branch_at: tuple[int, ...] | None = option(
+        None,
+        "Steps at which every branch splits, for tree branching; none: at every exploring step. Four splits "
+        "in two make 16 images: that is its group_size.",
+        0,
+        999,
     )
     group_size: int = option(
         12, "Images that are compared with one another. Below 6 is noisy; more costs in proportion.", 2, 1024
@@ -140,8 +148,9 @@ class Recipe:
     )
     std: str = option(
         "group",
-        "What scores are divided by: the spread of their own group, or of all prompts.",
-        choices=("group", "global"),
+        "What scores are divided by: the spread of their own group, of all prompts, or of all images of the "
+        "same prompt (tree).",
+        choices=("group", "global", "tree"),
     )
     std_floor: float = option(
         1e-8,
@@ -201,6 +210,12 @@ class Recipe:
     )
     pair_anchor: float = option(0.0, "Weight of keeping the preferred picture as likely as before.", 0, 1000)
     clip: float = option(1e-4, "How far a clipped update may go. Small, for likelihoods are means.", 0, 1)
+    ratio_norm: str = option(
+        "none",
+        "Balance the clip and the pull of all steps (guard, from GRPO-Guard). Needs objective clip, and a "
+        "clip as small as 2e-6.",
+        choices=("none", "guard"),
+    )
     nft_beta: float = option(
         1.0,
         "How far apart nft takes its good and its bad model. Smaller lets an update go further.",
@@ -255,6 +270,12 @@ class Recipe:
     )
     kl: float = option(
         0.0, "Pull back to the reference model, against drift and reward hacking. Costs a forward.", 0, 1000
+    )
+    kl_form: str = option(
+        "velocity",
+        "How that distance is measured: between velocities, or as far as a step's noise can tell (step), and "
+        "as Flow-GRPO's code does (published): 10 and 100 times weaker.",
+        choices=("velocity", "step", "published"),
     )
     kl_reference: str = option(
         "base", "Pull back to the model without this LoRA, or to the run's start.", choices=("base", "start")

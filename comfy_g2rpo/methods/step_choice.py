@@ -1,10 +1,12 @@
-"""Which steps a recipe may take; needs no torch."""
+"""Which steps a recipe may take, and how many times a branch splits; needs no torch."""
 
 from __future__ import annotations
 
 import random
 
 from .recipe_options import Recipe
+
+MOST = 10  # splits in two that make no more images than a group may have
 
 
 def candidate_steps(made: Recipe) -> list[int]:
@@ -30,3 +32,24 @@ def drawn_steps(
         chosen.append(rng.choices(list(left), list(left.values()))[0])
         del left[chosen[-1]]
     return sorted(chosen)
+
+
+def split_count(made: Recipe) -> int:
+    """Count the steps at which the branches of a branching tree split."""
+    if made.branch_at is not None:
+        return len(set(made.branch_at))
+    steps = len(candidate_steps(made))
+    return steps if made.pick == "every" else min(made.pick_size, steps)
+
+
+def split_factor(group_size: int, splits: int) -> int:
+    """Return into how many a branch splits so that `splits` splits make G images: the root of G.
+
+    ValueError names the nearest group sizes where that is no whole number.
+    """
+    factor = round(group_size ** (1 / splits)) if splits else 0
+    if splits and factor**splits == group_size:
+        return factor
+    sizes = [str(each**splits) for each in (max(factor, 2), max(factor, 2) + 1) if splits <= MOST]
+    remedy = f"{splits} splits of a branch make {' or '.join(sizes) or 'more'} images: set that, or branch_at"
+    raise ValueError(f"group_size is {group_size}; {remedy}")

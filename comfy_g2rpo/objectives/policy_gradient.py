@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..kernels import Sigma, over, step
 from ..methods.recipe_options import Recipe
+from .guard import guarded_loss
 from .record_rows import Records
 
 
@@ -63,7 +64,8 @@ def on_policy(velocity: Tensor, made: Records, recipe: Recipe) -> tuple[Tensor, 
 
 def clip(velocity: Tensor, made: Records, recipe: Recipe) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the clipped loss, and the ratio of every sample [S]."""
-    loss, ratio = clipped_loss(velocity, made.velocity, made, recipe.clip)
+    found = guarded_loss if recipe.ratio_norm == "guard" else clipped_loss
+    loss, ratio = found(velocity, made.velocity, made, recipe.clip)
     return loss, {"ratio": ratio}
 
 
@@ -80,3 +82,17 @@ def ratio_metrics(ratio: Tensor) -> dict[str, float]:
         return {}
     ratio = ratio.double()
     return {"ratio/mean": ratio.mean().item(), "ratio/max_deviation": (ratio - 1).abs().max().item()}
+
+
+def kl_scale(made: Records, form: str) -> Tensor:
+    """Return what mean‖v − v_ref‖²/D counts in a row's KL [N].
+
+    velocity    1
+    step        c²/(2s²): the KL of the step's two Gaussians, averaged over the D elements (Flow-GRPO,
+    arXiv 2505.05470)
+    published   c²|Δ|/(2s²): the same as its code has it, which divides by the noise per unit of time
+    """
+    if form == "velocity":
+        return torch.ones_like(made.std)
+    scale = torch.where(made.std > 0, (made.v_coef / made.std.clamp(min=1e-30)).square() / 2, 0.0)
+    return scale * made.dt.abs() if form == "published" else scale

@@ -23,9 +23,10 @@ class Records:
     sigma: Tensor  # [N]
     v_coef: Tensor  # [N], c
     std: Tensor  # [N], s
-    weight: Tensor  # [N], step weight / (group size · groups · prompts)
+    weight: Tensor  # [N], step weight / (trained edges of a tree · prompts)
     step: Tensor  # [N], schedule index
     prompt: Tensor  # [N], position in the rollout's prompts
+    dt: Tensor | None = None  # [N], Δ = σ′ − σ
     velocity: Tensor | None = None  # [N, …], of the policy to compare with; NaN: the present one
     number: Tensor | None = None  # [N], which row of an update it is, where somebody asks afterwards
     noise: Tensor | None = None  # [S, …], for objectives that look at every sample; may lie on the CPU

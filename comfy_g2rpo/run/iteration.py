@@ -165,16 +165,24 @@ def score(setup: Setup, explored: Explored, step: int) -> Scored:
         none = f"rewards judged none of the {everywhere[0].numel()} pictures of step {step}"
         raise RewardError(f"{none}; mend the prompts, or the judge that is asked, and resume the run")
     dropped = dropped_share(setup, everywhere, step)
-    scale = None
-    if recipe.std == "global":
-        gathered = setup.world.gather(explored.scores)
-        scale = [plan.credited(scores, recipe.credit) for scores in gathered.unbind(1)]
     noise = [reward.noise() for reward in setup.rewards]
     if recipe.credit == "gain":
         noise = gain_noise(noise, everywhere)
-    advantages = mixed_advantages(
-        rewards, setup.weights, recipe.mix, setup.gates, recipe.clamp, recipe.std_floor, scale, noise
-    )
+
+    def compared(groups: Sequence[Tensor], scale: Sequence[Tensor] | None = None) -> list[Tensor]:
+        how = setup.weights, recipe.mix, setup.gates, recipe.clamp, recipe.std_floor
+        return mixed_advantages(groups, *how, scale, noise)
+
+    if recipe.std == "tree":
+        pictures = [scores[:, None, :, None] for scores in explored.final_scores.unbind(1)]
+        advantages = [compared([one], [all_])[0] for one, all_ in zip(rewards, pictures, strict=True)]
+    elif recipe.std == "global":
+        gathered = setup.world.gather(explored.scores)
+        advantages = compared(
+            rewards, [plan.credited(scores, recipe.credit) for scores in gathered.unbind(1)]
+        )
+    else:
+        advantages = compared(rewards)
     history = history_after(setup, explored.chosen, rewards, everywhere, noise)
     if recipe.global_advantage:
         how = absolute_weights(setup), recipe.clamp, recipe.std_floor, noise
