@@ -4,6 +4,7 @@ settings.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from program import leave
 from test_run import outcome
 
+from comfy_g2rpo.recipes import recipe
 from comfy_g2rpo.run.folder import RunFolder
 
 pytestmark = pytest.mark.xdist_group("resume")
@@ -119,6 +121,39 @@ def test_a_run_of_an_earlier_version_goes_on(
     assert code == 0, errors
     ours, whole = outcome(run)[1], outcome(runs / "two")[1]
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("way", "method", "then"),
+    [
+        ("resume", "g2rpo", {"granularities": [1]}),
+        ("resume", "mix_grpo", {"steps": "all"}),
+        ("resume", "flow_grpo", {"kl_form": "velocity"}),
+        ("the command without its settings", "dance_grpo", {"steps": "all", "train_share": 0.5}),
+    ],
+)
+def test_a_run_keeps_what_its_methods_name_meant(
+    way: str, method: str, then: dict[str, object], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A recipe may be mended; a run that an earlier version began goes on as it was."""
+    strides = [1] if way != "resume" else None  # the recipe file names them
+    config = json.loads((run / "config.json").read_text())
+    config["config"]["method"] |= {"name": method, "granularities": strides}
+    config["settings"] += [f"method.name={method}", "method.granularities=[1]"]
+    made = recipe(method, num_steps=4, group_size=3, eta=0.5, learning_rate=1e-3)
+    config["recipe"] = dataclasses.asdict(made) | then
+    if method == "flow_grpo":
+        del config["recipe"]["kl_form"]  # a field that came later, and is as its default says
+    (run / "config.json").write_text(json.dumps(config))
+    words = [run if word == "RUN" else word for word in WAYS[way]]
+    code, _, errors = leave(capsys, *words, "--quiet", "--set", "train.steps=2")
+    assert code == 0, errors
+    found = RunFolder(run).config()["recipe"]
+    assert {name: found[name] for name in then} == then
+    name, value = next(iter(then.items()))
+    today = json.dumps(getattr(recipe(method), name))
+    code, _, error = leave(capsys, *words, "--set", f"method.{name}={today}")
+    assert code == 2 and f"was made with method.{name} = {value!r}" in error
 
 
 def test_a_schedule_over_another_length_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,7 @@ from ..files.safe import (
     writing,
 )
 from ..files.save_pictures import save_picture, save_start
+from ..methods.recipe_options import FIELDS
 
 SCHEMA = "g2rpo-metrics/1"
 LENGTH = ("steps", "minutes", "eval_every", "checkpoint_every", "keep_checkpoints")
@@ -242,6 +243,9 @@ class RunFolder:
             for key in new | old if isinstance(values, list) else new:
                 value, field = new.get(key), key.rpartition(".")[2]
                 before = old[key] if key in old else known.get(field)
+                if section == "method" and before is None and value is not None and key in FIELDS:
+                    # Left to the method, whose name may mean another thing now.
+                    before = spelt_out(self.config().get("recipe")).get(key, FIELDS[key].default)
                 name = f"{section}.{key}".strip(".")
                 free = section in ("out", "report") or name in moved or field in MAY_CHANGE.get(section, ())
                 if value != before and not free:

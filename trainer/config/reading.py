@@ -64,8 +64,24 @@ def load_run(folder: Path, overrides: Sequence[str] = (), recipe: str | Path | N
     if not isinstance(content.get("config"), dict):
         raise ConfigError(f"{folder} holds no run of this program; check the path")
     if recipe and isinstance(former := content.get("settings"), list):
-        return load(recipe, [*map(str, former), *overrides])
-    return from_dict(apply_overrides(content["config"], overrides))
+        return as_made(load(recipe, [*map(str, former), *overrides]), content.get("recipe"))
+    return as_made(from_dict(apply_overrides(content["config"], overrides)), content.get("recipe"))
+
+
+def as_made(config: Config, was: Any) -> Config:
+    """Return a run's configuration with what its method's name meant then, where it means another thing now.
+
+    `was` is the recipe that the run was made with; a field that it lacks was as a field's default is.
+    """
+    if not isinstance(was, Mapping):
+        return config
+    kept = {}
+    for name, field in recipes.FIELDS.items():
+        then, now = was.get(name, field.default), getattr(recipes.RECIPES[config.method.name], name)
+        then = tuple(then) if isinstance(then, list) else then
+        if getattr(config.method, name) is None and then != now:
+            kept[name] = then
+    return config.model_copy(update={"method": config.method.model_copy(update=kept)}) if kept else config
 
 
 def from_dict(tree: Mapping[str, Any], near: Path | None = None) -> Config:
