@@ -14,8 +14,10 @@ from comfy_g2rpo.methods.step_choice import split_factor
 from comfy_g2rpo.recipes import RECIPES, build_plan, recipe
 from comfy_g2rpo.rewards import Rule
 from comfy_g2rpo.rollout import roll_out
+from comfy_g2rpo.run.evaluation import exploring
 from comfy_g2rpo.run.iteration import Explored, score
 from comfy_g2rpo.run.pace import Pace
+from comfy_g2rpo.run.settings import parse
 from comfy_g2rpo.run.setup import World
 from comfy_g2rpo.schedule import shifted_sigmas
 from comfy_g2rpo.trees.branching import branching
@@ -192,3 +194,19 @@ def test_cheap_completions_keep_what_is_stochastic(coarsest):
         whole, cheap = (build_plan(RECIPES[name], 0, 0, stride) for stride in (1, coarsest))
         assert nodes_per_group(whole) == nodes_per_group(cheap)
         assert cheap.forwards < whole.forwards or name == "branch_grpo"
+
+
+@pytest.mark.parametrize("name", ["branch_grpo", "tree_grpo"])
+def test_the_watch_looks_at_one_branch_of_a_tree(name):
+    plan = exploring(RECIPES[name])
+    assert len(plan.images) == 1 and set(nodes_per_group(plan)) == {1}
+    assert len(plan.transitions) == build_plan(RECIPES[name]).shape[0]
+
+
+def test_a_tree_is_settable_line_by_line():
+    lines = (
+        "tree = branching\nbranch_at = 0, 3\ngroup_size = 9\ngranularities = 1\nstd = tree\nobjective = clip"
+    )
+    made = recipe("g2rpo", **parse(lines)[0])
+    assert nodes_per_group(build_plan(made)) == [3, 3, 3, 9, 9, 9, 9, 9]
+    assert parse("branch_at = none")[0] == {"branch_at": None}

@@ -273,8 +273,8 @@ class Recipe:
     )
     kl_form: str = option(
         "velocity",
-        "How that distance is measured: between velocities, or as far as a step's noise can tell (step), and "
-        "as Flow-GRPO's code does (published): 10 and 100 times weaker.",
+        "How that pull is measured: between velocities; against the noise of a step (step), about 10 times "
+        "weaker; or as Flow-GRPO's code does (published), about 100 times weaker.",
         choices=("velocity", "step", "published"),
     )
     kl_reference: str = option(

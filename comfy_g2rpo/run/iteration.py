@@ -295,7 +295,9 @@ def step_row(
         valid = values[~values.isnan()]
         row[f"reward/{reward.name}/mean"] = valid.double().mean().item()
         row[f"reward/{reward.name}/std"] = valid.double().std().item() if len(valid) > 1 else math.nan
-    row["advantage/abs_mean"] = torch.stack(list(scored.advantages)).abs().mean().item()
+    # Deep groups may have more members than others.
+    edges = max(len(scored.advantages) * len(explored.plan.transitions), 1)
+    row["advantage/abs_mean"] = torch.stack(list(scored.advantages)).abs().sum().item() / edges
     shares = [zero_std_share(reward, setup.recipe.std_floor, scored.noise) for reward in scored.rewards]
     row["zero_std_share"] = sum(shares) / len(shares)
     row["dropped_share"] = scored.dropped
