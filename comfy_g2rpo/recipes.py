@@ -73,6 +73,7 @@ RECIPES: dict[str, Recipe] = {
         step_weight="variance",
         objective="clip",
         kl=0.01,
+        kl_form="step",
     ),
     # arXiv 2512.15347 on Flow-GRPO's trajectories: 32 begin, 8 are finished; judged as published, at steps 30
     # and 40 of 50.
@@ -85,6 +86,7 @@ RECIPES: dict[str, Recipe] = {
         granularities=(1,),
         objective="clip",
         kl=0.01,
+        kl_form="published",
     ),
     # arXiv 2601.20218: Flow-GRPO's chains, every state of them finished; z of what each step gained. `g2rpo
     # calibrate` finds the etas.
@@ -96,6 +98,7 @@ RECIPES: dict[str, Recipe] = {
         credit="gain",
         objective="clip",
         kl=0.01,
+        kl_form="published",
     ),
     # arXiv 2509.16117: images by the ODE, brought back to nine in ten of the levels; settings of its code.
     "diffusion_nft": Recipe(

@@ -342,7 +342,8 @@ def test_weighted_by_variance_cps_has_the_gradient_of_its_published_loss(num_ste
 
 
 def test_flow_cps_is_the_tree_of_flow_grpo_with_its_own_kernel_and_weights():
-    changed = dict(kernel="cps", eta=0.8, step_weight="variance")
+    # Its code divides the KL by 2s², for std_dev_t is the whole step's noise there.
+    changed = dict(kernel="cps", eta=0.8, step_weight="variance", kl_form="step")
     assert recipe("flow_grpo", **changed) == RECIPES["flow_cps"]
 
 
