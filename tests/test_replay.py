@@ -69,7 +69,9 @@ def fork(
     """Make a fork of two branches."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(made))
     members = torch.tensor([[1.0, -1.0], [best, best - 1], [3.0, -3.0]], dtype=torch.float64)
-    return Fork(x, 2 * x, members, 0.5, -0.1, 0.3, 0.5, step=2, made=made, pull=pull, prompt=prompt, seed=7)
+    return Fork(
+        x, 2 * x, members, 0.5, -0.1, 0.3, 0.5, -0.1, step=2, made=made, pull=pull, prompt=prompt, seed=7
+    )
 
 
 def test_the_oldest_go_first_by_number_and_by_age() -> None:

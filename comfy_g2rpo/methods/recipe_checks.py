@@ -62,10 +62,6 @@ def check(made: Recipe) -> Recipe:
         raise ValueError(
             f"replay is {made.replay}, but objective {needs}; choose objective: clip, or replay: 0"
         )
-    if made.replay and (made.ratio_norm != "none" or (made.kl and made.kl_form == "published")):
-        field = "ratio_norm" if made.ratio_norm != "none" else "kl_form"
-        wide = f"old forks do not know how wide their step was, which {field} {getattr(made, field)} needs"
-        raise ValueError(f"replay is {made.replay}, but {wide}; choose replay: 0, or the default of {field}")
     if made.objective == "vargrad":
         check_vargrad(made)
     if made.optimizer == "prodigy" and made.learning_rate < PRODIGYS_LEAST:

@@ -33,6 +33,7 @@ class Fork:
     v_coef: float
     std: float
     weight: float  # step weight / group size
+    dt: float  # of its step, below 0
     step: int  # schedule index
     made: int  # the run's step that made it
     pull: float  # Σ |A|·ρ over its members, as last seen

@@ -15,7 +15,7 @@ from ..prompts import identity
 from .old_forks import Fork
 
 NAME = "replay.safetensors"
-NUMBERS = ("sigma", "v_coef", "std", "weight", "pull")
+NUMBERS = ("sigma", "v_coef", "std", "weight", "dt", "pull")
 COUNTS = ("step", "made", "seed")
 KINDS = {
     "x": torch.float32,

@@ -17,7 +17,7 @@ from ..objectives.record_rows import Records
 from ..rollout import seeded_noise, stream
 from .old_forks import Chosen, Fork, choose, remembered
 
-NUMBERS = ("sigma", "v_coef", "std", "weight", "step")
+NUMBERS = ("sigma", "v_coef", "std", "weight", "dt", "step")
 Gather = Callable[[Tensor], Tensor]
 """Stacks [1, n, …] of all processes over n."""
 
@@ -114,7 +114,7 @@ def rows_of(
         for seed, draw in draws
     ]
     numbers = torch.tensor([[getattr(fork, name) for name in NUMBERS] for fork in old], dtype=torch.float64).T
-    sigma, v_coef, std, weight, step = numbers
+    sigma, v_coef, std, weight, dt, step = numbers
     return Records(
         x=x,
         direction=torch.zeros_like(x),
@@ -124,6 +124,7 @@ def rows_of(
         weight=(weight * torch.tensor(units, dtype=torch.float64)).float().to(device),
         step=step.long().to(device),
         prompt=torch.tensor([first + texts.index(fork.prompt) for fork in old], device=device),
+        dt=dt.float().to(device),
         velocity=torch.stack([fork.velocity for fork in old]).to(device),
         noise=torch.stack(noise),
         advantage=members[0].float().to(device),
