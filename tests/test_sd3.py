@@ -292,9 +292,10 @@ def plain_gradient(loop: PlainLoop, advantages: Tensor, recipe: Recipe) -> Tenso
         with torch.no_grad(), policy.reference():
             reference = policy.velocity(loop.known[fork], c.sigma[[fork]], [loop.cond])
         square, state = (velocity - reference).square().mean(), child[plan.forks.index(fork)]
-        if recipe.kl_form == "published":
-            diffusion = c.std[state].square() / (c.sigma[fork] - c.sigma[state])
-            square = (c.v_coef[state] * (velocity - reference)).square().mean() / (2 * diffusion)
+        if recipe.kl_form != "velocity":
+            time = c.sigma[fork] - c.sigma[state] if recipe.kl_form == "published" else 1
+            variance = c.std[state].square() / time
+            square = (c.v_coef[state] * (velocity - reference)).square().mean() / (2 * variance)
         (recipe.kl * square / len(plan.forks)).backward()
     return gradient(policy)
 
