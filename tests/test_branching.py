@@ -99,6 +99,15 @@ def test_what_does_not_make_a_tree_is_named(changes, message):
             recipe("branch_grpo", **changes)
 
 
+def test_objectives_that_need_one_state_or_no_noise_refuse_what_they_lack():
+    with pytest.raises(ValueError, match="tree is branching, but objective vargrad compares"):
+        recipe("tree_grpo", objective="vargrad", mix="sum", std="group")
+    with pytest.raises(ValueError, match="kl_form is step, but of objective nft: no step has noise"):
+        recipe("diffusion_nft", kl_form="step")
+    with pytest.raises(ValueError, match="expand is 2; branches that split again cannot be dropped"):
+        recipe("branch_grpo", expand=2.0)
+
+
 @pytest.mark.parametrize("splits", [1, 2, 3, 5, 10])
 @pytest.mark.parametrize("factor", [1, 2, 3])
 def test_the_split_factor_is_the_exact_root(factor, splits):

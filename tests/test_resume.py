@@ -156,6 +156,17 @@ def test_a_run_keeps_what_its_methods_name_meant(
     assert code == 2 and f"was made with method.{name} = {value!r}" in error
 
 
+@pytest.mark.parametrize("value", ["far", [], {}, -1, 1e9])
+def test_a_damaged_recipe_of_a_run_is_one_line(
+    value: object, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["recipe"]["kl"] = value
+    (run / "config.json").write_text(json.dumps(config))
+    code, _, error = leave(capsys, "resume", run, "--quiet", "--set", "train.steps=2")
+    assert code == 2 and "config.json is damaged, in recipe: kl is" in error and error.count("\n") == 1
+
+
 def test_a_schedule_over_another_length_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--set", "method.lr_schedule=linear", "--set", "train.steps=1"]
     assert leave(capsys, "train", "demo", "--quiet", "--out", tmp_path / "run", *SMALL, *words)[0] == 0

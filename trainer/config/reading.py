@@ -81,7 +81,14 @@ def as_made(config: Config, was: Any) -> Config:
         then = tuple(then) if isinstance(then, list) else then
         if getattr(config.method, name) is None and then != now:
             kept[name] = then
-    return config.model_copy(update={"method": config.method.model_copy(update=kept)}) if kept else config
+    if not kept:
+        return config
+    try:
+        method = type(config.method).model_validate({**dict(config.method), **kept})
+    except ValidationError as error:
+        wrong = "; ".join(_explain(item) for item in _causes(error.errors()))
+        raise ConfigError(f"the run's config.json is damaged, in recipe: {wrong}; restore it") from error
+    return config.model_copy(update={"method": method})
 
 
 def from_dict(tree: Mapping[str, Any], near: Path | None = None) -> Config:
