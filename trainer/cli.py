@@ -112,6 +112,32 @@ def resume(
     run_in(run, load_run(run, given), given, True, False, changed_inputs, force, quiet)
 
 
+@app.command()
+def pairs(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders with votes; the first sets the rest.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="New run folder [default: RUN-pairs].")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="How often every vote is learned from [default: 4].")
+    ] = None,
+    settings: Settings = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Remove a former run in that folder first.")
+    ] = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a new LoRA from the votes that runs have kept, several times over and without rollouts."""
+    from .commands.train_pairs import pair_config, pair_settings
+    from .config.reading import apply_overrides, from_dict
+
+    given = pair_settings(runs, settings or [], epochs)
+    config = from_dict(apply_overrides(pair_config(runs), given))
+    place = runs[0].resolve()
+    run_in(out or place.with_name(f"{place.name}-pairs"), config, given, False, replace, False, force, quiet)
+
+
 def run_in(
     folder: Path,
     config: Config,

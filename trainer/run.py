@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ from .reports.listeners import check_trackers, listening
 from .reports.progress import Progress, Silent
 from .reports.report import write_report
 from .rewards.build import build_all
+from .rewards.kept_votes import kept_steps
 
 
 def train(
@@ -104,7 +106,11 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
         rewards, judges = (tuple(alone[reward.name] for reward in some) for some in (rewards, judges))
     check_prompts(judges, [*prompts.train, *prompts.heldout])
     rank_guard.check(speed, rewards)
-    policy = load_policy(config, accelerator.device, prompts_ahead(prompts, pace, recipe))
+    stored = kept_steps(config, prompts, rewards) if config.pairs.runs else None
+    if stored:
+        prompts = dataclasses.replace(prompts, train=stored.prompts)
+    ahead = (*prompts.train, *prompts.heldout) if stored else prompts_ahead(prompts, pace, recipe)
+    policy = load_policy(config, accelerator.device, ahead)
     lora, notes = config.lora, lora_metadata(config, policy)
     policy.add_lora(lora.rank, lora.alpha, config.train.seed, lora.targets != "attention")
     if lora.init:
@@ -113,6 +119,7 @@ def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -
     preview = preview_shape(pace, policy.latent_shape)
     return Setup(
         recipe=recipe,
+        stored=stored,
         optimizer=make_optimizer,
         pace=pace,
         policy=policy,

@@ -221,40 +221,61 @@ def update(
         chance = seed_of(setup.pace.seed, learner.step)
         share = Share(setup.world.index, setup.world.count, setup.world.gather)
         batch = with_old(made, explored.conds, learner.forks, recipe, share, chance, policy.encode)
-    reference = partial(swapped, policy.parameters(), learner.start) if learner.start else None
     with undone_on_error(setup, learner), policy.training():
         if learner.old:
             with old_policy(setup, learner):
                 past = snapshot(policy, made, explored.conds, micro_batch=learner.limits.micro_batch)
             batch.rows = dataclasses.replace(made, velocity=past)
-        stats = take_steps(
-            policy,
-            batch.rows,
-            batch.conds,
-            learner.optimizer,
-            recipe,
-            micro_batch=learner.limits.micro_batch,
-            reduce=setup.world.reduce,
-            check=partial(check, "update"),
-            reference=reference,
-            watch=batch.see if recipe.replay else None,
-        )
+        stats = stepped(setup, learner, batch, check)
     if recipe.replay:
         prompts, seeds = drawn(setup, explored.chosen, learner.step)
         new = forks_of(made, batch, share, prompts, seeds, learner.step)
         kept = after(learner.forks, new, batch, recipe, share, learner.step + 1)
         stats |= metrics_of(batch, learner.forks, kept, learner.step)
         learner.forks = kept
+    follow(setup, learner)
+    return stats
+
+
+def learn_from(
+    setup: Setup, learner: Learner, made: Records, conds: Sequence[Any], check: Check
+) -> dict[str, float]:
+    """Take the optimizer's steps on stored rows, whose prompts have the conditions `conds`."""
+    with undone_on_error(setup, learner), setup.policy.training():
+        stats = stepped(setup, learner, Batch(made, conds, len(made)), check)
+    follow(setup, learner)
+    return stats
+
+
+def stepped(setup: Setup, learner: Learner, batch: Batch, check: Check) -> dict[str, float]:
+    """Take the optimizer's steps on a batch, while the policy is in training."""
+    recipe, policy = setup.recipe, setup.policy
+    return take_steps(
+        policy,
+        batch.rows,
+        batch.conds,
+        learner.optimizer,
+        recipe,
+        micro_batch=learner.limits.micro_batch,
+        reduce=setup.world.reduce,
+        check=partial(check, "update"),
+        reference=partial(swapped, policy.parameters(), learner.start) if learner.start else None,
+        watch=batch.see if recipe.replay else None,
+    )
+
+
+def follow(setup: Setup, learner: Learner) -> None:
+    """Let the learning rate and the averages follow a step that was taken."""
+    recipe, parameters = setup.recipe, setup.policy.parameters()
     if learner.schedule:
         learner.schedule.step()
     if recipe.ema:
         decay = min(recipe.ema, (learner.step + 1) / (learner.step + 10))
-        update_average(learner.average, policy.parameters(), decay)
+        update_average(learner.average, parameters, decay)
     if learner.old:
         # DiffusionNFT's published schedule: nearly the adapter itself at first.
         decay = min(recipe.old_decay, recipe.old_ramp * (learner.step + 1))
-        update_average(learner.old, policy.parameters(), decay)
-    return stats
+        update_average(learner.old, parameters, decay)
 
 
 def rows_of(setup: Setup, learner: Learner, explored: Explored, scored: Scored) -> Records:

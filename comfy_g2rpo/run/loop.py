@@ -50,11 +50,8 @@ def learn(
         build_plan(setup.recipe, coarsest=setup.speed.tail_stride if learner.cheap else 1),
     )
     count, (more, seen) = pace.prompts_per_step, choice_cost(setup.recipe)
-    watcher.start(
-        pace.steps,
-        learner.step,
-        f"{count * (plan.forwards + more)} forwards and {count * (plan.pictures + seen)} pictures per step",
-    )
+    cost = f"{count * (plan.forwards + more)} forwards and {count * (plan.pictures + seen)} pictures per step"
+    watcher.start(pace.steps, learner.step, setup.stored.about if setup.stored else cost)
     judges = [judge.name for judge in setup.judges]
     for note in (
         *setup.prompts.notes,
@@ -70,7 +67,7 @@ def learn(
             look(setup, learner, folder, watcher, check)
         halted = halt(setup, learner, folder, watcher)
         while learner.step < pace.steps and not halted and not out_of_time(setup, learner):
-            row = iterate(setup, learner, check)
+            row = (setup.stored or iterate)(setup, learner, check)
             if setup.world.speaks:
                 folder.append(row)
             watcher.step(row)

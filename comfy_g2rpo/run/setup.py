@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .. import lora
 from ..curriculum.prompt_history import History, check_baseline
+from ..objectives import OBJECTIVES
 from ..policy import Trainee
 from ..prompts import PromptCursor, Prompts
 from ..recipes import Recipe
@@ -82,6 +83,8 @@ class Setup:
     measures: Mapping[str, float] = field(default_factory=dict)
     """The watch's weights of rewards that only measure, by name: 1 if left out, below 0 less is better."""
 
+    stored: StoredSteps | None = None
+    """What a run learns from that rolls nothing out."""
     optimizer: Optimizers = adamw
     """Makes the recipe's optimizer."""
 
@@ -137,6 +140,19 @@ class CheapVelocity(Protocol):
         ...
 
 
+class StoredSteps(Protocol):
+    """Makes steps from what is stored, in place of explore, score and update."""
+
+    @property
+    def about(self) -> str:
+        """Say what a step is."""
+        ...
+
+    def __call__(self, setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
+        """Make a step; return its row of metrics. An exception leaves the last step's state."""
+        ...
+
+
 Check = Callable[[str], None]
 """Called before every forward and every batch of pictures with the phase, one of PHASES; raises to stop."""
 
@@ -158,6 +174,12 @@ def preview_shape(pace: Pace, shape_of: Callable[[int, int], tuple[int, ...]]) -
 
 def make_learner(setup: Setup) -> Learner:
     """Set up the recipe's optimizer over the adapter."""
+    if OBJECTIVES[setup.recipe.objective].stored != (setup.stored is not None):
+        what = "learns from votes that runs keep" if setup.stored is None else "needs rollouts"
+        remedy = "start it by g2rpo pairs, or in ComfyUI by Update LoRA on Kept Votes"
+        raise ValueError(
+            f"objective is {setup.recipe.objective}, which {what}; pairs are trained otherwise: {remedy}"
+        )
     measure(embedder(setup.rewards), setup.recipe.diversity_by)
     if setup.recipe.credit == "gain" and any(gate is not None for gate in setup.gates):
         raise ValueError("rewards has a gate, a limit for whole scores, not for gains; use credit: final")

@@ -61,6 +61,8 @@ def places(config: Config) -> Iterator[tuple[str, Path]]:
         *((f"model.lora.{i}.path", each.path) for i, each in enumerate(model.lora)),
         ("lora.init", config.lora.init),
     ]
+    for i, run in enumerate(config.pairs.runs):
+        given += [(f"pairs.runs.{i} {name}", Path(run) / name) for name in ("ballots", "votes.jsonl")]
     for part in ("rewards", "heldout_rewards"):
         for i, reward in enumerate(getattr(config, part)):
             given.append((f"{part}.{i}.path", source_of(reward.path)))

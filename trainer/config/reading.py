@@ -101,6 +101,7 @@ def from_dict(tree: Mapping[str, Any], near: Path | None = None) -> Config:
         raise ConfigError(f"method.warmup_steps is {warm}, but train.steps is {steps}; set it below that")
     resolved = resolve_paths(config, near or Path())
     check_rewards(resolved)
+    check_pairs(resolved)
     return resolved
 
 
@@ -246,6 +247,34 @@ def check_votes(config: Config) -> None:
         )
 
 
+def check_pairs(config: Config) -> None:
+    """Refuse to learn from kept votes without any, or from rollouts beside them."""
+    learns = make_recipe(config).objective == "pairs"
+    runs, prefer = config.pairs.runs, getattr(config.pairs, "from")
+    names = [reward.name for reward in config.rewards]
+    if learns and not runs:
+        raise ConfigError(
+            "pairs.runs is empty, and method.objective pairs learns from votes that runs keep; start it "
+            "with: g2rpo pairs RUN"
+        )
+    if runs and not learns:
+        raise ConfigError("pairs.runs needs method.objective: pairs; set it, or start with: g2rpo pairs RUN")
+    if learns and prefer == "votes" and names != [VOTES]:
+        raise ConfigError(
+            f"rewards has {', '.join(names)}, but pairs.from is votes; set rewards to [votes], or pairs.from "
+            "to rewards"
+        )
+    if learns and prefer == "rewards" and VOTES in names:
+        raise ConfigError(
+            "pairs.from is rewards, but rewards has votes; name what judges the kept pictures, such as "
+            "rewards=[agreement]"
+        )
+    if learns and prefer == "rewards" and config.model.frames > 1:
+        raise ConfigError(
+            "pairs.from is rewards, but ballots keep strips of a clip's frames; set it to votes"
+        )
+
+
 def resolve_paths(config: Config, near: Path) -> Config:
     """Replace relative paths by the files they mean."""
     prompts, changes = config.prompts, {}
@@ -270,12 +299,14 @@ def resolve_paths(config: Config, near: Path) -> Config:
             each.model_copy(update={"path": str(find(f"model.lora.{i}.path", each.path, near))})
             for i, each in enumerate(config.model.lora)
         )
+    runs = tuple(str(find(f"pairs.runs.{i}", each, near)) for i, each in enumerate(config.pairs.runs))
     lora = {"init": str(find("lora.init", config.lora.init, near))} if config.lora.init else {}
     return config.model_copy(
         update={
             "prompts": prompts.model_copy(update=changes),
             "model": config.model.model_copy(update=model),
             "lora": config.lora.model_copy(update=lora),
+            "pairs": config.pairs.model_copy(update={"runs": runs}),
             "rewards": tuple(_resolved(reward, near) for reward in config.rewards),
             "heldout_rewards": tuple(_resolved(reward, near) for reward in config.heldout_rewards),
         }

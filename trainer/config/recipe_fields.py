@@ -20,6 +20,7 @@ from .sections import (
     MemorySection,
     MethodSection,
     ModelSection,
+    PairsSection,
     PromptSection,
     ReportSection,
     Section,
@@ -48,6 +49,7 @@ class Config(Section):
     prompts: PromptSection
     train: TrainSection = TrainSection()
     speed: SpeedSection = SpeedSection()
+    pairs: PairsSection = PairsSection()
     report: ReportSection = ReportSection()
     out: str | None = Field(None, description="Run folder; runs/<recipe> where it is not given.")
 

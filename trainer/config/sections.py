@@ -295,6 +295,29 @@ class PromptSection(Section):
     )
 
 
+PairsSection = create_model(
+    "PairsSection",
+    __base__=Section,
+    __doc__="Kept votes to learn from, where method.objective is pairs; g2rpo pairs writes this section.",
+    runs=(
+        tuple[str, ...],
+        Field((), description="Run folders whose kept votes are learned from; needs objective pairs."),
+    ),
+    # A word of Python's own, which a class cannot have as a field.
+    **{
+        "from": (
+            Literal["votes", "rewards"],
+            Field(
+                "votes",
+                description=(
+                    "Who prefers: people, by their votes, or the rewards, which judge the kept pictures anew."
+                ),
+            ),
+        )
+    },
+)
+
+
 def _made_of(options: type, keep_defaults: bool = True) -> dict[str, tuple[Any, Any]]:
     """Make fields of a dataclass whose fields document themselves; None, where defaults are not kept."""
     made, kinds = {}, get_type_hints(options)

@@ -76,9 +76,10 @@ class Cost:
 def count(config: Config) -> Counts:
     """Count what a configuration does."""
     recipe, train = make_recipe(config), config.train
+    # What learns from stored forks rolls nothing out: its prompts per step are forks, each with one pass.
+    counted = 0 if OBJECTIVES[recipe.objective].stored else min(train.steps, COUNTED_PLANS)
     plans = [
-        build_plan(recipe, iteration, train.seed, config.speed.tail_stride)
-        for iteration in range(min(train.steps, COUNTED_PLANS))
+        build_plan(recipe, iteration, train.seed, config.speed.tail_stride) for iteration in range(counted)
     ]
     held = len(read_prompts(config).heldout)
     forwards, pictures = choice_cost(recipe)
@@ -90,14 +91,14 @@ def count(config: Config) -> Counts:
     # Old forks have theirs, and take a pass per epoch.
     again = recipe.epochs * recipe.replay
     passes = recipe.epochs + (OBJECTIVES[recipe.objective].compares and several) + again
-    trained = [passes * plan.rows for plan in plans]
+    trained = [passes * plan.rows for plan in plans] or [passes]
     return Counts(
         prompts=train.prompts_per_step,
         heldout=held,
         steps=train.steps,
-        group_forwards=forwards + sum(plan.forwards for plan in plans) / len(plans),
-        group_images=pictures + sum(plan.pictures for plan in plans) / len(plans),
-        group_trained=sum(trained) / len(plans),
+        group_forwards=forwards + sum(plan.forwards for plan in plans) / len(trained),
+        group_images=pictures + sum(plan.pictures for plan in plans) / len(trained),
+        group_trained=sum(trained) / len(trained),
         evaluations=(2 + between) if held else 0,
         evaluation_forwards=sum(forwards for forwards, _ in looks.values()),
         evaluation_images=sum(images for _, images in looks.values()),

@@ -92,6 +92,9 @@ def time_of_step(setup: Setup, counts: Counts, now: Callable[[], float]) -> floa
 def one_step(setup: Setup, learner: Learner, counts: Counts, now: Callable[[], float]) -> float:
     """Return the seconds of a step of the run, from one that may be smaller."""
     begin = now()
+    if setup.stored:
+        setup.stored(setup, learner, silent)
+        return now() - begin
     explored = explore(setup, learner, silent)
     rolled = now()
     stats = update(setup, learner, explored, score(setup, explored, learner.step + 1), silent)
