@@ -16,24 +16,29 @@ from torch import Tensor
 from ..comfy_g2rpo.advantages import zero_std_share
 from ..comfy_g2rpo.files.one_writer import one_writer
 from ..comfy_g2rpo.prompts import Prompts
-from ..comfy_g2rpo.recipes import recipe
+from ..comfy_g2rpo.recipes import Recipe, recipe
+from ..comfy_g2rpo.run.batch_limits import Limits
 from ..comfy_g2rpo.run.checkpoint import save
 from ..comfy_g2rpo.run.folder import RunFolder, fitting, read_progress
 from ..comfy_g2rpo.run.optimizers import load_optimizer_tensors, optimizer_tensors
 from ..comfy_g2rpo.run.pace import Pace
 from ..comfy_g2rpo.run.setup import Learner, Setup
 from ..comfy_g2rpo.update import records, update
-from .host.comfyui import check_interrupted, run_place
+from ..comfy_g2rpo.votes.kept_pairs import read_pairs
+from ..comfy_g2rpo.votes.pair_steps import PairSteps
+from .host.comfyui import check_interrupted, known_run, run_place
 from .host.open_run import Wanted, open_run, plain_errors
 from .host.publish import metadata
 from .inputs import widgets
 from .inputs.checks import check_inputs
 from .inputs.finding import offered
-from .inputs.widgets import announce, output, recipe_input
+from .inputs.judging import checked_prompt
+from .inputs.widgets import Progress, announce, output, recipe_input
 from .model.adapter import Adapter, fresh_adapter, is_large, lora_model, with_adapter
-from .model.comfy_policy import GraphPolicy, check_flow
+from .model.comfy_policy import GraphPolicy, check_flow, text_policy
 from .model.fingerprint import fingerprint, patches_of
 from .types import TRAINING, AdvantagesData, AdvantagesWire, PolicyData, PolicyWire
+from .voting import base_of, votes_stamp
 
 
 class LoRAPolicy(io.ComfyNode):
@@ -242,17 +247,27 @@ def trainee(
         )
     if not (advantages.table.isfinite().all() and rollout.rollout.x.isfinite().all()):
         raise ValueError("advantages: they hold NaN or infinite values; look at the scores")
+    check_sound(policy)
+    guider = copy.copy(rollout.guider)
+    guider.model_patcher, guider.model_options = policy.model, policy.model.model_options
+    trained = GraphPolicy(guider, policy.adapter, checkpoint=is_large(policy.model))
+    return trained, optimizer_of(policy, trained, weight_decay)
+
+
+def check_sound(policy: PolicyData) -> None:
+    """Raise ValueError where a policy's LoRA is not finite."""
     if not all(part.isfinite().all() for pair in policy.adapter.pairs.values() for part in pair):
         raise ValueError(
             "policy: its LoRA holds NaN or infinite values; training has diverged, start again at a "
             "lower learning rate"
         )
-    guider = copy.copy(rollout.guider)
-    guider.model_patcher, guider.model_options = policy.model, policy.model.model_options
-    trained = GraphPolicy(guider, policy.adapter, checkpoint=is_large(policy.model))
+
+
+def optimizer_of(policy: PolicyData, trained: GraphPolicy, weight_decay: float) -> torch.optim.AdamW:
+    """Return a policy's AdamW as it stands."""
     optimizer = torch.optim.AdamW(trained.parameters(), lr=policy.learning_rate, weight_decay=weight_decay)
     load_optimizer_tensors(optimizer, {name: tensor.clone() for name, tensor in policy.optimizer.items()})
-    return trained, optimizer
+    return optimizer
 
 
 def keep(
@@ -296,4 +311,173 @@ def reward_row(advantages: AdvantagesData) -> dict[str, float]:
     return row
 
 
-NODES: list[type[io.ComfyNode]] = [LoRAPolicy, UpdateLoRA]
+class UpdateFromVotes(io.ComfyNode):
+    """Epochs over the votes that a run has kept."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declare the block."""
+        schema = io.Schema(
+            node_id="G2RPO_UpdateFromVotes",
+            display_name="Update LoRA on Kept Votes",
+            category=TRAINING,
+            description="Trains the LoRA on all votes that a run has kept, several times over. Nothing is "
+            "drawn for it.",
+            inputs=[
+                PolicyWire.Input("policy", tooltip="From LoRA Policy, best of a run of its own."),
+                io.Clip.Input("clip", tooltip="The model's text encoder: voted prompts are encoded once."),
+                widgets.name_input("run", "Run that keeps the votes: the one of the node Vote."),
+                widgets.int_input(
+                    "epochs", 4, 1, 1000, "How often every vote is learned from. More memorises them."
+                ),
+                recipe_input("pair_loss"),
+                recipe_input("pair_beta"),
+                *widgets.drawing_inputs(", the same as when the voted images were drawn")[:2],
+                widgets.int_input(
+                    "forks_per_step", 4, 1, 4096, "States of voted images that an update learns from."
+                ),
+                recipe_input("kl"),
+                recipe_input("max_grad_norm"),
+                recipe_input("weight_decay", step=1e-5),
+                widgets.int_input(
+                    "micro_batch",
+                    1,
+                    1,
+                    256,
+                    "States that are learned from at once. Lower it where memory runs out.",
+                ),
+            ],
+            outputs=[
+                output(PolicyWire, "updated", "The policy after all updates.", shown="policy"),
+                output(io.LoraModel, "lora", "Its LoRA alone, for Save LoRA and core's Load LoRA Model."),
+                output(io.Model, "tuned", "The model with the trained LoRA.", shown="model"),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+        return offered(
+            schema,
+            "dpo, ropo, human preference, offline, pairs, votes, rlhf",
+            rare="negative, forks_per_step, kl, max_grad_norm, weight_decay, micro_batch",
+        )
+
+    @classmethod
+    def fingerprint_inputs(
+        cls,
+        policy: Any = None,
+        clip: Any = None,
+        run: str = "",
+        epochs: int = 4,
+        pair_loss: str = "ropo",
+        pair_beta: float = 1.0,
+        negative: str = "",
+        guidance: float = 1.0,
+        forks_per_step: int = 4,
+        kl: float = 0.0,
+        max_grad_norm: float = 1.0,
+        weight_decay: float = 1e-4,
+        micro_batch: int = 1,
+    ) -> str:
+        """Return what changes when the run has other votes."""
+        return votes_stamp(run)
+
+    @classmethod
+    def execute(
+        cls,
+        policy: PolicyData,
+        clip: Any,
+        run: str,
+        epochs: int,
+        pair_loss: str,
+        pair_beta: float,
+        negative: str,
+        guidance: float,
+        forks_per_step: int,
+        kl: float,
+        max_grad_norm: float,
+        weight_decay: float,
+        micro_batch: int,
+    ) -> io.NodeOutput:
+        """Learn from the votes, and keep the result in the policy's run."""
+        check_inputs(cls, locals())
+        given = {"pair_loss": pair_loss, "pair_beta": pair_beta, "kl": kl, "max_grad_norm": max_grad_norm}
+        made = recipe("g2rpo", objective="pairs", **given, weight_decay=weight_decay)
+        pace = Pace(prompts_per_step=forks_per_step, micro_batch=micro_batch)
+        check_current(policy)
+        check_sound(policy)
+        steps = kept_steps(policy, run, pace)
+        count = epochs * steps.steps_per_epoch
+        announce(cls, f"{count} updates: {steps.about}")
+        with torch.inference_mode(False), torch.enable_grad():
+            saving = is_large(policy.model)
+            text = checked_prompt(negative, "negative")
+            trained = text_policy(policy.model, clip, None, guidance, text, policy.adapter, checkpoint=saving)
+            with torch.no_grad():
+                trained.encode(steps.prompts)
+            learner = Learner(
+                optimizer_of(policy, trained, weight_decay), [], policy.step, limits=Limits.of(pace)
+            )
+            setup = voted_setup(policy, trained, made, pace, steps)
+            progress, rows = Progress(cls, count), []
+            for _ in range(count):
+                rows.append(steps(setup, learner, lambda phase: progress.check()))
+                progress.done(1)
+            adapter = trained.adapter()
+            state = {name: part.clone() for name, part in optimizer_tensors(learner.optimizer).items()}
+            after = dataclasses.replace(policy, adapter=adapter, optimizer=state, step=learner.step)
+            if policy.run:
+                keep_rows(policy.run, setup, learner, rows)
+        announce(cls, outcome_of(rows[-steps.steps_per_epoch :], count))
+        tuned = with_adapter(policy.model, adapter)
+        return io.NodeOutput(after, lora_model(adapter), tuned, ui={"g2rpo_run": [policy.run]})
+
+
+def kept_steps(policy: PolicyData, run: str, pace: Pace) -> PairSteps:
+    """Read the votes that a run has kept on images of the policy's model."""
+    name = run.strip()
+    if not name:
+        raise ValueError("run is blank; write the name of the run that keeps the votes, as in Vote")
+    place = known_run(name, "write the one of the node Vote").path
+    model = {"fingerprint": fingerprint(policy.model), "patches": patches_of(policy.model)}
+    with plain_errors(name):
+        return PairSteps(read_pairs([place], base_of({"model": model}), {}), pace.prompts_per_step, pace.seed)
+
+
+def voted_setup(
+    policy: PolicyData, trained: GraphPolicy, made: Recipe, pace: Pace, steps: PairSteps
+) -> Setup:
+    """Return what a step over kept votes, and its checkpoint, need to know."""
+    return Setup(
+        recipe=made,
+        stored=steps,
+        pace=pace,
+        policy=trained,
+        rewards=(),
+        weights=(),
+        judges=(),
+        prompts=Prompts(steps.prompts, ()),
+        sigmas=steps.kept[0].forks.sigma,
+        shape=tuple(steps.kept[0].forks.x.shape[1:]),
+        alpha=policy.adapter.alpha,
+        style="native",
+        metadata=metadata(policy.model, "pairs", {"votes": 1.0}),
+    )
+
+
+def keep_rows(run: str, setup: Setup, learner: Learner, rows: list[dict[str, float]]) -> None:
+    """Write updates into a run: their rows of metrics, then a checkpoint."""
+    place = run_place(run)
+    with plain_errors(run), one_writer(place):
+        folder = RunFolder.open(place)
+        for row in rows:
+            folder.append(row)
+        save(setup, learner, folder)
+
+
+def outcome_of(rows: list[dict[str, float]], count: int) -> str:
+    """Say what the last epoch's rows say."""
+    right = sum(row["pairs/accuracy"] for row in rows) / len(rows)
+    return f"{count} updates made; the model now ranks {right:.0%} of the voted pairs as the votes do"
+
+
+NODES: list[type[io.ComfyNode]] = [LoRAPolicy, UpdateLoRA, UpdateFromVotes]

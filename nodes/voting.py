@@ -74,10 +74,7 @@ class VoteRollout(io.ComfyNode):
         cls, rollout: Any = None, pictures: Any = None, prompt: str = "", votes: str = "", run: str = ""
     ) -> str:
         """Return what changes when the run has other votes, which may come from elsewhere."""
-        if not isinstance(run, str) or not run.strip():
-            return ""
-        kept = votes_file(run_place(run))
-        return f"{kept.stat().st_mtime_ns} {kept.stat().st_size}" if kept.is_file() else ""
+        return votes_stamp(run)
 
     @classmethod
     def execute(
@@ -109,6 +106,14 @@ class VoteRollout(io.ComfyNode):
         return io.NodeOutput(
             ScoresData(("votes",), (1.0,), values[None], text, images.nan_to_num(0.0)), ui=page
         )
+
+
+def votes_stamp(run: Any) -> str:
+    """Return what changes when a run has other votes; blank where it is none."""
+    if not isinstance(run, str) or not run.strip():
+        return ""
+    kept = votes_file(run_place(run))
+    return f"{kept.stat().st_mtime_ns} {kept.stat().st_size}" if kept.is_file() else ""
 
 
 def run_of(run: str) -> Path | None:

@@ -111,6 +111,56 @@ def story() -> dict[str, Any]:
     return {"looks": looks, "votes": json.loads(votes), "lines": kept("voted"), "forks": forks("voted")}
 
 
+def again(votes_of: str, run: str = "", **settings: Any) -> dict[str, Any]:
+    """Learn from kept votes, in a run of its own or in none."""
+    made = {
+        **drawing(PROMPT, steps=4, model=["policy", 1]),
+        "policy": block("LoRAPolicy", model=["load", 0], run=run, learning_rate=1e-3),
+        UPDATE: block(
+            "UpdateFromVotes",
+            policy=["policy", 0],
+            clip=["load", 1],
+            run=votes_of,
+            **{"epochs": 5, "micro_batch": 2, **settings},
+        ),
+    }
+    ran = comfy_side.run_prompt(made, {"policy": (UPDATE, 0), "lora": (UPDATE, 1)})
+    place = Path(folder_paths.get_output_directory()) / "g2rpo" / run / "metrics.jsonl"
+    policy = ran.values.get("policy")
+    return {
+        "error": ran.error,
+        "node": ran.error_node,
+        "step": policy and policy.step,
+        "moved": policy and any(bool(up.abs().max() > 0) for _, up in policy.adapter.pairs.values()),
+        "lora": bool(ran.values.get("lora")),
+        "rows": [json.loads(line) for line in place.read_text().splitlines()[1:]] if place.exists() else [],
+        "problems": str(ran.problems or ""),
+    }
+
+
+def used_again() -> dict[str, Any]:
+    """Learn from what `story` has kept, twice in a row, and from what cannot be learned from."""
+    found = {"first": again("voted", "learnt"), "second": again("voted", "learnt", pair_loss="dpo")}
+    found["kept nowhere"] = again("voted", epochs=1, pair_loss="pg_dpo")
+    found["guided"] = again("voted", epochs=1, guidance=2.0, negative="grey")
+    found["blank"] = again(" ")
+    found["unknown"] = again("nobody")
+    found["outside"] = again("../voted")
+    found["no votes"] = again("learnt")
+    runs = Path(folder_paths.get_output_directory()) / "g2rpo"
+    (place,) = list((runs / "voted/ballots").glob("*/forks.safetensors"))[:1]
+    content = place.read_bytes()
+    place.write_bytes(content[:-3])
+    found["damaged"] = again("voted")
+    place.write_bytes(content.replace(b", none", b", some"))
+    found["another model"] = again("voted")
+    place.write_bytes(content)
+    for each in (runs / "voted/ballots").glob("*/forks.safetensors"):
+        each.unlink()
+    found["no forks"] = again("voted")
+    return found
+
+
 def without_run() -> dict[str, Any]:
     """Vote where nothing is kept, then take the votes back.
 
@@ -184,5 +234,10 @@ wrong = graph("", tail=False)
 wrong[VOTE]["inputs"]["pictures"] = ["one", 0]
 wrong["one"] = core("VAEDecode", samples=["rollout", 2], vae=["load", 2])
 ran = comfy_side.run_prompt(wrong)
-answers |= {"hostile": hostile(keys), "noise": noise(keys, 500), "another count": ran.error}
+answers |= {
+    "again": used_again(),
+    "hostile": hostile(keys),
+    "noise": noise(keys, 500),
+    "another count": ran.error,
+}
 comfy_side.answer(answers)

@@ -32,6 +32,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ScoreRollout": {"rollout": ["rollout", 0], "vae": ["load", 2]},
     "SelectBest": {"k": 1, "use_threshold": False, "threshold": 0.0},
     "TrainLoRA": TRAIN,
+    "UpdateFromVotes": {
+        **{"pair_loss": "ropo", "pair_beta": 1.0, "negative": "", "guidance": 1.0, "forks_per_step": 4},
+        **{"kl": 0.0, "max_grad_norm": 1.0, "weight_decay": 0.0},
+    },
     "UpdateLoRA": {"kl": 0.0, "step_weight": "uniform", "max_grad_norm": 1.0, "weight_decay": 0.0},
 }
 """What blocks are given where a script does not say otherwise."""

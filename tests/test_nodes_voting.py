@@ -70,6 +70,42 @@ def test_every_vote_that_is_kept_keeps_its_forks_with_the_model_and_the_prompt(c
     assert len({each["notes"]["seed"] for each in kept}) == 2
 
 
+def test_kept_votes_are_learned_from_several_times_and_the_run_goes_on(core: Answer) -> None:
+    first, second = (core.data["again"][name] for name in ("first", "second"))
+    assert (first["error"], second["error"]) == ("", "")
+    # Two ballots of two forks, four forks to a step: five epochs are five steps.
+    assert [row["step"] for row in first["rows"]] == [1, 2, 3, 4, 5] and first["step"] == 5
+    assert [row["step"] for row in second["rows"]] == [*range(1, 11)] and second["step"] == 10
+    assert second["rows"][:5] == first["rows"] and first["moved"] and first["lora"]
+    accuracy = [row["pairs/accuracy"] for row in second["rows"]]
+    assert accuracy[-1] > 0.9 > accuracy[0]
+    assert all(row["nfe"] == 4 and row["pairs/weight"] <= 1 for row in second["rows"])
+
+
+def test_kept_votes_are_learned_from_without_a_run_and_with_guidance(core: Answer) -> None:
+    for name in ("kept nowhere", "guided"):
+        found = core.data["again"][name]
+        assert (found["error"], found["step"], found["moved"]) == ("", 1, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    {
+        "blank": "run is blank; write the name",
+        "unknown": "there is no run named 'nobody'; write the one of the node Vote",
+        "outside": "run is '../voted'",
+        "no votes": "keeps no votes; vote first",
+        "damaged": "forks.safetensors is damaged",
+        "another model": "was drawn by another model",
+        "no forks": "ballots without their forks",
+    }.items(),
+)
+def test_what_cannot_be_learned_from_is_named(core: Answer, name: str, words: str) -> None:
+    found = core.data["again"][name]
+    assert words in found["error"] and found["node"] == "update", found
+    assert "/" not in found["error"].replace("../voted", "").replace("ballots/", "").replace("/forks", "")
+
+
 def test_votes_are_scores_in_their_order(core: Answer) -> None:
     first = core.data["without"]
     scores = dict(zip(keys_of(first["first"]), first["voted"]["scores"], strict=True))
