@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..comfy_g2rpo.advantages import zero_std_share
@@ -33,7 +34,7 @@ from .inputs import widgets
 from .inputs.checks import check_inputs
 from .inputs.finding import offered
 from .inputs.judging import checked_prompt
-from .inputs.widgets import Progress, announce, output, recipe_input
+from .inputs.widgets import Progress, announce, output, recipe_input, show
 from .model.adapter import Adapter, fresh_adapter, is_large, lora_model, with_adapter
 from .model.comfy_policy import GraphPolicy, check_flow, text_policy
 from .model.fingerprint import fingerprint, patches_of
@@ -322,7 +323,7 @@ class UpdateFromVotes(io.ComfyNode):
             display_name="Update LoRA on Kept Votes",
             category=TRAINING,
             description="Trains the LoRA on all votes that a run has kept, several times over. Nothing is "
-            "drawn for it.",
+            "drawn for it. Without votes nothing below runs.",
             inputs=[
                 PolicyWire.Input("policy", tooltip="From LoRA Policy, best of a run of its own."),
                 io.Clip.Input("clip", tooltip="The model's text encoder: voted prompts are encoded once."),
@@ -405,6 +406,8 @@ class UpdateFromVotes(io.ComfyNode):
         pace = Pace(prompts_per_step=forks_per_step, micro_batch=micro_batch)
         check_current(policy)
         check_sound(policy)
+        if waiting := nobody_voted(run):
+            return io.NodeOutput(*[ExecutionBlocker(None)] * 3, ui=show(cls, waiting))
         steps = kept_steps(policy, run, pace)
         count = epochs * steps.steps_per_epoch
         announce(cls, f"{count} updates: {steps.about}")
@@ -427,16 +430,24 @@ class UpdateFromVotes(io.ComfyNode):
             after = dataclasses.replace(policy, adapter=adapter, optimizer=state, step=learner.step)
             if policy.run:
                 keep_rows(policy.run, setup, learner, rows)
-        announce(cls, outcome_of(rows[-steps.steps_per_epoch :], count))
+        said = show(cls, outcome_of(rows[-steps.steps_per_epoch :], count)).as_dict()
         tuned = with_adapter(policy.model, adapter)
-        return io.NodeOutput(after, lora_model(adapter), tuned, ui={"g2rpo_run": [policy.run]})
+        return io.NodeOutput(after, lora_model(adapter), tuned, ui={**said, "g2rpo_run": [policy.run]})
+
+
+def nobody_voted(run: str) -> str:
+    """Say that a run has no votes yet, or is not there; nothing where it has some."""
+    name = run.strip()
+    if not name:
+        raise ValueError("run is blank; write the name of the run that keeps the votes, as in Vote")
+    if votes_stamp(name):
+        return ""
+    return f"no votes yet in run {name}: vote there first, with the node Vote; nothing below runs until then"
 
 
 def kept_steps(policy: PolicyData, run: str, pace: Pace) -> PairSteps:
     """Read the votes that a run has kept on images of the policy's model."""
     name = run.strip()
-    if not name:
-        raise ValueError("run is blank; write the name of the run that keeps the votes, as in Vote")
     place = known_run(name, "write the one of the node Vote").path
     model = {"fingerprint": fingerprint(policy.model), "patches": patches_of(policy.model)}
     with plain_errors(name):

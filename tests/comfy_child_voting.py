@@ -133,6 +133,7 @@ def again(votes_of: str, run: str = "", **settings: Any) -> dict[str, Any]:
         "step": policy and policy.step,
         "moved": policy and any(bool(up.abs().max() > 0) for _, up in policy.adapter.pairs.values()),
         "lora": bool(ran.values.get("lora")),
+        "said": " ".join((ran.ui.get(UPDATE) or {}).get("text", ())),
         "rows": [json.loads(line) for line in place.read_text().splitlines()[1:]] if place.exists() else [],
         "problems": str(ran.problems or ""),
     }

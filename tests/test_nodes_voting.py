@@ -77,6 +77,7 @@ def test_kept_votes_are_learned_from_several_times_and_the_run_goes_on(core: Ans
     assert [row["step"] for row in first["rows"]] == [1, 2, 3, 4, 5] and first["step"] == 5
     assert [row["step"] for row in second["rows"]] == [*range(1, 11)] and second["step"] == 10
     assert second["rows"][:5] == first["rows"] and first["moved"] and first["lora"]
+    assert first["said"].startswith("5 updates made; the model now ranks ")
     accuracy = [row["pairs/accuracy"] for row in second["rows"]]
     assert accuracy[-1] > 0.9 > accuracy[0]
     assert all(row["nfe"] == 4 and row["pairs/weight"] <= 1 for row in second["rows"])
@@ -88,13 +89,18 @@ def test_kept_votes_are_learned_from_without_a_run_and_with_guidance(core: Answe
         assert (found["error"], found["step"], found["moved"]) == ("", 1, True)
 
 
+@pytest.mark.parametrize("name", ["unknown", "no votes"])
+def test_nothing_below_runs_where_nobody_has_voted_yet(core: Answer, name: str) -> None:
+    found = core.data["again"][name]
+    assert (found["error"], found["step"], found["lora"]) == ("", None, False)
+    assert found["said"].startswith("no votes yet in run ") and "vote there first" in found["said"]
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     {
         "blank": "run is blank; write the name",
-        "unknown": "there is no run named 'nobody'; write the one of the node Vote",
         "outside": "run is '../voted'",
-        "no votes": "keeps no votes; vote first",
         "damaged": "forks.safetensors is damaged",
         "another model": "was drawn by another model",
         "no forks": "ballots without their forks",

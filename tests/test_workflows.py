@@ -24,6 +24,7 @@ SUBJECTS = [
     "Why is one better",
     "Train a LoRA on a reward",
     "Train on my votes",
+    "Train again on kept votes",
     "The loop as a graph",
     "Before and after",
 ]

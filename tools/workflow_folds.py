@@ -169,6 +169,27 @@ def learn(graph: Graph, family: Family) -> Fold:
     return inner
 
 
+def one_image(graph: Graph, family: Family) -> Fold:
+    """Fold an image of a model that has learned."""
+    inner = graph.fold("Draw an image")
+    next_column(inner)
+    taken = {"model": "MODEL", "clip": "CLIP", "vae": "VAE"}
+    wires = {name: inner.take(name, kind) for name, kind in taken.items()}
+    text = write_prompt(inner, family)
+    next_column(inner)
+    positive = encode(inner, family, wires["clip"], text)
+    negative = against(inner, family, wires["clip"], positive)
+    latent = empty(inner, family)["LATENT"]
+    next_column(inner)
+    conditioning = {"positive": positive, "negative": negative, "latent_image": latent}
+    sampler = sample(inner, family, {"model": wires["model"]} | conditioning, 1)
+    inner.promote(sampler, "seed", "seed")
+    next_column(inner)
+    pictures = inner.add("VAEDecode", {"samples": sampler["LATENT"], "vae": wires["vae"]})
+    inner.give("images", pictures["IMAGE"])
+    return inner
+
+
 def train_folded(graph: Graph, family: Family, title: str) -> Fold:
     """Fold Train LoRA: its node is taller than a page, and few of its settings are touched often."""
     inner = graph.fold(title)

@@ -32,7 +32,7 @@ COLOURS = {
 ROLES = {
     "judge": ("LoadReward", "MixRewards", "ReferenceReward", "ScoreImages", "ScoreRollout", "VoteRollout"),
     "sample": ("LoadImageFolder", "Rollout", "SelectBest", "SingularSDESampler", "TinyDemoLoader"),
-    "train": ("Advantages", "LoRAPolicy", "SaveLoRA", "TrainLoRA", "UpdateLoRA"),
+    "train": ("Advantages", "LoRAPolicy", "SaveLoRA", "TrainLoRA", "UpdateFromVotes", "UpdateLoRA"),
     "look": ("CompareLoRA", "RunMonitor", "SaveScoredImages"),
 }
 """As web/roles.mjs has them."""

@@ -239,6 +239,25 @@ def vote(canvas: Image.Image, pen: ImageDraw.ImageDraw, made: Material) -> None:
             say(pen, (x + 16, y + 15), chosen[place], 42)
 
 
+def again(canvas: Image.Image, pen: ImageDraw.ImageDraw, made: Material) -> None:
+    """Draw a voted pair, and the circle of epochs that turns on it."""
+    for i, (place, colour, word) in enumerate(((3, PURPLE, "1"), (5, DIM, "2"))):
+        x = 60 + 270 * i
+        tile(canvas, made.batch[place], (x, 60), 210, colour, 7 if colour == PURPLE else 3)
+        if colour == PURPLE:
+            pen.ellipse((x - 22, 38, x + 42, 102), PURPLE)
+            say(pen, (x + 10, 69), word, 42)
+    for start in (200, 20):
+        pen.arc((180, 310, 420, 550), start, start + 140, GREEN, 14)
+        angle = math.radians(start + 148)
+        x, y = 300 + 120 * math.cos(angle), 430 + 120 * math.sin(angle)
+        ahead, aside = (-math.sin(angle), math.cos(angle)), (math.cos(angle), math.sin(angle))
+        tip = (x + 22 * ahead[0], y + 22 * ahead[1])
+        sides = [(x - 16 * ahead[0] + k * aside[0], y - 16 * ahead[1] + k * aside[1]) for k in (26, -26)]
+        pen.polygon([tip, *sides], GREEN)
+    say(pen, (300, 430), "again", 50, GREEN)
+
+
 def loop(canvas: Image.Image, pen: ImageDraw.ImageDraw, made: Material) -> None:
     """Draw four stations on a ring around a picture."""
     centre, ring = (300, 270), 205
@@ -279,7 +298,7 @@ def compare(canvas: Image.Image, pen: ImageDraw.ImageDraw, made: Material) -> No
 
 
 DRAWN: dict[str, Callable[[Image.Image, ImageDraw.ImageDraw, Material], None]] = dict(
-    zip(GRAPHS, (pick, why, train, vote, loop, compare), strict=True)
+    zip(GRAPHS, (pick, why, train, vote, again, loop, compare), strict=True)
 )
 
 

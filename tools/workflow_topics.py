@@ -1,4 +1,4 @@
-"""The six subjects that the workflows show, each for any family."""
+"""The seven subjects that the workflows show, each for any family."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from workflow_folds import (
     learn,
     model_and_lora,
     model_and_prompt,
+    one_image,
     train_folded,
     train_short,
 )
@@ -141,6 +142,38 @@ def vote(graph: Graph, family: Family) -> None:
     )
 
 
+def again(graph: Graph, family: Family) -> None:
+    """Train a LoRA of its own on all votes that a run has kept."""
+    graph.column(0, 200)
+    model = load_one(graph, family)
+    graph.column(236, 220, 330)
+    settings = {"rank": family.rank, "alpha": float(family.rank), "run": f"{family.name}-again"}
+    settings |= {"learning_rate": family.learning_rate}
+    learner = graph.add("G2RPO_LoRAPolicy", {"model": model["MODEL"]} | settings)
+    graph.column(492, 290, 120, 700)
+    wires = {"policy": learner["policy"], "clip": model["CLIP"], "run": f"{family.name}-vote"}
+    settings = {"epochs": 8, "guidance": family.cfg, "micro_batch": family.micro_batch}
+    learnt = graph.add("G2RPO_UpdateFromVotes", wires | settings, grow=1)
+    graph.column(818, 236, 0)
+    wires = {"model": learnt["model"], "clip": model["CLIP"], "vae": model["VAE"]}
+    image = graph.folded(one_image(graph, family), wires, "look")
+    wires = {"lora": learnt["lora"], "name": f"{family.name}-again"}
+    graph.add("G2RPO_SaveLoRA", wires, "Save LoRA", mode=MUTED)
+    graph.column(1090, WIDTH - 1090, 0, 420)
+    graph.add("PreviewImage", {"images": image["images"]}, "LoRA of all votes", grow=1)
+    graph.column(0, 456, HEIGHT - NOTE - 60, HEIGHT)
+    graph.note(
+        say(
+            f"**Train again on kept votes.** {family.files}",
+            "Vote first, in the template *Train on my votes*: its run keeps what you clicked.",
+            "Press **Run**: a LoRA of its own learns from all those votes, eight times over.",
+            "**Look at** the image on the right, and at other prompts: too many *epochs* memorise.",
+            "*run* may name another run with votes, such as a friend's.",
+        ),
+        grow=1,
+    )
+
+
 def loop(graph: Graph, family: Family) -> None:
     """Make the graph the loop: every run of it is an update."""
     run = f"{family.name}-loop"
@@ -199,6 +232,7 @@ GRAPHS: dict[str, Callable[[Graph, Family], None]] = {
     "Why is one better": why,
     "Train a LoRA on a reward": train,
     "Train on my votes": vote,
+    "Train again on kept votes": again,
     "The loop as a graph": loop,
     "Before and after": compare,
 }
