@@ -10,7 +10,7 @@ from typing import Any
 import comfy_side
 import folder_paths
 import numpy as np
-from comfy_graphs import block, core, drawing
+from comfy_graphs import block, core, drawing, reward
 from PIL import Image
 from safetensors import safe_open
 
@@ -144,6 +144,15 @@ def used_again() -> dict[str, Any]:
     found = {"first": again("voted", "learnt"), "second": again("voted", "learnt", pair_loss="dpo")}
     found["kept nowhere"] = again("voted", epochs=1, pair_loss="pg_dpo")
     found["guided"] = again("voted", epochs=1, guidance=2.0, negative="grey")
+    whole = block("TrainLoRA", **{name: ["load", i] for i, name in enumerate(("model", "clip", "vae"))})
+    whole["inputs"] |= {
+        "reward": ["judge", 0],
+        "prompts": PROMPT,
+        "changes": "objective = pairs",
+        "run": "no",
+    }
+    judged = {"load": block("TinyDemoLoader"), "judge": reward("agreement"), "train": whole}
+    found["rolled out"] = comfy_side.run_prompt(judged).error
     found["blank"] = again(" ")
     found["unknown"] = again("nobody")
     found["outside"] = again("../voted")

@@ -19,6 +19,7 @@ from ...comfy_g2rpo import lora, recipes
 from ...comfy_g2rpo.curriculum.prompt_choice import choice_cost
 from ...comfy_g2rpo.files.one_writer import one_writer
 from ...comfy_g2rpo.files.safe import finite
+from ...comfy_g2rpo.objectives import OBJECTIVES
 from ...comfy_g2rpo.prompts import Prompts, prompts_of, refuse_common, split
 from ...comfy_g2rpo.recipes import FIELDS, Recipe, build_plan
 from ...comfy_g2rpo.rewards import RewardError
@@ -255,6 +256,11 @@ def make_recipe(wanted: Request, changes: dict[str, Any], sigmas: Tensor | None)
     if sigmas is not None:
         fields["num_steps"] = len(sigmas) - 1
     made = recipes.recipe(wanted.recipe, **fields)
+    if OBJECTIVES[made.objective].stored:
+        raise ValueError(
+            f"changes: objective {made.objective} learns from votes that a run keeps; use the node Update "
+            "LoRA on Kept Votes"
+        )
     # A bound before anything is built: what is typed into a line or two could fill the memory.
     branches = made.group_size * len(recipes.candidate_steps(made)) * made.starts
     states = branches * made.num_steps * len(made.granularities)
