@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from program import leave
+from program import Notes, leave
 from safetensors.torch import load_file, save_file
 from toys import SHAPE, ToyPolicy
 
@@ -381,12 +381,15 @@ def test_a_run_of_comfyui_is_trained_in_comfyui(toy, tmp_path, capsys):
 
 
 def test_several_runs_are_learned_from_together(voted, copied, tmp_path):
-    given = pair_settings([voted, copied], settings(), 2)
+    given = pair_settings([voted, copied], ["train.prompts_per_step=5"], 3)
     assert given[-1] == "train.steps=6"
     made = from_dict(apply_overrides(pair_config([voted, copied]), given))
-    training.train(made, tmp_path / "new", progress=Silent())
+    notes = Notes()
+    training.train(made, tmp_path / "new", progress=notes)
+    # Two forks to a step are no two prompts.
+    assert not any("prompts_per_step" in said for said in notes.said)
     rows = [row for row in RunFolder.open(tmp_path / "new").metrics() if "nfe" in row]
-    assert len(rows) == 6 and sum(row["nfe"] for row in rows) == 12
+    assert len(rows) == 6 and sum(row["nfe"] for row in rows) == 18
 
 
 def test_a_price_is_said_before_anything_runs(voted, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -55,7 +56,13 @@ def learn(
     judges = [judge.name for judge in setup.judges]
     for note in (
         *setup.prompts.notes,
-        *forewarnings(pace, setup.prompts, setup.rewards, setup.judges),
+        # A step over what is stored takes forks, of which a prompt may have many.
+        *forewarnings(
+            dataclasses.replace(pace, prompts_per_step=1) if setup.stored else pace,
+            setup.prompts,
+            setup.rewards,
+            setup.judges,
+        ),
         *blind_spots(pace, len(setup.prompts.heldout), judges, setup.trained, setup.measures),
     ):
         watcher.note(note)
