@@ -1,7 +1,8 @@
-"""Fields of a recipe and of a run's pace as text: one `name = value` per line."""
+"""Fields of a recipe and of a run's pace as text: one `name = value`, or `name: value`, per line."""
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import Field
@@ -22,8 +23,9 @@ def parse(text: str, name: str = "settings") -> tuple[dict[str, Any], dict[str, 
     """Return the recipe's changes and the pace's from lines of `name = value`; ValueError names the line, the
     field and the remedy.
 
-    A name may carry its section, as on the command line: method.eta, train.slots. Blank lines and those that
-    start with # are skipped. Lists are written 1, 2; a field that may be empty takes none.
+    A name may carry its section, as on the command line: method.eta, train.slots. A colon does for the sign
+    of equality, for the recipe's own errors advise so: objective: clip. Blank lines and those that start with
+    # are skipped. Lists are written 1, 2; a field that may be empty takes none.
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{name} has {len(text)} characters; at most {MAX_CHARACTERS} are allowed")
@@ -32,14 +34,14 @@ def parse(text: str, name: str = "settings") -> tuple[dict[str, Any], dict[str, 
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        key, sign, value = (part.strip() for part in line.partition("="))
-        if not sign or not value:
+        key, *given = (part.strip() for part in re.split("[=:]", line, maxsplit=1))
+        if not given or not given[0]:
             raise ValueError(
                 f"{name}, line {number}: {line[:80]!r} has no value; write name = value, such as eta = 0.5"
             )
         section, key = _place(key, f"{name}, line {number}")
         fields, hints = SECTIONS[section]
-        changes[section][key] = _value(value, hints[key], fields[key], f"{name}, line {number}: {key}")
+        changes[section][key] = _value(given[0], hints[key], fields[key], f"{name}, line {number}: {key}")
     return changes["method"], changes["train"]
 
 

@@ -257,9 +257,10 @@ def make_recipe(wanted: Request, changes: dict[str, Any], sigmas: Tensor | None)
         fields["num_steps"] = len(sigmas) - 1
     made = recipes.recipe(wanted.recipe, **fields)
     if OBJECTIVES[made.objective].stored:
+        rather = ", ".join(name for name, one in OBJECTIVES.items() if not one.stored)
         raise ValueError(
-            f"changes: objective {made.objective} learns from votes that a run keeps; use the node Update "
-            "LoRA on Kept Votes"
+            f"changes: objective is {made.objective}, which learns from kept votes: use the node Update LoRA on "
+            f"Kept Votes; this block learns from a reward: choose one of: {rather}"
         )
     # A bound before anything is built: what is typed into a line or two could fill the memory.
     branches = made.group_size * len(recipes.candidate_steps(made)) * made.starts
