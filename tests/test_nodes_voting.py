@@ -91,7 +91,7 @@ def test_kept_votes_are_learned_from_without_a_run_and_with_guidance(core: Answe
 
 def test_training_with_rollouts_does_not_take_the_objective_of_pairs(core: Answer) -> None:
     found = core.data["again"]["rolled out"]
-    assert "changes: objective pairs learns from votes" in found and "Update LoRA on Kept Votes" in found
+    assert "changes: objective is pairs" in found and "Update LoRA on Kept Votes" in found
 
 
 @pytest.mark.parametrize("name", ["unknown", "no votes"])

@@ -117,6 +117,7 @@ def check_forward(made: Recipe) -> None:
             "it draws without noise on the way, so all images would be one; choose shared_start: false",
         ),
         "credit": (made.credit != "final", "no step is credited; choose credit: final"),
+        "std": (made.std == "tree", "its images share no tree; choose std: group or global"),
         "expand": (made.expand != 1, "nothing is judged on the way; choose expand: 1"),
         "step_weight": (made.step_weight != "uniform", "no step has noise; choose step_weight: uniform"),
         "kl_form": (made.kl_form != "velocity", "no step has noise; choose kl_form: velocity"),

@@ -259,8 +259,8 @@ def make_recipe(wanted: Request, changes: dict[str, Any], sigmas: Tensor | None)
     if OBJECTIVES[made.objective].stored:
         rather = ", ".join(name for name, one in OBJECTIVES.items() if not one.stored)
         raise ValueError(
-            f"changes: objective is {made.objective}, which learns from kept votes: use the node Update LoRA on "
-            f"Kept Votes; this block learns from a reward: choose one of: {rather}"
+            f"changes: objective is {made.objective}, which learns from kept votes; use the node Update LoRA "
+            f"on Kept Votes, or choose one that learns from a reward: {rather}"
         )
     # A bound before anything is built: what is typed into a line or two could fill the memory.
     branches = made.group_size * len(recipes.candidate_steps(made)) * made.starts
