@@ -4,6 +4,7 @@ and through core's validation.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -81,6 +82,14 @@ GIVEN: dict[str, dict[str, Any]] = {
     "Advantages": {**TREE, "scores": ["ScoresFromValues", 0], "diversity": 0.1},
     "UpdateLoRA": {"policy": ["LoRAPolicy", 0], "advantages": ["Advantages", 0], "kl": 0.01}
     | {"micro_batch": 2},
+    "UpdateFromVotes": {
+        "policy": ["LoRAPolicy", 0],
+        "clip": CLIP,
+        "run": "kept",
+        "negative": "",
+        "guidance": 1.0,
+    }
+    | {"epochs": 1, "pair_loss": "dpo", "pair_beta": 1.0, "forks_per_step": 1, "kl": 0.0, "micro_batch": 1},
     "TrainLoRA": {**REWARD, **SMALL, **SHORT, "preset": "as typed", "if_settings_changed": "new"},
     "CompareLoRA": {**COMPARED, **REWARD, **SMALL, "num_steps": 1, "noises": 1, "slots": 2}
     | {"sigmas": ["sigmas", 0]},
@@ -99,7 +108,7 @@ for name, inputs in INPUTS.items():
     )
     GRAPH[name] = block(name, **inputs)
 NAMED = {"ValueError", "FileError", "RunError", "LoraError", "PromptError", "RewardError", "VoteError"}
-HEAVY = {"TrainLoRA", "CompareLoRA"}
+HEAVY = {"TrainLoRA", "CompareLoRA", "UpdateFromVotes"}
 LIST_BLOCKS = {name for name, block in BLOCKS.items() if block.define_schema().is_input_list}
 
 
@@ -112,10 +121,24 @@ def needed(node: str) -> dict[str, Any]:
     return found
 
 
+def vote() -> None:
+    """Vote on the rollout's pictures in the run whose votes are learned from."""
+    graph = needed("VoteRollout")
+    inputs = graph["VoteRollout"]["inputs"]
+    inputs["run"] = graph["LoRAPolicy"]["inputs"]["run"] = "kept"
+    ran = comfy_side.run_prompt(graph)
+    assert ran.ok, ran
+    shown = ran.ui["VoteRollout"]["g2rpo_ballot"][0]["pictures"]
+    keys = [picture["key"] for picture in shown]
+    inputs["votes"] = json.dumps({"pictures": keys, "ranking": keys})
+    assert comfy_side.run_prompt(graph).ok
+
+
 def real_inputs() -> dict[str, dict[str, Any]]:
     """Run the whole graph once and give every block what its links carry."""
     # Run Monitor refuses to look before there is a run.
     assert comfy_side.run_prompt(needed("TrainLoRA")).ok
+    vote()
     links = {tuple(v) for inputs in INPUTS.values() for v in inputs.values() if isinstance(v, list)}
     ran = run(GRAPH, **{f"{node} {slot}": (node, slot) for node, slot in links}, picture=("picture", 0))
     made: dict[str, dict[str, Any]] = {}

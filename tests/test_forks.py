@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from toys import SHAPE, ToyPolicy
 
+from comfy_g2rpo.curriculum.prompt_choice import in_turn
 from comfy_g2rpo.files.safe import RunError
 from comfy_g2rpo.plan import independent, singular
 from comfy_g2rpo.recipes import build_plan
@@ -241,7 +242,7 @@ def test_every_ballot_of_a_run_keeps_the_forks_of_its_own_pictures(tmp_path, lin
     with pytest.raises(UnvotedError):
         training.train(made, run, progress=Silent())
     setup = training.prepare(made, Accelerator(cpu=True), run)
-    prompts, seeds = draw(setup, 0)
+    prompts, seeds = draw(setup, in_turn(setup, 0), 0)
     plan = build_plan(setup.recipe, 0, setup.pace.seed)
     conds = setup.policy.encode(prompts)
     rollout = roll_out(setup.policy, plan, setup.sigmas, conds, seeds, setup.shape)

@@ -16,7 +16,9 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("training in comfyui"
 
 CHILD = Path(__file__).with_name("comfy_child_methods.py")
 TINY = "num_steps = 4\ngroup_size = 4\neval_noises = 1\neval_prompts = 1\nshift = 3"
-WAYS = {f"recipe {name}": {"recipe": name, "changes": TINY} for name in RECIPES}
+SPLITS = {"branch_grpo": "\nbranch_at = 0, 2", "tree_grpo": "\npick_size = 2"}
+"""What makes four images of four steps."""
+WAYS = {f"recipe {name}": {"recipe": name, "changes": TINY + SPLITS.get(name, "")} for name in RECIPES}
 TYPED = {
     "kernel ddim": "kernel = ddim",
     "kernel cps": "kernel = cps",

@@ -61,6 +61,12 @@ def choose_prompts(setup: Setup, learner: Learner, check: Callable[[], None]) ->
     return Chosen(cursor.places(learner.step), learner.history)
 
 
+def in_turn(setup: Setup, step: int) -> Chosen:
+    """Take the prompts that stand next, whatever the recipe would choose."""
+    pace = setup.pace
+    return Chosen(PromptCursor(setup.prompts.train, pace.prompts_per_step, pace.seed).places(step))
+
+
 def among_candidates(setup: Setup, learner: Learner, check: Callable[[], None]) -> Chosen:
     """Draw one image of every candidate without randomness, move the baseline, take those nearest to it.
 

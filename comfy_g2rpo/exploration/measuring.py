@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..advantages import moments
+from ..curriculum.prompt_choice import in_turn
 from ..kernels import step as kernel_step
 from ..methods.recipe_options import Recipe
 from ..plan import ROOT, Plan, singular
@@ -71,7 +72,7 @@ def measured_gains(
 
 def rolled_scores(setup: Setup, plan: Plan, number: int, check: Callable[[str], None]) -> Tensor:
     """Run a plan for the prompts and seeds of a training step; return the scores [R, P, images]."""
-    (prompts, seeds), limits = draw(setup, number), Limits.of(setup.pace)
+    (prompts, seeds), limits = draw(setup, in_turn(setup, number), number), Limits.of(setup.pace)
 
     def rolling() -> None:
         check("rollout")

@@ -316,9 +316,10 @@ def step_row(
         valid = values[~values.isnan()]
         row[f"reward/{reward.name}/mean"] = valid.double().mean().item()
         row[f"reward/{reward.name}/std"] = valid.double().std().item() if len(valid) > 1 else math.nan
-    # Deep groups may have more members than others.
-    edges = max(len(scored.advantages) * len(explored.plan.transitions), 1)
-    row["advantage/abs_mean"] = torch.stack(list(scored.advantages)).abs().sum().item() / edges
+    # Deep groups may have more members than others; whole images have no edges.
+    tables = torch.stack(list(scored.advantages))
+    edges = len(tables) * len(explored.plan.transitions) or tables.numel()
+    row["advantage/abs_mean"] = tables.abs().sum().item() / edges
     shares = [zero_std_share(reward, setup.recipe.std_floor, scored.noise) for reward in scored.rewards]
     row["zero_std_share"] = sum(shares) / len(shares)
     row["dropped_share"] = scored.dropped

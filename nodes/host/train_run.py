@@ -403,7 +403,10 @@ def name_of(config: dict[str, Any], recipe: str) -> str:
     settled |= {name: without(settled[name], free) for name, free in MAY_CHANGE.items() if name in settled}
     method = settled["method"].items()
     plain = without(DEFAULTS["method"], FIRST)
-    settled["method"] = {key: value for key, value in method if plain.get(key, ()) != value}
+    # Read from a file, a tuple is a list.
+    settled["method"] = {
+        key: value for key, value in method if key not in plain or finite(plain[key]) != finite(value)
+    }
     if settled["model"].get("patches") == UNPATCHED:
         settled["model"] = without(settled["model"], {"patches"})
     content = json.dumps(finite(settled), sort_keys=True).encode()
