@@ -42,6 +42,11 @@ BOOT_SECONDS = 180
 SERVED = "another-odd_name"
 
 
+def traced(log: str) -> bool:
+    """Say whether a server's log traces an error through a pack; ComfyUI's own libraries leave some, too."""
+    return re.search(r'File "[^"]*custom_nodes', log) is not None
+
+
 def comfyui_roots() -> list[Path]:
     """List the ComfyUI folders to test in: COMFYUI_PATH alone where it is set.
 

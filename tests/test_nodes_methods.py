@@ -12,7 +12,7 @@ from test_nodes_training import TRAIN
 from comfy_g2rpo.objectives import OBJECTIVES
 from comfy_g2rpo.recipes import RECIPES
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("training in comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("methods in comfyui")]
 
 CHILD = Path(__file__).with_name("comfy_child_methods.py")
 TINY = "num_steps = 4\ngroup_size = 4\neval_noises = 1\neval_prompts = 1\nshift = 3"

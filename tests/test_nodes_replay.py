@@ -7,7 +7,7 @@ from comfy_host import Answer, run_script
 from test_nodes_continuing import CHANGES, SHORT
 from test_nodes_training import TRAIN
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("training in comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("methods in comfyui")]
 
 CHILD = Path(__file__).with_name("comfy_child_replay.py")
 CLIP = f"{CHANGES}\nobjective = clip"
