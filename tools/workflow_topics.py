@@ -144,9 +144,9 @@ def vote(graph: Graph, family: Family) -> None:
 
 def again(graph: Graph, family: Family) -> None:
     """Train a LoRA of its own on all votes that a run has kept."""
-    graph.column(0, 200)
+    graph.column(0, 225)
     model = load_one(graph, family)
-    graph.column(236, 220, 330)
+    graph.column(246, 225, 330)
     settings = {"rank": family.rank, "alpha": float(family.rank), "run": f"{family.name}-again"}
     settings |= {"learning_rate": family.learning_rate}
     learner = graph.add("G2RPO_LoRAPolicy", {"model": model["MODEL"]} | settings)
