@@ -1,5 +1,12 @@
 """The command line, run in the process of a test."""
 
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 
 from g2rpo_trainer import cli
@@ -28,3 +35,14 @@ class Notes(Silent):
 
     def note(self, text: str) -> None:
         self.said.append(text)
+
+
+class StopAt(Silent):
+    """Press Ctrl-C when a step is shown."""
+
+    def __init__(self, step: int) -> None:
+        self.at = step
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        if metrics["step"] == self.at and "nfe" in metrics:
+            os.kill(os.getpid(), signal.SIGINT)

@@ -51,7 +51,6 @@ def stored(rows=2, branches=4, seed=0, wins=None, scores=None):
         wins = torch.ones(branches, branches, dtype=torch.float64).triu(1).expand(rows, -1, -1)
     return Records(
         x=x,
-        direction=torch.zeros_like(x),
         sigma=sigma,
         v_coef=v_coef,
         std=std,

@@ -6,12 +6,11 @@ import json
 import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from program import Notes, leave
+from program import Notes, StopAt, leave
 from safetensors.torch import load_file, save_file
 from toys import SHAPE, ToyPolicy
 
@@ -90,15 +89,6 @@ def settings(*more):
 def pairs_of(run, *more):
     given = pair_settings([run], settings(*more), None)
     return from_dict(apply_overrides(pair_config([run]), given))
-
-
-class StopAt(Silent):
-    def __init__(self, step):
-        self.at = step
-
-    def step(self, metrics):
-        if metrics["step"] == self.at and "nfe" in metrics:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def outcome(path):

@@ -12,6 +12,7 @@ from pathlib import PureWindowsPath
 import pytest
 import torch
 from accelerate import Accelerator
+from program import StopAt
 
 from comfy_g2rpo import lora
 from comfy_g2rpo.files.safe import RunError
@@ -53,17 +54,6 @@ def config(tmp_path, **sections):
     for section, values in sections.items():
         tree[section] = {**tree.get(section, {}), **values} if isinstance(values, dict) else values
     return from_dict(tree)
-
-
-class StopAt(Silent):
-    """Press Ctrl-C when a step is shown."""
-
-    def __init__(self, step):
-        self.at = step
-
-    def step(self, metrics):
-        if metrics["step"] == self.at and "nfe" in metrics:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def prepare(made):

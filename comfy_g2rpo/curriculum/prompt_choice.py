@@ -52,19 +52,22 @@ def process_order(setup: Setup) -> list[int]:
 
 def choose_prompts(setup: Setup, learner: Learner, check: Callable[[], None]) -> Chosen:
     """Choose the prompts of the next step, by (seed, step, history) alone; the same in every process."""
-    pace, recipe = setup.pace, setup.recipe
-    cursor = PromptCursor(setup.prompts.train, pace.prompts_per_step, pace.seed)
-    if recipe.prompt_choice == "curriculum":
+    choice, history = setup.recipe.prompt_choice, learner.history
+    if choice == "curriculum":
         return among_candidates(setup, learner, check)
-    if recipe.prompt_choice == "signal":
-        return Chosen(by_signal(cursor, learner.step, learner.history, setup.weights), learner.history)
-    return Chosen(cursor.places(learner.step), learner.history)
+    if choice == "signal":
+        return Chosen(by_signal(cursor_of(setup), learner.step, history, setup.weights), history)
+    return Chosen(cursor_of(setup).places(learner.step), history)
+
+
+def cursor_of(setup: Setup) -> PromptCursor:
+    """Return what walks through the prompts that are trained on."""
+    return PromptCursor(setup.prompts.train, setup.pace.prompts_per_step, setup.pace.seed)
 
 
 def in_turn(setup: Setup, step: int) -> Chosen:
     """Take the prompts that stand next, whatever the recipe would choose."""
-    pace = setup.pace
-    return Chosen(PromptCursor(setup.prompts.train, pace.prompts_per_step, pace.seed).places(step))
+    return Chosen(cursor_of(setup).places(step))
 
 
 def among_candidates(setup: Setup, learner: Learner, check: Callable[[], None]) -> Chosen:

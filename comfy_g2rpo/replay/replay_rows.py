@@ -117,7 +117,6 @@ def rows_of(
     sigma, v_coef, std, weight, dt, step = numbers
     return Records(
         x=x,
-        direction=torch.zeros_like(x),
         sigma=sigma.float().to(device),
         v_coef=v_coef.float().to(device),
         std=std.float().to(device),

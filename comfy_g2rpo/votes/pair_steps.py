@@ -101,7 +101,6 @@ def rows_of(batch: Sequence[ForkPairs], device: torch.device | str) -> Records:
         scores[i, :count] = each.scores
     return Records(
         x=x,
-        direction=torch.zeros_like(x),
         sigma=sigma,
         v_coef=v_coef,
         std=std,
