@@ -3,7 +3,8 @@ at equal model work.
 
 Every arm's form (as published, or with the freedoms of our leader: one random step, stride 2), learning rate,
 step weights, prompts per update and moving average are tuned with the same number of tries on the tuning
-prompts; with --published every baseline is there once more, in its published form alone. The final figures
+prompts; with --published every baseline is there once more, in its published form alone. CPU seconds are
+those of a reference machine: a fixed piece of work is timed before and during every run. The final figures
 are gains over the base model, paired by prompt and noise, on held-out prompts that nothing was tuned on, over
 seeds. One single-thread process per run; several budgets are points of one curve. A stopped stage goes on
 where it was.
@@ -30,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from learning_arms import ARMS, arms_here, describe, start
+from learning_arms import ARMS, PUBLISHED, arms_here, describe, start
 from learning_report import ideas_report, report
 from learning_runs import NOISES, ROOT, WORK, identity, jobs_again, read, run_all, run_arm
 from learning_tuning import TUNE_SEEDS, best_setting, tune
@@ -50,7 +51,7 @@ def chosen(options: argparse.Namespace) -> list[str]:
         print(f"left out, for this version has no such recipe: {', '.join(lacking)}", flush=True)
     if options.arms:
         return [arm for arm in options.arms if arm in here]
-    return [arm for arm in here if ARMS[arm].listed or (options.published and arm.endswith(", published"))]
+    return [arm for arm in here if ARMS[arm].listed or (options.published and arm.endswith(PUBLISHED))]
 
 
 def seeds_of(options: argparse.Namespace) -> range:

@@ -107,9 +107,11 @@ ARMS: dict[str, Arm] = {
     "g2rpo {1,3}": one_step([1, 3], listed=False),
 }
 
+PUBLISHED = ", published"
+
 for _name, _arm in list(ARMS.items()):
     if _arm.free:
-        ARMS[f"{_name}, published"] = replace(_arm, free=False, forms={}, listed=False)
+        ARMS[_name + PUBLISHED] = replace(_arm, free=False, forms={}, listed=False)
 
 
 def make(changes: Changes) -> Recipe | None:

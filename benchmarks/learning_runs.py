@@ -6,8 +6,9 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,47 @@ def configure(job: dict[str, Any]) -> Any:
     return from_dict(tree)
 
 
+REFERENCE = 0.13
+"""Seconds of the reference machine for `piece`: one core of an AMD EPYC with AVX2."""
+LOOK = 4.0
+"""CPU seconds after which the speed of the machine is measured again."""
+
+
+def piece(policy: Any, shape: Sequence[int]) -> float:
+    """Return the CPU seconds that a fixed piece of work takes here and now, the fastest of three."""
+    import torch
+
+    cond, x = policy.encode(["a red circle"]) * 8, torch.zeros(8, *shape)
+    times = []
+    for _ in range(3):
+        begin = time.process_time()
+        with torch.no_grad():
+            for _ in range(3):
+                policy.velocity(x, torch.full((8,), 0.5), cond)
+                policy.decode(x)
+        times.append(time.process_time() - begin)
+    return min(times)
+
+
+class Clock:
+    """CPU seconds as the reference machine would count them: of a machine half as fast, each counts half.
+
+    So runs of several machines, or of a busy one, are of one length.
+    """
+
+    def __init__(self, measure: Callable[[], float]) -> None:
+        self.measure, self.spent, self.paces = measure, 0.0, [REFERENCE / measure()]
+        self.since = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count CPU seconds of this machine."""
+        self.spent += seconds * self.paces[-1]
+        self.since += seconds
+        if self.since > LOOK:
+            self.paces.append(REFERENCE / self.measure())
+            self.since = 0.0
+
+
 EVALUATION_SEED = 77
 """All runs are measured with the same prompts from the same start noises: what varies between seeds is the
 training alone.
@@ -81,6 +123,7 @@ def run_arm(job: dict[str, Any]) -> dict[str, Any]:
     """Train one arm until its CPU and its model work are spent, with an evaluation as each is reached.
 
     The curve holds (CPU seconds, work, updates, gains) at those points; evaluations count for neither budget.
+    CPU seconds are those of the reference machine; `pace` says how fast this one was, 1 as fast.
     A job with `points` of a recorded curve stops at their updates instead, whatever the machine does today.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -112,7 +155,7 @@ def run_arm(job: dict[str, Any]) -> dict[str, Any]:
 
     key = (job["split"], job["noises"])
     before = BASE[key] = BASE.get(key) or look()
-    spent, curve = 0.0, []
+    clock, curve = Clock(partial(piece, setup.policy.policy, setup.shape)), []
     budgets = [{"cpu": seconds} for seconds in seconds_of(job)]
     budgets += [{"work": job["work"]}] if job["work"] else []
     recorded = job.get("points", [])
@@ -120,14 +163,15 @@ def run_arm(job: dict[str, Any]) -> dict[str, Any]:
     while goals:
         begin = time.process_time()
         iterate(setup, learner, lambda phase: None)
-        spent += time.process_time() - begin
-        now = {"cpu": spent, "work": counted.work, "updates": learner.step}
+        clock.add(time.process_time() - begin)
+        now = {"cpu": clock.spent, "work": counted.work, "updates": learner.step}
         if reached := [goal for goal in goals if all(now[name] >= least for name, least in goal.items())]:
             gains = {name: gain["mean"] for name, gain in compare(before, look()).items()}
             then = next((point for point in recorded if point["updates"] == learner.step), now)
             curve.append({**then, **gains})
             goals = [goal for goal in goals if goal not in reached]
-    return {**job, "before": before.means(), "curve": curve}
+    pace = sum(clock.paces) / len(clock.paces)
+    return {**job, "before": before.means(), "curve": curve, "pace": round(pace, 3)}
 
 
 def seconds_of(run: dict[str, Any]) -> list[float]:
@@ -138,7 +182,7 @@ def seconds_of(run: dict[str, Any]) -> list[float]:
 
 def identity(job: dict[str, Any], *but: str) -> str:
     """Return what makes a run the same but for its length, and but for some fields."""
-    other = ("before", "curve", "cpu_seconds", *but)
+    other = ("before", "curve", "cpu_seconds", "pace", *but)
     return json.dumps({key: job[key] for key in job if key not in other}, sort_keys=True)
 
 
@@ -221,7 +265,7 @@ def jobs_again(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Describe recorded runs once more, each up to the updates at which its budgets were spent."""
     kept = ("cpu", "work", "updates")
     return [
-        {key: run[key] for key in run if key not in ("before", "curve")}
+        {key: run[key] for key in run if key not in ("before", "curve", "pace")}
         | {"points": [{name: point[name] for name in kept} for point in run["curve"]]}
         for run in runs
     ]

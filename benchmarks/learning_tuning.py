@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from learning_arms import Setting, describe, neighbours, setting_of
+from learning_arms import OWN, PUBLISHED, Setting, describe, neighbours, setting_of
 from learning_runs import NOISES, read, run_all
 
 TUNE_SEEDS = (1000, 1001, 1002)
@@ -63,8 +63,14 @@ def tune(
 
 
 def best_setting(results: Sequence[dict[str, Any]], arm: str) -> Setting:
-    """Choose an arm's setting by its mean gain on the tuning prompts."""
+    """Choose an arm's setting by its mean gain on the tuning prompts.
+
+    A published form that was not tuned by itself takes the best of what its arm tried in that form.
+    """
     gains = tried(results, arm)
+    if not gains and arm.endswith(PUBLISHED):
+        tries = tried(results, arm.removesuffix(PUBLISHED))
+        gains = {setting: gain for setting, gain in tries.items() if setting.form == OWN}
     if not gains:
         raise SystemExit(f"{arm} was not tuned: run the stage tune with --arms {arm!r} first")
     return max(gains, key=lambda setting: gains[setting])

@@ -25,7 +25,19 @@ from learning_arms import (
     weighted,
 )
 from learning_report import by_arm, differences, gains, ideas_report, interval, measures, reached, same, tries
-from learning_runs import Counted, configure, identity, jobs_again, missing, read, run_all, run_arm
+from learning_runs import (
+    LOOK,
+    REFERENCE,
+    Clock,
+    Counted,
+    configure,
+    identity,
+    jobs_again,
+    missing,
+    read,
+    run_all,
+    run_arm,
+)
 from learning_tuning import best_setting, next_setting, tried, tuning_jobs
 from toys import SHAPE, ToyPolicy
 
@@ -164,6 +176,28 @@ def test_a_setting_counts_with_the_mean_of_all_tuning_seeds():
     assert best_setting(found, "mix_grpo") == other
     with pytest.raises(SystemExit, match="flow_grpo was not tuned"):
         best_setting(found, "flow_grpo")
+
+
+def test_a_published_form_takes_the_best_of_its_arm_in_that_form():
+    other, form = START._replace(rate=2e-3), START._replace(form="one step")
+    tuned = [("mix_grpo", START, 0.1), ("mix_grpo", other, 0.2), ("mix_grpo", form, 0.9)]
+    found = [run for arm, setting, gain in tuned for run in results(arm, setting, [gain] * 3)]
+    assert best_setting(found, "mix_grpo, published") == other
+    found += results("mix_grpo, published", START, [0.0] * 3)
+    assert best_setting(found, "mix_grpo, published") == START
+
+
+def test_a_slow_machines_seconds_count_less():
+    took = iter([REFERENCE, 2 * REFERENCE, 4 * REFERENCE])
+    clock = Clock(lambda: next(took))
+    clock.add(LOOK)
+    assert clock.spent == pytest.approx(LOOK)
+    clock.add(0.1)  # now the machine is looked at again, and is half as fast
+    clock.add(2 * LOOK)
+    assert clock.spent == pytest.approx(LOOK + 0.1 + LOOK)
+    clock.add(4.0)
+    assert clock.spent == pytest.approx(LOOK + 0.1 + LOOK + 1.0)
+    assert next(took, None) is None
 
 
 def test_tuning_says_how_much_was_tried():
@@ -375,6 +409,7 @@ def test_one_run_gives_every_budget_and_is_not_made_twice(tmp_path, monkeypatch)
     """Time counts updates here, so the points lie where they must."""
     ticks = iter(range(1000))
     monkeypatch.setattr(learning_runs.time, "process_time", lambda: float(next(ticks)))
+    monkeypatch.setattr(learning_runs, "piece", lambda policy, shape: learning_runs.REFERENCE)
     setting = START._replace(prompts=1)
     common = {"seed": 3, "split": "tune", "noises": 1, "work": 100}
     made = run_arm(describe("g2rpo {2}", setting, cpu_seconds=[1.0, 3.0], **common))
