@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from comfy_g2rpo import __version__
 from comfy_g2rpo.files.one_writer import one_writer
 from comfy_g2rpo.lora.modelspec import about_run, base_of_model
+from comfy_g2rpo.prompts import Prompts
 from comfy_g2rpo.rewards import RewardError, check_prompts
 from comfy_g2rpo.run import rank_guard
 from comfy_g2rpo.run.checkpoint import restore
@@ -94,12 +95,17 @@ def train(
     return summary
 
 
-def prepare(config: Config, accelerator: Accelerator, run: Path | None = None) -> Setup:
-    """Load what a run needs; every mistake of the configuration shows here, before the first forward."""
+def prepare(
+    config: Config, accelerator: Accelerator, run: Path | None = None, prompts: Prompts | None = None
+) -> Setup:
+    """Load what a run needs; every mistake of the configuration shows here, before the first forward.
+
+    `prompts` take the place of those that the configuration names.
+    """
     keep_freed_memory()
     check_processes(config, accelerator.num_processes)
     recipe, pace, speed = make_recipe(config), make_pace(config), make_speed(config)
-    prompts = read_prompts(config)
+    prompts = prompts or read_prompts(config)
     rewards, judges = build_all(config.rewards, config.heldout_rewards, accelerator.device, run)
     if config.memory.rewards_in_turn:
         alone = {reward.name: in_turn(reward, accelerator.device) for reward in (*rewards, *judges)}

@@ -14,6 +14,7 @@ from .arguments import CommandError, Force, Quiet, Recipe, Settings
 
 if TYPE_CHECKING:
     from comfy_g2rpo.exploration.calibration import Round
+    from comfy_g2rpo.prompts import Prompts
     from comfy_g2rpo.run.setup import Setup
 
     from ..config.reading import Config
@@ -99,9 +100,13 @@ def check_place(out: Path, replace: bool) -> None:
 
 def short_run(config: Config, prompts: int, rounds: int) -> Config:
     """Return the configuration of a run of as many steps as rounds; nothing but its rewards judges."""
-    changes = {"steps": rounds, "prompts_per_step": prompts, "eval_prompts": 1}
-    train = config.train.model_copy(update={**changes, "preview_width": 0, "preview_height": 0})
+    train = shortened(config, steps=rounds, prompts_per_step=prompts, eval_prompts=1)
     return config.model_copy(update={"train": train, "heldout_rewards": ()})
+
+
+def shortened(config: Config, **changes: int) -> Any:
+    """Return the section `train` of a run without previews."""
+    return config.train.model_copy(update={**changes, "preview_width": 0, "preview_height": 0})
 
 
 def check_can_be_asked(config: Config) -> None:
@@ -109,12 +114,18 @@ def check_can_be_asked(config: Config) -> None:
     from comfy_g2rpo.methods.recipe_checks import FORWARD
 
     from ..config.reading import make_recipe
-    from ..config.reward_checks import VOTES, missing_models
 
     if (objective := make_recipe(config).objective) in (*FORWARD, "pairs"):
         raise CommandError(
             f"method.objective is {objective}, which explores no step; there is no eta to find"
         )
+    check_rewards_answer(config)
+
+
+def check_rewards_answer(config: Config) -> None:
+    """Refuse rewards that nobody answers now."""
+    from ..config.reward_checks import VOTES, missing_models
+
     if any(reward.name == VOTES for reward in config.rewards):
         raise CommandError("rewards has votes, which come after a run has stopped; give another reward here")
     if missing := missing_models(config.rewards):
@@ -123,9 +134,13 @@ def check_can_be_asked(config: Config) -> None:
 
 @contextmanager
 def prepared(
-    config: Config, force: bool, say: Callable[[str], None]
+    config: Config,
+    force: bool,
+    say: Callable[[str], None],
+    prompts: Prompts | None = None,
+    left: str = "nothing was written",
 ) -> Iterator[tuple[Setup, Callable[[str], None]]]:
-    """Load what a run needs; Ctrl-C ends the command between two forwards, and nothing is left behind."""
+    """Load what a run needs; Ctrl-C ends the command between two forwards, and says what it has left."""
     from ..cost.presets import before_drawing
     from ..model.quiet_libraries import quieten_libraries
 
@@ -140,9 +155,9 @@ def prepared(
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     try:
         with stoppable() as check:
-            yield prepare(config, Accelerator(cpu=cpu)), check
+            yield prepare(config, Accelerator(cpu=cpu), prompts=prompts), check
     except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was written", err=True)
+        typer.echo(f"interrupted; {left}", err=True)
         raise typer.Exit(130) from None
 
 

@@ -23,6 +23,7 @@ from .sections import (
     PairsSection,
     PromptSection,
     ReportSection,
+    SearchSection,
     Section,
     SpeedSection,
     TrainedReward,
@@ -50,6 +51,7 @@ class Config(Section):
     train: TrainSection = TrainSection()
     speed: SpeedSection = SpeedSection()
     pairs: PairsSection = PairsSection()
+    search: SearchSection = SearchSection()
     report: ReportSection = ReportSection()
     out: str | None = Field(None, description="Run folder; runs/<recipe> where it is not given.")
 

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from comfy_g2rpo.options import CLIPS, MAX_CHARACTERS, complaint
 from comfy_g2rpo.recipes import RECIPES, Recipe
 from comfy_g2rpo.run import pace
+from comfy_g2rpo.sampling.search_settings import SearchSettings
 from comfy_g2rpo.speed.cheap_completions import Speed
 
 from .family_names import DEFAULT_FAMILY, EDITS, FAMILIES, Schedule
@@ -345,4 +346,8 @@ SpeedSection = create_model("SpeedSection", __base__=Section, __doc__=Speed.__do
 
 TrainSection = create_model(
     "TrainSection", __base__=Section, __doc__=pace.Pace.__doc__, **_made_of(pace.Pace)
+)
+
+SearchSection = create_model(
+    "SearchSection", __base__=Section, __doc__=SearchSettings.__doc__, **_made_of(SearchSettings)
 )
