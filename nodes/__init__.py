@@ -20,6 +20,7 @@ from . import (
 
 # Older cores call no on_load: the routes are added by their import.
 from .host import routes as routes
+from .search import search_sampler
 
 NODES: list[type[io.ComfyNode]] = [
     block
@@ -35,6 +36,7 @@ NODES: list[type[io.ComfyNode]] = [
         folders,
         saving,
         demo,
+        search_sampler,
     )
     for block in module.NODES
 ]

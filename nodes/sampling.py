@@ -39,7 +39,7 @@ MAX_WORK = 2**28
 DOWNSCALES = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 
 
-class _Inside:
+class Inside:
     """The policy of a running sampler: core has loaded the model and processed the conditioning already."""
 
     def __init__(
@@ -116,7 +116,7 @@ class SingularSDE(comfy.samplers.Sampler):
 
         start = start_state(self, model_wrap, sigmas, noise, latent_image)
         rollout = roll_out(
-            _Inside(model_wrap, extra_args, done),
+            Inside(model_wrap, extra_args, done),
             self.plan(num_steps),
             sigmas.cpu().float(),
             [model_wrap.conds] * images,
@@ -152,7 +152,7 @@ class Tree(comfy.samplers.Sampler):
         # The guider got as many equal rows as there are slots, so that core makes room for them.
         start = start_state(self, model_wrap, sigmas, noise, latent_image)[:1]
         self.rollout = roll_out(
-            _Inside(model_wrap, extra_args, lambda x, *_: self.progress.done(len(x))),
+            Inside(model_wrap, extra_args, lambda x, *_: self.progress.done(len(x))),
             self.tree,
             sigmas.cpu().float(),
             [first_row(model_wrap.conds)],
@@ -182,6 +182,16 @@ def check_sigmas(sigmas: Tensor) -> None:
         raise ValueError(
             f"sigmas: they run from {float(sigmas[0]):.4g} to {float(sigmas[-1]):.4g}; they must fall "
             "from 1 or less to 0"
+        )
+
+
+def check_ends(sigmas: Tensor, who: str) -> None:
+    """Raise ValueError unless sigmas are a whole trajectory's, down to 0."""
+    check_sigmas(sigmas)
+    if sigmas[-1] != 0:
+        raise ValueError(
+            f"sigmas: they end at {float(sigmas[-1]):.4g}; {who} completes its images: connect levels "
+            "that end at 0"
         )
 
 
@@ -389,12 +399,7 @@ class RolloutBlock(io.ComfyNode):
         """Run the tree."""
         check_inputs(cls, locals())
         check_flow(guider.model_patcher)
-        check_sigmas(sigmas)
-        if sigmas[-1] != 0:
-            raise ValueError(
-                f"sigmas: they end at {float(sigmas[-1]):.4g}; a rollout completes its images: connect "
-                "levels that end at 0"
-            )
+        check_ends(sigmas, "a rollout")
         samples = one_latent(guider.model_patcher, latent_image)
         num_steps, positions = len(sigmas) - 1, math.prod(samples.shape[2:])
         steps = tuple(sorted(int_list(branch_steps, "branch_steps", 0, num_steps - 1)))

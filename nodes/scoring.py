@@ -30,6 +30,7 @@ from .inputs.judging import (
     harmless,
     judge,
     judgement_notes,
+    names_for,
     one,
     overall,
     parse_votes,
@@ -134,10 +135,10 @@ class ScoreImages(io.ComfyNode):
         """Judge and rank."""
         check_inputs(cls, locals())
         rewards, pictures = one("reward", reward), checked_images(images)
-        check_count("names", names, len(pictures))
-        count = range(len(pictures))
-        titles = [f"image {i}" for i in count] if names is None else [harmless(name) for name in names]
-        prompts, notes = prompts_for(prompt or [""], len(pictures))
+        count = len(pictures)
+        titles = [f"image {i}" for i in range(count)] if names is None else names_for(names, count)
+        titles = [harmless(title) for title in titles]
+        prompts, notes = prompts_for(prompt or [""], count)
         notes = notes if any(each.reads_prompt for each in rewards.rewards) else []
         channels = {picture.shape[-1] for picture in pictures}
         notes += ["alpha was ignored"] if 4 in channels else []

@@ -299,6 +299,7 @@ def attack_wires(
             court.attack(name, f"{wire}: {what}", [wire, "weights", "run"], act, refuse)
     attack_lists(court, real, execute)
     attack_guiders(court, real, execute)
+    attack_searches(court, real, execute, blocks["SearchSampler"])
     attack_demo(court, execute)
 
 
@@ -346,8 +347,8 @@ def attack_lists(court: Court, real: Inputs, execute: Execute) -> None:
 
 
 def attack_guiders(court: Court, real: Inputs, execute: Execute) -> None:
-    """Send guiders with the wrong conditioning or model to Rollout, and wrong latents to the sampler in
-    core's own sampling.
+    """Send guiders with the wrong conditioning or model to blocks that sample, and wrong latents to the
+    sampler in core's own sampling.
     """
     guider = real["Rollout"]["guider"]
     model = real["TrainLoRA"]["model"]
@@ -355,8 +356,9 @@ def attack_guiders(court: Court, real: Inputs, execute: Execute) -> None:
         *((w, comfy_guider(model, c.made), r) for w, c, r in clips()),
         *((w, comfy_guider(m, guider), r) for w, m, r in models(model)),
     ]:
-        act = partial(execute, "Rollout", {**real["Rollout"], "guider": thing})
-        court.attack("Rollout", f"guider: {what}", ["guider", "model"], act, refuse, allow_nan=True)
+        for name in ("Rollout", "SearchSampler"):
+            act = partial(execute, name, {**real[name], "guider": thing})
+            court.attack(name, f"guider: {what}", ["guider", "model"], act, refuse, allow_nan=True)
     sampler = execute("SingularSDESampler", real["SingularSDESampler"]).args[0]
     custom = comfy_side.node_class("SamplerCustomAdvanced")
     for what, latent, refuse in latents():
@@ -375,6 +377,23 @@ def attack_guiders(court: Court, real: Inputs, execute: Execute) -> None:
         draw = getattr(custom, "execute", None) or custom().sample
         act = partial(draw, noise, guider, sampler, levels, latent)
         court.attack("SingularSDESampler", f"latent_image: {what}", ["latent_image"], act)
+
+
+def attack_searches(court: Court, real: Inputs, execute: Execute, block: Any) -> None:
+    """Search by every method with short schedules, and with every setting that it reads at its bounds."""
+    reads = comfy_side.pack_module("comfy_g2rpo.sampling.search_settings").READS
+    inputs = {one.id: one for one in block.define_schema().inputs}
+    cases: dict[str, list[Any]] = {
+        name: [one.min, one.max] for name, one in inputs.items() if hasattr(one, "min")
+    }
+    cases |= {"kernel": inputs["kernel"].options, "steps": ["0", "999", "0-999"], "judge_at": ["0", "0-999"]}
+    cases["sigmas"] = [made for _, made, refuse in schedules() if refuse is None]
+    for method, settings in reads.items():
+        for name in ("sigmas", "keep", *settings):
+            for value in cases[name]:
+                sent = {**real["SearchSampler"], "method": method.replace("_", " "), name: value}
+                act = partial(execute, "SearchSampler", sent)
+                court.attack("SearchSampler", f"{method}, {name}: {value!s:.40}", [name], act, False)
 
 
 def comfy_guider(model: Any, conditioning: Any) -> Any:

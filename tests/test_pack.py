@@ -113,7 +113,7 @@ def one_line_per_input(blocks: dict[str, Any]) -> str:
 def test_every_node_of_the_pack_is_there(pair: Pair) -> None:
     listed = {
         node_id
-        for path in (ROOT / "nodes").glob("*.py")
+        for path in (ROOT / "nodes").rglob("*.py")
         for node_id in re.findall(r'node_id="(\w+)"', path.read_text("utf-8"))
     }
     assert len(listed) >= 10

@@ -70,7 +70,7 @@ def block_of(node: ast.ClassDef | ast.FunctionDef) -> str:
 def test_blocks_that_tell_something_have_a_place_for_it() -> None:
     """Train LoRA tells it over its curve, and Save LoRA's file is what it makes."""
     telling = set()
-    for path in (ROOT / "nodes").glob("*.py"):
+    for path in (ROOT / "nodes").rglob("*.py"):
         tree = ast.parse(path.read_text("utf-8"))
         called = {
             block_of(node): {ast.unparse(each.func) for each in ast.walk(node) if isinstance(each, ast.Call)}

@@ -31,7 +31,14 @@ COLOURS = {
 }
 ROLES = {
     "judge": ("LoadReward", "MixRewards", "ReferenceReward", "ScoreImages", "ScoreRollout", "VoteRollout"),
-    "sample": ("LoadImageFolder", "Rollout", "SelectBest", "SingularSDESampler", "TinyDemoLoader"),
+    "sample": (
+        "LoadImageFolder",
+        "Rollout",
+        "SearchSampler",
+        "SelectBest",
+        "SingularSDESampler",
+        "TinyDemoLoader",
+    ),
     "train": ("Advantages", "LoRAPolicy", "SaveLoRA", "TrainLoRA", "UpdateFromVotes", "UpdateLoRA"),
     "look": ("CompareLoRA", "RunMonitor", "SaveScoredImages"),
 }

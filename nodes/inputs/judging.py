@@ -76,6 +76,15 @@ def prompts_for(texts: Sequence[Any], count: int) -> tuple[list[str], list[str]]
     return [checked_prompt(text)] * count, [note] if len(lines) > 1 else []
 
 
+def names_for(texts: Sequence[str], count: int) -> list[str]:
+    """Return a name for each of `count` images: one text per image, or one text with a line per image."""
+    lines = [line.strip() for line in texts[0].split("\n") if line.strip()] if len(texts) == 1 else []
+    if count > 1 and len(lines) == count:
+        return lines
+    check_count("names", texts, count)
+    return list(texts)
+
+
 def checked_images(batches: Sequence[Any], name: str = "images") -> list[Tensor]:
     """Split IMAGE batches [B, H, W, C] into images [H, W, C]; raise ValueError for others, or too many."""
     images: list[Tensor] = []
@@ -274,19 +283,28 @@ def checked_latents(rollout: RolloutData, vae: Any) -> Tensor:
             f"rollout holds latents {list(latents.shape[2:])}; only single pictures can be scored, not "
             "video or sound"
         )
-    channels = getattr(vae, "latent_channels", latents.shape[2])
-    if channels != latents.shape[2]:
-        raise ValueError(
-            f"vae decodes {channels} latent channels and the rollout has {latents.shape[2]}; connect "
-            "the VAE of the same model"
-        )
+    check_channels(vae, latents.shape[2], "the rollout")
     return latents[0]
+
+
+def check_channels(vae: Any, channels: int, whose: str) -> None:
+    """Raise ValueError for a VAE that decodes other latents."""
+    own = getattr(vae, "latent_channels", channels)
+    if own != channels:
+        raise ValueError(
+            f"vae decodes {own} latent channels and {whose} has {channels}; connect the VAE of the same model"
+        )
 
 
 def decode(rollout: RolloutData, vae: Any, latents: Tensor) -> Tensor:
     """Decode latents [n, C, …] in model space: [n, H, W, 3] in [0, 1], NaN where a latent is broken."""
+    return decode_latents(vae, rollout.guider.model_patcher.model.process_latent_out(latents.float()))
+
+
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Decode LATENT samples [n, C, …]: [n, H, W, 3] in [0, 1], NaN where one is broken."""
     whole = latents.flatten(1).isfinite().all(1).cpu()
-    images = vae.decode(rollout.guider.model_patcher.model.process_latent_out(latents.float()))
+    images = vae.decode(latents)
     images = images[:, 0] if images.ndim == 5 and images.shape[1] == 1 else images
     if images.ndim != 4 or images.shape[-1] < 3:
         raise ValueError(

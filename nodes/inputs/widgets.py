@@ -4,6 +4,7 @@ tells the user while it runs.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io, ui
+from PIL import Image
 from server import PromptServer
+from torch import Tensor
 
 from ...comfy_g2rpo.prompts import MAX_CHARACTERS
 from ...comfy_g2rpo.recipes import FIELDS
+from ...comfy_g2rpo.run.scorer import to_8_bit
 from ..host.comfyui import NAME_TIP, asking_client
 from ..model.adapter import TARGETS
 from ..types import RewardWire
@@ -22,6 +26,7 @@ from .judging import MAX_SCORE
 
 LONGEST_LIST = 1000
 TEXT_EVENT = "g2rpo.text"
+PREVIEW = 512  # pixels of a side
 
 
 def recipe_input(
@@ -31,8 +36,18 @@ def recipe_input(
 
     `low` and `high` may only narrow them.
     """
-    field = FIELDS[name]
-    rule = field.metadata
+    return option_input(FIELDS[name], default, low, high, step)
+
+
+def option_input(
+    field: dataclasses.Field[Any],
+    default: Any = None,
+    low: float | None = None,
+    high: float | None = None,
+    step: float = 0.01,
+) -> io.Input:
+    """Make the input of an option of any kind of settings, as `recipe_input` does of a recipe's."""
+    rule, name = field.metadata, field.name
     default = field.default if default is None else default
     if isinstance(default, bool):
         return io.Boolean.Input(name, default=default, tooltip=rule["help"])
@@ -201,3 +216,9 @@ class Progress:
     def done(self, forwards: int) -> None:
         """Move the bar."""
         self.bar.update(forwards)
+
+    def picture(self, image: Tensor) -> None:
+        """Show an image [H, W, 3] in [0, 1] on the node."""
+        levels = to_8_bit(image.nan_to_num(0.0)).mul(255).byte().numpy()
+        preview = ("JPEG", Image.fromarray(levels), PREVIEW)
+        self.bar.update_absolute(self.bar.current, self.bar.total, preview)

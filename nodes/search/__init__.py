@@ -1,0 +1,1 @@
+"""Blocks that find better images from a model as it is, without training."""
