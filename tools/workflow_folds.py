@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from workflow_graph import Fold, Graph, Node, Socket
 from workflow_parts import (
+    FLUX,
+    STEP,
+    TINY,
     Family,
     Model,
     against,
@@ -22,6 +25,7 @@ from workflow_parts import (
 )
 
 VOTE_STEPS, VOTE_GROUP = "1,3", 6  # twelve pictures: what a person still compares
+SEARCHES = ("best of n", "coarse first", "particles")
 FASTER = 3  # times the learning rate, for a person makes few updates
 
 
@@ -114,6 +118,97 @@ def starts(
     given = {"vae": model.vae, "prompt": text, "guider": guider, "noise": noise["NOISE"]}
     for name, socket in (given | {"sigmas": sigmas, "latent": latent}).items():
         inner.give(name, socket)
+
+
+def prompt_and_guidance(graph: Graph, family: Family) -> Fold:
+    """Fold what a search starts from, with the strength of guidance in sight."""
+    inner = graph.fold("Model, prompt and guidance")
+    next_column(inner)
+    model = load(inner, family)
+    text = write_prompt(inner, family)
+    next_column(inner)
+    positive = encode(inner, family, model.clip, text)
+    if family is FLUX:
+        inner.promote(inner.nodes[-1], "guidance", "guidance")
+        negative = None
+    else:
+        blank = {"clip": model.clip, "text": ""}
+        below(inner, 1, 280)
+        negative = inner.add("CLIPTextEncode", blank, "Negative prompt")["CONDITIONING"]
+    next_column(inner)
+    guider = guide(inner, family, model.model, positive, negative)
+    if negative is not None:
+        inner.promote(inner.nodes[-1], "cfg", "guidance")
+    last = round(inner.columns[-1].x / STEP)
+    below(inner, last, 200)
+    noise = inner.add("RandomNoise", {"noise_seed": 3})
+    inner.promote(noise, "noise_seed", "seed")
+    promote_files(inner, model)
+    below(inner, last, 360)
+    given = {"guider": guider, "noise": noise["NOISE"], "sigmas": schedule(inner, family, model.model)}
+    below(inner, last, 560)
+    given |= {"latent": empty(inner, family)["LATENT"], "vae": model.vae, "prompt": text}
+    for name, socket in given.items():
+        inner.give(name, socket)
+    return inner
+
+
+def searched_and_measured(graph: Graph, family: Family) -> Fold:
+    """Fold the reward that is searched, and the same beside another one that is only measured."""
+    inner = graph.fold("Rewards")
+    next_column(inner)
+    loaded = []
+    for name, label in ((family.searched, "searched"), (family.unsearched, "only measured")):
+        loaded.append(inner.add("G2RPO_LoadReward", {"reward": name}))
+        inner.promote(loaded[-1], "reward", label)
+    next_column(inner)
+    wires = {f"reward_{i}": one["reward"] for i, one in enumerate(loaded, 1)}
+    both = inner.add("G2RPO_MixRewards", wires | {"weight_1": 1.0, "weight_2": 0.0, "mix": "sum"})
+    inner.give("searched", loaded[0]["reward"])
+    inner.give("both", both["reward"])
+    return inner
+
+
+def searches(graph: Graph, family: Family) -> Fold:
+    """Fold an ordinary image and three searches at one budget from the same noise."""
+    inner = graph.fold("Three Search Samplers")
+    taken = {"guider": "GUIDER", "noise": "NOISE", "sigmas": "SIGMAS", "latent": "LATENT", "vae": "VAE"}
+    taken |= {"prompt": "STRING", "reward": "G2RPO_REWARD"}
+    wires = {name: inner.take(name, kind) for name, kind in taken.items()}
+    start = {name: wires[name] for name in ("guider", "noise", "sigmas")} | {"latent_image": wires["latent"]}
+    below(inner, 0, 0)
+    euler = inner.add("KSamplerSelect", {"sampler_name": "euler"})
+    below(inner, 0, 130)
+    budget = inner.add("PrimitiveInt", {"value": family.search_images * family.forwards}, "Budget")
+    inner.promote(budget, "value", "budget")
+    below(inner, 0, 290)
+    names = "\n".join(("ordinary", *SEARCHES))
+    names = inner.add("PrimitiveStringMultiline", {"value": names}, "Names")
+    below(inner, 1, 0)
+    plain = inner.add("SamplerCustomAdvanced", start | {"sampler": euler["SAMPLER"]}, "Ordinary sampling")
+    settings = {name: wires[name] for name in ("vae", "reward", "prompt")} | {"budget": budget["INT"]}
+    settings |= {"slots": family.slots, "judge_at": family.judge_at, "strength": family.strength}
+    below(inner, 2, 0)
+    images = inner.add("VAEDecode", {"samples": plain["output"], "vae": wires["vae"]})["IMAGE"]
+    for i, method in enumerate(SEARCHES, 1):
+        below(inner, i, 260)
+        way = {"method": method}
+        found = inner.add("G2RPO_SearchSampler", start | settings | way)["images"]
+        below(inner, i + 2, 0)
+        images = inner.add("ImageBatch", {"image1": images, "image2": found})["IMAGE"]
+    inner.give("images", images)
+    if family is TINY:
+        next_column(inner)
+        # Pages draw small images no larger than they are.
+        large = {"image": images, "upscale_method": "bicubic", "scale_by": 4.0}
+        inner.give("shown", inner.add("ImageScaleBy", large)["IMAGE"])
+    inner.give("names", names["STRING"])
+    return inner
+
+
+def below(graph: Graph, column: int, top: int) -> None:
+    """Go on in a column of a folded graph, far enough down for nodes whose heights are not known."""
+    graph.column(STEP * column, 300, top)
 
 
 def draw_group(graph: Graph, family: Family) -> Fold:

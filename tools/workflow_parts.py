@@ -25,6 +25,11 @@ def lines_of(file: str, first: int, count: int) -> str:
     return "\n".join(islice(prompts, first, first + count))
 
 
+GET_REWARDS = (
+    "First get both rewards, 6 GB: *python fetch_rewards.py pickscore hpsv2.1* in the pack's folder."
+)
+
+
 @dataclass(frozen=True)
 class Family:
     """A model and the settings that suit it: real ones a card of 24 GB, the tiny one any processor."""
@@ -51,6 +56,17 @@ class Family:
     rewards: tuple[tuple[str, float], tuple[str, float]]  # the judge of pictures that are only looked at
     target: str  # what is trained
     watch: str  # what only measures
+    searched: str  # what a search looks for, and below it what only measures that
+    unsearched: str
+    search_images: int  # whose forwards a search may spend
+    judge_at: str
+    strength: float
+    get_rewards: str = ""  # what the note says about reward models
+
+    @property
+    def forwards(self) -> int:
+        """Return what one image takes: a forward per step, with guidance two."""
+        return self.num_steps * (2 if self.cfg > 1 else 1)
 
 
 TINY = Family(
@@ -77,6 +93,11 @@ TINY = Family(
     rewards=(("agreement", 1.0), ("strict", 0.5)),
     target="agreement",
     watch="strict",
+    searched="agreement",
+    unsearched="strict",
+    search_images=8,
+    judge_at="3,4,5",
+    strength=10.0,
 )
 SD35 = Family(
     name="sd35",
@@ -101,6 +122,12 @@ SD35 = Family(
     rewards=(("colourfulness", 1.0), ("sharpness", 0.5)),
     target="colourfulness",
     watch="sharpness",
+    searched="pickscore",
+    unsearched="hpsv2.1",
+    search_images=6,
+    judge_at="4,6,8",
+    strength=1.5,
+    get_rewards=GET_REWARDS,
 )
 FLUX = Family(
     name="flux",
@@ -125,6 +152,12 @@ FLUX = Family(
     rewards=(("colourfulness", 1.0), ("sharpness", 0.5)),
     target="colourfulness",
     watch="sharpness",
+    searched="pickscore",
+    unsearched="hpsv2.1",
+    search_images=6,
+    judge_at="4,6,8",
+    strength=1.5,
+    get_rewards=GET_REWARDS,
 )
 Z_IMAGE = Family(
     name="z_image",
@@ -149,6 +182,12 @@ Z_IMAGE = Family(
     rewards=(("colourfulness", 1.0), ("sharpness", 0.5)),
     target="colourfulness",
     watch="sharpness",
+    searched="pickscore",
+    unsearched="hpsv2.1",
+    search_images=6,
+    judge_at="6,8,10",
+    strength=1.5,
+    get_rewards=GET_REWARDS,
 )
 FAMILIES = (TINY, SD35, FLUX, Z_IMAGE)
 

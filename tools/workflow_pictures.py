@@ -297,8 +297,21 @@ def compare(canvas: Image.Image, pen: ImageDraw.ImageDraw, made: Material) -> No
             tile(canvas, each, (55 + 270 * column, 70 + 234 * i), 214, colour, 6)
 
 
+def search(canvas: Image.Image, pen: ImageDraw.ImageDraw, made: Material) -> None:
+    """Draw an ordinary image, and a better one under a looking glass."""
+    say(pen, (150, 52), "same model", 40, "#b9bdc8")
+    tile(canvas, made.batch[5], (50, 90), 200)
+    for i, place in enumerate((6, 7, 4, 3, 2)):
+        tile(canvas, made.batch[place], (50 + 104 * i, 430), 84)
+    centre, ring = (410, 230), 150
+    tile(canvas, made.batch[0], (centre[0] - 106, centre[1] - 106), 212, GREEN, 6)
+    box = (centre[0] - ring, centre[1] - ring, centre[0] + ring, centre[1] + ring)
+    pen.ellipse(box, None, LIGHT, 14)
+    pen.line((centre[0] + 106, centre[1] + 106, centre[0] + 178, centre[1] + 178), LIGHT, 30)
+
+
 DRAWN: dict[str, Callable[[Image.Image, ImageDraw.ImageDraw, Material], None]] = dict(
-    zip(GRAPHS, (pick, why, train, vote, again, loop, compare), strict=True)
+    zip(GRAPHS, (pick, why, train, vote, again, loop, compare, search), strict=True)
 )
 
 

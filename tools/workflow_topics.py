@@ -1,4 +1,4 @@
-"""The seven subjects that the workflows show, each for any family."""
+"""The eight subjects that the workflows show, each for any family."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from workflow_folds import (
     model_and_lora,
     model_and_prompt,
     one_image,
+    prompt_and_guidance,
+    searched_and_measured,
+    searches,
     train_folded,
     train_short,
 )
@@ -227,6 +230,40 @@ def compare(graph: Graph, family: Family) -> None:
     )
 
 
+def search(graph: Graph, family: Family) -> None:
+    """Compare three searches at one budget with an ordinary image."""
+    price = "two per step with guidance" if family.cfg > 1 else "one per step"
+    price += "; guidance above 1 doubles that" if family is TINY else ""
+    graph.column(0, 290, 0, 270)
+    graph.note(
+        say(
+            f"**Better images without training.** {family.files} {family.get_rewards}".rstrip(),
+            f"Press **Run**: three searches, each at the price of {family.search_images} images, look for "
+            "one that the *searched* reward likes.",
+            "**Look at** the table. Where the reward that is *only measured* falls, the search games its "
+            "reward.",
+            "**Change first** prompt and *budget*. Try more *guidance* before you search: it often helps "
+            "most.",
+            f"Budgets count forwards of the model: an image takes {family.forwards}, {price}.",
+        ),
+        grow=1,
+    )
+    graph.column(0, 290, 294)
+    begun = graph.folded(prompt_and_guidance(graph, family), {}, "sample")
+    rewards = graph.folded(searched_and_measured(graph, family), {}, "judge")
+    graph.column(330, 234, 100)
+    inner = searches(graph, family)
+    wires = {name: begun[name] for name in begun.outputs} | {"reward": rewards["searched"]}
+    found = graph.folded(inner, wires, "sample")
+    graph.column(604, WIDTH - 604, 0, 300)
+    title = "Ordinary, best of n, coarse first, particles"
+    shown = found.outputs.get("shown", found["images"])
+    graph.add("PreviewImage", {"images": shown}, title, grow=1)
+    graph.column(604, 490, 420, HEIGHT)
+    wires = {"images": found["images"], "names": found["names"], "prompt": begun["prompt"]}
+    graph.add("G2RPO_ScoreImages", wires | {"reward": rewards["both"]}, grow=1)
+
+
 GRAPHS: dict[str, Callable[[Graph, Family], None]] = {
     "Pick the best of my images": pick,
     "Why is one better": why,
@@ -235,4 +272,5 @@ GRAPHS: dict[str, Callable[[Graph, Family], None]] = {
     "Train again on kept votes": again,
     "The loop as a graph": loop,
     "Before and after": compare,
+    "Better images without training": search,
 }
