@@ -1,0 +1,281 @@
+"""What does a search find for its budget? All searches side by side on the bundled model, without training.
+
+Every search gets the same forwards for the same prompts from the same start noises. The searched reward is
+`agreement`; `strict`, which nobody searched, says whether only the score got better. Guidance is held fixed,
+and stands in the table as a rival. Hard prompts are the third of a list on which plain images score least.
+One single-thread process per worker; a stopped benchmark goes on where it was.
+
+    python benchmarks/alignment.py run                                  # held-out prompts, 3 seeds, 32/64/128
+    python benchmarks/alignment.py run --split tune --budgets 64 --arms particles 'particles, λ 20'
+    python benchmarks/alignment.py report --plot docs/alignment.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from learning_report import interval, table
+from learning_runs import ROOT, read
+
+Row = dict[str, Any]
+PLAIN = 6
+"""Ordinary images that say how hard a prompt is."""
+SIDE = 8  # pixels of the small images by which results are compared
+
+ARMS: dict[str, dict[str, Any]] = {
+    "best of n": {"method": "best_of_n"},
+    "coarse first": {"method": "coarse_first"},
+    "branch search": {"method": "branch_search"},
+    "particles": {"method": "particles"},
+    "particle gibbs": {"method": "particle_gibbs"},
+    "noise search": {"method": "noise_search"},
+    "ensemble": {"method": "ensemble"},
+}
+"""Searches with the settings that differ from the defaults."""
+
+
+@cache
+def searcher(guidance: float, split: str) -> Any:
+    """Load the model and the rewards, once per process."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from accelerate import Accelerator
+
+    from comfy_g2rpo.sampling.prompt_search import Searcher
+    from g2rpo_trainer.config.reading import load
+    from g2rpo_trainer.run import prepare
+
+    torch.set_num_threads(1)
+    changes = [f"model.guidance={guidance}", f"prompts.heldout={prompts_of(split)}", "train.eval_prompts=0"]
+    return Searcher(prepare(load("demo", changes), Accelerator(cpu=True)))
+
+
+def prompts_of(split: str) -> Path:
+    """Return a list of prompts."""
+    return ROOT / f"prompts/shapes_{split}.txt"
+
+
+def run_job(job: Row) -> Row:
+    """Search for one prompt with every seed; return scores, what was spent, and how far results differ."""
+    import torch
+
+    from comfy_g2rpo.sampling.search_settings import SearchSettings
+
+    host, made = searcher(job["guidance"], job["split"]), dict(ARMS[job["arm"]])
+    method, judges = made.pop("method"), host.setup.judges
+    spent: dict[str, list[float]] = {"forwards": [], "scored": [], "cpu": []}
+    latents = []
+    for seed in job["seeds"]:
+        begin = time.process_time()
+        result = host.find(method, SearchSettings(**made), job["budget"], job["prompt"], seed)
+        spent["cpu"].append(time.process_time() - begin)
+        spent["forwards"].append(result.forwards * host.price)
+        spent["scored"].append(result.scored)
+        latents.append(result.found[0].latent)
+    found = torch.stack(latents)
+    scores = host.scores(judges, found, job["prompt"])
+    names = {judge.name: row.tolist() for judge, row in zip(judges, scores, strict=True)}
+    small = torch.nn.functional.adaptive_avg_pool2d(host.images(found).permute(0, 3, 1, 2), SIDE).flatten(1)
+    apart = torch.pdist(small).mean().item() / small.shape[1] ** 0.5 if len(small) > 1 else math.nan
+    return {**job, **names, **spent, "distance": apart}
+
+
+def plain_job(job: Row) -> Row:
+    """Score ordinary images of a prompt, from noises that no search begins with."""
+    import torch
+
+    from comfy_g2rpo.sampling.search import Ask, answer
+
+    host = searcher(job["guidance"], job["split"])
+    setup = host.setup
+    noise = torch.stack(
+        [torch.randn(setup.shape, generator=torch.Generator().manual_seed(10_000 + i)) for i in range(PLAIN)]
+    )
+    walk = tuple(range(len(setup.sigmas)))
+    cond = setup.policy.encode([job["prompt"]])[0]
+    told = answer(Ask(noise, walk), setup.policy, cond, setup.sigmas, lambda latents: torch.zeros(PLAIN))
+    scores = host.scores(setup.judges, told.latents, job["prompt"])
+    return {**job, **{judge.name: row.tolist() for judge, row in zip(setup.judges, scores, strict=True)}}
+
+
+def answer_job(job: Row) -> Row:
+    """Run a job of either kind."""
+    return plain_job(job) if job["arm"] == "plain" else run_job(job)
+
+
+def identity(job: Row) -> str:
+    """Return what makes a job the same."""
+    return json.dumps({key: job[key] for key in ("arm", "split", "guidance", "budget", "prompt", "seeds")})
+
+
+def jobs_of(options: argparse.Namespace) -> list[Row]:
+    """List the jobs, prompt after prompt through all arms."""
+    texts = prompts_of(options.split).read_text("utf-8").splitlines()
+    seeds, found = list(range(*options.seeds)), []
+    for prompt in texts:
+        for guidance in options.guidance:
+            common = {"split": options.split, "guidance": guidance, "prompt": prompt}
+            found.append({"arm": "plain", **common, "budget": 0, "seeds": []})
+            for budget in options.budgets:
+                for arm in options.arms or ARMS:
+                    found.append({"arm": arm, **common, "budget": budget, "seeds": seeds})
+    return found
+
+
+def run_all(jobs: Iterable[Row], path: Path, workers: int) -> None:
+    """Run what the results file does not hold yet, each written as it comes."""
+    done = {identity(row) for row in read(path)}
+    left = [job for job in jobs if identity(job) not in done]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, path.open("a") as file:
+        for number, future in enumerate(as_completed([pool.submit(answer_job, job) for job in left]), 1):
+            file.write(json.dumps(future.result()) + "\n")
+            file.flush()
+            if number % 50 == 0:
+                print(f"{number} of {len(left)}", flush=True)
+
+
+def hard_prompts(rows: Sequence[Row]) -> set[str]:
+    """Return the third of the prompts on which plain images without guidance score least."""
+    plain = {
+        row["prompt"]: statistics.mean(row["agreement"])
+        for row in rows
+        if row["arm"] == "plain" and row["guidance"] == 1
+    }
+    return set(sorted(plain, key=lambda prompt: plain[prompt])[: len(plain) // 3])
+
+
+def by_prompt(rows: Sequence[Row], reward: str) -> dict[str, float]:
+    """Return the mean score over seeds, by prompt: prompts are what is drawn from."""
+    return {row["prompt"]: statistics.mean(row[reward]) for row in rows}
+
+
+def gain(rows: Sequence[Row], base: Sequence[Row], reward: str) -> str:
+    """Write the paired difference of two arms, with its interval over prompts."""
+    found, other = by_prompt(rows, reward), by_prompt(base, reward)
+    pairs = [found[prompt] - other[prompt] for prompt in found if prompt in other]
+    if not pairs:
+        return "–"
+    mean, width = interval(pairs)
+    return f"{mean:+.3f} ± {width:.3f}"
+
+
+def mean_of(rows: Sequence[Row], name: str) -> float:
+    """Return the mean of a column, whose cells are numbers or one per seed."""
+    cells = [row[name] if isinstance(row[name], list) else [row[name]] for row in rows]
+    return statistics.mean(statistics.mean(cell) for cell in cells)
+
+
+HEADS = (
+    "search",
+    "agreement",
+    "minus best of n",
+    "strict",
+    "minus best of n ",
+    "images judged",
+    "distance",
+    "CPU s",
+)
+
+
+def section(rows: Sequence[Row], guidance: float, budget: int) -> list[str]:
+    """Tabulate all arms at one guidance and budget."""
+    here = [row for row in rows if row["guidance"] == guidance and row["budget"] in (0, budget)]
+    arms = {arm: [row for row in here if row["arm"] == arm] for arm in dict.fromkeys(r["arm"] for r in here)}
+    base, lines = arms.get("best of n", []), []
+    for arm, found in arms.items():
+        cells = [arm, f"{mean_of(found, 'agreement'):.3f}", gain(found, base, "agreement")]
+        cells += [f"{mean_of(found, 'strict'):.3f}", gain(found, base, "strict")]
+        if arm == "plain":
+            cells += ["1", "–", "–"]
+        else:
+            spent = [f"{mean_of(found, 'scored'):.0f}", f"{mean_of(found, 'distance'):.3f}"]
+            cells += [*spent, f"{mean_of(found, 'cpu'):.2f}"]
+        lines.append(cells)
+    return table(HEADS, lines)
+
+
+def report(rows: Sequence[Row], out: Path, plot: Path) -> None:
+    """Print the tables as Markdown, keep them in a file, and draw the plot."""
+    hard = hard_prompts(rows)
+    some = [row for row in rows if row["prompt"] in hard]
+    lines = []
+    for guidance in sorted({row["guidance"] for row in rows}):
+        for name, part in (("hard", some), ("all", rows)):
+            for budget in sorted({row["budget"] for row in rows if row["budget"]}):
+                if not part:
+                    continue
+                count = len({row["prompt"] for row in part})
+                title = f"**{budget} forwards, guidance {guidance:g}, {count} {name} prompts**"
+                lines += ["", title, "", *section(part, guidance, budget)]
+    print("\n".join(lines))
+    out.write_text("\n".join(lines) + "\n")
+    draw([row for row in some if row["guidance"] == 1 and row["budget"]], plot)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw what each search finds on hard prompts: against forwards, and against CPU seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    budgets = sorted({row["budget"] for row in rows})
+    for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
+        parts = [[row for row in rows if row["arm"] == arm and row["budget"] == budget] for budget in budgets]
+        parts = [part for part in parts if part]
+        score = [mean_of(part, "agreement") for part in parts]
+        how = {"marker": "osD^vPX*"[number % 8], "label": arm, "linewidth": 1.5}
+        axes[0].plot([mean_of(part, "forwards") for part in parts], score, **how)
+        axes[1].plot([mean_of(part, "cpu") for part in parts], score, **how)
+    for axis, name in zip(axes, ("forwards", "CPU seconds"), strict=True):
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel(name, fontsize=12)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("agreement of the best image", fontsize=12)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one stage."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("stage", choices=("run", "report"))
+    add("--out", type=Path, default=ROOT / "benchmarks/results")
+    add("--runs", default="alignment", help="results file, without .jsonl")
+    add("--split", default="heldout", choices=("heldout", "tune"))
+    add("--seeds", type=int, nargs=2, default=(0, 3), help="first seed, and the one after the last")
+    add("--budgets", type=int, nargs="+", default=[32, 64, 128], help="forwards of a search")
+    add("--guidance", type=float, nargs="+", default=[1.0, 2.0])
+    add("--arms", nargs="*", choices=list(ARMS), help="searches (default: all)")
+    add("--workers", type=int, default=1)
+    add("--plot", type=Path, help="file of the report's plot (default: beside its table)")
+    options = parser.parse_args(arguments)
+    path = options.out / f"{options.runs}.jsonl"
+    if options.stage == "run":
+        run_all(jobs_of(options), path, options.workers)
+    else:
+        rows = [row for row in read(path) if row["split"] == options.split]
+        report(rows, path.with_suffix(".md"), options.plot or path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
