@@ -136,6 +136,13 @@ def test_branches_take_the_forwards_of_their_completions_alone() -> None:
     assert spent == starts * 8 + 3 * sum(8 - k - 1 for k in range(4))
 
 
+@pytest.mark.parametrize("method", [best_of_n, coarse_first, branch_search, particles, ensemble])
+def test_no_request_grows_with_the_budget(method: Any) -> None:
+    answer = answered(mixture, first)
+    search(method, space(), MIXED, 20_000, answer)
+    assert max(len(ask.start) for ask in answer.asked) <= 256
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("change", [{"eta": 0.0}, {"group": 0, "steps": (7,)}])
 def test_branches_without_noise_find_nothing_beyond_the_starts(stride: int, change: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from ..schedule import completion_indices
-from .search import Ask, Asking, Space, images
+from .search import TOGETHER, Ask, Asking, Space, images
 from .search_settings import SearchSettings
 
 
@@ -34,16 +34,20 @@ def branch_search(space: Space, settings: SearchSettings, budget: int) -> Asking
         if not x or better(told.scores[best].item(), score):
             score, x, velocity = told.scores[best].item(), list(told.x[best]), list(told.velocity[best])
     for k in steps:
-        branches = space.noisy_step(
-            k, x[k][None], velocity[k][None], space.draw(group, "branch", k), settings
-        )
-        names = [f"branch {i + 1} of step {k}" for i in range(group)]
-        told = yield Ask(branches, ways[k], () if rest(k, ways[k]) else names, kept=True)
-        best = best_of(told.scores)
-        way_x, way_v, found = list(told.x[best]), list(told.velocity[best]), told.scores[best].item()
+        name, way_x, way_v, found = "", [], [], math.nan
+        for first in range(0, group, TOGETHER):
+            numbers = range(first, min(first + TOGETHER, group))
+            noise = space.streams(numbers, "branch", k)
+            branches = space.noisy_step(k, x[k][None], velocity[k][None], noise, settings)
+            names = [f"branch {number + 1} of step {k}" for number in numbers]
+            told = yield Ask(branches, ways[k], () if rest(k, ways[k]) else names, kept=True)
+            best = best_of(told.scores)
+            if not name or better(told.scores[best].item(), found):
+                name, found = names[best], told.scores[best].item()
+                way_x, way_v = list(told.x[best]), list(told.velocity[best])
         if finish := rest(k, ways[k]):
             here = space.euler_step(k + 2, way_x[1], way_v[1])[None]
-            told = yield Ask(here, finish, names[best : best + 1], kept=True)
+            told = yield Ask(here, finish, [name], kept=True)
             way_x, way_v = [*way_x[:2], *told.x[0]], [*way_v[:2], *told.velocity[0]]
             found = told.scores[0].item()
         if better(found, score):

@@ -11,8 +11,8 @@ from .search_settings import SearchSettings
 
 ACTIVE = (0.3, 0.95)
 """Noise levels between which members move: above, a look says little; below, little can change."""
-MOST = 1024
-"""Members: with more, the matrix of all pairs is what takes the memory."""
+MOST = 256
+"""Members, whose latents are all kept."""
 
 
 def ensemble(space: Space, settings: SearchSettings, budget: int) -> Asking:

@@ -339,7 +339,7 @@ class SearchSampler(io.ComfyNode):
         report = described(result, name, budget, hunt, time.perf_counter() - begin)
         found = torch.stack([one.latent for one in result.found])
         latents = guider.model_patcher.model.process_latent_out(found)
-        made = decode_latents(vae, latents).nan_to_num(0.0)
+        made = torch.cat([decode_latents(vae, part) for part in latents.split(slots)]).nan_to_num(0.0)
         scores = [one.score for one in result.found]
         return io.NodeOutput({"samples": latents}, made, scores, report, ui=show(cls, report))
 
