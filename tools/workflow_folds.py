@@ -154,18 +154,13 @@ def prompt_and_guidance(graph: Graph, family: Family) -> Fold:
 
 
 def searched_and_measured(graph: Graph, family: Family) -> Fold:
-    """Fold the reward that is searched, and the same beside another one that is only measured."""
+    """Fold the reward that is searched, and another one that is only measured."""
     inner = graph.fold("Rewards")
     next_column(inner)
-    loaded = []
     for name, label in ((family.searched, "searched"), (family.unsearched, "only measured")):
-        loaded.append(inner.add("G2RPO_LoadReward", {"reward": name}))
-        inner.promote(loaded[-1], "reward", label)
-    next_column(inner)
-    wires = {f"reward_{i}": one["reward"] for i, one in enumerate(loaded, 1)}
-    both = inner.add("G2RPO_MixRewards", wires | {"weight_1": 1.0, "weight_2": 0.0, "mix": "sum"})
-    inner.give("searched", loaded[0]["reward"])
-    inner.give("both", both["reward"])
+        loaded = inner.add("G2RPO_LoadReward", {"reward": name})
+        inner.promote(loaded, "reward", label)
+        inner.give(label.removeprefix("only "), loaded["reward"])
     return inner
 
 
@@ -173,7 +168,7 @@ def searches(graph: Graph, family: Family) -> Fold:
     """Fold an ordinary image and three searches at one budget from the same noise."""
     inner = graph.fold("Three Search Samplers")
     taken = {"guider": "GUIDER", "noise": "NOISE", "sigmas": "SIGMAS", "latent": "LATENT", "vae": "VAE"}
-    taken |= {"prompt": "STRING", "reward": "G2RPO_REWARD"}
+    taken |= {"prompt": "STRING", "searched": "G2RPO_REWARD", "measured": "G2RPO_REWARD"}
     wires = {name: inner.take(name, kind) for name, kind in taken.items()}
     start = {name: wires[name] for name in ("guider", "noise", "sigmas")} | {"latent_image": wires["latent"]}
     below(inner, 0, 0)
@@ -186,7 +181,8 @@ def searches(graph: Graph, family: Family) -> Fold:
     names = inner.add("PrimitiveStringMultiline", {"value": names}, "Names")
     below(inner, 1, 0)
     plain = inner.add("SamplerCustomAdvanced", start | {"sampler": euler["SAMPLER"]}, "Ordinary sampling")
-    settings = {name: wires[name] for name in ("vae", "reward", "prompt")} | {"budget": budget["INT"]}
+    settings = {"vae": wires["vae"], "reward": wires["searched"], "prompt": wires["prompt"]}
+    settings |= {"budget": budget["INT"]}
     settings |= {"slots": family.slots, "judge_at": family.judge_at, "strength": family.strength}
     below(inner, 2, 0)
     images = inner.add("VAEDecode", {"samples": plain["output"], "vae": wires["vae"]})["IMAGE"]
@@ -203,7 +199,18 @@ def searches(graph: Graph, family: Family) -> Fold:
         large = {"image": images, "upscale_method": "bicubic", "scale_by": 4.0}
         inner.give("shown", inner.add("ImageScaleBy", large)["IMAGE"])
     inner.give("names", names["STRING"])
+    judged_by(inner, wires)
     return inner
+
+
+def judged_by(inner: Fold, wires: dict[str, Socket]) -> None:
+    """Hand on what the images are judged by: the prompt, and both rewards, of which the first one ranks."""
+    below(inner, 0, 460)
+    inner.give("prompt", inner.add("StringTrim", {"string": wires["prompt"], "mode": "Both"})["STRING"])
+    below(inner, 0, 700)
+    both = {"reward_1": wires["searched"], "reward_2": wires["measured"]}
+    mixed = inner.add("G2RPO_MixRewards", both | {"weight_1": 1.0, "weight_2": 0.0, "mix": "sum"})
+    inner.give("reward", mixed["reward"])
 
 
 def below(graph: Graph, column: int, top: int) -> None:

@@ -251,17 +251,18 @@ def search(graph: Graph, family: Family) -> None:
     graph.column(0, 290, 294)
     begun = graph.folded(prompt_and_guidance(graph, family), {}, "sample")
     rewards = graph.folded(searched_and_measured(graph, family), {}, "judge")
-    graph.column(330, 234, 100)
+    graph.column(356, 234, 60, 600)
     inner = searches(graph, family)
-    wires = {name: begun[name] for name in begun.outputs} | {"reward": rewards["searched"]}
-    found = graph.folded(inner, wires, "sample")
-    graph.column(604, WIDTH - 604, 0, 300)
+    wires = {name: begun[name] for name in begun.outputs} | rewards.outputs
+    # Older pages show the picture of the running search on it.
+    found = graph.folded(inner, wires, "sample", grow=1)
+    graph.column(630, WIDTH - 630, 0, 300)
     title = "Ordinary, best of n, coarse first, particles"
     shown = found.outputs.get("shown", found["images"])
     graph.add("PreviewImage", {"images": shown}, title, grow=1)
-    graph.column(604, 490, 420, HEIGHT)
-    wires = {"images": found["images"], "names": found["names"], "prompt": begun["prompt"]}
-    graph.add("G2RPO_ScoreImages", wires | {"reward": rewards["both"]}, grow=1)
+    graph.column(630, 464, 420, HEIGHT)
+    wires = {name: found[name] for name in ("images", "names", "prompt", "reward")}
+    graph.add("G2RPO_ScoreImages", wires, grow=1)
 
 
 GRAPHS: dict[str, Callable[[Graph, Family], None]] = {
