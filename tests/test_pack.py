@@ -142,8 +142,8 @@ def test_starting_loads_no_model_and_no_further_library(pair: Pair) -> None:
     assert pair.pack.data["loaded_models"] == 0
 
 
-def test_importing_the_pack_takes_less_than_half_a_second(pair: Pair) -> None:
-    assert 0 < pair.pack.data["seconds"] < 0.5
+def test_importing_the_pack_takes_little_more_than_its_own_code(pair: Pair) -> None:
+    assert 0 < pair.pack.data["price"] < 2.5
 
 
 def test_our_routes_can_only_be_read(pair: Pair) -> None:
