@@ -242,8 +242,7 @@ def search(graph: Graph, family: Family) -> None:
             "one that the *searched* reward likes.",
             "**Look at** the table. Where the reward that is *only measured* falls, the search games its "
             "reward.",
-            "**Change first** prompt and *budget*. Try more *guidance* before you search: it often helps "
-            "most.",
+            "**Change first** prompt and *budget*. Try more *guidance* before you search: that may do.",
             f"Budgets count forwards of the model: an image takes {family.forwards}, {price}.",
         ),
         grow=1,
