@@ -145,3 +145,15 @@ def test_gains_are_paired_by_prompt_and_seed():
 def test_the_help_names_every_method(capsys):
     code, said, _ = leave(capsys, "search", "--help")
     assert code == 0 and all(name in said.replace("\n", " ") for name in READS)
+
+
+def test_a_run_goes_on_whatever_the_section_search_says(tmp_path, capsys):
+    few = ["train.steps=1", "train.eval_prompts=1", "train.eval_noises=1"]
+    words = [word for text in few for word in ("--set", text)]
+    run = tmp_path / "run"
+    assert leave(capsys, "train", "demo", "--out", run, "--quiet", *words)[0] == 0
+    more = ["--set", "train.steps=2", "--set", "search.eta=0.3", "--resume"]
+    assert leave(capsys, "train", "demo", "--out", run, "--quiet", *words, *more)[0] == 0
+    other = ["--set", "train.steps=3", "--set", "method.eta=0.3", "--resume"]
+    code, _, errors = leave(capsys, "train", "demo", "--out", run, "--quiet", *words, *other)
+    assert code != 0 and "method.eta" in errors

@@ -75,6 +75,7 @@ MAY_CHANGE = {
     "memory": FITTING,
 }
 """Fields that may change on resume: they change what is learned by no more than rounding."""
+UNREAD = ("out", "report", "search")  # sections that training does not read
 PREVIEW = "preview"
 CHECKPOINT_FILES = ("lora.safetensors", "state.safetensors", "state.json")
 
@@ -247,7 +248,7 @@ class RunFolder:
                     # Left to the method, whose name may mean another thing now.
                     before = spelt_out(self.config().get("recipe")).get(key, FIELDS[key].default)
                 name = f"{section}.{key}".strip(".")
-                free = section in ("out", "report") or name in moved or field in MAY_CHANGE.get(section, ())
+                free = section in UNREAD or name in moved or field in MAY_CHANGE.get(section, ())
                 if value != before and not free:
                     yield name, before, value
 
