@@ -14,7 +14,7 @@ from comfy_graphs import block, core, drawing, outputs, reward, run, spoken, thi
 protocol = comfy_side.pack_module("comfy_g2rpo.rewards.protocol")
 types = comfy_side.pack_module("nodes.types")
 given = comfy_side.given()
-PROMPT = "a red circle"
+PROMPT = given["prompt"]
 FOUND = outputs(block="latents images scores report")
 PLAIN = outputs(plain="picture")
 
@@ -57,6 +57,7 @@ def graph(**changes: Any) -> dict[str, Any]:
     nodes["model"] = thing("model", counting.model)
     nodes["guider"] = core("BasicGuider", model=["model", 0], conditioning=["text", 0])
     nodes |= {name: value for name, value in changes.items() if isinstance(value, dict)}
+    changes = {"prompt": PROMPT, **changes}
     inputs = {name: value for name, value in changes.items() if not isinstance(value, dict)}
     nodes["block"] = block("SearchSampler", **inputs)
     return nodes

@@ -33,7 +33,9 @@ REFUSED = {
     "a far eta": ({"eta": 1e9}, "eta"),
     "more than anyone means": ({"budget": 1_000_000, "slots": 0}, "slots"),
 }
+PROMPT = "three green squares"
 DATA = {
+    "prompt": PROMPT,
     "ways": WAYS,
     "sigmas": shifted_sigmas(8).tolist(),
     "refused": {name: changes for name, (changes, _) in REFUSED.items()},
@@ -55,11 +57,14 @@ def searcher() -> Searcher:
 @pytest.mark.parametrize("name", METHODS)
 def test_it_finds_what_the_command_line_finds(name: str, done: Answer, searcher: Searcher) -> None:
     with torch.no_grad():
-        found = searcher.find(name, SearchSettings(), 64, "a red circle", 5)
-        image = searcher.images(found.found[0].latent[None])
+        found = searcher.find(name, SearchSettings(), 64, PROMPT, 5)
+        latent = found.found[0].latent[None]
+        image = searcher.images(latent)
     made = done.data[name]
     assert made["scores"] == pytest.approx([found.found[0].score], abs=1e-3)
     assert made["report"].splitlines()[0].endswith(found.found[0].name)
+    # SD3's latent format: what goes over the wire is what the VAE decodes.
+    assert (done.tensors[f"{name} latents"] - (latent / 1.5305 + 0.0609)).abs().max() < 1e-4
     assert (done.tensors[f"{name} images"] - image).abs().max() < 0.5 / 255 + 1e-3
 
 
@@ -70,9 +75,11 @@ def test_it_spends_the_forwards_that_it_says(name: str, done: Answer) -> None:
 
 
 def test_the_best_come_first(done: Answer) -> None:
+    """Of four that were asked for, those that were finished: rough looks are no images to return."""
     made = done.data["four"]
-    assert done.tensors["four images"].shape == (4, 64, 64, 3)
-    assert done.tensors["four latents"].shape == (4, 16, 8, 8)
+    assert "3 images, not 4: no more were finished" in made["report"]
+    assert done.tensors["four images"].shape == (3, 64, 64, 3)
+    assert done.tensors["four latents"].shape == (3, 16, 8, 8)
     assert made["scores"] == sorted(made["scores"], reverse=True)
     assert made["scores"][0] == pytest.approx(done.data["coarse_first"]["scores"][0], abs=1e-3)
 

@@ -103,8 +103,8 @@ def test_scores_are_those_of_the_latents_and_the_best_comes_first(name: str) -> 
     found = run(name, 64, keep=5)
     for one in found.found:
         assert one.score == pytest.approx(near(one.latent[None]).item(), abs=1e-6)
-    whole = [one.score for one in found.found if one.whole]
-    assert whole and whole == sorted(whole, reverse=True)
+    scores = [one.score for one in found.found]
+    assert all(one.whole for one in found.found) and scores == sorted(scores, reverse=True)
 
 
 @pytest.mark.parametrize("name", METHODS)

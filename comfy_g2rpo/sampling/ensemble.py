@@ -50,7 +50,7 @@ def moved(x: Tensor, scores: Tensor, pull: float) -> Tensor:
     if size == 0:
         return x
     away = (members - members.mean(0)).flatten(1).double()
-    step = (pairs / size @ away).to(x.dtype).view_as(members)
+    step = ((pairs / size).to(away) @ away).to(x.dtype).view_as(members)
     made = x.clone()
     made[known] = members - pull * step
     return made

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..rewards.mixing import MixedReward
-from ..rewards.protocol import Reward, RewardError, score_all
-from ..run.scorer import to_8_bit
+from ..rewards.protocol import Reward, RewardError
+from ..run.batch_limits import Limits
+from ..run.scorer import Scorer, to_8_bit
 from ..run.setup import Setup
 from .search import Ask, Result, Space, Told, answer, search
 from .search_methods import METHODS
 from .search_settings import SearchSettings
 
 
-@dataclass(frozen=True)
+@dataclass
 class Searcher:
     """Search for one prompt after another; the rewards that a run trains on are searched for."""
 
     setup: Setup
     check: Callable[[], None] = lambda: None
     """Called before every forward; raises to stop."""
+    limits: Limits = field(init=False)
+    """What fits into memory, as learned so far."""
 
     def __post_init__(self) -> None:
+        self.limits = Limits.of(self.setup.pace)
         for reward in self.setup.rewards:
             if reward.needs_group:
                 raise RewardError(
@@ -51,13 +55,17 @@ class Searcher:
 
     def images(self, latents: Tensor) -> Tensor:
         """Decode latents [n, …] as they will be saved."""
-        size = self.setup.pace.decode_batch
-        return torch.cat([to_8_bit(self.setup.policy.decode(part)) for part in latents.split(size)])
+        limit = self.limits.decode_batch
+        return torch.cat([to_8_bit(self.setup.policy.decode(part)) for part in latents.split(limit.rows)])
 
     @torch.no_grad()
     def scores(self, rewards: Sequence[Reward], latents: Tensor, prompt: str) -> Tensor:
         """Score latents [n, …] by rewards: [R, n]."""
-        return score_all(rewards, self.images(latents), [prompt] * len(latents))
+        policy, count = self.setup.policy, len(latents)
+        scorer = Scorer(policy.decode, rewards, [prompt], count, self.limits.decode_batch, check=self.check)
+        with scorer:
+            scorer([0] * count, list(range(count)), latents)
+        return scorer.scores[:, 0]
 
     def find(
         self, method: str, settings: SearchSettings, budget: int, prompt: str, seed: int, keep: int = 1
@@ -70,7 +78,7 @@ class Searcher:
 
         def evaluate(ask: Ask) -> Told:
             judge = self.judge(reward, prompt)
-            return answer(ask, setup.policy, cond, setup.sigmas, judge, setup.pace.slots, self.check)
+            return answer(ask, setup.policy, cond, setup.sigmas, judge, self.limits.slots, self.check)
 
         return search(METHODS[method], space, settings, budget // self.price, evaluate, keep)
 

@@ -20,7 +20,9 @@ from torch import Tensor
 from ..kernels import step
 from ..plan import Plan, PlanBuilder, State
 from ..policy import Policy
-from ..rollout import roll_out, seeded_noise
+from ..rollout import seeded_noise
+from ..speed.fitting_batch import Limit
+from ..speed.fitting_rollout import roll_out
 
 if TYPE_CHECKING:
     from .search_settings import SearchSettings
@@ -128,7 +130,7 @@ def answer(
     cond: Any,
     sigmas: Tensor,
     judge: Callable[[Tensor], Tensor],
-    slots: int = 64,
+    slots: int | Limit = 64,
     check: Callable[[], None] | None = None,
 ) -> Told:
     """Run a request on a policy, all rows with one conditioning; `judge` scores latents [n, …] as [n]."""
@@ -194,6 +196,8 @@ class Result:
         self.found += [Found(latent, score, name, bool(ask.names)) for latent, score, name in made]
         # Stable: of equals, the one that was found first stays first.
         self.found.sort(key=lambda one: (one.whole, not math.isnan(one.score), one.score), reverse=True)
+        # A rough look is no image to return beside whole ones.
+        self.found = [one for one in self.found if one.whole] or self.found
         # Copies, that do not hold the whole batch.
         self.found = [one._replace(latent=one.latent.clone()) for one in self.found[: self.keep]]
         if GIVEN in names:

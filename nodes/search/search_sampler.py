@@ -202,6 +202,8 @@ def described(result: Result, method: str, budget: int, hunt: Hunt, seconds: flo
         f"ordinary sampling: {result.given:.4g}" if result.given == result.given else "",
         f"{TITLES[method]}: {spent} of {budget} forwards, {result.scored} images judged, {seconds:.1f} s",
         "stopped by you; this is the best so far" if hunt.stopped else "",
+        f"{len(result.found)} images, not {result.keep}: no more were finished"
+        * (len(result.found) < result.keep),
         *hunt.notes(),
     ]
     ignored = [name for name in SETTINGS if name not in READS[method]]
