@@ -140,6 +140,8 @@ def test_gains_are_paired_by_prompt_and_seed():
     assert lines[1].split()[:3] == ["64", "best_of_n", "5.000"]
     assert "6.500 (+1.500 ± 0.919)" in lines[2]
     assert lines[-1].startswith("means over 4 prompts and seeds")
+    alone = list(table(made[:2]))
+    assert "1.000 (+1.000)" in alone[2] and "nan" not in "".join(alone)  # one says nothing of its interval
 
 
 def test_the_help_names_every_method(capsys):

@@ -85,4 +85,5 @@ def score_cell(mean: float, gains: Sequence[float]) -> str:
     if not gains:
         return f"{mean:.3f}"
     gain, width = interval(torch.tensor(gains, dtype=torch.float64))
-    return f"{mean:.3f} ({gain:+.3f} ± {width:.3f})"
+    unsure = "" if math.isnan(width) else f" ± {width:.3f}"
+    return f"{mean:.3f} ({gain:+.3f}{unsure})"
