@@ -13,9 +13,11 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..comfy_g2rpo.prompts import MAX_CHARACTERS
+from ..comfy_g2rpo.rollout import stream
 from ..comfy_g2rpo.run.scorer import Scorer, comparison_groups
+from ..comfy_g2rpo.sampling.budgeted import drawn
 from .inputs import widgets
-from .inputs.checks import check_inputs, check_number
+from .inputs.checks import check_inputs, check_number, check_value
 from .inputs.finding import offered
 from .inputs.judging import (
     MAX_IMAGES,
@@ -171,6 +173,31 @@ class ScoreImages(io.ComfyNode):
         return io.NodeOutput(mixed, best_first(mixed), grid, text, details, ui=show(cls, brief))
 
 
+def draw_inputs() -> list[io.Input]:
+    """Make the inputs of Select Best's draw; workflows from before it lack them."""
+    return [
+        io.Combo.Input(
+            "how",
+            options=["best", "draw"],
+            default="best",
+            optional=True,
+            tooltip="best keeps the highest scores. draw lets chance keep others too, high scores more "
+            "often: more variety, lower scores.",
+        ),
+        io.Float.Input(
+            "temperature",
+            default=0.1,
+            min=1e-4,
+            max=1e6,
+            step=0.01,
+            optional=True,
+            tooltip="For draw: the difference in score that matters, in the reward's own units. Lower is "
+            "nearer to best, higher nearer to pure chance.",
+        ),
+        widgets.seed_input("For draw: another number draws others.", optional=True),
+    ]
+
+
 class SelectBest(io.ComfyNode):
     """The best of some images."""
 
@@ -207,6 +234,7 @@ class SelectBest(io.ComfyNode):
                     "One prompt per image, as Load Image Folder gives them: then k images of every "
                     "prompt are kept.",
                 ),
+                *draw_inputs(),
             ],
             outputs=[
                 output(
@@ -223,7 +251,7 @@ class SelectBest(io.ComfyNode):
         return offered(
             schema,
             "best of n, top k, rank images, filter by score, pick the best",
-            rare="use_threshold, threshold",
+            rare="use_threshold, threshold, how, temperature, seed",
         )
 
     @classmethod
@@ -235,6 +263,9 @@ class SelectBest(io.ComfyNode):
         use_threshold: list[bool],
         threshold: list[float],
         prompts: list[str] | None = None,
+        how: Sequence[str] = ("best",),
+        temperature: Sequence[float] = (0.1,),
+        seed: Sequence[int] = (0,),
     ) -> io.NodeOutput:
         """Select and sort."""
         check_inputs(cls, locals())
@@ -253,7 +284,13 @@ class SelectBest(io.ComfyNode):
                 )
             order = [i for i in order if values[i] >= lowest]
         check_count("prompts", prompts, len(pictures), "texts")
-        kept = best_of_each(order, prompts or [""] * len(pictures), k[0])
+        groups = prompts or [""] * len(pictures)
+        for declared, given in zip(draw_inputs(), (how, temperature, seed), strict=True):
+            check_value(declared, one(declared.id, given))
+        if how[0] == "draw":
+            kept = drawn_of_each(order, values, groups, k[0], temperature[0], seed[0])
+        else:
+            kept = best_of_each(order, groups, k[0])
         chosen = [pictures[i] for i in kept]
         singles, best_scores = [image[None] for image in chosen], [values[i] for i in kept]
         return io.NodeOutput(one_batch(chosen), kept, singles, best_scores)
@@ -268,6 +305,19 @@ def best_of_each(order: Sequence[int], groups: Sequence[str], count: int) -> lis
         if seen[groups[i]] <= count:
             kept.append(i)
     return kept
+
+
+def drawn_of_each(
+    order: Sequence[int], values: Sequence[float], groups: Sequence[str], count: int, heat: float, seed: int
+) -> list[int]:
+    """Draw `count` of every group of an order by their scores; keep the order."""
+    kept = set()
+    for place, group in enumerate(dict.fromkeys(groups)):
+        members = [i for i in order if groups[i] == group]
+        if members:
+            scores = [values[i] for i in members]
+            kept |= {members[i] for i in drawn(scores, count, heat, stream("select", seed, place))}
+    return [i for i in order if i in kept]
 
 
 def one_batch(images: Sequence[Tensor]) -> Tensor | ExecutionBlocker:

@@ -88,6 +88,10 @@ free_graph = {
     "score": block("ScoreImages", images=["images", 0], reward=["reward", 0]),
     "best": block("SelectBest", images=["images", 0], scores=["score", 0], k=2),
     "above": block("SelectBest", images=["images", 0], scores=["score", 0], k=100, **above),
+    "drawn": block("SelectBest", images=["images", 0], scores=["score", 0], k=2, how="draw", temperature=1e6),
+    "surely": block(
+        "SelectBest", images=["images", 0], scores=["score", 0], k=2, how="draw", temperature=1e-4
+    ),
     "sizes": thing("sizes", [tensors[name] for name in ("wide", "tall", "grey", "alpha")]),
     "mixed_sizes": block("ScoreImages", images=["sizes", 0], reward=["reward", 0]),
     "one_of_sizes": block("SelectBest", images=["sizes", 0], scores=["mixed_sizes", 0]),
@@ -103,16 +107,17 @@ free = lists(
     free_graph,
     **{f"{node} {slot}": (node, slot) for node in judges for slot in (0, 1, 3)},
     **outputs(best="free_best kept", above="free_above above_kept", one_of_sizes="one_of_sizes"),
+    **outputs(drawn="free_drawn drawn_kept", surely="free_surely surely_kept"),
 )
 answers["free"] = {
     **{node: {slot: free[f"{node} {slot}"] for slot in "01"} for node in judges},
-    **{name: free[name] for name in ("kept", "above_kept")},
+    **{name: free[name] for name in ("kept", "above_kept", "drawn_kept", "surely_kept")},
     "tables": {node: free[f"{node} 3"][0] for node in judges},
     "unchanged": all(
         torch.equal(tensors[name].nan_to_num(7.0), kept[name].nan_to_num(7.0)) for name in tensors
     ),
 }
-pictures |= {name: free[name][0] for name in ("free_best", "free_above", "one_of_sizes")}
+pictures |= {name: free[name][0] for name in ("free_best", "free_above", "free_drawn", "one_of_sizes")}
 
 # Many images with other people's names, and no prompt at all.
 hostile_names = [f"*{i}* | _{i}_ `x` # <b>桜{i}</b>.png" for i in range(64)]
@@ -291,6 +296,10 @@ hostile: dict[str, dict[str, dict[str, Any]]] = {
         "scores of text": {"scores": ["high", "low"]},
         "threshold above all": {"use_threshold": True, "threshold": 0.75},
         "threshold of nan": {"use_threshold": True, "threshold": math.nan},
+        "how of another word": {"how": ["worst"]},
+        "temperature of nan": {"how": ["draw"], "temperature": [math.nan]},
+        "temperature of 0": {"how": ["draw"], "temperature": [0.0]},
+        "seed of less than none": {"how": ["draw"], "seed": [-1]},
     },
     "ScoreRollout": {
         "rollout without latents": {"rollout": odd(latents=None)},

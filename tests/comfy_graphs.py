@@ -36,7 +36,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **{"group": 0, "stride": 2, "strength": 10.0, "judge_at": "3-5", "iterations": 2},
         **{"mutation": 0.5, "pull": 0.3, "slots": 8},
     },
-    "SelectBest": {"k": 1, "use_threshold": False, "threshold": 0.0},
+    "SelectBest": {"k": 1, "use_threshold": False, "threshold": 0.0}
+    | {"how": "best", "temperature": 0.1, "seed": 0},
     "TrainLoRA": TRAIN,
     "UpdateFromVotes": {
         **{"pair_loss": "ropo", "pair_beta": 1.0, "negative": "", "guidance": 1.0, "forks_per_step": 4},

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfy_g2rpo.sampling.budgeted import acceptance, draw
+from comfy_g2rpo.sampling.budgeted import acceptance, draw, drawn
 
 WEIGHTS = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
 LOGS = st.lists(st.floats(-50, 50), min_size=1, max_size=12)
@@ -143,3 +143,25 @@ def test_what_cannot_be_kept_is_dropped_and_nothing_overflows(
 def test_a_share_that_is_none_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=r"share is .*; it must be above 0"):
         acceptance(torch.zeros(3), share)
+
+
+def test_cold_draws_are_the_best_and_hot_ones_anybody() -> None:
+    scores = [0.3, 0.9, 0.1, 0.8, 0.5, 0.2]
+    assert all(drawn(scores, 2, 1e-4, seed) == [1, 3] for seed in range(20))
+    hot = [drawn(scores, 2, 1e6, seed) for seed in range(100)]
+    assert {len(kept) for kept in hot} == {2}
+    assert all(scores[a] >= scores[b] for a, b in hot)
+    for i in range(6):
+        assert 15 < sum(i in kept for kept in hot) < 52
+
+
+def test_a_warm_draw_keeps_each_by_its_acceptance() -> None:
+    scores, heat = [math.log(w) for w in (1.0, 2.0, 4.0, 8.0)], 1.0
+    kept = [drawn(scores, 2, heat, seed) for seed in range(280)]
+    for i, share in enumerate((1 / 7, 2 / 7, 4 / 7, 1.0)):
+        assert sum(i in one for one in kept) / 280 == pytest.approx(share, abs=0.1)
+
+
+def test_fewer_than_are_asked_for_are_all_kept_and_equals_too() -> None:
+    assert drawn([0.2, 0.4], 5, 0.1, 0) == [1, 0]
+    assert len(drawn([0.5] * 6, 4, 0.1, 3)) == 4

@@ -62,6 +62,10 @@ HOSTILE = {
     "scores of text": "scores",
     "threshold above all": "threshold",
     "threshold of nan": "threshold",
+    "how of another word": "how",
+    "temperature of nan": "temperature",
+    "temperature of 0": "temperature",
+    "seed of less than none": "seed",
     "rollout without latents": "rollout",
     "rollout of two prompts": "rollout",
     "rollout of video": "rollout",
@@ -162,6 +166,13 @@ def test_order_is_best_first_and_the_unjudged_last(core: Answer) -> None:
 def test_select_best_keeps_the_best_in_order(core: Answer) -> None:
     assert core.data["free"]["kept"] == BEST_ORDER[:2]
     assert torch.equal(core.tensors["free_best"], IMAGES["images"][BEST_ORDER[:2]])
+
+
+def test_select_best_draws_by_score(core: Answer) -> None:
+    assert core.data["free"]["surely_kept"] == BEST_ORDER[:2]
+    kept = core.data["free"]["drawn_kept"]
+    assert len(kept) == 2 and kept == [i for i in BEST_ORDER if i in kept]
+    assert torch.equal(core.tensors["free_drawn"], IMAGES["images"][kept])
 
 
 def test_threshold_drops_the_rest_and_what_was_not_judged(core: Answer) -> None:

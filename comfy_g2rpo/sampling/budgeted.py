@@ -8,6 +8,7 @@ budget.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -69,3 +70,14 @@ def draw(accepted: Tensor, seed: int) -> Tensor:
             ends[-1] = count + 1.0  # nothing is lost to rounding
             mask[order[torch.searchsorted(ends, points, right=True)]] = True
     return kept.reshape(accepted.shape)
+
+
+def drawn(scores: Sequence[float], count: int, temperature: float, seed: int) -> list[int]:
+    """Draw which of N candidates are kept by their finite scores, `count` of them at most; best first.
+
+    Weights are exp(score / temperature): a low temperature keeps the best, a high one anybody.
+    """
+    values = torch.tensor(scores, dtype=torch.float64)
+    accepted = acceptance(values / temperature, min(1.0, count / len(values)))
+    kept = draw(accepted, seed).nonzero().flatten()
+    return kept[values[kept].argsort(descending=True, stable=True)].tolist()

@@ -81,8 +81,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "standard": {},
     # The batches of docs/memory.md's smallest settings; a quarter of a large model's LoRA and its optimizer.
     "low memory": {"rank": 16, "slots": 2, "decode_batch": 1, "micro_batch": 1},
-    # Twice the prompts per step, and the paper's three granularities.
-    "best quality": {"prompts_per_step": 8, "granularities": (1, 2, 3)},
+    # Twice the prompts per step, and twice the branches rather than the paper's three granularities, which
+    # cost more and tell less (benchmarks/RESULTS.md, the study of granularity).
+    "best quality": {"prompts_per_step": 8, "group_size": 24, "granularities": (2,)},
 }
 
 

@@ -125,9 +125,10 @@ def slots_input(tip: str, high: int = 4096) -> io.Input:
     return int_input("slots", 8, 1, high, tip)
 
 
-def seed_input(tip: str) -> io.Input:
+def seed_input(tip: str, optional: bool = False) -> io.Input:
     """Make the input of a seed, which stays the same from run to run."""
-    return io.Int.Input("seed", control_after_generate=False, default=0, min=0, max=2**31 - 1, tooltip=tip)
+    limits = {"default": 0, "min": 0, "max": 2**31 - 1}
+    return io.Int.Input("seed", control_after_generate=False, optional=optional, tooltip=tip, **limits)
 
 
 def name_input(name: str, tip: str, default: str = "") -> io.Input:
