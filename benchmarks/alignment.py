@@ -2,10 +2,11 @@
 
 Every search gets the same forwards for the same prompts from the same start noises. The searched reward is
 `agreement`; `strict`, which nobody searched, says whether only the score got better. Guidance is held fixed,
-and stands in the table as a rival. Hard prompts are the third of a list on which plain images score least.
-One single-thread process per worker; a stopped benchmark goes on where it was.
+and stands in the table as a rival. Searches run on hard prompts, the third of a list on which plain images
+score least, for on the others all of them reach the top. One single-thread process per worker; a stopped
+benchmark goes on where it was.
 
-    python benchmarks/alignment.py run                                  # held-out prompts, 3 seeds, 32/64/128
+    python benchmarks/alignment.py run                        # hard held-out prompts, 3 seeds, 32/64/128
     python benchmarks/alignment.py run --split tune --budgets 64 --arms particles 'particles, λ 20'
     python benchmarks/alignment.py report --plot docs/alignment.png
 """
@@ -32,6 +33,8 @@ from learning_runs import ROOT, read
 Row = dict[str, Any]
 PLAIN = 6
 """Ordinary images that say how hard a prompt is."""
+RIVALS = ("plain", "best of n")
+"""What stands with more guidance beside the searches without."""
 SIDE = 8  # pixels of the small images by which results are compared
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -39,11 +42,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "coarse first": {"method": "coarse_first"},
     "branch search": {"method": "branch_search"},
     "particles": {"method": "particles"},
+    "particles, 4 looks": {"method": "particles", "judge_at": (2, 3, 4, 5)},
+    "funnel": {"method": "funnel"},
+    "funnel, 1 look": {"method": "funnel", "judge_at": (3,)},
     "particle gibbs": {"method": "particle_gibbs"},
     "noise search": {"method": "noise_search"},
     "ensemble": {"method": "ensemble"},
 }
-"""Searches with the settings that differ from the defaults."""
+"""Searches with the settings that differ from the defaults. Those with other looks judge as many images as
+their rival: 40 beside the funnel's 42 of 64 forwards, and 28 beside the particles' 32.
+"""
 
 
 @cache
@@ -63,8 +71,8 @@ def searcher(guidance: float, split: str) -> Any:
 
 
 def prompts_of(split: str) -> Path:
-    """Return a list of prompts."""
-    return ROOT / f"prompts/shapes_{split}.txt"
+    """Return a list of prompts: the held-out ones are more than those of training's evaluations."""
+    return ROOT / ("benchmarks/more_heldout.txt" if split == "heldout" else f"prompts/shapes_{split}.txt")
 
 
 def run_job(job: Row) -> Row:
@@ -120,18 +128,24 @@ def identity(job: Row) -> str:
     return json.dumps({key: job[key] for key in ("arm", "split", "guidance", "budget", "prompt", "seeds")})
 
 
-def jobs_of(options: argparse.Namespace) -> list[Row]:
-    """List the jobs, prompt after prompt through all arms."""
+def plain_jobs(options: argparse.Namespace) -> list[Row]:
+    """List the jobs that say how hard each prompt is, and what guidance does for it."""
     texts = prompts_of(options.split).read_text("utf-8").splitlines()
-    seeds, found = list(range(*options.seeds)), []
-    for prompt in texts:
-        for guidance in options.guidance:
-            common = {"split": options.split, "guidance": guidance, "prompt": prompt}
-            found.append({"arm": "plain", **common, "budget": 0, "seeds": []})
-            for budget in options.budgets:
-                for arm in options.arms or ARMS:
-                    found.append({"arm": arm, **common, "budget": budget, "seeds": seeds})
-    return found
+    common = {"arm": "plain", "split": options.split, "budget": 0, "seeds": []}
+    strengths = sorted({1.0, *options.guidance})
+    return [{**common, "guidance": strength, "prompt": text} for text in texts for strength in strengths]
+
+
+def search_jobs(options: argparse.Namespace, hard: Iterable[str]) -> list[Row]:
+    """List the searches, prompt after prompt through all arms."""
+    common = {"split": options.split, "seeds": list(range(*options.seeds))}
+    return [
+        {"arm": arm, **common, "guidance": guidance, "budget": budget, "prompt": prompt}
+        for prompt in sorted(hard)
+        for guidance in options.guidance
+        for budget in options.budgets
+        for arm in options.arms or ARMS
+    ]
 
 
 def run_all(jobs: Iterable[Row], path: Path, workers: int) -> None:
@@ -191,18 +205,22 @@ HEADS = (
 
 
 def section(rows: Sequence[Row], guidance: float, budget: int) -> list[str]:
-    """Tabulate all arms at one guidance and budget."""
-    here = [row for row in rows if row["guidance"] == guidance and row["budget"] in (0, budget)]
-    arms = {arm: [row for row in here if row["arm"] == arm] for arm in dict.fromkeys(r["arm"] for r in here)}
-    base, lines = arms.get("best of n", []), []
-    for arm, found in arms.items():
-        cells = [arm, f"{mean_of(found, 'agreement'):.3f}", gain(found, base, "agreement")]
-        cells += [f"{mean_of(found, 'strict'):.3f}", gain(found, base, "strict")]
-        if arm == "plain":
+    """Tabulate all arms at one guidance and budget, and beside them what more guidance does."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["guidance"]):
+        if row["guidance"] == guidance and row["budget"] in (0, budget):
+            found.setdefault(row["arm"], []).append(row)
+        elif row["guidance"] > guidance and row["budget"] in (0, budget) and row["arm"] in RIVALS:
+            found.setdefault(f"{row['arm']}, guidance {row['guidance']:g}", []).append(row)
+    base, lines = found.get("best of n", []), []
+    for arm, some in found.items():
+        cells = [arm, f"{mean_of(some, 'agreement'):.3f}", gain(some, base, "agreement")]
+        cells += [f"{mean_of(some, 'strict'):.3f}", gain(some, base, "strict")]
+        if some[0]["arm"] == "plain":
             cells += ["1", "–", "–"]
         else:
-            spent = [f"{mean_of(found, 'scored'):.0f}", f"{mean_of(found, 'distance'):.3f}"]
-            cells += [*spent, f"{mean_of(found, 'cpu'):.2f}"]
+            spent = [f"{mean_of(some, 'scored'):.0f}", f"{mean_of(some, 'distance'):.3f}"]
+            cells += [*spent, f"{mean_of(some, 'cpu'):.2f}"]
         lines.append(cells)
     return table(HEADS, lines)
 
@@ -210,19 +228,15 @@ def section(rows: Sequence[Row], guidance: float, budget: int) -> list[str]:
 def report(rows: Sequence[Row], out: Path, plot: Path) -> None:
     """Print the tables as Markdown, keep them in a file, and draw the plot."""
     hard = hard_prompts(rows)
-    some = [row for row in rows if row["prompt"] in hard]
+    rows = [row for row in rows if row["prompt"] in hard]
     lines = []
     for guidance in sorted({row["guidance"] for row in rows}):
-        for name, part in (("hard", some), ("all", rows)):
-            for budget in sorted({row["budget"] for row in rows if row["budget"]}):
-                if not part:
-                    continue
-                count = len({row["prompt"] for row in part})
-                title = f"**{budget} forwards, guidance {guidance:g}, {count} {name} prompts**"
-                lines += ["", title, "", *section(part, guidance, budget)]
+        for budget in sorted({row["budget"] for row in rows if row["budget"]}):
+            title = f"**{budget} forwards, guidance {guidance:g}, {len(hard)} hard prompts**"
+            lines += ["", title, "", *section(rows, guidance, budget)]
     print("\n".join(lines))
     out.write_text("\n".join(lines) + "\n")
-    draw([row for row in some if row["guidance"] == 1 and row["budget"]], plot)
+    draw([row for row in rows if row["guidance"] == 1 and row["budget"]], plot)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -271,7 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     path = options.out / f"{options.runs}.jsonl"
     if options.stage == "run":
-        run_all(jobs_of(options), path, options.workers)
+        run_all(plain_jobs(options), path, options.workers)
+        rows = [row for row in read(path) if row["split"] == options.split]
+        run_all(search_jobs(options, hard_prompts(rows)), path, options.workers)
     else:
         rows = [row for row in read(path) if row["split"] == options.split]
         report(rows, path.with_suffix(".md"), options.plot or path.with_suffix(".png"))

@@ -21,7 +21,7 @@ from .toys import SHAPE, ToyPolicy
 
 SIGMAS = shifted_sigmas(8)
 TARGET = seeded_noise(SHAPE, "target")
-ELITIST = [name for name in METHODS if name not in ("particles", "particle_gibbs", "ensemble")]
+ELITIST = [name for name in METHODS if name not in ("particles", "funnel", "particle_gibbs", "ensemble")]
 
 
 def near(latents: Tensor) -> Tensor:

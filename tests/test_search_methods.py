@@ -19,6 +19,7 @@ from comfy_g2rpo.rollout import seeded_noise
 from comfy_g2rpo.sampling.branch_search import branch_search
 from comfy_g2rpo.sampling.ensemble import ensemble, moved
 from comfy_g2rpo.sampling.fresh_starts import best_of_n, coarse_first, noise_search
+from comfy_g2rpo.sampling.funnel import funnel
 from comfy_g2rpo.sampling.particles import Swarm, effective, one_pass, particle_gibbs, particles, systematic
 from comfy_g2rpo.sampling.search import Ask, Result, Space, Told, search
 from comfy_g2rpo.sampling.search_settings import SearchSettings
@@ -398,3 +399,26 @@ def test_every_search_finds_better_than_the_given_noise(method: Any) -> None:
         given = answered(mixture, first)(Ask(space(seed=seed).noise[None], tuple(range(9)))).scores.item()
         gained.append(found.found[0].score - given)
     assert sum(gained) / 12 > 0.1
+
+
+def test_a_funnel_goes_on_with_the_better_half_of_its_starts() -> None:
+    answer = answered(gaussian, lambda x: x.flatten(1).sum(1))
+    result = search(funnel, space((1, 2, 2)), SearchSettings(eta=0.0, strength=0.0), 64, answer)
+    looks, first, *others = answer.asked
+    assert looks.indices == (0, 2, 8) and len(looks.start) == 14
+    # Without noise and without weights the seven are the best of the looks, each a step further.
+    told = answer(looks)
+    best = told.scores.argsort(descending=True)[:7]
+    here = space((1, 2, 2)).euler_step(2, told.x[best, 1], told.velocity[best, 1])
+    assert torch.allclose(first.start, here, atol=1e-6) and first.indices == (3, 8)
+    assert [len(ask.start) for ask in others] == [7, 7, 7, 7]
+    assert result.forwards == 14 * 2 + 7 * 5 and result.scored == 14 + 4 * 7
+
+
+@pytest.mark.parametrize("judge_at", [(0,), (1, 2), (7,), (40,)])
+@pytest.mark.parametrize("budget", [16, 17, 100, 1500])
+def test_a_funnel_enters_anywhere_within_its_budget(judge_at: tuple[int, ...], budget: int) -> None:
+    answer = answered(gaussian, lambda x: x.flatten(1).sum(1))
+    result = search(funnel, space(), SearchSettings(judge_at=judge_at), budget, answer, keep=3)
+    assert budget - 8 < result.forwards <= budget and all(one.whole for one in result.found)
+    assert all(len(ask.start) <= 128 for ask in answer.asked)

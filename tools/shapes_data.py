@@ -146,12 +146,26 @@ def split_prompts(seed: int = 7) -> dict[str, list[str]]:
     return {**lists, "heldout": heldout}
 
 
+def more_heldout(lists: dict[str, list[str]], size: int = 288, seed: int = 8) -> list[str]:
+    """Draw more held-out prompts, none of which means the same as another: those of the list first."""
+    rng = np.random.default_rng(seed)
+    known = {meaning(prompt) for prompts in lists.values() for prompt in prompts}
+    found = list(lists["heldout"])
+    while len(found) < size:
+        prompt = sample_prompts(1, rng)[0]
+        if meaning(prompt) not in known:
+            known.add(meaning(prompt))
+            found.append(prompt)
+    return found
+
+
 def main() -> None:
     """Write the prompt lists."""
-    folder = Path(__file__).resolve().parent.parent / "prompts"
-    folder.mkdir(exist_ok=True)
-    for name, prompts in split_prompts().items():
-        (folder / f"shapes_{name}.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    root, lists = Path(__file__).resolve().parent.parent, split_prompts()
+    files = {f"prompts/shapes_{name}.txt": prompts for name, prompts in lists.items()}
+    files["benchmarks/more_heldout.txt"] = more_heldout(lists)
+    for name, prompts in files.items():
+        (root / name).write_text("\n".join(prompts) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -80,21 +80,36 @@ def one_pass(
 
     With a reference this is conditional SMC: row 0 is the reference at every step and is never replaced.
     """
-    last, own = space.num_steps - 1, slice(reference is not None, None)
     swarm = Swarm((), (), (), torch.zeros(rows + (reference is not None), dtype=torch.float64))
     x = space.mix(space.draw(rows, "particle", number))
-    for k in range(last + 1):
+    return (yield from steps_on(space, settings, swarm, x, 0, chance, number, reference, history))
+
+
+def steps_on(
+    space: Space,
+    settings: SearchSettings,
+    swarm: Swarm,
+    x: Tensor,
+    first: int,
+    chance: random.Random,
+    number: int,
+    reference: Swarm | None = None,
+    history: bool = False,
+) -> Generator[Ask, Told, Swarm]:
+    """Bring particles that are at states x [n, …] of step `first` through the rest."""
+    last, own = space.num_steps - 1, slice(reference is not None, None)
+    for k in range(first, last + 1):
         judged = k == last or k in settings.judge_at
         names = [f"particle {i + 1} of pass {number + 1}" for i in range(len(x))] if k == last else ()
         told = yield Ask(x, (k, last + 1), names, judged, kept=True)
         swarm = grown(swarm, told, k, judged, settings.strength, reference)
         swarm = swarm if history else swarm.now()
-        if k == last:
-            return swarm
-        if judged and effective(swarm.log_weights) < len(swarm.log_weights) / 2:
-            swarm = replaced(swarm, chance, pinned=reference is not None)
-        noise = space.draw(len(told.latents), "particle", number, k)
-        x = space.noisy_step(k, swarm.x[-1][own], swarm.velocity[-1][own], noise, settings)
+        if k < last:
+            if judged and effective(swarm.log_weights) < len(swarm.log_weights) / 2:
+                swarm = replaced(swarm, chance, pinned=reference is not None)
+            noise = space.draw(len(told.latents), "particle", number, k)
+            x = space.noisy_step(k, swarm.x[-1][own], swarm.velocity[-1][own], noise, settings)
+    return swarm
 
 
 def grown(swarm: Swarm, told: Told, k: int, judged: bool, strength: float, reference: Swarm | None) -> Swarm:

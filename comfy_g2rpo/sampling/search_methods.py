@@ -5,6 +5,7 @@ from __future__ import annotations
 from .branch_search import branch_search
 from .ensemble import ensemble
 from .fresh_starts import best_of_n, coarse_first, noise_search
+from .funnel import funnel
 from .particles import particle_gibbs, particles
 from .search import Method
 
@@ -13,6 +14,7 @@ METHODS: dict[str, Method] = {
     "coarse_first": coarse_first,
     "branch_search": branch_search,
     "particles": particles,
+    "funnel": funnel,
     "particle_gibbs": particle_gibbs,
     "noise_search": noise_search,
     "ensemble": ensemble,

@@ -13,6 +13,7 @@ READS: dict[str, tuple[str, ...]] = {
     "coarse_first": ("stride",),
     "branch_search": (*NOISY, "steps", "group", "stride"),
     "particles": (*NOISY, "strength", "judge_at"),
+    "funnel": (*NOISY, "strength", "judge_at", "stride"),
     "particle_gibbs": (*NOISY, "strength", "judge_at", "iterations"),
     "noise_search": ("mutation",),
     "ensemble": ("pull",),
@@ -45,8 +46,8 @@ class SearchSettings:
     )
     stride: int = option(
         2,
-        "For coarse first and branch search: steps that a rough look takes at once. More are cheaper and "
-        "look rougher; 1 is exact.",
+        "For coarse first, branch search and funnel: steps that a rough look takes at once. More are cheaper "
+        "and look rougher; 1 is exact.",
         1,
         100,
     )

@@ -1,0 +1,61 @@
+"""The benchmark of searches pairs what it compares, and spends what it says."""
+
+import argparse
+
+import alignment
+import pytest
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Search for three prompts, of which the hardest alone counts."""
+    options = argparse.Namespace(split="tune", guidance=[1.0, 2.0], seeds=(0, 2), budgets=[16], arms=None)
+    texts = alignment.prompts_of("tune").read_text("utf-8").splitlines()[:3]
+    plain = [alignment.answer_job(job) for job in alignment.plain_jobs(options) if job["prompt"] in texts]
+    hard = alignment.hard_prompts(plain)
+    options.arms, options.guidance = ["best of n", "funnel"], [1.0]
+    return [*plain, *map(alignment.answer_job, alignment.search_jobs(options, hard))]
+
+
+def test_the_hard_prompts_are_those_on_which_plain_images_score_least(rows):
+    (hard,) = alignment.hard_prompts(rows)
+    plain = {
+        row["prompt"]: sum(row["agreement"]) / 6
+        for row in rows
+        if (row["arm"], row["guidance"]) == ("plain", 1.0)
+    }
+    assert len(plain) == 3 and plain[hard] == min(plain.values())
+    assert {row["prompt"] for row in rows if row["arm"] != "plain"} == {hard}
+
+
+def test_a_search_spends_its_budget_and_keeps_its_best(rows):
+    best, funnel = (row for row in rows if row["arm"] != "plain")
+    assert best["forwards"] == [16, 16] and best["scored"] == [2, 2]
+    assert all(8 < forwards <= 16 for forwards in funnel["forwards"])
+    assert all(0 <= score <= 1 for row in (best, funnel) for score in (*row["agreement"], *row["strict"]))
+
+
+def test_differences_are_paired_by_prompt():
+    def row(prompt, *scores):
+        return {"prompt": prompt, "agreement": list(scores)}
+
+    base = [row("a", 0.2, 0.4), row("b", 0.9, 0.7), row("c", 0.5, 0.5)]
+    found = [row("a", 0.4, 0.4), row("b", 0.9, 0.9), row("c", 0.6, 0.6)]
+    assert alignment.gain(found, base, "agreement") == "+0.100 ± 0.000"
+    assert alignment.gain(found, [], "agreement") == "–"
+
+
+def test_the_report_has_every_arm_and_what_guidance_does(rows, tmp_path, capsys):
+    alignment.report(rows, tmp_path / "out.md", tmp_path / "out.png")
+    text = (tmp_path / "out.md").read_text()
+    assert text.strip() == capsys.readouterr().out.strip() and (tmp_path / "out.png").stat().st_size > 1000
+    assert "**16 forwards, guidance 1, 1 hard prompts**" in text
+    for arm in ("plain", "best of n", "funnel", "plain, guidance 2"):
+        assert f"| {arm} |" in text
+
+
+def test_the_settings_of_every_arm_exist():
+    from comfy_g2rpo.sampling.search_settings import SearchSettings
+
+    for made in alignment.ARMS.values():
+        SearchSettings(**{name: value for name, value in made.items() if name != "method"})
