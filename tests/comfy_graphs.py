@@ -26,6 +26,7 @@ TRAIN |= {"seed": 0, "run": "", **PARTS}
 SETTINGS: dict[str, dict[str, Any]] = {
     "Advantages": {"rollout": ["rollout", 0], "clamp": 5.0, "std_floor": 1e-8, "per_branch": False},
     "LoRAPolicy": {"rank": 4, "alpha": 4.0, "targets": "attention", "learning_rate": 1e-3, "seed": 0},
+    "EarlyFilter": {"keep": 4, "after": 0.3, "measure": "velocity"},
     "MixRewards": {"weight_1": 1.0, "weight_2": 1.0},
     "Rollout": TREE,
     "ScoreImages": {"prompt": ""},
