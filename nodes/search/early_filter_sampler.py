@@ -18,7 +18,7 @@ from ..inputs.finding import offered
 from ..inputs.widgets import announce, int_input
 from ..model.comfy_policy import check_flow
 from ..model.guidance_gap import Gauge, check_guided, rows_of
-from ..sampling import check_fit, check_sigmas
+from ..sampling import MISFIT, check_fit, check_sigmas
 from ..types import SAMPLING
 from .search_sampler import price_of
 
@@ -61,12 +61,13 @@ class Filtering:
         check_fit(guider.model_patcher, x)
         if rows <= self.keep:
             announce(self.block, f"keep is {self.keep} and the batch has {rows}: all are kept, as they come")
-            return EULER(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable)
+            with blamed(MISFIT):
+                return EULER(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable)
         check_guided(guider)
         gauge, until = Gauge(guider), steps_with_all(self.after, num_steps)
         options = gauge.attached(extra_args["model_options"])
         mask = extra_args.get("denoise_mask")
-        gaps = torch.zeros(rows, dtype=torch.float64, device=x.device)
+        gaps = torch.zeros(rows, dtype=torch.float64)
 
         def heard(step: dict[str, Any]) -> None:
             gaps.add_(self.heard(gauge, rows, mask))
@@ -77,14 +78,14 @@ class Filtering:
             if callback:
                 callback(step)
 
-        x = EULER(
-            model, x, sigmas[: until + 1], {**extra_args, "model_options": options}, heard, disable=disable
-        )
+        given = {**extra_args, "model_options": options}
+        with blamed(MISFIT):
+            x = EULER(model, x, sigmas[: until + 1], extra_args=given, callback=heard, disable=disable)
         kept = largest(gaps, self.keep)
         announce(self.block, self.described(guider, gaps, kept, until, num_steps))
         if until == num_steps:
             return x[kept]
-        return self.finish(model, x[kept], torch.tensor(kept), sigmas, until, extra_args, callback, disable)
+        return self.finish(model, x[kept], kept, sigmas, until, extra_args, callback, disable)
 
     def heard(self, gauge: Gauge, rows: int, mask: Tensor | None) -> Tensor:
         """Return what a step adds to every row's gap [N]."""
@@ -100,7 +101,7 @@ class Filtering:
         self,
         model: Any,
         x: Tensor,
-        kept: Tensor,
+        kept: list[int],
         sigmas: Tensor,
         until: int,
         extra_args: dict[str, Any],
@@ -110,7 +111,7 @@ class Filtering:
         """Take the other steps with the kept rows [K, …], each with its own conditioning, mask and image."""
         guider, mask = model.inner_model, extra_args.get("denoise_mask")
         conds, held = guider.conds, {}
-        guider.conds = rows_of(conds, kept)
+        guider.conds = rows_of(conds, torch.tensor(kept))
         if mask is not None:
             mask, held = mask[kept], {name: getattr(model, name) for name in ("noise", "latent_image")}
 
