@@ -18,12 +18,14 @@ from torch import Tensor
 
 from ..comfy_g2rpo.plan import Leaf, Plan, PlanBuilder, State, singular
 from ..comfy_g2rpo.rollout import Rollout
+from ..comfy_g2rpo.sampling.early_filter import squared_gap
 from ..comfy_g2rpo.speed.fitting_rollout import roll_out
 from .inputs.checks import blamed, check_inputs
 from .inputs.finding import offered
 from .inputs.widgets import Progress, announce, int_input, int_list, output, recipe_input, slots_input
 from .model.comfy_policy import check_flow
-from .model.conditioning import Conds, first_row, velocity
+from .model.conditioning import Conds, first_row, grouped, velocity
+from .model.guidance_gap import Gauge, check_guided
 from .types import SAMPLING, RolloutData, RolloutWire
 
 MISFIT = (
@@ -59,6 +61,19 @@ class Inside:
             made = velocity(self.guider, x, sigma, cond, self.options, self.seed)
         self.done(x, sigma, made)
         return made
+
+    def velocity_and_gap(self, x: Tensor, sigma: Tensor, cond: Sequence[Conds]) -> tuple[Tensor, Tensor]:
+        """Return v [B, …], and the mean square of v_c − v_∅ [B]."""
+        check_guided(self.guider)
+        gauge = Gauge(self.guider)
+        options = gauge.attached(self.options)
+        with blamed(MISFIT):
+            made = velocity(self.guider, x, sigma, cond, options, self.seed)
+        self.done(x, sigma, made)
+        # Told group by group.
+        rows = torch.tensor([row for group in grouped(cond, sigma, options) for row in group])
+        gaps = torch.cat([squared_gap(gap, level) for gap, level in gauge.seen])
+        return made, gaps[rows.argsort()]
 
 
 def start_state(

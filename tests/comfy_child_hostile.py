@@ -75,6 +75,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "ScoreRollout": {**TREE, **JUDGED},
     "ScoreImages": {**JUDGED, "images": ["ScoreRollout", 1], "names": ["LoadImageFolder", 1]},
     "SearchSampler": {**REWARD, "budget": 12, "keep": 2, "steps": "0,1", "judge_at": "1"},
+    "EarlyFilter": {"keep": 2, "after": 0.3, "measure": "velocity"},
     "SelectBest": {**PICTURES, "k": 2, "use_threshold": True, "prompts": ["LoadImageFolder", 2]}
     | {"how": "draw"},
     "SaveScoredImages": {**PICTURES, "prefix": "scored/image", "most": 0}

@@ -90,6 +90,11 @@ for cfg in (1.0, 2.0):
     counting.rows = 0
     found = run(graph(guider=guided(cfg), **BLANK, budget=64), **FOUND).values
     answer[f"cfg {cfg:g}"] = {"rows": counting.rows, "report": found["report"]}
+counting.rows = 0
+gap = {"score": "guidance_gap", "budget": 128}
+found = run(graph(guider=guided(2.0), **BLANK, **gap), **FOUND).values
+answer["gap"] = {"rows": counting.rows, "report": found["report"]}
+tensors["gap latents"] = found["latents"]["samples"]
 start = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
 levels = torch.tensor([level for level in given["sigmas"] if level < 0.7])
 other = {"empty": thing("start", {"samples": start}), "sigmas": thing("lower", levels)}

@@ -26,6 +26,7 @@ TRAIN |= {"seed": 0, "run": "", **PARTS}
 SETTINGS: dict[str, dict[str, Any]] = {
     "Advantages": {"rollout": ["rollout", 0], "clamp": 5.0, "std_floor": 1e-8, "per_branch": False},
     "LoRAPolicy": {"rank": 4, "alpha": 4.0, "targets": "attention", "learning_rate": 1e-3, "seed": 0},
+    "EarlyFilter": {"keep": 4, "after": 0.3, "measure": "velocity"},
     "MixRewards": {"weight_1": 1.0, "weight_2": 1.0},
     "Rollout": TREE,
     "ScoreImages": {"prompt": ""},
@@ -34,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **{"method": "coarse first", "budget": 64, "keep": 1, "prompt": "a red circle", **WIRES},
         **{"vae": ["load", 2], "reward": ["reward", 0], "steps": "0-3", "eta": 0.7, "kernel": "ddim"},
         **{"group": 0, "stride": 2, "strength": 10.0, "judge_at": "3-5", "iterations": 2},
-        **{"mutation": 0.5, "pull": 0.3, "slots": 8},
+        **{"mutation": 0.5, "pull": 0.3, "score": "reward", "slots": 8},
     },
     "SelectBest": {"k": 1, "use_threshold": False, "threshold": 0.0}
     | {"how": "best", "temperature": 0.1, "seed": 0},

@@ -359,7 +359,7 @@ def attack_guiders(court: Court, real: Inputs, execute: Execute) -> None:
         for name in ("Rollout", "SearchSampler"):
             act = partial(execute, name, {**real[name], "guider": thing})
             court.attack(name, f"guider: {what}", ["guider", "model"], act, refuse, allow_nan=True)
-    sampler = execute("SingularSDESampler", real["SingularSDESampler"]).args[0]
+    samplers = {name: execute(name, real[name]).args[0] for name in ("SingularSDESampler", "EarlyFilter")}
     custom = comfy_side.node_class("SamplerCustomAdvanced")
     for what, latent, refuse in latents():
         if (
@@ -375,8 +375,9 @@ def attack_guiders(court: Court, real: Inputs, execute: Execute) -> None:
         noise = real["Rollout"]["noise"]
         levels = real["Rollout"]["sigmas"]
         draw = getattr(custom, "execute", None) or custom().sample
-        act = partial(draw, noise, guider, sampler, levels, latent)
-        court.attack("SingularSDESampler", f"latent_image: {what}", ["latent_image"], act)
+        for name, sampler in samplers.items():
+            act = partial(draw, noise, guider, sampler, levels, latent)
+            court.attack(name, f"latent_image: {what}", ["latent_image"], act)
 
 
 def attack_searches(court: Court, real: Inputs, execute: Execute, block: Any) -> None:
@@ -387,6 +388,7 @@ def attack_searches(court: Court, real: Inputs, execute: Execute, block: Any) ->
         name: [one.min, one.max] for name, one in inputs.items() if hasattr(one, "min")
     }
     cases |= {"kernel": inputs["kernel"].options, "steps": ["0", "999", "0-999"], "judge_at": ["0", "0-999"]}
+    cases["score"] = ["reward"]
     cases["sigmas"] = [made for _, made, refuse in schedules() if refuse is None]
     for method, settings in reads.items():
         for name in ("sigmas", "keep", *settings):
@@ -394,6 +396,9 @@ def attack_searches(court: Court, real: Inputs, execute: Execute, block: Any) ->
                 sent = {**real["SearchSampler"], "method": method.replace("_", " "), name: value}
                 act = partial(execute, "SearchSampler", sent)
                 court.attack("SearchSampler", f"{method}, {name}: {value!s:.40}", [name], act, False)
+    sent = {**real["SearchSampler"], "method": "coarse first", "score": "guidance_gap"}
+    act = partial(execute, "SearchSampler", sent)
+    court.attack("SearchSampler", "score: a gap without guidance", ["score"], act, True)
 
 
 def comfy_guider(model: Any, conditioning: Any) -> Any:

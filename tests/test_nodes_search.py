@@ -31,6 +31,7 @@ REFUSED = {
     "no steps": ({"steps": ""}, "steps: it names 0 numbers"),
     "steps in words": ({"judge_at": "all"}, "judge_at: 'all' is not understood"),
     "a far eta": ({"eta": 1e9}, "eta"),
+    "a gap without guidance": ({"score": "guidance_gap"}, "score is guidance_gap, which needs guidance"),
     "more than anyone means": ({"budget": 1_000_000, "slots": 0}, "slots"),
 }
 PROMPT = "three green squares"
@@ -72,6 +73,17 @@ def test_it_finds_what_the_command_line_finds(name: str, done: Answer, searcher:
 def test_it_spends_the_forwards_that_it_says(name: str, done: Answer) -> None:
     said = re.search(r"(\d+) of 64 forwards, (\d+) images judged", done.data[name]["report"])
     assert said and int(said[1]) == done.data[name]["rows"] and 64 - 16 < int(said[1]) <= 64
+
+
+def test_looks_by_the_gap_of_guidance_are_not_judged(done: Answer) -> None:
+    """By the command line's model, too, they find the same."""
+    made = done.data["gap"]
+    assert "128 of 128 forwards, 3 images judged" in made["report"] and made["rows"] == 128
+    guided = Searcher(prepare(load("demo", ["model.guidance=2"]), Accelerator(cpu=True)))
+    with torch.no_grad():
+        found = guided.find("coarse_first", SearchSettings(score="guidance_gap"), 128, PROMPT, 5)
+    assert made["report"].splitlines()[0].endswith(found.found[0].name)
+    assert (done.tensors["gap latents"] - (found.found[0].latent / 1.5305 + 0.0609)).abs().max() < 1e-4
 
 
 def test_the_best_come_first(done: Answer) -> None:

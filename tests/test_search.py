@@ -48,6 +48,13 @@ def run(
     return search(METHODS[name], space, made, budget, evaluate, keep)
 
 
+class GuidedToy(ToyPolicy):
+    """A policy whose guidance moves a row by its mean."""
+
+    def velocity_and_gap(self, x: Tensor, sigma: Tensor, cond: list[float]) -> tuple[Tensor, Tensor]:
+        return self.velocity(x, sigma, cond), x.double().flatten(1).mean(1).square()
+
+
 def image(seed: int = 5) -> Tensor:
     """Return what ordinary sampling makes of the given noise."""
     noise = seeded_noise(SHAPE, "given", seed)[None]
@@ -178,3 +185,40 @@ def test_every_setting_is_read_by_some_method_and_every_method_has_a_name() -> N
     fields = {field.name for field in dataclasses.fields(SearchSettings)}
     assert {name for reads in READS.values() for name in reads} == fields
     assert list(READS) == list(METHODS)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 64])
+def test_the_gap_of_guidance_is_added_up_row_by_row(slots: int) -> None:
+    start = torch.stack([seeded_noise(SHAPE, "gap", row) for row in range(7)])
+    asked = Ask(start, (0, 2, 5, 8), judged=False, by_gap=True)
+    told = answer(asked, GuidedToy(), 0.3, SIGMAS, near, slots)
+    way = answer(asked._replace(by_gap=False, kept=True), GuidedToy(), 0.3, SIGMAS, near, slots)
+    assert torch.equal(told.latents, way.latents)
+    expected = way.x.double().flatten(2).mean(2).square().sum(1)
+    torch.testing.assert_close(told.scores, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_looks_by_the_gap_of_guidance_are_not_judged_and_the_largest_are_finished() -> None:
+    asked = []
+
+    def evaluate(ask: Ask) -> Told:
+        told = answer(ask, GuidedToy(), 0.3, SIGMAS, near)
+        asked.append((ask, told))
+        return told
+
+    space = Space(SIGMAS, seeded_noise(SHAPE, "given", 5), 5)
+    settings = SearchSettings(score="guidance_gap")
+    found = search(METHODS["coarse_first"], space, settings, 64, evaluate, 3)
+    (given, _), (looks, told), (finals, _) = asked
+    assert given.judged and finals.judged and not looks.judged
+    assert torch.equal(finals.start, looks.start[told.scores.argsort(descending=True)[:2]])
+    assert found.scored == 3 and len(found.found) == 3 and found.forwards == 64
+    assert all(one.score == near(one.latent[None]).double().item() for one in found.found)
+
+
+def test_the_gap_of_guidance_needs_guidance() -> None:
+    settings = SearchSettings(score="guidance_gap")
+    with pytest.raises(ValueError, match="needs guidance above 1"):
+        settings.check("coarse_first", guided=False)
+    settings.check("coarse_first", guided=True)
+    settings.check("particles", guided=False)  # which does not read it

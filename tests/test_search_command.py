@@ -69,6 +69,14 @@ def test_guidance_counts_two(tmp_path, capsys):
     assert (row["forwards"], row["scored"]) == ("64", "4")
 
 
+def test_looks_by_the_gap_of_guidance_are_not_judged(tmp_path, capsys):
+    words = ["--prompts", 1, "--budgets", "128", "--methods", "coarse_first", "--set", "model.guidance=2"]
+    gap = ["--set", "search.score=guidance_gap"]
+    assert leave(capsys, "search", "demo", "--out", tmp_path, *words, *gap)[0] == 0
+    (row,) = rows(tmp_path)
+    assert (row["forwards"], row["scored"]) == ("128", "3")
+
+
 def test_settings_change_what_is_found(tmp_path, capsys):
     words = ["--prompts", 1, "--budgets", "32", "--methods", "coarse_first"]
     for name, stride in (("two", 2), ("four", 4)):
@@ -99,6 +107,7 @@ def test_settings_change_what_is_found(tmp_path, capsys):
         (["--set", "search.stride=0"], "search.stride is 0"),
         (["--set", "search.judge_at=[]"], "search.judge_at"),
         (["--set", "search.luck=1"], "luck"),
+        (["--set", "search.score=guidance_gap"], "score is guidance_gap, which needs guidance above 1"),
         (["--set", "rewards=[votes]"], "rewards has votes"),
         (["--out", "there"], "there/search.csv exists; choose another --out, or give --replace"),
     ],

@@ -9,7 +9,7 @@ export const ROLES = {
 
 const NODES = {
   judge: ["LoadReward", "MixRewards", "ReferenceReward", "ScoreImages", "ScoreRollout", "ScoresFromValues", "VoteRollout"],
-  sample: ["LoadImageFolder", "Rollout", "SearchSampler", "SelectBest", "SingularSDESampler", "TinyDemoLoader"],
+  sample: ["EarlyFilter", "LoadImageFolder", "Rollout", "SearchSampler", "SelectBest", "SingularSDESampler", "TinyDemoLoader"],
   train: ["Advantages", "LoRAPolicy", "SaveLoRA", "TrainLoRA", "UpdateFromVotes", "UpdateLoRA"],
   look: ["CompareLoRA", "RunMonitor", "SaveScoredImages"],
 };
@@ -28,6 +28,7 @@ export const WIRES = {
 export const TEXT_LINES = {
   G2RPO_Advantages: 7,
   G2RPO_CompareLoRA: 5,
+  G2RPO_EarlyFilter: 3,
   G2RPO_LoadImageFolder: 3,
   G2RPO_LoadReward: 4,
   G2RPO_MixRewards: 4,

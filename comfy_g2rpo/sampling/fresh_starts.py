@@ -21,9 +21,10 @@ def best_of_n(space: Space, settings: SearchSettings, budget: int) -> Asking:
 def coarse_first(space: Space, settings: SearchSettings, budget: int) -> Asking:
     """Look at many starts roughly, and spend a quarter of the budget on the whole images of the best.
 
-    The given noise's image is made whole in any case: what is found is no worse.
+    The given noise's image is made whole in any case: what is found is no worse. Looks are ranked by the
+    reward, or by how far guidance moves them (CFG-Rejection, arXiv 2505.23343), which needs no decoding.
     """
-    num_steps = space.num_steps
+    num_steps, by_gap = space.num_steps, settings.score == "guidance_gap"
     yield whole(space, [0])
     rough = tuple(dict.fromkeys([*range(0, num_steps, settings.stride), num_steps]))
     finals = max(1, budget // (4 * num_steps))
@@ -31,7 +32,7 @@ def coarse_first(space: Space, settings: SearchSettings, budget: int) -> Asking:
     seen: list[tuple[float, int]] = []
     for first in range(1, looks + 1, TOGETHER):
         numbers = range(first, min(first + TOGETHER, looks + 1))
-        told = yield Ask(space.mix(space.fresh(numbers)), rough)
+        told = yield Ask(space.mix(space.fresh(numbers)), rough, judged=not by_gap, by_gap=by_gap)
         losses = (-told.scores).nan_to_num(nan=math.inf).tolist()
         # Of equal looks the first one goes on.
         seen = heapq.nsmallest(finals, [*seen, *zip(losses, numbers, strict=False)])

@@ -72,6 +72,7 @@ class Searcher:
     ) -> Result:
         """Spend a budget of forwards on a prompt's image, from the noise that ComfyUI draws for the seed."""
         setup, reward = self.setup, self.reward
+        settings.check(method, self.price > 1)
         cond = setup.policy.encode([prompt])[0]
         noise = torch.randn((1, *setup.shape), generator=torch.Generator().manual_seed(seed))[0]
         space = Space(setup.sigmas, noise.to(setup.policy.device), seed)

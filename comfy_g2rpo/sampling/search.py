@@ -23,6 +23,7 @@ from ..policy import Policy
 from ..rollout import seeded_noise
 from ..speed.fitting_batch import Limit
 from ..speed.fitting_rollout import roll_out
+from .early_filter import Gauging
 
 if TYPE_CHECKING:
     from .search_settings import SearchSettings
@@ -87,6 +88,8 @@ class Ask(NamedTuple):
     names: Sequence[str] = ()
     """What each row's image is, in words for users; none where the ends are no images to return."""
     judged: bool = True
+    by_gap: bool = False
+    """Whether the scores are how far guidance moves the rows on their way; such rows are not judged."""
     kept: bool = False
     """Whether the states on the way are told."""
 
@@ -104,7 +107,7 @@ class Told(NamedTuple):
     """What came of the rows that were affordable, the first n of them."""
 
     latents: Tensor  # [n, …]: the ends
-    scores: Tensor  # [n] float64; NaN where nothing could be judged, or nothing was to be
+    scores: Tensor  # [n] float64; NaN where nothing could be judged, or nothing was to be; or gaps
     x: Tensor  # [n, S, …]: the states at indices[:-1]; S = 0 where they are not kept
     velocity: Tensor  # [n, S, …]
 
@@ -133,13 +136,17 @@ def answer(
     slots: int | Limit = 64,
     check: Callable[[], None] | None = None,
 ) -> Told:
-    """Run a request on a policy, all rows with one conditioning; `judge` scores latents [n, …] as [n]."""
+    """Run a request on a policy, all rows with one conditioning; `judge` scores latents [n, …] as [n].
+
+    Where gaps are asked for, the policy must be a `Guided` one.
+    """
     rows = len(ask.start)
+    gauge = Gauging(policy, rows) if ask.by_gap else None
     made = roll_out(
-        policy,
+        gauge or policy,
         walk(len(sigmas) - 1, ask.indices, ask.kept),
         sigmas,
-        [cond] * rows,
+        [(row, cond) for row in range(rows)] if gauge else [cond] * rows,
         [0] * rows,
         ask.start.shape[1:],
         slots=slots,
@@ -148,7 +155,8 @@ def answer(
         start=ask.start,
     )
     latents = made.latents[:, 0]
-    scores = judge(latents).cpu().double() if ask.judged else torch.full((rows,), math.nan).double()
+    unknown = gauge.gaps if gauge else torch.full((rows,), math.nan).double()
+    scores = judge(latents).cpu().double() if ask.judged else unknown
     return Told(latents, scores, made.x, made.velocity)
 
 

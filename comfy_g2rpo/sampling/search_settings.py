@@ -10,7 +10,7 @@ from ..options import check_fields, option
 NOISY = ("kernel", "eta")
 READS: dict[str, tuple[str, ...]] = {
     "best_of_n": (),
-    "coarse_first": ("stride",),
+    "coarse_first": ("stride", "score"),
     "branch_search": (*NOISY, "steps", "group", "stride"),
     "particles": (*NOISY, "strength", "judge_at"),
     "funnel": (*NOISY, "strength", "judge_at", "stride"),
@@ -82,6 +82,20 @@ class SearchSettings:
     pull: float = option(
         0.3, "For the ensemble: how far its members move at a step. Too far, and they become alike.", 0, 10
     )
+    score: str = option(
+        "reward",
+        "For coarse first: what rough looks are ranked by. guidance_gap is how far guidance moves them: none "
+        "is decoded or judged, which is cheaper and chooses worse. It needs guidance above 1.",
+        choices=("reward", "guidance_gap"),
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    def check(self, method: str, guided: bool) -> None:
+        """Raise ValueError where a search would read guidance that is not there."""
+        if self.score == "guidance_gap" and "score" in READS[method] and not guided:
+            raise ValueError(
+                "score is guidance_gap, which needs guidance above 1 with a negative prompt (CFGGuider in "
+                "ComfyUI, model.guidance in a recipe); raise it, or set score to reward"
+            )

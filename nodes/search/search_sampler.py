@@ -308,6 +308,7 @@ class SearchSampler(io.ComfyNode):
         iterations: int,
         mutation: float,
         pull: float,
+        score: str,
         slots: int,
     ) -> io.NodeOutput:
         """Search."""
@@ -317,6 +318,7 @@ class SearchSampler(io.ComfyNode):
         check_ends(sigmas, "a search")
         samples = one_latent(guider.model_patcher, latent_image)
         check_channels(vae, samples.shape[1], "the model")
+        settings.check(NAMES[method], price_of(guider) > 1)
         price, num_steps, positions = price_of(guider), len(sigmas) - 1, math.prod(samples.shape[2:])
         check_budget(budget, num_steps, price, positions)
         latent = {**latent_image, "samples": samples}

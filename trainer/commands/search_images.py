@@ -100,8 +100,11 @@ def run_jobs(config: Config, jobs: Sequence[Job], out: Path, force: bool, quiet:
         with prepared(short, force, say, only, f"what was found so far is in {out}") as (setup, check):
             searcher = Searcher(setup, lambda: check("search"))
             check_budgets([job.budget for job in jobs], searcher)
+            settings = SearchSettings(**dict(config.search))
+            for method in {job.method for job in jobs}:
+                settings.check(method, searcher.price > 1)
             say(f"{len(jobs)} searches, up to {sum(job.budget for job in jobs)} forwards")
-            for row in found(searcher, SearchSettings(**dict(config.search)), jobs, out):
+            for row in found(searcher, settings, jobs, out):
                 rows.append(row)
                 say(f"{len(rows)} of {len(jobs)}: {row.picture}")
     finally:

@@ -55,6 +55,7 @@ class Lumina2(PeftPolicy):
             return self._forward(x, sigma, cond)
         blank = self.encode([self.blank]) * len(cond)
         given, without = self._forward(torch.cat([x, x]), sigma.repeat(2), [*cond, *blank]).chunk(2)
+        self.tell(given, without)
         guided = without + self.guidance * (given - without)
         return guided * (given.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 

@@ -65,6 +65,7 @@ class QwenImage(PeftPolicy):
             return unpack(self._forward(tokens, sigma, cond, height, width), height, width)
         twice = [*cond, *self.without(cond)]
         given, without = self._forward(tokens.repeat(2, 1, 1), sigma.repeat(2), twice, height, width).chunk(2)
+        self.tell(given, without)
         guided = without + self.guidance * (given - without)
         return unpack(
             guided * (given.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), height, width

@@ -68,6 +68,7 @@ class PeftPolicy:
     load_text_encoders: Callable[[], Mapping[str, nn.Module]] | None = None
     """Loads the pipeline's text encoders when the first prompt is encoded; None where they are there."""
     _encoders_taken = False
+    _gaps: list[Tensor] | None = None
     packed = False
     """Whether weights of the transformer are kept in few bits, or in the computer's memory."""
 
@@ -148,7 +149,23 @@ class PeftPolicy:
             return self._forward(x, sigma, cond)
         blank = self.encode([self.blank]) * len(cond)
         given, without = self._forward(torch.cat([x, x]), sigma.repeat(2), [*cond, *blank]).chunk(2)
+        self.tell(given, without)
         return without + self.guidance * (given - without)
+
+    def tell(self, given: Tensor, without: Tensor) -> None:
+        """Note how far a batch's predictions with and without the prompt are apart, where one asks."""
+        if self._gaps is not None:
+            self._gaps.append((given - without).float().square().flatten(1).mean(1).cpu().double())
+
+    def velocity_and_gap(self, x: Tensor, sigma: Tensor, cond: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Return v as `velocity` does, and the mean square of v_c − v_∅ [B], for rows of one size."""
+        if self.blank is None or self.guidance <= 1:
+            raise ValueError(f"model.guidance is {self.guidance:g} and weighs up no second prompt; raise it")
+        self._gaps = []
+        try:
+            return self.velocity(x, sigma, cond), torch.cat(self._gaps)
+        finally:
+            self._gaps = None
 
     def _forward(self, x: Tensor, sigma: Tensor, cond: Sequence[Any]) -> Tensor:
         """Return the model's own prediction, v like x [B, C, …, h, w] in float32."""
