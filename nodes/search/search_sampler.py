@@ -184,6 +184,17 @@ NAMES = {title: name for name, title in TITLES.items()}
 SETTINGS = {field.name: field for field in dataclasses.fields(SearchSettings)}
 
 
+LATER = ("score",)
+"""Settings that saved graphs of the first version lack: their widgets come last."""
+
+
+def later_input(name: str) -> io.Input:
+    """Make the input of a choice that came later."""
+    rule, default = SETTINGS[name].metadata, SETTINGS[name].default
+    options = list(rule["choices"])
+    return io.Combo.Input(name, options=options, default=default, optional=True, tooltip=rule["help"])
+
+
 def settings_of(given: dict[str, Any]) -> SearchSettings:
     """Read the inputs that are settings."""
     lists = {
@@ -256,8 +267,9 @@ class SearchSampler(io.ComfyNode):
                     "Forwards of the model to spend: an image takes one per step, with guidance two.",
                 ),
                 int_input("keep", 1, 1, MAX_IMAGES, "How many images to return, the best first."),
-                *(option_input(field) for field in SETTINGS.values()),
+                *(option_input(field) for name, field in SETTINGS.items() if name not in LATER),
                 slots_input("Latents evaluated at a time: more are faster until memory is full.", 256),
+                *(later_input(name) for name in LATER),
             ],
             outputs=[
                 output(io.Latent, "found", "The best images' latents, best first.", shown="latents"),
@@ -308,8 +320,8 @@ class SearchSampler(io.ComfyNode):
         iterations: int,
         mutation: float,
         pull: float,
-        score: str,
         slots: int,
+        score: str = "reward",
     ) -> io.NodeOutput:
         """Search."""
         given = check_inputs(cls, locals())
