@@ -59,3 +59,20 @@ def test_the_settings_of_every_arm_exist():
 
     for made in alignment.ARMS.values():
         SearchSettings(**{name: value for name, value in made.items() if name != "method"})
+
+
+def test_an_early_filter_s_quarter_is_chosen_by_its_gaps_alone():
+    row = {"guidance": 1.0, "prompt": "a", "gaps": [float(i) for i in range(16)]}
+    row |= {"agreement": [i / 100 for i in range(16)], "strict": [float(i > 11) for i in range(16)]}
+    row["draws"] = {str(heat): [heat, 0.5] for heat in alignment.HEATS}
+    lines = alignment.pools_report([row, {**row, "prompt": "b"}, {**row, "prompt": "easy"}], {"a", "b"})
+    assert "| 1 | 0.075 | +0.060 ± 0.000 | -0.060 ± 0.000 | 0.250 | +0.750 ± 0.000 | -0.250 ± 0.000 |" in lines
+    assert "| 1 | 0.05 | 0.050 | 0.500 |" in lines
+
+
+def test_a_pool_is_scored_and_its_cold_draw_is_the_best():
+    job = {"arm": "pool", "split": "tune", "guidance": 1.0, "budget": 0, "seeds": [], "prompt": "a red circle"}
+    row = alignment.answer_job(job)
+    assert len(row["gaps"]) == len(row["agreement"]) == 16 and min(row["gaps"]) > 0
+    best = row["draws"]["0.0001"][0]
+    assert best == pytest.approx(sum(sorted(row["agreement"])[-4:]) / 4)
