@@ -75,6 +75,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "ScoreRollout": {**TREE, **JUDGED},
     "ScoreImages": {**JUDGED, "images": ["ScoreRollout", 1], "names": ["LoadImageFolder", 1]},
     "SearchSampler": {**REWARD, "budget": 12, "keep": 2, "steps": "0,1", "judge_at": "1"},
+    "OptimizeNoise": {**REWARD, "steps": 1, "probes": 1},
     "SelectBest": {**PICTURES, "k": 2, "use_threshold": True, "prompts": ["LoadImageFolder", 2]},
     "SaveScoredImages": {**PICTURES, "prefix": "scored/image", "most": 0}
     | {"details": ["ScoreImages", 4], "names": ["LoadImageFolder", 1]},

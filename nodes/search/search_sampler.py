@@ -210,6 +210,13 @@ def described(result: Result, method: str, budget: int, hunt: Hunt, seconds: flo
     return "\n".join(filter(None, [*lines, f"not read by {TITLES[method]}: {', '.join(ignored)}"]))
 
 
+def stopped_before(stopped: list[dict[str, Any]], typed: dict[str, Any]) -> int:
+    """Count the runs that were stopped and that these widgets may belong to: those over links are None."""
+    return sum(
+        all(typed.get(name) in (None, value) for name, value in widgets.items()) for widgets in stopped
+    )
+
+
 class SearchSampler(io.ComfyNode):
     """The best images that a budget of forwards finds."""
 
@@ -280,10 +287,7 @@ class SearchSampler(io.ComfyNode):
 
         What comes over a link is not known here, so that it may be anything.
         """
-        return sum(
-            all(typed.get(name) in (None, value) for name, value in widgets.items())
-            for widgets in cls.stopped
-        )
+        return stopped_before(cls.stopped, typed)
 
     @classmethod
     def execute(
