@@ -1,4 +1,4 @@
-"""Optimize Noise in a real ComfyUI: the score rises, the NOISE draws the image again, nothing else changes."""
+"""Optimize Noise in a real ComfyUI: scores rise, the NOISE draws the image again, nothing else changes."""
 
 from __future__ import annotations
 

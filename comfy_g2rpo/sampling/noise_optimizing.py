@@ -7,7 +7,7 @@ Whoever has the model and the reward gives `look`; here is everything that needs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -58,22 +58,34 @@ def shuffles(elements: int, *key: int | str) -> Tensor:
     return torch.stack([torch.randperm(elements, generator=generator) for _ in range(SHUFFLES)])
 
 
-def improbability(noise: Tensor, orders: Tensor) -> tuple[float, Tensor]:
-    """Return −log P of a noise [...] as it is, plus its mean over shuffled orders [P, D]; and its gradient.
+def improbability(noise: Tensor, orders: Tensor) -> float:
+    """Return −log P of a noise [...] as it is, plus its mean over shuffled orders [P, D].
 
     A constant noise, a repeated tile or a wrong mean lie far above FLOOR; 0.9 times a noise does not.
     """
-    flat = noise.detach().flatten().clone()
-    total, gradient = 0.0, torch.zeros_like(flat)
-    group = max(1, AT_ONCE // len(flat))
-    own = torch.arange(len(flat))[None]
-    for part, share in [(own, 1.0), *((part, 1 / len(orders)) for part in orders.split(group))]:
+    flat = noise.detach().flatten()
+    return sum(_share(flat, *part).item() for part in _parts(flat, orders))
+
+
+def improbability_gradient(noise: Tensor, orders: Tensor) -> Tensor:
+    """Return the gradient of `improbability` with respect to the noise."""
+    flat = noise.detach().flatten().clone().requires_grad_()
+    made = torch.zeros_like(noise).flatten()
+    for part in _parts(flat, orders):
         with torch.enable_grad():
-            given = flat.requires_grad_()
-            value = share * negative_log_probability(vectors_of(given, part)).sum()
-            gradient += torch.autograd.grad(value, given)[0]
-        total += value.item()
-    return total, gradient.view_as(noise)
+            made += torch.autograd.grad(_share(flat, *part), flat)[0]
+    return made.view_as(noise)
+
+
+def _parts(flat: Tensor, orders: Tensor) -> Iterator[tuple[Tensor, float]]:
+    """Yield a noise's own order, then the shuffled ones, some at a time, each with its weight."""
+    yield torch.arange(len(flat))[None], 1.0
+    for part in orders.split(max(1, AT_ONCE // len(flat))):
+        yield part, 1 / len(orders)
+
+
+def _share(flat: Tensor, orders: Tensor, weight: float) -> Tensor:
+    return weight * negative_log_probability(vectors_of(flat, orders)).sum()
 
 
 def length(noise: Tensor) -> float:
@@ -204,7 +216,7 @@ def unlikely(noise: Tensor, weight: float, seed: int, number: int) -> Tensor:
     """Return the regulariser's gradient in a step, if it has a weight."""
     if not weight:
         return torch.zeros_like(noise)
-    return improbability(noise, shuffles(noise.numel(), seed, number))[1]
+    return improbability_gradient(noise, shuffles(noise.numel(), seed, number))
 
 
 def nearby(noise: Tensor, count: int, seed: int, number: int) -> Tensor:

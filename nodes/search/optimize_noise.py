@@ -190,7 +190,7 @@ def described(made: Optimised, views: Gradients, climb: Climb, seconds: float) -
     way = "the reward's gradient" if views.through else f"a gradient estimated from {views.probes} probes"
     spent = views.forwards * price_of(hunt.guider)
     flat = made.noise.flatten()
-    unlikely = improbability(flat, shuffles(len(flat), "report"))[0]
+    unlikely = improbability(flat, shuffles(len(flat), "report"))
     every = max(1, math.ceil(count / SHOWN_SCORES))
     shown = ", ".join(f"{score:.4g}" for score in made.scores[::every])
     lines = [
