@@ -12,6 +12,7 @@ from comfy_graphs import block, core, drawing, outputs, reward, run, spoken, thi
 
 protocol = comfy_side.pack_module("comfy_g2rpo.rewards.protocol")
 types = comfy_side.pack_module("nodes.types")
+noise_block = comfy_side.pack_module("nodes.search.optimize_noise")
 given = comfy_side.given()
 PROMPT = given["prompt"]
 MADE = outputs(block="noise latent image report")
@@ -50,11 +51,13 @@ class Counting:
     """A model that counts the latents that it is asked for, with a gradient and without."""
 
     def __init__(self, model: Any) -> None:
-        self.rows, self.model = [0, 0], model.clone()
+        self.rows, self.stops, self.model = [0, 0], False, model.clone()
         self.model.set_model_unet_function_wrapper(self.forward)
 
     def forward(self, apply: Any, args: dict[str, Any]) -> torch.Tensor:
         self.rows[torch.is_grad_enabled()] += len(args["input"])
+        if self.stops:
+            comfy.model_management.interrupt_current_processing(True)
         return apply(args["input"], args["timestep"], **args["c"])
 
 
@@ -99,6 +102,30 @@ def guided(cfg: float) -> dict[str, Any]:
     return core("CFGGuider", model=["load", 0], positive=["text", 0], negative=["blank", 0], cfg=cfg)
 
 
+def nodes_of(counting: Counting, cfg: float) -> dict[str, Any]:
+    """Return the nodes that a counting model stands in."""
+    nodes = {"counted": thing("counted", counting.model), "guider": guided(cfg)}
+    nodes["guider"]["inputs"]["model"] = ["counted", 0]
+    return nodes
+
+
+def slopes(**changes: Any) -> list[float]:
+    """Return the block's gradient along itself, and that of small steps to both sides."""
+    optimise, found = noise_block.optimise, []
+
+    def measure(noise: torch.Tensor, climb: Any, seed: int, look: Any) -> Any:
+        gradient = look(noise.float().clone(), 0, True).gradient
+        way = 0.01 * gradient / gradient.norm()
+        up, down = (look(noise.float() + side * way, 1, False).score for side in (1, -1))
+        found[:] = [gradient.norm().item(), (up - down) / 0.02]
+        return optimise(noise, noise_block.Climb(1), seed, look)
+
+    noise_block.optimise = measure
+    run(graph(**changes), **MADE)
+    noise_block.optimise = optimise
+    return found
+
+
 def again(nodes: dict[str, Any], noise: Any) -> torch.Tensor:
     """Return an ordinary sampler's latent of a noise, or of the graph's own."""
     nodes = {name: node for name, node in nodes.items() if name != "block"}
@@ -139,7 +166,7 @@ made("estimated", gradient="estimated", steps=3)
 made("auto estimates", reward=reward("jpeg"), steps=2)
 made("guided", guider=guided(2.0))
 made("guided estimated", guider=guided(2.0), gradient="estimated", steps=2)
-made("image to image", **image)
+made("image to image", **image, reward=judging(Dark()))
 made("dark", reward=judging(Dark()), gradient="reward")
 pair = types.RewardSet((Dark(), Dark()), (2.0, 1.0), "zscore")
 made("two rewards", reward=thing("pair", pair), steps=1)
@@ -148,9 +175,7 @@ made("broken", reward=judging(Dark(broken_at=3)), steps=6)
 made("abstains", reward=judging(Dark(abstain_at=3)), steps=6)
 for name, cfg in (("reward", 1.0), ("estimated", 1.0), ("reward", 2.0)):
     counting = Counting(loaded["model"])
-    nodes = {"counted": thing("counted", counting.model), "guider": {**guided(cfg)}}
-    nodes["guider"]["inputs"]["model"] = ["counted", 0]
-    found = run(graph(**nodes, gradient=name, steps=2, probes=3), **MADE).values
+    found = run(graph(**nodes_of(counting, cfg), gradient=name, steps=2, probes=3), **MADE).values
     answer[f"counted {name} {cfg:g}"] = {"rows": counting.rows, "report": found["report"]}
 
 dark = Dark(stop_at=3)
@@ -164,7 +189,9 @@ for stop_at in (3, 2, 0):
     assert ran.ok, ran
     reports.append(ran.values["report"])
 answer["stopped"] = reports
-answer["nothing yet"] = spoken(graph(reward=judging(Dark(stop_at=1)), vae=["load", 2], steps=2))
+counting.stops = True
+answer["nothing yet"] = spoken(graph(**nodes_of(counting, 1.0)))
+answer["slopes"] = {"i2i": slopes(**image), "guided": slopes(guider=guided(2.0), reward=judging(Dark()))}
 answer["other size"] = ""
 try:
     first["noise"].generate_noise({"samples": torch.zeros(1, 16, 4, 4)})

@@ -59,6 +59,13 @@ def test_a_reward_with_a_gradient_rises(name: str, done: Answer) -> None:
     assert "the reward's gradient: " in made["report"] and made["moved"] > 0.01
 
 
+@pytest.mark.parametrize("name", ["i2i", "guided"])
+def test_the_gradient_is_that_of_finite_differences(name: str, done: Answer) -> None:
+    """Through guidance, sampler, decoder and reward; images are judged in 8 bits."""
+    own, measured = done.data["slopes"][name]
+    assert own == pytest.approx(measured, rel=0.15) and own > 0.01
+
+
 @pytest.mark.parametrize("name", ["estimated", "auto estimates", "guided estimated"])
 def test_an_estimate_is_no_worse_than_ordinary_sampling(name: str, done: Answer) -> None:
     report = done.data[name]["report"]
@@ -80,7 +87,7 @@ def test_it_spends_the_forwards_that_it_says(
     """Of 4 steps each: plain walks and walks back, and at the end the image once more."""
     made = done.data[f"counted {name}"]
     assert made["rows"] == [4 * price * (plain + 1), 4 * price * back]
-    assert f": {4 * price * (plain + 2 * back)} forwards (a backward counts 2)" in made["report"]
+    assert f": {4 * price * (plain + 1 + 2 * back)} forwards (a backward counts 2)" in made["report"]
     assert f"{plain} images judged" in made["report"]
 
 

@@ -180,13 +180,14 @@ class Optimised:
 def optimise(noise: Tensor, climb: Climb, seed: int, look: Look) -> Optimised:
     """Move a noise along the reward's gradient by AdamW; return the best on the way, itself included.
 
+    The regulariser's weight is in units of the reward's first gradient, as rewards have scales of all sizes.
     `look` may raise Stopped to end it with the best so far. A gradient that is not finite ends it, too.
     """
     point = noise.detach().clone().float()
     low, high = min(LENGTHS[0], length(point)), max(LENGTHS[1], length(point))
     # The bounds hold its length; decay would only pull it to the lower one.
     optimizer = torch.optim.AdamW([point], lr=climb.learning_rate, weight_decay=0.0)
-    made = Optimised(point.clone())
+    made, unit = Optimised(point.clone()), 0.0
     for number in range(climb.steps + 1):
         last = number == climb.steps
         try:
@@ -201,7 +202,9 @@ def optimise(noise: Tensor, climb: Climb, seed: int, look: Look) -> Optimised:
             return made
         if last or seen.gradient is None:
             return made
-        gradient = climb.regularise * unlikely(point, climb.regularise, seed, number) - seen.gradient.float()
+        own = seen.gradient.float()
+        unit = unit or own.norm().item()
+        gradient = climb.regularise * unlikely(point, climb.regularise, seed, number) - own / (unit or 1.0)
         size = gradient.norm()
         if not size.isfinite():
             made.ended = "the gradient was not finite any more"

@@ -175,7 +175,8 @@ def check_work(sigmas: Tensor, steps: int, probes: int, price: int, positions: i
             f"sigmas: it holds {count} steps, and the gradient goes back through every one; at most "
             f"{MAX_STEPS} are allowed, connect a scheduler with fewer"
         )
-    total = count * (1 + steps * (1 + probes + BACKWARD))
+    # The last image is judged, and at the end the best one is drawn once more.
+    total = count * (2 + steps * (1 + probes + BACKWARD))
     if total * price * positions > MAX_WORK:
         raise ValueError(
             f"steps: {total * price} forwards × {positions} latent positions are above the limit of "
@@ -338,8 +339,9 @@ class OptimizeNoise(io.ComfyNode):
         if hunt.stopped:
             cls.stopped.append({k: v for k, v in given.items() if isinstance(v, (str, int, float))})
         kept = KeptNoise(made.noise, noise.seed)
-        report = described(made, views, climb, time.perf_counter() - begin)
         found = drawn(hunt, kept)
+        views.forwards += views.space.num_steps
+        report = described(made, views, climb, time.perf_counter() - begin)
         image = decode_latents(vae, found).nan_to_num(0.0)
         return io.NodeOutput(kept, {"samples": found}, image, report, ui=show(cls, report))
 
