@@ -176,7 +176,7 @@ made("abstains", reward=judging(Dark(abstain_at=3)), steps=6)
 for name, cfg in (("reward", 1.0), ("estimated", 1.0), ("reward", 2.0)):
     counting = Counting(loaded["model"])
     found = run(graph(**nodes_of(counting, cfg), gradient=name, steps=2, probes=3), **MADE).values
-    answer[f"counted {name} {cfg:g}"] = {"rows": counting.rows, "report": found["report"]}
+    answer[f"counted {name} {cfg:g}"] = {"rows": list(counting.rows), "report": found["report"]}
 
 dark = Dark(stop_at=3)
 nodes = graph(reward=judging(dark), steps=12, prompt=["words", 0])

@@ -33,14 +33,14 @@ from ...comfy_g2rpo.sampling.search import Ask, Stopped
 from ..inputs.checks import check_inputs
 from ..inputs.finding import offered
 from ..inputs.judging import check_channels, checked_prompt, decode_latents, judge
-from ..inputs.widgets import Progress, announce, int_input, output, reward_input, show, text_area
+from ..inputs.widgets import Progress, announce, int_input, output, show
 from ..model.adapter import is_large
 from ..model.autograd import gradients
 from ..model.comfy_policy import GraphPolicy, check_flow, resident
 from ..model.decoder_gradient import latent_gradient
 from ..sampling import MAX_WORK, check_ends, one_latent, start_noise
 from ..types import SAMPLING, RewardSet
-from .search_sampler import Hunt, Interrupted, price_of, single_mix, stopped_before
+from .search_sampler import Hunt, Interrupted, image_inputs, price_of, single_mix, stopped_before
 
 BACKWARD = 2
 """Forwards that a step of the sampler counts on the way back: it is computed again, then differentiated."""
@@ -209,6 +209,45 @@ def described(made: Optimised, views: Gradients, climb: Climb, seconds: float) -
     return "\n".join(filter(None, lines))
 
 
+def climb_inputs() -> list[io.Input]:
+    """Make the inputs of how the noise is changed."""
+    return [
+        int_input("steps", 20, 1, 500, "How often the noise is changed. More find more, and cost more."),
+        io.Float.Input(
+            "learning_rate",
+            default=0.05,
+            min=1e-5,
+            max=10.0,
+            step=0.01,
+            round=False,
+            tooltip="How far the noise moves in a step. Lower it where scores jump up and down.",
+        ),
+        io.Combo.Input(
+            "gradient",
+            options=list(GRADIENTS),
+            default=GRADIENTS[0],
+            tooltip="reward: the reward's own gradient, which is exact. estimated: from probes, for "
+            "any reward. auto takes the first where there is one.",
+        ),
+        int_input(
+            "probes",
+            4,
+            1,
+            64,
+            "For an estimated gradient: images drawn nearby in every step. More are surer and cost more.",
+        ),
+        io.Float.Input(
+            "regularise",
+            default=0.1,
+            min=0.0,
+            max=100.0,
+            step=0.01,
+            round=False,
+            tooltip="How strongly the noise is kept like ordinary noise. At 0 images may break.",
+        ),
+    ]
+
+
 class OptimizeNoise(io.ComfyNode):
     """The start noise that a reward's gradient leads to."""
 
@@ -225,61 +264,13 @@ class OptimizeNoise(io.ComfyNode):
             description="Experimental: changes the start noise of one image step by step, along the gradient "
             "of a reward. Search Sampler usually finds more for the same time. Cancel keeps the best so far.",
             inputs=[
-                io.Guider.Input(
-                    "guider", tooltip="Model, prompts and guidance; from any guider node, with a flow model."
-                ),
-                io.Noise.Input("noise", tooltip="The start noise that is changed; its seed draws all else."),
-                io.Sigmas.Input(
-                    "sigmas",
-                    tooltip=f"The noise levels of an image, falling to 0: from any scheduler node, at most "
+                *image_inputs(
+                    "The start noise that is changed; its seed draws all else.",
+                    "The noise levels of an image, falling to 0: from any scheduler node, at most "
                     f"{MAX_STEPS} steps.",
+                    "Images are decoded in every step; the gradient goes through it.",
                 ),
-                io.Latent.Input(
-                    "latent_image",
-                    tooltip="An empty latent of one image, or one to start from at a lower first noise "
-                    "level.",
-                ),
-                io.Vae.Input(
-                    "vae", tooltip="Images are decoded in every step; the gradient goes through it."
-                ),
-                reward_input(),
-                text_area("prompt", "What the image should show, if the reward reads prompts."),
-                int_input(
-                    "steps", 20, 1, 500, "How often the noise is changed. More find more, and cost more."
-                ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=0.05,
-                    min=1e-5,
-                    max=10.0,
-                    step=0.01,
-                    round=False,
-                    tooltip="How far the noise moves in a step. Lower it where scores jump up and down.",
-                ),
-                io.Combo.Input(
-                    "gradient",
-                    options=list(GRADIENTS),
-                    default=GRADIENTS[0],
-                    tooltip="reward: the reward's own gradient, which is exact. estimated: from probes, for "
-                    "any reward. auto takes the first where there is one.",
-                ),
-                int_input(
-                    "probes",
-                    4,
-                    1,
-                    64,
-                    "For an estimated gradient: images drawn nearby in every step. More are surer and cost "
-                    "more.",
-                ),
-                io.Float.Input(
-                    "regularise",
-                    default=0.1,
-                    min=0.0,
-                    max=100.0,
-                    step=0.01,
-                    round=False,
-                    tooltip="How strongly the noise is kept like ordinary noise. At 0 images may break.",
-                ),
+                *climb_inputs(),
             ],
             outputs=[
                 output(
