@@ -78,6 +78,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "EarlyFilter": {"keep": 2, "after": 0.3, "measure": "velocity"},
     "SelectBest": {**PICTURES, "k": 2, "use_threshold": True, "prompts": ["LoadImageFolder", 2]}
     | {"how": "draw"},
+    "OptimizeNoise": {**REWARD, "steps": 1, "probes": 1},
     "SaveScoredImages": {**PICTURES, "prefix": "scored/image", "most": 0}
     | {"details": ["ScoreImages", 4], "names": ["LoadImageFolder", 1]},
     "VoteRollout": {**TREE, "pictures": ["ScoreRollout", 1], "prompt": CIRCLE, "votes": "", "run": ""},

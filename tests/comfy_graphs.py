@@ -28,6 +28,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "LoRAPolicy": {"rank": 4, "alpha": 4.0, "targets": "attention", "learning_rate": 1e-3, "seed": 0},
     "EarlyFilter": {"keep": 4, "after": 0.3, "measure": "velocity"},
     "MixRewards": {"weight_1": 1.0, "weight_2": 1.0},
+    "OptimizeNoise": {
+        **{"steps": 4, "learning_rate": 0.05, "gradient": "auto", "probes": 2, "regularise": 0.1},
+        **{"vae": ["load", 2], "reward": ["reward", 0], "prompt": "a red circle", **WIRES},
+    },
     "Rollout": TREE,
     "ScoreImages": {"prompt": ""},
     "ScoreRollout": {"rollout": ["rollout", 0], "vae": ["load", 2]},

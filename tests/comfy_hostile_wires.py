@@ -356,7 +356,7 @@ def attack_guiders(court: Court, real: Inputs, execute: Execute) -> None:
         *((w, comfy_guider(model, c.made), r) for w, c, r in clips()),
         *((w, comfy_guider(m, guider), r) for w, m, r in models(model)),
     ]:
-        for name in ("Rollout", "SearchSampler"):
+        for name in ("Rollout", "SearchSampler", "OptimizeNoise"):
             act = partial(execute, name, {**real[name], "guider": thing})
             court.attack(name, f"guider: {what}", ["guider", "model"], act, refuse, allow_nan=True)
     samplers = {name: execute(name, real[name]).args[0] for name in ("SingularSDESampler", "EarlyFilter")}

@@ -33,6 +33,7 @@ ROLES = {
     "judge": ("LoadReward", "MixRewards", "ReferenceReward", "ScoreImages", "ScoreRollout", "VoteRollout"),
     "sample": (
         "LoadImageFolder",
+        "OptimizeNoise",
         "Rollout",
         "SearchSampler",
         "SelectBest",

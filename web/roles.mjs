@@ -9,7 +9,9 @@ export const ROLES = {
 
 const NODES = {
   judge: ["LoadReward", "MixRewards", "ReferenceReward", "ScoreImages", "ScoreRollout", "ScoresFromValues", "VoteRollout"],
-  sample: ["EarlyFilter", "LoadImageFolder", "Rollout", "SearchSampler", "SelectBest", "SingularSDESampler", "TinyDemoLoader"],
+  sample: [
+    "EarlyFilter", "LoadImageFolder", "OptimizeNoise", "Rollout", "SearchSampler", "SelectBest", "SingularSDESampler", "TinyDemoLoader",
+  ],
   train: ["Advantages", "LoRAPolicy", "SaveLoRA", "TrainLoRA", "UpdateFromVotes", "UpdateLoRA"],
   look: ["CompareLoRA", "RunMonitor", "SaveScoredImages"],
 };
@@ -37,6 +39,7 @@ export const TEXT_LINES = {
   G2RPO_SaveScoredImages: 2,
   G2RPO_ScoreImages: 7,
   G2RPO_ScoreRollout: 7,
+  G2RPO_OptimizeNoise: 5,
   G2RPO_SearchSampler: 4,
   G2RPO_UpdateFromVotes: 2,
   G2RPO_UpdateLoRA: 2,

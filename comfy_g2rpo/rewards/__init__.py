@@ -2,6 +2,7 @@
 
 from difflib import get_close_matches
 
+from . import smooth_pixels
 from .mixing import MixedReward, mix
 from .pixels import colourfulness, exposure, jpeg, sharpness, symmetry, webp
 from .protocol import Reward, RewardError, Rule, check_prompts, checked, none_judged, score_all
@@ -52,6 +53,7 @@ REWARDS: dict[str, Reward] = {
             sharpness,
             compares_across_prompts=False,
             reads_prompt=False,
+            smooth=smooth_pixels.sharpness,
             note="ends in grain and checkerboards",
             about="likes fine detail and hard edges: 0 for a blank picture, without an upper end",
         ),
@@ -60,6 +62,7 @@ REWARDS: dict[str, Reward] = {
             colourfulness,
             compares_across_prompts=False,
             reads_prompt=False,
+            smooth=smooth_pixels.colourfulness,
             note="ends in saturated blotches",
             about="likes strong, varied colours: 0 for a grey picture, about 80 for a highly colourful one",
         ),
@@ -68,6 +71,7 @@ REWARDS: dict[str, Reward] = {
             exposure,
             compares_across_prompts=False,
             reads_prompt=False,
+            smooth=smooth_pixels.exposure,
             note="ends in flat mid grey",
             about="likes pictures that are neither too dark nor too bright: from 0 to 1",
         ),
@@ -76,6 +80,7 @@ REWARDS: dict[str, Reward] = {
             symmetry,
             compares_across_prompts=False,
             reads_prompt=False,
+            smooth=smooth_pixels.symmetry,
             note="ends in kaleidoscopes and horizontal stripes",
             about="likes a left half that mirrors the right half: from −1 to 1",
         ),

@@ -49,6 +49,8 @@ class Reward:
     network. Then equal images are judged once, and a group's come in one call where memory allows."""
     may_abstain = False
     """Whether a missing score is an opinion withheld, as with people, and no failure of the judge."""
+    gradient = False
+    """Whether it offers `differentiable`."""
     module: nn.Module | None = None
     """Weights that a host may move between devices."""
     embed: Callable[[Tensor], Tensor] | None = None
@@ -58,6 +60,13 @@ class Reward:
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return scores [B] float32, higher is better; NaN for an image that it cannot judge."""
+        raise NotImplementedError
+
+    def differentiable(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return scores [B] as `score` does, that autograd can follow back to images [B, H, W, 3] in [0, 1].
+
+        The images are not rounded to 8 bits, as that has no gradient.
+        """
         raise NotImplementedError
 
     def noise(self) -> float:
@@ -102,6 +111,7 @@ class Wrapped(Reward):
     module, embed, cancel = map(_forwarded, ("module", "embed", "cancel"))
     score, check_prompts, settle = map(_forwarded, ("score", "check_prompts", "settle"))
     can_judge, keep_forks = map(_forwarded, ("can_judge", "keep_forks"))
+    gradient, differentiable = map(_forwarded, ("gradient", "differentiable"))
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,19 @@ class Rule(Reward):
     reads: Callable[[str], bool] | None = None
     """Whether a prompt asks for something that the rule looks for; None where it looks at images alone."""
     reads_prompt: bool = True
+    smooth: Callable[[Tensor, Sequence[str]], Tensor] | None = None
+    """The function in terms of torch, that autograd can follow; None where it has no gradient."""
+
+    @property
+    def gradient(self) -> bool:
+        """Return whether there is one."""
+        return self.smooth is not None
+
+    def differentiable(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images [B, H, W, 3], not rounded, by prompts [B]: [B], with a gradient."""
+        if self.smooth is None:
+            raise RewardError(f"reward '{self.name}' has no gradient")
+        return self.smooth(images, prompts)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts whose columns the rule cannot use."""

@@ -144,6 +144,11 @@ class Managed(Wrapped):
         self.move_in()
         return self.reward.score(images, prompts)
 
+    def differentiable(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images [B, H, W, 3] by prompts [B]: [B], with a gradient."""
+        self.move_in()
+        return self.reward.differentiable(images, prompts)
+
     def noise(self) -> float:
         """Return how far apart scores of images that look the same may lie."""
         self.move_in()

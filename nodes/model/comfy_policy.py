@@ -190,7 +190,7 @@ class GraphPolicy:
             yield
 
 
-def resident(model: Any) -> Any:
+def resident(model: Any, name: str = "model") -> Any:
     """Clone a MODEL so that its weights stay on the device as a whole: newer cores page them in and out."""
     if not getattr(model, "is_dynamic", bool)():
         return model.clone()
@@ -199,7 +199,7 @@ def resident(model: Any) -> Any:
         return model.get_non_dynamic_delegate()
     except RuntimeError as error:
         raise ValueError(
-            "model: its loader cannot load it without dynamic VRAM; use one of core's loaders or start "
+            f"{name}: its loader cannot load it without dynamic VRAM; use one of core's loaders or start "
             "ComfyUI with --disable-dynamic-vram"
         ) from error
 
@@ -214,7 +214,7 @@ class _Session:
         self.base = {kind: [entry.copy() for entry in entries] for kind, entries in conds}
         if any("hooks" in entry for entries in self.base.values() for entry in entries):
             raise ValueError(
-                "guider: conditioning with hooks (scheduled LoRAs) cannot be trained; use it without them"
+                "guider: conditioning with hooks (scheduled LoRAs) has no gradient; use it without them"
             )
         self.options = comfy.model_patcher.create_model_options_clone(self.guider.model_options)
         comfy.sampler_helpers.prepare_model_patcher(self.model, self.base, self.options)

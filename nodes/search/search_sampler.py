@@ -221,6 +221,31 @@ def described(result: Result, method: str, budget: int, hunt: Hunt, seconds: flo
     return "\n".join(filter(None, [*lines, f"not read by {TITLES[method]}: {', '.join(ignored)}"]))
 
 
+def image_inputs(noise: str, sigmas: str, vae: str) -> list[io.Input]:
+    """Make the inputs of an image that is drawn and judged, with the tooltips of three of them."""
+    return [
+        io.Guider.Input(
+            "guider", tooltip="Model, prompts and guidance; from any guider node, with a flow model."
+        ),
+        io.Noise.Input("noise", tooltip=noise),
+        io.Sigmas.Input("sigmas", tooltip=sigmas),
+        io.Latent.Input(
+            "latent_image",
+            tooltip="An empty latent of one image, or one to start from at a lower first noise level.",
+        ),
+        io.Vae.Input("vae", tooltip=vae),
+        reward_input(),
+        text_area("prompt", "What the image should show, if the reward reads prompts."),
+    ]
+
+
+def stopped_before(stopped: list[dict[str, Any]], typed: dict[str, Any]) -> int:
+    """Count the runs that were stopped and that these widgets may belong to: those over links are None."""
+    return sum(
+        all(typed.get(name) in (None, value) for name, value in widgets.items()) for widgets in stopped
+    )
+
+
 class SearchSampler(io.ComfyNode):
     """The best images that a budget of forwards finds."""
 
@@ -237,21 +262,11 @@ class SearchSampler(io.ComfyNode):
             description="Find better images without training: spend a number of forwards on looking for "
             "images that the reward likes. Cancel keeps the best so far.",
             inputs=[
-                io.Guider.Input(
-                    "guider", tooltip="Model, prompts and guidance; from any guider node, with a flow model."
+                *image_inputs(
+                    "The first start noise; its seed also draws all others.",
+                    "The noise levels of an image, falling to 0: from any scheduler node.",
+                    "Images are decoded and judged while searching.",
                 ),
-                io.Noise.Input("noise", tooltip="The first start noise; its seed also draws all others."),
-                io.Sigmas.Input(
-                    "sigmas", tooltip="The noise levels of an image, falling to 0: from any scheduler node."
-                ),
-                io.Latent.Input(
-                    "latent_image",
-                    tooltip="An empty latent of one image, or one to start from at a lower first noise "
-                    "level.",
-                ),
-                io.Vae.Input("vae", tooltip="Images are decoded and judged while searching."),
-                reward_input(),
-                text_area("prompt", "What the image should show, if the reward reads prompts."),
                 io.Combo.Input(
                     "method",
                     options=list(TITLES.values()),
@@ -292,10 +307,7 @@ class SearchSampler(io.ComfyNode):
 
         What comes over a link is not known here, so that it may be anything.
         """
-        return sum(
-            all(typed.get(name) in (None, value) for name, value in widgets.items())
-            for widgets in cls.stopped
-        )
+        return stopped_before(cls.stopped, typed)
 
     @classmethod
     def execute(

@@ -128,6 +128,20 @@ class ModelReward(Reward):
         broken = images.detach().flatten(1).isfinite().all(1).logical_not().cpu()
         return torch.where(broken, torch.nan, torch.cat(scores)) if scores else torch.zeros(0)
 
+    @property
+    def gradient(self) -> bool:
+        """Return whether scores change smoothly with an image, which what is counted does not."""
+        return not self.module.counts
+
+    def differentiable(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images [B, H, W, 3] in [0, 1], few at a time, by prompts [B]: [B] on the CPU, with a
+        gradient.
+        """
+        trunk = next(self.module.vision_model.parameters())
+        with torch.autocast(trunk.device.type, enabled=False):
+            pixels = self.pictures.with_gradient(images, self.name).to(trunk.device, trunk.dtype)
+            return self.module.judge(self.module.see(pixels), prompts).float().cpu()
+
     def embed(self, images: Tensor) -> Tensor:
         """Return unit-norm features [B, D] of images [B, H, W, 3] in [0, 1], float32 on the CPU."""
         return (

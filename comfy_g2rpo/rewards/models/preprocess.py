@@ -56,8 +56,33 @@ class Pictures:
             if len(images)
             else torch.zeros(0, 3, self.size, self.size)
         )
+        return self._normalised(fitted)
+
+    def with_gradient(self, images: Tensor, name: str = "reward") -> Tensor:
+        """Prepare images as a call does, with the gradient of a resizing without bytes (straight-through)."""
+        exact = self(images, name)
+        smooth = self._normalised(self._smooth(images.movedim(-1, 1).float().cpu()))
+        return exact + (smooth - smooth.detach())
+
+    def _normalised(self, fitted: Tensor) -> Tensor:
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (fitted - mean) / std
+
+    def _smooth(self, planes: Tensor) -> Tensor:
+        """Resize planes [B, 3, H, W] as this model's pictures are: [B, 3, size, size]."""
+        height, width = planes.shape[2:]
+        long = self.size / max(height, width)
+        rows, columns = {
+            "squash": (self.size, self.size),
+            "pad": (max(1, round(height * long)), max(1, round(width * long))),
+        }.get(self.fit, short_edge(height, width, self.size))
+        made = torch.nn.functional.interpolate(
+            planes, (rows, columns), mode="bicubic", antialias=True, align_corners=False
+        )
+        top, left = middle(rows - self.size, self.rounds), middle(columns - self.size, self.rounds)
+        # Negative padding cuts.
+        right, bottom = columns - self.size - left, rows - self.size - top
+        return torch.nn.functional.pad(made, (-left, -right, -top, -bottom))
 
     def _resized(self, picture: Tensor) -> Tensor:
         """Resize a picture [H, W, 3] of bytes by PIL and take the middle: [3, size, size] in [0, 1]."""
