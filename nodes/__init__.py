@@ -20,7 +20,7 @@ from . import (
 
 # Older cores call no on_load: the routes are added by their import.
 from .host import routes as routes
-from .search import search_sampler
+from .search import prior_blocks, search_sampler
 
 NODES: list[type[io.ComfyNode]] = [
     block
@@ -37,6 +37,7 @@ NODES: list[type[io.ComfyNode]] = [
         saving,
         demo,
         search_sampler,
+        prior_blocks,
     )
     for block in module.NODES
 ]

@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **{"group": 0, "stride": 2, "strength": 10.0, "judge_at": "3-5", "iterations": 2},
         **{"mutation": 0.5, "pull": 0.3, "slots": 8},
     },
+    "ApplyNoisePrior": {"strength": 1.0, "noise": ["noise", 0], "conditioning": ["text", 0]},
     "SelectBest": {"k": 1, "use_threshold": False, "threshold": 0.0},
     "TrainLoRA": TRAIN,
     "UpdateFromVotes": {

@@ -32,7 +32,9 @@ COLOURS = {
 ROLES = {
     "judge": ("LoadReward", "MixRewards", "ReferenceReward", "ScoreImages", "ScoreRollout", "VoteRollout"),
     "sample": (
+        "ApplyNoisePrior",
         "LoadImageFolder",
+        "LoadNoisePrior",
         "Rollout",
         "SearchSampler",
         "SelectBest",

@@ -30,7 +30,7 @@ class PriorSettings:
         1000,
     )
     learning_rate: float = option(
-        1e-3, "Step size of the network's optimizer. It is no LoRA's: the recipe's own is not read.", 1e-7, 1
+        0.03, "Step size of the network's optimizer. It is no LoRA's: the recipe's own is not read.", 1e-7, 1
     )
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from .noise_prior import Critic, NoisePrior, critic_loss, divergence, policy_los
 from .prior_settings import PriorSettings
 from .search import walk
 
+USUAL = 1024
+"""Numbers of a latent whose learning rate is taken as it is: that of the bundled model."""
 KEPT_BYTES = 2**28
 """Of starts that the critic learns from again."""
 CRITIC_STEPS, CRITIC_ROWS = 4, 256
@@ -36,6 +39,16 @@ CRITIC_RATE = 0.005
 def feature_of(cond: Any) -> Tensor:
     """Return what a prior reads of a policy's conditioning: [d] on the CPU."""
     return text_feature(cond.tokens, getattr(cond, "pooled", None)).cpu()
+
+
+def rates(prior: NoisePrior, rate: float) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: a step makes ‖μ‖ grow by as much for a large latent as for a small one.
+
+    Adam's steps are of one size per number, so the last layer's falls by √D from `USUAL` numbers on.
+    """
+    inner = [*prior.inner.parameters(), *prior.narrow.parameters()]
+    outer = rate * math.sqrt(USUAL / math.prod(prior.shape))
+    return [{"params": inner, "lr": rate}, {"params": [*prior.outer.parameters()], "lr": outer}]
 
 
 class Gain(NamedTuple):
@@ -121,7 +134,7 @@ class PriorTraining:
         self.limits = Limits.of(setup.pace)
         width, seed = len(self.features(setup.prompts.heldout[:1])[0]), setup.pace.seed
         self.prior = NoisePrior(width, setup.shape, settings.rank, seed)
-        self.optimizer = torch.optim.Adam(self.prior.parameters(), settings.learning_rate)
+        self.optimizer = torch.optim.Adam(rates(self.prior, settings.learning_rate))
         if settings.estimator == "value":
             self.critic, self.ascended = (Critic(width, setup.shape, seed) for _ in range(2))
             self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), settings.learning_rate)
