@@ -112,6 +112,6 @@ answer["refused"] |= {
     f"strength {value}": spoken(graph(strength=value)) for value in (-0.1, 2.1, "much", float("nan"))
 }
 words = {"no text": [], "no tensors": [["x", {}]], "half": [[torch.zeros(1, 0, 8)]]}
-answer["refused"] |= {name: spoken(graph(text=thing("words", value))) for name, value in words.items()}
+answer["refused"] |= {name: spoken(graph(text=thing("words", [value]))) for name, value in words.items()}
 answer["again"] = torch.equal(plain(), before)
 comfy_side.answer(answer, {"feature": feature, "shift": shift})
