@@ -112,6 +112,10 @@ answer["refused"] |= {
     f"strength {value}": spoken(graph(strength=value)) for value in (-0.1, 2.1, "much", float("nan"))
 }
 words = {"no text": [], "no tensors": [["x", {}]], "half": [[torch.zeros(1, 0, 8)]]}
-answer["refused"] |= {name: spoken(graph(text=thing("words", [value]))) for name, value in words.items()}
+for name, value in words.items():
+    # The guider keeps its own: core would stumble first.
+    nodes_of = graph(words=thing("words", [value]))
+    nodes_of["moved"]["inputs"]["conditioning"] = ["words", 0]
+    answer["refused"][name] = spoken(nodes_of)
 answer["again"] = torch.equal(plain(), before)
 comfy_side.answer(answer, {"feature": feature, "shift": shift})

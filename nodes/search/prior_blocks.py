@@ -19,6 +19,7 @@ from ..host.comfyui import contained
 from ..inputs.checks import check_inputs
 from ..inputs.finding import offered
 from ..inputs.widgets import output, show
+from ..model.comfy_policy import check_flow
 from ..sampling import start_noise
 from ..types import SAMPLING, PriorData, PriorWire
 
@@ -141,6 +142,7 @@ class LoadNoisePrior(io.ComfyNode):
                 "prior: there is none yet; train one on the command line by g2rpo prior, put it into "
                 "models/noise_priors, and press R"
             )
+        check_flow(model)
         trained = load_prior(contained(root(), prior, "prior"))
         trained.check_model(vectors_of(model))
         text = described(trained)
