@@ -121,7 +121,7 @@ class LoadNoisePrior(io.ComfyNode):
                 ),
             ],
             outputs=[
-                output(PriorWire, "prior", "For Apply Noise Prior."),
+                output(PriorWire, "noise_prior", "For Apply Noise Prior.", shown="prior"),
                 output(io.String, "report", "What it was trained for, and what it gained there."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -187,7 +187,12 @@ class ApplyNoisePrior(io.ComfyNode):
                 ),
             ],
             outputs=[
-                output(io.Noise, "noise", "For SamplerCustomAdvanced, and every node that takes noise.")
+                output(
+                    io.Noise,
+                    "moved",
+                    "For SamplerCustomAdvanced, and every node that takes noise.",
+                    shown="noise",
+                )
             ],
         )
         return offered(
