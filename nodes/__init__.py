@@ -20,7 +20,7 @@ from . import (
 
 # Older cores call no on_load: the routes are added by their import.
 from .host import routes as routes
-from .search import early_filter_sampler, optimize_noise, search_sampler
+from .search import early_filter_sampler, optimize_noise, prior_blocks, search_sampler
 
 NODES: list[type[io.ComfyNode]] = [
     block
@@ -39,6 +39,7 @@ NODES: list[type[io.ComfyNode]] = [
         search_sampler,
         early_filter_sampler,
         optimize_noise,
+        prior_blocks,
     )
     for block in module.NODES
 ]

@@ -11,12 +11,14 @@ from torch import Tensor
 from ..comfy_g2rpo.advantages import FLOOR
 from ..comfy_g2rpo.rewards import Reward
 from ..comfy_g2rpo.rollout import Rollout
+from ..comfy_g2rpo.sampling.noise_prior import Trained
 
 RolloutWire = io.Custom("G2RPO_ROLLOUT")
 RewardWire = io.Custom("G2RPO_REWARD")
 ScoresWire = io.Custom("G2RPO_SCORES")
 AdvantagesWire = io.Custom("G2RPO_ADVANTAGES")
 PolicyWire = io.Custom("G2RPO_POLICY")
+PriorWire = io.Custom("G2RPO_PRIOR")
 
 TRAINING = "model/training/G²RPO"
 SAMPLING = "sampling/G²RPO"
@@ -91,3 +93,10 @@ class PolicyData:
     learning_rate: float
     step: int = 0
     run: str = ""
+
+
+@dataclass(frozen=True)
+class PriorData:
+    """A noise prior for one checkpoint, which it was compared with when it was loaded."""
+
+    trained: Trained

@@ -79,6 +79,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "SelectBest": {**PICTURES, "k": 2, "use_threshold": True, "prompts": ["LoadImageFolder", 2]}
     | {"how": "draw"},
     "OptimizeNoise": {**REWARD, "steps": 1, "probes": 1},
+    "LoadNoisePrior": {"prior": "good.safetensors", "model": MODEL},
+    "ApplyNoisePrior": {"prior": ["LoadNoisePrior", 0]},
     "SaveScoredImages": {**PICTURES, "prefix": "scored/image", "most": 0}
     | {"details": ["ScoreImages", 4], "names": ["LoadImageFolder", 1]},
     "VoteRollout": {**TREE, "pictures": ["ScoreRollout", 1], "prompt": CIRCLE, "votes": "", "run": ""},
@@ -116,6 +118,15 @@ HEAVY = {"TrainLoRA", "CompareLoRA", "UpdateFromVotes"}
 LIST_BLOCKS = {name for name, block in BLOCKS.items() if block.define_schema().is_input_list}
 
 
+def make_prior() -> None:
+    """Put a noise prior for the bundled model where it is looked for."""
+    priors = comfy_side.pack_module("comfy_g2rpo.sampling.noise_prior")
+    blocks = comfy_side.pack_module("nodes.search.prior_blocks")
+    model = run({"load": block("TinyDemoLoader")}, model=("load", 0)).values["model"]
+    prior, vectors = priors.NoisePrior(128, (16, 8, 8), rank=2), blocks.vectors_of(model)
+    priors.save_prior(BASE / "models/noise_priors/good.safetensors", prior, vectors, {})
+
+
 def needed(node: str) -> dict[str, Any]:
     """Return the part of the graph that a node needs."""
     found: dict[str, Any] = {node: {**GRAPH[node], "inputs": dict(GRAPH[node]["inputs"])}}
@@ -140,6 +151,7 @@ def vote() -> None:
 
 def real_inputs() -> dict[str, dict[str, Any]]:
     """Run the whole graph once and give every block what its links carry."""
+    make_prior()
     # Run Monitor refuses to look before there is a run.
     assert comfy_side.run_prompt(needed("TrainLoRA")).ok
     vote()

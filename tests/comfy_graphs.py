@@ -43,6 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "SelectBest": {"k": 1, "use_threshold": False, "threshold": 0.0}
     | {"how": "best", "temperature": 0.1, "seed": 0},
+    "ApplyNoisePrior": {"strength": 1.0, "noise": ["noise", 0], "conditioning": ["text", 0]},
     "TrainLoRA": TRAIN,
     "UpdateFromVotes": {
         **{"pair_loss": "ropo", "pair_beta": 1.0, "negative": "", "guidance": 1.0, "forks_per_step": 4},

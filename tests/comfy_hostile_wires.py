@@ -280,6 +280,9 @@ def attack_wires(
                 if name == "TrainLoRA":
                     # Every training begins anew.
                     sent["run"] = f"wire-{len(court.counts)}-{court.counts[name]['attacks']}"
+                if name == "ApplyNoisePrior" and kind == "NOISE":
+                    # What a noise makes shows when it is drawn.
+                    refuse = refuse if id(thing) in junk_things else None
                 if name == "SaveLoRA" and kind == "MODEL":
                     # A file under native names needs no model; only the names of its layers count there.
                     sent["key_names"] = "diffusers"

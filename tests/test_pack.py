@@ -32,7 +32,7 @@ WIDGETS_NOT_OFFERED = re.compile(
     r"module|package|token|key|password|env)(_|$)"
 )
 
-FROM_A_FOLDER = {"folder"}
+FROM_A_FOLDER = {"folder", "prior"}
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ TINY = [name for name in NAMES if name.endswith("tiny demo")]
 REAL = [name for name in NAMES if name not in TINY]
 OLD_NAMES = sorted(path.stem for path in OLD.glob("*.json"))
 FILE_WIDGETS = {"ckpt_name", "unet_name", "clip_name", "vae_name", "reward"}
-SPARE = {"G2RPO_EarlyFilter", "G2RPO_SingularSDESampler", "G2RPO_ScoresFromValues", "G2RPO_ReferenceReward"}
+SPARE = {"G2RPO_SingularSDESampler", "G2RPO_ScoresFromValues", "G2RPO_ReferenceReward"}
+SPARE |= {"G2RPO_EarlyFilter", "G2RPO_OptimizeNoise", "G2RPO_LoadNoisePrior", "G2RPO_ApplyNoisePrior"}
 """Blocks for those who build graphs of their own; their help pages say how."""
 MOST_NODES, MAX_PICTURE, CARD = 12, 60_000, 300
 WIDTH, HEIGHT = 1460 * 0.75 / 0.8 - 20, 960 * 0.75 / 0.8 - 20

@@ -32,7 +32,10 @@ COLOURS = {
 ROLES = {
     "judge": ("LoadReward", "MixRewards", "ReferenceReward", "ScoreImages", "ScoreRollout", "VoteRollout"),
     "sample": (
+        "ApplyNoisePrior",
+        "EarlyFilter",
         "LoadImageFolder",
+        "LoadNoisePrior",
         "OptimizeNoise",
         "Rollout",
         "SearchSampler",

@@ -20,6 +20,7 @@ from .commands.export import check_lora, export
 from .commands.rewards import rewards_app
 from .commands.score import score
 from .commands.search_images import search
+from .commands.train_prior import prior
 from .commands.vote import vote
 from .config.bundled import bundled_recipes
 from .quiet import quieten_notices
@@ -298,6 +299,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder."
 
 app.command()(calibrate)
 app.command()(search)
+app.command()(prior)
 app.command()(score)
 app.command()(compare)
 app.command()(vote)

@@ -10,7 +10,8 @@ export const ROLES = {
 const NODES = {
   judge: ["LoadReward", "MixRewards", "ReferenceReward", "ScoreImages", "ScoreRollout", "ScoresFromValues", "VoteRollout"],
   sample: [
-    "EarlyFilter", "LoadImageFolder", "OptimizeNoise", "Rollout", "SearchSampler", "SelectBest", "SingularSDESampler", "TinyDemoLoader",
+    "ApplyNoisePrior", "EarlyFilter", "LoadImageFolder", "LoadNoisePrior", "OptimizeNoise", "Rollout", "SearchSampler", "SelectBest",
+    "SingularSDESampler", "TinyDemoLoader",
   ],
   train: ["Advantages", "LoRAPolicy", "SaveLoRA", "TrainLoRA", "UpdateFromVotes", "UpdateLoRA"],
   look: ["CompareLoRA", "RunMonitor", "SaveScoredImages"],
@@ -24,6 +25,7 @@ export const WIRES = {
   G2RPO_SCORES: "#c0ca33",
   G2RPO_ADVANTAGES: "#26b5a8",
   G2RPO_POLICY: "#4caf50",
+  G2RPO_PRIOR: "#8d9db6",
 };
 
 // How many lines of what a block says stay in sight at least; more are scrolled to.
@@ -32,6 +34,7 @@ export const TEXT_LINES = {
   G2RPO_CompareLoRA: 5,
   G2RPO_EarlyFilter: 3,
   G2RPO_LoadImageFolder: 3,
+  G2RPO_LoadNoisePrior: 3,
   G2RPO_LoadReward: 4,
   G2RPO_MixRewards: 4,
   G2RPO_ReferenceReward: 4,

@@ -75,7 +75,7 @@ MAY_CHANGE = {
     "memory": FITTING,
 }
 """Fields that may change on resume: they change what is learned by no more than rounding."""
-UNREAD = ("out", "report", "search")  # sections that training does not read
+UNREAD = ("out", "report", "search", "prior")  # sections that training does not read
 PREVIEW = "preview"
 CHECKPOINT_FILES = ("lora.safetensors", "state.safetensors", "state.json")
 

@@ -24,6 +24,7 @@ OURS = {
     types.ScoresWire.io_type: (types.ScoresData, "Score Rollout or Scores From Values"),
     types.AdvantagesWire.io_type: (types.AdvantagesData, "Advantages"),
     types.PolicyWire.io_type: (types.PolicyData, "LoRA Policy or Update LoRA"),
+    types.PriorWire.io_type: (types.PriorData, "Load Noise Prior"),
 }
 
 

@@ -21,6 +21,7 @@ from .sections import (
     MethodSection,
     ModelSection,
     PairsSection,
+    PriorSection,
     PromptSection,
     ReportSection,
     SearchSection,
@@ -52,6 +53,7 @@ class Config(Section):
     speed: SpeedSection = SpeedSection()
     pairs: PairsSection = PairsSection()
     search: SearchSection = SearchSection()
+    prior: PriorSection = PriorSection()
     report: ReportSection = ReportSection()
     out: str | None = Field(None, description="Run folder; runs/<recipe> where it is not given.")
 

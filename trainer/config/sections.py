@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from comfy_g2rpo.options import CLIPS, MAX_CHARACTERS, complaint
 from comfy_g2rpo.recipes import RECIPES, Recipe
 from comfy_g2rpo.run import pace
+from comfy_g2rpo.sampling.prior_settings import PriorSettings
 from comfy_g2rpo.sampling.search_settings import SearchSettings
 from comfy_g2rpo.speed.cheap_completions import Speed
 
@@ -350,4 +351,8 @@ TrainSection = create_model(
 
 SearchSection = create_model(
     "SearchSection", __base__=Section, __doc__=SearchSettings.__doc__, **_made_of(SearchSettings)
+)
+
+PriorSection = create_model(
+    "PriorSection", __base__=Section, __doc__=PriorSettings.__doc__, **_made_of(PriorSettings)
 )
