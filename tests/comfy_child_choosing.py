@@ -24,7 +24,8 @@ def press(**changes):
         **changes,
     }
     graph = {**GRAPH, "3": block("TrainLoRA", **settings)}
-    ran = comfy_side.run_prompt(graph, want={"run": ("3", 4)}, fresh=True)
+    # The model stays loaded, as in the server.
+    ran = comfy_side.run_prompt(graph, want={"run": ("3", 4)}, fresh=False)
     return ran.error or str(ran.problems or "") or ran.values["run"]
 
 

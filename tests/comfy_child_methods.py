@@ -16,7 +16,9 @@ GRAPH = {**drawing("a red circle", steps=2), "reward": reward("agreement")}
 def train(**changes):
     """Train; return the run's name, or what it was refused with."""
     settings = {"reward": ["reward", 0], **given["train"], **changes}
-    ran = comfy_side.run_prompt({**GRAPH, "3": block("TrainLoRA", **settings)}, want={"run": ("3", 4)})
+    graph = {**GRAPH, "3": block("TrainLoRA", **settings)}
+    # The model stays loaded, as in the server.
+    ran = comfy_side.run_prompt(graph, want={"run": ("3", 4)}, fresh=False)
     return ran.error or str(ran.problems or "") or ran.values["run"]
 
 

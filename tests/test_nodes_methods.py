@@ -66,6 +66,7 @@ STAYS = {"num_steps": "num_steps = 5", "shift": "shift = 2", "ema": "ema = 0.5"}
 STAYS["old_decay"] = "objective = nft\ntree = independent\ngranularities = 1\nold_decay = 0.5"
 COMMAND_LINE = re.compile(r"--\w|\bg2rpo \w|\.ya?ml\b|command line", re.IGNORECASE)
 SHORT = {**TRAIN, "changes": TINY, "eval_every": 0, "slots": 8, "rank": 2, "prompts_per_step": 1}
+SHORT |= {"width": 32, "height": 32}
 DATA = {
     "train": SHORT,
     "ways": {name.replace(" ", "-"): changes for name, changes in WAYS.items()},
