@@ -10,7 +10,8 @@ runs = comfy_side.pack_module("comfy_g2rpo.run.folder")
 hosting = comfy_side.pack_module("nodes.host.comfyui")
 lora = comfy_side.pack_module("comfy_g2rpo.lora")
 given = comfy_side.given()
-GRAPH = {**drawing("a red circle", steps=2), "reward": reward("agreement")}
+# In images this small no rule sees a shape: agreement would find them all alike.
+GRAPH = {**drawing("a red circle", steps=2), "reward": reward("colourfulness")}
 
 
 def train(**changes):

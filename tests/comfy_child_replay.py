@@ -18,8 +18,7 @@ def press(**changes):
     """Press Run; return the run's name, or the error."""
     settings = {"reward": ["reward", 0], "model": ["load", 0], **given["train"], **changes}
     graph = {**GRAPH, "3": block("TrainLoRA", **settings)}
-    # The model stays loaded, as in the server.
-    ran = comfy_side.run_prompt(graph, want={"run": ("3", 4)}, fresh=False)
+    ran = comfy_side.run_prompt(graph, want={"run": ("3", 4)}, fresh=True)
     return ran.error or str(ran.problems or "") or ran.values["run"]
 
 

@@ -14,9 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import plain_curves
-import pytest
-
 from g2rpo_trainer import run as training
 from g2rpo_trainer.config.reading import from_dict
 from g2rpo_trainer.reports.progress import Silent
@@ -98,7 +95,6 @@ def warm(tree: dict[str, Any]) -> None:
 
 def main() -> None:
     """Obey: an order with a folder starts a fork, one with a process waits for it."""
-    plain_curves.leave_out(pytest.MonkeyPatch())
     for line in sys.stdin:
         order = json.loads(line)
         if "warm" in order:

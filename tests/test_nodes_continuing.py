@@ -13,14 +13,13 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("training in comfyui"
 CHILD = Path(__file__).with_name("comfy_child_continuing.py")
 CHANGES = "num_steps = 2\ngroup_size = 2\ngranularities = 1\nshift = 3\neval_noises = 1"
 SHORT = {"steps": 1, "eval_every": 0, "slots": 8, "rank": 2, "prompts_per_step": 1, "changes": CHANGES}
-SHORT |= {"width": 32, "height": 32}
 DATA = {"train": {**TRAIN, **SHORT}, "lora": "g2rpo/first.safetensors"}
-SMALL = {"width": 16, "height": 16}
+SMALL = {"width": 32, "height": 32}
 # Where memory runs out (a forward's number), and how the run is run again.
 DATA["smaller"] = {
     "at-once": [1, SMALL],
     "rolling-out": [4, {**SMALL, "rank": 1, "learning_rate": 1e-4}],
-    "updating": [9, {"width": 16}],
+    "updating": [9, {"width": 32}],
     "same": [4, {}],
     "stepped": [12, {**SMALL, "if_settings_changed": "ask"}],
     "voted": [4, {**SMALL, "if_settings_changed": "ask"}],
@@ -79,7 +78,7 @@ def test_patches_are_the_same_after_a_restart(comfyui: Path, base: Path, done: A
 
 def test_a_run_without_a_step_is_begun_anew_by_other_settings(done: Answer) -> None:
     large = done.data["large"]
-    for name, size in (("at-once", 16), ("rolling-out", 16), ("updating", 16), ("same", 32)):
+    for name, size in (("at-once", 32), ("rolling-out", 32), ("updating", 32), ("same", 64)):
         first, held, again, steps, width = large[name]
         assert "no memory left" in first and not any(held), name
         assert (again, steps, width) == (name, [0, 1, 1], size), name
@@ -91,18 +90,18 @@ def test_a_run_without_a_step_is_begun_anew_by_other_settings(done: Answer) -> N
 def test_what_was_trained_or_voted_on_is_never_replaced(done: Answer, name: str) -> None:
     first, held, again, steps, width = done.data["large"][name]
     assert "no memory left" in first
-    assert f"run: {name} was made with other settings (width: 32 → 16; height: 32 → 16)" in again
-    assert (steps, width, any(steps)) == (held, 32, name == "stepped")
+    assert f"run: {name} was made with other settings (width: 64 → 32; height: 64 → 32)" in again
+    assert (steps, width, any(steps)) == (held, 64, name == "stepped")
 
 
 def test_only_what_is_left_is_announced(done: Answer) -> None:
     said = {name: texts for name, (_, texts, _) in done.data["announced"].items()}
     for name, what in {
-        "falling from its start": "3 steps cost 18 forwards and 6 pictures of 32×32",
+        "falling from its start": "3 steps cost 18 forwards and 6 pictures of 64×64",
         "falling finished": "nothing left to do: 3 of 3 steps are made; raise steps to make the run longer",
         "falling shorter": "nothing left to do: 3 steps are made, and steps is 1; a longer run needs more",
-        "falling longer": "3 of 5 steps are made; 2 more steps cost 12 forwards and 4 pictures of 32×32",
-        "timed from its start": "2 steps cost 12 forwards and 4 pictures of 32×32",
+        "falling longer": "3 of 5 steps are made; 2 more steps cost 12 forwards and 4 pictures of 64×64",
+        "timed from its start": "2 steps cost 12 forwards and 4 pictures of 64×64",
     }.items():
         assert said[name][-1] == what, name
     assert "and its time is used" in said["timed finished"][-1]

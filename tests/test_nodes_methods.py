@@ -38,6 +38,10 @@ TYPED = {
     "objective vargrad": "objective: vargrad\nreplay: 1",
 }
 WAYS |= {name.replace(" ", "-"): {"changes": f"{TINY}\n{lines}"} for name, lines in TYPED.items()}
+LARGER = {f"recipe {name}" for name in SOME if name == "branch_grpo" or name not in FEW} | {"etas"}
+"""What is not known to learn from the smallest images, where the scores of a group may be equal."""
+for name in LARGER:
+    WAYS[name] |= {"width": 64, "height": 64}
 REFUSED = {
     "etas of another length": ("etas = 0.1, 0.2", "etas has 2 values for 4 steps"),
     "gain of one step": ("credit = gain\ngranularities = 1", "credit is 'gain'"),

@@ -60,7 +60,7 @@ WAYS = {
     "prompts": ({"prompts": "a red circle"}, "prompts: 1 line, the run has 4"),
     "other prompts": ({"prompts": TRAIN["prompts"] + "s"}, "prompts: 1 of 4 lines changed"),
     "heldout_prompts": ({"heldout_prompts": "a b\na c\na d"}, "heldout_prompts: 3 lines, the run has 2"),
-    "width": ({"width": 16}, "width: 32 → 16"),
+    "width": ({"width": 32}, "width: 64 → 32"),
     "guidance": ({"guidance": 2.5}, "guidance: 1 → 2.5"),
     "seed": ({"seed": 5}, "seed: 0 → 5"),
     "num_steps": ({"changes": CHANGES.replace("num_steps = 2", "num_steps = 3")}, "num_steps: 2 → 3"),

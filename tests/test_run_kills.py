@@ -46,9 +46,7 @@ class Nursery:
             text=True,
             env=os.environ | quiet,
         )
-        # What is written is that of any run; there is less to draw between the writes.
-        small = config(place, method={"num_steps": 2}, train={"eval_noises": 1})
-        self.tree = small.model_dump(mode="json")
+        self.tree = config(place).model_dump(mode="json")
         self.ask({"warm": self.tree})
         self.log = place / "log"
 
