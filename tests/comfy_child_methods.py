@@ -10,13 +10,16 @@ runs = comfy_side.pack_module("comfy_g2rpo.run.folder")
 hosting = comfy_side.pack_module("nodes.host.comfyui")
 lora = comfy_side.pack_module("comfy_g2rpo.lora")
 given = comfy_side.given()
-GRAPH = {**drawing("a red circle", steps=2), "reward": reward("agreement")}
+# In images this small no rule sees a shape: agreement would find them all alike.
+GRAPH = {**drawing("a red circle", steps=2), "reward": reward("colourfulness")}
 
 
 def train(**changes):
     """Train; return the run's name, or what it was refused with."""
     settings = {"reward": ["reward", 0], **given["train"], **changes}
-    ran = comfy_side.run_prompt({**GRAPH, "3": block("TrainLoRA", **settings)}, want={"run": ("3", 4)})
+    graph = {**GRAPH, "3": block("TrainLoRA", **settings)}
+    # The model stays loaded, as in the server.
+    ran = comfy_side.run_prompt(graph, want={"run": ("3", 4)}, fresh=False)
     return ran.error or str(ran.problems or "") or ran.values["run"]
 
 

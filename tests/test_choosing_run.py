@@ -1,7 +1,7 @@
 """Runs that choose branches, prompts or steps: counted ahead, and the same again after a stop."""
 
 import pytest
-from test_run import StopAt, assert_equal, config, outcome
+from test_run import FEW, StopAt, assert_equal, config, outcome
 
 from comfy_g2rpo.run.folder import RunFolder
 from g2rpo_trainer import run as training
@@ -24,7 +24,7 @@ CHOICES = {
 
 @pytest.mark.parametrize("way", WAYS | CHOICES)
 def test_a_run_costs_what_is_announced_and_goes_on_as_if_it_had_not_stopped(way, tmp_path):
-    made = config(tmp_path, method=(WAYS | CHOICES)[way], train={"eval_every": 0})
+    made = config(tmp_path, method=(WAYS | CHOICES)[way], train=FEW)
     training.train(made, tmp_path / "whole", progress=Silent())
     with pytest.raises(KeyboardInterrupt):
         training.train(made, tmp_path / "parts", progress=StopAt(2))
@@ -41,7 +41,7 @@ def test_a_run_costs_what_is_announced_and_goes_on_as_if_it_had_not_stopped(way,
 @pytest.mark.parametrize("way", WAYS)
 def test_the_guard_and_cheap_completions_work_where_branches_are_dropped(way, tmp_path):
     speed = {"tail_stride": 2, "cache": 0.1, "guard_every": 1, "guard_share": 1.0, "guard_rank": 0.0}
-    made = config(tmp_path, method=WAYS[way], train={"eval_every": 0, "steps": 2}, speed=speed)
+    made = config(tmp_path, method=WAYS[way], train={**FEW, "steps": 2}, speed=speed)
     training.train(made, tmp_path / "run", progress=Silent())
     rows = [row for row in RunFolder.open(tmp_path / "run").metrics() if "nfe" in row]
     assert rows[0]["guard/on"] == (rows[0]["guard/rank"] >= 0) and rows[0]["guard/nfe"] > 0

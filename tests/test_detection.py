@@ -9,6 +9,8 @@ from comfy_g2rpo.rewards.models import owlv2
 from comfy_g2rpo.rewards.models.geneval import COLOURS, Scene, Seen, Thing, parse, places, score
 from comfy_g2rpo.rewards.models.installed import load_installed
 
+pytestmark = pytest.mark.xdist_group("detection")  # one process makes what they share
+
 pytest.importorskip("transformers", reason="OWLv2 needs transformers: pip install '.[rewards]'")
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_run import StopAt, assert_equal, config, outcome, prepare
+from test_run import FEW, StopAt, assert_equal, config, outcome, prepare
 
 from comfy_g2rpo.files.safe import RunError
 from comfy_g2rpo.recipes import RECIPES
@@ -24,7 +24,8 @@ pytestmark = pytest.mark.xdist_group("run")
 
 
 def settings(name, **changes):
-    return {"method": {"name": name, "num_steps": 4, "group_size": 3, "learning_rate": 1e-3, **changes}}
+    method = {"name": name, "num_steps": 4, "group_size": 3, "learning_rate": 1e-3, **changes}
+    return {"method": method, "train": FEW}
 
 
 AVERAGE = {"old_decay": 0.8, "old_ramp": 0.4, "ema": 0.9}

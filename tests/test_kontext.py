@@ -33,6 +33,8 @@ from g2rpo_trainer.families.flux import pack, unpack
 from g2rpo_trainer.families.kontext import Kontext, size_of
 from g2rpo_trainer.reports.report import GAP, MARGIN, TILE
 
+pytestmark = pytest.mark.xdist_group("kontext")  # one process makes what they share
+
 TEXT, OTHER = "make it night", "add a red hat"
 WIDTH, HEIGHT, SHAPE = 64, 48, (16, 6, 8)
 

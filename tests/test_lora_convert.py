@@ -14,6 +14,8 @@ from comfy_g2rpo.lora.convert import extracted, family_of, renamed, resized, sca
 from comfy_g2rpo.lora.forms import check_sound, faults, understand
 from comfy_g2rpo.lora.key_names import FAMILIES, FLUX, SD3, template
 
+pytestmark = pytest.mark.xdist_group("lora_convert")  # one process makes what they share
+
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
 

@@ -24,6 +24,8 @@ from g2rpo_trainer.families.sd3 import SD3 as SD3Policy
 from g2rpo_trainer.families.sd3 import load_pipeline
 from g2rpo_trainer.lora.ask_diffusers import in_diffusers
 
+pytestmark = pytest.mark.xdist_group("lora_loaders")  # one process makes what they share
+
 BUNDLED = Path(__file__).parent.parent / "models/tiny"
 TO_Q = "transformer_blocks.0.attn.to_q"
 FORMS = [

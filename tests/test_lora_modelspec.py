@@ -28,6 +28,8 @@ from g2rpo_trainer.families.sd3 import SD3
 from g2rpo_trainer.lora.lora_files import shapes_of
 from g2rpo_trainer.reports.progress import Silent
 
+pytestmark = pytest.mark.xdist_group("lora_modelspec")  # one process makes what they share
+
 MUST = {"sai_model_spec", "architecture", "implementation", "title"}  # of ModelSpec
 BASES = {
     "black-forest-labs/FLUX.1-dev": ("flux-1-dev", "flux1"),

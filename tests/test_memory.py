@@ -20,6 +20,8 @@ from g2rpo_trainer.cost.count_model import Live, footprint, weights_of
 from g2rpo_trainer.model.placing import weight_bytes
 from g2rpo_trainer.model.stored_linear import PACKINGS, Float8, StoredLinear, store, stored
 
+pytestmark = pytest.mark.xdist_group("memory")  # one process makes what they share
+
 CPU = torch.device("cpu")
 SAVE = {"flux": save_flux, "qwen_image": save_qwen, "wan": save_wan}
 

@@ -35,6 +35,8 @@ from comfy_g2rpo.rewards.models.clip import ModelReward
 from comfy_g2rpo.rewards.models.installed import installed, load_installed, loaders
 from comfy_g2rpo.rewards.protocol import checked
 
+pytestmark = pytest.mark.xdist_group("model_rewards")  # one process makes what they share
+
 pytest.importorskip("transformers", reason="model-backed rewards need transformers: pip install '.[rewards]'")
 
 NAMES = [

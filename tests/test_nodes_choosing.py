@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("methods in comfyui")
 
 CHILD = Path(__file__).with_name("comfy_child_choosing.py")
 DATA = {
-    "train": {**TRAIN, **SHORT},
+    "train": {**TRAIN, **SHORT, "width": 32, "height": 32},
     "ways": {
         "pruned": f"{CHANGES}\nexpand = 2\nprune_at = 0.2, 0.6",
         "signal": f"{CHANGES}\nprompt_choice = signal",
@@ -33,8 +33,8 @@ def done(comfyui: Path, base: Path) -> Answer:
 
 @pytest.mark.parametrize("way", DATA["ways"])
 def test_pressed_twice_a_run_is_the_one_of_a_single_press(way: str, done: Answer) -> None:
-    pressed, equal, remembers = done.data[way]
-    assert pressed == [f"{way}-whole", *[f"{way}-parts"] * 2] and equal
+    pressed, equal, remembers, learned = done.data[way]
+    assert pressed == [f"{way}-whole", *[f"{way}-parts"] * 2] and equal and learned
     assert remembers == (way != "pruned")
 
 

@@ -38,6 +38,10 @@ TYPED = {
     "objective vargrad": "objective: vargrad\nreplay: 1",
 }
 WAYS |= {name.replace(" ", "-"): {"changes": f"{TINY}\n{lines}"} for name, lines in TYPED.items()}
+LARGER = {f"recipe {name}" for name in SOME if name == "branch_grpo" or name not in FEW} | {"etas"}
+"""What is not known to learn from the smallest images, where the scores of a group may be equal."""
+for name in LARGER:
+    WAYS[name] |= {"width": 64, "height": 64}
 REFUSED = {
     "etas of another length": ("etas = 0.1, 0.2", "etas has 2 values for 4 steps"),
     "gain of one step": ("credit = gain\ngranularities = 1", "credit is 'gain'"),
@@ -66,6 +70,7 @@ STAYS = {"num_steps": "num_steps = 5", "shift": "shift = 2", "ema": "ema = 0.5"}
 STAYS["old_decay"] = "objective = nft\ntree = independent\ngranularities = 1\nold_decay = 0.5"
 COMMAND_LINE = re.compile(r"--\w|\bg2rpo \w|\.ya?ml\b|command line", re.IGNORECASE)
 SHORT = {**TRAIN, "changes": TINY, "eval_every": 0, "slots": 8, "rank": 2, "prompts_per_step": 1}
+SHORT |= {"width": 32, "height": 32}
 DATA = {
     "train": SHORT,
     "ways": {name.replace(" ", "-"): changes for name, changes in WAYS.items()},

@@ -15,6 +15,8 @@ from g2rpo_trainer.config.sections import RewardSection
 from g2rpo_trainer.rewards import ocr
 from g2rpo_trainer.rewards.build import build
 
+pytestmark = pytest.mark.xdist_group("ocr")  # one process makes what they share
+
 SIZE = 512
 FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "DejaVuSans-Bold", "DejaVuSans-Oblique")
 SIZES = (20, 28, 40, 60)

@@ -27,6 +27,8 @@ from g2rpo_trainer.families.qwen_edit import QwenEdit
 from g2rpo_trainer.families.qwen_image import QwenImage
 from g2rpo_trainer.model.placing import InTurn, check_card, in_turn
 
+pytestmark = pytest.mark.xdist_group("presets")  # one process makes what they share
+
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:

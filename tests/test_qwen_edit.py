@@ -33,6 +33,8 @@ from g2rpo_trainer.families.flux import pack, unpack
 from g2rpo_trainer.families.qwen_edit import QwenEdit, area
 from g2rpo_trainer.model.inference import draw
 
+pytestmark = pytest.mark.xdist_group("qwen_edit")  # one process makes what they share
+
 TEXT, OTHER = "make it night", "add a red hat and a scarf"
 WIDTH, HEIGHT, SHAPE = 64, 48, (16, 6, 8)
 

@@ -24,6 +24,8 @@ from g2rpo_trainer.config.sections import ModelSection
 from g2rpo_trainer.families.flux import unpack
 from g2rpo_trainer.families.qwen_image import QwenImage
 
+pytestmark = pytest.mark.xdist_group("qwen_image")  # one process makes what they share
+
 WIDTH, HEIGHT, SHAPE = 64, 48, (16, 6, 8)
 
 

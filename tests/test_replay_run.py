@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from program import leave
-from test_run import LAUNCH, StopAt, assert_equal, config, outcome, prepare
+from test_run import FEW, LAUNCH, StopAt, assert_equal, config, outcome, prepare
 
 from comfy_g2rpo.files.safe import read_tensors
 from comfy_g2rpo.recipes import FIELDS
@@ -55,7 +55,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def run(way: str) -> Path:
         if way not in made:
             path = tmp_path_factory.mktemp("whole")
-            train(config(path, method={**TREE, **WAYS[way]}), path / "run", progress=Silent())
+            train(config(path, train=FEW, method={**TREE, **WAYS[way]}), path / "run", progress=Silent())
             made[way] = path / "run"
         return made[way]
 
@@ -64,7 +64,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_stopped_run_goes_on_with_the_forks_that_it_had(way: str, whole: Callable, tmp_path: Path) -> None:
-    made = config(tmp_path, method={**TREE, **WAYS[way]})
+    made = config(tmp_path, train=FEW, method={**TREE, **WAYS[way]})
     with pytest.raises(KeyboardInterrupt):
         train(made, tmp_path / "run", progress=stop_at(2))
     train(made, tmp_path / "run", resume=True, progress=Silent())
@@ -80,7 +80,7 @@ def test_a_model_that_has_not_moved_learns_from_a_fork_what_it_learned(tmp_path:
     same.
     """
     method = {**TREE, "group_size": 6, "learning_rate": 0, "replay": 1}
-    setup = prepare(config(tmp_path, method=method))
+    setup = prepare(config(tmp_path, train=FEW, method=method))
     learner, steps = make_learner(setup), []
     step = learner.optimizer.step
     learner.optimizer.step = lambda: steps.append(gradients_of(setup)) or step()
@@ -100,7 +100,7 @@ def gradients_of(setup: Setup) -> torch.Tensor:
 
 def test_a_killed_run_goes_on_so_too(whole: Callable, tmp_path: Path) -> None:
     """Without any farewell: what was on the disk is all there is."""
-    made = config(tmp_path, method={**TREE, **WAYS["clip, evenly"]})
+    made = config(tmp_path, train=FEW, method={**TREE, **WAYS["clip, evenly"]})
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(made.model_dump_json())
     code = (
@@ -123,7 +123,7 @@ def test_a_killed_run_goes_on_so_too(whole: Callable, tmp_path: Path) -> None:
 
 def test_without_replay_there_is_no_trace_of_it(tmp_path: Path) -> None:
     for name, method in (("without", {}), ("with", {"replay": 0, "replay_size": 3, "replay_by": "draw"})):
-        train(config(tmp_path, method={**TREE, **method}), tmp_path / name, progress=Silent())
+        train(config(tmp_path, train=FEW, method={**TREE, **method}), tmp_path / name, progress=Silent())
     assert_equal(outcome(tmp_path / "without"), outcome(tmp_path / "with"))
     rows = RunFolder(tmp_path / "with").metrics()
     assert not any(name.startswith("replay") for row in rows for name in row)
@@ -138,7 +138,7 @@ def test_damaged_forks_set_a_checkpoint_aside(spoil: str, whole: Callable, tmp_p
     place.write_bytes(content[:-9] if spoil == "cut" else content[:-9] + b"123456789")
     if spoil == "gone":
         place.unlink()
-    made = config(tmp_path, method={**TREE, **WAYS["clip, evenly"]})
+    made = config(tmp_path, train=FEW, method={**TREE, **WAYS["clip, evenly"]})
     train(made, run, resume=True, progress=Silent())
     assert (run / "checkpoints" / "damaged-000003").is_dir()
     assert_equal(outcome(whole("clip, evenly")), outcome(run))
@@ -148,7 +148,7 @@ def test_forks_of_prompts_that_are_gone_are_left_behind(whole: Callable, tmp_pat
     from comfy_g2rpo.run.checkpoint import restore
 
     run = Path(shutil.copytree(whole("clip, evenly"), tmp_path / "run"))
-    setup = prepare(config(tmp_path, method={**TREE, **WAYS["clip, evenly"]}))
+    setup = prepare(config(tmp_path, train=FEW, method={**TREE, **WAYS["clip, evenly"]}))
     learner = make_learner(setup)
     restore(setup, learner, RunFolder(run))
     prompts = {fork.prompt for fork in learner.forks}
@@ -177,7 +177,7 @@ def test_old_forks_of_another_size_wait_for_theirs(tmp_path: Path) -> None:
 
 
 def test_an_update_that_is_broken_off_keeps_the_forks_of_before(tmp_path: Path) -> None:
-    setup = prepare(config(tmp_path, method={**TREE, "replay": 2}))
+    setup = prepare(config(tmp_path, train=FEW, method={**TREE, "replay": 2}))
     learner = make_learner(setup)
     iterate(setup, learner, lambda phase: None)
     before = list(learner.forks)
@@ -193,9 +193,7 @@ def test_an_update_that_is_broken_off_keeps_the_forks_of_before(tmp_path: Path) 
 
 def test_two_processes_replay_what_one_does(tmp_path: Path) -> None:
     """The forks of both are everybody's: either takes its share of the choice, and the first saves all."""
-    made = config(
-        tmp_path, method={**TREE, "replay": 2, "replay_by": "draw"}, train={"steps": 3, "eval_every": 0}
-    )
+    made = config(tmp_path, method={**TREE, "replay": 2, "replay_by": "draw"}, train=FEW)
     train(made, tmp_path / "one", progress=Silent())
     recipe = tmp_path / "two.yaml"
     recipe.write_text(made.model_dump_json())
@@ -211,7 +209,7 @@ def test_two_processes_replay_what_one_does(tmp_path: Path) -> None:
 
 def test_a_plan_counts_the_passes_and_the_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     without, clipped, twice = (
-        count(config(tmp_path, method={**TREE, **method})).group_trained
+        count(config(tmp_path, train=FEW, method={**TREE, **method})).group_trained
         for method in ({}, {"replay": 4}, {"replay": 4, "epochs": 2})
     )
     assert clipped == 5 * without and twice == (1 + 2 * 5) * without

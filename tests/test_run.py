@@ -31,6 +31,8 @@ from g2rpo_trainer.reports.progress import Silent
 pytestmark = pytest.mark.xdist_group("run")  # one process makes what they share
 
 VARYING = ("time/", "memory/")
+FEW = {"eval_every": 0, "eval_prompts": 1, "eval_noises": 1, "watch": "off"}
+"""What a run evaluates where that is not in question: one picture at the start, one at the end."""
 
 
 def config(tmp_path, **sections):

@@ -44,7 +44,7 @@ def with_reward(path: Path, body: str, trained: bool, **more: object) -> object:
     (path / "own.py").write_text(f"import sys, time\n\ndef own(images, prompts):\n    {body}\n")
     own = {"name": "own", "path": str(path / "own.py:own"), **more}
     both = {"rewards": [{"name": "agreement"}, own]} if trained else {"heldout_rewards": [own]}
-    return config(path, train={"max_dropped": 1}, **both)
+    return config(path, train={"max_dropped": 1, "eval_every": 0}, **both)
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained on", "held out"])

@@ -24,6 +24,8 @@ from g2rpo_trainer.config.sections import ModelSection
 from g2rpo_trainer.families.wan import Wan
 from g2rpo_trainer.run import continue_from
 
+pytestmark = pytest.mark.xdist_group("wan")  # one process makes what they share
+
 WIDTH, HEIGHT, TOKENS = 64, 96, 64
 PROMPTS = (SHORT, LONG, "")
 SMALL = {"family": "wan", "width": WIDTH, "height": HEIGHT, "max_sequence_length": TOKENS}

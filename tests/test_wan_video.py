@@ -32,6 +32,8 @@ from g2rpo_trainer.model.inference import draw
 from g2rpo_trainer.reports.progress import Silent
 from g2rpo_trainer.run import train
 
+pytestmark = pytest.mark.xdist_group("wan_video")  # one process makes what they share
+
 WIDTH, HEIGHT, TOKENS, FRAMES = 64, 32, 64, 5
 CLIP = {"family": "wan", "max_sequence_length": TOKENS, "frames": FRAMES}
 

@@ -24,6 +24,8 @@ from g2rpo_trainer.config.sections import ModelSection
 from g2rpo_trainer.families.z_image import ZImage
 from g2rpo_trainer.run import continue_from
 
+pytestmark = pytest.mark.xdist_group("z_image")  # one process makes what they share
+
 WIDTH, HEIGHT, SHAPE = 64, 96, (16, 12, 8)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
