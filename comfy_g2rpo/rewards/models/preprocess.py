@@ -79,7 +79,10 @@ class Pictures:
         made = torch.nn.functional.interpolate(
             planes, (rows, columns), mode="bicubic", antialias=True, align_corners=False
         )
-        top, left = middle(rows - self.size, self.rounds), middle(columns - self.size, self.rounds)
+        if self.fit == "pad":
+            top, left = -((self.size - rows) // 2), -((self.size - columns) // 2)
+        else:
+            top, left = middle(rows - self.size, self.rounds), middle(columns - self.size, self.rounds)
         # Negative padding cuts.
         right, bottom = columns - self.size - left, rows - self.size - top
         return torch.nn.functional.pad(made, (-left, -right, -top, -bottom))
