@@ -102,7 +102,7 @@ def answer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     }
     base = make_base(tmp_path_factory.mktemp("hostile"))
     return run_script(
-        request.param, Path(__file__).with_name("comfy_child_hostile.py"), base, data=data, timeout=300
+        request.param, Path(__file__).with_name("comfy_child_hostile.py"), base, data=data, timeout=900
     )
 
 
