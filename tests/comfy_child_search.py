@@ -68,9 +68,9 @@ def guided(cfg: float) -> dict[str, Any]:
     return core("CFGGuider", model=["model", 0], positive=["text", 0], negative=["blank", 0], cfg=cfg)
 
 
-def sampled() -> torch.Tensor:
+def sampled(**changes: Any) -> torch.Tensor:
     """Return an ordinary sampler's latent of the same noise."""
-    nodes = graph()
+    nodes = graph(**changes)
     del nodes["block"]
     nodes["euler"] = core("KSamplerSelect", sampler_name="euler")
     wires = {name: [name, 0] for name in ("noise", "guider", "sigmas")}
@@ -95,6 +95,20 @@ gap = {"score": "guidance_gap", "budget": 128}
 found = run(graph(guider=guided(2.0), **BLANK, **gap), **FOUND).values
 answer["gap"] = {"rows": counting.rows, "report": found["report"]}
 tensors["gap latents"] = found["latents"]["samples"]
+# A weight that a LoRA has changed.
+weights = {name for name in counting.model.model_state_dict() if name.endswith("attn.proj.weight")}
+lora = counting.model.clone()
+key = min(weights)
+lora.add_patches({key: ("diff", (0.5 * torch.randn(lora.model_state_dict()[key].shape),))})
+tuned = {"model": thing("lora", lora)}
+found = run(graph(**tuned, method="best of n", budget=8), **FOUND).values
+answer["lora"] = (found["latents"]["samples"] - sampled(**tuned)).abs().max().item()
+answer["what a lora changes"] = (found["latents"]["samples"] - before).abs().max().item()
+four = {"empty": core("EmptySD3LatentImage", width=64, height=64, batch_size=4)}
+counting.rows = 0
+lists = comfy_graphs.lists(graph(**four, method="best of n", budget=16, keep=2), **FOUND)
+answer["batch"] = {"rows": counting.rows, "scores": lists["scores"], "report": lists["report"][0]}
+tensors["batch latents"], tensors["batch plain"] = lists["latents"][0]["samples"], sampled(**four)
 start = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
 levels = torch.tensor([level for level in given["sigmas"] if level < 0.7])
 other = {"empty": thing("start", {"samples": start}), "sigmas": thing("lower", levels)}

@@ -397,6 +397,7 @@ def test_comfyui_takes_every_key_of_the_lora_and_answers_the_same(
     assert answer.data["warnings"] == [] and answer.data["mapped"] == MODULES
     with torch.no_grad():
         assert difference(answer.tensors["base"], dev.velocity(*batch)) <= 1e-5
+        assert difference(answer.tensors["searched"], answer.tensors["plain"]) <= 1e-4
         assert difference(answer.tensors["edited"], editor.velocity(x, sigma, edits)) <= 1e-5
         assert difference(answer.tensors["edited"], answer.tensors["base"]) > 1e-3
         assert difference(answer.tensors["tuned"], tuned.velocity(*batch)) <= 1e-5

@@ -100,6 +100,25 @@ def test_an_image_to_change_is_changed_as_core_changes_it(done: Answer) -> None:
     assert done.data["image to image"] < 1e-4
 
 
+def test_a_lora_on_the_wire_counts(done: Answer) -> None:
+    assert done.data["lora"] < 1e-4 and done.data["what a lora changes"] > 0.01
+
+
+def test_of_a_batch_each_image_is_searched_for(done: Answer) -> None:
+    made = done.data["batch"]
+    assert made["rows"] == 4 * 16 and len(made["scores"]) == 8
+    pairs = list(zip(made["scores"][::2], made["scores"][1::2], strict=True))
+    assert all(best >= other for best, other in pairs)
+    reports = made["report"].split("\n\n")
+    assert [text.splitlines()[0] for text in reports] == [f"image {i} of 4" for i in range(1, 5)]
+    for i, report in enumerate(reports):
+        given = re.search(r"ordinary sampling: ([\d.]+)", report)
+        assert given and "16 of 16 forwards, 2 images judged" in report
+        # Each row's own noise was looked at, and is one of the two.
+        plain, two = done.tensors["batch plain"][i], done.tensors["batch latents"][2 * i : 2 * i + 2]
+        assert (two - plain).abs().flatten(1).amax(1).min() < 1e-4
+
+
 def test_a_stopped_search_gives_the_best_so_far_and_goes_all_the_way_next_time(done: Answer) -> None:
     *stopped, whole = done.data["stopped"]
     assert len(stopped) == 2

@@ -159,6 +159,20 @@ class Hunt:
             self.progress.picture(images[best])
         return found
 
+    def through(
+        self, method: str, settings: SearchSettings, budget: int, keep: int, others: bool
+    ) -> tuple[Result | None, str]:
+        """Search; return what was found and a report. With `others` there, a stop may find nothing."""
+        begin, total = time.perf_counter(), budget // price_of(self.guider)
+        try:
+            result = search(METHODS[method], self.space(), settings, total, self.evaluate, keep)
+        except Interrupted:
+            if not others:
+                raise
+            self.stopped = True
+            return None, "stopped by you before its first image"
+        return result, described(result, method, budget, self, time.perf_counter() - begin)
+
     def notes(self) -> list[str]:
         """Note what was not judged, and a mix that has no meaning here."""
         scores = torch.cat(self.seen, 1)
@@ -340,36 +354,44 @@ class SearchSampler(io.ComfyNode):
         settings = settings_of(given)
         check_flow(guider.model_patcher)
         check_ends(sigmas, "a search")
-        samples = one_latent(guider.model_patcher, latent_image)
+        latents = [
+            {**row, "samples": one_latent(guider.model_patcher, row)} for row in each_row(latent_image)
+        ]
+        samples = torch.cat([latent["samples"] for latent in latents])
         check_channels(vae, samples.shape[1], "the model")
         settings.check(NAMES[method], price_of(guider) > 1)
-        price, num_steps, positions = price_of(guider), len(sigmas) - 1, math.prod(samples.shape[2:])
-        check_budget(budget, num_steps, price, positions)
-        latent = {**latent_image, "samples": samples}
-        total = budget // price
-        hunt = Hunt(
-            guider,
-            sigmas,
-            latent,
-            start_noise(noise, latent),
-            noise.seed,
-            vae,
-            reward,
-            checked_prompt(prompt),
-            slots,
-            Progress(cls, total),
+        price, count, positions = price_of(guider), len(samples), math.prod(samples.shape[2:])
+        check_budget(budget, len(sigmas) - 1, price, positions * count)
+        noises = start_noise(noise, {**latent_image, "samples": samples}).split(1)
+        progress = Progress(cls, budget // price * count)
+        judged = (vae, reward, checked_prompt(prompt), slots, progress)
+        announce(cls, f"{method}, up to {budget} forwards" + f" for each of {count} images" * (count > 1))
+        results, reports = [], []
+        for i, (latent, start) in enumerate(zip(latents, noises, strict=True)):
+            hunt = Hunt(guider, sigmas, latent, start, noise.seed + i, *judged)
+            result, report = hunt.through(NAMES[method], settings, budget, keep, bool(results))
+            results += [result] if result else []
+            reports.append(f"image {i + 1} of {count}\n{report}" if count > 1 else report)
+            if hunt.stopped:
+                cls.stopped.append({k: v for k, v in given.items() if isinstance(v, (str, int, float))})
+                break
+        found = [one for result in results for one in result.found]
+        made = guider.model_patcher.model.process_latent_out(torch.stack([one.latent for one in found]))
+        images = torch.cat([decode_latents(vae, part) for part in made.split(slots)]).nan_to_num(0.0)
+        text = "\n\n".join(reports)
+        return io.NodeOutput(
+            {"samples": made}, images, [one.score for one in found], text, ui=show(cls, text)
         )
-        announce(cls, f"{method}, up to {budget} forwards")
-        begin, name = time.perf_counter(), NAMES[method]
-        result = search(METHODS[name], hunt.space(), settings, total, hunt.evaluate, keep)
-        if hunt.stopped:
-            cls.stopped.append({k: v for k, v in given.items() if isinstance(v, (str, int, float))})
-        report = described(result, name, budget, hunt, time.perf_counter() - begin)
-        found = torch.stack([one.latent for one in result.found])
-        latents = guider.model_patcher.model.process_latent_out(found)
-        made = torch.cat([decode_latents(vae, part) for part in latents.split(slots)]).nan_to_num(0.0)
-        scores = [one.score for one in result.found]
-        return io.NodeOutput({"samples": latents}, made, scores, report, ui=show(cls, report))
+
+
+def each_row(latent: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a LATENT's images, each as a LATENT; one that is none is left to what checks it."""
+    samples = latent.get("samples")
+    if not isinstance(samples, Tensor) or getattr(samples, "is_nested", False) or samples.ndim < 4:
+        return [latent]
+    if len(samples) > MAX_IMAGES:
+        raise ValueError(f"latent_image: it has {len(samples)} images; at most {MAX_IMAGES} are allowed")
+    return [{**latent, "samples": row} for row in samples.split(1)] or [latent]
 
 
 def check_budget(budget: int, num_steps: int, price: int, positions: int) -> None:
