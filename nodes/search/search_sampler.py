@@ -285,8 +285,8 @@ class SearchSampler(io.ComfyNode):
                     "method",
                     options=list(TITLES.values()),
                     default=TITLES["coarse_first"],
-                    tooltip="How to search. coarse first is a good start; particles judge more images and "
-                    "find more where that is cheap; best of n is the plain way.",
+                    tooltip="How to search. coarse first is a good start; funnel and particles judge more "
+                    "images and find more where that is cheap; best of n is the plain way.",
                 ),
                 int_input(
                     "budget",
