@@ -28,6 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from alignment_noise import optimised
 from learning_report import interval, table
 from learning_runs import ROOT, read
 
@@ -52,6 +53,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "particle gibbs": {"method": "particle_gibbs"},
     "noise search": {"method": "noise_search"},
     "ensemble": {"method": "ensemble"},
+    "optimize noise": {"method": "optimize_noise"},
 }
 """Searches with the settings that differ from the defaults. Those with other looks judge as many images as
 their rival: 40 beside the funnel's 42 of 64 forwards, and 28 beside the particles' 32.
@@ -91,11 +93,15 @@ def run_job(job: Row) -> Row:
     latents = []
     for seed in job["seeds"]:
         begin = time.process_time()
-        result = host.find(method, SearchSettings(**made), job["budget"], job["prompt"], seed)
+        if method == "optimize_noise":
+            latent, forwards, scored = optimised(host, job["prompt"], seed, job["budget"])
+        else:
+            result = host.find(method, SearchSettings(**made), job["budget"], job["prompt"], seed)
+            latent, forwards, scored = result.found[0].latent, result.forwards, result.scored
         spent["cpu"].append(time.process_time() - begin)
-        spent["forwards"].append(result.forwards * host.price)
-        spent["scored"].append(result.scored)
-        latents.append(result.found[0].latent)
+        spent["forwards"].append(forwards * host.price)
+        spent["scored"].append(scored)
+        latents.append(latent)
     found = torch.stack(latents)
     scores = host.scores(judges, found, job["prompt"])
     names = {judge.name: row.tolist() for judge, row in zip(judges, scores, strict=True)}

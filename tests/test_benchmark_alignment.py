@@ -14,7 +14,9 @@ def rows():
     plain = [alignment.answer_job(job) for job in alignment.plain_jobs(options) if job["prompt"] in texts]
     hard = alignment.hard_prompts(plain)
     options.arms, options.guidance = ["best of n", "funnel"], [1.0]
-    return [*plain, *map(alignment.answer_job, alignment.search_jobs(options, hard))]
+    found = [*plain, *map(alignment.answer_job, alignment.search_jobs(options, hard))]
+    options.arms, options.budgets, options.seeds = ["optimize noise"], [64], (0, 1)
+    return [*found, *map(alignment.answer_job, alignment.search_jobs(options, hard))]
 
 
 def test_the_hard_prompts_are_those_on_which_plain_images_score_least(rows):
@@ -29,7 +31,8 @@ def test_the_hard_prompts_are_those_on_which_plain_images_score_least(rows):
 
 
 def test_a_search_spends_its_budget_and_keeps_its_best(rows):
-    best, funnel = (row for row in rows if row["arm"] != "plain")
+    best, funnel, noise = (row for row in rows if row["arm"] != "plain")
+    assert noise["forwards"] == [8 + 7 * 8] and noise["scored"] == [6]
     assert best["forwards"] == [16, 16] and best["scored"] == [2, 2]
     assert all(8 < forwards <= 16 for forwards in funnel["forwards"])
     assert all(0 <= score <= 1 for row in (best, funnel) for score in (*row["agreement"], *row["strict"]))
@@ -55,9 +58,10 @@ def test_the_report_has_every_arm_and_what_guidance_does(rows, tmp_path, capsys)
 
 
 def test_the_settings_of_every_arm_exist():
-    from comfy_g2rpo.sampling.search_settings import SearchSettings
+    from comfy_g2rpo.sampling.search_settings import READS, SearchSettings
 
     for made in alignment.ARMS.values():
+        assert made["method"] in READS or made["method"] == "optimize_noise"
         SearchSettings(**{name: value for name, value in made.items() if name != "method"})
 
 
