@@ -53,8 +53,8 @@ def training_of(job: Row) -> Any:
     """Make a training by a job's settings."""
     import dataclasses
 
-    from comfy_g2rpo.sampling.prior_settings import PriorSettings
-    from comfy_g2rpo.sampling.prior_training import PriorTraining
+    from comfy_g2rpo.priors.prior_settings import PriorSettings
+    from comfy_g2rpo.priors.prior_training import PriorTraining
 
     setup = setup_of(job["split"], job["noises"])
     pace = dataclasses.replace(setup.pace, seed=job["seed"])

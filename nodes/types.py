@@ -9,9 +9,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..comfy_g2rpo.advantages import FLOOR
+from ..comfy_g2rpo.priors.noise_prior import Trained
 from ..comfy_g2rpo.rewards import Reward
 from ..comfy_g2rpo.rollout import Rollout
-from ..comfy_g2rpo.sampling.noise_prior import Trained
 
 RolloutWire = io.Custom("G2RPO_ROLLOUT")
 RewardWire = io.Custom("G2RPO_REWARD")

@@ -120,7 +120,7 @@ LIST_BLOCKS = {name for name, block in BLOCKS.items() if block.define_schema().i
 
 def make_prior() -> None:
     """Put a noise prior for the bundled model where it is looked for."""
-    priors = comfy_side.pack_module("comfy_g2rpo.sampling.noise_prior")
+    priors = comfy_side.pack_module("comfy_g2rpo.priors.noise_prior")
     blocks = comfy_side.pack_module("nodes.search.prior_blocks")
     model = run({"load": block("TinyDemoLoader")}, model=("load", 0)).values["model"]
     prior, vectors = priors.NoisePrior(128, (16, 8, 8), rank=2), blocks.vectors_of(model)

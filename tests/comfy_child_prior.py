@@ -10,7 +10,7 @@ from comfy_graphs import block, core, drawing, outputs, run, spoken, thing
 
 import nodes
 
-priors = comfy_side.pack_module("comfy_g2rpo.sampling.noise_prior")
+priors = comfy_side.pack_module("comfy_g2rpo.priors.noise_prior")
 blocks = comfy_side.pack_module("nodes.search.prior_blocks")
 given = comfy_side.given()
 FOLDER = Path(folder_paths.models_dir) / "noise_priors"

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from comfy_host import Answer, run_script
 
-from comfy_g2rpo.sampling.noise_prior import Vectors
-from comfy_g2rpo.sampling.prior_training import feature_of
+from comfy_g2rpo.priors.noise_prior import Vectors
+from comfy_g2rpo.priors.prior_training import feature_of
 from g2rpo_trainer.config.reading import load
 from g2rpo_trainer.run import prepare
 

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from comfy_g2rpo.files.safe import FileError
-from comfy_g2rpo.rollout import seeded_noise
-from comfy_g2rpo.sampling.noise_prior import (
+from comfy_g2rpo.priors.noise_prior import (
     Critic,
     NoisePrior,
     Trained,
@@ -25,8 +24,9 @@ from comfy_g2rpo.sampling.noise_prior import (
     text_feature,
     value_loss,
 )
-from comfy_g2rpo.sampling.prior_settings import PriorSettings
-from comfy_g2rpo.sampling.prior_training import derangement
+from comfy_g2rpo.priors.prior_settings import PriorSettings
+from comfy_g2rpo.priors.prior_training import derangement
+from comfy_g2rpo.rollout import seeded_noise
 
 SHAPE, FEATURES = (2, 4, 4), 6
 MODEL = Vectors(100, 0.5)

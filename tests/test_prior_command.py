@@ -11,9 +11,9 @@ import torch
 from accelerate import Accelerator
 from program import leave
 
-from comfy_g2rpo.sampling.noise_prior import Vectors, load_prior
-from comfy_g2rpo.sampling.prior_settings import PriorSettings
-from comfy_g2rpo.sampling.prior_training import PriorTraining
+from comfy_g2rpo.priors.noise_prior import Vectors, load_prior
+from comfy_g2rpo.priors.prior_settings import PriorSettings
+from comfy_g2rpo.priors.prior_training import PriorTraining
 from g2rpo_trainer.commands.train_prior import Keeper
 from g2rpo_trainer.config.reading import load
 from g2rpo_trainer.run import prepare

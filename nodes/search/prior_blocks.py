@@ -14,7 +14,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...comfy_g2rpo.files.safe import stamps
-from ...comfy_g2rpo.sampling.noise_prior import Trained, Vectors, load_prior, text_feature
+from ...comfy_g2rpo.priors.noise_prior import Trained, Vectors, load_prior, text_feature
 from ..host.comfyui import contained
 from ..inputs.checks import check_inputs
 from ..inputs.finding import offered

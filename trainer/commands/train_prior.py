@@ -13,8 +13,8 @@ from .arguments import CommandError, Force, Quiet, Recipe, Settings
 from .calibrate import check_rewards_answer, prepared, shortened
 
 if TYPE_CHECKING:
+    from comfy_g2rpo.priors.prior_training import Heldout, Look, PriorTraining
     from comfy_g2rpo.run.setup import Setup
-    from comfy_g2rpo.sampling.prior_training import Heldout, Look, PriorTraining
 
     from ..config.reading import Config
 
@@ -72,8 +72,8 @@ def learn(
     setup: Setup, config: Config, check: Callable[[], None], out: Path, say: Callable[[str], None]
 ) -> None:
     """Train for the recipe's steps or minutes, measure at its evaluations, and keep the best file."""
-    from comfy_g2rpo.sampling.prior_settings import PriorSettings
-    from comfy_g2rpo.sampling.prior_training import PriorTraining
+    from comfy_g2rpo.priors.prior_settings import PriorSettings
+    from comfy_g2rpo.priors.prior_training import PriorTraining
 
     training = PriorTraining(setup, PriorSettings(**dict(config.prior)), check)
     forwards, images = training.price()
@@ -106,7 +106,7 @@ class Keeper:
     """Measures a training and writes its file whenever the held-out gain is the best so far."""
 
     def __init__(self, training: PriorTraining, config: Config, out: Path) -> None:
-        from comfy_g2rpo.sampling.noise_prior import Vectors
+        from comfy_g2rpo.priors.noise_prior import Vectors
 
         self.training, self.out = training, out
         self.model = Vectors.of(training.setup.policy.transformer.named_parameters())
@@ -143,7 +143,7 @@ class Keeper:
 
     def save(self, measured: dict[str, str]) -> None:
         """Write the file."""
-        from comfy_g2rpo.sampling.noise_prior import save_prior
+        from comfy_g2rpo.priors.noise_prior import save_prior
 
         save_prior(
             self.out,

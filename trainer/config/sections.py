@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model,
 from pydantic_core import PydanticCustomError
 
 from comfy_g2rpo.options import CLIPS, MAX_CHARACTERS, complaint
+from comfy_g2rpo.priors.prior_settings import PriorSettings
 from comfy_g2rpo.recipes import RECIPES, Recipe
 from comfy_g2rpo.run import pace
-from comfy_g2rpo.sampling.prior_settings import PriorSettings
 from comfy_g2rpo.sampling.search_settings import SearchSettings
 from comfy_g2rpo.speed.cheap_completions import Speed
 

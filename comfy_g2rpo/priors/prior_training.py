@@ -22,10 +22,10 @@ from ..run.evaluation import Evaluation, interval
 from ..run.iteration import draw
 from ..run.scorer import Scorer
 from ..run.setup import Setup
+from ..sampling.search import walk
 from ..speed.fitting_rollout import roll_out
 from .noise_prior import Critic, NoisePrior, critic_loss, divergence, policy_loss, text_feature, value_loss
 from .prior_settings import PriorSettings
-from .search import walk
 
 USUAL = 1024
 """Numbers of a latent whose learning rate is taken as it is: that of the bundled model."""
