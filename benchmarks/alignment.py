@@ -317,6 +317,27 @@ def section(rows: Sequence[Row], guidance: float, budget: int) -> list[str]:
     return table(HEADS, lines)
 
 
+COMPARED = (
+    ("funnel", "particles"),
+    ("funnel", "particles, 4 looks"),
+    ("funnel, 1 look", "particles"),
+    ("funnel", "coarse first"),
+)
+"""Searches whose difference is asked for, beside that from best of n."""
+
+
+def differences(rows: Sequence[Row], budget: int) -> list[str]:
+    """Tabulate paired differences between searches at one budget, without guidance."""
+    here = [row for row in rows if row["guidance"] == 1 and row["budget"] == budget]
+    arms = {arm: [row for row in here if row["arm"] == arm] for arm in ARMS}
+    lines = [
+        [f"{one} minus {other}", *(gain(arms[one], arms[other], name) for name in ("agreement", "strict"))]
+        for one, other in COMPARED
+        if arms[one] and arms[other]
+    ]
+    return ["", *table(("paired by prompt", "agreement", "strict"), lines)] if lines else []
+
+
 def report(rows: Sequence[Row], out: Path, plot: Path) -> None:
     """Print the tables as Markdown, keep them in a file, and draw the plot."""
     hard = hard_prompts(rows)
@@ -327,6 +348,7 @@ def report(rows: Sequence[Row], out: Path, plot: Path) -> None:
         for budget in sorted({row["budget"] for row in rows if row["budget"]}):
             title = f"**{budget} forwards, guidance {guidance:g}, {len(hard)} hard prompts**"
             lines += ["", title, "", *section(rows, guidance, budget)]
+            lines += differences(rows, budget) if guidance == 1 else []
     print("\n".join(lines))
     out.write_text("\n".join(lines) + "\n")
     draw([row for row in rows if row["guidance"] == 1 and row["budget"]], plot)

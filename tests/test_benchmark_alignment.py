@@ -82,3 +82,21 @@ def test_a_pool_is_scored_and_its_cold_draw_is_the_best():
     assert len(row["gaps"]) == len(row["agreement"]) == 16 and min(row["gaps"]) > 0
     best = row["draws"]["0.0001"][0]
     assert best == pytest.approx(sum(sorted(row["agreement"])[-4:]) / 4)
+
+
+def test_our_own_search_is_compared_with_its_nearest_rivals():
+    def row(arm, prompt, score):
+        return {
+            "arm": arm,
+            "guidance": 1,
+            "budget": 64,
+            "prompt": prompt,
+            "agreement": [score],
+            "strict": [0.0],
+        }
+
+    found = [row("funnel", "a", 0.9), row("funnel", "b", 0.7)]
+    found += [row("particles", "a", 0.8), row("particles", "b", 0.6)]
+    lines = alignment.differences(found, 64)
+    assert lines[-1] == "| funnel minus particles | +0.100 ± 0.000 | +0.000 ± 0.000 |"
+    assert alignment.differences(found[:2], 64) == []
