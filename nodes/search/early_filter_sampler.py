@@ -59,6 +59,8 @@ class Filtering:
         check_flow(guider.model_patcher)
         check_sigmas(sigmas)
         check_fit(guider.model_patcher, x)
+        # Older cores sample a latent of half precision in its own, where steps overflow.
+        x = x.float()
         if rows <= self.keep:
             announce(self.block, f"keep is {self.keep} and the batch has {rows}: all are kept, as they come")
             with blamed(MISFIT):
