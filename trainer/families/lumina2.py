@@ -49,14 +49,9 @@ class Lumina2(PeftPolicy):
     attention = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
     feed_forward = ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
 
-    def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
-        """Return v [B, C, h, w] in float32; guided rows are as long as those of the prediction."""
-        if self.guidance <= 1:
-            return self._forward(x, sigma, cond)
-        blank = self.encode([self.blank]) * len(cond)
-        given, without = self._forward(torch.cat([x, x]), sigma.repeat(2), [*cond, *blank]).chunk(2)
-        self.tell(given, without)
-        guided = without + self.guidance * (given - without)
+    def guide(self, given: Tensor, without: Tensor) -> Tensor:
+        """Return the guided velocity, whose rows are as long as those of the prediction."""
+        guided = super().guide(given, without)
         return guided * (given.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
     def _forward(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:

@@ -59,17 +59,24 @@ class QwenImage(PeftPolicy):
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Tensor:
         """Return v [B, C, h, w] in float32; guidance keeps the norm of every token's prediction."""
+        if self.guidance > 1:
+            return self.guide(*self.both(x, sigma, cond))
         height, width = x.shape[2] // 2, x.shape[3] // 2
-        tokens = pack(x)
-        if self.guidance <= 1:
-            return unpack(self._forward(tokens, sigma, cond, height, width), height, width)
+        return unpack(self._forward(pack(x), sigma, cond, height, width), height, width)
+
+    def both(self, x: Tensor, sigma: Tensor, cond: Sequence[Cond]) -> Sequence[Tensor]:
+        """Return the predictions with the prompts and with the negative one, each like x."""
+        height, width = x.shape[2] // 2, x.shape[3] // 2
         twice = [*cond, *self.without(cond)]
-        given, without = self._forward(tokens.repeat(2, 1, 1), sigma.repeat(2), twice, height, width).chunk(2)
-        self.tell(given, without)
-        guided = without + self.guidance * (given - without)
-        return unpack(
-            guided * (given.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), height, width
-        )
+        made = self._forward(pack(x).repeat(2, 1, 1), sigma.repeat(2), twice, height, width)
+        return unpack(made, height, width).chunk(2)
+
+    def guide(self, given: Tensor, without: Tensor) -> Tensor:
+        """Return the guided velocity, every token of which is as long as the prediction's."""
+        height, width = given.shape[2] // 2, given.shape[3] // 2
+        own, guided = pack(given), pack(super().guide(given, without))
+        kept = guided * (own.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+        return unpack(kept, height, width)
 
     def without(self, cond: Sequence[Cond]) -> list[Cond]:
         """Return what guidance moves away from, row by row."""

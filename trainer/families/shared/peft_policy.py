@@ -68,7 +68,6 @@ class PeftPolicy:
     load_text_encoders: Callable[[], Mapping[str, nn.Module]] | None = None
     """Loads the pipeline's text encoders when the first prompt is encoded; None where they are there."""
     _encoders_taken = False
-    _gaps: list[Tensor] | None = None
     packed = False
     """Whether weights of the transformer are kept in few bits, or in the computer's memory."""
 
@@ -147,25 +146,24 @@ class PeftPolicy:
         """Return v like x [B, C, …, h, w] in float32, with classifier-free guidance where it is above 1."""
         if self.guidance <= 1:
             return self._forward(x, sigma, cond)
-        blank = self.encode([self.blank]) * len(cond)
-        given, without = self._forward(torch.cat([x, x]), sigma.repeat(2), [*cond, *blank]).chunk(2)
-        self.tell(given, without)
-        return without + self.guidance * (given - without)
+        return self.guide(*self.both(x, sigma, cond))
 
-    def tell(self, given: Tensor, without: Tensor) -> None:
-        """Note how far a batch's predictions with and without the prompt are apart, where one asks."""
-        if self._gaps is not None:
-            self._gaps.append((given - without).float().square().flatten(1).mean(1).cpu().double())
+    def both(self, x: Tensor, sigma: Tensor, cond: Sequence[Any]) -> Sequence[Tensor]:
+        """Return the predictions with the prompts and with the blank one, each like x."""
+        blank = self.encode([self.blank]) * len(cond)
+        return self._forward(torch.cat([x, x]), sigma.repeat(2), [*cond, *blank]).chunk(2)
+
+    def guide(self, given: Tensor, without: Tensor) -> Tensor:
+        """Return the guided velocity of both predictions."""
+        return without + self.guidance * (given - without)
 
     def velocity_and_gap(self, x: Tensor, sigma: Tensor, cond: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Return v as `velocity` does, and the mean square of v_c − v_∅ [B], for rows of one size."""
         if self.blank is None or self.guidance <= 1:
             raise ValueError(f"model.guidance is {self.guidance:g} and weighs up no second prompt; raise it")
-        self._gaps = []
-        try:
-            return self.velocity(x, sigma, cond), torch.cat(self._gaps)
-        finally:
-            self._gaps = None
+        given, without = self.both(x, sigma, cond)
+        gap = (given - without).float().square().flatten(1).mean(1)
+        return self.guide(given, without), gap.cpu().double()
 
     def _forward(self, x: Tensor, sigma: Tensor, cond: Sequence[Any]) -> Tensor:
         """Return the model's own prediction, v like x [B, C, …, h, w] in float32."""
