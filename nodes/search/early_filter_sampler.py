@@ -20,7 +20,7 @@ from ..model.comfy_policy import check_flow
 from ..model.guidance_gap import Gauge, check_guided, rows_of
 from ..sampling import MISFIT, check_fit, check_sigmas
 from ..types import SAMPLING
-from .search_sampler import price_of
+from .hunt import price_of
 
 MAX_KEPT = 256
 REMEMBERS = (

@@ -40,7 +40,7 @@ from ..model.comfy_policy import GraphPolicy, check_flow, resident
 from ..model.decoder_gradient import latent_gradient
 from ..sampling import MAX_WORK, check_ends, one_latent, start_noise
 from ..types import SAMPLING, RewardSet
-from .search_sampler import Hunt, Interrupted, image_inputs, price_of, single_mix, stopped_before
+from .hunt import Hunt, Interrupted, image_inputs, price_of, single_mix, stopped_before
 
 BACKWARD = 2
 """Forwards that a step of the sampler counts on the way back: it is computed again, then differentiated."""
