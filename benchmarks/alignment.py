@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
@@ -29,18 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from alignment_noise import optimised
-from learning_report import interval, table
+from alignment_pools import distance, plus_minus, pool_job, pool_jobs, pools_report
+from learning_report import table
 from learning_runs import ROOT, read
 
 Row = dict[str, Any]
 PLAIN = 6
 """Ordinary images that say how hard a prompt is."""
-POOL, FILTER_STEPS = 16, 3
-HEATS = (1e-4, 0.05, 0.1, 0.2, 1e6)
-"""Temperatures of draws; the first keeps the best, the last anybody."""
 RIVALS = ("plain", "best of n")
 """What stands with more guidance beside the searches without."""
-SIDE = 8  # pixels of the small images by which results are compared
 
 ARMS: dict[str, dict[str, Any]] = {
     "best of n": {"method": "best_of_n"},
@@ -105,9 +101,7 @@ def run_job(job: Row) -> Row:
     found = torch.stack(latents)
     scores = host.scores(judges, found, job["prompt"])
     names = {judge.name: row.tolist() for judge, row in zip(judges, scores, strict=True)}
-    small = torch.nn.functional.adaptive_avg_pool2d(host.images(found).permute(0, 3, 1, 2), SIDE).flatten(1)
-    apart = torch.pdist(small).mean().item() / small.shape[1] ** 0.5 if len(small) > 1 else math.nan
-    return {**job, **names, **spent, "distance": apart}
+    return {**job, **names, **spent, "distance": distance(host.images(found))}
 
 
 def plain_job(job: Row) -> Row:
@@ -128,82 +122,12 @@ def plain_job(job: Row) -> Row:
     return {**job, **{judge.name: row.tolist() for judge, row in zip(setup.judges, scores, strict=True)}}
 
 
-def pool_job(job: Row) -> Row:
-    """Make a pool of images of a prompt; return their scores, how far guidance moved them in the first steps,
-    and what budgeted draws of a quarter of them keep.
-    """
-    import torch
-
-    from comfy_g2rpo.sampling.budgeted import drawn
-
-    # Just above 1, a policy weighs up both prompts, and its images are those of guidance 1.
-    host = searcher(max(job["guidance"], 1 + 1e-6), job["split"])
-    setup, policy = host.setup, host.setup.policy
-    cond, sigmas = policy.encode([job["prompt"]]) * POOL, setup.sigmas
-    x = torch.randn((POOL, *setup.shape), generator=torch.Generator().manual_seed(20_000))
-    gaps = torch.zeros(POOL, dtype=torch.float64)
-    with torch.no_grad(), policy.inference():
-        for k in range(len(sigmas) - 1):
-            velocity, gap = policy.velocity_and_gap(x, sigmas[k].expand(POOL), cond)
-            gaps += gap if k < FILTER_STEPS else 0
-            x = x + (sigmas[k + 1] - sigmas[k]) * velocity
-    scores = host.scores(setup.judges, x, job["prompt"])
-    names = {judge.name: row.tolist() for judge, row in zip(setup.judges, scores, strict=True)}
-    small = torch.nn.functional.adaptive_avg_pool2d(host.images(x).permute(0, 3, 1, 2), SIDE).flatten(1)
-    draws = {}
-    for heat in HEATS:
-        kept = drawn(names["agreement"], POOL // 4, heat, 0)
-        apart = torch.pdist(small[kept]).mean().item() / small.shape[1] ** 0.5
-        draws[str(heat)] = [statistics.mean(names["agreement"][i] for i in kept), apart]
-    return {**job, **names, "gaps": gaps.tolist(), "draws": draws}
-
-
-def pools_report(rows: Sequence[Row], hard: set[str]) -> list[str]:
-    """Tabulate what a quarter of a pool is worth that guidance's effect chose, and what draws keep."""
-    lines, draws = [], []
-    for guidance in sorted({row["guidance"] for row in rows}):
-        here = [row for row in rows if row["guidance"] == guidance and row["prompt"] in hard]
-        cells = [f"{guidance:g}"]
-        for reward in ("agreement", "strict"):
-            means = [statistics.mean(row[reward]) for row in here]
-            best = [statistics.mean(row[reward][i] for i in by_gap(row)[: POOL // 4]) for row in here]
-            worst = [statistics.mean(row[reward][i] for i in by_gap(row)[-POOL // 4 :]) for row in here]
-            gains = [plus_minus([a - b for a, b in zip(some, means, strict=True)]) for some in (best, worst)]
-            cells += [f"{statistics.mean(means):.3f}", *gains]
-        lines.append(cells)
-        for heat in HEATS:
-            found = [row["draws"][str(heat)] for row in here]
-            kept, apart = (f"{statistics.mean(column):.3f}" for column in zip(*found, strict=True))
-            draws.append([f"{guidance:g}", f"{heat:g}", kept, apart])
-    heads = (
-        "guidance",
-        "all",
-        "best quarter",
-        "worst quarter",
-        "strict: all",
-        "best quarter ",
-        "worst quarter ",
-    )
-    return [
-        *(
-            "",
-            f"**Early filter: {POOL} images of a prompt by guidance's effect in {FILTER_STEPS} steps**",
-            "",
-        ),
-        *table(heads, lines),
-        *("", f"**Draws of {POOL // 4} of {POOL}, by temperature**", ""),
-        *table(("guidance", "temperature", "agreement", "distance"), draws),
-    ]
-
-
-def by_gap(row: Row) -> list[int]:
-    """List a pool's images, those that guidance moved most first."""
-    return sorted(range(POOL), key=lambda i: -row["gaps"][i])
-
-
 def answer_job(job: Row) -> Row:
     """Run a job of any kind."""
-    return {"plain": plain_job, "pool": pool_job}.get(job["arm"], run_job)(job)
+    if job["arm"] == "pool":
+        # Just above 1, a policy weighs up both prompts, and its images are those of guidance 1.
+        return pool_job(job, searcher(max(job["guidance"], 1 + 1e-6), job["split"]))
+    return plain_job(job) if job["arm"] == "plain" else run_job(job)
 
 
 def identity(job: Row) -> str:
@@ -217,12 +141,6 @@ def plain_jobs(options: argparse.Namespace) -> list[Row]:
     common = {"arm": "plain", "split": options.split, "budget": 0, "seeds": []}
     strengths = sorted({1.0, *options.guidance})
     return [{**common, "guidance": strength, "prompt": text} for text in texts for strength in strengths]
-
-
-def pool_jobs(options: argparse.Namespace, hard: Iterable[str]) -> list[Row]:
-    """List the pools, at guidance 1, 1.5 and 2."""
-    common = {"arm": "pool", "split": options.split, "budget": 0, "seeds": []}
-    return [{**common, "guidance": g, "prompt": prompt} for prompt in sorted(hard) for g in (1.0, 1.5, 2.0)]
 
 
 def search_jobs(options: argparse.Namespace, hard: Iterable[str]) -> list[Row]:
@@ -263,12 +181,6 @@ def hard_prompts(rows: Sequence[Row]) -> set[str]:
 def by_prompt(rows: Sequence[Row], reward: str) -> dict[str, float]:
     """Return the mean score over seeds, by prompt: prompts are what is drawn from."""
     return {row["prompt"]: statistics.mean(row[reward]) for row in rows}
-
-
-def plus_minus(pairs: Sequence[float]) -> str:
-    """Write a mean with its interval."""
-    mean, width = interval(pairs)
-    return f"{mean:+.3f} ± {width:.3f}"
 
 
 def gain(rows: Sequence[Row], base: Sequence[Row], reward: str) -> str:

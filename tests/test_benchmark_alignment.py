@@ -3,6 +3,7 @@
 import argparse
 
 import alignment
+import alignment_pools
 import pytest
 
 
@@ -68,8 +69,8 @@ def test_the_settings_of_every_arm_exist():
 def test_an_early_filter_s_quarter_is_chosen_by_its_gaps_alone():
     row = {"guidance": 1.0, "prompt": "a", "gaps": [float(i) for i in range(16)]}
     row |= {"agreement": [i / 100 for i in range(16)], "strict": [float(i > 11) for i in range(16)]}
-    row["draws"] = {str(heat): [heat, 0.5] for heat in alignment.HEATS}
-    lines = alignment.pools_report([row, {**row, "prompt": "b"}, {**row, "prompt": "easy"}], {"a", "b"})
+    row["draws"] = {str(heat): [heat, 0.5] for heat in alignment_pools.HEATS}
+    lines = alignment_pools.pools_report([row, {**row, "prompt": "b"}, {**row, "prompt": "easy"}], {"a", "b"})
     exact = "0.075 | +0.060 ± 0.000 | -0.060 ± 0.000 | 0.250 | +0.750 ± 0.000 | -0.250 ± 0.000"
     assert f"| 1 | {exact} |" in lines
     assert "| 1 | 0.05 | 0.050 | 0.500 |" in lines

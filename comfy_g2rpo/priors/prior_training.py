@@ -14,7 +14,7 @@ from torch import Tensor
 from ..curriculum.prompt_choice import in_turn
 from ..prompts import titled
 from ..rewards.mixing import mixed_advantages
-from ..rewards.protocol import RewardError
+from ..rewards.protocol import RewardError, check_alone
 from ..rollout import seeded_noise
 from ..run.batch_limits import Limits
 from ..run.diversity import describe, mean_distance
@@ -22,7 +22,7 @@ from ..run.evaluation import Evaluation, interval
 from ..run.iteration import draw
 from ..run.scorer import Scorer
 from ..run.setup import Setup
-from ..sampling.search import walk
+from ..sampling.search import strided, walk
 from ..speed.fitting_rollout import roll_out
 from .noise_prior import Critic, NoisePrior, critic_loss, divergence, policy_loss, text_feature, value_loss
 from .prior_settings import PriorSettings
@@ -125,12 +125,7 @@ class PriorTraining:
 
     def __post_init__(self) -> None:
         setup, settings = self.setup, self.settings
-        for reward in setup.rewards:
-            if reward.needs_group:
-                raise RewardError(
-                    f"rewards has {reward.name}, which compares the images of a group; a noise prior needs "
-                    "scores that stand by themselves"
-                )
+        check_alone(setup.rewards, "a noise prior")
         self.limits = Limits.of(setup.pace)
         width, seed = len(self.features(setup.prompts.heldout[:1])[0]), setup.pace.seed
         self.prior = NoisePrior(width, setup.shape, settings.rank, seed)
@@ -148,12 +143,7 @@ class PriorTraining:
     def price(self) -> tuple[int, int]:
         """Count the forwards and the images of a step."""
         rows = self.setup.pace.prompts_per_step * self.setup.recipe.group_size
-        return rows * (len(self.indices(self.stride)) - 1), rows
-
-    def indices(self, stride: int) -> tuple[int, ...]:
-        """List the schedule's places that a trajectory of this stride comes to."""
-        num_steps = self.setup.recipe.num_steps
-        return tuple(dict.fromkeys([*range(0, num_steps, stride), num_steps]))
+        return rows * (len(strided(self.setup.recipe.num_steps, self.stride)) - 1), rows
 
     def features(self, prompts: Sequence[str]) -> Tensor:
         """Return the text features of prompts: [P, d]."""
@@ -172,7 +162,8 @@ class PriorTraining:
             check=self.check,
             describe=lambda images: describe(images, None),
         )
-        plan, sink = walk(setup.recipe.num_steps, self.indices(stride), False), scorer
+        num_steps = setup.recipe.num_steps
+        plan, sink = walk(num_steps, strided(num_steps, stride), False), scorer
         with torch.no_grad(), scorer:
             rollout = roll_out(
                 policy,

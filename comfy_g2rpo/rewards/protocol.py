@@ -169,6 +169,16 @@ def check_prompts(rewards: Sequence[Reward], prompts: Sequence[str]) -> None:
         reward.check_prompts(prompts)
 
 
+def check_alone(rewards: Sequence[Reward], what: str) -> None:
+    """Refuse rewards that compare the images of a group, where each image is judged by itself."""
+    for reward in rewards:
+        if reward.needs_group:
+            raise RewardError(
+                f"rewards has {reward.name}, which compares the images of a group; {what} needs scores that "
+                "stand by themselves"
+            )
+
+
 def none_judged(reward: Reward, scores: Tensor, prompts: Sequence[str]) -> str:
     """Say why a reward gave none of some images [B] a score; blank where it gave one."""
     if not len(scores) or not scores.isnan().all():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 
-from .search import TOGETHER, Ask, Asking, Space, images, whole
+from .search import TOGETHER, Ask, Asking, Space, images, strided, whole
 from .search_settings import SearchSettings
 
 MUTANTS = 4
@@ -26,7 +26,7 @@ def coarse_first(space: Space, settings: SearchSettings, budget: int) -> Asking:
     """
     num_steps, by_gap = space.num_steps, settings.score == "guidance_gap"
     yield whole(space, [0])
-    rough = tuple(dict.fromkeys([*range(0, num_steps, settings.stride), num_steps]))
+    rough = strided(num_steps, settings.stride)
     finals = max(1, budget // (4 * num_steps))
     looks = max(1, (budget - (finals + 1) * num_steps) // (len(rough) - 1))
     seen: list[tuple[float, int]] = []

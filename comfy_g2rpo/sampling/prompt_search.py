@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..rewards.mixing import MixedReward
-from ..rewards.protocol import Reward, RewardError
+from ..rewards.protocol import Reward, check_alone
 from ..run.batch_limits import Limits
 from ..run.scorer import Scorer, to_8_bit
 from ..run.setup import Setup
@@ -30,12 +30,7 @@ class Searcher:
 
     def __post_init__(self) -> None:
         self.limits = Limits.of(self.setup.pace)
-        for reward in self.setup.rewards:
-            if reward.needs_group:
-                raise RewardError(
-                    f"rewards has {reward.name}, which compares the images of a group; a search needs scores "
-                    "that stand by themselves"
-                )
+        check_alone(self.setup.rewards, "a search")
 
     @property
     def price(self) -> int:

@@ -181,6 +181,11 @@ def walk(num_steps: int, indices: Sequence[int], kept: bool) -> Plan:
     return Walk(num_steps, plan.states, plan.leaves) if kept else plan
 
 
+def strided(num_steps: int, stride: int) -> tuple[int, ...]:
+    """List the schedule indices of a trajectory that takes `stride` steps at once, the last one shorter."""
+    return tuple(dict.fromkeys([*range(0, num_steps, stride), num_steps]))
+
+
 @dataclass
 class Result:
     """What a search has found, best first, and what it has spent."""
