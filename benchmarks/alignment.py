@@ -1,8 +1,8 @@
 """What does a search find for its budget? All searches side by side on the bundled model, without training.
 
-Every search gets the same forwards for the same prompts from the same start noises. The searched reward is
-`agreement`; `strict`, which nobody searched, says whether only the score got better. Guidance is held fixed,
-and stands in the table as a rival. Searches run on hard prompts, the third of a list on which plain images
+Every search gets the same forwards for the same prompts from the same start noises, which no two prompts
+share. The searched reward is `agreement`; `strict`, which nobody searched, says whether only the score got
+better. Guidance is held fixed, and stands in the table as a rival. Searches run on hard prompts, the third of a list on which plain images
 score least, for on the others all of them reach the top. One single-thread process per worker; a stopped
 benchmark goes on where it was.
 
@@ -33,8 +33,8 @@ from learning_report import table
 from learning_runs import ROOT, read
 
 Row = dict[str, Any]
-PLAIN = 6
-"""Ordinary images that say how hard a prompt is."""
+PLAIN, CHOOSING = 9, 6
+"""Ordinary images of a prompt, and how many of them say how hard it is; the table has the others."""
 RIVALS = ("plain", "best of n")
 """What stands with more guidance beside the searches without."""
 
@@ -77,6 +77,15 @@ def prompts_of(split: str) -> Path:
     return ROOT / ("benchmarks/more_heldout.txt" if split == "heldout" else f"prompts/shapes_{split}.txt")
 
 
+def seed_of(*key: str | int) -> int:
+    """Return a seed for ComfyUI's noise. Prompts have noises of their own: the interval over them is one over
+    noises, too.
+    """
+    from comfy_g2rpo.rollout import stream
+
+    return stream("alignment", *key)
+
+
 def run_job(job: Row) -> Row:
     """Search for one prompt with every seed; return scores, what was spent, and how far results differ."""
     import torch
@@ -87,7 +96,8 @@ def run_job(job: Row) -> Row:
     method, judges = made.pop("method"), host.setup.judges
     spent: dict[str, list[float]] = {"forwards": [], "scored": [], "cpu": []}
     latents = []
-    for seed in job["seeds"]:
+    for number in job["seeds"]:
+        seed = seed_of(job["prompt"], number)
         begin = time.process_time()
         if method == "optimize_noise":
             latent, forwards, scored = optimised(host, job["prompt"], seed, job["budget"])
@@ -112,9 +122,8 @@ def plain_job(job: Row) -> Row:
 
     host = searcher(job["guidance"], job["split"])
     setup = host.setup
-    noise = torch.stack(
-        [torch.randn(setup.shape, generator=torch.Generator().manual_seed(10_000 + i)) for i in range(PLAIN)]
-    )
+    generator = torch.Generator().manual_seed(seed_of(job["prompt"], "plain"))
+    noise = torch.randn((PLAIN, *setup.shape), generator=generator)
     walk = tuple(range(len(setup.sigmas)))
     cond = setup.policy.encode([job["prompt"]])[0]
     told = answer(Ask(noise, walk), setup.policy, cond, setup.sigmas, lambda latents: torch.zeros(PLAIN))
@@ -126,7 +135,8 @@ def answer_job(job: Row) -> Row:
     """Run a job of any kind."""
     if job["arm"] == "pool":
         # Just above 1, a policy weighs up both prompts, and its images are those of guidance 1.
-        return pool_job(job, searcher(max(job["guidance"], 1 + 1e-6), job["split"]))
+        host = searcher(max(job["guidance"], 1 + 1e-6), job["split"])
+        return pool_job(job, host, seed_of(job["prompt"], "pool"))
     return plain_job(job) if job["arm"] == "plain" else run_job(job)
 
 
@@ -135,20 +145,21 @@ def identity(job: Row) -> str:
     return json.dumps({key: job[key] for key in ("arm", "split", "guidance", "budget", "prompt", "seeds")})
 
 
-def plain_jobs(options: argparse.Namespace) -> list[Row]:
-    """List the jobs that say how hard each prompt is, and what guidance does for it."""
-    texts = prompts_of(options.split).read_text("utf-8").splitlines()
-    common = {"arm": "plain", "split": options.split, "budget": 0, "seeds": []}
-    strengths = sorted({1.0, *options.guidance})
-    return [{**common, "guidance": strength, "prompt": text} for text in texts for strength in strengths]
+def plain_jobs(options: argparse.Namespace, prompts: Iterable[str] = (), guidance: float = 1.0) -> list[Row]:
+    """List the jobs that make ordinary images; without prompts, of the whole list."""
+    texts = list(prompts) or prompts_of(options.split).read_text("utf-8").splitlines()
+    common = {"arm": "plain", "split": options.split, "budget": 0, "seeds": [], "guidance": guidance}
+    return [{**common, "prompt": text} for text in texts]
 
 
 def search_jobs(options: argparse.Namespace, hard: Iterable[str]) -> list[Row]:
     """List the searches, prompt after prompt through all arms."""
     common = {"split": options.split, "seeds": list(range(*options.seeds))}
-    return [
+    hard = sorted(hard)
+    plain = [job for guidance in options.guidance for job in plain_jobs(options, hard, guidance)]
+    return plain + [
         {"arm": arm, **common, "guidance": guidance, "budget": budget, "prompt": prompt}
-        for prompt in sorted(hard)
+        for prompt in hard
         for guidance in options.guidance
         for budget in options.budgets
         for arm in options.arms or ARMS
@@ -171,7 +182,7 @@ def run_all(jobs: Iterable[Row], path: Path, workers: int) -> None:
 def hard_prompts(rows: Sequence[Row]) -> set[str]:
     """Return the third of the prompts on which plain images without guidance score least."""
     plain = {
-        row["prompt"]: statistics.mean(row["agreement"])
+        row["prompt"]: statistics.mean(row["agreement"][:CHOOSING])
         for row in rows
         if row["arm"] == "plain" and row["guidance"] == 1
     }
@@ -250,11 +261,18 @@ def differences(rows: Sequence[Row], budget: int) -> list[str]:
     return ["", *table(("paired by prompt", "agreement", "strict"), lines)] if lines else []
 
 
+def shown(row: Row) -> Row:
+    """Leave out of a row the plain images by which its prompt was chosen."""
+    if row["arm"] != "plain":
+        return row
+    return {**row, **{name: row[name][CHOOSING:] for name in ("agreement", "strict")}}
+
+
 def report(rows: Sequence[Row], out: Path, plot: Path) -> None:
     """Print the tables as Markdown, keep them in a file, and draw the plot."""
     hard = hard_prompts(rows)
     pools = [row for row in rows if row["arm"] == "pool"]
-    rows = [row for row in rows if row["prompt"] in hard and row["arm"] != "pool"]
+    rows = [shown(row) for row in rows if row["prompt"] in hard and row["arm"] != "pool"]
     lines = pools_report(pools, hard) if pools else []
     for guidance in sorted({row["guidance"] for row in rows}):
         for budget in sorted({row["budget"] for row in rows if row["budget"]}):

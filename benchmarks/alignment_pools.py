@@ -31,7 +31,7 @@ def pool_jobs(options: argparse.Namespace, hard: Iterable[str]) -> list[Row]:
     return [{**common, "guidance": g, "prompt": prompt} for prompt in sorted(hard) for g in (1.0, 1.5, 2.0)]
 
 
-def pool_job(job: Row, host: Any) -> Row:
+def pool_job(job: Row, host: Any, seed: int) -> Row:
     """Make a pool of images of a prompt; return their scores, how far guidance moved them in the first steps,
     and what budgeted draws of a quarter of them keep.
     """
@@ -41,7 +41,7 @@ def pool_job(job: Row, host: Any) -> Row:
 
     setup, policy = host.setup, host.setup.policy
     cond, sigmas = policy.encode([job["prompt"]]) * POOL, setup.sigmas
-    x = torch.randn((POOL, *setup.shape), generator=torch.Generator().manual_seed(20_000))
+    x = torch.randn((POOL, *setup.shape), generator=torch.Generator().manual_seed(seed))
     gaps = torch.zeros(POOL, dtype=torch.float64)
     with torch.no_grad(), policy.inference():
         for k in range(len(sigmas) - 1):

@@ -10,20 +10,22 @@ import pytest
 @pytest.fixture(scope="module")
 def rows():
     """Search for three prompts, of which the hardest alone counts."""
-    options = argparse.Namespace(split="tune", guidance=[1.0, 2.0], seeds=(0, 2), budgets=[16], arms=None)
+    options = argparse.Namespace(split="tune", guidance=[1.0], seeds=(0, 2), budgets=[16], arms=None)
     texts = alignment.prompts_of("tune").read_text("utf-8").splitlines()[:3]
-    plain = [alignment.answer_job(job) for job in alignment.plain_jobs(options) if job["prompt"] in texts]
+    plain = [alignment.answer_job(job) for job in alignment.plain_jobs(options, texts)]
     hard = alignment.hard_prompts(plain)
-    options.arms, options.guidance = ["best of n", "funnel"], [1.0]
-    found = [*plain, *map(alignment.answer_job, alignment.search_jobs(options, hard))]
+    options.arms = ["best of n", "funnel"]
+    jobs = alignment.search_jobs(options, hard)
     options.arms, options.budgets, options.seeds = ["optimize noise"], [64], (0, 1)
-    return [*found, *map(alignment.answer_job, alignment.search_jobs(options, hard))]
+    jobs += alignment.search_jobs(options, hard) + alignment.plain_jobs(options, hard, 2.0)
+    left = [job for job in jobs if (job["arm"], job["guidance"]) != ("plain", 1.0)]
+    return [*plain, *map(alignment.answer_job, left)]
 
 
 def test_the_hard_prompts_are_those_on_which_plain_images_score_least(rows):
     (hard,) = alignment.hard_prompts(rows)
     plain = {
-        row["prompt"]: sum(row["agreement"]) / 6
+        row["prompt"]: sum(row["agreement"][:6]) / 6
         for row in rows
         if (row["arm"], row["guidance"]) == ("plain", 1.0)
     }
@@ -37,6 +39,18 @@ def test_a_search_spends_its_budget_and_keeps_its_best(rows):
     assert best["forwards"] == [16, 16] and best["scored"] == [2, 2]
     assert all(8 < forwards <= 16 for forwards in funnel["forwards"])
     assert all(0 <= score <= 1 for row in (best, funnel) for score in (*row["agreement"], *row["strict"]))
+
+
+def test_no_two_prompts_share_a_noise_and_all_searches_of_one_do(rows):
+    seeds = [alignment.seed_of(prompt, number) for prompt in ("a", "b") for number in (0, 1, "plain", "pool")]
+    assert len(set(seeds)) == 8
+    assert alignment.seed_of("a", 0) == alignment.seed_of("a", 0)
+
+
+def test_what_chose_a_prompt_is_not_shown():
+    row = {"arm": "plain", "agreement": [0.0] * 6 + [0.5] * 3, "strict": [0.0] * 6 + [1.0] * 3}
+    assert alignment.mean_of([alignment.shown(row)], "agreement") == 0.5
+    assert alignment.shown({"arm": "funnel", "agreement": [0.1]})["agreement"] == [0.1]
 
 
 def test_differences_are_paired_by_prompt():
