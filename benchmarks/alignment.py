@@ -2,9 +2,9 @@
 
 Every search gets the same forwards for the same prompts from the same start noises, which no two prompts
 share. The searched reward is `agreement`; `strict`, which nobody searched, says whether only the score got
-better. Guidance is held fixed, and stands in the table as a rival. Searches run on hard prompts, the third of a list on which plain images
-score least, for on the others all of them reach the top. One single-thread process per worker; a stopped
-benchmark goes on where it was.
+better. Guidance is held fixed, and stands in the table as a rival. Searches run on hard prompts, the third of
+a list on which plain images score least: on the others a few images are enough. One single-thread process per
+worker; a stopped benchmark goes on where it was.
 
     python benchmarks/alignment.py run                        # hard held-out prompts, 3 seeds, 32/64/128
     python benchmarks/alignment.py pools                      # early filter and budgeted draws
