@@ -16,6 +16,7 @@ from test_run import StopAt, config
 
 from comfy_g2rpo.run.folder import RunFolder
 from g2rpo_trainer.config.reading import ConfigError
+from g2rpo_trainer.reports import listeners
 from g2rpo_trainer.reports.listeners import check_trackers, flat, listening
 from g2rpo_trainer.reports.progress import Silent
 from g2rpo_trainer.reports.report import SMOOTHING, smooth
@@ -61,6 +62,13 @@ LOOKS = rows_of((0, True), (1, False), (2, False), (2, True), (3, False), (4, Fa
 BLIND = rows_of((1, False), (2, False), (3, False), (4, False))
 
 
+@pytest.fixture
+def no_pause(monkeypatch):
+    """Let every drawing happen that is due."""
+    monkeypatch.setattr(listeners, "PAUSE", 0.0)
+
+
+@pytest.mark.usefixtures("no_pause")
 @pytest.mark.parametrize(
     ("rows", "changes", "drawn_at"),
     [
@@ -85,6 +93,7 @@ def test_curves_are_renewed_at_evaluations_or_at_checkpoints(tmp_path, rows, cha
     assert drawn == drawn_at
 
 
+@pytest.mark.usefixtures("no_pause")
 def test_curves_that_cannot_be_written_are_said_once(tmp_path):
     folder = RunFolder.create(tmp_path / "run", {})
     (folder.path / "curves.png").mkdir()
@@ -99,6 +108,20 @@ def test_curves_that_cannot_be_written_are_said_once(tmp_path):
     assert note.startswith("curves.png has failed and is left out from here on: ")
 
 
+def test_between_two_drawings_is_a_pause(tmp_path, monkeypatch):
+    clock = iter([0.0, 9.0, 10.0, 10.5, 20.0, 20.5, 21.0])  # the start; rows; and after a drawing once more
+    monkeypatch.setattr(listeners.time, "monotonic", lambda: next(clock))
+    folder, drawn = RunFolder.create(tmp_path / "run", {}), []
+    monkeypatch.setattr(listeners, "curves", lambda rows, path: drawn.append(len(rows)))
+    follow = listeners.LiveCurves(Heard(), folder, 1)
+    follow.total = 9
+    for row in rows_of(*((step, True) for step in range(1, 6))):
+        folder.append(row)
+        follow.step(row)
+    assert drawn == [2, 4]
+
+
+@pytest.mark.usefixtures("no_pause")
 def test_a_run_renews_its_curves_on_its_way(tmp_path):
     watching = Watching(tmp_path / "run/curves.png")
     train(config(tmp_path), tmp_path / "run", progress=watching)

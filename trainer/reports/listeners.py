@@ -5,6 +5,7 @@ None of them may break a run: what fails is said once and left out from then on.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -19,6 +20,10 @@ from .report import curves
 
 if TYPE_CHECKING:
     from ..config.reading import Config
+
+
+PAUSE = 10.0
+"""Seconds from one drawing of curves.png to the next: a drawing takes half a second or more."""
 
 
 class Listener:
@@ -73,13 +78,17 @@ class Listener:
 
 
 class LiveCurves(Listener):
-    """Draws curves.png anew at every evaluation; where a run has none on its way, every so many steps."""
+    """Draws curves.png anew at evaluations; where a run has none on its way, every so many steps.
+
+    Never sooner than PAUSE after the run's start and the last drawing: quick runs are drawn at their end.
+    """
 
     name = "curves.png"
 
     def __init__(self, inner: Progress, folder: RunFolder, every: int) -> None:
         super().__init__(inner)
         self.folder, self.every, self.total = folder, every, 0
+        self.drawn = time.monotonic()
 
     def start(self, total_steps: int, first_step: int, plan_line: str) -> None:
         """Begin."""
@@ -89,8 +98,10 @@ class LiveCurves(Listener):
     def row(self, metrics: Mapping[str, Any]) -> None:
         """Draw, unless there is nothing to see yet, or the end is there and draws everything anyway."""
         step, looked = metrics["step"], any(name.startswith("heldout/") for name in metrics)
-        if 0 < step < self.total and (looked or (self.every and step % self.every == 0)):
+        due = looked or (self.every and step % self.every == 0)
+        if 0 < step < self.total and due and time.monotonic() - self.drawn >= PAUSE:
             curves(self.folder.metrics(), self.folder.path / "curves.png")
+            self.drawn = time.monotonic()
 
 
 class Tracker(Listener):
