@@ -78,6 +78,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pick": "random",
         "pick_size": 1,
     },
+    # The published tree: what replaces it was measured on the bundled model alone (benchmarks/RESULTS.md).
     "standard": {},
     # The batches of docs/memory.md's smallest settings; a quarter of a large model's LoRA and its optimizer.
     "low memory": {"rank": 16, "slots": 2, "decode_batch": 1, "micro_batch": 1},
