@@ -15,7 +15,7 @@ from comfy_g2rpo.recipes import RECIPES
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("methods in comfyui")]
 
 CHILD = Path(__file__).with_name("comfy_child_methods.py")
-TINY = "num_steps = 4\ngroup_size = 4\neval_noises = 1\neval_prompts = 1\nshift = 3"
+TINY = "num_steps = 4\ngroup_size = 4\neval_noises = 1\neval_prompts = 1\nshift = 3\nwatch = off"
 SPLITS = {"branch_grpo": "\nbranch_at = 0, 2", "tree_grpo": "\npick_size = 2"}
 """What makes four images of four steps."""
 FEW = ("g2rpo", "flow_grpo", "dense_grpo", "branch_grpo", "pro_grpo", "diffusion_nft", "awm")
@@ -52,7 +52,7 @@ REFUSED = {
     "pairs with a tree": ("objective = pairs", "objective pairs learns from kept forks"),
     "an objective's typo": ("objective = clipp", "did you mean 'clip'"),
     "a kernel's typo": ("kernel: ddm", "did you mean 'ddim'"),
-    "beyond bounds": ("expand = 1000", "changes, line 6: expand is"),
+    "beyond bounds": ("expand = 1000", "changes, line 7: expand is"),
 }
 GOES_ON = {
     "objective": "objective: clip",
