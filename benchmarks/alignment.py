@@ -247,16 +247,23 @@ COMPARED = (
     ("funnel", "coarse first"),
 )
 """Searches whose difference is asked for, beside that from best of n."""
+HALVES = ("coarse first", "branch search", "particles", "funnel")
+"""Those that stand beside best of n with twice the forwards, too."""
 
 
 def differences(rows: Sequence[Row], budget: int) -> list[str]:
     """Tabulate paired differences between searches at one budget, without guidance."""
-    here = [row for row in rows if row["guidance"] == 1 and row["budget"] == budget]
-    arms = {arm: [row for row in here if row["arm"] == arm] for arm in ARMS}
+
+    def of(arm: str, budget: int = budget) -> list[Row]:
+        return [row for row in rows if (row["arm"], row["budget"], row["guidance"]) == (arm, budget, 1)]
+
+    pairs = [(f"{one} minus {other}", of(one), of(other)) for one, other in COMPARED]
+    twice = f"best of n with {2 * budget} forwards"
+    pairs += [(f"{arm} minus {twice}", of(arm), of("best of n", 2 * budget)) for arm in HALVES]
     lines = [
-        [f"{one} minus {other}", *(gain(arms[one], arms[other], name) for name in ("agreement", "strict"))]
-        for one, other in COMPARED
-        if arms[one] and arms[other]
+        [name, *(gain(found, other, reward) for reward in ("agreement", "strict"))]
+        for name, found, other in pairs
+        if found and other
     ]
     return ["", *table(("paired by prompt", "agreement", "strict"), lines)] if lines else []
 

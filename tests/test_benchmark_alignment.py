@@ -100,11 +100,11 @@ def test_a_pool_is_scored_and_its_cold_draw_is_the_best():
 
 
 def test_our_own_search_is_compared_with_its_nearest_rivals():
-    def row(arm, prompt, score):
+    def row(arm, prompt, score, budget=64):
         return {
             "arm": arm,
             "guidance": 1,
-            "budget": 64,
+            "budget": budget,
             "prompt": prompt,
             "agreement": [score],
             "strict": [0.0],
@@ -115,3 +115,6 @@ def test_our_own_search_is_compared_with_its_nearest_rivals():
     lines = alignment.differences(found, 64)
     assert lines[-1] == "| funnel minus particles | +0.100 ± 0.000 | +0.000 ± 0.000 |"
     assert alignment.differences(found[:2], 64) == []
+    found += [row("best of n", "a", 1.0, 128), row("best of n", "b", 0.8, 128)]
+    twice = "| funnel minus best of n with 128 forwards | -0.100 ± 0.000"
+    assert alignment.differences(found, 64)[-1].startswith(twice)
