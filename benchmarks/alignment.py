@@ -7,6 +7,7 @@ a list on which plain images score least: on the others a few images are enough.
 worker; a stopped benchmark goes on where it was.
 
     python benchmarks/alignment.py run                        # hard held-out prompts, 3 seeds, 32/64/128
+    python benchmarks/alignment.py run --prompts all --guidance 1 --budgets 64 --arms particles 'best of n'
     python benchmarks/alignment.py pools                      # early filter and budgeted draws
     python benchmarks/alignment.py run --split tune --budgets 64 --arms particles 'particles, λ 20'
     python benchmarks/alignment.py report --plot docs/alignment.png
@@ -234,8 +235,8 @@ def section(rows: Sequence[Row], guidance: float, budget: int) -> list[str]:
         if some[0]["arm"] == "plain":
             cells += ["1", "–", "–"]
         else:
-            spent = [f"{mean_of(some, 'scored'):.0f}", f"{mean_of(some, 'distance'):.3f}"]
-            cells += [*spent, f"{mean_of(some, 'cpu'):.2f}"]
+            apart = f"{mean_of(some, 'distance'):.3f}" if len(some[0]["seeds"]) > 1 else "–"
+            cells += [f"{mean_of(some, 'scored'):.0f}", apart, f"{mean_of(some, 'cpu'):.2f}"]
         lines.append(cells)
     return table(HEADS, lines)
 
@@ -275,20 +276,32 @@ def shown(row: Row) -> Row:
     return {**row, **{name: row[name][CHOOSING:] for name in ("agreement", "strict")}}
 
 
+def tables(rows: Sequence[Row], prompts: str) -> list[str]:
+    """Tabulate all budgets, without and with guidance."""
+    lines = []
+    for guidance, budget in sorted({(row["guidance"], row["budget"]) for row in rows if row["budget"]}):
+        lines += ["", f"**{budget} forwards, guidance {guidance:g}, {prompts}**", ""]
+        lines += section(rows, guidance, budget)
+        lines += differences(rows, budget) if guidance == 1 else []
+    return lines
+
+
 def report(rows: Sequence[Row], out: Path, plot: Path) -> None:
     """Print the tables as Markdown, keep them in a file, and draw the plot."""
     hard = hard_prompts(rows)
     pools = [row for row in rows if row["arm"] == "pool"]
-    rows = [shown(row) for row in rows if row["prompt"] in hard and row["arm"] != "pool"]
     lines = pools_report(pools, hard) if pools else []
-    for guidance in sorted({row["guidance"] for row in rows}):
-        for budget in sorted({row["budget"] for row in rows if row["budget"]}):
-            title = f"**{budget} forwards, guidance {guidance:g}, {len(hard)} hard prompts**"
-            lines += ["", title, "", *section(rows, guidance, budget)]
-            lines += differences(rows, budget) if guidance == 1 else []
+    rows = [shown(row) for row in rows if row["arm"] != "pool"]
+    here = [row for row in rows if row["prompt"] in hard]
+    lines += tables(here, f"{len(hard)} hard prompts")
+    # What was run on the other prompts, too.
+    kinds = [(row["arm"], row["guidance"], row["budget"]) for row in rows]
+    wide = {kind for kind, row in zip(kinds, rows, strict=True) if row["prompt"] not in hard}
+    everywhere = [row for kind, row in zip(kinds, rows, strict=True) if kind in wide]
+    lines += tables(everywhere, f"all {len({row['prompt'] for row in rows})} prompts")
     print("\n".join(lines))
     out.write_text("\n".join(lines) + "\n")
-    draw([row for row in rows if row["guidance"] == 1 and row["budget"]], plot)
+    draw([row for row in here if row["guidance"] == 1 and row["budget"]], plot)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -332,6 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--budgets", type=int, nargs="+", default=[32, 64, 128], help="forwards of a search")
     add("--guidance", type=float, nargs="+", default=[1.0, 2.0])
     add("--arms", nargs="*", choices=list(ARMS), help="searches (default: all)")
+    add("--prompts", default="hard", choices=("hard", "all"))
     add("--workers", type=int, default=1)
     add("--plot", type=Path, help="file of the report's plot (default: beside its table)")
     options = parser.parse_args(arguments)
@@ -341,7 +355,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [row for row in read(path) if row["split"] == options.split]
     if options.stage != "report":
         jobs = search_jobs if options.stage == "run" else pool_jobs
-        run_all(jobs(options, hard_prompts(rows)), path, options.workers)
+        every = {row["prompt"] for row in rows}
+        chosen = every if options.prompts == "all" else hard_prompts(rows)
+        run_all(jobs(options, chosen), path, options.workers)
     else:
         report(rows, path.with_suffix(".md"), options.plot or path.with_suffix(".png"))
 

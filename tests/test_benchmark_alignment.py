@@ -70,6 +70,12 @@ def test_the_report_has_every_arm_and_what_guidance_does(rows, tmp_path, capsys)
     assert "**16 forwards, guidance 1, 1 hard prompts**" in text
     for arm in ("plain", "best of n", "funnel", "plain, guidance 2"):
         assert f"| {arm} |" in text
+    assert "all 3 prompts" not in text
+    (best, *_) = (row for row in rows if row["arm"] == "best of n")
+    easy = next(row["prompt"] for row in rows if row["prompt"] != best["prompt"])
+    alignment.report([*rows, {**best, "prompt": easy}], tmp_path / "out.md", tmp_path / "out.png")
+    wide = (tmp_path / "out.md").read_text().partition("**16 forwards, guidance 1, all 3 prompts**")[2]
+    assert "| best of n |" in wide and "| funnel |" not in wide
 
 
 def test_the_settings_of_every_arm_exist():
