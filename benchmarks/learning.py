@@ -65,7 +65,7 @@ def fresh(options: argparse.Namespace, own: Path) -> range:
         raise SystemExit("name the seeds, first and the one after the last, such as --seeds 600 620")
     seeds = seeds_of(options)
     for path in sorted(options.out.glob("*.jsonl")):
-        used = {run["seed"] for run in read(path) if run.get("split") == "heldout"} & set(seeds)
+        used = {run.get("seed") for run in read(path) if run.get("split") == "heldout"} & set(seeds)
         if used and path != own:
             raise SystemExit(f"{path.name} holds runs of the seeds {sorted(used)}; choose fresh ones")
     return seeds

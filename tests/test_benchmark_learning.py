@@ -397,6 +397,7 @@ def test_the_number_of_ideas_stands_beside_what_they_gain():
 def test_seeds_that_were_used_are_refused(tmp_path):
     (tmp_path / "old.jsonl").write_text(json.dumps({"seed": 5, "split": "heldout"}) + "\n")
     (tmp_path / "tuned.jsonl").write_text(json.dumps({"seed": 9, "split": "tune"}) + "\n")
+    (tmp_path / "searches.jsonl").write_text(json.dumps({"seeds": [5], "split": "heldout"}) + "\n")
     options = type("Options", (), {"out": tmp_path, "seeds": [4, 8]})
     with pytest.raises(SystemExit, match=r"old.jsonl holds runs of the seeds \[5\]"):
         fresh(options, tmp_path / "mine.jsonl")
