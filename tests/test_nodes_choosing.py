@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from comfy_host import Answer, run_script
-from test_nodes_continuing import CHANGES, SHORT
+from test_nodes_continuing import QUIET, SHORT
 from test_nodes_training import TRAIN
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("methods in comfyui")]
@@ -13,14 +13,14 @@ CHILD = Path(__file__).with_name("comfy_child_choosing.py")
 DATA = {
     "train": {**TRAIN, **SHORT, "width": 32, "height": 32},
     "ways": {
-        "pruned": f"{CHANGES}\nexpand = 2\nprune_at = 0.2, 0.6",
-        "signal": f"{CHANGES}\nprompt_choice = signal",
-        "curriculum": f"{CHANGES}\nprompt_choice = curriculum\ncandidates = 2\nglobal_advantage = 1",
+        "pruned": f"{QUIET}\nexpand = 2\nprune_at = 0.2, 0.6",
+        "signal": f"{QUIET}\nprompt_choice = signal",
+        "curriculum": f"{QUIET}\nprompt_choice = curriculum\ncandidates = 2\nglobal_advantage = 1",
     },
     "refused": {
-        "expand": f"{CHANGES}\nexpand = 0.5",
-        "step_share": f"{CHANGES}\nstep_share = 1, 2, 3, 4, 5, 6, 7",
-        "prompt_choice": f"{CHANGES}\nprompt_choice = sigal",
+        "expand": f"{QUIET}\nexpand = 0.5",
+        "step_share": f"{QUIET}\nstep_share = 1, 2, 3, 4, 5, 6, 7",
+        "prompt_choice": f"{QUIET}\nprompt_choice = sigal",
     },
 }
 

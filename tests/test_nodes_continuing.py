@@ -11,7 +11,9 @@ from test_nodes_training import TRAIN
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("training in comfyui")]
 
 CHILD = Path(__file__).with_name("comfy_child_continuing.py")
-CHANGES = "num_steps = 2\ngroup_size = 2\ngranularities = 1\nshift = 3\neval_noises = 1\nwatch = off"
+CHANGES = "num_steps = 2\ngroup_size = 2\ngranularities = 1\nshift = 3\neval_noises = 1"
+QUIET = f"{CHANGES}\nwatch = off"
+"""For runs whose evaluations are not in question."""
 SHORT = {"steps": 1, "eval_every": 0, "slots": 8, "rank": 2, "prompts_per_step": 1, "changes": CHANGES}
 DATA = {"train": {**TRAIN, **SHORT}, "lora": "g2rpo/first.safetensors"}
 SMALL = {"width": 32, "height": 32}

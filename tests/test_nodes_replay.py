@@ -4,22 +4,22 @@ from pathlib import Path
 
 import pytest
 from comfy_host import Answer, run_script
-from test_nodes_continuing import CHANGES, SHORT
+from test_nodes_continuing import QUIET, SHORT
 from test_nodes_training import TRAIN
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("methods in comfyui")]
 
 CHILD = Path(__file__).with_name("comfy_child_replay.py")
-CLIP = f"{CHANGES}\nobjective = clip"
+CLIP = f"{QUIET}\nobjective = clip"
 DATA = {
     "train": {**TRAIN, **SHORT},
     "ways": {
         "clip": f"{CLIP}\nreplay = 1",
-        "drawn": f"{CHANGES}\nobjective = vargrad\nvargrad_tau = 0.5\nreplay = 2\nreplay_by = draw",
+        "drawn": f"{QUIET}\nobjective = vargrad\nvargrad_tau = 0.5\nreplay = 2\nreplay_by = draw",
     },
     "without": CLIP,
     "refused": {
-        "on policy": f"{CHANGES}\nreplay = 2",
+        "on policy": f"{QUIET}\nreplay = 2",
         "too many": f"{CLIP}\nreplay = 2\nreplay_size = 100000",
         "too much": f"{CLIP}\nreplay = 17",
         "misspelt": f"{CLIP}\nreplay_sise = 7",
