@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "SearchSampler": {
         **{"method": "coarse first", "budget": 64, "keep": 1, "prompt": "a red circle", **WIRES},
         **{"vae": ["load", 2], "reward": ["reward", 0], "steps": "0-3", "eta": 0.7, "kernel": "ddim"},
-        **{"group": 0, "stride": 2, "strength": 10.0, "judge_at": "3-5", "iterations": 2},
+        **{"group": 0, "stride": 2, "strength": 20.0, "judge_at": "3-5", "iterations": 2},
         **{"mutation": 0.5, "pull": 0.3, "score": "reward", "slots": 8},
     },
     "SelectBest": {"k": 1, "use_threshold": False, "threshold": 0.0}

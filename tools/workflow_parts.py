@@ -97,7 +97,7 @@ TINY = Family(
     unsearched="strict",
     search_images=8,
     judge_at="3,4,5",
-    strength=10.0,
+    strength=20.0,
 )
 SD35 = Family(
     name="sd35",

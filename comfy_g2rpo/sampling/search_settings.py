@@ -52,8 +52,8 @@ class SearchSettings:
         100,
     )
     strength: float = option(
-        10.0,
-        "For particles: how much a better score counts, about 1 over the spread of the scores. 0 is ordinary "
+        20.0,
+        "For particles: how much a better score counts, about 2 over the spread of the scores. 0 is ordinary "
         "sampling.",
         0,
         1e6,
