@@ -4,6 +4,8 @@ tests where a GPU is.
 
 import os
 import tempfile
+from collections import Counter
+from pathlib import Path
 
 # Before the first import of torch; child processes inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,3 +34,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(
                 pytest.mark.skip(reason="no CUDA device: run `pytest -m gpu` on a machine that has one")
             )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name the slowest files, too, where --durations asks for the slowest tests."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[Path(report.location[0]).stem] += report.duration
+    if config.option.durations and seconds:
+        terminalreporter.section(f"seconds by file, {sum(seconds.values()):.0f} in all")
+        told = (f"{name} {spent:.0f}" for name, spent in seconds.most_common(60))
+        terminalreporter.write_line(", ".join(told))
