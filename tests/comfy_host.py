@@ -78,6 +78,8 @@ COMFYUIS = [pytest.param(root, id=root.name) for root in ROOTS] or [
 
 Every one with G2RPO_EVERY_COMFYUI=1.
 """
+NEWEST = COMFYUIS[-1:]
+"""Where is tested what our code alone decides: what is learned from a reward, not how a model is called."""
 
 
 def python_of(comfyui: Path) -> str:
@@ -307,6 +309,12 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module", params=COMFYUIS)
 def comfyui(request: pytest.FixtureRequest) -> Path:
     """Name a ComfyUI."""
+    return request.param
+
+
+@pytest.fixture(scope="module", params=NEWEST, name="comfyui")
+def newest_comfyui(request: pytest.FixtureRequest) -> Path:
+    """Name the newest ComfyUI alone, for a module that imports this."""
     return request.param
 
 

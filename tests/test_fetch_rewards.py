@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 import packed
 import pytest
-from comfy_host import COMFYUIS, environment, python_of
+from comfy_host import COMFYUIS, NEWEST, environment, python_of
 from reward_hub import Hub, published
 
 from comfy_g2rpo.rewards.fetching.download import Sources
@@ -27,7 +27,6 @@ from comfy_g2rpo.rewards.models.installed import installed
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("fetch_rewards")]
 
 FOLDER = "an odd.name-of 2026"
-NEWEST = COMFYUIS[-1:]
 
 
 def path_of(pin: Published) -> str:

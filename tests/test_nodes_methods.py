@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from comfy_host import EVERY, Answer, run_script
+from comfy_host import EVERY, Answer, newest_comfyui, run_script  # noqa: F401
 from test_nodes_training import TRAIN
 
 from comfy_g2rpo.objectives import OBJECTIVES

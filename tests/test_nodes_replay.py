@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from comfy_host import Answer, run_script
+from comfy_host import Answer, newest_comfyui, run_script  # noqa: F401
 from test_nodes_continuing import QUIET, SHORT
 from test_nodes_training import TRAIN
 

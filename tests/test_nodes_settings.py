@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from comfy_host import COMFYUIS, Answer, make_base, run_script
+from comfy_host import NEWEST, Answer, make_base, run_script
 from test_nodes_continuing import SHORT
 from test_nodes_training import TRAIN
 
@@ -129,7 +129,7 @@ DATA = {
 }
 
 
-@pytest.fixture(scope="module", params=COMFYUIS)
+@pytest.fixture(scope="module", params=NEWEST)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Name a ComfyUI, and make its base directory."""
     return request.param, make_base(tmp_path_factory.mktemp(request.param.name))
