@@ -307,7 +307,7 @@ def report(rows: Sequence[Row], out: Path, plot: Path) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw what each search finds on hard prompts: against forwards, and against CPU seconds."""
+    """Draw what each search finds on hard prompts, by forwards and by CPU seconds; not its variants."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -315,7 +315,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     budgets = sorted({row["budget"] for row in rows})
-    for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
+    there = {row["arm"] for row in rows}
+    for number, arm in enumerate(arm for arm in ARMS if arm in there and "," not in arm):
         parts = [[row for row in rows if row["arm"] == arm and row["budget"] == budget] for budget in budgets]
         parts = [part for part in parts if part]
         score = [mean_of(part, "agreement") for part in parts]
