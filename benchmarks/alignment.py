@@ -2,14 +2,14 @@
 
 Every search gets the same forwards for the same prompts from the same start noises, which no two prompts
 share. The searched reward is `agreement`; `strict`, which nobody searched, says whether only the score got
-better. Guidance is held fixed, and stands in the table as a rival. Searches run on hard prompts, the third of
-a list on which plain images score least: on the others a few images are enough. One single-thread process per
-worker; a stopped benchmark goes on where it was.
+better. Guidance is held fixed, and stands in the table as a rival. Unless all are asked for, searches run on
+hard prompts, the third of a list on which plain images score least. One single-thread process per worker; a
+stopped benchmark goes on where it was. searches.json has settings that were tried beside the defaults.
 
     python benchmarks/alignment.py run                        # hard held-out prompts, 3 seeds, 32/64/128
     python benchmarks/alignment.py run --prompts all --guidance 1 --budgets 64 --arms particles 'best of n'
     python benchmarks/alignment.py pools                      # early filter and budgeted draws
-    python benchmarks/alignment.py run --split tune --budgets 64 --arms particles 'particles, λ 20'
+    python benchmarks/alignment.py run --split tune --runs alignment_tune --arms 'particles, strength 5'
     python benchmarks/alignment.py report --plot docs/alignment.png
 """
 
@@ -44,10 +44,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "coarse first": {"method": "coarse_first"},
     "branch search": {"method": "branch_search"},
     "particles": {"method": "particles"},
-    "particles, strength 10": {"method": "particles", "strength": 10.0},
     "particles, 4 looks": {"method": "particles", "judge_at": (2, 3, 4, 5)},
     "funnel": {"method": "funnel"},
-    "funnel, strength 10": {"method": "funnel", "strength": 10.0},
     "funnel, 1 look": {"method": "funnel", "judge_at": (3,)},
     "particle gibbs": {"method": "particle_gibbs"},
     "noise search": {"method": "noise_search"},
@@ -57,6 +55,11 @@ ARMS: dict[str, dict[str, Any]] = {
 """Searches with the settings that differ from the defaults. Those with other looks judge as many images as
 their rival: 40 beside the funnel's 42 of 64 forwards, and 28 beside the particles' 32.
 """
+TRIED: dict[str, dict[str, Any]] = {
+    name: {key: tuple(value) if isinstance(value, list) else value for key, value in made.items()}
+    for name, made in json.loads((ROOT / "benchmarks/searches.json").read_text()).items()
+}
+"""Searches that run when they are named."""
 
 
 @cache
@@ -95,7 +98,7 @@ def run_job(job: Row) -> Row:
 
     from comfy_g2rpo.sampling.search_settings import SearchSettings
 
-    host, made = searcher(job["guidance"], job["split"]), dict(ARMS[job["arm"]])
+    host, made = searcher(job["guidance"], job["split"]), dict((ARMS | TRIED)[job["arm"]])
     method, judges = made.pop("method"), host.setup.judges
     spent: dict[str, list[float]] = {"forwards": [], "scored": [], "cpu": []}
     latents = []
@@ -258,7 +261,7 @@ def differences(rows: Sequence[Row], budget: int) -> list[str]:
     """Tabulate paired differences between searches at one budget, without guidance."""
 
     def of(arm: str, budget: int = budget) -> list[Row]:
-        return [row for row in rows if (row["arm"], row["budget"], row["guidance"]) == (arm, budget, 1)]
+        return [row for row in rows if kind(row) == (arm, 1, budget)]
 
     pairs = [(f"{one} minus {other}", of(one), of(other)) for one, other in COMPARED]
     twice = f"best of n with {2 * budget} forwards"
@@ -288,6 +291,11 @@ def tables(rows: Sequence[Row], prompts: str) -> list[str]:
     return lines
 
 
+def kind(row: Row) -> tuple[str, float, int]:
+    """Return what makes rows one line of a table."""
+    return row["arm"], row["guidance"], row["budget"]
+
+
 def report(rows: Sequence[Row], out: Path, plot: Path) -> None:
     """Print the tables as Markdown, keep them in a file, and draw the plot."""
     hard = hard_prompts(rows)
@@ -297,9 +305,8 @@ def report(rows: Sequence[Row], out: Path, plot: Path) -> None:
     here = [row for row in rows if row["prompt"] in hard]
     lines += tables(here, f"{len(hard)} hard prompts")
     # What was run on the other prompts, too.
-    kinds = [(row["arm"], row["guidance"], row["budget"]) for row in rows]
-    wide = {kind for kind, row in zip(kinds, rows, strict=True) if row["prompt"] not in hard}
-    everywhere = [row for kind, row in zip(kinds, rows, strict=True) if kind in wide]
+    wide = {kind(row) for row in rows if row["prompt"] not in hard}
+    everywhere = [row for row in rows if kind(row) in wide]
     lines += tables(everywhere, f"all {len({row['prompt'] for row in rows})} prompts")
     print("\n".join(lines))
     out.write_text("\n".join(lines) + "\n")
@@ -347,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--seeds", type=int, nargs=2, default=(0, 3), help="first seed, and the one after the last")
     add("--budgets", type=int, nargs="+", default=[32, 64, 128], help="forwards of a search")
     add("--guidance", type=float, nargs="+", default=[1.0, 2.0])
-    add("--arms", nargs="*", choices=list(ARMS), help="searches (default: all)")
+    add("--arms", nargs="*", choices=[*ARMS, *TRIED], help="searches (default: all but those tried)")
     add("--prompts", default="hard", choices=("hard", "all"))
     add("--workers", type=int, default=1)
     add("--plot", type=Path, help="file of the report's plot (default: beside its table)")

@@ -81,9 +81,15 @@ def test_the_report_has_every_arm_and_what_guidance_does(rows, tmp_path, capsys)
 def test_the_settings_of_every_arm_exist():
     from comfy_g2rpo.sampling.search_settings import READS, SearchSettings
 
-    for made in alignment.ARMS.values():
+    for made in [*alignment.ARMS.values(), *alignment.TRIED.values()]:
         assert made["method"] in READS or made["method"] == "optimize_noise"
         SearchSettings(**{name: value for name, value in made.items() if name != "method"})
+
+
+def test_every_recorded_search_can_be_run_again():
+    files = (alignment.ROOT / "benchmarks/results").glob("alignment*.jsonl")
+    arms = {row["arm"] for file in files for row in alignment.read(file)} - {"plain", "pool"}
+    assert arms and arms <= {*alignment.ARMS, *alignment.TRIED}
 
 
 def test_an_early_filter_s_quarter_is_chosen_by_its_gaps_alone():
