@@ -16,10 +16,12 @@ where it was.
     python benchmarks/learning.py report --leader 'g2rpo {2}' --plot docs/learning_field.png
     python benchmarks/learning.py ideas --seeds 2000 2006
     python benchmarks/learning.py ideas --confirm NAME --seeds 700 712
+    python benchmarks/learning.py ideas --leader 'dense_grpo, published' --ideas benchmarks/credit_ideas.json …
     python benchmarks/learning.py again --runs refined_final --to clean_final   # recorded runs, measured anew
 
-An ideas file is JSON, as ideas.json beside this file: changes to the leader by name, as `--set` takes them. A
-rate that falls needs train.steps, the updates that the leader makes in the budget.
+An ideas file is JSON, as ideas.json beside this file: changes to the leader by name, as `--set` takes them;
+`minus` names the idea that one is compared with in place of the leader. A rate that falls needs train.steps,
+the updates that the leader makes in the budget.
 """
 
 from __future__ import annotations
@@ -127,7 +129,8 @@ def idea_jobs(
     for seed in seeds:
         found.append({**leader, "seed": seed, "idea": {}})
         for name, change in ideas.items():
-            changed = {"arm": name, "set": {**leader["set"], **change}, "idea": change}
+            changes = {key: value for key, value in change.items() if key != "minus"}
+            changed = {"arm": name, "set": {**leader["set"], **changes}, "idea": change}
             found.append({**leader, **changed, "seed": seed})
     return found
 
@@ -148,6 +151,7 @@ def ideas_stage(options: argparse.Namespace) -> None:
         if len(seeds) < CONFIRMING:
             raise SystemExit(f"{len(seeds)} seeds confirm nothing; take at least {CONFIRMING}")
     common = {"split": split, "noises": NOISES, "cpu_seconds": options.cpu_seconds, "work": WORK}
+    common |= {"updates": options.updates} if options.updates else {}
     jobs = idea_jobs(describe(leader, setting, **common), ideas, seeds)
     asked = {identity(job) for job in jobs}
     runs = [run for run in run_all(jobs, path, options.workers) if identity(run) in asked]
@@ -175,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("stage", choices=tuple(STAGES))
     add("--out", type=Path, default=ROOT / "benchmarks/results")
     add("--cpu-seconds", type=float, nargs="+", default=[12.0], help="budgets; tuning takes the first")
+    add("--updates", type=int, default=0, help="also measure ideas after this number of updates")
     add("--tries", type=int, default=10, help="settings that each arm's tuning may try")
     add("--tuning", default="field_tune", help="results file of the tuning, without .jsonl")
     add("--start", help="results file of an earlier tuning: what it chose is where this one starts")

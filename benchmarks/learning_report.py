@@ -17,7 +17,9 @@ BLUE, ORANGE, GREEN = "#0072B2", "#C04A00", "#00785A"
 
 
 class Measure(NamedTuple):
-    """What is read off a run's curve: the gain in a reward where a budget, "cpu" or "work", was spent."""
+    """What is read off a run's curve: the gain in a reward where a budget, "cpu", "work" or "updates", was
+    spent.
+    """
 
     reward: str
     budget: str
@@ -27,7 +29,7 @@ class Measure(NamedTuple):
     def title(self) -> str:
         """Name the column."""
         return f"{self.reward}, " + (
-            f"{self.goal:g} CPU s" if self.budget == "cpu" else f"{self.goal:,.0f} work"
+            f"{self.goal:g} CPU s" if self.budget == "cpu" else f"{self.goal:,.0f} {self.budget}"
         )
 
 
@@ -43,13 +45,13 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def reached(run: Run, budget: str, goal: float) -> dict[str, float]:
-    """Return the first point of a run's curve at which a budget, "cpu" or "work", was spent."""
+    """Return the first point of a run's curve at which a budget, "cpu", "work" or "updates", was spent."""
     return next(point for point in run["curve"] if point[budget] >= goal)
 
 
 def holds(run: Run, measure: Measure) -> bool:
     """Say whether a run had the budget."""
-    return measure.goal in (seconds_of(run) if measure.budget == "cpu" else [run["work"]])
+    return measure.goal in (seconds_of(run) if measure.budget == "cpu" else [run.get(measure.budget)])
 
 
 def value(run: Run, measure: Measure) -> float:
@@ -58,11 +60,14 @@ def value(run: Run, measure: Measure) -> float:
 
 
 def measures(runs: Sequence[Run]) -> list[Measure]:
-    """List what the runs have: agreement at every budget of CPU time and of work, strict at those of time."""
+    """List what the runs have: agreement at every budget of CPU time, work and updates, strict at those of
+    time.
+    """
     seconds = sorted({goal for run in runs for goal in seconds_of(run)})
-    work = sorted({run["work"] for run in runs if run["work"]})
     found = [Measure("agreement", "cpu", goal) for goal in seconds]
-    found += [Measure("agreement", "work", goal) for goal in work]
+    for budget in ("work", "updates"):
+        goals = sorted({run[budget] for run in runs if run.get(budget)})
+        found += [Measure("agreement", budget, goal) for goal in goals]
     return found + [Measure("strict", "cpu", goal) for goal in seconds]
 
 
@@ -245,13 +250,16 @@ def ours(arm: str) -> bool:
 
 
 def ideas_report(runs: Sequence[Run], leader: str, known: int) -> list[str]:
-    """Tabulate every idea minus the leader, both of the same interleaved run, and say how many were tried."""
+    """Tabulate every idea minus the leader, or minus the idea that it names, all of the same interleaved run,
+    and say how many were tried.
+    """
     columns, arms = measures(runs), by_arm(runs)
     ideas = [arm for arm in arms if arm != leader]
     rows = []
     for idea in ideas:
-        change = json.dumps(next(iter(arms[idea].values()))["idea"])
-        rows.append([idea, f"`{change}`", *paired(arms[idea], arms[leader], columns)])
+        change = next(iter(arms[idea].values()))["idea"]
+        other = change.get("minus", leader)
+        rows.append([idea, f"`{json.dumps(change)}`", *paired(arms[idea], arms[other], columns)])
     split = next(iter(runs))["split"]
     said = (
         f"{len(ideas)} ideas on the {split} prompts, of {known} that were tried; each minus {leader}, paired "

@@ -120,7 +120,8 @@ BASE: dict[tuple[str, int], Any] = {}
 
 
 def run_arm(job: dict[str, Any]) -> dict[str, Any]:
-    """Train one arm until its CPU and its model work are spent, with an evaluation as each is reached.
+    """Train one arm until its CPU, its model work and its updates, where it has a budget of them, are spent,
+    with an evaluation as each is reached.
 
     The curve holds (CPU seconds, work, updates, gains) at those points; evaluations count for neither budget.
     CPU seconds are those of the reference machine; `pace` says how fast this one was, 1 as fast.
@@ -157,7 +158,7 @@ def run_arm(job: dict[str, Any]) -> dict[str, Any]:
     before = BASE[key] = BASE.get(key) or look()
     clock, curve = Clock(partial(piece, setup.policy.policy, setup.shape)), []
     budgets = [{"cpu": seconds} for seconds in seconds_of(job)]
-    budgets += [{"work": job["work"]}] if job["work"] else []
+    budgets += [{name: job[name]} for name in ("work", "updates") if job.get(name)]
     recorded = job.get("points", [])
     goals = [{"updates": point["updates"]} for point in recorded] or budgets
     while goals:

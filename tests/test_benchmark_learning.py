@@ -394,6 +394,15 @@ def test_the_number_of_ideas_stands_beside_what_they_gain():
     assert lines[4].startswith('| wide | `{"lora.rank": 8}` | 2 | +0.200 ± 0.000 |')
 
 
+def test_an_idea_can_be_compared_with_another_idea():
+    ideas = {"wide": {"lora.rank": 8}, "and fast": {"lora.rank": 8, "method.ema": 0.5, "minus": "wide"}}
+    jobs = idea_jobs(describe("flow_grpo", START, split="tune"), ideas, [7])
+    assert jobs[2]["set"] == {"lora.rank": 8, "method.ema": 0.5}
+    runs = [run(job["arm"], 7, gain) | job for job, gain in zip(jobs, (0.1, 0.3, 0.4), strict=True)]
+    row = ideas_report(runs, "flow_grpo", 2)[5]
+    assert row.startswith("| and fast |") and "| 1 | +0.100 ± nan |" in row
+
+
 def test_seeds_that_were_used_are_refused(tmp_path):
     (tmp_path / "old.jsonl").write_text(json.dumps({"seed": 5, "split": "heldout"}) + "\n")
     (tmp_path / "tuned.jsonl").write_text(json.dumps({"seed": 9, "split": "tune"}) + "\n")
@@ -412,11 +421,13 @@ def test_one_run_gives_every_budget_and_is_not_made_twice(tmp_path, monkeypatch)
     monkeypatch.setattr(learning_runs.time, "process_time", lambda: float(next(ticks)))
     monkeypatch.setattr(learning_runs, "piece", lambda policy, shape: learning_runs.REFERENCE)
     setting = START._replace(prompts=1)
-    common = {"seed": 3, "split": "tune", "noises": 1, "work": 100}
+    common = {"seed": 3, "split": "tune", "noises": 1, "work": 100, "updates": 2}
     made = run_arm(describe("g2rpo {2}", setting, cpu_seconds=[1.0, 3.0], **common))
     assert [(point["cpu"], point["updates"]) for point in made["curve"]][-1] == (3.0, 3)
     assert [reached(made, "cpu", goal)["updates"] for goal in (1.0, 3.0)] == [1, 3]
     assert reached(made, "work", 100)["work"] >= 100
+    assert reached(made, "updates", 2)["updates"] == 2
+    assert [m.title for m in measures([made])][2:4] == ["agreement, 100 work", "agreement, 2 updates"]
     path = tmp_path / "runs.jsonl"
     path.write_text(json.dumps(made) + "\n")
     assert missing([describe("g2rpo {2}", setting, cpu_seconds=[1.0], **common)], read(path)) == []
