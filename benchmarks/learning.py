@@ -16,7 +16,7 @@ where it was.
     python benchmarks/learning.py report --leader 'g2rpo {2}' --plot docs/learning_field.png
     python benchmarks/learning.py ideas --seeds 2000 2006
     python benchmarks/learning.py ideas --confirm NAME --seeds 700 712
-    python benchmarks/learning.py ideas --leader 'dense_grpo, published' --ideas benchmarks/credit_ideas.json …
+    python benchmarks/learning.py ideas --leader 'dense_grpo, published' --ideas benchmarks/credit_ideas.json
     python benchmarks/learning.py again --runs refined_final --to clean_final   # recorded runs, measured anew
 
 An ideas file is JSON, as ideas.json beside this file: changes to the leader by name, as `--set` takes them;
