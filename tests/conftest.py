@@ -37,13 +37,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Name the slowest files, too, where --durations asks for the slowest tests."""
-    seconds: Counter[str] = Counter()
+    """Name the slowest files and functions, too, where --durations asks for the slowest tests."""
+    files: Counter[str] = Counter()
+    functions: Counter[str] = Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport):
-                seconds[Path(report.location[0]).stem] += report.duration
-    if config.option.durations and seconds:
-        terminalreporter.section(f"seconds by file, {sum(seconds.values()):.0f} in all")
-        told = (f"{name} {spent:.0f}" for name, spent in seconds.most_common(60))
-        terminalreporter.write_line(", ".join(told))
+                file, _, name = report.location
+                files[Path(file).stem] += report.duration
+                functions[f"{Path(file).stem}: {name.partition('[')[0]}"] += report.duration
+    for kind, seconds in (("file", files), ("function", functions)):
+        if config.option.durations and seconds:
+            terminalreporter.section(f"seconds by {kind}, {sum(seconds.values()):.0f} in all")
+            told = (f"{name} {spent:.0f}" for name, spent in seconds.most_common(60))
+            terminalreporter.write_line(", ".join(told))
