@@ -190,14 +190,14 @@ def update(
     recipe: Recipe,
     *,
     micro_batch: int | Limit = 32,
-    reduce: Callable[[Tensor], Tensor] | None = None,
+    reduce: Callable[[Sequence[Tensor]], None] | None = None,
     check: Callable[[], None] | None = None,
     reference: Callable[[], AbstractContextManager[None]] | None = None,
     watch: Watch | None = None,
 ) -> dict[str, float]:
     """Take one optimizer step per rollout or per branch step, `epochs` times over; return the metrics.
 
-    `reduce` averages a gradient over processes; `check` is called before every forward and may raise;
+    `reduce` averages gradients over processes in place; `check` is called before every forward and may raise;
     `reference` and `watch` are as in `backward`, the latter in the first epoch. A step whose gradient is not
     finite is skipped and counted. Where memory runs out, `micro_batch` is halved and the step begun again.
     """
@@ -237,12 +237,16 @@ def by_step(made: Records) -> list[Records]:
 
 
 def clip_gradients(
-    parameters: Sequence[nn.Parameter], max_norm: float, reduce: Callable[[Tensor], Tensor] | None = None
+    parameters: Sequence[nn.Parameter],
+    max_norm: float,
+    reduce: Callable[[Sequence[Tensor]], None] | None = None,
 ) -> float:
     """Average gradients over processes, scale them down to `max_norm`, and return the norm they had."""
+    gradients = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        if reduce:
-            parameter.grad = reduce(parameter.grad)
+        gradients.append(parameter.grad)
+    if reduce:
+        reduce(gradients)
     return nn.utils.clip_grad_norm_(parameters, max_norm).item()

@@ -15,7 +15,7 @@ from toys import SHAPE, ToyPolicy
 from comfy_g2rpo.recipes import build_plan, recipe
 from comfy_g2rpo.rewards import Reward
 from comfy_g2rpo.run.batch_limits import Limits
-from comfy_g2rpo.run.evaluation import velocity_distance
+from comfy_g2rpo.run.evaluation import velocity_distances
 from comfy_g2rpo.run.folder import RunFolder
 from comfy_g2rpo.run.loop import learn
 from comfy_g2rpo.run.pace import Pace
@@ -180,6 +180,7 @@ def test_a_whole_run_goes_on_with_what_fits_and_says_so_in_notes_and_metrics(tmp
 
 def test_the_distance_from_the_reference_is_measured_in_what_fits():
     large, small = (
-        velocity_distance(policy, rolled_out(policy, 16), CONDS, 8) for policy in (ToyPolicy(), SmallCard(3))
+        velocity_distances(policy, rolled_out(policy, 16), CONDS, 8).mean()
+        for policy in (ToyPolicy(), SmallCard(3))
     )
     assert large > 0 and small == pytest.approx(large, rel=1e-5)

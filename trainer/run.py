@@ -7,11 +7,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from comfy_g2rpo import __version__
 from comfy_g2rpo.files.one_writer import one_writer
@@ -77,7 +80,7 @@ def train(
                     progress.note(remark)
             else:
                 RunFolder.create(out, content, replace)
-        accelerator.wait_for_everyone()
+        setup.world.wait()
         folder = RunFolder(Path(out))
         for remark in restore(setup, learner, folder) if resume else []:
             progress.note(remark)
@@ -187,21 +190,32 @@ def weighted(reward: TrainedReward) -> str:
     return f"{reward.weight:g} {reward.name}" + ("" if reward.gate is None else f" (gate {reward.gate:g})")
 
 
+PATIENCE = timedelta(days=30)
+
+
 def world(accelerator: Accelerator) -> World:
     """Return how the processes of a run find together."""
-    if accelerator.num_processes == 1:
+    count = accelerator.num_processes
+    if count == 1:
         return World()
-    return World(
-        index=accelerator.process_index,
-        count=accelerator.num_processes,
-        gather=lambda scores: (
-            accelerator.gather(scores.transpose(0, 1).contiguous().to(accelerator.device))
-            .cpu()
-            .transpose(0, 1)
-        ),
-        reduce=lambda grad: accelerator.reduce(grad, reduction="mean"),
-        wait=accelerator.wait_for_everyone,
-    )
+    # NCCL gives up after minutes, and a judge may keep one process for longer: the others wait here. What is
+    # gathered lies on the CPU anyway, and that a process has died shows at once.
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def gather(table: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(table, memory_format=torch.contiguous_format) for _ in range(count)]
+        dist.all_gather(parts, table.contiguous(), group=patient)
+        return torch.cat(parts, 1)
+
+    def wait() -> None:
+        dist.barrier(group=patient)
+
+    def reduce(gradients: Sequence[torch.Tensor]) -> None:
+        wait()
+        mean = accelerator.reduce(parameters_to_vector(gradients), reduction="mean")
+        vector_to_parameters(mean, gradients)
+
+    return World(accelerator.process_index, count, gather, reduce, wait)
 
 
 def load_policy(config: Config, device: torch.device | str, prompts: Sequence[str] = ()) -> FamilyPolicy:

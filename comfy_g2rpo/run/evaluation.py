@@ -27,6 +27,7 @@ from .diversity import describe, spread
 from .folder import PREVIEW, RunFolder, Sample
 from .pace import Pace
 from .scorer import Scorer, roll_out_and_score
+from .setup import ALONE, World
 
 SHOWN_PROMPTS, SHOWN_NOISES = 8, 3
 PROBED_PROMPTS = 16
@@ -155,13 +156,15 @@ def evaluate(
     preview: Sequence[int] | None = None,
     preview_sigmas: Tensor | None = None,
     shown: tuple[int, int] = (SHOWN_PROMPTS, SHOWN_NOISES),
+    world: World = ALONE,
 ) -> Evaluation:
     """Score the deterministic samples of the held-out prompts from noises that every evaluation of a run
     shares.
 
     With the recipe of the run it measures what the watch needs, too; `preview` is a latent's shape for
     pictures of a second size, along `preview_sigmas` or the same noise levels; `shown` says of
-    how many prompts, and of how many noises each, pictures are kept.
+    how many prompts, and of how many noises each, pictures are kept. The processes of `world` share the
+    pictures out, and all of them return the whole.
     """
     prompts = tuple(heldout[: pace.eval_prompts or None])
     rows = [(prompt, noise) for prompt in prompts for noise in range(pace.eval_noises)]
@@ -172,12 +175,12 @@ def evaluate(
         i for i in range(len(rows)) if i // pace.eval_noises in chosen and i % pace.eval_noises < shown[1]
     }
     look = partial(describe, embed=embedder(judges)) if recipe else None
-    scorer = draw(policy, judges, rows, seeds, sigmas, shape, pace, kept, check, look)
+    drawn = draw(policy, judges, rows, seeds, sigmas, shape, pace, kept, check, look, world)
     names = tuple(judge.name for judge in judges)
-    scores = scorer.scores[:, :, 0].reshape(len(judges), len(prompts), pace.eval_noises)
+    scores = drawn.scores.reshape(len(judges), len(prompts), pace.eval_noises)
     found: dict[str, Any] = {"spread": {}}
-    for measure, features in scorer.features.items():
-        by_prompt = features[:, 0].reshape(len(prompts), pace.eval_noises, -1)
+    for measure, features in drawn.features.items():
+        by_prompt = features.reshape(len(prompts), pace.eval_noises, -1)
         found["spread"] |= {f"{measure}/{name}": values for name, values in spread(by_prompt).items()}
     if recipe:
         some = sorted(
@@ -186,20 +189,18 @@ def evaluate(
         )
         first = [p * pace.eval_noises for p in some]
         texts, at = [prompts[p] for p in some], [seeds[i] for i in first]
-        noisy, found["kl"] = probe(
-            policy, judges, texts, at, recipe, sigmas, shape, pace.slots, pace.decode_batch, check
-        )
-        found["noisy"] = noisy - scorer.scores[:, first, 0]
+        how = recipe, sigmas, shape, pace.slots, pace.decode_batch, check, world
+        noisy, found["kl"] = probe(policy, judges, texts, at, *how)
+        found["noisy"] = noisy - drawn.scores[:, first]
     if preview is not None:
         some = sorted(chosen & set(range(len(prompts))))
         at = [p * pace.eval_noises for p in some]
         seen, levels = [rows[i] for i in at], sigmas if preview_sigmas is None else preview_sigmas
-        larger = draw(
-            policy, judges, seen, [seeds[i] for i in at], levels, preview, pace, range(len(at)), check
-        )
-        previews = samples(names, seen, larger)
-        found["preview"] = Evaluation(names, tuple(titled(prompts[p]) for p in some), larger.scores, previews)
-    return Evaluation(names, tuple(map(titled, prompts)), scores, samples(names, rows, scorer), **found)
+        how = levels, preview, pace, range(len(at)), check, None, world
+        larger = draw(policy, judges, seen, [seeds[i] for i in at], *how)
+        previews, texts = samples(names, seen, larger), tuple(titled(prompts[p]) for p in some)
+        found["preview"] = Evaluation(names, texts, larger.scores[..., None], previews)
+    return Evaluation(names, tuple(map(titled, prompts)), scores, samples(names, rows, drawn), **found)
 
 
 def price(recipe: Recipe, pace: Pace, heldout: int, preview: bool = False) -> dict[str, tuple[int, int]]:
@@ -214,6 +215,15 @@ def price(recipe: Recipe, pace: Pace, heldout: int, preview: bool = False) -> di
     return parts
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn of some rows: scores [R, rows], features [rows, D] by measure, pictures by row."""
+
+    scores: Tensor
+    features: Mapping[str, Tensor]
+    pictures: Mapping[int, Tensor]
+
+
 def draw(
     policy: Trainee,
     judges: Sequence[Reward],
@@ -225,23 +235,46 @@ def draw(
     shown: Collection[int],
     check: Callable[[], None] | None,
     look: Callable[[Tensor], dict[str, Tensor]] | None = None,
-) -> Scorer:
-    """Draw and score one deterministic picture per row (prompt, noise)."""
-    texts = [prompt for prompt, _ in rows]
-    scorer = Scorer(
-        policy.decode, judges, texts, 1, pace.decode_batch, keep=shown, check=check, describe=look
+    world: World = ALONE,
+) -> Drawn:
+    """Draw and score one deterministic picture per row (prompt, noise), and keep those of the rows `shown`.
+
+    Every process draws a share of them, and has them all in the end.
+    """
+    dealt, kept = world.dealt(len(rows)), shares_shown(world, len(rows), shown)
+    mine = dealt[world.index]
+    texts = [rows[i][0] for i in mine]
+    keep = kept[world.index]
+    scorer = Scorer(policy.decode, judges, texts, 1, pace.decode_batch, keep=keep, check=check, describe=look)
+    plan, conds = deterministic(len(sigmas) - 1), policy.encode(texts)
+    at = [seeds[i] for i in mine]
+    roll_out_and_score(policy, plan, sigmas, conds, at, shape, scorer, pace.slots, check)
+    pictures = [scorer.pictures[place, 0] for place in keep]
+    if world.count > 1 and pictures:
+        pictures = list(world.gather(torch.stack(pictures)[None])[0])
+    numbers = [part[place] for part, places in zip(dealt, kept, strict=True) for place in places]
+    return Drawn(
+        world.collect(scorer.scores[:, :, 0], len(rows)),
+        {name: world.collect(table[None, :, 0], len(rows))[0] for name, table in scorer.features.items()},
+        {i: picture for i, picture in zip(numbers, pictures, strict=True) if i in shown},
     )
-    plan = deterministic(len(sigmas) - 1)
-    roll_out_and_score(policy, plan, sigmas, policy.encode(texts), seeds, shape, scorer, pace.slots, check)
-    return scorer
 
 
-def samples(names: Sequence[str], rows: Sequence[tuple[str, int]], scorer: Scorer) -> tuple[Sample, ...]:
+def shares_shown(world: World, count: int, shown: Collection[int]) -> list[list[int]]:
+    """List by process the places among its rows whose pictures are kept: as many in each, others where it has
+    fewer that are to be shown.
+    """
+    ranked = [sorted(range(len(part)), key=lambda j: part[j] not in shown) for part in world.dealt(count)]
+    most = max(sum(i in shown for i in part) for part in world.dealt(count))
+    return [sorted(places[:most]) for places in ranked]
+
+
+def samples(names: Sequence[str], rows: Sequence[tuple[str, int]], drawn: Drawn) -> tuple[Sample, ...]:
     """Return the pictures that were kept, with their scores."""
-    scores, made = scorer.scores[:, :, 0], []
-    for (i, _), picture in sorted(scorer.pictures.items(), key=lambda item: item[0]):
+    made = []
+    for i, picture in sorted(drawn.pictures.items(), key=lambda item: item[0]):
         (prompt, noise), image = rows[i], image_of(rows[i][0])
-        by_name = {name: scores[r, i].item() for r, name in enumerate(names)}
+        by_name = {name: drawn.scores[r, i].item() for r, name in enumerate(names)}
         made.append(Sample(titled(prompt), noise, by_name, picture, start=Path(image) if image else None))
     return tuple(made)
 
@@ -300,26 +333,31 @@ def probe(
     slots: int,
     batch: int,
     check: Callable[[], None] | None = None,
+    world: World = ALONE,
 ) -> tuple[Tensor, float]:
     """Return scores [R, P] of images drawn as rollouts draw them, and the velocity KL at their states."""
-    plan, conds = exploring(recipe), policy.encode(prompts)
-    scorer = Scorer(policy.decode, judges, prompts, len(plan.images), batch, check=check)
-    rollout = roll_out_and_score(policy, plan, sigmas, conds, seeds, shape, scorer, slots, check)
+    mine = world.dealt(len(prompts))[world.index]
+    texts, at = [prompts[p] for p in mine], [seeds[p] for p in mine]
+    plan, conds = exploring(recipe), policy.encode(texts)
+    scorer = Scorer(policy.decode, judges, texts, len(plan.images), batch, check=check)
+    rollout = roll_out_and_score(policy, plan, sigmas, conds, at, shape, scorer, slots, check)
     scores = torch.stack(
-        [plan.values(scorer.scores[:, p]).flatten(1).nanmean(1) for p in range(len(prompts))], 1
+        [plan.values(scorer.scores[:, p]).flatten(1).nanmean(1) for p in range(len(texts))], 1
     )
-    return scores, velocity_distance(policy, rollout, conds, slots, check)
+    apart = velocity_distances(policy, rollout, conds, slots, check)
+    far = world.collect(apart[None], len(prompts)).mean().item()
+    return world.collect(scores, len(prompts)), far
 
 
 @torch.no_grad()
-def velocity_distance(
+def velocity_distances(
     policy: Policy,
     rollout: Rollout,
     conds: Sequence[Any],
     slots: int,
     check: Callable[[], None] | None = None,
-) -> float:
-    """Return the mean of ‖v − v_ref‖²/D over some states of a rollout: the update's velocity KL."""
+) -> Tensor:
+    """Return ‖v − v_ref‖²/D at some states of a rollout [P, states]: in the mean the update's velocity KL."""
     count = len(rollout.plan.forks)
     chosen = sorted({round(i * (count - 1) / max(FORKS - 1, 1)) for i in range(FORKS)})
     sigma = (
@@ -337,4 +375,4 @@ def velocity_distance(
         return (velocity[part] - reference).square().flatten(1).mean(1)
 
     with policy.reference(), policy.inference():
-        return Limit(slots).parts(distances, len(x)).mean().item()
+        return Limit(slots).parts(distances, len(x)).view(len(conds), -1)

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Protocol
 
-import torch
-
 from ..curriculum.prompt_choice import choice_cost
 from ..files.safe import FileError
 from ..recipes import build_plan
@@ -124,7 +122,8 @@ def tell(setup: Setup, learner: Learner, row: Mapping[str, Any], watcher: Watche
 
 def look(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, check: Check) -> None:
     """Evaluate on held-out prompts, unless this step has been; keep scores, images, the best LoRA."""
-    if not setup.world.speaks or not setup.prompts.heldout or looked(folder, learner.step):
+    world = setup.world
+    if not setup.prompts.heldout or world.told(world.speaks and looked(folder, learner.step)):
         return
     recipe = None if setup.pace.watch == "off" else setup.recipe
     with averaged(setup, learner):
@@ -139,7 +138,10 @@ def look(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher, ch
             recipe=recipe,
             preview=setup.preview,
             preview_sigmas=setup.preview_sigmas,
+            world=world,
         )
+    if not world.speaks:
+        return
     evaluation.save(folder, learner.step)
     row = {"step": learner.step} | evaluation.metrics()
     if recipe:
@@ -183,7 +185,7 @@ def notice(setup: Setup, folder: RunFolder, now: Evaluation) -> dict[str, Any]:
 def halt(setup: Setup, learner: Learner, folder: RunFolder, watcher: Watcher) -> bool:
     """Say, in every process alike, whether the evaluation of this step raised an alarm that stops the run."""
     alarm = setup.world.speaks and setup.pace.watch == "stop" and alarm_at(folder.metrics(), learner.step)
-    if not setup.world.gather(torch.tensor([[[float(bool(alarm))]]])).any():
+    if not setup.world.told(bool(alarm)):
         return False
     watcher.note(f"stopped by the watch at step {learner.step}; watch = warn goes on")
     return True

@@ -29,18 +29,38 @@ from .pace import Pace
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: `gather` stacks scores [R, P, …] over P, `reduce` averages, `wait` lines up."""
+    """The processes of a run: `gather` stacks tables [R, P, …] on the CPU over P, `reduce` averages all the
+    gradients in place, `wait` lines up. None of them gives up while another process is at work.
+    """
 
     index: int = 0
     count: int = 1
     gather: Callable[[Tensor], Tensor] = lambda scores: scores
-    reduce: Callable[[Tensor], Tensor] | None = None
+    reduce: Callable[[Sequence[Tensor]], None] | None = None
     wait: Callable[[], None] = lambda: None
 
     @property
     def speaks(self) -> bool:
         """Return whether this is the process that writes and shows."""
         return self.index == 0
+
+    def told(self, said: bool) -> bool:
+        """Return, in every process alike, what the one that speaks has said."""
+        return bool(self.gather(torch.tensor([[[float(said and self.speaks)]]])).any())
+
+    def dealt(self, count: int) -> list[list[int]]:
+        """Deal out rows by number, to every process as many; who would have fewer takes some once more."""
+        each = -(-count // self.count)
+        return [[(index + i * self.count) % count for i in range(each)] for index in range(self.count)]
+
+    def collect(self, table: Tensor, count: int) -> Tensor:
+        """Return a table [R, rows, …] on the CPU from every process's part of it, as its rows were dealt."""
+        each = table.shape[1]
+        order = [i % self.count * each + i // self.count for i in range(count)]
+        return self.gather(table.cpu())[:, order]
+
+
+ALONE = World()
 
 
 @dataclass(frozen=True)
