@@ -1,5 +1,5 @@
-"""Run by each of several processes: trains by the recipe and into the folder that are named, where collectives
-give up after few seconds.
+"""Run by each of several processes: trains by a recipe into a folder, and collectives give up after as many
+seconds as are named.
 """
 
 import sys

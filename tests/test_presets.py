@@ -12,7 +12,6 @@ from make_presets import RECIPES
 from program import call
 from test_memory import config
 
-from comfy_g2rpo.rewards import Reward
 from g2rpo_trainer.config.reading import ConfigError, load
 from g2rpo_trainer.cost import presets
 from g2rpo_trainer.cost.card_memory import GIB
@@ -25,7 +24,7 @@ from g2rpo_trainer.families.files.parts import FACTS as CONFIGS
 from g2rpo_trainer.families.flux import Flux
 from g2rpo_trainer.families.qwen_edit import QwenEdit
 from g2rpo_trainer.families.qwen_image import QwenImage
-from g2rpo_trainer.model.placing import InTurn, check_card, in_turn
+from g2rpo_trainer.model.placing import check_card
 
 pytestmark = pytest.mark.xdist_group("presets")  # one process makes what they share
 
@@ -215,48 +214,3 @@ def test_a_card_that_computes_bf16_by_detours_is_named(tmp_path, monkeypatch):
     assert "GTX 1080 computes bf16 by detours, slowly; model.dtype: fp32" in check_card(
         made.model, made.memory, torch.device("cuda")
     )
-
-
-class Weights(torch.nn.Linear):
-    """Weights that write down where they are sent, for want of a second device."""
-
-    def __init__(self) -> None:
-        super().__init__(3, 1, device="meta")
-        self.sent: list[str] = []
-
-    def to(self, device):
-        self.sent.append(str(device))
-        return self
-
-
-class Judge(Reward):
-    """A reward with weights on a card."""
-
-    name, licence, compares_across_prompts, runs_elsewhere = "judge", "Apache-2.0", True, True
-
-    def __init__(self) -> None:
-        self.module = Weights()
-
-    def score(self, images, prompts):
-        assert self.module.sent[-1] == "meta"
-        return torch.zeros(len(images))
-
-    def embed(self, images):
-        assert self.module.sent[-1] == "meta"
-        return torch.ones(len(images), 2)
-
-
-def test_rewards_take_turns_on_the_card():
-    judge = Judge()
-    alone = in_turn(judge, torch.device("meta"))
-    assert isinstance(alone, InTurn) and judge.module.sent == ["cpu"]
-    assert alone.name == "judge" and not alone.runs_elsewhere
-    assert alone.score(torch.zeros(2, 4, 4, 3), ["a", "b"]).shape == (2,)
-    assert alone.embed(torch.zeros(2, 4, 4, 3)).shape == (2, 2)
-    assert judge.module.sent == ["cpu", "meta", "cpu", "meta", "cpu"]
-
-
-def test_a_reward_without_weights_on_a_card_is_left_as_it_is():
-    judge = Judge()
-    judge.module = torch.nn.Linear(3, 1)
-    assert in_turn(judge, torch.device("cpu")) is judge

@@ -1,4 +1,4 @@
-"""Several processes share an evaluation out, find the same, and wait for each other however long one takes."""
+"""Several processes share an evaluation out, find what one finds, and wait for each other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def own(images, prompts):
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 9])
 def test_rows_are_dealt_out_evenly_and_come_back_in_their_order(count: int, rows: int) -> None:
     dealt = World(count=count).dealt(rows)
-    assert {len(part) for part in dealt} == {-(-rows // count)} and {*sum(dealt, [])} == {*range(rows)}
+    assert {len(part) for part in dealt} == {-(-rows // count)} and {*chain(*dealt)} == {*range(rows)}
     tables = [torch.tensor([[[10.0 * i, 1.0] for i in part]]) for part in dealt]
     worlds = [World(i, count, lambda table: torch.cat(tables, 1)) for i in range(count)]
     for world, table in zip(worlds, tables, strict=True):

@@ -37,7 +37,7 @@ from .families import FamilyPolicy
 from .lora.lora_files import add_frozen, shapes_of, start_from
 from .model.cheap_forward import completions
 from .model.named_optimizers import make_optimizer
-from .model.placing import in_turn, keep_freed_memory, load_in_stages
+from .model.placing import Seat, in_turn, keep_freed_memory, load_in_stages
 from .reports.listeners import check_trackers, listening
 from .reports.progress import Progress, Silent
 from .reports.report import write_report
@@ -111,7 +111,8 @@ def prepare(
     prompts = prompts or read_prompts(config)
     rewards, judges = build_all(config.rewards, config.heldout_rewards, accelerator.device, run)
     if config.memory.rewards_in_turn:
-        alone = {reward.name: in_turn(reward, accelerator.device) for reward in (*rewards, *judges)}
+        seat = Seat(accelerator.device)
+        alone = {reward.name: in_turn(reward, seat) for reward in (*rewards, *judges)}
         rewards, judges = (tuple(alone[reward.name] for reward in some) for some in (rewards, judges))
     check_prompts(judges, [*prompts.train, *prompts.heldout])
     rank_guard.check(speed, rewards)

@@ -38,7 +38,7 @@ def judged(reward: Reward, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
     """
     if pictures.ndim != 5:
         return checked(reward, pictures, prompts)
-    mode = getattr(reward, "frames", DEFAULT)
+    mode = reward.frames
     if mode == "strip":
         return checked(reward, strip(pictures), prompts)
     scores = by_frame(reward, pictures, prompts)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..options import CLIPS
 from ..prompts import columns_of
 from ..rollout import Rollout
 
@@ -47,10 +48,15 @@ class Reward:
     depends_on_batch = False
     """Whether the last digits of a score may differ by what else is judged in the same call, as with a neural
     network. Then equal images are judged once, and a group's come in one call where memory allows."""
+    takes_turns = False
+    """Whether its weights come to the device when it is asked and stay until `rest`: then it is asked as much
+    at once as memory allows."""
     may_abstain = False
     """Whether a missing score is an opinion withheld, as with people, and no failure of the judge."""
     gradient = False
     """Whether it offers `differentiable`."""
+    frames = CLIPS[0]
+    """How it judges a clip: one of CLIPS."""
     module: nn.Module | None = None
     """Weights that a host may move between devices."""
     embed: Callable[[Tensor], Tensor] | None = None
@@ -68,6 +74,9 @@ class Reward:
         The images are not rounded to 8 bits, as that has no gradient.
         """
         raise NotImplementedError
+
+    def rest(self) -> None:
+        """Send the weights away, where it takes turns: nothing is asked for now."""
 
     def noise(self) -> float:
         """Return how far apart scores of images that look the same may lie, in the reward's units.
@@ -108,10 +117,11 @@ class Wrapped(Reward):
     compares_across_prompts, needs_group = map(_forwarded, ("compares_across_prompts", "needs_group"))
     depends_on_batch, noise = map(_forwarded, ("depends_on_batch", "noise"))
     runs_elsewhere, may_abstain = map(_forwarded, ("runs_elsewhere", "may_abstain"))
+    takes_turns, rest = map(_forwarded, ("takes_turns", "rest"))
     module, embed, cancel = map(_forwarded, ("module", "embed", "cancel"))
     score, check_prompts, settle = map(_forwarded, ("score", "check_prompts", "settle"))
     can_judge, keep_forks = map(_forwarded, ("can_judge", "keep_forks"))
-    gradient, differentiable = map(_forwarded, ("gradient", "differentiable"))
+    gradient, differentiable, frames = map(_forwarded, ("gradient", "differentiable", "frames"))
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,10 @@ from ..speed.fitting_rollout import FittingFrontier, roll_out
 from ..speed.step_cache import Shortcut
 
 MAX_WAITING = 2**29
-"""Bytes of pictures that may wait for rewards that run elsewhere, before the rollout waits too; and for the
-others of their group, before they are judged without them."""
+"""Bytes of pictures that may wait for rewards that run elsewhere, before the rollout waits too; for the
+others of their group, before they are judged without them; and for rewards that take turns on a device."""
+AT_ONCE = 2**28
+"""Bytes of pictures, as float32, that a reward which takes turns is asked for at once."""
 POLL_SECONDS = 0.1
 NO_GROUP = -1  # of a state that no trained edge leads to
 
@@ -56,6 +58,8 @@ class Scorer:
     scores depend on the batch, where `groups` says by image position what is compared with what, for those of
     a group, as far as memory allows. Within `with scorer:` rewards that run elsewhere score in one thread
     while decoding and the rollout go on; leaving waits for the rest, and leaving by an exception drops it.
+    Rewards that take turns on a device judge when it is left, or when too many pictures wait: each of them
+    comes to the device once.
     """
 
     decode: Decoder
@@ -87,11 +91,14 @@ class Scorer:
             for r, reward in enumerate(self.rewards)
             if self.groups and reward.depends_on_batch and not reward.needs_group
         ]
-        apart = {*self._grouping, *self._together, *self._elsewhere}
+        self._in_turn = [r for r, reward in enumerate(self.rewards) if reward.takes_turns]
+        apart = {*self._grouping, *self._together, *self._elsewhere, *self._in_turn}
         self._here = [r for r in range(len(self.rewards)) if r not in apart]
         self.expect([(p, image) for p in range(len(self.prompts)) for image in range(self.images)])
         self._thread: ThreadPoolExecutor | None = None
         self._waiting: deque[tuple[int, Batch, Future[Tensor]]] = deque()
+        self._later: list[tuple[int, Batch]] = []
+        self._undescribed: list[Batch] = []
 
     def expect(self, coming: Collection[tuple[int, int]]) -> None:
         """Say which images (prompt, position) come from now on: a group is complete when all of it has come.
@@ -120,9 +127,8 @@ class Scorer:
             decoded = time.perf_counter()
             self._score(pictures, prompts[part], images[part])
             self.seconds["decode"] += decoded - begin
-            for name, found in (described(self.describe, pictures) if self.describe else {}).items():
-                blank = found.new_full((len(self.prompts), self.images, found.shape[1]), torch.nan)
-                self.features.setdefault(name, blank)[prompts[part], images[part]] = found
+            if self.describe and not self._in_turn:
+                self._describe(pictures, prompts[part], images[part])
             self.seconds["reward"] += time.perf_counter() - decoded
             for prompt, image, picture in zip(prompts[part], images[part], pictures, strict=True):
                 if prompt in self.keep:
@@ -138,6 +144,12 @@ class Scorer:
         for name, found in self.features.items():
             self.features[name] = torch.where(there[..., None].to(found.device), found, torch.nan)
 
+    def _describe(self, pictures: Tensor, prompts: Sequence[int], images: Sequence[int]) -> None:
+        """Put the features of pictures [n, H, W, 3] in their places."""
+        for name, found in described(self.describe, pictures).items():
+            blank = found.new_full((len(self.prompts), self.images, found.shape[1]), torch.nan)
+            self.features.setdefault(name, blank)[list(prompts), list(images)] = found
+
     def _decoded(self, latents: Tensor, part: slice) -> Tensor:
         """Decode some latents to what a saved file would hold."""
         return to_8_bit(self.decode(latents[part]))
@@ -150,9 +162,11 @@ class Scorer:
         if len(self._here) == len(self.rewards):
             return
         batch = _batch(pictures, prompts, images)
-        for r in self._elsewhere:
+        for r in (*self._elsewhere, *self._in_turn):
             if r not in {*self._grouping, *self._together}:
                 self._hand_over(r, batch)
+        if self._in_turn and self.describe:
+            self._undescribed.append(batch)
         for rewards, groups in ((self._grouping, self._whole), (self._together, self._part)):
             done = groups.add(batch) if rewards else []
             while rewards is self._together and groups.nbytes > MAX_WAITING:
@@ -163,11 +177,37 @@ class Scorer:
                 for r in rewards if group.images else ():
                     self._hand_over(r, group)
         self._collect(MAX_WAITING)
+        later = [*(batch for _, batch in self._later), *self._undescribed]
+        if sum({id(batch): batch.levels.nbytes for batch in later}.values()) > MAX_WAITING:
+            self._take_turns()
+
+    def _take_turns(self) -> None:
+        """Let the rewards that take turns judge what has waited for them, one after the other, the one whose
+        features are wanted last; then all of them rest.
+        """
+        later, self._later = self._later, []
+        undescribed, self._undescribed = self._undescribed, []
+        last = next((r for r, reward in enumerate(self.rewards) if reward.embed is not None), None)
+        try:
+            for r in sorted(self._in_turn, key=lambda r: r == last):
+                batches = [batch for owner, batch in later if owner == r]
+                for batch in batches if r in {*self._grouping, *self._together} else larger(batches):
+                    texts = [self.prompts[p] for p in batch.prompts]
+                    self._land(r, batch, _judged(self.rewards[r], batch, texts))
+                    if self.check:
+                        self.check()
+            for batch in larger(undescribed):
+                self._describe(batch.pictures(), batch.prompts, batch.images)
+        finally:
+            for r in self._in_turn:
+                self.rewards[r].rest()
 
     def _hand_over(self, r: int, batch: Batch) -> None:
         """Score a batch by one reward: in the thread if it runs elsewhere, and there is a thread."""
         reward, texts = self.rewards[r], [self.prompts[p] for p in batch.prompts]
-        if self._thread and r in self._elsewhere:
+        if reward.takes_turns:
+            self._later.append((r, batch))
+        elif self._thread and r in self._elsewhere:
             self._waiting.append((r, batch, self._thread.submit(_judged, reward, batch, texts)))
         else:
             self._land(r, batch, _judged(reward, batch, texts))
@@ -204,8 +244,11 @@ class Scorer:
         try:
             if kind is None:
                 self._collect(-1)
+                self._take_turns()
         finally:
             self._close()
+            for r in self._in_turn:
+                self.rewards[r].rest()
             self.seconds["reward"] += time.perf_counter() - begin
 
     def _close(self) -> None:
@@ -268,6 +311,28 @@ class _Groups:
 def any_waits(group: Mapping[int, Tensor | None]) -> bool:
     """Return whether a picture of a group waits."""
     return any(levels is not None for levels in group.values())
+
+
+def larger(batches: Sequence[Batch]) -> list[Batch]:
+    """Put batches together, in their order, to ones of AT_ONCE bytes at most as float32, or one each."""
+    found: list[list[Batch]] = []
+    room = 0
+    for batch in batches:
+        need = 4 * batch.levels.nbytes
+        if need > room:
+            found.append([])
+            room = AT_ONCE
+        found[-1].append(batch)
+        room -= need
+    return [
+        Batch(
+            torch.cat([part.levels for part in parts]),
+            torch.cat([part.whole for part in parts]),
+            tuple(p for part in parts for p in part.prompts),
+            tuple(i for part in parts for i in part.images),
+        )
+        for parts in found
+    ]
 
 
 def _batch(pictures: Tensor, prompts: Sequence[int], images: Sequence[int]) -> Batch:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -105,33 +105,65 @@ def weight_bytes(module: nn.Module, device: torch.device) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in alone.values())
 
 
-class InTurn(Wrapped):
-    """A reward whose weights are on the device while it judges, and in the computer's memory otherwise."""
+@dataclass
+class Seat:
+    """Room for the weights of one reward on a device: whoever sits down sends the one before away."""
 
-    runs_elsewhere = False
+    device: torch.device
+    holder: InTurn | None = None
+
+
+class InTurn(Wrapped):
+    """A reward whose weights come to the device when it judges, and leave it when it rests or another comes.
+
+    They stay in the computer's memory all along, page-locked for a GPU: leaving copies nothing.
+    """
+
+    runs_elsewhere, takes_turns = False, True
     """A reward that comes and goes takes its turn with the rest."""
 
-    def __init__(self, reward: Reward, device: torch.device) -> None:
-        self.reward, self.device = reward, device
-        self.away()
+    def __init__(self, reward: Reward, seat: Seat) -> None:
+        self.reward, self.seat, self.moves = reward, seat, 0
+        self.measured: float | None = None
+        module = reward.module.to("cpu")
+        self.weights: list[Tensor] = [*module.parameters(), *module.buffers()]
+        pinned = seat.device.type == "cuda"
+        self.homes = [each.data.pin_memory() if pinned else each.data for each in self.weights]
+        self.put(self.homes)
 
-    def away(self) -> None:
-        """Send the weights to the computer's memory."""
-        self.reward.module.to("cpu")
+    def put(self, tensors: Sequence[Tensor]) -> None:
+        """Let the module compute with these weights."""
+        for weight, tensor in zip(self.weights, tensors, strict=True):
+            weight.data = tensor
 
-    @contextmanager
-    def here(self) -> Iterator[None]:
-        """Bring the weights to the device for a while."""
-        self.reward.module.to(self.device)
-        try:
-            yield
-        finally:
-            self.away()
+    def rest(self) -> None:
+        """Leave the device."""
+        if self.seat.holder is self:
+            self.put(self.homes)
+            self.seat.holder = None
+
+    def come(self) -> None:
+        """Bring the weights to the device, unless they are there."""
+        if self.seat.holder is self:
+            return
+        if self.seat.holder:
+            self.seat.holder.rest()
+        self.put([home.to(self.seat.device, non_blocking=True) for home in self.homes])
+        self.seat.holder = self
+        self.moves += 1
+
+    def noise(self) -> float:
+        """Measure the noise of scores on the device, once."""
+        if self.measured is None:
+            self.come()
+            self.measured = self.reward.noise()
+            self.rest()
+        return self.measured
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images [B, H, W, 3] by prompts [B]: [B]."""
-        with self.here():
-            return self.reward.score(images, prompts)
+        self.come()
+        return self.reward.score(images, prompts)
 
     @property
     def embed(self) -> Callable[[Tensor], Tensor] | None:
@@ -139,16 +171,16 @@ class InTurn(Wrapped):
         return self._embed if self.reward.embed else None
 
     def _embed(self, images: Tensor) -> Tensor:
-        with self.here():
-            return self.reward.embed(images)
+        self.come()
+        return self.reward.embed(images)
 
 
-def in_turn(reward: Reward, device: torch.device) -> Reward:
+def in_turn(reward: Reward, seat: Seat) -> Reward:
     """Let a reward with weights on a device share it with others; return any other as it is."""
     module = reward.module
     if module is None or next(module.parameters(), torch.empty(0)).device.type == "cpu":
         return reward
-    return InTurn(reward, device)
+    return InTurn(reward, seat)
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
