@@ -81,7 +81,7 @@ def test_fp8_is_off_by_a_sixteenth_at_most_in_rows_of_any_size(weights):
 
 @pytest.mark.parametrize(("quantization", "size"), [("fp8", 1 + 4 / 128), ("nf4", 0.5 + 4 / 64)])
 def test_packed_weights_take_what_is_counted(weights, quantization, size):
-    layer = StoredLinear(weights, quantization, CPU, CPU)
+    layer = StoredLinear(weights, quantization, CPU)
     assert sum(tensor.nbytes for tensor in layer.packed.tensors()) == size * weights.weight.numel()
 
 
@@ -92,7 +92,7 @@ def test_a_stored_layer_computes_and_differentiates_as_a_plain_one_with_its_weig
 ):
     plain = nn.Linear(128, 96).to(dtype)
     plain.load_state_dict(weights.state_dict())
-    layer = StoredLinear(plain, quantization, CPU, CPU)
+    layer = StoredLinear(plain, quantization, CPU)
     with torch.no_grad():
         plain.weight.copy_(layer.weight)
     x = torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -70,7 +70,7 @@ class ModelCounts:
     adapter: int
     """Numbers of the adapter."""
     swapped: int
-    """Bytes of the largest layer that is fetched when needed."""
+    """Bytes of the room for layers that are fetched when needed."""
     merged: int
     latent: int
     """Numbers of a latent."""

@@ -24,6 +24,7 @@ from .. import families
 from ..config.file_checks import read_prompts
 from ..config.reading import Config
 from ..model.stored_linear import BYTES, StoredLinear, blocks_of, stored
+from ..model.weight_ring import SLOTS
 from .card_memory import Footprint, ModelCounts, UnknownMemoryError, footprint_of
 from .meta_model import Sketch, build, cond, look, pretended
 
@@ -120,13 +121,14 @@ def count_model(config: Config, sketch: Sketch | None = None) -> ModelCounts:
     (rolling, forward), (decoding, decode), (learning, update) = measure(config, policy, sketch)
     layers, adapter = stored(policy.transformer), count_of(policy.parameters())
     weights = sum(layer.in_features * layer.out_features for layer in layers)
-    swapped = [packed_bytes(layer, "none", element) for layer in swapped_layers(config, policy)]
+    kept = config.memory.quantization
+    swapped = [packed_bytes(layer, kept, element) for layer in swapped_layers(config, policy)]
     return ModelCounts(
         parameters=weights + count_of(tensors_of(policy.transformer)) - adapter,
         transformer=transformer_bytes(config, policy),
         vae=plain_bytes(policy.vae, ()),
         adapter=adapter,
-        swapped=max(swapped, default=0),
+        swapped=SLOTS * max(swapped, default=0),
         merged=merged_bytes(config, policy),
         latent=latent,
         rolling=rolling,

@@ -128,7 +128,7 @@ def build(config: Config, sketch: Sketch) -> PeftPolicy:
     # nf4 makes the same weights as fp8, of half the bytes, which are counted by `count_model.py`.
     quantization = "none" if memory.quantization == "none" else "fp8"
     meta = torch.device("meta")
-    store(transformer, quantization, memory.block_swap, meta, meta)
+    store(transformer, quantization, memory.block_swap, meta, moving=False)
     if memory.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if memory.vae_tiling:

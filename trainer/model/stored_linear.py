@@ -8,33 +8,21 @@ or on another device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-HOST = torch.device("cpu")
+from .weight_ring import Packed, Waiting, WeightRing
+
 FP8 = torch.float8_e4m3fn
 LARGEST_FP8 = 448.0
 NF4_BLOCK = 64
 """Weights that share a scale in nf4 (QLoRA, arXiv 2305.14314)."""
 BYTES = {"fp8": 1.0, "nf4": 0.5 + 4 / NF4_BLOCK}
 """Bytes of a weight, by the way of keeping it; fp8 has 4 more per row."""
-
-
-class Packed(Protocol):
-    """A weight as it is kept."""
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """List what it consists of."""
-
-    def to(self, device: torch.device, pinned: bool = False) -> Packed:
-        """Return it on a device, `pinned` in page-locked memory, which a GPU reads while it computes."""
-
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """Make the weight [out, in]."""
 
 
 class Whole:
@@ -47,9 +35,13 @@ class Whole:
         """List what it consists of."""
         return (self.kept,)
 
-    def to(self, device: torch.device, pinned: bool = False) -> Whole:
+    def like(self, tensors: Sequence[Tensor]) -> Whole:
+        """Return another of its kind."""
+        return Whole(*tensors)
+
+    def to(self, device: torch.device) -> Whole:
         """Return it on a device."""
-        return Whole(moved(self.kept, device, pinned))
+        return Whole(self.kept.to(device))
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Make the weight [out, in]."""
@@ -73,9 +65,13 @@ class Float8:
         """List what it consists of."""
         return self.kept, self.scale
 
-    def to(self, device: torch.device, pinned: bool = False) -> Float8:
+    def like(self, tensors: Sequence[Tensor]) -> Float8:
+        """Return another of its kind."""
+        return Float8(*tensors)
+
+    def to(self, device: torch.device) -> Float8:
         """Return it on a device."""
-        return Float8(moved(self.kept, device, pinned), moved(self.scale, device, pinned))
+        return Float8(self.kept.to(device), self.scale.to(device))
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Make the weight [out, in]."""
@@ -100,9 +96,13 @@ class NormalFloat4:
         """List what it consists of."""
         return self.kept, self.scale
 
-    def to(self, device: torch.device, pinned: bool = False) -> NormalFloat4:
+    def like(self, tensors: Sequence[Tensor]) -> NormalFloat4:
+        """Return another of its kind: the code, the same 16 numbers for all, stays where it is."""
+        return NormalFloat4(*tensors, self.code, self.shape, self.dtype)
+
+    def to(self, device: torch.device) -> NormalFloat4:
         """Return it on a device."""
-        parts = (moved(part, device, pinned) for part in (self.kept, self.scale, self.code))
+        parts = (part.to(device) for part in (self.kept, self.scale, self.code))
         return NormalFloat4(*parts, self.shape, self.dtype)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
@@ -134,12 +134,6 @@ def bitsandbytes() -> Any:
     return functional
 
 
-def moved(tensor: Tensor, device: torch.device, pinned: bool) -> Tensor:
-    """Move a tensor; from page-locked memory without waiting, as work queues behind the copy."""
-    there = tensor.to(device, non_blocking=True)
-    return there.pin_memory() if pinned else there
-
-
 class _Product(torch.autograd.Function):
     """x Wᵀ + b by a layer that makes its weight; the gradient is x's alone."""
 
@@ -156,19 +150,21 @@ class _Product(torch.autograd.Function):
 
 
 class StoredLinear(nn.Linear):
-    """A frozen linear layer with a packed weight: `home` is where it waits, `device` where it is used."""
+    """A frozen linear layer with a packed weight, on the device where it is used or in a ring beside it."""
 
-    def __init__(self, layer: nn.Linear, quantization: str, device: torch.device, home: torch.device) -> None:
+    def __init__(
+        self, layer: nn.Linear, quantization: str, device: torch.device, ring: WeightRing | None = None
+    ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
         self.in_features, self.out_features, self.device = layer.in_features, layer.out_features, device
         self.dtype = layer.weight.dtype
         bias = layer.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(device), requires_grad=False)
         # A GPU packs faster; what is kept as it is need not go there and back.
-        weight = layer.weight.detach() if quantization == "none" else layer.weight.detach().to(device)
-        self.packed: Packed = PACKINGS[quantization](weight).to(
-            home, pinned=home.type == "cpu" and device.type == "cuda"
-        )
+        plain = quantization == "none" and ring is not None
+        weight = layer.weight.detach() if plain else layer.weight.detach().to(device)
+        packed: Packed = PACKINGS[quantization](weight)
+        self.packed = packed if ring is None else ring.add(packed)
 
     def make(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Make the weight [out, in] on a device."""
@@ -177,7 +173,8 @@ class StoredLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:
         """Make the weight for those who look at a layer's type, size or device, as peft does."""
-        return self.make(self.dtype, self.device)
+        made = self.make(self.dtype, self.device)
+        return made.clone() if isinstance(self.packed, Waiting) else made  # which the ring writes over
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x [..., in], in x's precision, or autocast's."""
@@ -206,15 +203,18 @@ def linear_layers(block: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]
 
 
 def store(
-    transformer: nn.Module, quantization: str, swapped: int, device: torch.device, host: torch.device = HOST
+    transformer: nn.Module, quantization: str, swapped: int, device: torch.device, moving: bool = True
 ) -> None:
-    """Give a transformer's blocks stored layers; the first `swapped` keep theirs in main memory."""
+    """Give a transformer's blocks stored layers; the weights of the first `swapped` wait in main memory, but
+    where nothing moves, as in an estimate.
+    """
+    ring = WeightRing(device) if swapped and moving else None
     for number, block in enumerate(blocks_of(transformer)):
         waits = number < swapped
         if quantization == "none" and not waits:
             continue
         for parent, name, layer in list(linear_layers(block)):
-            setattr(parent, name, StoredLinear(layer, quantization, device, host if waits else device))
+            setattr(parent, name, StoredLinear(layer, quantization, device, ring if waits else None))
 
 
 def stored(transformer: nn.Module) -> list[StoredLinear]:
