@@ -55,7 +55,7 @@ class Leaf:
 class Coefficients:
     """Tensors [N] of the edges x′ = x_coef·x + v_coef·v + past_coef·denoised_before + std·ε, and sigmas.
 
-    A root is pure noise: std 1, the rest 0.
+    A root is pure noise: std 1, the rest 0. `table` [N, 4] holds the coefficients side by side.
     """
 
     def __init__(self, plan: Plan, sigmas: Tensor) -> None:
@@ -74,7 +74,8 @@ class Coefficients:
                 parent = plan.states[state.parent]
                 before = plan.states[parent.parent].index if parent.parent != ROOT else 0
                 rows[i] = edge(state.kernel, state.eta, before, parent.index, state.index)
-        self.x_coef, self.v_coef, self.past_coef, self.std = torch.tensor(rows, dtype=torch.float64).T.float()
+        self.table = torch.tensor(rows, dtype=torch.float64).float()
+        self.x_coef, self.v_coef, self.past_coef, self.std = self.table.T
         self.sigma = sigmas[torch.tensor([s.index for s in plan.states])].float()
 
 

@@ -128,21 +128,22 @@ class Frontier:
 
     def advance(self, edges: list[Edge]) -> Batch:
         """Compute the states [B, …] that edges lead to, and forget parents that nothing waits for."""
-        c, states = self.coefficients, [state for _, state in edges]
-        parents = [(p, self.plan.states[state].parent) for p, state in edges]
+        c, states = self.coefficients, [self.plan.states[state] for _, state in edges]
+        parents = [(p, state.parent) for (p, _), state in zip(edges, states, strict=True)]
         before = [self.known[parent] for parent in parents]
-        x = torch.stack([value.x for value in before])
-        velocity = torch.stack([value.velocity for value in before])
-        rows = (row[states].to(self.device) for row in (c.x_coef, c.v_coef, c.past_coef, c.std))
-        a, b, past, std = (over(row, x) for row in rows)
+        x, velocity = map(torch.stack, zip(*((value.x, value.velocity) for value in before), strict=True))
+        table = c.table[[state for _, state in edges]]  # one copy to the device, for each stops its queue
+        a, b, past, std = (over(row, x) for row in table.to(self.device).unbind(1))
         out = a * x + b * velocity
-        for i, (p, state) in enumerate(edges):
-            if self.start is not None and self.plan.states[state].parent == ROOT:
-                out[i] = self.start[p]
-            elif self.plan.states[state].noise:
-                out[i] += std[i] * state_noise(self.plan, state, self.seeds[p], self.shape).to(self.device)
-            if self.plan.states[state].kernel == "dpm_2m" and past[i] != 0:
-                out[i] += past[i] * before[i].denoised_before
+        if noisy := {i: edge for i, edge in enumerate(edges) if states[i].noise}:
+            drawn = [state_noise(self.plan, s, self.seeds[p], self.shape) for p, s in noisy.values()]
+            rows = torch.tensor([*noisy], device=self.device)
+            out[rows] += std[rows] * torch.stack(drawn).to(self.device)
+        if later := [i for i, state in enumerate(states) if state.kernel == "dpm_2m" and table[i, 2] != 0]:
+            rows = torch.tensor(later, device=self.device)
+            out[rows] += past[rows] * torch.stack([before[i].denoised_before for i in later])
+        for i in (i for i, s in enumerate(states) if self.start is not None and s.parent == ROOT):
+            out[i] = self.start[edges[i][0]]
         denoised = None
         if self.multistep:
             levels = [c.sigma[s] if s != ROOT else c.sigma.new_ones(()) for _, s in parents]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from heapq import heappop
+from heapq import heapify, heappop
 from typing import Any
 
 import torch
@@ -17,9 +17,21 @@ from ..rollout import roll_out as roll_out_plain
 from .fitting_batch import Limit, limit_of
 from .step_cache import Memory, Shortcut, predict_velocity, remember
 
+FEW = 2
+"""Times the slots that may wait before the deepest states go first."""
+
+
+def heights(plan: Plan) -> list[int]:
+    """Return how many states are evaluated one after another from each state of a plan on."""
+    found = [0] * len(plan.states)
+    for state in reversed(range(len(plan.states))):
+        found[state] = max((1 + found[child] for child in plan.children[state]), default=0)
+    return found
+
 
 class FittingFrontier(Frontier):
-    """Halves the slots where memory runs out, and evaluates completions as a shortcut says.
+    """Halves the slots where memory runs out, fills the last forwards too, and evaluates completions as a
+    shortcut says.
 
     Completions are the states that no noise follows; with a shortcut they come in batches of their own.
     """
@@ -35,13 +47,22 @@ class FittingFrontier(Frontier):
         start: Tensor | None,
         shortcut: Shortcut | None = None,
     ) -> None:
-        self.limit, self.shortcut = limit_of(slots), shortcut
+        self.limit, self.shortcut, self.height = limit_of(slots), shortcut, heights(plan)
         self.memories: dict[Edge, Memory] = {}  # of evaluated states that wait for their children
         self.before: dict[Edge, Memory] = {}  # of the parents of states that are not filed yet
         super().__init__(plan, coefficients, seeds, shape, device, self.limit.rows, start)
 
     def take(self) -> Batch:
-        """Compute the next states that must be evaluated; with a shortcut, those of one kind alone."""
+        """Compute the next states that must be evaluated; with a shortcut, those of one kind alone.
+
+        Of many the deepest, so that few wait; of few those with the longest way to go, by which no rollout
+        takes more forwards than it must (T. C. Hu, Parallel sequencing and assembly line problems, 1961).
+        """
+        if not self.shortcut and len(self.queue) <= FEW * self.slots:
+            self.queue.sort(key=lambda entry: (-self.height[entry[2]], entry))
+            chosen, self.queue = self.queue[: self.slots], self.queue[self.slots :]
+            heapify(self.queue)
+            return self.advance([entry[1:] for entry in chosen])
         if not self.shortcut:
             return super().take()
         trunk, parts, count = self.queue[0][0][0], [], 0
