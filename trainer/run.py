@@ -204,8 +204,9 @@ def world(accelerator: Accelerator) -> World:
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def gather(table: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(table, memory_format=torch.contiguous_format) for _ in range(count)]
-        dist.all_gather(parts, table.contiguous(), group=patient)
+        mine = table.cpu().contiguous()
+        parts = [torch.empty_like(mine) for _ in range(count)]
+        dist.all_gather(parts, mine, group=patient)
         return torch.cat(parts, 1)
 
     def wait() -> None:

@@ -29,7 +29,7 @@ from .pace import Pace
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: `gather` stacks tables [R, P, …] on the CPU over P, `reduce` averages all the
+    """The processes of a run: `gather` stacks tables [R, P, …] over P, on the CPU, `reduce` averages all the
     gradients in place, `wait` lines up. None of them gives up while another process is at work.
     """
 
