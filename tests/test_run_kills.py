@@ -1,7 +1,7 @@
 """A run that is killed anywhere, or that finds the disk full anywhere, ends as one that was left alone; and
 of two writers exactly one goes on.
 
-G2RPO_KILLS says how many kills there are (20), G2RPO_FULL_DISKS how many sizes of a small disk (12).
+G2RPO_KILLS says how many kills there are (8), G2RPO_FULL_DISKS how many sizes of a small disk (12).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux' /proc"),
 ]
 
-KILLS, DISKS = int(os.environ.get("G2RPO_KILLS", "20")), int(os.environ.get("G2RPO_FULL_DISKS", "12"))
+KILLS, DISKS = int(os.environ.get("G2RPO_KILLS", "8")), int(os.environ.get("G2RPO_FULL_DISKS", "12"))
 
 
 class Nursery:
