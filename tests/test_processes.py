@@ -20,7 +20,7 @@ from comfy_g2rpo.run.setup import World
 from g2rpo_trainer.reports.progress import Silent
 from g2rpo_trainer.run import train
 
-LIMIT, SLOW = 5, 12
+LIMIT, SLOW = 15, 22
 """Seconds after which a collective gives up, and which the first process takes for its first picture."""
 REWARD = f"""
 import os, time
