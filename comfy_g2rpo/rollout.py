@@ -132,16 +132,16 @@ class Frontier:
         parents = [(p, state.parent) for (p, _), state in zip(edges, states, strict=True)]
         before = [self.known[parent] for parent in parents]
         x, velocity = map(torch.stack, zip(*((value.x, value.velocity) for value in before), strict=True))
-        table = c.table[[state for _, state in edges]]  # one copy to the device, for each stops its queue
-        a, b, past, std = (over(row, x) for row in table.to(self.device).unbind(1))
+        rows = c.table[[state for _, state in edges]].to(self.device)  # one copy: each stops a GPU's queue
+        a, b, past, std = (over(row, x) for row in rows.unbind(1))
         out = a * x + b * velocity
-        if noisy := {i: edge for i, edge in enumerate(edges) if states[i].noise}:
-            drawn = [state_noise(self.plan, s, self.seeds[p], self.shape) for p, s in noisy.values()]
-            rows = torch.tensor([*noisy], device=self.device)
-            out[rows] += std[rows] * torch.stack(drawn).to(self.device)
-        if later := [i for i, state in enumerate(states) if state.kernel == "dpm_2m" and table[i, 2] != 0]:
-            rows = torch.tensor(later, device=self.device)
-            out[rows] += past[rows] * torch.stack([before[i].denoised_before for i in later])
+        if any(state.noise for state in states):
+            noise = torch.zeros(len(edges), *self.shape)
+            for i in (i for i, state in enumerate(states) if state.noise):
+                noise[i] = state_noise(self.plan, edges[i][1], self.seeds[edges[i][0]], self.shape)
+            out += std * noise.to(self.device)
+        if self.multistep:
+            out += past * torch.stack([value.denoised_before for value in before])
         for i in (i for i, s in enumerate(states) if self.start is not None and s.parent == ROOT):
             out[i] = self.start[edges[i][0]]
         denoised = None

@@ -81,7 +81,9 @@ def test_forwards_are_full_of_few_shapes_and_stop_for_nothing(name: str, prompts
 
 
 def test_no_plan_needs_more_forwards_than_its_longest_way_or_its_states() -> None:
-    """Hu's rule is optimal for trees, so chains reach the bound exactly."""
+    """Hu's rule is optimal for trees, so chains reach the bound exactly where few enough wait: with 5 slots
+    twelve are too many, and the deepest go first.
+    """
     plan = build_plan(RECIPES["flow_grpo"])
     length = max(heights(plan)[i] for i, state in enumerate(plan.states) if state.parent == ROOT)
     for slots in (1, 6, 7, 8, 11, 64):

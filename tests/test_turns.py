@@ -23,11 +23,13 @@ class Judge(Reward):
         self.name, self.needs_group, self.depends_on_batch = name, group, True
         self.module = torch.nn.Linear(3, 1)
         self.asked: list[int] = []
+        self.seen: list[int] = []
         if embeds:
             self.embed = lambda images: self.module(images.mean((1, 2)))
 
     def score(self, images, prompts):
         self.asked.append(len(images))
+        self.seen.append(self.module.weight.data_ptr())
         return self.module(images.mean((1, 2)))[:, 0]
 
 
@@ -55,6 +57,8 @@ def test_rewards_take_turns_on_the_card():
     assert [each.moves for each in alone] == [1, 1, 1] and seat.holder is None
     assert judges[0].asked[-1] == judges[2].asked[-1] == 12 and judges[1].asked[-3:] == [4, 4, 4]
     assert [[weight.data_ptr() for weight in each.weights] for each in alone] == homes
+    # A copy judged.
+    assert all(judge.seen[-1] not in home for judge, home in zip(judges, homes, strict=True))
 
 
 def test_pictures_that_wait_for_a_turn_are_few(monkeypatch):
@@ -64,6 +68,14 @@ def test_pictures_that_wait_for_a_turn_are_few(monkeypatch):
     with Scorer(pictures, [alone], ["a"] * 10, 1, batch=1) as scorer:
         scorer([*range(10)], [0] * 10, torch.rand(10, 3, 4, 4))
     assert alone.moves == 3 and alone.reward.asked == [2, 2, 2, 2, 2]
+
+
+def test_a_reward_is_asked_for_so_many_pictures_at_most(monkeypatch):
+    monkeypatch.setattr(scorer_module, "MOST_AT_ONCE", 4)
+    alone = InTurn(Judge(), Seat(torch.device("cpu")))
+    with Scorer(pictures, [alone], ["a"] * 10, 1, batch=3) as scorer:
+        scorer([*range(10)], [0] * 10, torch.rand(10, 3, 4, 4))
+    assert alone.moves == 1 and alone.reward.asked == [3, 3, 4]
 
 
 def test_a_reward_that_took_its_turn_leaves_when_the_rollout_fails():
@@ -79,6 +91,21 @@ def test_how_a_reward_judges_clips_outlives_its_turns():
     assert InTurn(OfFrames(Judge(), "min"), Seat(torch.device("cpu"))).frames == "min"
 
 
+class OnCard(torch.nn.Linear):
+    """Weights on a device that comes to the processor with new numbers, for want of a second one."""
+
+    def to(self, device):
+        return self.to_empty(device=device)
+
+
+def test_a_reward_with_weights_on_a_card_takes_turns():
+    judge = Judge()
+    judge.module = OnCard(3, 1, device="meta")
+    alone = in_turn(judge, Seat(torch.device("cpu")))
+    assert isinstance(alone, InTurn) and alone.name == "judge"
+    assert all(weight.device.type == "cpu" for weight in alone.weights)
+
+
 def test_a_reward_without_weights_on_a_card_is_left_as_it_is():
     judge = Judge()
     assert in_turn(judge, Seat(torch.device("cpu"))) is judge
@@ -91,3 +118,15 @@ def test_how_far_scores_of_one_look_lie_apart_is_measured_on_the_card_once():
     alone = InTurn(judge, seat)
     assert alone.noise() == alone.noise() == 0.25
     assert places == [alone] and seat.holder is None
+
+
+def test_a_measurement_that_fails_leaves_the_card():
+    seat, judge = Seat(torch.device("cpu")), Judge()
+
+    def fails() -> float:
+        raise RuntimeError
+
+    judge.noise = fails
+    with pytest.raises(RuntimeError):
+        InTurn(judge, seat).noise()
+    assert seat.holder is None

@@ -27,8 +27,8 @@ from ..speed.step_cache import Shortcut
 MAX_WAITING = 2**29
 """Bytes of pictures that may wait for rewards that run elsewhere, before the rollout waits too; for the
 others of their group, before they are judged without them; and for rewards that take turns on a device."""
-AT_ONCE = 2**28
-"""Bytes of pictures, as float32, that a reward which takes turns is asked for at once."""
+AT_ONCE, MOST_AT_ONCE = 2**28, 64
+"""Bytes of pictures, as float32, and pictures that a reward which takes turns is asked for at once."""
 POLL_SECONDS = 0.1
 NO_GROUP = -1  # of a state that no trained edge leads to
 
@@ -314,16 +314,18 @@ def any_waits(group: Mapping[int, Tensor | None]) -> bool:
 
 
 def larger(batches: Sequence[Batch]) -> list[Batch]:
-    """Put batches together, in their order, to ones of AT_ONCE bytes at most as float32, or one each."""
+    """Put batches together, in their order, to ones of AT_ONCE bytes as float32 and of MOST_AT_ONCE pictures
+    at most, or to one each.
+    """
     found: list[list[Batch]] = []
-    room = 0
+    room = places = 0
     for batch in batches:
         need = 4 * batch.levels.nbytes
-        if need > room:
+        if need > room or len(batch.levels) > places:
             found.append([])
-            room = AT_ONCE
+            room, places = AT_ONCE, MOST_AT_ONCE
         found[-1].append(batch)
-        room -= need
+        room, places = room - need, places - len(batch.levels)
     return [
         Batch(
             torch.cat([part.levels for part in parts]),

@@ -55,8 +55,8 @@ class FittingFrontier(Frontier):
     def take(self) -> Batch:
         """Compute the next states that must be evaluated; with a shortcut, those of one kind alone.
 
-        Of many the deepest, so that few wait; of few those with the longest way to go, by which no rollout
-        takes more forwards than it must (T. C. Hu, Parallel sequencing and assembly line problems, 1961).
+        Of many the deepest, so that few wait; of few those with the longest way to go, which takes the fewest
+        forwards from there on (T. C. Hu, Parallel sequencing and assembly line problems, 1961).
         """
         if not self.shortcut and len(self.queue) <= FEW * self.slots:
             self.queue.sort(key=lambda entry: (-self.height[entry[2]], entry))

@@ -148,7 +148,7 @@ class InTurn(Wrapped):
             return
         if self.seat.holder:
             self.seat.holder.rest()
-        self.put([home.to(self.seat.device, non_blocking=True) for home in self.homes])
+        self.put([home.to(self.seat.device, non_blocking=True, copy=True) for home in self.homes])
         self.seat.holder = self
         self.moves += 1
 
@@ -156,8 +156,10 @@ class InTurn(Wrapped):
         """Measure the noise of scores on the device, once."""
         if self.measured is None:
             self.come()
-            self.measured = self.reward.noise()
-            self.rest()
+            try:
+                self.measured = self.reward.noise()
+            finally:
+                self.rest()
         return self.measured
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
