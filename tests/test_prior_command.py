@@ -18,6 +18,8 @@ from g2rpo_trainer.commands.train_prior import Keeper
 from g2rpo_trainer.config.reading import load
 from g2rpo_trainer.run import prepare
 
+pytestmark = pytest.mark.xdist_group("prior command")  # one process makes the training that they share
+
 FEW = ["train.steps=4", "train.eval_every=2", "train.eval_prompts=3", "train.eval_noises=2"]
 FEW = [
     word for change in [*FEW, "method.group_size=4", "prior.learning_rate=0.01"] for word in ("--set", change)
@@ -57,6 +59,7 @@ def training() -> PriorTraining:
 
 
 def test_a_prior_that_has_learned_nothing_gains_exactly_nothing(training):
+    training = PriorTraining(training.setup, PriorSettings())
     heldout = training.heldout(1)
     look = training.look(heldout, 1)
     assert all(gain.mean == 0 for gain in [*look.gains.values(), *look.others.values()])
@@ -65,11 +68,13 @@ def test_a_prior_that_has_learned_nothing_gains_exactly_nothing(training):
 
 def test_steps_learn_from_the_recipes_coarse_images(training):
     assert training.stride == 2 and training.price() == (32, 8)
+    before = training.steps
     training.step()
-    assert training.steps == 1 and training.prior.outer.bias.abs().sum() > 0
+    assert training.steps == before + 1 and training.prior.outer.bias.abs().sum() > 0
 
 
 def test_stopping_keeps_a_whole_file_even_before_the_first_look(training, tmp_path):
+    training.step()
     keeper = Keeper(training, load("demo", []), tmp_path / "a.safetensors")
     keeper.save_unmeasured()
     kept = load_prior(tmp_path / "a.safetensors")

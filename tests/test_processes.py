@@ -20,6 +20,8 @@ from comfy_g2rpo.run.setup import World
 from g2rpo_trainer.reports.progress import Silent
 from g2rpo_trainer.run import train
 
+pytestmark = pytest.mark.xdist_group("processes")  # one process makes the runs that they share
+
 LIMIT, SLOW = 15, 22
 """Seconds after which a collective gives up, and which the first process takes for its first picture."""
 REWARD = f"""
