@@ -21,9 +21,9 @@ demo: $(READY)  ## Align the bundled tiny flow model on any machine, in a few mi
 test: $(READY)  ## Run the tests, with ComfyUI's where one is found
 	$(RUN)/python -m pytest -n 3 --dist loadgroup
 
-test-all: $(READY)  ## The same in every ComfyUI, the tests that drive a browser, and the coverage gate
+test-all: $(READY)  ## Every case in every ComfyUI, the tests that drive a browser, and the coverage gate
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright
-	G2RPO_EVERY_COMFYUI=1 G2RPO_KILLS=20 $(RUN)/python -m pytest -n 3 --dist loadgroup -m "" --cov=comfy_g2rpo --cov-fail-under=95
+	G2RPO_EVERY_COMFYUI=1 G2RPO_ALL_CASES=1 $(RUN)/python -m pytest -n 3 --dist loadgroup -m "" --cov=comfy_g2rpo --cov-fail-under=95
 
 bench: $(READY)  ## Measure rollout speed, credit assignment and scoring, short forms
 	$(RUN)/python benchmarks/rollout.py --quick

@@ -17,25 +17,34 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from independent import Step, trajectories, update
 from plain import PlainLoop
 from torch import Tensor, nn
 
 from comfy_g2rpo.advantages import integrate
 from comfy_g2rpo.plan import Plan, singular
+from comfy_g2rpo.recipes import build_plan
 from comfy_g2rpo.rewards import Reward
 from comfy_g2rpo.rewards import load as load_reward
 from comfy_g2rpo.rollout import seeded_noise
+from comfy_g2rpo.run.iteration import iterate
 from comfy_g2rpo.run.scorer import Scorer
+from comfy_g2rpo.run.setup import make_learner
 from comfy_g2rpo.schedule import shifted_sigmas
 from comfy_g2rpo.speed.fitting_rollout import roll_out
+from g2rpo_trainer.config.reading import load
 from g2rpo_trainer.families.sd3 import SD3, load_pipeline
+from g2rpo_trainer.families.shared.peft_policy import PeftPolicy
 from g2rpo_trainer.model.placing import keep_freed_memory
+from g2rpo_trainer.run import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, SEED, SLOTS = "a red circle and a blue square", 7, 128
@@ -43,8 +52,14 @@ CASES = {
     "T=16, k=0…7, G=12, Λ={1,2}": {"num_steps": 16, "branch_steps": range(8), "group_size": 12},
     "T=8, k=0…3, G=8, Λ={1,2}": {"num_steps": 8, "branch_steps": range(4), "group_size": 8},
 }
+PICTURES = 64
+"""Of a step of independent trajectories."""
 GROUPS, SMALLEST = (8, 16, 32, 64), 64  # slots that even the smallest group fills
-TARGETS = {16: {"one by one": 9.0, "batched over G": 1.8}, 8: {"one by one": 6.0, "batched over G": 1.6}}
+SAME = {"one by one, our forward": 5.5, "batched over G, our forward": 1.5}
+TARGETS = {
+    16: {"one by one": 9.0, "batched over G": 1.8, **SAME},
+    8: {"one by one": 6.0, "batched over G": 1.6},
+}
 
 
 @dataclass
@@ -97,15 +112,24 @@ class Measured:
     forwards: int
 
 
-def load_policy(path: Path, dtype: torch.dtype = torch.float32) -> SD3:
+class Unmerged(SD3):
+    """The model with the forward that rollouts in 16 bit have, and those of all other families.
+
+    In float32: processors without products in bf16 emulate them, and show neither.
+    """
+
+    inference = PeftPolicy.inference
+
+
+def load_policy(path: Path, dtype: torch.dtype = torch.float32, kind: type[SD3] = SD3) -> SD3:
     """Load the model with the demo's adapter, as it might stand after some updates."""
-    policy = SD3(load_pipeline(path, dtype))
+    policy = kind(load_pipeline(path, dtype), autocast=dtype if dtype == torch.bfloat16 else None)
     policy.add_lora(16, 16, seed=0, feed_forward=True)
     with torch.no_grad():
         for name, (_, up) in policy.pairs().items():
             up.copy_(0.02 * seeded_noise(up.shape, "up", name))
     for parameter in policy.parameters():
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
     return policy
 
 
@@ -136,16 +160,18 @@ def run_engine(policy: SD3, plan: Plan, slots: int = SLOTS) -> Measured:
     return measured(scorer.scores[:, 0], begin, metered, rollout.nfe)
 
 
-def run_plain(policy: SD3, plan: Plan, way: Callable[[PlainLoop], Tensor]) -> Measured:
-    """Run a group by a plain loop."""
-    metered = Metered(policy, contiguous_decoder(policy))
+def run_plain(policy: SD3, plan: Plan, way: Callable[[PlainLoop], Tensor], ours: bool = False) -> Measured:
+    """Run a group by a plain loop, with peft's layers and the VAE's own decoder, or with `ours`."""
+    metered = Metered(policy, policy.decode if ours else contiguous_decoder(policy))
     cond, shape = policy.encode([PROMPT])[0], policy.latent_shape(64, 64)
-    policy.vae.to(memory_format=torch.contiguous_format)
+    policy.vae.to(memory_format=torch.channels_last if ours else torch.contiguous_format)
     begin = time.process_time()
     loop = PlainLoop(
         metered, metered.decode, [metered], plan, shifted_sigmas(plan.num_steps), PROMPT, cond, SEED, shape
     )
-    return measured(way(loop), begin, metered, loop.forwards)
+    with policy.inference() if ours else nullcontext():
+        scores = way(loop)
+    return measured(scores, begin, metered, loop.forwards)
 
 
 def measured(scores: Tensor, begin: float, metered: Metered, forwards: int) -> Measured:
@@ -156,11 +182,16 @@ def measured(scores: Tensor, begin: float, metered: Metered, forwards: int) -> M
     )
 
 
+LOOPS = {"batched over G": PlainLoop.batched, "one by one": PlainLoop.as_published}
 WAYS: dict[str, Callable[[SD3, Plan], Measured]] = {
     "engine": run_engine,
-    "batched over G": lambda policy, plan: run_plain(policy, plan, PlainLoop.batched),
-    "one by one": lambda policy, plan: run_plain(policy, plan, PlainLoop.as_published),
+    **{name: lambda policy, plan, way=way: run_plain(policy, plan, way) for name, way in LOOPS.items()},
+    **{
+        f"{name}, our forward": lambda policy, plan, way=way: run_plain(policy, plan, way, ours=True)
+        for name, way in LOOPS.items()
+    },
 }
+"""Ways to run a group; those with our forward and decoder have no tree, and nothing else less."""
 
 
 def compare(policy: SD3, case: dict[str, Any], terminal: str, repeats: int) -> list[dict[str, Any]]:
@@ -195,6 +226,79 @@ def differences(policy: SD3, plan: Plan) -> dict[str, float]:
     """Run a plan in every way; the largest difference of a reward from the engine's."""
     scores = {name: way(policy, plan).scores for name, way in WAYS.items()}
     return {name: (found - scores["engine"]).abs().max().item() for name, found in scores.items()}
+
+
+def plain_step(policy: SD3, batch: int, seed: int, optimizer: torch.optim.Optimizer) -> int:
+    """Take a step on 64 pictures of a prompt, as trainers on diffusers and peft do; return their number."""
+    prompts, decode = [PROMPT] * batch, contiguous_decoder(policy)
+    policy.vae.to(memory_format=torch.contiguous_format)
+    found = [
+        trajectories(policy, decode, load_reward("agreement"), prompts, 8, 64 * seed + i)
+        for i in range(PICTURES // batch)
+    ]
+    scores = torch.stack([each for each, _ in found])
+    advantages = (scores - scores.mean()) / (scores.std() + 1e-4)
+    steps = [
+        Step(
+            *(
+                torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
+                for parts in zip(*same, strict=True)
+            )
+        )
+        for same in zip(*(kept for _, kept in found), strict=True)
+    ]
+    update(policy, steps, [PROMPT] * PICTURES, advantages.flatten(), optimizer)
+    return PICTURES
+
+
+def our_step(setup: Any, learner: Any) -> int:
+    """Take one of our steps; return the number of pictures."""
+    iterate(setup, learner, lambda phase: None)
+    return len(build_plan(setup.recipe).images) * setup.pace.prompts_per_step
+
+
+def training(path: Path, dtype: str, *changes: str) -> Callable[[], int]:
+    """Return our step on the demo's recipe with changes."""
+    size = [f"model.path={path}", f"model.dtype={dtype}", "prompts.train=prompts/shapes_train.txt"]
+    setup = prepare(load("demo", [*size, *changes]), Accelerator(cpu=True))
+    return partial(our_step, setup, make_learner(setup))
+
+
+def plain_training(policy: SD3, batch: int) -> Callable[[], int]:
+    """Return the step of trainers on diffusers and peft."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    return lambda: plain_step(policy, batch, 0, optimizer)
+
+
+CHAINS = (
+    "method.name=flow_grpo",
+    "method.num_steps=8",
+    f"method.group_size={PICTURES}",
+    "method.kl=0",
+    "method.granularities=[1]",
+)
+
+
+def whole_steps(path: Path, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
+    """Compare scored pictures per CPU second of whole training steps at the demo's schedule."""
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    ways = {
+        "the demo's tree": training(path, name),
+        "independent, ours": training(path, name, *CHAINS, "train.prompts_per_step=1", "train.slots=64"),
+        "independent, diffusers + peft, batch 16": plain_training(load_policy(path, dtype), 16),
+        "independent, diffusers + peft, batch 64": plain_training(load_policy(path, dtype), 64),
+    }
+    rates = dict.fromkeys(ways, 0.0)
+    for _ in range(repeats + 1):  # the first of each warms up
+        for way, step in ways.items():
+            begin = time.process_time()
+            count = step()
+            rates[way] = max(rates[way], count / (time.process_time() - begin))
+    tree, ours = list(rates.values())[:2]
+    return [
+        {"way": way, "pictures per second": rate, "tree is times": tree / rate, "ours is times": ours / rate}
+        for way, rate in rates.items()
+    ]
 
 
 def scale(policy: SD3, groups: Sequence[int], repeats: int) -> list[dict[str, Any]]:
@@ -259,9 +363,18 @@ def main() -> None:
         "cases": {},
     }
     figures["scaling"] = scale(policy, GROUPS[:2] if options.quick else GROUPS, repeats)
-    for name, case in list(CASES.items())[1 if options.quick else 0 :]:
-        figures["cases"][name] = compare(policy, case, options.terminal, repeats)
-        print_table(f"{name}, terminal {options.terminal}: CPU seconds", figures["cases"][name])
+    forwards = {"merged": policy, "as in 16 bit": load_policy(options.model, kind=Unmerged)}
+    for forward, same in forwards.items():
+        for name, case in list(CASES.items())[1 if options.quick else 0 :]:
+            rows = compare(same, case, options.terminal, repeats)
+            figures["cases"][f"{name}, {forward}"] = rows
+            print_table(f"{name}, terminal {options.terminal}, our forward {forward}: CPU seconds", rows)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = whole_steps(options.model, dtype, repeats)
+        figures[f"whole steps, {dtype}"] = rows
+        print_table(
+            f"Whole training steps of 64 pictures, T=8, {dtype}: scored pictures per CPU second", rows
+        )
     # With twice the digits a difference would be one in what is computed, not in the order of its sums.
     smallest = list(CASES.values())[1]
     plan = singular(**smallest, granularities=(1, 2), terminal=options.terminal)

@@ -69,15 +69,34 @@ def version(comfyui: Path) -> list[int]:
     return [int(number) for number in said[1].split(".")] if said else []
 
 
-EVERY = bool(os.environ.get("G2RPO_EVERY_COMFYUI"))
-ROOTS = comfyui_roots() if EVERY else comfyui_roots()[-1:]
+ASKED = os.environ.get("G2RPO_EVERY_COMFYUI", "")
+EVERY = ASKED == "1"
+ROOTS = comfyui_roots() if ASKED else comfyui_roots()[-1:]
 COMFYUIS = [pytest.param(root, id=root.name) for root in ROOTS] or [
     pytest.param(None, id="none", marks=pytest.mark.skip(reason=MISSING))
 ]
 """Where is tested: the ComfyUI around the pack or else the newest that is found.
 
-Every one with G2RPO_EVERY_COMFYUI=1.
+Every one with G2RPO_EVERY_COMFYUI=1; with G2RPO_EVERY_COMFYUI=core the others for tests of `CORE` alone.
 """
+CORE = (
+    "test_pack",
+    "test_comfyui",
+    "test_demo",
+    "test_nodes_policy",
+    "test_nodes_training",
+    "test_workflows",
+)
+"""What a ComfyUI of another version would break first."""
+
+
+def older(item: pytest.Item) -> bool:
+    """Say whether a test runs in a ComfyUI that is not the newest, and is left out there."""
+    given = getattr(item, "callspec", None)
+    where = {value for value in given.params.values() if isinstance(value, Path)} if given else set()
+    return ASKED == "core" and item.path.stem not in CORE and bool(where & {*ROOTS[:-1]})
+
+
 NEWEST = COMFYUIS[-1:]
 """Where is tested what our code alone decides: what is learned from a reward, not how a model is called."""
 

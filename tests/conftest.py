@@ -18,15 +18,20 @@ os.environ.setdefault("G2RPO_PLANS", tempfile.mkdtemp(prefix="g2rpo-plans-"))
 
 import pytest
 import torch
-from comfy_host import base, comfyui, served  # noqa: F401
+from comfy_host import base, comfyui, older, served  # noqa: F401
 from hypothesis import settings
 
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
 settings.load_profile("project")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip gpu tests by name where there is no CUDA device."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what older ComfyUIs are not asked for, and skip gpu tests by name where there is no CUDA
+    device.
+    """
+    if left := [item for item in items if older(item)]:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in {*left}]
     if torch.cuda.is_available():
         return
     for item in items:

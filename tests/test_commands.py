@@ -161,6 +161,15 @@ def small() -> list[str]:
     return [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
 
 
+SHORT = {
+    "train": ["--quiet"],
+    "search": ["--quiet", "--budgets", "16"],
+    "prior": ["--quiet", "--set", "train.eval_every=1", "--set", "method.group_size=2"],
+    "calibrate": ["--set", "method.group_size=2"],
+}
+"""What makes commands short, whose last option of a name counts."""
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(
     page: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -179,7 +188,7 @@ def test_the_commands_of_a_page_run(
         if "--take" in words:
             assert save_votes(place / words[2], place / "Downloads/votes.json")
         given = [word.replace("~", str(place)) if word.startswith("~") else word for word in words[1:]]
-        more = ["--quiet", *small()] if words[1] == "train" else []
+        more = [*SHORT[words[1]], *small()] if words[1] in SHORT else []
         assert call(*given, *more) == WAITS.get(command, 0), command
 
 

@@ -3,6 +3,7 @@ of a run foreseen.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +11,15 @@ from accelerate import Accelerator
 from flux_folder import save as save_flux
 from qwen_folder import save as save_qwen
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from wan_folder import save as save_wan
 
 from comfy_g2rpo.run.iteration import iterate
 from comfy_g2rpo.run.setup import make_learner
 from g2rpo_trainer import run as training
 from g2rpo_trainer.config.reading import from_dict
-from g2rpo_trainer.cost.count_model import Live, footprint, weights_of
+from g2rpo_trainer.cost.count_model import Live, count_model, footprint, operations, weights_of
+from g2rpo_trainer.cost.estimate import count
 from g2rpo_trainer.model.placing import weight_bytes
 from g2rpo_trainer.model.stored_linear import PACKINGS, Float8, StoredLinear, store, stored
 
@@ -210,3 +213,31 @@ def test_the_estimate_is_within_15_per_cent_of_what_a_step_takes(folders, tmp_pa
     measured = resident + live.peak
     assert abs(foreseen.need / measured - 1) < 0.15, f"{foreseen.need / measured:.3f} {foreseen}"
     assert sum(foreseen.parts.values()) == pytest.approx(resident, rel=0.05)
+
+
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations."""
+
+    found = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.found += operations(func, args, kwargs or {}, out)
+        return out
+
+
+@pytest.mark.parametrize("changes", [{}, {"granularities": [2], "epochs": 2, "objective": "clip"}])
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "wan"])
+def test_a_step_takes_the_operations_that_are_counted(folders, tmp_path, family, changes):
+    made = config(folders[family], family, tmp_path, method=changes)
+    counted, counts = count_model(made), count(made)
+    setup = training.prepare(made, Accelerator(cpu=True))
+    learner = make_learner(setup)
+    with Operations() as taken:
+        iterate(setup, learner, lambda phase: None)
+    wanted = counts.step_forwards * counted.forward + counts.prompts * (
+        counts.group_images * counted.decode + counts.update_operations(counted.update, counted.forward)
+    )
+    assert taken.found == pytest.approx(wanted, rel=0.02)

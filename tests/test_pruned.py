@@ -1,10 +1,11 @@
 """Branches that are dropped on the way: who goes on, what it costs, and that nothing else changes."""
 
 import math
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
+from some_cases import some
 from test_guard import Brightness, Crowd, Painter
 from toys import SHAPE
 
@@ -104,8 +105,7 @@ def test_forwards_and_pictures_are_counted_before_they_are_spent(name):
     assert kept == sum(map(len, rollout.images))
 
 
-@pytest.mark.parametrize("slots", [1, 5, 64])
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize(("name", "slots"), some(product(MADE, (1, 5, 64)), 7))
 def test_what_is_finished_is_what_the_whole_plan_makes(name, slots):
     plan = build_plan(MADE[name], 3, 1)
     scorer, rollout, _ = roll(plan, slots=slots)

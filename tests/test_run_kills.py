@@ -1,7 +1,7 @@
 """A run that is killed anywhere, or that finds the disk full anywhere, ends as one that was left alone; and
 of two writers exactly one goes on.
 
-G2RPO_KILLS says how many kills there are (8), G2RPO_FULL_DISKS how many sizes of a small disk (12).
+G2RPO_KILLS says how many kills there are (4, or 20 with all cases).
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from some_cases import ALL, some
 from test_run import assert_equal, config, outcome
 
 from comfy_g2rpo.files.one_writer import LOCK
@@ -29,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux' /proc"),
 ]
 
-KILLS, DISKS = int(os.environ.get("G2RPO_KILLS", "8")), int(os.environ.get("G2RPO_FULL_DISKS", "12"))
+KILLS, DISKS = int(os.environ.get("G2RPO_KILLS", 20 if ALL else 4)), 12 if ALL else 6
 
 
 class Nursery:
@@ -140,8 +142,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(
 VERBS: dict[str, dict[str, bool]] = {"start": {}, "resume": {"resume": True}, "replace": {"replace": True}}
 
 
-@pytest.mark.parametrize("second", VERBS)
-@pytest.mark.parametrize("first", VERBS)
+@pytest.mark.parametrize(("first", "second"), some(product(VERBS, VERBS), 3))
 def test_of_two_writers_exactly_one_goes_on(
     first: str, second: str, nursery: Nursery, whole: tuple[Path, int], tmp_path: Path
 ) -> None:

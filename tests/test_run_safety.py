@@ -14,11 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from program import Notes
+from some_cases import some
 from test_run import assert_equal, config, outcome, prepare
 from test_run import training as host
 
@@ -183,8 +185,10 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["lora.safetensors", "state.safetensors", "state.json"])
-@pytest.mark.parametrize("how", DAMAGE)
+FILES = ("lora.safetensors", "state.safetensors", "state.json")
+
+
+@pytest.mark.parametrize(("how", "name"), some(product(DAMAGE, FILES), 5))
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     run: Path, whole: Path, name: str, how: str
 ) -> None:

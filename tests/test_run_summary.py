@@ -10,10 +10,12 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 from program import Notes, leave
+from some_cases import some
 from test_run import config
 from test_run import training as host
 from test_run_safety import stop_after_two, train_whole
@@ -47,8 +49,7 @@ def with_reward(path: Path, body: str, trained: bool, **more: object) -> object:
     return config(path, train={"max_dropped": 1, "eval_every": 0}, **both)
 
 
-@pytest.mark.parametrize("trained", [True, False], ids=["trained on", "held out"])
-@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize(("answer", "trained"), some(product(ANSWERS, (True, False)), 5))
 def test_a_run_ends_whatever_a_reward_answers(answer: str, trained: bool, tmp_path: Path) -> None:
     made = with_reward(tmp_path, ANSWERS[answer], trained)
     summary = host.train(made, tmp_path / "run", progress=Lines())
@@ -157,7 +158,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
-@pytest.mark.parametrize("what", DAMAGE)
+@pytest.mark.parametrize("what", some(DAMAGE, 5))
 def test_a_run_ends_whatever_was_damaged_in_its_folder(what: str, whole: Path, run: Path) -> None:
     name, damage = DAMAGE[what]
     damage(run / name)

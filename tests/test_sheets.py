@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from some_cases import some
 from view_tools import load, pixels, plain_image, rgb, where
 
 drawing, letters = load("views.drawing"), load("views.letters")
@@ -324,12 +326,15 @@ def test_changes_count_each_in_its_own_spread_and_by_its_weight() -> None:
     assert paired.changes_of(unjudged, {}).tolist() == [0.0]
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 64), (64, 96), (500, 20), (20, 500)])
-@pytest.mark.parametrize(("prompts", "seeds"), [(1, 1), (2, 1), (4, 2), (64, 1), (1, 64), (100, 3)])
-@pytest.mark.parametrize("rewards", [0, 2, 9])
+SIDES = [(64, 64), (96, 64), (64, 96), (500, 20), (20, 500)]
+COUNTS = [(1, 1), (2, 1), (4, 2), (64, 1), (1, 64), (100, 3)]
+
+
+@pytest.mark.parametrize(("size", "count", "rewards"), some(product(SIDES, COUNTS, (0, 2, 9)), 20))
 def test_a_sheet_is_never_taller_than_twice_its_width(
-    prompts: int, seeds: int, rewards: int, height: int, width: int
+    size: tuple[int, int], count: tuple[int, int], rewards: int
 ) -> None:
+    (height, width), (prompts, seeds) = size, count
     image = plain_image(0.5, 0.5, 0.5, height, width)
     scores = {f"a reward with a long name {i}": (0.0, 1.0) for i in range(rewards)}
     text = "a prompt that goes on and on " * 60

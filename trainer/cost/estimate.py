@@ -33,6 +33,13 @@ class Counts:
     """Passes of the update at each state: one, or a snapshot's and one per epoch."""
     again: int = 0
     """Those of old forks among them."""
+    snapshots: int = 0
+    """Those of a snapshot among them, which are forwards alone."""
+
+    def update_operations(self, both: float, forward: float) -> float:
+        """Return the operations of a group's update, of those of a whole pass and of its forward."""
+        rows = self.group_trained / self.passes
+        return rows * ((self.passes - self.snapshots) * both + self.snapshots * forward)
 
     @property
     def step_forwards(self) -> float:
@@ -90,7 +97,8 @@ def count(config: Config) -> Counts:
     several = recipe.epochs > 1 or recipe.update == "per_step" or bool(recipe.old_decay)
     # Old forks have theirs, and take a pass per epoch.
     again = recipe.epochs * recipe.replay
-    passes = recipe.epochs + (OBJECTIVES[recipe.objective].compares and several) + again
+    snapshots = int(OBJECTIVES[recipe.objective].compares and several)
+    passes = recipe.epochs + snapshots + again
     trained = [passes * plan.rows for plan in plans] or [passes]
     return Counts(
         prompts=train.prompts_per_step,
@@ -104,6 +112,7 @@ def count(config: Config) -> Counts:
         evaluation_images=sum(images for _, images in looks.values()),
         passes=passes,
         again=again,
+        snapshots=snapshots,
     )
 
 

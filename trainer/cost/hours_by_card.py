@@ -84,7 +84,7 @@ def work_of(config: Config, counts: Counts, counted: ModelCounts) -> Work:
         "rollouts": counts.steps * counts.step_forwards * counted.forward,
         "decoding": counts.images * counted.decode,
         "rewards": sum(2.0 * PICTURE_TOKENS * models[name] * number for name, number in images.items()),
-        "updates": counts.steps * counts.prompts * counts.group_trained * counted.update,
+        "updates": counts.steps * counts.prompts * counts.update_operations(counted.update, counted.forward),
         "evaluations": counts.evaluations * counts.evaluation_forwards * counted.forward,
         "texts": 2.0 * texts * max(counted.tokens, CLIP_TOKENS) * sum(counted.text_parameters.values()),
         # Where the adapter is merged into copies of the weights, B·A is multiplied out for every rollout.

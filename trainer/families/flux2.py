@@ -80,7 +80,15 @@ class Flux2(PeftPolicy):
                 "guidance; set it to 1"
             )
         self._exact: tuple[Tensor, Tensor | None] | None = None
-        self.transformer.time_guidance_embed.register_forward_pre_hook(self._keep_exact)
+        embedding = self.transformer.time_guidance_embed
+        embedding.register_forward_pre_hook(self._keep_exact)
+        for part in (embedding.timestep_embedder, embedding.guidance_embedder):
+            if part is not None:
+                part.register_forward_pre_hook(self._to_weights)
+
+    def _to_weights(self, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Give layers waves that were made of an exact number in the precision of their weights."""
+        return (given[0].to(self.dtype), *given[1:])
 
     def _keep_exact(self, module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         """Give the embedding exact noise levels and guidance, which the model would round to 16 bit."""

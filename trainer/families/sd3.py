@@ -79,12 +79,12 @@ class SD3(PeftPolicy):
         """Evaluate without gradients, at full precision with the adapter merged into copied weights."""
         # In 16 bit a small adapter would drown in the weights' rounding.
         exact = self.autocast is None and self.dtype in (torch.float32, torch.float64) and not self.packed
+        if not exact or self.transformer.config.qk_norm not in (None, "rms_norm"):
+            with super().inference():
+                yield
+            return
         with torch.no_grad():
-            self._merged = (
-                merged(self.transformer)
-                if exact and self.transformer.config.qk_norm in (None, "rms_norm")
-                else None
-            )
+            self._merged = merged(self.transformer)
             try:
                 yield
             finally:

@@ -106,7 +106,7 @@ class FP8Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Take the place of linear layers where that pays."""
-        return (linear if func is functional.linear else func)(*args, **kwargs or {})
+        return INSTEAD.get(func, func)(*args, **kwargs or {})
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -114,11 +114,24 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (fp8_linear if eligible(input, weight) else functional.linear)(input, weight, bias)
 
 
+def addmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Do what torch.addmm does with a weight [K, N], in 8 bit where that pays."""
+    return fp8_linear(x, weight.T, bias) if eligible(x, weight.T) else torch.addmm(bias, x, weight)
+
+
+def mm(x: Tensor, weight: Tensor) -> Tensor:
+    """Do what torch.mm does with a weight [K, N], in 8 bit where that pays."""
+    return fp8_linear(x, weight.T, None) if eligible(x, weight.T) else torch.mm(x, weight)
+
+
 def eligible(x: Tensor, weight: Tensor) -> bool:
     """Return whether a product x [..., K] · weight [N, K]ᵀ is made in 8 bit."""
     plain = weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and not weight.requires_grad
     fitting = weight.dim() == 2 and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
     return plain and fitting and x.numel() >= FEW * weight.shape[1]
+
+
+INSTEAD: dict[Any, Any] = {functional.linear: linear, torch.addmm: addmm, torch.mm: mm}
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

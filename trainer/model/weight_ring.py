@@ -77,6 +77,9 @@ class WeightRing:
         self.left: list[Any] = []
         self.ready: list[Any] = [None] * SLOTS
         self.misses = 0
+        # A compiler would take the turns of one pass for those of all. It is asked here, and not where the
+        # method is defined, for torch then loads its compiler, which takes seconds, whoever imports this.
+        self.at = torch.compiler.disable(self.turn_to)
 
     def add(self, packed: Packed) -> Waiting:
         """Take a weight into the computer's memory, page-locked for a GPU; return it as one that waits."""
@@ -89,8 +92,7 @@ class WeightRing:
         self.kept.append(kept)
         return Waiting(self, len(self.homes) - 1)
 
-    @torch.compiler.disable  # which would take the turns of one pass for those of all
-    def at(self, number: int) -> Packed:
+    def turn_to(self, number: int) -> Packed:
         """Return a layer's weight on the device; it stays until another is asked for."""
         if number != self.now:
             self.come_to(number)

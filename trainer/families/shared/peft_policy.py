@@ -21,6 +21,7 @@ from comfy_g2rpo.prompts import image_of
 from comfy_g2rpo.rollout import seeded_noise
 
 from ...lora.lora_files import for_transformer
+from ...model.lean_adapters import LeanAdapters
 from ...model.prompt_cache import PromptCache
 from ..cpu.taesd_decoder import folded_decoder
 from ..files.parts import Parts
@@ -98,7 +99,7 @@ class PeftPolicy:
         if all(weight.dim() < 5 for weight in self.vae.parameters()):
             self.vae.to(memory_format=torch.channels_last)  # a video decoder's weights have no such format
         self._folded = folded_decoder(self.vae)
-        self.layers: dict[str, nn.Module] = {}
+        self.find_layers()
         self._prompts: dict[str, Any] = {}
         self.set_up()
 
@@ -281,11 +282,12 @@ class PeftPolicy:
 
     def find_layers(self) -> None:
         """Find the layers that carry an adapter, which `reference` switches off."""
-        self.layers = {
+        self.layers: dict[str, nn.Module] = {
             name: module
             for name, module in self.transformer.named_modules()
             if hasattr(module, "get_delta_weight")
         }
+        self.lean = LeanAdapters(self.transformer, self.layers)
 
     def pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """Return the adapter's (A, B) by module name."""
@@ -309,26 +311,33 @@ class PeftPolicy:
             for layer in self.layers.values():
                 layer.enable_adapters(True)
 
-    def inference(self) -> AbstractContextManager[None]:
-        """Evaluate without gradients."""
-        return torch.no_grad()
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluate without gradients, the adapter cast to the weights' precision once."""
+        with torch.no_grad(), self.lean.used(cast=True):
+            yield
 
     def training(self) -> AbstractContextManager[None]:
-        """Do nothing: the velocity is differentiable as it is."""
-        return nullcontext()
+        """Evaluate differentiably, the adapter in the weights' precision."""
+        return self.lean.used(cast=False)
 
     @contextmanager
     def completing(self, dtype: torch.dtype | None) -> Iterator[None]:
         """Evaluate by the transformer's own blocks inside, under autocast to `dtype` if given."""
-        kept, self.autocast = self.autocast, dtype or self.autocast
-        try:
+        if dtype is None:
             yield
+            return
+        kept, self.autocast = self.autocast, dtype
+        try:
+            with self.lean.put_aside():
+                yield
         finally:
             self.autocast = kept
 
     def casting(self) -> AbstractContextManager[Any]:
-        """Run the transformer in the precision of `autocast` where it is set."""
-        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+        """Run the transformer in the precision of `autocast` where layers need that."""
+        needed = self.autocast is not None and not self.lean.in_place
+        return torch.autocast(self.device.type, self.autocast) if needed else nullcontext()
 
     def pipeline_sigmas(self, num_steps: int, shape: Sequence[int]) -> Tensor:
         """Return the scheduler's noise levels [T+1] where nothing is shifted by resolution."""
