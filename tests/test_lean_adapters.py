@@ -16,6 +16,7 @@ import torch
 import wan_folder
 import z_image_folder
 from family_model import LONG, SHORT, moved
+from peft import LoraConfig
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -221,3 +222,15 @@ def test_a_packed_weight_is_not_unpacked_to_look_at_it(monkeypatch: pytest.Monke
         with torch.no_grad(), context():
             policy.velocity(*batch(policy))
         assert len(unpacked) == len({*map(id, unpacked)}) >= layers, "once each in a forward"
+
+
+def test_layers_of_other_kinds_stay_as_they_are() -> None:
+    policy = made("sd3", BF16, adapter=False)
+    policy.transformer.add_adapter(LoraConfig(r=2, target_modules=["proj", "to_q"], init_lora_weights=False))
+    policy.find_layers()
+    assert any(isinstance(layer.get_base_layer(), torch.nn.Conv2d) for layer in policy.layers.values())
+    given = batch(policy)
+    with torch.no_grad():
+        expected = policy.velocity(*given)
+    with policy.inference():
+        assert torch.allclose(policy.velocity(*given), expected, atol=0.1 * expected.std().item())

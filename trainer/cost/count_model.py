@@ -26,6 +26,7 @@ from ..config.reading import Config
 from ..model.stored_linear import BYTES, StoredLinear, blocks_of, stored
 from ..model.weight_ring import SLOTS
 from .card_memory import Footprint, ModelCounts, UnknownMemoryError, footprint_of
+from .fewer_blocks import extrapolated
 from .meta_model import Sketch, build, cond, look, pretended
 
 if TYPE_CHECKING:
@@ -222,9 +223,15 @@ def measure(config: Config, policy: PeftPolicy, sketch: Sketch) -> list[tuple[in
             forward(train.micro_batch).square().mean().backward()
 
         before = weights_of(policy)
+
+        def passes() -> list[int]:
+            rolling = alive(roll, policy.inference(), before, length)
+            return [*rolling, *alive(learn, policy.training(), before, length)]
+
         try:
-            found = [alive(work, policy.inference(), before, length) for work in (roll, decode)]
-            return [*found, alive(learn, policy.training(), before, length)]
+            decoded = alive(decode, policy.inference(), before, length)
+            rolling, forward, learning, update = extrapolated(policy.transformer, passes)
+            return [(rolling, forward), decoded, (learning, update)]
         except UNKNOWN as error:
             raise UnknownMemoryError(
                 f"memory cannot be estimated for this model, whose forward looks at numbers ({error})"

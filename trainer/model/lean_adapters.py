@@ -77,9 +77,10 @@ class LeanLayer(nn.Module):
         dtype = base.dtype if isinstance(base, StoredLinear) else base.weight.dtype
         names = [name for name in layer.active_adapters if name in layer.lora_A]
         if letter == "A":
-            return torch.cat([layer.lora_A[name].weight for name in names]).to(dtype)
-        halves = [layer.lora_B[name].weight * layer.scaling[name] for name in names]
-        return torch.cat(halves, 1).to(dtype)
+            halves = [layer.lora_A[name].weight for name in names]
+        else:
+            halves = [layer.lora_B[name].weight * layer.scaling[name] for name in names]
+        return (halves[0] if len(halves) == 1 else torch.cat(halves, "AB".index(letter))).to(dtype)
 
     def take(self) -> None:
         """Take the adapter's second half as it is now, and the weight as products read it."""
@@ -118,6 +119,9 @@ class LeanAdapters:
         self.places = list[tuple[nn.Module, str, nn.Module, LeanLayer]]()
         known: dict[tuple[str, Any], Down] = {}
         for path, layer in layers.items():
+            worn = any(name in layer.lora_A for name in layer.active_adapters)
+            if not worn or not isinstance(layer.get_base_layer(), nn.Linear):
+                continue  # peft's own does
             owner, _, name = path.rpartition(".")
             kind = next((names for names in SIBLINGS if name in names), name)
             down = known.setdefault((owner, kind), Down())
