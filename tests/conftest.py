@@ -29,9 +29,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what older ComfyUIs are not asked for, and skip gpu tests by name where there is no CUDA
     device.
     """
-    if left := [item for item in items if older(item)]:
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in {*left}]
+    left = [item for item in items if older(item)]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if not older(item)]
     if torch.cuda.is_available():
         return
     for item in items:

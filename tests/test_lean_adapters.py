@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flux2_folder
@@ -22,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from comfy_g2rpo.rollout import seeded_noise
+from g2rpo_trainer import families
+from g2rpo_trainer.config.sections import ModelSection
 from g2rpo_trainer.families.flux import Flux
 from g2rpo_trainer.families.flux2 import Flux2
 from g2rpo_trainer.families.lumina2 import Lumina2
@@ -234,3 +237,34 @@ def test_layers_of_other_kinds_stay_as_they_are() -> None:
         expected = policy.velocity(*given)
     with policy.inference():
         assert torch.allclose(policy.velocity(*given), expected, atol=0.1 * expected.std().item())
+
+
+SAVED: dict[str, tuple[Callable[..., Any], int]] = {
+    "flux": (flux_folder.save, 24),
+    "flux2": (flux2_folder.save, 64),
+    "qwen_image": (qwen_folder.save, 64),
+    "wan": (wan_folder.save, 64),
+    "z_image": (z_image_folder.save, 64),
+    "lumina2": (lumina2_folder.save, 64),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_model_that_keeps_some_layers_in_full_precision_runs_without_autocast(
+    name: str, tmp_path: Path
+) -> None:
+    save, length = SAVED[name]
+    folder = save(tmp_path / "model")
+    section = ModelSection(
+        family=name, path=str(folder), dtype="bf16", max_sequence_length=length, guidance=1
+    )
+    policy = moved(families.load(section, folder, "cpu"), size=0.1)
+    given = batch(policy)
+    with torch.no_grad():
+        expected = policy.velocity(*given)
+    with policy.inference():
+        found = policy.velocity(*given)
+    with policy.training():
+        policy.velocity(*given).square().mean().backward()
+    assert (found - expected).square().mean() < 1e-2 * expected.square().mean()
+    assert any(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in policy.parameters())

@@ -158,5 +158,6 @@ class LeanAdapters:
                 setattr(owner, name, lean if in_place else layer)
         self.in_place, before, self.cast = in_place, self.cast, cast
         if cast != before:
-            for part in self.parts:
-                part.take() if cast else part.drop()
+            with torch.no_grad():
+                for part in self.parts:
+                    part.take() if cast else part.drop()
