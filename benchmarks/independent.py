@@ -35,7 +35,7 @@ class Step(NamedTuple):
 
 
 def moments(x: Tensor, velocity: Tensor, sigma: float, to: float) -> tuple[Tensor, float]:
-    """Return the mean of the next latents and their standard deviation (eq. 9)."""
+    """Return the mean of the next latents and their standard deviation (eq. 9), bounded at σ = .95."""
     std, dt = ETA * math.sqrt(sigma / (1 - min(sigma, 0.95))), to - sigma
     mean = x * (1 + std**2 / (2 * sigma) * dt) + velocity * (1 + std**2 * (1 - sigma) / (2 * sigma)) * dt
     return mean, std * math.sqrt(-dt)

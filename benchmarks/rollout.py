@@ -228,12 +228,12 @@ def differences(policy: SD3, plan: Plan) -> dict[str, float]:
     return {name: (found - scores["engine"]).abs().max().item() for name, found in scores.items()}
 
 
-def plain_step(policy: SD3, batch: int, seed: int, optimizer: torch.optim.Optimizer) -> int:
+def plain_step(policy: SD3, batch: int, optimizer: torch.optim.Optimizer) -> int:
     """Take a step on 64 pictures of a prompt, as trainers on diffusers and peft do; return their number."""
     prompts, decode = [PROMPT] * batch, contiguous_decoder(policy)
     policy.vae.to(memory_format=torch.contiguous_format)
     found = [
-        trajectories(policy, decode, load_reward("agreement"), prompts, 8, 64 * seed + i)
+        trajectories(policy, decode, load_reward("agreement"), prompts, 8, i)
         for i in range(PICTURES // batch)
     ]
     scores = torch.stack([each for each, _ in found])
@@ -266,8 +266,7 @@ def training(path: Path, dtype: str, *changes: str) -> Callable[[], int]:
 
 def plain_training(policy: SD3, batch: int) -> Callable[[], int]:
     """Return the step of trainers on diffusers and peft."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    return lambda: plain_step(policy, batch, 0, optimizer)
+    return partial(plain_step, policy, batch, torch.optim.AdamW(policy.parameters(), lr=1e-3))
 
 
 CHAINS = (

@@ -39,7 +39,7 @@ def test_what_few_take_tells_what_all_take() -> None:
     assert (model.joint, model.single) == lists
 
 
-def test_the_blocks_come_back_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blocks_come_back_after_a_failure() -> None:
     model = Model()
     with pytest.raises(ZeroDivisionError):
         extrapolated(model, lambda: [1 // 0])

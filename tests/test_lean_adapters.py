@@ -214,6 +214,24 @@ def test_contexts_within_contexts_leave_each_as_it_was() -> None:
     assert not policy.lean.in_place
 
 
+class Interrupted:
+    """A place at which Ctrl-C comes while layers are put in, the first time."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in vars(self):
+            vars(self)[name] = value
+            raise KeyboardInterrupt
+
+
+def test_layers_come_back_if_putting_them_in_is_interrupted() -> None:
+    policy = made("flux", BF16)
+    places = dict(policy.transformer.named_modules())
+    policy.lean.places.insert(3, (Interrupted(), "x", *policy.lean.places[3][2:]))
+    with pytest.raises(KeyboardInterrupt), policy.inference():
+        raise AssertionError("nothing runs inside")
+    assert dict(policy.transformer.named_modules()) == places and not policy.lean.in_place
+
+
 def test_a_packed_weight_is_not_unpacked_to_look_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = made("flux", BF16, adapter=False)
     store(policy.transformer, "fp8", 0, torch.device("cpu"))

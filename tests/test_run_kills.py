@@ -142,7 +142,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(
 VERBS: dict[str, dict[str, bool]] = {"start": {}, "resume": {"resume": True}, "replace": {"replace": True}}
 
 
-@pytest.mark.parametrize(("first", "second"), some(product(VERBS, VERBS), 3))
+@pytest.mark.parametrize(("first", "second"), some(product(VERBS, VERBS), 4))
 def test_of_two_writers_exactly_one_goes_on(
     first: str, second: str, nursery: Nursery, whole: tuple[Path, int], tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ autocast, which converts the frozen weights' inputs and outputs, too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -129,17 +129,13 @@ class LeanAdapters:
         self.parts: list[Down | LeanLayer] = [*known.values(), *(lean for *_, lean in self.places)]
         self.in_place = self.cast = False
 
-    @contextmanager
-    def used(self, cast: bool) -> Iterator[None]:
+    def used(self, cast: bool) -> AbstractContextManager[None]:
         """Use the lean layers inside; `cast` where nothing is learned there, and no gradient taken."""
-        with self.being(True, cast):
-            yield
+        return self.being(True, cast)
 
-    @contextmanager
-    def put_aside(self) -> Iterator[None]:
+    def put_aside(self) -> AbstractContextManager[None]:
         """Use peft's layers inside."""
-        with self.being(False, self.cast):
-            yield
+        return self.being(False, self.cast)
 
     @contextmanager
     def being(self, in_place: bool, cast: bool) -> Iterator[None]:
@@ -153,11 +149,12 @@ class LeanAdapters:
 
     def become(self, in_place: bool, cast: bool) -> None:
         """Put one kind of layers into the places, and cast the adapters or let the casts go."""
-        if in_place != self.in_place:
+        moves, casts = in_place != self.in_place, cast != self.cast
+        self.in_place, self.cast = in_place, cast  # first: what is broken off here is undone
+        if moves:
             for owner, name, layer, lean in self.places:
                 setattr(owner, name, lean if in_place else layer)
-        self.in_place, before, self.cast = in_place, self.cast, cast
-        if cast != before:
+        if casts:
             with torch.no_grad():
                 for part in self.parts:
                     part.take() if cast else part.drop()
