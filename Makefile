@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Three on two processors, for some tests wait; about 1.5 GB each.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(max(3, min(8, os.cpu_count() or 1)))")
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all bench lint clean
@@ -18,12 +20,12 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## Align the bundled tiny flow model on any machine, in a few minutes: runs/demo
 	$(RUN)/g2rpo train recipes/demo.yaml --out runs/demo --replace
 
-test: $(READY)  ## Run the tests, with ComfyUI's where one is found
-	$(RUN)/python -m pytest -n 3 --dist loadgroup
+test: $(READY)  ## Run the tests but the longest, with ComfyUI's where one is found
+	$(RUN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-test-all: $(READY)  ## Every case in every ComfyUI, the tests that drive a browser, and the coverage gate
+test-all: $(READY)  ## Every test and every case in every ComfyUI, also in a browser, and the coverage gate
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright
-	G2RPO_EVERY_COMFYUI=1 G2RPO_ALL_CASES=1 $(RUN)/python -m pytest -n 3 --dist loadgroup -m "" --cov=comfy_g2rpo --cov-fail-under=95
+	G2RPO_EVERY_COMFYUI=1 G2RPO_ALL_CASES=1 $(RUN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "" --cov=comfy_g2rpo --cov-fail-under=95
 
 bench: $(READY)  ## Measure rollout speed, credit assignment and scoring, short forms
 	$(RUN)/python benchmarks/rollout.py --quick

@@ -79,14 +79,7 @@ COMFYUIS = [pytest.param(root, id=root.name) for root in ROOTS] or [
 
 Every one with G2RPO_EVERY_COMFYUI=1; with G2RPO_EVERY_COMFYUI=core the others for tests of `CORE` alone.
 """
-CORE = (
-    "test_pack",
-    "test_comfyui",
-    "test_demo",
-    "test_nodes_policy",
-    "test_nodes_training",
-    "test_workflows",
-)
+CORE = ("test_pack", "test_comfyui", "test_nodes_policy", "test_workflows")
 """What a ComfyUI of another version would break first."""
 
 

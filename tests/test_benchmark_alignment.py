@@ -22,6 +22,7 @@ def rows():
     return [*plain, *map(alignment.answer_job, left)]
 
 
+@pytest.mark.long
 def test_the_hard_prompts_are_those_on_which_plain_images_score_least(rows):
     (hard,) = alignment.hard_prompts(rows)
     plain = {
@@ -63,6 +64,7 @@ def test_differences_are_paired_by_prompt():
     assert alignment.gain(found, [], "agreement") == "–"
 
 
+@pytest.mark.long
 def test_the_report_has_every_arm_and_what_guidance_does(rows, tmp_path, capsys):
     alignment.report(rows, tmp_path / "out.md", tmp_path / "out.png")
     text = (tmp_path / "out.md").read_text()

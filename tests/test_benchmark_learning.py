@@ -101,6 +101,7 @@ def test_rates_end_where_the_ladder_does(rate):
     assert {rate} < set(near) <= set(RATES)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arm", some(HERE, 6))
 def test_every_arm_gets_as_many_tries(arm):
     found = climb(lambda setting: setting.prompts + setting.rate, 20, arm)
@@ -416,6 +417,7 @@ def test_seeds_that_were_used_are_refused(tmp_path):
     assert list(fresh(options, tmp_path / "mine.jsonl")) == [8, 9, 10, 11]
 
 
+@pytest.mark.long
 def test_one_run_gives_every_budget_and_is_not_made_twice(tmp_path, monkeypatch):
     """Time counts updates here, so the points lie where they must."""
     ticks = iter(range(1000))

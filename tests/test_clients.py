@@ -13,7 +13,7 @@ from comfy_host import Server
 from test_nodes_continuing import SHORT
 from test_nodes_training import TRAIN
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("served")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.long, pytest.mark.xdist_group("served")]
 
 WIRES = {"model": ["load", 0], "clip": ["load", 1], "vae": ["load", 2]}
 

@@ -30,6 +30,8 @@ pytestmark = pytest.mark.xdist_group("commands")
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LONG = ("options.md", "searching.md", "votes.md")
+RUN = [pytest.param(page, marks=pytest.mark.long if page.name in LONG else ()) for page in PAGES]
 PROGRAMS = ("g2rpo", "make", "pip", "hf", "cd", "git", "export", "accelerate", "tensorboard", "vllm")
 SMALL = {
     "model.path": "models/tiny",
@@ -170,7 +172,7 @@ SHORT = {
 """What makes commands short, whose last option of a name counts."""
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(
     page: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

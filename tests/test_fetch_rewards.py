@@ -102,6 +102,7 @@ every = pytest.mark.parametrize("pack", COMFYUIS, indirect=True)
 newest = pytest.mark.parametrize("pack", NEWEST, indirect=True)
 
 
+@pytest.mark.long
 @every
 def test_two_at_once_are_installed_and_listed(pack: Pack) -> None:
     code, said, wrong = pack.run("clipscore", "aesthetic")
@@ -126,6 +127,7 @@ def test_another_content_than_the_pinned_one_is_one_line(pack: Pack) -> None:
     assert not list(pack.rewards.rglob("model.safetensors*"))
 
 
+@pytest.mark.long
 @newest
 def test_a_lost_connection_is_one_line_and_the_same_command_goes_on(pack: Pack) -> None:
     pack.hub.spoil[WEIGHTS] = lambda content: content[:5000]
@@ -158,6 +160,7 @@ def test_ctrl_c_is_one_line(pack: Pack) -> None:
     assert installed(pack.rewards) == []
 
 
+@pytest.mark.long
 @newest
 @pytest.mark.parametrize("kilobytes", [16, 200])
 def test_a_full_disk_is_one_line(pack: Pack, kilobytes: int, small_disk: Path) -> None:
@@ -179,6 +182,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.long
 @newest
 @pytest.mark.parametrize(("name", "meant"), [("HPSv2.1", "hpsv2.1"), ("../x", "")])
 def test_an_unknown_name_is_one_line_with_the_nearest(pack: Pack, name: str, meant: str) -> None:
@@ -188,6 +192,7 @@ def test_an_unknown_name_is_one_line_with_the_nearest(pack: Pack, name: str, mea
     assert pack.hub.asked == []
 
 
+@pytest.mark.long
 @newest
 def test_it_finds_its_own_folder_and_hides_no_module_of_comfyuis(pack: Pack, tmp_path: Path) -> None:
     (tmp_path / "comfy_g2rpo").mkdir()

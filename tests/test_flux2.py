@@ -229,6 +229,7 @@ def run(folders, tmp_path_factory) -> Path:
     return place
 
 
+@pytest.mark.long
 def test_a_run_learns_and_names_its_modules_as_every_comfyui_that_has_the_model(run):
     keys, written = read_tensors(family.lora_of(run))[0], lora.read(family.lora_of(run))
     assert family.learnt(run)

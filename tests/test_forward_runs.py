@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from some_cases import some
 from test_run import FEW, StopAt, assert_equal, config, outcome, prepare
 
 from comfy_g2rpo.files.safe import RunError
@@ -33,7 +34,10 @@ AVERAGE = {"old_decay": 0.8, "old_ramp": 0.4, "ema": 0.9}
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("diffusion_nft", AVERAGE), ("awm", {"old_decay": 0.3, "old_ramp": 1.0, "epochs": 2}), ("awm", {})],
+    some(
+        [("diffusion_nft", AVERAGE), ("awm", {"old_decay": 0.3, "old_ramp": 1.0, "epochs": 2}), ("awm", {})],
+        2,
+    ),
 )
 def test_a_stopped_run_goes_on_bit_by_bit(name, changes, tmp_path):
     sections = settings(name, **changes)
@@ -82,6 +86,7 @@ def test_images_are_drawn_with_the_average_and_compared_with_it(tmp_path, monkey
     assert any(not torch.equal(a, b) for a, b in zip(now, expected, strict=True))
 
 
+@pytest.mark.long
 def test_without_an_average_the_adapter_itself_draws(tmp_path):
     made = config(tmp_path, **settings("diffusion_nft", old_decay=0.0))
     other = config(tmp_path, **settings("diffusion_nft", old_decay=0.5, old_ramp=1e-6))

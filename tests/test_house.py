@@ -139,6 +139,7 @@ def test_a_familys_name_stands_in_its_file_its_line_and_its_lora_names_alone() -
         assert not texts & families, path
 
 
+@pytest.mark.long
 def test_every_module_imports_where_the_system_lacks_what_only_unix_has() -> None:
     script = """
 import builtins, importlib, pkgutil, sys, types

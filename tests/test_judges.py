@@ -334,6 +334,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files in /proc")
 def test_a_thousand_pictures_at_concurrency_8_leave_nothing_behind() -> None:
     with judging(keep=False) as (host, judge):

@@ -125,6 +125,7 @@ def test_a_picture_teaches_whatever_else_is_in_the_batch(folder, prompts):
     assert torch.allclose(together, apart, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_deterministic_rollout_is_the_pipelines_own_edit_at_the_size_that_the_model_has_learnt(
     folder, pictures
 ):

@@ -169,6 +169,7 @@ def first_call(calls: dict[str, Any], name: str, block: Any, given: Any, named: 
     calls.setdefault(name, (block, given, named))
 
 
+@pytest.mark.long
 def test_blocks_with_their_adapters_are_captured_without_a_break(family: str) -> None:
     policy, calls = made(family, torch.float32), {}
     for place in CompiledBlocks(policy.transformer).places:

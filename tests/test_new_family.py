@@ -91,6 +91,7 @@ def g2rpo(clone: Path, *arguments: str) -> str:
     return ran.stdout
 
 
+@pytest.mark.long
 def test_a_new_family_is_planned_with_its_memory(clone: Path) -> None:
     said = g2rpo(clone, "plan", "auraflow")
     assert "memory, estimated" in said and "forwards per step" in said

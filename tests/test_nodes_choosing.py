@@ -7,7 +7,7 @@ from comfy_host import Answer, newest_comfyui, run_script  # noqa: F401
 from test_nodes_continuing import QUIET, SHORT
 from test_nodes_training import TRAIN
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("methods in comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.long, pytest.mark.xdist_group("methods in comfyui")]
 
 CHILD = Path(__file__).with_name("comfy_child_choosing.py")
 DATA = {

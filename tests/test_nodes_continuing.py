@@ -8,7 +8,7 @@ import pytest
 from comfy_host import Answer, run_script
 from test_nodes_training import TRAIN
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("training in comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.long, pytest.mark.xdist_group("training in comfyui")]
 
 CHILD = Path(__file__).with_name("comfy_child_continuing.py")
 CHANGES = "num_steps = 2\ngroup_size = 2\ngranularities = 1\nshift = 3\neval_noises = 1"

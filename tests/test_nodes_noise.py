@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from comfy_host import Answer, run_script
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("methods in comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.long, pytest.mark.xdist_group("methods in comfyui")]
 
 CHILD = Path(__file__).with_name("comfy_child_noise.py")
 WAYS = ["reward", "estimated", "auto estimates", "guided", "guided estimated", "image to image", "dark"]

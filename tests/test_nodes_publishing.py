@@ -13,7 +13,7 @@ from comfy_g2rpo import lora
 from comfy_g2rpo.files.picture_files import texts
 from comfy_g2rpo.lora.preview import MAX_BYTES
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("training in comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.long, pytest.mark.xdist_group("training in comfyui")]
 
 CHILD = Path(__file__).with_name("comfy_child_publishing.py")
 CHANGES = "num_steps = 2\ngroup_size = 2\ngranularities = 1\nshift = 3\neval_noises = 1"

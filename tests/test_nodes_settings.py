@@ -18,7 +18,7 @@ from comfy_g2rpo.recipes import FIELDS as RECIPE
 from comfy_g2rpo.recipes import RECIPES, build_plan, recipe
 from comfy_g2rpo.run.pace import FIELDS
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("training in comfyui")]
+pytestmark = [pytest.mark.comfyui, pytest.mark.long, pytest.mark.xdist_group("training in comfyui")]
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = json.loads((Path(__file__).parent / "snapshots" / "nodes.json").read_text("utf-8"))

@@ -103,6 +103,7 @@ def reward():
     return build(RewardSection(name="ocr"))
 
 
+@pytest.mark.long
 def test_drawn_words_are_read_in_five_fonts_and_four_sizes(reward):
     exact = {}
     for name in FONTS:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from program import Notes, StopAt, leave
 from safetensors.torch import load_file, save_file
+from some_cases import some
 from toys import SHAPE, ToyPolicy
 
 from comfy_g2rpo import lora
@@ -128,7 +129,9 @@ def test_the_command_trains_from_kept_votes_and_leaves_what_a_run_leaves(voted, 
     assert RunFolder.open(out).metrics()[-1]["step"] == 22
 
 
-@pytest.mark.parametrize("more", [(), ("method.pair_keep=0.5", "method.ema=0.9", "method.pair_loss=pg_dpo")])
+@pytest.mark.parametrize(
+    "more", some([("method.pair_keep=0.5", "method.ema=0.9", "method.pair_loss=pg_dpo"), ()], 1)
+)
 def test_an_interrupted_run_of_pairs_resumes_bit_for_bit(voted, tmp_path, more):
     made = pairs_of(voted, "train.steps=5", *more)
     training.train(made, tmp_path / "a", progress=Silent())

@@ -126,6 +126,7 @@ def test_a_run_takes_what_its_parts_take() -> None:
     assert cost.run(counts, minutes=0.1) == 5 + 6 + 2 * 3 + END
 
 
+@pytest.mark.long
 def test_a_measured_step_is_what_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock counts latents that the model sees and pictures that are decoded: the machine may be busy."""
     from accelerate import Accelerator
@@ -156,6 +157,7 @@ def test_a_measured_step_is_what_a_step_takes(monkeypatch: pytest.MonkeyPatch) -
     assert cost.look > 0 < cost.start
 
 
+@pytest.mark.long
 def test_a_measurement_is_kept_for_a_day_and_renewed_when_asked(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,6 +86,7 @@ def test_a_preset_that_is_none_is_refused(recipe, name, words):
     assert words in str(error.value)
 
 
+@pytest.mark.long
 def test_what_does_not_fit_is_refused_with_the_preset_that_does(wide, tmp_path):
     made = config(
         wide,

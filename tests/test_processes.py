@@ -81,10 +81,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return place / "one", place / "two"
 
 
+@pytest.mark.long
 def test_an_evaluation_may_take_longer_than_collectives_wait(runs: tuple[Path, Path]) -> None:
     assert RunFolder(runs[1]).summary()["steps"] == 2
 
 
+@pytest.mark.long
 def test_both_judge_half(runs: tuple[Path, Path]) -> None:
     """A run looks at both ends: 9 pictures, the watch's of 3 prompts, 3 previews."""
     alone, *both = (
@@ -95,6 +97,7 @@ def test_both_judge_half(runs: tuple[Path, Path]) -> None:
     assert parts[0] == parts[1] and whole <= sum(parts) <= whole + 6 * 2
 
 
+@pytest.mark.long
 def test_two_find_what_one_finds(runs: tuple[Path, Path]) -> None:
     folders = [RunFolder(path) for path in runs]
     for step in (0, 2):

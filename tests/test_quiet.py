@@ -43,6 +43,7 @@ def said_by(*commands: str) -> tuple[str, str]:
     return ran.stdout, ran.stderr
 
 
+@pytest.mark.long
 def test_check_lora_answers_in_its_own_words_alone(tmp_path: Path) -> None:
     for form, (name, down, up) in NAMES.items():
         rows = 192 if form == "native" else 64
@@ -56,6 +57,7 @@ def test_check_lora_answers_in_its_own_words_alone(tmp_path: Path) -> None:
     assert said.count("1 pairs\n") == len(NAMES)
 
 
+@pytest.mark.long
 def test_other_quick_commands_do_so_too(tmp_path: Path) -> None:
     save_png(tmp_path / "a.png", torch.zeros(8, 8, 3))
     picture = str(tmp_path / "a.png")

@@ -233,6 +233,7 @@ def test_its_files_are_the_model_of_the_folder(base, folder, batch, tmp_path):
         families.load(section(folder, path=None, edits=edits, **given | {"transformer": None}), None, "cpu")
 
 
+@pytest.mark.long
 def test_a_run_learns_to_edit_and_leaves_a_lora_that_diffusers_loads_with_the_same_effect(
     pictures, batch, tmp_path
 ):

@@ -172,6 +172,7 @@ def run(folder, tmp_path_factory) -> tuple[dict, Path]:
     return family.one_step(tmp_path_factory.mktemp("run"), model)
 
 
+@pytest.mark.long
 def test_a_run_learns_and_leaves_a_lora_that_diffusers_loads_with_the_same_effect(run, folder, batch):
     _, place = run
     file = family.lora_of(place)
@@ -189,5 +190,6 @@ def test_a_run_learns_and_leaves_a_lora_that_diffusers_loads_with_the_same_effec
     )
 
 
+@pytest.mark.long
 def test_pictures_can_be_drawn_with_the_lora_of_a_run(run):
     family.check_drawing(*run, HEIGHT, WIDTH)

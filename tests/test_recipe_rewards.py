@@ -37,6 +37,7 @@ def test_real_recipes_train_on_what_people_prefer_and_hold_out_another_model(rec
     assert HOW in bundled_recipes()[recipe].read_text("utf-8")
 
 
+@pytest.mark.long
 def test_the_memory_of_reward_models_is_counted_before_they_are_here(tmp_path, monkeypatch):
     monkeypatch.setenv("G2RPO_REWARDS", str(tmp_path / "none"))
     made = {

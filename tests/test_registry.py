@@ -67,6 +67,7 @@ def test_nothing_in_the_zip_lacks_a_file() -> None:
     assert lacking(set(published())) == {}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("file", "who"),
     [

@@ -120,6 +120,7 @@ def test_by_rank_the_best_come_most() -> None:
     assert (found - weights / weights.sum()).abs().max() < 0.03
 
 
+@pytest.mark.long
 def test_a_budgeted_draw_is_even_on_average() -> None:
     """Chosen by their pull, each weighted by the inverse of its acceptance: sums stay an even choice's."""
     found = shares("draw", [fork(i, pull=pull) for i, pull in enumerate([0.5, 1.0, 2.0, 4.0, 0.3])], 2)

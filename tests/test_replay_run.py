@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from program import leave
+from some_cases import some
 from test_run import FEW, LAUNCH, StopAt, assert_equal, config, outcome, prepare
 
 from comfy_g2rpo.files.safe import read_tensors
@@ -62,7 +63,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return run
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", some(WAYS, 1))
 def test_a_stopped_run_goes_on_with_the_forks_that_it_had(way: str, whole: Callable, tmp_path: Path) -> None:
     made = config(tmp_path, train=FEW, method={**TREE, **WAYS[way]})
     with pytest.raises(KeyboardInterrupt):
@@ -98,6 +99,7 @@ def gradients_of(setup: Setup) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in setup.policy.parameters()])
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_so_too(whole: Callable, tmp_path: Path) -> None:
     """Without any farewell: what was on the disk is all there is."""
     made = config(tmp_path, train=FEW, method={**TREE, **WAYS["clip, evenly"]})
@@ -191,6 +193,7 @@ def test_an_update_that_is_broken_off_keeps_the_forks_of_before(tmp_path: Path) 
     assert before and all(one is other for one, other in zip(learner.forks, before, strict=True))
 
 
+@pytest.mark.long
 def test_two_processes_replay_what_one_does(tmp_path: Path) -> None:
     """The forks of both are everybody's: either takes its share of the choice, and the first saves all."""
     made = config(tmp_path, method={**TREE, "replay": 2, "replay_by": "draw"}, train=FEW)
@@ -207,6 +210,7 @@ def test_two_processes_replay_what_one_does(tmp_path: Path) -> None:
     assert torch.allclose(ours["velocity"], theirs["velocity"], atol=1e-3)
 
 
+@pytest.mark.long
 def test_a_plan_counts_the_passes_and_the_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     without, clipped, twice = (
         count(config(tmp_path, train=FEW, method={**TREE, **method})).group_trained

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from program import leave
+from some_cases import some
 from test_run import outcome
 
 from comfy_g2rpo.recipes import recipe
@@ -67,7 +68,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", some(WAYS, 2))
 def test_a_run_goes_on_with_its_own_settings(
     way: str, run: Path, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,12 +126,15 @@ def test_a_run_of_an_earlier_version_goes_on(
 
 @pytest.mark.parametrize(
     ("way", "method", "then"),
-    [
-        ("resume", "g2rpo", {"granularities": [1]}),
-        ("resume", "mix_grpo", {"steps": "all"}),
-        ("resume", "flow_grpo", {"kl_form": "velocity"}),
-        ("the command without its settings", "dance_grpo", {"steps": "all", "train_share": 0.5}),
-    ],
+    some(
+        [
+            ("resume", "g2rpo", {"granularities": [1]}),
+            ("resume", "mix_grpo", {"steps": "all"}),
+            ("resume", "flow_grpo", {"kl_form": "velocity"}),
+            ("the command without its settings", "dance_grpo", {"steps": "all", "train_share": 0.5}),
+        ],
+        2,
+    ),
 )
 def test_a_run_keeps_what_its_methods_name_meant(
     way: str, method: str, then: dict[str, object], run: Path, capsys: pytest.CaptureFixture[str]

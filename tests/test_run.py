@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from program import StopAt
+from some_cases import some
 
 from comfy_g2rpo import lora
 from comfy_g2rpo.files.safe import RunError
@@ -84,7 +85,7 @@ def whole(tmp_path_factory):
     return path / "run", summary
 
 
-@pytest.mark.parametrize("steps, resume", [(2, False), (6, False), (6, True)])
+@pytest.mark.parametrize("steps, resume", some([(2, False), (6, True), (6, False)], 2))
 def test_the_metrics_are_read_at_most_once_in_a_run_however_long(tmp_path, monkeypatch, steps, resume):
     made = config(tmp_path, train={"steps": steps, "eval_every": 1, "eval_noises": 1})
     if resume:
@@ -175,6 +176,7 @@ def test_a_killed_run_resumes_bit_for_bit_from_its_last_checkpoint(whole, tmp_pa
     assert_equal(outcome(whole[0]), outcome(tmp_path / "run"))
 
 
+@pytest.mark.long
 def test_a_moving_average_a_schedule_and_the_clipped_objective_resume_too(tmp_path):
     method = {
         "name": "flow_grpo_fast",

@@ -49,7 +49,7 @@ def with_reward(path: Path, body: str, trained: bool, **more: object) -> object:
     return config(path, train={"max_dropped": 1, "eval_every": 0}, **both)
 
 
-@pytest.mark.parametrize(("answer", "trained"), some(product(ANSWERS, (True, False)), 5))
+@pytest.mark.parametrize(("answer", "trained"), some(product(ANSWERS, (True, False)), 3))
 def test_a_run_ends_whatever_a_reward_answers(answer: str, trained: bool, tmp_path: Path) -> None:
     made = with_reward(tmp_path, ANSWERS[answer], trained)
     summary = host.train(made, tmp_path / "run", progress=Lines())
@@ -111,6 +111,7 @@ def test_an_import_that_hangs_is_given_up_too(tmp_path: Path) -> None:
         host.train(made, tmp_path / "run", progress=Silent())
 
 
+@pytest.mark.long
 def test_what_belongs_to_a_thread_stays_with_a_reward(tmp_path: Path) -> None:
     made = with_reward(tmp_path, "return None", True)
     lines = (
@@ -158,7 +159,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
-@pytest.mark.parametrize("what", some(DAMAGE, 5))
+@pytest.mark.parametrize("what", some(DAMAGE, 2))
 def test_a_run_ends_whatever_was_damaged_in_its_folder(what: str, whole: Path, run: Path) -> None:
     name, damage = DAMAGE[what]
     damage(run / name)
@@ -228,6 +229,7 @@ def test_the_lines_give_score_interval_p_place_and_bias() -> None:
     assert best_lines({}) == best_lines({"best": None}) == []
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_is_kept_without_the_watch(tmp_path: Path) -> None:
     made = config(tmp_path, train={"steps": 5, "eval_every": 1, "keep_checkpoints": 2, "watch": "off"})
     summary = host.train(made, tmp_path / "run", progress=Silent())
@@ -237,6 +239,7 @@ def test_the_best_checkpoint_is_kept_without_the_watch(tmp_path: Path) -> None:
     assert int(best_checkpoint(folder).name) == summary["best_step"]
 
 
+@pytest.mark.long
 def test_best_picks_the_checkpoint_for_sample_export_and_compare(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -315,6 +318,7 @@ def test_the_live_view_of_a_resumed_run_compares_with_the_untrained_model(whole:
     assert len(display.history.series["time/update"]) == 1
 
 
+@pytest.mark.long
 def test_a_run_that_was_made_longer_stays_so(whole: Path, run: Path) -> None:
     host.train(config(whole, train={"steps": 4}), run, resume=True, progress=Silent())
     assert RunFolder(run).config()["config"]["train"]["steps"] == 4

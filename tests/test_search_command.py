@@ -158,6 +158,7 @@ def test_the_help_names_every_method(capsys):
     assert code == 0 and all(name in said.replace("\n", " ") for name in READS)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_whatever_the_section_search_says(tmp_path, capsys):
     few = ["train.steps=1", "train.eval_prompts=1", "train.eval_noises=1"]
     words = [word for text in few for word in ("--set", text)]

@@ -92,6 +92,7 @@ def test_a_size_that_the_model_cannot_draw_is_refused_before_the_run(
     assert code == (0 if command == "plan" else 2) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_memory_is_that_of_the_largest_size(tmp_path: Path) -> None:
     sizes = {"sizes": ["64x64", "128x96", "96x64"]}
     several, small = (footprint(config(tmp_path, model=model)) for model in (sizes, {}))

@@ -135,6 +135,7 @@ def graphs(monkeypatch):
     return seen
 
 
+@pytest.mark.long
 def test_blocks_are_compiled_for_completions_alone(flux, asked, exact, graphs):
     compiled = Completions(flux, Speed(compile=True))
     blocks = [type(block).__name__ for _, _, block, _ in compiled.blocks.places]

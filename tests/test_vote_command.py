@@ -75,6 +75,7 @@ def save_votes(run, place):
 # the whole way
 
 
+@pytest.mark.long
 def test_two_steps_of_votes_for_redder_make_held_out_pictures_redder(recipe, tmp_path, capsys):
     run, file = tmp_path / "run", tmp_path / "votes.json"
     words = ["train", recipe, "--out", run, "--quiet"]

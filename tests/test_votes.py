@@ -245,6 +245,7 @@ for i in range(10**6):
 """
 
 
+@pytest.mark.long
 def test_votes_survive_a_process_that_is_killed_while_it_writes(run):
     acknowledged = -1
     for turn in range(3):

@@ -186,6 +186,7 @@ def test_an_alarm_is_a_sign_that_has_lasted(history, patience):
         assert ("alarm" in row) == lasting and ("sign" in row) == bool(kinds)
 
 
+@pytest.mark.long
 def test_chance_alone_hardly_ever_raises_an_alarm():
     """Nothing changes but noise, as large as the prompts' own spread: ten evaluations of a hundred runs."""
     alarms, seen_signs = 0, 0

@@ -126,6 +126,7 @@ def test_the_best_checkpoint_by_held_out_rewards_is_kept_and_is_the_result(watch
     assert lora.read(folder.path / summary["lora"]).metadata["g2rpo.step"] == str(summary["best_step"])
 
 
+@pytest.mark.long
 def test_without_the_watch_the_result_is_worse(watched, unwatched):
     _, with_watch, _ = watched
     folder, without = unwatched
@@ -136,6 +137,7 @@ def test_without_the_watch_the_result_is_worse(watched, unwatched):
     )
 
 
+@pytest.mark.long
 def test_watching_does_not_change_what_is_learned(watched, unwatched):
     step = watched[1]["steps"]
     rewards = [
@@ -192,6 +194,7 @@ def test_a_run_that_the_watch_stopped_stays_stopped_until_it_is_told_to_go_on(wa
     assert summary["alarms"][-1]["step"] == further
 
 
+@pytest.mark.long
 def test_an_interrupted_run_is_stopped_at_the_same_step_with_the_same_numbers(watched, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         training.train(config(tmp_path), tmp_path / "run", progress=Notes(stop_at=5))
@@ -203,6 +206,7 @@ def test_an_interrupted_run_is_stopped_at_the_same_step_with_the_same_numbers(wa
     assert folder.outcome().name == watched[0].outcome().name
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_outlives_newer_ones(tmp_path):
     made = config(tmp_path, train={"watch": "warn", "keep_checkpoints": 1, "checkpoint_every": 1, "steps": 9})
     summary = training.train(made, tmp_path / "run", progress=Silent())
@@ -259,6 +263,7 @@ def test_a_preview_size_that_cannot_be_drawn_is_refused_before_anything_runs(tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_diversity_shaping_raises_diversity(tmp_path):
     """The jpeg reward ends in blank pictures; beside it, shaping keeps them apart."""
     left = {}
