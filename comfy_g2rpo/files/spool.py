@@ -1,0 +1,150 @@
+"""Jobs in a folder: whoever wants a run writes one file there, whoever trains takes it. No port, no token.
+
+    <id>.job.json   what to train; written once and never changed
+    <id>.cancel     somebody wants it to end
+    <id>.end.json   how it ended; written once, and such a job is never taken again
+    <id>.taken/     the lock of the process that works on it
+
+A worker that is killed loses its lock, and the next one takes the job and resumes its run: a job runs to its
+end exactly once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .one_writer import LOCK, one_writer, opened
+from .safe import FileError, RunError, finite, folder_on_disk, open_file, write_bytes, writing
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)")
+"""Names that Windows keeps for devices."""
+JOB_BYTES = 2**20
+WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
+ENDS = (DONE, FAILED, CANCELLED)
+
+
+class JobError(FileError):
+    """A job that cannot be submitted, read or ended, in one line that names it and the remedy."""
+
+
+def check_id(job_id: str) -> str:
+    """Return the id of a job; JobError where it could not be a file's name everywhere."""
+    if not isinstance(job_id, str) or not NAME.fullmatch(job_id) or RESERVED.fullmatch(job_id):
+        rule = "use 1 to 64 of a-z, 0-9, _ and -, beginning with a letter or digit"
+        raise JobError(f"a job cannot be called {str(job_id)[:40]!a}; {rule}")
+    return job_id
+
+
+@dataclass(frozen=True)
+class Spool:
+    """A folder of jobs, shared by those who submit and those who train."""
+
+    path: Path
+
+    def submit(self, job_id: str, job: Mapping[str, Any]) -> bool:
+        """Write a job; False where the very same one is there already.
+
+        JobError for an id that another job has, and for more than 1 MiB.
+        """
+        place = self._file(job_id, "job.json")
+        content = (json.dumps(finite(job), indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+        if len(content) > JOB_BYTES:
+            raise JobError(f"job {job_id} has {len(content):,} bytes; {JOB_BYTES:,} is the limit")
+        # A name of its own for each who writes: the link to the final name is made by one of them alone.
+        ready = self.path / f".{job_id}.{os.getpid()}.{os.urandom(4).hex()}.partial"
+        write_bytes(ready, content)
+        try:
+            with writing(place):
+                os.link(ready, place)
+                folder_on_disk(self.path)
+        except RunError:
+            if not place.exists():
+                raise
+            if self._read(place) != json.loads(content):
+                known = f"job {job_id} is there already, with other content"
+                raise JobError(f"{known}; choose another id") from None
+            return False
+        finally:
+            ready.unlink(missing_ok=True)
+        return True
+
+    def ids(self) -> list[str]:
+        """List the jobs, oldest first."""
+        found = [(file.stat().st_mtime_ns, file.name) for file in self.path.glob("*.job.json")]
+        names = [name.removesuffix(".job.json") for _, name in sorted(found)]
+        return [name for name in names if NAME.fullmatch(name)]
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """Read a job."""
+        place = self._file(job_id, "job.json")
+        if not place.exists():
+            raise JobError(f"there is no job {job_id}; known are: {', '.join(self.ids()[-9:]) or 'none'}")
+        return self._read(place)
+
+    def state(self, job_id: str) -> str:
+        """Return waiting, running, done, failed or cancelled."""
+        self.job(job_id)
+        if (ended := self.ended(job_id)) is not None:
+            return str(ended.get("status", FAILED))
+        lock = self._file(job_id, "taken") / LOCK
+        if not lock.exists():
+            return WAITING
+        handle = opened(lock)
+        if handle is None:
+            return RUNNING
+        os.close(handle)
+        return WAITING
+
+    @contextmanager
+    def take(self, job_id: str) -> Iterator[dict[str, Any]]:
+        """Hold a job and give its content; RunError if another process holds it, JobError once ended."""
+        job = self.job(job_id)
+        with one_writer(self._file(job_id, "taken")):
+            if self.ended(job_id) is not None:
+                raise JobError(f"job {job_id} has ended; submit another one")
+            yield job
+
+    def cancel(self, job_id: str) -> None:
+        """Ask for the end of a job; whoever holds it stops at the next step."""
+        self.job(job_id)
+        write_bytes(self._file(job_id, "cancel"), b"")
+
+    def cancelled(self, job_id: str) -> bool:
+        """Return whether somebody has asked for a job's end."""
+        return self._file(job_id, "cancel").exists()
+
+    def end(self, job_id: str, status: str, **said: Any) -> None:
+        """Write how a job ended: done, failed or cancelled, and what else is to be said of it."""
+        if status not in ENDS:
+            raise ValueError(f"a job ends as one of {', '.join(ENDS)}, not {status!a}")
+        content = json.dumps(finite({"status": status, **said}), ensure_ascii=False) + "\n"
+        write_bytes(self._file(job_id, "end.json"), content.encode())
+
+    def ended(self, job_id: str) -> dict[str, Any] | None:
+        """Return how a job ended; None while it has not."""
+        place = self._file(job_id, "end.json")
+        return self._read(place) if place.exists() else None
+
+    def _file(self, job_id: str, kind: str) -> Path:
+        """Return where a file of a job lies."""
+        return Path(self.path) / f"{check_id(job_id)}.{kind}"
+
+    def _read(self, place: Path) -> dict[str, Any]:
+        """Read a file of a job, within bounds."""
+        try:
+            with open_file(place) as file:
+                content = file.read(JOB_BYTES + 1)
+            found = json.loads(content) if len(content) <= JOB_BYTES else None
+        except (OSError, ValueError, RecursionError) as error:
+            raise JobError(f"{place} cannot be read as a job ({type(error).__name__}); remove it") from error
+        if not isinstance(found, dict):
+            raise JobError(f"{place} holds no job; remove it")
+        return found
