@@ -14,19 +14,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .one_writer import LOCK, one_writer, opened
-from .safe import FileError, RunError, finite, folder_on_disk, open_file, write_bytes, writing
+from .one_writer import LOCK, one_writer, opened, release, who
+from .safe import FileError, finite, folder_on_disk, open_file, write_bytes, writing
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)")
 """Names that Windows keeps for devices."""
 JOB_BYTES = 2**20
+PATIENCE = 30.0  # seconds
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 ENDS = (DONE, FAILED, CANCELLED)
 
@@ -58,23 +60,16 @@ class Spool:
         content = (json.dumps(finite(job), indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
         if len(content) > JOB_BYTES:
             raise JobError(f"job {job_id} has {len(content):,} bytes; {JOB_BYTES:,} is the limit")
-        # A name of its own for each who writes: the link to the final name is made by one of them alone.
+        # A name of its own for each who writes: one of them alone gives it the final name.
         ready = self.path / f".{job_id}.{os.getpid()}.{os.urandom(4).hex()}.partial"
         write_bytes(ready, content)
         try:
-            with writing(place):
-                os.link(ready, place)
-                folder_on_disk(self.path)
-        except RunError:
-            if not place.exists():
-                raise
-            if self._read(place) != json.loads(content):
-                known = f"job {job_id} is there already, with other content"
-                raise JobError(f"{known}; choose another id") from None
-            return False
+            made = named_first(ready, place)
         finally:
             ready.unlink(missing_ok=True)
-        return True
+        if not made and self._read(place) != json.loads(content):
+            raise JobError(f"job {job_id} is there already, with other content; choose another id")
+        return made
 
     def ids(self) -> list[str]:
         """List the jobs, oldest first."""
@@ -100,7 +95,7 @@ class Spool:
         handle = opened(lock)
         if handle is None:
             return RUNNING
-        os.close(handle)
+        release(handle, lock)
         return WAITING
 
     @contextmanager
@@ -148,3 +143,34 @@ class Spool:
         if not isinstance(found, dict):
             raise JobError(f"{place} holds no job; remove it")
         return found
+
+
+def named_first(ready: Path, place: Path) -> bool:
+    """Give a finished file its name; False where another one has it already."""
+    with writing(place):
+        try:
+            os.link(ready, place)
+        except FileExistsError:
+            return False
+        except OSError:
+            # FAT and some network drives know no links: there, whoever has the lock looks and moves.
+            with in_turn(place.with_suffix(".writing")):
+                if place.exists():
+                    return False
+                os.replace(ready, place)
+        folder_on_disk(place.parent)
+    return True
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Wait for a lock that others hold for an instant only, and hold it."""
+    deadline = time.monotonic() + PATIENCE
+    while (handle := opened(folder / LOCK)) is None:
+        if time.monotonic() > deadline:
+            raise JobError(f"{folder} is being written by {who(folder / LOCK)}; try again")
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        release(handle, folder / LOCK)
