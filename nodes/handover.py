@@ -57,7 +57,7 @@ class SubmitTraining(io.ComfyNode):
             schema,
             "grpo, background training, another gpu, queue, job, worker, headless, remote",
             rare="text_encoder_3, negative, alpha, targets, prompts_per_step, slots, eval_every, changes, "
-            "if_settings_changed",
+            "if_settings_changed, try_again",
         )
 
     @classmethod
@@ -89,6 +89,7 @@ class SubmitTraining(io.ComfyNode):
         changes: str,
         preset: str = AS_TYPED,
         if_settings_changed: str = NEW,
+        try_again: bool = False,
         heldout_reward: RewardSet | None = None,
     ) -> io.NodeOutput:
         """Write the job, unless it is there already."""
@@ -98,7 +99,7 @@ class SubmitTraining(io.ComfyNode):
         told = job["recipe"]["prompts"]
         judges = (*reward.rewards, *(heldout_reward.rewards if heldout_reward else ()))
         check_prompts(judges, [*told["train"], *told["heldout"]])
-        done = hand_over(the_spool(), runs_root(), run, job, if_settings_changed or NEW)
+        done = hand_over(the_spool(), runs_root(), run, job, if_settings_changed or NEW, bool(try_again))
         how = "is handed over" if done.new else "was handed over before"
         text = f"{done.job_id} {how}{f', {done.remark}' if done.remark else ''}: {cost}"
         logging.info("%s: %s", cls.define_schema().display_name, text)
@@ -120,6 +121,7 @@ def submit_inputs() -> list[io.Input]:
             "and names them.",
         ),
     }
+    settings = [own.get(one.id, one) for one in train_inputs() if one.id not in WIRED]
     return [
         io.Combo.Input(
             "model",
@@ -137,7 +139,15 @@ def submit_inputs() -> list[io.Input]:
         io.Combo.Input(
             "vae", options=file_choices("vae"), tooltip="Its VAE; none where the checkpoint has it."
         ),
-        *(own.get(one.id, one) for one in train_inputs() if one.id not in WIRED),
+        *settings[:-1],
+        io.Boolean.Input(
+            "try_again",
+            default=False,
+            optional=True,
+            tooltip="Take these very settings up again where they failed or were stopped. The run goes on "
+            "from its last checkpoint.",
+        ),
+        settings[-1],
     ]
 
 
@@ -207,7 +217,8 @@ class TrainingResult(io.ComfyNode):
                 io.Boolean.Input(
                     "stop",
                     default=False,
-                    tooltip="Stop the training after the step that it is in. It cannot be taken up again.",
+                    tooltip="Stop the training after the step that it is in. Submit Training can take it up "
+                    "again.",
                 ),
                 io.Model.Input(
                     "model",

@@ -2,7 +2,7 @@
 
     <id>.job.json   what to train; written once and never changed
     <id>.cancel     somebody wants it to end
-    <id>.end.json   how it ended; written once, and such a job is never taken again
+    <id>.end.json   how it ended; such a job is taken no more, unless somebody asks for it again
     <id>.taken/     the lock of the process that works on it
 
 A worker that is killed loses its lock, and the next one takes the job and resumes its run: a job runs to its
@@ -127,6 +127,22 @@ class Spool:
         """Return how a job ended; None while it has not."""
         place = self._file(job_id, "end.json")
         return self._read(place) if place.exists() else None
+
+    def again(self, job_id: str) -> bool:
+        """Let a job that failed or was cancelled wait once more; False where it has not ended so.
+
+        Its run goes on where it stood, as after a worker that was killed.
+        """
+        self.job(job_id)
+        with one_writer(self._file(job_id, "taken")):
+            if (self.ended(job_id) or {}).get("status") not in (FAILED, CANCELLED):
+                return False
+            # The end last: whoever is killed in between leaves a job that has ended.
+            for kind in ("cancel", "end.json"):
+                with writing(place := self._file(job_id, kind)):
+                    place.unlink(missing_ok=True)
+            folder_on_disk(self.path)
+        return True
 
     def _file(self, job_id: str, kind: str) -> Path:
         """Return where a file of a job lies."""

@@ -189,11 +189,13 @@ class HandedOver:
     new: bool
 
 
-def hand_over(spool: Spool, runs: Path, name: str, job: Mapping[str, Any], if_changed: str) -> HandedOver:
+def hand_over(
+    spool: Spool, runs: Path, name: str, job: Mapping[str, Any], if_changed: str, again: bool = False
+) -> HandedOver:
     """Write a job under a name, or under the first of its numbers that is free or has these very settings.
 
-    A blank name is made of the settings. The same job is never written twice. Raises ValueError in the words
-    of the block.
+    A blank name is made of the settings. The same job is never written twice; `again` takes it up once more
+    where it failed or was stopped. Raises ValueError in the words of the block.
     """
     first = name.strip() or name_of(job)
     remark = ""
@@ -206,7 +208,7 @@ def hand_over(spool: Spool, runs: Path, name: str, job: Mapping[str, Any], if_ch
             if known is None and not (runs / job_id).exists():
                 return HandedOver(job_id, remark, spool.submit(job_id, job))
             if known == job:
-                return HandedOver(job_id, remark, new=False)
+                return HandedOver(job_id, remark, new=again and spool.again(job_id))
         except FileError as error:
             raise ValueError(f"run: {plain(error, spool)}") from error
         why = refusal(known, job)
