@@ -61,6 +61,12 @@ def test_what_is_no_job_is_refused_by_name(tmp_path: Path) -> None:
             spool.submit(name, {})
     with pytest.raises(JobError, match="is the limit"):
         spool.submit("one", {"much": "x" * JOB_BYTES})
+    deep: list[object] = []
+    for _ in range(2000):
+        deep = [deep]
+    for content in ({"deep": deep}, {"half": "\ud800"}):
+        with pytest.raises(JobError, match="nested too deeply, or has half signs"):
+            spool.submit("one", content)
     spool.submit("one", {"a": 1})
     with pytest.raises(JobError, match="with other content; choose another id"):
         spool.submit("one", {"a": 2})

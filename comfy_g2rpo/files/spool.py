@@ -57,7 +57,10 @@ class Spool:
         JobError for an id that another job has, and for more than 1 MiB.
         """
         place = self._file(job_id, "job.json")
-        content = (json.dumps(finite(job), indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+        try:
+            content = (json.dumps(finite(job), indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+        except (RecursionError, UnicodeEncodeError) as error:
+            raise JobError(f"job {job_id} is nested too deeply, or has half signs; mend it") from error
         if len(content) > JOB_BYTES:
             raise JobError(f"job {job_id} has {len(content):,} bytes; {JOB_BYTES:,} is the limit")
         # A name of its own for each who writes: one of them alone gives it the final name.
