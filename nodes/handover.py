@@ -111,6 +111,14 @@ def submit_inputs() -> list[io.Input]:
     """List Submit Training's inputs: Train LoRA's, with names in the place of models."""
     own = {
         "steps": widgets.int_input("steps", 100, 1, 100_000, PACE["steps"].metadata["help"]),
+        "guidance": io.Float.Input(
+            "guidance",
+            default=1.0,
+            min=1.0,
+            max=30.0,
+            step=0.1,
+            tooltip="1 is none. FLUX takes it as an input, about 3.5 for dev; others pay double above 1.",
+        ),
         "run": io.String.Input("run", default="", tooltip=RUN_TIP),
         "if_settings_changed": io.Combo.Input(
             "if_settings_changed",

@@ -99,10 +99,14 @@ GIVEN: dict[str, dict[str, Any]] = {
     "TrainLoRA": {**REWARD, **SMALL, **SHORT, "preset": "as typed", "if_settings_changed": "new"},
     "CompareLoRA": {**COMPARED, **REWARD, **SMALL, "num_steps": 1, "noises": 1, "slots": 2}
     | {"sigmas": ["sigmas", 0]},
+    "SubmitTraining": {**REWARD, **SMALL, **SHORT, "preset": "as typed", "if_settings_changed": "new"}
+    | {"try_again": False, "run": "handed"},
+    "TrainingResult": {"run": ["SubmitTraining", 0], "model": MODEL},
     "RunMonitor": {"run": "newest", "run_name": ["TrainLoRA", 4]},
     "SaveLoRA": {"lora": ["UpdateLoRA", 1], "name": "saved", "key_names": "native", "model": MODEL}
     | {"run": ["TrainLoRA", 4]},
 }
+del GIVEN["SubmitTraining"]["sigmas"]
 INPUTS = {name: {**SETTINGS.get(name, {}), **inputs} for name, inputs in GIVEN.items()}
 assert INPUTS.keys() == BLOCKS.keys(), (
     f"blocks that nobody attacks, or that are gone: {INPUTS.keys() ^ BLOCKS.keys()}"

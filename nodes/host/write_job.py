@@ -25,7 +25,7 @@ from ...comfy_g2rpo.run.pace import Pace
 from ...comfy_g2rpo.run.setup import preview_shape
 from ..inputs.train_presets import AS_TYPED, MEDIUM_FROM, WIDGETS, preset_numbers
 from .changed_settings import WIDGETS as NAMES
-from .changed_settings import WIRES, Change, both, rewards, told, widgets_of
+from .changed_settings import WIRES, Change, both, rewards, said, told, widgets_of
 from .run_limits import by_section, check_recipe, graph_pace, price, read_prompts
 
 SPOOL = "spool"
@@ -119,6 +119,9 @@ def job_of(order: Order) -> tuple[dict[str, Any], str]:
         )
     prompts = read_prompts(order.prompts, order.heldout_prompts, pace.seed)
     cost = price(made, pace, len(prompts.heldout), (order.width, order.height))
+    if numbers:
+        used = {**numbers, **paced, **train, **learned, **method}
+        cost += f"; preset {order.preset}: " + ", ".join(f"{key} {said(used[key])}" for key in numbers)
     large = order.model.parameters >= LARGE_FROM
     sections = {
         "model": {**model_section(order), "schedule": "method" if "shift" in method else "comfyui"},
@@ -167,6 +170,8 @@ def judges(order: Order) -> tuple[list[Judge], list[dict[str, Any]]]:
                     f"{widget}: {judge.name} has the weight {judge.weight:g}; at most {MAX_WEIGHT:g} is "
                     "allowed, lower it"
                 )
+    if not any(judge.weight for judge in order.reward):
+        raise ValueError("reward: every weight is 0, so nothing is trained; give one of them another")
     # What weighs nothing and passes all only measures: recipes list that among the held-out rewards.
     idle = [judge for judge in order.reward if judge.weight == 0 and judge.gate is None]
     trained = [judge for judge in order.reward if judge not in idle]

@@ -124,14 +124,14 @@ def prepared(
     models = job.get("models")
     if not isinstance(models, dict):
         raise RefusedJobError("the job names no models; submit it from the block Submit Training")
-    prompts = {}
-    for name, texts in recipe["prompts"].items():
-        if lines := checked_prompts(name, texts):
+    lists = {name: checked_prompts(name, texts) for name, texts in recipe["prompts"].items()}
+    model, prompts = {**recipe["model"], **places(models, folders)}, {}
+    for name, lines in lists.items():
+        if lines:
             place = stem.with_name(f"{stem.name}.{name}.jsonl")
             write_bytes(place, "".join(json.dumps({"prompt": line}) + "\n" for line in lines).encode())
             prompts[name] = str(place)
-    made = {**recipe, "prompts": prompts, "model": {**recipe["model"], **places(models, folders)}}
-    return {"recipe": made, "settings": list(settings)}
+    return {"recipe": {**recipe, "prompts": prompts, "model": model}, "settings": list(settings)}
 
 
 def checked_recipe(job: Mapping[str, Any]) -> dict[str, Any]:
