@@ -323,7 +323,7 @@ def test_a_job_that_failed_is_taken_up_again_on_request_alone(tmp_path: Path) ->
 REFUSED = {
     "changes: warmup_steps is 5": {"changes": "warmup_steps = 5"},
     "negative: this model takes": {
-        "model": write_job.Model("checkpoints", "a", "flux", 10**10),
+        "model": write_job.Model("checkpoints", "a", "flux", 10**10, True),
         "negative": "blur",
     },
     "changes: objective is pairs": {"changes": "objective = pairs"},

@@ -35,8 +35,6 @@ IF_CHANGED = (NEW, ASK) = ("new", "ask")
 TINY = "tiny demo model"
 NONE = "none"
 ENCODERS = ("text_encoder_1", "text_encoder_2", "text_encoder_3")
-GUIDED = ("flux", "flux2")
-"""Families that take guidance as an input, and move away from no prompt."""
 LARGE_FROM = 1e9  # parameters from which on activations are computed again rather than kept
 MAX_WEIGHT = 1000.0
 MAX_JOBS, MAX_NUMBER = 1000, 10_000
@@ -51,6 +49,7 @@ class Model:
     name: str
     family: str
     parameters: int
+    guidance_is_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,12 +139,11 @@ def job_of(order: Order) -> tuple[dict[str, Any], str]:
 
 def model_section(order: Order) -> dict[str, Any]:
     """Return what a recipe says of the model beside where it lies."""
-    family = order.model.family
-    section: dict[str, Any] = {"family": family, "dtype": dtype_of(order.model)}
+    section: dict[str, Any] = {"family": order.model.family, "dtype": dtype_of(order.model)}
     section |= {name: getattr(order, name) for name in ("width", "height", "guidance")}
     if order.model.folder == TINY:
         section["max_sequence_length"] = 0
-    if order.negative.strip() and family in GUIDED:
+    if order.negative.strip() and order.model.guidance_is_input:
         raise ValueError(
             "negative: this model takes its guidance as an input and knows no negative prompt; leave it blank"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import folder_paths
 
 from ...comfy_g2rpo.files.safe import FileError, read_header
-from ...comfy_g2rpo.lora.key_names import FAMILIES, family_of_model
+from ...comfy_g2rpo.lora.key_names import FAMILIES, SD3, family_of_model
 from ..host.write_job import NONE, TINY, Model
 
 CHECKPOINT = " (checkpoint)"
@@ -40,7 +40,7 @@ def file_choices(folder: str) -> list[str]:
 def model_named(choice: str) -> Model:
     """Return the model of a choice; ValueError where its file holds none that a worker can train."""
     if choice == TINY:
-        return Model(TINY, TINY, "sd3", TINY_PARAMETERS)
+        return Model(TINY, TINY, SD3.name, TINY_PARAMETERS)
     folder = "checkpoints" if choice.endswith(CHECKPOINT) else "diffusion_models"
     name = choice.removesuffix(CHECKPOINT)
     place = folder_paths.get_full_path(folder, name)
@@ -57,7 +57,8 @@ def model_named(choice: str) -> Model:
     if known is None:
         titles = ", ".join(family.title for family in FAMILIES.values())
         raise ValueError(f"model: {name[:80]!a} holds no flow model that a worker can train; choose {titles}")
-    return Model(folder, spelt(name), known[0].name, sum(map(math.prod, own.values())))
+    family, count = known[0], sum(map(math.prod, own.values()))
+    return Model(folder, spelt(name), family.name, count, family.guidance_is_input)
 
 
 def spelt(name: str) -> str:

@@ -35,11 +35,10 @@ def worker(
     """Train what the block Submit Training hands over, one job after another, until Ctrl-C."""
     base = comfyui.expanduser().resolve()
     place = (output.expanduser().resolve() if output else base / "output") / "g2rpo"
-    if not (base / "models").is_dir() or not place.parent.is_dir():
-        lacks = "models" if not (base / "models").is_dir() else "output"
-        raise CommandError(
-            f"--comfyui {comfyui} has no folder {lacks}; give the folder that ComfyUI works in"
-        )
+    if not (base / "models").is_dir():
+        raise CommandError(f"--comfyui {comfyui} has no folder models; give the folder that ComfyUI works in")
+    if not place.parent.is_dir():
+        raise CommandError(f"--output {place.parent} is no folder; give ComfyUI's --output-directory")
     from ..config.reading import apply_overrides
     from ..cost.presets import preset_named
     from ..jobs.graph_job import ModelFolders
