@@ -22,8 +22,9 @@ from ..comfy_g2rpo.schedule import shifted_sigmas
 from .host.comfyui import NEWEST, check_interrupted, checked_name, known_run, lora_listing, run_place
 from .host.open_run import plain_errors
 from .host.publish import base_of, file_ui, save_named
-from .host.routes import list_runs, read_metrics, runs_root
+from .host.routes import list_runs, runs_root
 from .host.train_run import checked_schedule, model_shift
+from .host.watch_job import all_rows
 from .inputs import widgets
 from .inputs.checks import check_inputs, check_text
 from .inputs.finding import offered
@@ -37,7 +38,7 @@ from .views.pair_sheet import Pair, before_after
 
 MAX_WORK = 2**36  # forwards × pixels of a comparison
 MAX_KEPT = 2**25  # pixels of each model's pictures that are given out: 400 MB
-MAX_SUMMARY_BYTES, MAX_ROWS = 2**20, 200_000  # that Run Monitor reads
+MAX_SUMMARY_BYTES = 2**20  # that Run Monitor reads
 
 
 class CompareLoRA(io.ComfyNode):
@@ -256,16 +257,6 @@ class RunMonitor(io.ComfyNode):
 def run_names() -> list[str]:
     """List the runs, newest first; one of this name can only come from elsewhere."""
     return [run["id"] for run in list_runs(runs_root()) if run["id"].lower() != NEWEST]
-
-
-def all_rows(folder: RunFolder) -> tuple[list[dict[str, Any]], int | None]:
-    """Read a run's rows as the page does, finite numbers by name, and how many steps it was asked for."""
-    rows: list[dict[str, Any]] = []
-    while True:
-        answer = read_metrics(folder.path.parent, folder.path.name, str(len(rows)))
-        rows += answer["rows"]
-        if not answer["rows"] or len(rows) >= min(answer["total"], MAX_ROWS):
-            return rows, answer["total_steps"]
 
 
 def linked_run(name: str) -> str:

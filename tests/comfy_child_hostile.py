@@ -99,10 +99,14 @@ GIVEN: dict[str, dict[str, Any]] = {
     "TrainLoRA": {**REWARD, **SMALL, **SHORT, "preset": "as typed", "if_settings_changed": "new"},
     "CompareLoRA": {**COMPARED, **REWARD, **SMALL, "num_steps": 1, "noises": 1, "slots": 2}
     | {"sigmas": ["sigmas", 0]},
+    "SubmitTraining": {**REWARD, **SMALL, **SHORT, "preset": "as typed", "if_settings_changed": "new"}
+    | {"try_again": False, "run": "handed"},
+    "TrainingResult": {"run": ["SubmitTraining", 0], "model": MODEL},
     "RunMonitor": {"run": "newest", "run_name": ["TrainLoRA", 4]},
     "SaveLoRA": {"lora": ["UpdateLoRA", 1], "name": "saved", "key_names": "native", "model": MODEL}
     | {"run": ["TrainLoRA", 4]},
 }
+del GIVEN["SubmitTraining"]["sigmas"]
 INPUTS = {name: {**SETTINGS.get(name, {}), **inputs} for name, inputs in GIVEN.items()}
 assert INPUTS.keys() == BLOCKS.keys(), (
     f"blocks that nobody attacks, or that are gone: {INPUTS.keys() ^ BLOCKS.keys()}"
@@ -114,7 +118,7 @@ for name, inputs in INPUTS.items():
     )
     GRAPH[name] = block(name, **inputs)
 NAMED = {"ValueError", "FileError", "RunError", "LoraError", "PromptError", "RewardError", "VoteError"}
-HEAVY = {"TrainLoRA", "CompareLoRA", "UpdateFromVotes", "SearchSampler", "OptimizeNoise"}
+HEAVY = {"TrainLoRA", "SubmitTraining", "CompareLoRA", "UpdateFromVotes", "SearchSampler", "OptimizeNoise"}
 LIST_BLOCKS = {name for name, block in BLOCKS.items() if block.define_schema().is_input_list}
 
 
@@ -216,7 +220,7 @@ def attack_widgets(real: Mapping[str, Mapping[str, Any]]) -> None:
         for one in BLOCKS[name].define_schema().inputs:
             values = hostile_values(one)
             if name in HEAVY:
-                # Texts that are taken run a whole training, comparison or search.
+                # Texts that are taken run a whole training, comparison or search, or hand one over.
                 values = [
                     (value, refuse) for i, (value, refuse) in enumerate(values) if refuse or i % 12 == 0
                 ]

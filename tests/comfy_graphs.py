@@ -23,6 +23,8 @@ TRAIN = {"recipe": "g2rpo", "steps": 1, "prompts": "a red circle", "heldout_prom
 TRAIN |= {"width": 64, "height": 64, "rank": 2, "alpha": 2.0, "targets": "attention", "learning_rate": 1e-3}
 TRAIN |= {"negative": "", "guidance": 1.0, "prompts_per_step": 1, "slots": 8, "eval_every": 0}
 TRAIN |= {"seed": 0, "run": "", **PARTS}
+NAMED = {"model": "tiny demo model", **dict.fromkeys(("text_encoder_1", "text_encoder_2"), "none")}
+NAMED |= {"text_encoder_3": "none", "vae": "none", "changes": ""}
 SETTINGS: dict[str, dict[str, Any]] = {
     "Advantages": {"rollout": ["rollout", 0], "clamp": 5.0, "std_floor": 1e-8, "per_branch": False},
     "LoRAPolicy": {"rank": 4, "alpha": 4.0, "targets": "attention", "learning_rate": 1e-3, "seed": 0},
@@ -44,7 +46,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "SelectBest": {"k": 1, "use_threshold": False, "threshold": 0.0}
     | {"how": "best", "temperature": 0.1, "seed": 0},
     "ApplyNoisePrior": {"strength": 1.0, "noise": ["noise", 0], "conditioning": ["text", 0]},
+    "SubmitTraining": {name: TRAIN[name] for name in TRAIN if name not in PARTS} | NAMED,
     "TrainLoRA": TRAIN,
+    "TrainingResult": {"newest_checkpoint": False, "stop": False},
     "UpdateFromVotes": {
         **{"pair_loss": "ropo", "pair_beta": 1.0, "negative": "", "guidance": 1.0, "forks_per_step": 4},
         **{"kl": 0.0, "max_grad_norm": 1.0, "weight_decay": 0.0},

@@ -287,6 +287,9 @@ def attack_wires(
                     # A file under native names needs no model; only the names of its layers count there.
                     sent["key_names"] = "diffusers"
                     refuse = refuse if id(thing) in junk_things else None
+                if name == "TrainingResult":
+                    # Nobody trains what is handed over here: there is no LoRA that the model could get.
+                    refuse = refuse if id(thing) in junk_things else None
                 if name == "SearchSampler" and what.startswith("a latent (2,"):
                     # Each image of a batch is searched for.
                     refuse = False

@@ -67,6 +67,7 @@ NOT_RUN = {
     "g2rpo train z_image": FLUX,
     "g2rpo sample runs/flux_dev": FLUX,
     "g2rpo rewards fetch": NETWORK,
+    "g2rpo worker": "works until it is stopped: tests/test_worker.py",
     "g2rpo rewards serve": "serves until it is stopped: tests/test_judges_server.py",
     "judges.md: g2rpo train mine.yaml": "asks the judge of the line above: tests/test_judges_run.py",
 }

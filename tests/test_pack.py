@@ -32,7 +32,7 @@ WIDGETS_NOT_OFFERED = re.compile(
     r"module|package|token|key|password|env)(_|$)"
 )
 
-FROM_A_FOLDER = {"folder", "prior"}
+FROM_A_FOLDER = {"folder", "prior", "model", "text_encoder_1", "text_encoder_2", "text_encoder_3", "vae"}
 
 
 @dataclass(frozen=True)

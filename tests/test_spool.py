@@ -21,9 +21,13 @@ with Spool(Path(sys.argv[1])).take("one"):
     time.sleep(600)
 """
 RACE = """
-import sys
+import os, sys
 from pathlib import Path
 from comfy_g2rpo.files.spool import JobError, Spool
+def no_links(*places):
+    raise PermissionError(1, "Operation not permitted")
+if sys.argv[3] == "without links":
+    os.link = no_links
 try:
     print(Spool(Path(sys.argv[1])).submit("one", {"by": sys.argv[2]}))
 except JobError as error:
@@ -57,6 +61,12 @@ def test_what_is_no_job_is_refused_by_name(tmp_path: Path) -> None:
             spool.submit(name, {})
     with pytest.raises(JobError, match="is the limit"):
         spool.submit("one", {"much": "x" * JOB_BYTES})
+    deep: list[object] = []
+    for _ in range(2000):
+        deep = [deep]
+    for content in ({"deep": deep}, {"half": "\ud800"}):
+        with pytest.raises(JobError, match="nested too deeply, or has half signs"):
+            spool.submit("one", content)
     spool.submit("one", {"a": 1})
     with pytest.raises(JobError, match="with other content; choose another id"):
         spool.submit("one", {"a": 2})
@@ -85,9 +95,12 @@ def test_whoever_is_killed_loses_his_job(tmp_path: Path) -> None:
         assert spool.state("one") == "running"
 
 
-def test_of_many_who_submit_the_same_id_one_wins(tmp_path: Path) -> None:
+@pytest.mark.parametrize("system", ["with links", "without links"])
+def test_of_many_who_submit_the_same_id_one_wins(tmp_path: Path, system: str) -> None:
     command = [sys.executable, "-c", RACE, str(tmp_path)]
-    children = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True) for i in range(5)]
+    children = [
+        subprocess.Popen([*command, str(i), system], stdout=subprocess.PIPE, text=True) for i in range(5)
+    ]
     said = sorted(child.communicate()[0].strip() for child in children)
     assert said == ["True", *["refused"] * 4]
-    assert Spool(tmp_path).ids() == ["one"]
+    assert Spool(tmp_path).ids() == ["one"] and [path.name for path in tmp_path.iterdir()] == ["one.job.json"]

@@ -15,11 +15,13 @@ from workflow_parts import (
     encode,
     guide,
     load,
+    named_files,
     next_column,
     promote_files,
     reward,
     sample,
     schedule,
+    submit,
     training,
     write_prompt,
 )
@@ -306,6 +308,21 @@ def train_folded(graph: Graph, family: Family, title: str) -> Fold:
         inner.promote(trained, name, label)
     for name in ("model", "lora", "run"):
         inner.give(name, trained[name])
+    return inner
+
+
+def submit_folded(graph: Graph, family: Family, title: str) -> Fold:
+    """Fold Submit Training, which is as tall as Train LoRA."""
+    inner = graph.fold(title)
+    next_column(inner)
+    wires = {name: inner.take(name, "G2RPO_REWARD") for name in ("reward", "heldout_reward")}
+    handed = submit(inner, family, wires)
+    shown = {"prompts": "prompts", "heldout_prompts": "held-out prompts", "steps": "steps"}
+    for name, label in (shown | {"learning_rate": "learning rate", "run": "run"}).items():
+        inner.promote(handed, name, label)
+    for name, label in named_files(family):
+        inner.promote(handed, name, label)
+    inner.give("run", handed["run"])
     return inner
 
 

@@ -43,8 +43,16 @@ ROLES = {
         "SingularSDESampler",
         "TinyDemoLoader",
     ),
-    "train": ("Advantages", "LoRAPolicy", "SaveLoRA", "TrainLoRA", "UpdateFromVotes", "UpdateLoRA"),
-    "look": ("CompareLoRA", "RunMonitor", "SaveScoredImages"),
+    "train": (
+        "Advantages",
+        "LoRAPolicy",
+        "SaveLoRA",
+        "SubmitTraining",
+        "TrainLoRA",
+        "UpdateFromVotes",
+        "UpdateLoRA",
+    ),
+    "look": ("CompareLoRA", "RunMonitor", "SaveScoredImages", "TrainingResult"),
 }
 """As web/roles.mjs has them."""
 ROLE = {f"G2RPO_{name}": role for role, names in ROLES.items() for name in names}

@@ -201,6 +201,18 @@ FILES = {
 """The files of ComfyUI's own templates, and where the page offers to fetch them from."""
 
 
+NAMED = {
+    "sd35": (("model", "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors", "checkpoints"),),
+    "flux": (("model", "flux1-dev-fp8.safetensors", "checkpoints"),),
+    "z_image": (
+        ("model", "z_image_bf16.safetensors", "diffusion_models"),
+        ("text_encoder_1", "qwen_3_4b.safetensors", "text_encoders"),
+        ("vae", "ae.safetensors", "vae"),
+    ),
+}
+"""Widgets of Submit Training, the files that they name, and the folders of those."""
+
+
 @dataclass(frozen=True)
 class Model:
     """What the loaders give, and their widgets that name files: node, widget, label."""
@@ -333,6 +345,25 @@ def training(family: Family, steps: int) -> dict[str, object]:
         "run": f"{family.name}-train",
         "changes": family.changes,
     }
+
+
+def submit(graph: Graph, family: Family, wires: dict[str, Socket]) -> Node:
+    """Add Submit Training, whose model is that of the family's loaders, by name."""
+    settings = training(family, family.steps) | {"run": f"{family.name}-worker"}
+    models: dict[str, tuple[str, str]] = {}
+    if family is FLUX:
+        # There it is an input of the model, as FluxGuidance sets it.
+        settings["guidance"] = 3.5
+    for widget, name, folder in NAMED.get(family.name, ()):
+        settings[widget] = f"{name} (checkpoint)" if folder == "checkpoints" else name
+        models[name] = (f"{HUB}/{FILES[name]}/{name}", folder)
+    return graph.add("G2RPO_SubmitTraining", wires | settings, models=models)
+
+
+def named_files(family: Family) -> list[tuple[str, str]]:
+    """List the widgets of Submit Training that name the family's files, with their labels."""
+    labels = {"model": "model", "text_encoder_1": "text encoder", "vae": "VAE"}
+    return [(widget, labels[widget]) for widget, *_ in NAMED.get(family.name, ())]
 
 
 def branching(family: Family, strides: str) -> dict[str, object]:

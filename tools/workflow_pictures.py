@@ -310,8 +310,23 @@ def search(canvas: Image.Image, pen: ImageDraw.ImageDraw, made: Material) -> Non
     pen.line((centre[0] + 106, centre[1] + 106, centre[0] + 178, centre[1] + 178), LIGHT, 30)
 
 
+def beside(canvas: Image.Image, pen: ImageDraw.ImageDraw, made: Material) -> None:
+    """Draw a graph that hands its work to a machine of its own, and gets the picture back."""
+    pen.rounded_rectangle((50, 70, 270, 250), 18, "#22242c", BLUE, 6)
+    say(pen, (160, 160), "graph", 46, BLUE)
+    pen.rounded_rectangle((330, 330, 550, 510), 18, "#22242c", GREEN, 6)
+    say(pen, (440, 420), "worker", 46, GREEN)
+    for path, tip in (
+        (((270, 160), (440, 160), (440, 310)), ((414, 300), (466, 300), (440, 338))),
+        (((330, 420), (160, 420), (160, 408)), ((134, 418), (186, 418), (160, 380))),
+    ):
+        pen.line(path, LIGHT, 12)
+        pen.polygon(tip, LIGHT)
+    tile(canvas, made.after[0], (95, 280), 92, GREEN, 5)
+
+
 DRAWN: dict[str, Callable[[Image.Image, ImageDraw.ImageDraw, Material], None]] = dict(
-    zip(GRAPHS, (pick, why, train, vote, again, loop, compare, search), strict=True)
+    zip(GRAPHS, (pick, why, train, vote, again, loop, compare, search, beside), strict=True)
 )
 
 

@@ -1,4 +1,4 @@
-"""The eight subjects that the workflows show, each for any family."""
+"""The nine subjects that the workflows show, each for any family."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from workflow_folds import (
     prompt_and_guidance,
     searched_and_measured,
     searches,
+    submit_folded,
     train_folded,
     train_short,
 )
@@ -264,6 +265,33 @@ def search(graph: Graph, family: Family) -> None:
     graph.add("G2RPO_ScoreImages", wires, grow=1)
 
 
+def beside(graph: Graph, family: Family) -> None:
+    """Hand a training over to a worker, and look at what becomes of it."""
+    graph.column(0, 300)
+    judge = reward(graph, family.target, "Reward: what is trained")
+    watch = reward(graph, family.watch, "Held-out reward: only measures")
+    graph.column(348, 390, 0, HEIGHT - TALL_NOTE - GAP)
+    inner = submit_folded(graph, family, "Submit a training (open it for all settings)")
+    handed = graph.folded(inner, {"reward": judge, "heldout_reward": watch}, "train", grow=1)
+    graph.column(772, 300, 0, MAP)
+    result = graph.add("G2RPO_TrainingResult", {"run": handed["run"]}, "Training Result", grow=1)
+    graph.column(1106, WIDTH - 1106, 0, MAP)
+    graph.add("PreviewImage", {"images": result["samples"]}, "Newest samples", grow=1)
+    wires = {"lora": result["lora"], "name": f"{family.name}-worker"}
+    graph.add("G2RPO_SaveLoRA", wires, "Save LoRA", mode=MUTED)
+    graph.column(348, 390, HEIGHT - TALL_NOTE, HEIGHT)
+    graph.note(
+        say(
+            f"**Train beside ComfyUI.** {family.files}",
+            "First, on a command line: *g2rpo worker --comfyui FOLDER*, with ComfyUI's own folder.",
+            "Press **Run**: the training is handed over, and ComfyUI is free. Run again to look.",
+            "**Look at** the curve, which moves by itself. *stop* ends the training.",
+            "The LoRA lies in models/loras/g2rpo at the end.",
+        ),
+        grow=1,
+    )
+
+
 GRAPHS: dict[str, Callable[[Graph, Family], None]] = {
     "Pick the best of my images": pick,
     "Why is one better": why,
@@ -273,4 +301,5 @@ GRAPHS: dict[str, Callable[[Graph, Family], None]] = {
     "The loop as a graph": loop,
     "Before and after": compare,
     "Better images without training": search,
+    "Train beside ComfyUI": beside,
 }

@@ -22,6 +22,7 @@ from .commands.score import score
 from .commands.search_images import search
 from .commands.train_prior import prior
 from .commands.vote import vote
+from .commands.worker import worker
 from .config.bundled import bundled_recipes
 from .quiet import quieten_notices
 
@@ -303,6 +304,7 @@ app.command()(prior)
 app.command()(score)
 app.command()(compare)
 app.command()(vote)
+app.command()(worker)
 app.command()(export)
 app.command()(check_lora)
 app.add_typer(rewards_app, name="rewards")

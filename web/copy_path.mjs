@@ -2,7 +2,7 @@
 
 import { element, write } from "./dom.mjs";
 
-export const WRITERS = ["G2RPO_TrainLoRA", "G2RPO_SaveLoRA"];
+export const WRITERS = ["G2RPO_TrainLoRA", "G2RPO_SaveLoRA", "G2RPO_TrainingResult"];
 const HEIGHT = 28;
 const WIDTH = 340;
 const BACK_AFTER = 2500;

@@ -1,4 +1,4 @@
-// Puts the live curve on Train LoRA and Run Monitor, the ballot on Vote, where the file lies on what writes one, and what blocks say on them. The page side
+// Puts the live curve on Train LoRA, Run Monitor and Training Result, the ballot on Vote, where the file lies on what writes one, and what blocks say on them. The page side
 // of nodes/host/routes.py and of the events "g2rpo.progress" and "g2rpo.text".
 
 import { app } from "../../scripts/app.js";
@@ -14,6 +14,10 @@ import { Widgets } from "./widgets.mjs";
 
 const TRAINER = "G2RPO_TrainLoRA";
 const MONITOR = "G2RPO_RunMonitor";
+const SUBMITTER = "G2RPO_SubmitTraining";
+const RESULT = "G2RPO_TrainingResult";
+// The input over which the run of a node that only looks may come.
+const WIRED = { [MONITOR]: "run_name", [RESULT]: "run" };
 const LOOK_EVERY = 1000;
 const POLL_EVERY = 5000;
 const MAX_OFFERS = 6;
@@ -67,9 +71,10 @@ function wanted(node) {
   return node.comfyClass === TRAINER && started && (then ?? "") === asked(node) ? started : asked(node);
 }
 
-// The run that comes over Run Monitor's wire, "" before it is known; null where nothing is wired. Before Train LoRA has ended its own node tells it.
+// The run that comes over the wire of a node that looks, "" before it is known; null where nothing is wired. Before Train LoRA has ended its own node tells it.
 function wiredRun(node) {
-  const slot = node.comfyClass === MONITOR ? node.findInputSlot?.("run_name") ?? -1 : -1;
+  const name = WIRED[node.comfyClass];
+  const slot = name ? node.findInputSlot?.(name) ?? -1 : -1;
   if (slot < 0 || node.inputs[slot].link == null) return null;
   const origin = node.getInputNode(slot);
   return origin?.comfyClass === TRAINER ? wanted(origin) : monitors.get(node)?.told ?? "";
@@ -155,6 +160,7 @@ function look() {
   const now = Date.now();
   widgets.look();
   colourWires(app.canvas);
+  for (const node of app.canvas?.graph?._nodes ?? []) if (node.comfyClass === SUBMITTER) greyTyped(node);
   for (const [node, entry] of monitors) {
     greyTyped(node);
     if (!entry.monitor.root.isConnected) continue;
@@ -181,7 +187,8 @@ function onProgress({ detail }) {
 
 // What Train LoRA says stands over its curve.
 function onText({ detail }) {
-  monitors.get(nodeOf(detail?.node))?.monitor.say(detail.text);
+  const node = nodeOf(detail?.node);
+  if (node?.comfyClass === TRAINER) monitors.get(node)?.monitor.say(detail.text);
   texts.take(detail);
 }
 
@@ -214,7 +221,7 @@ app.registerExtension({
     setInterval(look, LOOK_EVERY);
   },
   nodeCreated(node) {
-    if (node.comfyClass === TRAINER || node.comfyClass === MONITOR) addMonitor(node);
+    if (node.comfyClass === TRAINER || node.comfyClass in WIRED) addMonitor(node);
     if (node.comfyClass === VOTER) voting.add(node);
     if (WRITERS.includes(node.comfyClass)) files.add(node);
     texts.add(node);

@@ -13,8 +13,8 @@ const NODES = {
     "ApplyNoisePrior", "EarlyFilter", "LoadImageFolder", "LoadNoisePrior", "OptimizeNoise", "Rollout", "SearchSampler", "SelectBest",
     "SingularSDESampler", "TinyDemoLoader",
   ],
-  train: ["Advantages", "LoRAPolicy", "SaveLoRA", "TrainLoRA", "UpdateFromVotes", "UpdateLoRA"],
-  look: ["CompareLoRA", "RunMonitor", "SaveScoredImages"],
+  train: ["Advantages", "LoRAPolicy", "SaveLoRA", "SubmitTraining", "TrainLoRA", "UpdateFromVotes", "UpdateLoRA"],
+  look: ["CompareLoRA", "RunMonitor", "SaveScoredImages", "TrainingResult"],
 };
 
 export const ROLE_OF = Object.fromEntries(Object.entries(NODES).flatMap(([role, names]) => names.map((name) => [`G2RPO_${name}`, role])));
@@ -44,6 +44,8 @@ export const TEXT_LINES = {
   G2RPO_ScoreRollout: 7,
   G2RPO_OptimizeNoise: 5,
   G2RPO_SearchSampler: 4,
+  G2RPO_SubmitTraining: 3,
+  G2RPO_TrainingResult: 2,
   G2RPO_UpdateFromVotes: 2,
   G2RPO_UpdateLoRA: 2,
 };

@@ -57,7 +57,10 @@ def opened(path: Path) -> int | None:
     for _ in range(100):  # an owner who is just done removes it, and then another one is made
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:
+                continue  # the folder's last owner has removed it just now
         if not taken(handle):
             os.close(handle)
             return None
@@ -87,11 +90,16 @@ def one_writer(folder: Path) -> Iterator[None]:
             os.write(handle, content.encode())
         yield
     finally:
-        with suppress(OSError):
-            path.unlink()
-        os.close(handle)
-        with suppress(OSError):
-            path.parent.rmdir()  # only where it is empty
+        release(handle, path)
+
+
+def release(handle: int, path: Path) -> None:
+    """Give a lock back, and remove its file and the folder that it made."""
+    with suppress(OSError):
+        path.unlink()
+    os.close(handle)
+    with suppress(OSError):
+        path.parent.rmdir()  # only where it is empty
 
 
 def still_there(handle: int, path: Path) -> bool:

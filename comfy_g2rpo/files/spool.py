@@ -2,7 +2,7 @@
 
     <id>.job.json   what to train; written once and never changed
     <id>.cancel     somebody wants it to end
-    <id>.end.json   how it ended; written once, and such a job is never taken again
+    <id>.end.json   how it ended; such a job is taken no more, unless somebody asks for it again
     <id>.taken/     the lock of the process that works on it
 
 A worker that is killed loses its lock, and the next one takes the job and resumes its run: a job runs to its
@@ -14,19 +14,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .one_writer import LOCK, one_writer, opened
-from .safe import FileError, RunError, finite, folder_on_disk, open_file, write_bytes, writing
+from .one_writer import LOCK, one_writer, opened, release, who
+from .safe import FileError, finite, folder_on_disk, open_file, write_bytes, writing
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)")
 """Names that Windows keeps for devices."""
 JOB_BYTES = 2**20
+PATIENCE = 30.0  # seconds
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 ENDS = (DONE, FAILED, CANCELLED)
 
@@ -55,26 +57,22 @@ class Spool:
         JobError for an id that another job has, and for more than 1 MiB.
         """
         place = self._file(job_id, "job.json")
-        content = (json.dumps(finite(job), indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+        try:
+            content = (json.dumps(finite(job), indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+        except (RecursionError, UnicodeEncodeError) as error:
+            raise JobError(f"job {job_id} is nested too deeply, or has half signs; mend it") from error
         if len(content) > JOB_BYTES:
             raise JobError(f"job {job_id} has {len(content):,} bytes; {JOB_BYTES:,} is the limit")
-        # A name of its own for each who writes: the link to the final name is made by one of them alone.
+        # A name of its own for each who writes: one of them alone gives it the final name.
         ready = self.path / f".{job_id}.{os.getpid()}.{os.urandom(4).hex()}.partial"
         write_bytes(ready, content)
         try:
-            with writing(place):
-                os.link(ready, place)
-                folder_on_disk(self.path)
-        except RunError:
-            if not place.exists():
-                raise
-            if self._read(place) != json.loads(content):
-                known = f"job {job_id} is there already, with other content"
-                raise JobError(f"{known}; choose another id") from None
-            return False
+            made = named_first(ready, place)
         finally:
             ready.unlink(missing_ok=True)
-        return True
+        if not made and self._read(place) != json.loads(content):
+            raise JobError(f"job {job_id} is there already, with other content; choose another id")
+        return made
 
     def ids(self) -> list[str]:
         """List the jobs, oldest first."""
@@ -100,7 +98,7 @@ class Spool:
         handle = opened(lock)
         if handle is None:
             return RUNNING
-        os.close(handle)
+        release(handle, lock)
         return WAITING
 
     @contextmanager
@@ -133,6 +131,22 @@ class Spool:
         place = self._file(job_id, "end.json")
         return self._read(place) if place.exists() else None
 
+    def again(self, job_id: str) -> bool:
+        """Let a job that failed or was cancelled wait once more; False where it has not ended so.
+
+        Its run goes on where it stood, as after a worker that was killed.
+        """
+        self.job(job_id)
+        with one_writer(self._file(job_id, "taken")):
+            if (self.ended(job_id) or {}).get("status") not in (FAILED, CANCELLED):
+                return False
+            # The end last: whoever is killed in between leaves a job that has ended.
+            for kind in ("cancel", "end.json"):
+                with writing(place := self._file(job_id, kind)):
+                    place.unlink(missing_ok=True)
+            folder_on_disk(self.path)
+        return True
+
     def _file(self, job_id: str, kind: str) -> Path:
         """Return where a file of a job lies."""
         return Path(self.path) / f"{check_id(job_id)}.{kind}"
@@ -148,3 +162,34 @@ class Spool:
         if not isinstance(found, dict):
             raise JobError(f"{place} holds no job; remove it")
         return found
+
+
+def named_first(ready: Path, place: Path) -> bool:
+    """Give a finished file its name; False where another one has it already."""
+    with writing(place):
+        try:
+            os.link(ready, place)
+        except FileExistsError:
+            return False
+        except OSError:
+            # FAT and some network drives know no links: there, whoever has the lock looks and moves.
+            with in_turn(place.with_suffix(".writing")):
+                if place.exists():
+                    return False
+                os.replace(ready, place)
+        folder_on_disk(place.parent)
+    return True
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Wait for a lock that others hold for an instant only, and hold it."""
+    deadline = time.monotonic() + PATIENCE
+    while (handle := opened(folder / LOCK)) is None:
+        if time.monotonic() > deadline:
+            raise JobError(f"{folder} is being written by {who(folder / LOCK)}; try again")
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        release(handle, folder / LOCK)

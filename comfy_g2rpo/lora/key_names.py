@@ -54,6 +54,8 @@ class Family:
     """Diffusers modules that it does not map all the same."""
     pipeline_takes_alpha: bool = False
     """Whether diffusers' `load_lora_weights` takes `.alpha` beside its own names."""
+    guidance_is_input: bool = False
+    """Whether the model takes guidance as a number, and moves away from no negative prompt."""
     ratios: tuple[tuple[str, float], ...] = ()
     """Rows over columns of native modules whose names another family has, too."""
     sizes: tuple[tuple[int, int], ...] = ()
@@ -207,6 +209,7 @@ FLUX = Family(
     signature=("vector_in.in_layer", "single_transformer_blocks.0.proj_mlp"),
     core=BOTH,
     pipeline_takes_alpha=True,
+    guidance_is_input=True,
     ratios=(
         ("single_blocks.{}.linear1", 7),
         ("double_blocks.{}.img_mlp.0", 4),
@@ -252,6 +255,7 @@ FLUX2 = Family(
     )
     + links(FLUX2_GLOBAL | FLUX2_UNMAPPED, swaps=["final_layer.adaLN_modulation.1"]),
     signature=("double_stream_modulation_img.lin", "double_stream_modulation_img.linear"),
+    guidance_is_input=True,
     core=NEW,
     core_lacks=frozenset(FLUX2_UNMAPPED.values()),
     ratios=(

@@ -19,15 +19,11 @@ from ...comfy_g2rpo import lora, recipes
 from ...comfy_g2rpo.curriculum.prompt_choice import choice_cost
 from ...comfy_g2rpo.files.one_writer import one_writer
 from ...comfy_g2rpo.files.safe import finite
-from ...comfy_g2rpo.objectives import OBJECTIVES
-from ...comfy_g2rpo.prompts import Prompts, prompts_of, refuse_common, split
-from ...comfy_g2rpo.recipes import FIELDS, Recipe, build_plan
+from ...comfy_g2rpo.recipes import Recipe, build_plan
 from ...comfy_g2rpo.rewards import RewardError
 from ...comfy_g2rpo.run import settings
 from ...comfy_g2rpo.run.checkpoint import restore
-from ...comfy_g2rpo.run.evaluation import price as look_price
 from ...comfy_g2rpo.run.folder import MAY_CHANGE, RunFolder, is_run
-from ...comfy_g2rpo.run.pace import FIELDS as PACE
 from ...comfy_g2rpo.run.pace import Pace
 from ...comfy_g2rpo.run.setup import Setup, make_learner, preview_shape, prompts_ahead
 from ...comfy_g2rpo.run.summary import alarm_at
@@ -43,11 +39,8 @@ from .changed_settings import Change, said, without
 from .comfyui import STOPS, Live, run_place
 from .open_run import NEW, Wanted, choose_run, note_changes, open_run, plain_errors, says_patches
 from .publish import metadata, publish
+from .run_limits import by_section, check_recipe, graph_pace, look_parts, price, read_prompts
 
-MAX_WORK = 10**14  # forwards × pixels of a run
-MAX_STATES = 1_000_000  # of one prompt's tree
-MAX_PROMPTS = 4096  # their encodings are kept
-HELDOUT_SHARE = 0.2
 DEFAULTS = {"method": dataclasses.asdict(Recipe()), "train": dataclasses.asdict(Pace())}
 TOLD = (*WIDGETS, "num_steps", "group_size", "granularities", "pick")
 """Numbers that are told of a preset; what `changes` say is in them."""
@@ -111,7 +104,7 @@ def train(asked: Request, node: str | None, say: Callable[[str], None]) -> Train
         numbers = preset_of(asked)
         wanted = dataclasses.replace(asked, **{name: numbers[name] for name in numbers if name in WIDGETS})
         setup, config = make_setup(wanted, numbers)
-        price(setup, wanted.width, wanted.height)  # refused before anything is written
+        price_of(wanted, setup)  # refused before anything is written
         if numbers:
             say(f"preset {wanted.preset}: {numbers_used(wanted, setup)}")
         name = wanted.run.strip() or known_name(config, wanted.recipe)
@@ -153,7 +146,7 @@ def trained(
     stopped = halted(setup, folder, learner.step) or nothing_left(setup, learner)
     if changes and not stopped:
         note_changes(folder, run, changes, learner.step)
-    say(stopped or price(setup, wanted.width, wanted.height, learner.step))
+    say(stopped or price_of(wanted, setup, learner.step))
     live.rows, live.expected = len(folder.metrics()), expected(setup)
     try:
         learn(setup, learner, folder, live, live.check, (*STOPS, RewardError))
@@ -194,16 +187,10 @@ def make_setup(wanted: Request, numbers: Mapping[str, Any]) -> tuple[Setup, dict
     """
     method, train = settings.parse(wanted.changes, "changes")
     sigmas = checked_schedule(wanted.sigmas) if wanted.sigmas is not None else None
-    paced = {name: value for name, value in numbers.items() if name in PACE}
-    learned = {name: value for name, value in numbers.items() if name in FIELDS and name not in PACE}
+    learned, paced = by_section(numbers)
     made = make_recipe(wanted, {**learned, **method}, sigmas)
     pace = Pace(**{**graph_pace(wanted), **paced, **train})
-    prompts = make_prompts(wanted, pace.seed)
-    if (count := len(prompts.train) + len(prompts.heldout)) > MAX_PROMPTS:
-        raise ValueError(
-            f"prompts: there are {count}; at most {MAX_PROMPTS} are allowed, because their encodings "
-            "are kept in memory"
-        )
+    prompts = read_prompts(wanted.prompts, wanted.heldout_prompts, pace.seed)
     checked_prompt(wanted.negative, "negative")
     if sigmas is None:
         sigmas = shifted_sigmas(made.num_steps, made.shift)
@@ -236,18 +223,6 @@ def make_setup(wanted: Request, numbers: Mapping[str, Any]) -> tuple[Setup, dict
     return setup, describe(wanted, setup, rewards, list(judges))
 
 
-def graph_pace(wanted: Request) -> dict[str, Any]:
-    """Return the pace that the widgets give; the rest suits one GPU and large pictures."""
-    typed = ("steps", "prompts_per_step", "seed", "slots", "eval_every")
-    return {
-        **{name: getattr(wanted, name) for name in typed},
-        "decode_batch": min(wanted.slots, 8),
-        "micro_batch": max(wanted.slots // 4, 1),
-        "eval_prompts": 16,
-        "checkpoint_every": 5,
-    }
-
-
 def make_recipe(wanted: Request, changes: dict[str, Any], sigmas: Tensor | None) -> Recipe:
     """Make the recipe: the named one, the model's own shift, the widgets, then the changes."""
     mix = {"mix": wanted.reward.mix} if len(wanted.reward.rewards) > 1 else {}
@@ -256,20 +231,7 @@ def make_recipe(wanted: Request, changes: dict[str, Any], sigmas: Tensor | None)
     if sigmas is not None:
         fields["num_steps"] = len(sigmas) - 1
     made = recipes.recipe(wanted.recipe, **fields)
-    if OBJECTIVES[made.objective].stored:
-        rather = ", ".join(name for name, one in OBJECTIVES.items() if not one.stored)
-        raise ValueError(
-            f"changes: objective is {made.objective}, which learns from kept votes; use the node Update LoRA "
-            f"on Kept Votes, or choose one that learns from a reward: {rather}"
-        )
-    # A bound before anything is built: what is typed into a line or two could fill the memory.
-    branches = made.group_size * len(recipes.candidate_steps(made)) * made.starts
-    states = branches * made.num_steps * len(made.granularities)
-    if states > MAX_STATES:
-        raise ValueError(
-            f"changes: a tree of up to {states} states is above the limit of {MAX_STATES}; lower "
-            "group_size, num_steps or starts"
-        )
+    check_recipe(made)
     return made
 
 
@@ -293,19 +255,6 @@ def checked_schedule(sigmas: Tensor) -> Tensor:
     return levels
 
 
-def make_prompts(wanted: Request, seed: int) -> Prompts:
-    """Read both prompt fields; without held-out prompts, set a fifth aside where there are enough."""
-    trained, repeated = prompts_of(wanted.prompts.splitlines(), "prompts")
-    notes = (f"{repeated} repeated prompts were dropped",) if repeated else ()
-    if wanted.heldout_prompts.strip():
-        held, _ = prompts_of(wanted.heldout_prompts.splitlines(), "heldout_prompts")
-        refuse_common(trained, held, "heldout_prompts")
-        return Prompts(tuple(trained), tuple(held), notes)
-    if len(trained) < 1 / HELDOUT_SHARE:
-        return Prompts(tuple(trained), (), (*notes, "too few prompts to set some aside: nothing is held out"))
-    return split(trained, HELDOUT_SHARE, seed, "prompts", notes)
-
-
 def halted(setup: Setup, folder: RunFolder, step: int) -> str:
     """Say that the watch stopped a run at this step, and stops it again; nothing where it did not."""
     if setup.pace.watch != "stop" or not alarm_at(folder.metrics(), step):
@@ -313,34 +262,10 @@ def halted(setup: Setup, folder: RunFolder, step: int) -> str:
     return f"nothing left to do: the watch stopped the run at step {step}; watch = warn in changes goes on"
 
 
-def price(setup: Setup, width: int, height: int, made: int = 0) -> str:
-    """Return what the run will cost after the steps that are made, in words.
-
-    Raises ValueError where it is far too much.
-    """
-    pace, plan = setup.pace, build_plan(setup.recipe, 0, setup.pace.seed)
-    steps = pace.steps - made
-    groups = steps * pace.prompts_per_step
-    # A forward and backward is worth three forwards; old forks have theirs, too.
-    more, seen_first = choice_cost(setup.recipe)
-    forwards = groups * (plan.forwards + more + 3 * plan.rows * (1 + setup.recipe.replay))
-    looks = 2 + (steps // pace.eval_every if pace.eval_every else 0)
-    parts = look_parts(setup)
-    seen = sum(count for name, (count, _) in parts.items() if name != "preview") * width * height
-    seen += parts.get("preview", (0, 0))[0] * pace.preview_width * pace.preview_height
-    work = forwards * width * height + looks * seen
-    if work > MAX_WORK:
-        limit = f"{work:.1e} forwards × pixels are above the limit of {MAX_WORK:.0e}"
-        raise ValueError(f"steps: {limit}; lower steps, prompts_per_step or the size")
-    pictures = f"{groups * (plan.pictures + seen_first)} pictures of {width}×{height}"
-    begun = f"{made} of {pace.steps} steps are made; " if made else ""
-    cost = "step costs" if steps == 1 else "steps cost"
-    return f"{begun}{steps} {'more ' if made else ''}{cost} {forwards} forwards and {pictures}"
-
-
-def look_parts(setup: Setup) -> dict[str, tuple[int, int]]:
-    """Count forwards and pictures of one evaluation, by part."""
-    return look_price(setup.recipe, setup.pace, len(setup.prompts.heldout), setup.preview is not None)
+def price_of(wanted: Request, setup: Setup, made: int = 0) -> str:
+    """Return what a run will cost after the steps that are made, in words."""
+    size = wanted.width, wanted.height
+    return price(setup.recipe, setup.pace, len(setup.prompts.heldout), size, made)
 
 
 def expected(setup: Setup) -> dict[str, int]:
@@ -354,11 +279,12 @@ def expected(setup: Setup) -> dict[str, int]:
         return batches((forwards, pace.slots), (pictures, pace.decode_batch))
 
     groups, (more, seen) = pace.prompts_per_step, choice_cost(setup.recipe)
+    looks = look_parts(setup.recipe, pace, len(setup.prompts.heldout))
     return {
         "rollout": drawn(groups * plan.forwards, groups * plan.pictures)
         + drawn(groups * more, groups * seen),
         "update": batches((groups * plan.rows * (1 + setup.recipe.replay), pace.micro_batch)),
-        "evaluate": sum(drawn(*part) for part in look_parts(setup).values()),
+        "evaluate": sum(drawn(*part) for part in looks.values()),
     }
 
 

@@ -1,0 +1,164 @@
+"""One job of a spool in a process of its own: it ends once, whoever stops, breaks or dies on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comfy_g2rpo.files.safe import RunError
+from comfy_g2rpo.files.spool import JobError, Spool
+from comfy_g2rpo.run.folder import RunFolder, is_run
+from g2rpo_trainer.config.reading import find_recipe, read_yaml
+from g2rpo_trainer.jobs.run_job import Rules, cancel_job, error_of, run_job
+
+SMALL = [
+    "train.prompts_per_step=1",
+    "train.eval_prompts=2",
+    "train.eval_noises=1",
+    "method.num_steps=4",
+    "train.checkpoint_every=5",
+]
+WORK = """
+import sys
+from pathlib import Path
+from comfy_g2rpo.files.spool import Spool
+from g2rpo_trainer.jobs.run_job import run_job
+print(run_job(Spool(Path(sys.argv[1]) / "jobs"), "one", Path(sys.argv[1]) / "runs"))
+"""
+
+
+def job(steps: int, *settings: str) -> dict[str, Any]:
+    """Describe a job of the tiny model."""
+    return {
+        "recipe": read_yaml(find_recipe("demo")),
+        "settings": [*SMALL, f"train.steps={steps}", *settings],
+        "source": "test",
+    }
+
+
+def later(until: Callable[[], bool], then: Callable[[], object]) -> threading.Thread:
+    """Do something in a thread once a condition holds, within a minute and a half."""
+
+    def work() -> None:
+        deadline = time.monotonic() + 90
+        while not until() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        then()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def steps_of(run: Path) -> int:
+    """Count the rows of a run."""
+    return len(RunFolder(run).metrics()) if is_run(run) else 0
+
+
+def test_a_job_that_is_none_fails_in_one_line_without_a_process(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "jobs")
+    for name, content, words in (
+        ("none", {}, "no recipe of sections"),
+        ("list", {"recipe": [], "settings": []}, "no recipe of sections"),
+        ("settings", {"recipe": {}, "settings": "a.b=c"}, "settings that are no list"),
+        ("deep", {"recipe": {"model": "DEEP"}, "settings": []}, "nested too deeply"),
+    ):
+        spool.submit(name, content)
+        place = spool.path / f"{name}.job.json"
+        place.write_text(place.read_text().replace('"DEEP"', "[" * 900 + "]" * 900))
+        assert run_job(spool, name, tmp_path / "runs") == "failed"
+        assert words in spool.ended(name)["error"] and "\n" not in spool.ended(name)["error"]
+    assert not list((tmp_path / "runs").glob("*.log"))
+
+
+def test_who_prepares_a_job_may_refuse_it(tmp_path: Path) -> None:
+    def refuse(job: Any) -> Any:
+        raise ValueError(f"no {job['source']}\nis taken")
+
+    spool = Spool(tmp_path / "jobs")
+    spool.submit("one", job(1))
+    assert run_job(spool, "one", tmp_path / "runs", Rules(prepare=refuse)) == "failed"
+    assert spool.ended("one")["error"] == "no test is taken"
+    with pytest.raises(JobError, match="has ended"):
+        run_job(spool, "one", tmp_path / "runs")
+
+
+def test_a_cancelled_job_ends_at_once_where_nobody_works_on_it(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "jobs")
+    spool.submit("one", job(1))
+    spool.submit("two", job(1))
+    assert cancel_job(spool, "one") == "cancelled"
+    spool.cancel("two")  # by somebody else, while no worker was there
+    assert run_job(spool, "two", tmp_path / "runs") == "cancelled"
+    spool.submit("three", job(1))
+    with spool.take("three"):
+        assert cancel_job(spool, "three") == "running"
+        with pytest.raises(RunError, match="being written by"):
+            run_job(spool, "three", tmp_path / "runs")
+
+
+def test_a_mistake_in_the_recipe_is_the_jobs_error_in_one_line(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "jobs")
+    spool.submit("one", job(1, "train.stepz=2"))
+    assert run_job(spool, "one", tmp_path / "runs") == "failed"
+    assert spool.ended("one")["error"].startswith("train.stepz is unknown (did you mean train.steps?)")
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "line"),
+    [
+        (b"warning\nerror: first\nerror: x is 3; choose 4\nafter\n", 2, "x is 3; choose 4"),
+        (b"Traceback\n  File\nKeyError: 'a'\n", 1, "KeyError: 'a'; see one.log"),
+        (b"", 1, "exit code 1; see one.log"),
+        (b"half\n", -9, "its process was ended by signal 9; 9 may mean that memory ran out; see one.log"),
+        (b"\xff" * 10**6 + b"\nerror: " + b"y" * 9999, 2, "y" * 2000),
+    ],
+)
+def test_the_error_of_a_job_is_one_line_of_what_its_process_said(
+    said: bytes, code: int, line: str, tmp_path: Path
+) -> None:
+    (tmp_path / "one.log").write_bytes(said)
+    assert error_of(tmp_path / "one.log", code) == line
+
+
+@pytest.mark.long
+def test_a_job_stops_with_its_worker_goes_on_with_the_next_and_ends_once(tmp_path: Path) -> None:
+    spool, runs = Spool(tmp_path / "jobs"), tmp_path / "runs"
+    spool.submit("one", job(40))
+    command = [sys.executable, "-c", WORK, str(tmp_path)]
+    # Killed without a word: the run of its job must stop by itself, and the next worker wait for that.
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as worker:
+        later(lambda: steps_of(runs / "one") >= 6, lambda: os.kill(worker.pid, signal.SIGKILL)).join()
+    assert spool.ended("one") is None
+    stop = threading.Event()
+    more = later(lambda: steps_of(runs / "one") >= 20, stop.set)
+    assert run_job(spool, "one", runs, Rules(stop=stop.is_set)) == "waiting"
+    more.join()
+    assert run_job(spool, "one", runs) == "done"
+    end = spool.ended("one")
+    assert end["step"] == 40 and (runs / "one" / end["lora"]).is_file()
+    steps = [row["step"] for row in RunFolder(runs / "one").metrics() if "nfe" in row]
+    assert steps == list(range(1, 41))
+
+
+@pytest.mark.long
+def test_a_job_is_cancelled_or_goes_over_a_limit_on_the_way_and_keeps_its_lora(tmp_path: Path) -> None:
+    spool, runs = Spool(tmp_path / "jobs"), tmp_path / "runs"
+    spool.submit("one", job(5000))
+    thread = later(lambda: steps_of(runs / "one") >= 3, lambda: cancel_job(spool, "one"))
+    assert run_job(spool, "one", runs) == "cancelled"
+    thread.join()
+    assert (runs / "one" / spool.ended("one")["lora"]).is_file() and "error" not in spool.ended("one")
+    spool.submit("two", job(5000))
+    rules = Rules(over=lambda run: "too many steps" if steps_of(run) > 3 else "")
+    assert run_job(spool, "two", runs, rules) == "failed"
+    assert spool.ended("two")["error"] == "too many steps" and spool.ended("two")["step"] >= 3

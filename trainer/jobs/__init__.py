@@ -1,0 +1,1 @@
+"""Jobs of a spool, run one at a time in processes of their own."""

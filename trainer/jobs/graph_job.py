@@ -1,0 +1,186 @@
+"""A job that a graph has handed over, as this machine runs it: names become files under the worker's folders.
+
+Whoever can write into the spool could write any job there. So a job may say how to train, and never where
+something lies or what program to run: every field that does is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import yaml
+
+from comfy_g2rpo.files.safe import write_bytes
+
+from ..config.bundled import bundled_folder
+
+TINY = "tiny demo model"
+KINDS = {
+    "checkpoints": ("checkpoints",),
+    "diffusion_models": ("diffusion_models", "unet"),
+    "text_encoders": ("text_encoders", "clip"),
+    "vae": ("vae",),
+}
+"""Folders of ComfyUI's models by kind, with their former names."""
+SHOWN = {"width", "height", "guidance", "negative_prompt", "max_sequence_length"}
+REWARD = {"name", "weight", "gate", "batch", "dtype"}
+FIELDS: dict[str, set[str] | None] = {
+    "model": {"family", "dtype", "schedule", *SHOWN},
+    "memory": {"gradient_checkpointing"},
+    "lora": {"rank", "alpha", "targets"},
+    "method": None,
+    "train": None,
+    "rewards": REWARD,
+    "heldout_rewards": REWARD,
+    "prompts": {"train", "heldout"},
+}
+"""What a job may set, by section; None for all of one that names no place."""
+VOTES = "votes"
+MAX_PROMPTS, MAX_NAME = 4096, 512
+
+
+class RefusedJobError(ValueError):
+    """A job that this worker does not run, in one line."""
+
+
+@dataclass(frozen=True)
+class ModelFolders:
+    """Where models may lie: folders by kind, and nowhere else."""
+
+    by_kind: Mapping[str, Sequence[Path]]
+
+    @classmethod
+    def of(cls, places: Iterable[Path]) -> ModelFolders:
+        """Look up the folders of each kind in models folders, or in files like extra_model_paths.yaml."""
+        found: dict[str, list[Path]] = {kind: [] for kind in KINDS}
+        for place in places:
+            if place.is_file():
+                for kind, folders in extra_paths(place).items():
+                    found[kind] += folders
+            elif place.is_dir():
+                for kind, names in KINDS.items():
+                    found[kind] += [place / name for name in names]
+            else:
+                raise RefusedJobError(f"--models {place} is neither a folder nor a file; check the path")
+        return cls(found)
+
+    def find(self, field: str, kind: str, name: Any) -> str:
+        """Return the file of a name; RefusedJobError unless it lies in one of its kind."""
+        what = f"{field} is {str(name)[:80]!a}"
+        foreign = not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable()
+        if foreign or PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
+            raise RefusedJobError(f"{what}; a job names a file in a folder of models, without leaving it")
+        roots = [os.path.realpath(root) for root in self.by_kind[kind]]
+        there = [os.path.realpath(os.path.join(root, name)) for root in roots]
+        files = [place for place in there if os.path.isfile(place)]
+        for place in files:
+            if any(within(root, place) for root in roots):
+                return place
+        if files:
+            remedy = f"give the folder that holds {kind}/ there with --models"
+            raise RefusedJobError(f"{what}, a link that leads out of the worker's folders; {remedy}")
+        raise RefusedJobError(
+            f"{what}, which is not among this worker's {kind}; give its folder with --models"
+        )
+
+
+def within(root: str, place: str) -> bool:
+    """Return whether a real path lies in a real folder."""
+    try:
+        return os.path.commonpath((root, place)) == root
+    except ValueError:  # on Windows: another drive
+        return False
+
+
+def extra_paths(file: Path) -> dict[str, list[Path]]:
+    """Read the folders of each kind from a file like ComfyUI's extra_model_paths.yaml."""
+    try:
+        tree = yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise RefusedJobError(f"--models {file} is no extra_model_paths.yaml; check the file") from error
+    found: dict[str, list[Path]] = {kind: [] for kind in KINDS}
+    for section in tree.values() if isinstance(tree, dict) else ():
+        given = section if isinstance(section, dict) else {}
+        base = file.parent / os.path.expandvars(Path(str(given.get("base_path") or "")).expanduser())
+        for kind, names in KINDS.items():
+            lines = [line for name in names for line in str(given.get(name) or "").splitlines()]
+            found[kind] += [base / line.strip() for line in lines if line.strip()]
+    return found
+
+
+def prepared(
+    job: Mapping[str, Any], folders: ModelFolders, stem: Path, settings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return what is run in place of a job: with files for names, and its prompts beside `stem`.
+
+    `settings` are the worker's own, which go last. RefusedJobError for a job that says more than it may.
+    """
+    recipe = checked_recipe(job)
+    models = job.get("models")
+    if not isinstance(models, dict):
+        raise RefusedJobError("the job names no models; submit it from the block Submit Training")
+    lists = {name: checked_prompts(name, texts) for name, texts in recipe["prompts"].items()}
+    model, prompts = {**recipe["model"], **places(models, folders)}, {}
+    for name, lines in lists.items():
+        if lines:
+            place = stem.with_name(f"{stem.name}.{name}.jsonl")
+            write_bytes(place, "".join(json.dumps({"prompt": line}) + "\n" for line in lines).encode())
+            prompts[name] = str(place)
+    return {"recipe": {**recipe, "prompts": prompts, "model": model}, "settings": list(settings)}
+
+
+def checked_recipe(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sections of a job's recipe; RefusedJobError for the first field that no job may set."""
+    recipe = job.get("recipe")
+    if not isinstance(recipe, dict) or not {"model", "rewards", "prompts"} <= recipe.keys():
+        raise RefusedJobError("the job has no recipe with model, rewards and prompts; submit another one")
+    if job.get("settings"):
+        raise RefusedJobError("the job brings settings, which only a worker's owner may give; remove them")
+    for section, content in recipe.items():
+        parts = content if section in ("rewards", "heldout_rewards") else [content]
+        if section not in FIELDS or not isinstance(parts, list):
+            raise RefusedJobError(f"{str(section)[:40]!a} is no section that a job may have; remove it")
+        allowed = FIELDS[section]
+        for part in parts:
+            if not isinstance(part, dict):
+                raise RefusedJobError(f"{section} holds no fields; submit another job")
+            for field in part:
+                if allowed is not None and field not in allowed:
+                    named = f"{section}.{str(field)[:40]}"
+                    raise RefusedJobError(f"{named} is nothing that a job may set; remove it")
+            if part.get("name") == VOTES:
+                raise RefusedJobError("rewards has votes, and a worker asks nobody; train in ComfyUI instead")
+    return recipe
+
+
+def checked_prompts(name: str, texts: Any) -> list[str]:
+    """Return a job's prompts; RefusedJobError unless they are a list of texts."""
+    if not isinstance(texts, list) or len(texts) > MAX_PROMPTS or any(not isinstance(t, str) for t in texts):
+        raise RefusedJobError(f"prompts.{name} is no list of at most {MAX_PROMPTS} texts; submit another job")
+    return texts
+
+
+def places(models: Mapping[str, Any], folders: ModelFolders) -> dict[str, Any]:
+    """Return the model's fields of a recipe that say where its parts lie."""
+    kind, name = models.get("folder"), models.get("model")
+    if kind == TINY:
+        return {"path": str(bundled_folder("models") / "tiny")}
+    if kind not in ("checkpoints", "diffusion_models"):
+        raise RefusedJobError(
+            f"models.folder is {str(kind)[:40]!a}; a model is among checkpoints or diffusion_models"
+        )
+    field = "path" if kind == "checkpoints" else "transformer"
+    found: dict[str, Any] = {field: folders.find("models.model", str(kind), name)}
+    given = models.get("text_encoders", [])
+    if not isinstance(given, list) or len(given) > 4:
+        raise RefusedJobError("models.text_encoders is no list of up to 4 names; submit another job")
+    if given:
+        found["text_encoders"] = [folders.find("models.text_encoders", "text_encoders", one) for one in given]
+    if models.get("vae"):
+        found["vae"] = folders.find("models.vae", "vae", models["vae"])
+    return found

@@ -1,0 +1,31 @@
+"""The process of one job: the command line, which stops like after Ctrl-C once its parent is gone.
+
+Its standard input is a pipe that its parent holds and never writes to. The pipe ends when the parent closes
+it, or dies, however suddenly: so a stop needs no signal, which Windows lacks, and no run outlives its worker.
+"""
+
+from __future__ import annotations
+
+import _thread
+import os
+import sys
+import threading
+
+from ..cli import main
+
+
+def follow_parent() -> None:
+    """Wait for the end of standard input, then press Ctrl-C."""
+    # Not by sys.stdin, whose lock Python cannot wait for when it ends.
+    while os.read(0, 4096):
+        pass
+    _thread.interrupt_main()
+
+
+if __name__ == "__main__":
+    threading.Thread(target=follow_parent, daemon=True).start()
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        # Before the run began to listen for it.
+        raise SystemExit(130) from None

@@ -1,0 +1,1 @@
+"""The service for a remote GPU: its guard, what it takes, its jobs, and its client."""
