@@ -206,14 +206,16 @@ def check_settings(settings: Sequence[str]) -> None:
 def ready_job(job: Mapping[str, Any], roots: Sequence[Path]) -> dict[str, Any]:
     """Return a job with its settings in its recipe, and files for names; ValueError where it is refused."""
     check_settings(job["settings"])
-    tree = apply_overrides(job["recipe"], job["settings"])
-    validated(RecipeForm, tree)
-    found = {name: _found(part, name, roots) for name, part in tree.items()}
     try:
+        tree = apply_overrides(job["recipe"], job["settings"])
+        validated(RecipeForm, tree)
+        found = {name: _found(part, name, roots) for name, part in tree.items()}
         config = from_dict(found, near=Path(__file__).parent)
         if any(reward.name == VOTES for reward in (*config.rewards, *config.heldout_rewards)):
             raise RequestError("rewards has votes, and nobody votes here; name a reward that judges")
         model_folder(config.model.path, bool(config.model.transformer))
+    except RequestError:
+        raise
     except ValueError as error:
         raise RequestError(without(str(error), roots)) from error
     return {"recipe": found, "settings": []}
