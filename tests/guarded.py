@@ -20,11 +20,11 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", 
 
 @contextmanager
 def guarded(
-    find: Callable[[str], Mapping[str, http_guard.Handler]], module: ModuleType = http_guard
+    find: Callable[[str], Mapping[str, http_guard.Handler]], module: ModuleType = http_guard, port: int = 0
 ) -> Iterator[int]:
-    """Serve behind the guard in a thread; give the port."""
+    """Serve behind the guard in a thread, at any port or a given one; give the port."""
     ready = threading.Event()
-    with module.listen("127.0.0.1", 0) as at:
+    with module.listen("127.0.0.1", port) as at:
         port, box = at.getsockname()[1], []
         guard = module.Guard(TOKEN, module.names_of("127.0.0.1", port, []), find)
 

@@ -278,7 +278,7 @@ def test_a_weakened_check_shows(
         if module is not job_server and hasattr(weak, kind):
             setattr(weak, kind, getattr(module, kind))
     guard, server = (weak if module is each else each for each in (http_guard, job_server))
-    few = ("/jobs", "/nothing") if module is http_guard else ()
+    few = ("/jobs", "/jobs/one", "/nothing") if module is http_guard else ()
     holes = audit(tmp_path / "audit", guard, server, ("GET", "POST", "BREW"), few)
     assert next(holes, None)
     holes.close()

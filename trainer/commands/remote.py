@@ -107,8 +107,8 @@ def cancel(job: Job, url: Url = HERE, token_file: TokenFile = None) -> None:
 def list_jobs(url: Url = HERE, token_file: TokenFile = None) -> None:
     """List the jobs of a service, the newest first."""
     for job in connect(url, token_file).jobs():
-        step = "" if job.get("step") is None else f"  step {job['step']}"
-        typer.echo(plainly(f"{job.get('id')}  {job.get('status')}{step}  {job.get('submitted')}"))
+        step = "" if job.get("step") is None else f" step {job['step']}"
+        typer.echo(plainly(f"{job.get('id')} {job.get('status')}{step} {job.get('submitted')}"))
 
 
 def connect(url: str, token_file: Path | None) -> RemoteService:

@@ -49,7 +49,10 @@ RewardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]{1,64}$")]
 
 
 class RequestError(ValueError):
-    """A job that is not taken, in one line that names the field and the remedy."""
+    """A job that is not taken, in one printable line that names the field and the remedy."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__("".join(sign if sign.isprintable() else "?" for sign in words))
 
 
 class Form(BaseModel):
@@ -96,6 +99,8 @@ def _kind(kind: Any, place: str, bounds: Mapping[str, float]) -> Any:
         item = _kind(parts[0], place, bounds)
         if place in ("rewards", "heldout_rewards"):
             item = Union[RewardName, item]  # noqa: UP007
+        if place == "rewards":
+            return Annotated[list[item], Field(min_length=1, max_length=MAX_ITEMS)]
         return Annotated[list[item], Field(max_length=MAX_ITEMS)]
     if get_origin(kind) in (Union, UnionType):
         return Union[tuple(_kind(part, place, bounds) for part in parts)]  # noqa: UP007

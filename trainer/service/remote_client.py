@@ -135,8 +135,10 @@ class RemoteService:
                 reason = str(error).replace(str(file), "it")
                 raise RemoteError(f"what came for job {job_id} is no LoRA: {reason}") from error
             found = digest_of(file)
-            # A job that still runs may have gone on to its next checkpoint meanwhile.
-            if about.get("sha256") not in (None, found, (self.job(job_id).get("lora") or {}).get("sha256")):
+            if about.get("sha256") not in (None, found):
+                # A job that still runs may have gone on to its next checkpoint meanwhile.
+                about.update(self.job(job_id).get("lora") or {})
+            if about.get("sha256") not in (None, found):
                 raise RemoteError(f"the LoRA of job {job_id} changed on its way; fetch it again")
 
         self.download(at(job_id, "/lora"), place, check, replace)
@@ -160,7 +162,10 @@ class RemoteService:
         while True:
             try:
                 with self._asked(method, path, body) as response:
-                    return table_of(response.read(MAX_ANSWER + 1))
+                    content = response.read(MAX_ANSWER + 1)
+                    if response.length:
+                        raise ConnectionError("the connection dropped on the way")
+                    return table_of(content)
             except (*LOST, RemoteError) as error:
                 if not again and not isinstance(error, ConnectionRefusedError):
                     self._give_up(error, float("-inf"))
