@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from test_judges_server import BAD_REQUESTS, ODD, STRANGERS, TOKEN, Bright, ask, send, serving
+from guarded import STRANGERS, TOKEN, send
+from test_judges_server import BAD_REQUESTS, ODD, Bright, ask, serving
 
-from comfy_g2rpo.rewards import RewardError
-from g2rpo_trainer.rewards.judges import server
+from g2rpo_trainer.service import http_guard
 
 HEAD = f"POST /score HTTP/1.1\r\nHost: HOST\r\nAuthorization: Bearer {TOKEN}\r\n"
 BROKEN: dict[str, str] = {
@@ -37,7 +37,7 @@ def one_line_each(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     shown = [logging.Formatter().format(record) for record in caplog.records if record.name != "asyncio"]
     assert len(shown) == len(caplog.records)
     for line in shown:
-        assert line.isprintable() and "Traceback" not in line and len(line) <= server.MAX_LOGGED
+        assert line.isprintable() and "Traceback" not in line and len(line) <= http_guard.MAX_LOGGED
 
 
 def speak(port: int, content: str, hang_up: bool) -> None:
@@ -104,15 +104,6 @@ def test_a_reward_that_breaks_makes_one_line_and_is_served_on(
         assert send(port, "POST", "/score", body=ask()) == 500
         assert send(port, "GET", "/about") == 200
     assert len(caplog.records) == 1 and words in caplog.text
-
-
-def test_a_port_that_is_taken_is_named_once() -> None:
-    with server.listen("127.0.0.1", 0) as at:
-        port = at.getsockname()[1]
-        with pytest.raises(
-            RewardError, match=f"cannot listen at 127.0.0.1 port {port}: [a-z ]+; choose another"
-        ):
-            server.listen("127.0.0.1", port)
 
 
 def test_what_goes_well_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,13 +5,9 @@ And each check weakened once, which must show.
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import io
 import json
-import os
-import socket
-import stat
 import threading
 import time
 from base64 import b64encode
@@ -25,9 +21,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from aiohttp.test_utils import make_mocked_request
+from guarded import METHODS, STRANGERS, TOKEN, UPGRADE, guarded, send, send_for_answer
 from judge_host import section
-from multidict import CIMultiDict
 from PIL import Image
 from program import leave
 
@@ -36,10 +31,9 @@ from comfy_g2rpo.rewards import Reward, RewardError, Rule, checked
 from g2rpo_trainer.rewards.judges import connect, server
 from g2rpo_trainer.rewards.judges.client import Limits
 from g2rpo_trainer.rewards.judges.judge_protocol import body
-from g2rpo_trainer.rewards.judges.server import JudgeServer, listen, names_of, token_of
+from g2rpo_trainer.rewards.judges.server import JudgeServer
+from g2rpo_trainer.service import http_guard
 
-TOKEN = "t" * 43
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PROPFIND", "BREW")
 ADDRESSES = ("/about", "/score", "/", "/about/", "//about", "/about?x=1", "/ABOUT", "/%61bout", "/nothing")
 ADDRESSES += ("/score/../about", "*")
 SERVED = {("GET", "/about"), ("POST", "/score")}
@@ -67,71 +61,13 @@ class Bright(Reward):
 @contextmanager
 def serving(reward: Any = None, module: ModuleType = server) -> Iterator[tuple[int, Any]]:
     """Serve a reward in a thread; give its port and the reward."""
-    reward, ready = reward or Bright(), threading.Event()
-    with module.listen("127.0.0.1", 0) as at:
-        port, box = at.getsockname()[1], []
-        judge = module.JudgeServer(reward, TOKEN, module.names_of("127.0.0.1", port, []))
-
-        async def run() -> None:
-            box.extend([asyncio.get_running_loop(), asyncio.current_task()])
-            await module.serve(judge, at, ready.set)
-
-        def work() -> None:
-            with pytest.raises(asyncio.CancelledError):
-                asyncio.run(run())
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        assert ready.wait(20)
-        try:
+    reward = reward or Bright()
+    judge = module.JudgeServer(reward)
+    try:
+        with guarded(judge.find) as port:
             yield port, reward
-        finally:
-            box[0].call_soon_threadsafe(box[1].cancel)
-            thread.join(20)
-            assert not thread.is_alive()
-
-
-def send(port: int, method: str, path: str, *given: Any, **named: Any) -> int:
-    """Send one request by hand as send_for_answer does; return the status."""
-    return send_for_answer(port, method, path, *given, **named)[0]
-
-
-def send_for_answer(
-    port: int,
-    method: str,
-    path: str,
-    headers: dict[str, Any] | None = None,
-    body: bytes = b"",
-    patience: float = 10,
-) -> tuple[int, str]:
-    """Send one request by hand, the sound headers changed by `headers` (None leaves one out, a list
-    repeats one); return the status and the whole answer.
-    """
-    sound: dict[str, Any] = {"Host": f"127.0.0.1:{port}", "Authorization": f"Bearer {TOKEN}"}
-    sound["Connection"] = "close"
-    if body or method in ("POST", "PUT", "PATCH"):
-        sound |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
-    lines = [f"{method} {path} HTTP/1.1"]
-    for name, value in (sound | (headers or {})).items():
-        values = value if isinstance(value, list) else [value]
-        lines += [f"{name}: {one}" for one in values if one is not None]
-    with socket.create_connection(("127.0.0.1", port), timeout=patience) as connection:
-        connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
-        answer = b""
-        try:
-            while not whole(answer, method) and (part := connection.recv(65536)):
-                answer += part
-        except (TimeoutError, ConnectionError):
-            pass
-    return int(answer.split(b" ", 2)[1]) if answer else 0, answer.decode("utf-8", "replace")
-
-
-def whole(answer: bytes, method: str) -> bool:
-    """Say whether all of an answer has come."""
-    head, end, body = answer.partition(b"\r\n\r\n")
-    named = [line.lower().partition(b"content-length:") for line in head.split(b"\r\n")]
-    length = next((int(value) for before, name, value in named if name and not before), 0)
-    return bool(end) and (method == "HEAD" or len(body) >= length)
+    finally:
+        judge.close()
 
 
 def png(size: tuple[int, int] = (4, 4), mode: str = "RGB", kind: str = "PNG", value: int = 128) -> str:
@@ -146,29 +82,6 @@ def ask(**changes: Any) -> bytes:
     return json.dumps({"images": [png()], "prompts": ["x"]} | changes).encode()
 
 
-UPGRADE = {"Connection": "Upgrade", "Upgrade": "websocket"}
-STRANGERS: dict[str, tuple[dict[str, Any], int]] = {
-    "another host": ({"Host": "evil.example"}, 421),
-    "no host": ({"Host": None}, 421),
-    "another port": ({"Host": "127.0.0.1:1"}, 421),
-    "no port": ({"Host": "127.0.0.1"}, 421),
-    "a host that ends like ours": ({"Host": "evil.127.0.0.1"}, 421),
-    "a page": ({"Origin": "http://127.0.0.1"}, 403),
-    "a page without a name": ({"Origin": "null"}, 403),
-    "a link": ({"Referer": "http://127.0.0.1/"}, 403),
-    "a browser": ({"Sec-Fetch-Site": "same-origin"}, 403),
-    "a browser's mode": ({"Sec-Fetch-Mode": "no-cors"}, 403),
-    "cookies": ({"Cookie": "a=b"}, 403),
-    "no token": ({"Authorization": None}, 401),
-    "an empty token": ({"Authorization": "Bearer "}, 401),
-    "another token": ({"Authorization": "Bearer " + "u" * 43}, 401),
-    "a longer token": ({"Authorization": f"Bearer {TOKEN}t"}, 401),
-    "a shorter token": ({"Authorization": f"Bearer {TOKEN[:-1]}"}, 401),
-    "two tokens": ({"Authorization": [f"Bearer {TOKEN}"] * 2}, 401),
-    "the token of another scheme": ({"Authorization": f"Basic {TOKEN}"}, 401),
-    "the token in other letters": ({"Authorization": f"Bearer {TOKEN.upper()}"}, 401),
-    "no token but an upgrade": ({"Authorization": None, **UPGRADE}, 401),
-}
 ODD: dict[str, tuple[dict[str, Any], bytes, int]] = {
     "an upgrade": (UPGRADE, ask(), 400),
     "text": ({"Content-Type": "text/plain"}, ask(), 415),
@@ -242,37 +155,8 @@ def test_nobody_but_the_holder_of_the_token_gets_anything_at_any_address() -> No
     assert list(audit()) == []
 
 
-OURS = "127.0.0.1:80"
-
-
-@pytest.mark.parametrize("hosts", [[], [OURS] * 2, [OURS, "evil.example"], ["evil.example", OURS]])
-def test_a_request_names_one_host_whatever_the_parser_lets_through(hosts: list[str]) -> None:
-    judge = JudgeServer(Bright(), TOKEN, [OURS])
-    headers = CIMultiDict([("Authorization", f"Bearer {TOKEN}"), *(("Host", host) for host in hosts)])
-    with pytest.raises(server.Refusal, match="not called that") as caught:
-        judge.admit(make_mocked_request("GET", "/about", headers))
-    assert caught.value.status == 421
-
-
-COMPARE, ADMIT = "hmac.compare_digest", "            self.admit(request)"
-METHODS_OF = "            methods = self.routes.get(request.raw_path)"
 WEAKENED = {
-    "any host": ("len(hosts) != 1 or hosts[0].lower() not in self.hosts", "False"),
-    "any page": ("any(mark in request.headers for mark in BROWSER)", "False"),
-    "no marks of fetch": ("*FETCH, ", ""),
-    "any token": (f"len(sent) != 1 or not {COMPARE}", f"len(sent) > 1 or None is {COMPARE}"),
-    "half a token": ("compare_digest(sent[0], self._token)", "compare_digest(sent[0][:9], self._token[:9])"),
-    "addresses before the token": (
-        f"{ADMIT}\n{METHODS_OF}\n",
-        f"{METHODS_OF}\n            methods is None or self.admit(request)\n",
-    ),
-    "addresses with more": ("self.routes.get(request.raw_path)", "self.routes.get(request.path)"),
-    "any method": ("if request.method not in methods:", "if request.method == 'BREW':"),
-    "upgrades": ('"Upgrade" in request.headers', "False"),
-    "any type": ('request.headers.get("Content-Type", "").lower() != "application/json"', "False"),
-    "packed bodies": ('"Content-Encoding" in request.headers', "False"),
-    "bodies of unknown length": ("request.content_length is None", "False"),
-    "bodies of any length": ("request.content_length > MAX_BODY", "False"),
+    "addresses with more": ("self._routes.get(address)", 'self._routes.get(address.partition("?")[0])'),
     "counts that differ": ("not len(asked.images) == len(asked.prompts) == len(columns)", "False"),
     "any number of pixels": ("picture.shape[0] * picture.shape[1] * len(images) > MAX_PIXELS", "False"),
     "any sizes": ("found and picture.shape != found[0].shape", "False"),
@@ -406,7 +290,7 @@ def test_what_nobody_waits_for_any_more_is_not_judged() -> None:
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(http_guard, "BODY_SECONDS", 0.3)
     with serving() as (port, _):
         assert send(port, "POST", "/score", {"Content-Length": "100"}, b"{") == 408
 
@@ -415,74 +299,7 @@ def test_a_reward_that_needs_a_group_is_not_served() -> None:
     reward = Bright()
     reward.needs_group = True
     with pytest.raises(RewardError, match="compares the pictures of a group"):
-        JudgeServer(reward, TOKEN, [])
-
-
-# Its token and its address
-
-
-def test_the_token_is_made_once_and_is_its_users_alone(tmp_path: Path) -> None:
-    place = tmp_path / "deep" / "token"
-    token = token_of(place)
-    assert token_of(place) == token and len(token) >= 43 and token_of(tmp_path / "other") != token
-    assert os.name == "nt" or stat.S_IMODE(place.stat().st_mode) == 0o600
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
-@pytest.mark.parametrize("how", ["readable", "writable", "another's", "pipe", "folder"])
-def test_a_token_file_that_others_may_reach_is_refused(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = tmp_path / "token"
-    if how == "pipe":
-        os.mkfifo(place, 0o600)
-    elif how == "folder":
-        place.mkdir(0o700)
-    else:
-        token_of(place)
-        place.chmod({"readable": 0o640, "writable": 0o602}.get(how, 0o600))
-    if how == "another's":
-        monkeypatch.setattr(os, "getuid", lambda: place.stat().st_uid + 1)
-    with pytest.raises(RewardError, match="no plain file that only you can read"):
-        token_of(place)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such links")
-def test_a_token_file_that_is_a_link_is_refused(tmp_path: Path) -> None:
-    token_of(tmp_path / "elsewhere")
-    (tmp_path / "token").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="token"):
-        token_of(tmp_path / "token")
-
-
-NO_TOKENS = {
-    "nothing": b"",
-    "31 signs": b"t" * 31,
-    "blanks within": b"a b" * 20,
-    "letters beyond ASCII": "é".encode() * 40,
-    "bytes that are no text": b"\xff" * 40,
-    "a sign that steers a terminal": b"a" * 20 + b"\x07" + b"b" * 20,
-    "two lines": b"a" * 40 + b"\n" + b"b" * 40,
-}
-
-
-@pytest.mark.parametrize("name", NO_TOKENS)
-def test_a_token_that_is_none_is_refused(name: str, tmp_path: Path) -> None:
-    place = tmp_path / "token"
-    token_of(place)
-    place.write_bytes(NO_TOKENS[name])
-    with pytest.raises(RewardError, match="holds no token of at least 32 signs"):
-        token_of(place)
-
-
-def test_names_are_exact_and_every_address_needs_one() -> None:
-    assert names_of("127.0.0.1", 80, []) == ("127.0.0.1:80", "localhost:80")
-    assert names_of("::1", 8765, ["judge.lan:8765"]) == ("[::1]:8765", "localhost:8765", "judge.lan:8765")
-    assert names_of("0.0.0.0", 8765, ["judge:8765"]) == ("judge:8765",)
-    with pytest.raises(RewardError, match="--known-as"):
-        names_of("0.0.0.0", 8765, [])
-    with pytest.raises(RewardError, match="give an IP address"):
-        listen("localhost", 0)
+        JudgeServer(reward)
 
 
 MISTAKES = {

@@ -17,9 +17,11 @@ from .commands.arguments import Best, CommandError, Force, Recipe, Settings, lor
 from .commands.calibrate import calibrate
 from .commands.compare import compare
 from .commands.export import check_lora, export
+from .commands.remote import remote_app
 from .commands.rewards import rewards_app
 from .commands.score import score
 from .commands.search_images import search
+from .commands.serve_jobs import serve_jobs
 from .commands.train_prior import prior
 from .commands.vote import vote
 from .commands.worker import worker
@@ -307,6 +309,8 @@ app.command()(vote)
 app.command()(worker)
 app.command()(export)
 app.command()(check_lora)
+app.command("serve")(serve_jobs)
+app.add_typer(remote_app, name="remote")
 app.add_typer(rewards_app, name="rewards")
 
 

@@ -46,8 +46,9 @@ def serve(
     from ..config.sections import RewardSection
     from ..model.inference import device as best_device
     from ..rewards.build import build
-    from ..rewards.judges.server import JudgeServer, listen, names_of, token_of
-    from ..rewards.judges.server import serve as run
+    from ..rewards.judges.server import JudgeServer
+    from ..service.http_guard import Guard, listen, names_of, token_of
+    from ..service.http_guard import serve as run
 
     if dtype not in ("fp32", "bf16"):
         raise RewardError(f"--dtype is {dtype[:20]!a}; choose fp32 or bf16")
@@ -57,7 +58,8 @@ def serve(
     with listen(host, port) as at:
         real_port = at.getsockname()[1]
         names = names_of(host, real_port, known_as or [])
-        server = JudgeServer(build(section, best_device()), token_of(place), names)
+        server = JudgeServer(build(section, best_device()))
+        guard = Guard(token_of(place), names, server.find)
 
         def ready() -> None:
             typer.echo(
@@ -66,6 +68,8 @@ def serve(
             )
 
         try:
-            asyncio.run(run(server, at, ready))
+            asyncio.run(run(guard, at, ready))
         except KeyboardInterrupt:
             typer.echo("stopped")
+        finally:
+            server.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _thread
 import os
+import signal
 import sys
 import threading
 
@@ -23,6 +24,8 @@ def follow_parent() -> None:
 
 
 if __name__ == "__main__":
+    # A worker in the background may have been told to ignore it, and hands that on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=follow_parent, daemon=True).start()
     try:
         main(sys.argv[1:])

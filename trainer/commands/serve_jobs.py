@@ -1,0 +1,85 @@
+"""`g2rpo serve`: train jobs that come over HTTP, on a machine with a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import CommandError
+
+TOKEN_FILE = Path("~/.cache/g2rpo/service.token")
+
+
+def serve_jobs(
+    host: Annotated[str, typer.Option(help="IP address to listen at; it is not encrypted.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8766,
+    known_as: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help="Another name that clients use; repeat for several."),
+    ] = None,
+    token_file: Annotated[
+        Path, typer.Option(help="File of the token that clients must give; made where there is none.")
+    ] = TOKEN_FILE,
+    jobs: Annotated[Path, typer.Option(help="Folder of the jobs and their runs.")] = Path("jobs"),
+    models: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder in which jobs find models, prompts and LoRAs by name; repeat for several.",
+        ),
+    ] = None,
+    queue: Annotated[int, typer.Option(min=1, max=100_000, help="Jobs that may wait at once.")] = 16,
+    hours: Annotated[float, typer.Option(min=0.001, max=10_000, help="Hours that a job may take.")] = 24.0,
+    gigabytes: Annotated[
+        float, typer.Option(min=0.001, max=1e6, help="Gigabytes that all jobs together may hold.")
+    ] = 50.0,
+    behind_tls_proxy: Annotated[
+        bool,
+        typer.Option(
+            "--behind-tls-proxy", help="Listen beyond this machine: a proxy elsewhere encrypts what passes."
+        ),
+    ] = False,
+    print_openapi: Annotated[
+        bool, typer.Option("--print-openapi", help="Print the OpenAPI description and leave.")
+    ] = False,
+) -> None:
+    """Train jobs that come over HTTP, one after another, until Ctrl-C; for a GPU elsewhere."""
+    import asyncio
+    import json
+
+    from comfy_g2rpo.files.one_writer import one_writer
+
+    from ..service.api_document import document
+    from ..service.http_guard import Guard, check_private, listen, names_of, serve, token_of
+    from ..service.job_server import JobService, Quotas
+
+    if print_openapi:
+        typer.echo(json.dumps(document(), indent=1))
+        return
+    check_private(host, behind_tls_proxy)
+    roots = [each.expanduser() for each in models or []]
+    if missing := next((each for each in roots if not each.is_dir()), None):
+        raise CommandError(f"--models is {missing}, which is no folder; choose another")
+    place, folder = token_file.expanduser(), jobs.expanduser()
+    with listen(host, port) as at, one_writer(folder):
+        names = names_of(host, at.getsockname()[1], known_as or [])
+        token = token_of(place)
+        service = JobService(folder, roots, Quotas(queue, hours, gigabytes))
+        guard = Guard(token, names, service.find)
+
+        def ready() -> None:
+            typer.echo(
+                f"serving {folder} at http://{names[0]}\nthe other side needs: export "
+                f'G2RPO_REMOTE_TOKEN="$(cat {place})"'
+            )
+
+        try:
+            service.start()
+            asyncio.run(serve(guard, at, ready))
+        except KeyboardInterrupt:
+            pass
+        finally:
+            typer.echo("stopping; what runs leaves a checkpoint and goes on with the next start")
+            service.close()

@@ -1,0 +1,333 @@
+"""The service for a remote GPU: jobs come in as JSON, one after another is trained, and files go out.
+
+Who may ask at all is up to http_guard.py, what a job may be to job_schema.py. A job itself runs in a process
+of its own (jobs/run_job.py), so that no run can break the service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from comfy_g2rpo.files.safe import RunError, open_file
+from comfy_g2rpo.files.spool import ENDS, WAITING, JobError, Spool
+from comfy_g2rpo.run.folder import RunFolder, is_run
+
+from ..jobs.run_job import Rules, cancel_job, run_job
+from .api_document import ROUTES, Route, document
+from .http_guard import HEADERS, Answer, Handler, Refusal, in_one_line, read_body
+from .job_schema import RequestError, job_request, ready_job, without
+from .job_views import PICTURES, job_view, lora_of, short_view
+from .metric_stream import MetricLines
+
+MAX_BODY = 256 * 2**10
+MAX_STREAMS = 64
+MAX_LISTED = 1000
+WRITE_SECONDS = 60.0
+POLL_SECONDS, PING_SECONDS = 0.5, 15.0
+BLOCK = 2**18
+
+log = logging.getLogger(__name__)
+log.addFilter(in_one_line)
+
+
+@dataclass(frozen=True)
+class Quotas:
+    """What all jobs together, and one of them, may take."""
+
+    queue: int = 16
+    hours: float = 24.0
+    gigabytes: float = 50.0
+
+
+class JobService:
+    """Takes jobs, trains them one at a time in a thread that starts processes, and answers about them."""
+
+    def __init__(self, folder: Path, models: Sequence[Path] = (), quotas: Quotas | None = None) -> None:
+        self.folder, self.quotas = Path(folder).resolve(), quotas or Quotas()
+        self.models = [Path(each).expanduser().resolve() for each in models]
+        self.spool, self.runs = Spool(self.folder / "spool"), self.folder / "runs"
+        self.spool.path.mkdir(parents=True, exist_ok=True)
+        self._open = {each: None for each in self.spool.ids() if self.spool.ended(each) is None}
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="spool")
+        self._stop, self._more, self._streams = threading.Event(), threading.Event(), 0
+        self._size = (float("-inf"), 0)
+        self._worker = threading.Thread(target=self._work, name="worker")
+
+    def start(self) -> None:
+        """Begin to train."""
+        self._worker.start()
+
+    def close(self) -> None:
+        """Stop the run of now at its next step; its job and those that wait go on with the next service."""
+        self._stop.set()
+        self._more.set()
+        if self._worker.is_alive():
+            self._worker.join()
+        self._disk.shutdown()
+
+    def find(self, address: str) -> Mapping[str, Handler]:
+        """Return what answers at an address, by method."""
+        path, sign, query = address.partition("?")
+        found: dict[str, Handler] = {}
+        for route in ROUTES:
+            if (match := route.pattern.fullmatch(path)) and (not sign or route.query):
+                after = route.query.fullmatch(query) if sign else None
+                if sign and not after:
+                    raise Refusal(400, "the query is not after=NUMBER; leave it out")
+                given = [*match.groups(), *([int(after[1]) if after else 0] if route.query else [])]
+                found[route.method] = partial(self._answer, route, given)
+        if not found:
+            raise Refusal(404, "there is nothing here; GET /openapi.json lists the addresses")
+        return found
+
+    async def _answer(self, route: Route, given: Sequence[Any], request: web.BaseRequest) -> Answer:
+        """Answer at a route; what was asked for and is not there is a refusal in words."""
+        if route.method != "POST" and request.body_exists:
+            raise Refusal(400, "send no body")
+        try:
+            return await getattr(self, route.handler)(*given, request)
+        except JobError as error:
+            raise Refusal(404, without(str(error), [self.folder, *self.models])) from error
+        except RunError as error:
+            log.warning("%s", error)
+            raise Refusal(507, "the service cannot write; its disk may be full") from error
+        except RequestError as error:
+            raise Refusal(400, str(error)) from error
+
+    async def _do(self, work: Callable[..., Any], *given: Any) -> Any:
+        """Do what touches the disk, one after another, away from the loop that serves."""
+        return await asyncio.get_running_loop().run_in_executor(self._disk, partial(work, *given))
+
+    async def health(self, request: web.BaseRequest) -> Answer:
+        """Say that the service is there, and how much it has to do."""
+        return {"ok": True, "open": len(self._open), "queue": self.quotas.queue}
+
+    async def openapi(self, request: web.BaseRequest) -> Answer:
+        """Give the description of all addresses."""
+        return document()
+
+    async def submit(self, request: web.BaseRequest) -> Answer:
+        """Take a job."""
+        content = await read_body(request, MAX_BODY)
+        return await self._do(self._submit, content)
+
+    def _submit(self, content: bytes) -> dict[str, Any]:
+        """Check a job and write it into the spool."""
+        given, job = job_request(content)
+        job_id = given or f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+        known = (self.spool.path / f"{job_id}.job.json").exists()
+        if not known:
+            self._check_quotas()
+            ready_job(job, self.models)
+        try:
+            new = self.spool.submit(job_id, job)
+        except JobError as error:
+            raise Refusal(409, without(str(error), [self.folder])) from error
+        if new:
+            self._open[job_id] = None
+            self._more.set()
+        return {"id": job_id, "status": self.spool.state(job_id), "new": new}
+
+    def _check_quotas(self) -> None:
+        """Refuse a job for which there is no room."""
+        if len(self._open) >= self.quotas.queue:
+            raise Refusal(429, f"{len(self._open)} jobs wait already; come back later")
+        if self._used() >= self.quotas.gigabytes * 1e9:
+            raise Refusal(429, f"jobs hold {self.quotas.gigabytes:g} GB already; have old ones removed")
+
+    def _used(self) -> int:
+        """Return the bytes of all jobs, counted anew every ten seconds."""
+        if time.monotonic() - self._size[0] > 10:
+            self._size = (time.monotonic(), size_of(self.folder))
+        return self._size[1]
+
+    async def jobs(self, request: web.BaseRequest) -> Answer:
+        """List jobs, the newest first."""
+        return {"jobs": await self._do(self._listed)}
+
+    def _listed(self) -> list[dict[str, Any]]:
+        """List what can be read of the newest jobs."""
+        found = []
+        for job_id in reversed(self.spool.ids()[-MAX_LISTED:]):
+            with suppress(JobError):
+                found.append(short_view(self.spool, self.runs, job_id))
+        return found
+
+    async def job(self, job_id: str, request: web.BaseRequest) -> Answer:
+        """Tell all of a job."""
+        return await self._do(job_view, self.spool, self.runs, job_id, [self.folder, *self.models])
+
+    async def cancel(self, job_id: str, request: web.BaseRequest) -> Answer:
+        """End a job: at once while it waits, at its next step while it runs."""
+        return await self._do(self._cancel, job_id)
+
+    def _cancel(self, job_id: str) -> dict[str, Any]:
+        """Ask for a job's end."""
+        if (status := self.spool.state(job_id)) in ENDS:
+            raise Refusal(409, f"job {job_id} has ended already: {status}")
+        status = cancel_job(self.spool, job_id)
+        if status in ENDS:
+            self._open.pop(job_id, None)
+        return {"id": job_id, "status": status}
+
+    async def events(self, job_id: str, after: int, request: web.BaseRequest) -> Answer:
+        """Tell of a job while it goes on: its rows of metrics behind a line, and how it ends."""
+        status = await self._do(self.spool.state, job_id)
+        if self._streams >= MAX_STREAMS:
+            raise Refusal(429, f"{MAX_STREAMS} watch already; come back later")
+        self._streams += 1
+        try:
+            response = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            async for event in self._told(job_id, after, status):
+                await written(response, event.encode())
+        except (ConnectionError, asyncio.TimeoutError):
+            # Whoever reads too slowly comes back, and says what the last line was.
+            if request.transport:
+                request.transport.abort()
+        finally:
+            self._streams -= 1
+        return response
+
+    async def _told(self, job_id: str, after: int, status: str) -> AsyncIterator[str]:
+        """Make the events of a job until it has ended."""
+        lines, said, quiet = MetricLines(self.runs / job_id / "metrics.jsonl", after), "", time.monotonic()
+        while True:
+            ended = await self._do(self.spool.ended, job_id)
+            # How it stood is asked for before the rows: so no row comes behind the end.
+            while rows := lines.read():
+                for number, row in rows:
+                    yield f"id: {number}\nevent: metrics\ndata: {row}\n\n"
+                quiet = time.monotonic()
+            if ended is not None:
+                view = await self._do(self._ended_view, job_id)
+                yield f"event: end\ndata: {json.dumps(view)}\n\n"
+                return
+            status = await self._do(self.spool.state, job_id)
+            if status != said:
+                yield f"event: state\ndata: {json.dumps({'status': status})}\n\n"
+                said = status
+            elif time.monotonic() - quiet > PING_SECONDS:
+                yield ": still here\n\n"
+                quiet = time.monotonic()
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _ended_view(self, job_id: str) -> dict[str, Any]:
+        """Tell how a job ended."""
+        ended = self.spool.ended(job_id) or {}
+        error = without(str(ended.get("error", "")), [self.folder, *self.models])
+        return {"status": ended.get("status"), **({"error": error} if error else {})}
+
+    async def lora(self, job_id: str, request: web.BaseRequest) -> Answer:
+        """Send the LoRA of a job: its result, or that of its newest checkpoint."""
+        place = await self._do(self._lora_place, job_id)
+        return await sent_file(request, place, "application/octet-stream")
+
+    def _lora_place(self, job_id: str) -> Path:
+        """Return where a job's LoRA lies."""
+        self.spool.job(job_id)
+        place = lora_of(self.runs / job_id)
+        if place is None:
+            raise Refusal(404, f"job {job_id} has no LoRA yet; it comes with the first checkpoint")
+        return place
+
+    async def picture(self, job_id: str, name: str, request: web.BaseRequest) -> Answer:
+        """Send one of the pictures that a run draws."""
+        await self._do(self.spool.job, job_id)
+        if name not in PICTURES:
+            raise Refusal(404, f"there is no picture of that name; there are {' and '.join(PICTURES)}")
+        return await sent_file(request, self.runs / job_id / name, "image/png")
+
+    async def report(self, job_id: str, request: web.BaseRequest) -> Answer:
+        """Give the summary of a finished run."""
+        await self._do(self.spool.job, job_id)
+        run = self.runs / job_id
+        summary = RunFolder(run).summary() if is_run(run) else {}
+        if not summary:
+            raise Refusal(404, f"job {job_id} has no report yet; it comes with the end of its run")
+        return summary
+
+    def _work(self) -> None:
+        """Train what waits, oldest first, until the service ends."""
+        while not self._stop.is_set():
+            job_id = next(iter([*self._open]), None)
+            if job_id is None:
+                self._more.wait(1)
+                self._more.clear()
+                continue
+            try:
+                status = run_job(self.spool, job_id, self.runs, self._rules())
+                if status != WAITING:
+                    self._open.pop(job_id, None)
+                    log.info("job %s: %s", job_id, status)
+            except JobError as error:
+                self._open.pop(job_id, None)
+                log.info("job %s: %s", job_id, error)
+            except Exception:
+                # Such as a full disk: the job goes on once there is room.
+                log.exception("job %s could not be run; it is tried again", job_id)
+                self._open[job_id] = self._open.pop(job_id, None)
+                self._stop.wait(5)
+
+    def _rules(self) -> Rules:
+        """Return how a job is run here."""
+        begin = time.monotonic()
+
+        def over(run: Path) -> str:
+            if time.monotonic() - begin > self.quotas.hours * 3600:
+                return f"it ran for {self.quotas.hours:g} hours, the limit of this service (--hours)"
+            if self._used() > self.quotas.gigabytes * 1e9:
+                return f"jobs hold {self.quotas.gigabytes:g} GB, the limit of this service (--gigabytes)"
+            return ""
+
+        return Rules(prepare=partial(ready_job, roots=self.models), stop=self._stop.is_set, over=over)
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of all files in a folder."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
+
+
+async def written(response: web.StreamResponse, content: bytes) -> None:
+    """Write a part of an answer, but wait only so long for whoever reads it."""
+    await asyncio.wait_for(response.write(content), WRITE_SECONDS)
+
+
+async def sent_file(request: web.BaseRequest, place: Path, kind: str) -> web.StreamResponse:
+    """Send a file as it is, whatever becomes of its name meanwhile."""
+    try:
+        file = open_file(place)
+    except OSError as error:
+        raise Refusal(404, f"there is no {place.name} yet") from error
+    with file:
+        headers = {**HEADERS, "Content-Type": kind, "Content-Length": str(os.fstat(file.fileno()).st_size)}
+        response = web.StreamResponse(headers=headers)
+        await response.prepare(request)
+        try:
+            while block := file.read(BLOCK):
+                await written(response, block)
+        except (ConnectionError, asyncio.TimeoutError):
+            if request.transport:
+                request.transport.abort()
+    return response

@@ -1,0 +1,83 @@
+"""What the service tells of a job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from comfy_g2rpo.files.safe import FileError, open_file, read_table
+from comfy_g2rpo.files.spool import Spool
+from comfy_g2rpo.run.folder import RunFolder, is_run
+
+from .job_schema import without
+
+PICTURES = ("curves.png", "before_after.png")
+TAIL = 2**16
+
+
+def short_view(spool: Spool, runs: Path, job_id: str) -> dict[str, Any]:
+    """Tell how a job stands."""
+    job, ended = spool.job(job_id), spool.ended(job_id) or {}
+    when = (spool.path / f"{job_id}.job.json").stat().st_mtime
+    return {
+        "id": job_id,
+        "status": spool.state(job_id),
+        "submitted": datetime.fromtimestamp(when, timezone.utc).isoformat(timespec="seconds"),
+        "source": str(job.get("source", "")),
+        "step": last_step(runs / job_id),
+        "seconds": ended.get("seconds"),
+    }
+
+
+def job_view(spool: Spool, runs: Path, job_id: str, hidden: Sequence[Path]) -> dict[str, Any]:
+    """Tell all of a job but where it lies."""
+    job, ended, run = spool.job(job_id), spool.ended(job_id) or {}, runs / job_id
+    error = str(ended.get("error", ""))
+    return {
+        **short_view(spool, runs, job_id),
+        "recipe": job.get("recipe"),
+        "settings": job.get("settings"),
+        "steps": steps_of(run),
+        "error": without(error, hidden) if error else None,
+        "lora": lora_view(run),
+        "pictures": [name for name in PICTURES if (run / name).is_file()],
+        "report": (run / "summary.json").is_file(),
+    }
+
+
+def lora_of(run: Path) -> Path | None:
+    """Return the LoRA of a run: its result, or that of its newest checkpoint."""
+    place = RunFolder(run).outcome() if is_run(run) else None
+    return place / "lora.safetensors" if place else None
+
+
+def lora_view(run: Path) -> dict[str, Any] | None:
+    """Tell of a run's LoRA what whoever fetches it can check."""
+    with suppress(FileError, OSError):
+        if place := lora_of(run):
+            sums = read_table(place.with_name("state.json")).get("sha256") or {}
+            known = {"step": int(place.parent.name), "bytes": place.stat().st_size}
+            return known | {"sha256": sums.get(place.name)}
+    return None
+
+
+def steps_of(run: Path) -> int | None:
+    """Return how many steps a run is to take; None before it has begun."""
+    with suppress(FileError, KeyError, TypeError):
+        if is_run(run):
+            return int(RunFolder(run).config()["config"]["train"]["steps"])
+    return None
+
+
+def last_step(run: Path) -> int | None:
+    """Return the step of a run's last row; None before the first."""
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        with open_file(run / "metrics.jsonl") as file:
+            file.seek(max(0, file.seek(0, 2) - TAIL))
+            lines = file.read().split(b"\n")
+        return json.loads(lines[-2]).get("step") if len(lines) > 1 else None
+    return None
