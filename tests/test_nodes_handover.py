@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import native_files
 import pytest
 import torch
 from comfy_host import Answer, make_base, run_script, server
@@ -34,6 +36,7 @@ SUBMIT: dict[str, Any] = {
 BLOCKED = ["curve", "state"]
 ALL = ["curve", "image", "lora", "samples", "state", "tuned"]
 WAIT = 300.0
+ENCODERS = {1: "", 2: "_2", 3: "_3"}
 
 
 def work(base: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -162,6 +165,50 @@ def test_the_lora_arrives_on_the_wire_on_the_model_and_among_the_loras(after: An
 def test_other_settings_than_those_of_a_foreign_job_take_a_number_too(after: Answer) -> None:
     assert after.data["evil"]["said"][0].startswith("evil-2 is handed over, because evil")
     assert after.data["evil"]["state"] == "evil-2 was stopped before it began"
+
+
+@pytest.mark.long
+def test_files_that_are_chosen_by_name_are_trained(comfyui: Path, tmp_path: Path) -> None:
+    base, more = make_base(tmp_path / "base"), tmp_path / "more"
+    files = native_files.write(tmp_path / "sd3", "sd3")
+    for name, kind, root in (
+        ("checkpoint", "checkpoints", base / "models"),
+        ("transformer", "diffusion_models", base / "models"),
+        *((f"text_encoder{end}", "text_encoders", base / "models") for end in ("", "_2", "_3")),
+        ("vae", "vae", base / "models"),
+    ):
+        place = root / kind / "mine" / f"{name}.safetensors"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(files[name], place)
+    names = {f"text_encoder_{i}": f"mine/text_encoder{end}.safetensors" for i, end in ENCODERS.items()}
+    small = {"changes": CHANGES, "steps": 1}
+    looks = {
+        "whole": ("whole", {"submit": {**small, "model": "mine/checkpoint.safetensors (checkpoint)"}}),
+        "split": (
+            "split",
+            {
+                "submit": {
+                    **small,
+                    **names,
+                    "model": "mine/transformer.safetensors",
+                    "vae": "mine/vae.safetensors",
+                }
+            },
+        ),
+        "no model": ("none", {"submit": {**small, "model": "mine/vae.safetensors"}}),
+    }
+    (base / "models/diffusion_models/mine/vae.safetensors").write_bytes(files["vae"].read_bytes())
+    given = {"submit": SUBMIT, "looks": looks}
+    before = run_script(comfyui, CHILD, base, given)
+    assert "holds no flow model that a worker can train" in before.data["no model"]["error"]
+    assert spool_of(base).job("split")["recipe"]["model"]["family"] == "sd3"
+    # What the worker's owner keeps elsewhere is found where he says so.
+    (more / "vae").mkdir(parents=True)
+    shutil.move(base / "models/vae/mine", more / "vae/mine")
+    done = work(base, "--set", f"model.tokenizers={files['folder']}", "--models", str(more))
+    assert done.stdout.count(": done, ") == 2, done.stdout
+    for name in ("whole", "split"):
+        assert steps_of(base, name) == [1]
 
 
 @pytest.mark.parametrize("rounds", [2, pytest.param(12, marks=pytest.mark.long)])
