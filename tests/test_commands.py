@@ -68,6 +68,8 @@ NOT_RUN = {
     "g2rpo sample runs/flux_dev": FLUX,
     "g2rpo rewards fetch": NETWORK,
     "g2rpo rewards serve": "serves until it is stopped: tests/test_judges_server.py",
+    "g2rpo serve": "serves until it is stopped: tests/test_remote.py",
+    "g2rpo remote": "speaks to such a service: tests/test_remote.py",
     "judges.md: g2rpo train mine.yaml": "asks the judge of the line above: tests/test_judges_run.py",
 }
 
