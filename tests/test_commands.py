@@ -69,6 +69,8 @@ NOT_RUN = {
     "g2rpo rewards fetch": NETWORK,
     "g2rpo worker": "works until it is stopped: tests/test_worker.py",
     "g2rpo rewards serve": "serves until it is stopped: tests/test_judges_server.py",
+    "g2rpo serve": "serves until it is stopped: tests/test_remote.py",
+    "g2rpo remote": "speaks to such a service: tests/test_remote.py",
     "judges.md: g2rpo train mine.yaml": "asks the judge of the line above: tests/test_judges_run.py",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -55,10 +56,9 @@ def serve(
     section = RewardSection(name=name, path=path, device=device, dtype=dtype, batch=batch)
     check_reward(section)
     place = token_file.expanduser()
-    with listen(host, port) as at:
+    with listen(host, port) as at, closing(JudgeServer(build(section, best_device()))) as server:
         real_port = at.getsockname()[1]
         names = names_of(host, real_port, known_as or [])
-        server = JudgeServer(build(section, best_device()))
         guard = Guard(token_of(place), names, server.find)
 
         def ready() -> None:
@@ -71,5 +71,3 @@ def serve(
             asyncio.run(run(guard, at, ready))
         except KeyboardInterrupt:
             typer.echo("stopped")
-        finally:
-            server.close()
