@@ -26,6 +26,7 @@ from comfy_g2rpo.files.one_writer import LOCK
 from comfy_g2rpo.files.safe import LEFTOVER
 from comfy_g2rpo.run.folder import RunFolder, damage
 from g2rpo_trainer.commands.exit_codes import AGAIN, MISTAKE
+from g2rpo_trainer.processes import silence
 
 __all__ = ["disk"]  # a fixture
 
@@ -210,6 +211,23 @@ def test_a_full_disk_ends_every_process_and_costs_nothing(program: Program, whol
 
 
 @pytest.mark.long
+def test_processes_that_are_all_stopped_for_long_go_on(program: Program, whole: Path, tmp_path: Path) -> None:
+    """As a terminal does by Ctrl-Z, and a scheduler that suspends."""
+    run = tmp_path / "run"
+    pids = program.train(run)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(2 * SILENCE)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    assert [code for code, _ in program.wait(pids, 120)] == [0, 0], program.said()
+    assert_equal(outcome(run), outcome(whole))
+
+
+@pytest.mark.long
 def test_a_second_run_in_the_same_place_ends_all_its_processes(program: Program, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = program.train(run, f"0 {PHASES['update']} stop")
@@ -280,6 +298,13 @@ def test_a_checkpoint_of_two_processes_goes_on_with_another_number(
     assert shown == pytest.approx(
         [row["reward/agreement/mean"] for row in other[2] if "nfe" in row], abs=1e-3
     )
+
+
+@pytest.mark.parametrize("given", ["soon", "nan", "0", "-5", "1e99"])
+def test_a_silence_that_is_none_is_named(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("G2RPO_SILENCE", given)
+    with pytest.raises(ValueError, match=r"G2RPO_SILENCE is .*; give seconds, from 2 to"):
+        silence()
 
 
 def test_waiting_is_measured_where_there_is_somebody_to_wait_for(whole: Path) -> None:

@@ -381,10 +381,9 @@ def configuration(source: str, settings: list[str], best: bool = False) -> tuple
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; an error that a user can fix becomes one line and exit code 2."""
     quieten_notices()
-    words = sys.argv[1:] if arguments is None else arguments
     try:
-        with answering("--json" in words):
-            obey(words)
+        with answering("--json" in (sys.argv[1:] if arguments is None else arguments)):
+            obey(arguments)
     except SystemExit as left:
         leave_at_once(left.code)
         raise
@@ -395,10 +394,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise
 
 
-def obey(words: list[str]) -> None:
+def obey(arguments: list[str] | None) -> None:
     """Run a command, and leave with its exit code."""
     try:
-        code = app(words, standalone_mode=not wanted())
+        code = app(arguments, standalone_mode=not wanted())
     except Ended as error:
         explain(error, error.code, label="")
     except Exception as error:

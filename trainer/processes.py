@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import threading
 import time
@@ -30,6 +31,20 @@ BEAT, GRACE = 0.5, 3.0
 NUMBERS = itertools.count()
 
 
+def silence() -> float:
+    """Return the seconds without a sign of life after which a process is given up."""
+    given = os.environ.get("G2RPO_SILENCE") or str(SILENCE)
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 2 <= seconds <= PATIENCE.total_seconds():
+        raise ValueError(
+            f"G2RPO_SILENCE is {given[:40]!a}; give seconds, from 2 to {PATIENCE.total_seconds():g}"
+        )
+    return seconds
+
+
 class Left(Exception):
     """Another process has ended the run: the exit code to end with, and a line where nobody else says it."""
 
@@ -47,7 +62,7 @@ class Pulse:
 
     def __init__(self, store: Any, index: int, count: int) -> None:
         self.store, self.index, self.count = store, index, count
-        self.silence = float(os.environ.get("G2RPO_SILENCE") or SILENCE)
+        self.silence = silence()
         self.key = f"g2rpo/{next(NUMBERS)}"
         self.beats, self.code, self.waited, self.deadline = 0, None, 0.0, 0.0
         self.heard = {rank: (b"", time.monotonic()) for rank in range(count) if rank != index}
@@ -60,20 +75,30 @@ class Pulse:
         self.thread.start()
 
     def beat(self) -> None:
-        """Tell and hear, until this process ends; the first one, whose store it may be, waits for others."""
-        while True:
-            last = self.ended.wait(0.05 if self.ended.is_set() else BEAT)
-            try:
+        """Tell and hear until this process ends, and once more to say how it does."""
+        try:
+            self.exchange()
+            while not self.ended.wait(BEAT):
                 self.exchange()
-            except (RuntimeError, OSError):  # the store is gone with its process, which gatherings tell, too
-                return
-            answered = len(self.ends) + len(self.silent(GRACE / 2)) >= self.count - 1
-            alone = self.index or not self.code or answered
-            if last and (alone or time.monotonic() > self.deadline):
-                return
+            self.exchange()
+            # The store may be this process's own: the others are to read in it why the run ends.
+            while self.index == 0 and self.code and not self.all_know():
+                time.sleep(BEAT / 10)
+                self.exchange()
+        except (RuntimeError, OSError):  # the store is gone with its process, which gatherings tell, too
+            return
+
+    def all_know(self) -> bool:
+        """Return whether the others have ended, are lost, or had time enough."""
+        answered = len(self.ends) + len(self.silent(GRACE / 2)) >= self.count - 1
+        return answered or time.monotonic() > self.deadline
 
     def exchange(self) -> None:
         """Say that this process lives, or how it ended, and look at what the others say."""
+        now = time.monotonic()
+        if now - self.met > self.silence / 2:
+            # This process was stopped itself, and perhaps all: who did not hear tells nothing of the others.
+            self.heard = {rank: (said, now) for rank, (said, _) in self.heard.items()}
         self.beats += 1
         self.store.set(f"{self.key}/{self.index}", json.dumps([self.beats, self.code]))
         for rank, (before, _) in self.heard.items():
@@ -98,6 +123,8 @@ class Pulse:
         for code in [*self.ends.values()]:
             if code:
                 raise Left(code)
+        if self.silent(self.silence):
+            time.sleep(GRACE)  # if this process was stopped itself, its pulse comes first
         if gone := self.silent(self.silence):
             raise Left(AGAIN, self.line(gone, f"has shown no life for {self.silence:g} s"))
 

@@ -108,7 +108,6 @@ def prepare(
     `prompts` take the place of those that the configuration names. Without a `world`, processes meet here.
     """
     keep_freed_memory()
-    world = world or world_of(accelerator)[0]
     check_processes(config, accelerator.num_processes)
     recipe, pace, speed = make_recipe(config), make_pace(config), make_speed(config)
     prompts = prompts or read_prompts(config)
@@ -120,8 +119,7 @@ def prepare(
     check_prompts(judges, [*prompts.train, *prompts.heldout])
     rank_guard.check(speed, rewards)
     stored = kept_steps(config, prompts, rewards) if config.pairs.runs else None
-    if stored:
-        prompts = dataclasses.replace(prompts, train=stored.prompts)
+    prompts = dataclasses.replace(prompts, train=stored.prompts) if stored else prompts
     ahead = (*prompts.train, *prompts.heldout) if stored else prompts_ahead(prompts, pace, recipe)
     policy = load_policy(config, accelerator.device, ahead)
     lora, notes = config.lora, lora_metadata(config, policy)
@@ -154,7 +152,7 @@ def prepare(
         style=policy.lora_style,
         rename=policy.rename,
         metadata=notes,
-        world=world,
+        world=world or world_of(accelerator)[0],
         preview=preview,
         preview_sigmas=families.sigmas(policy, config.model.schedule, recipe, preview) if preview else None,
     )
