@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import sqlite3
+import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +239,61 @@ def test_tensorboard_shows_every_number_once_also_after_a_resume(tmp_path):
         assert shown[name] == pytest.approx(written) and written
     train(config(tmp_path, train={"steps": 4}), tmp_path / "run", resume=True, progress=Silent())
     assert os.listdir(tmp_path / "run/tensorboard")
+
+
+def interrupted_and_resumed(tmp_path: Path, name: str) -> list[Mapping[str, Any]]:
+    """Stop a run after its second step, go back before that, and let it end; return its rows."""
+    made, run = config(tmp_path, report={"trackers": [name], "project": "ours"}), tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(made, run, progress=StopAt(2))
+    if (run / "checkpoints/000001").exists():
+        shutil.rmtree(run / "checkpoints/000002")
+    heard = Heard()
+    train(made, run, resume=True, progress=heard)
+    assert [note for note in heard.notes if name in note] == []
+    return RunFolder.open(run).metrics()
+
+
+@pytest.mark.long
+def test_trackio_shows_every_row_once_also_after_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read as it is imported
+    pytest.importorskip("trackio")
+    rows = interrupted_and_resumed(tmp_path, "trackio")
+    (file,) = (tmp_path / "trackio").rglob("*.db")
+    with closing(sqlite3.connect(file)) as base:
+        shown = [
+            (step, *json.loads(text)) for step, text in base.execute("SELECT step, metrics FROM metrics")
+        ]
+    assert sorted(step for step, *_ in shown) == sorted(row["step"] for row in rows)
+    assert sum("grad_norm" in names for _, *names in shown) == 3
+
+
+def wandb_records(file: Path) -> Iterator[bytes]:
+    """Read a file that wandb keeps offline: blocks of 32 KiB, with records that may go over several."""
+    content, at, part = file.read_bytes(), 7, b""
+    while at < len(content):
+        if (room := -at % 2**15) and room < 7:
+            at += room
+            continue
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        part += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield part
+            part = b""
+
+
+@pytest.mark.long
+def test_wandb_works_without_a_network_and_takes_every_row_once(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    rows = interrupted_and_resumed(tmp_path, "wandb")
+    files = sorted((tmp_path / "run").rglob("*.wandb"))
+    records = [Record.FromString(content) for file in files for content in wandb_records(file)]
+    history = [record.history for record in records if record.HasField("history")]
+    names = [{item.key or "/".join(item.nested_key) for item in each.item} for each in history]
+    assert wandb.run is None and len({each.run.run_id for each in records if each.HasField("run")}) == 1
+    assert sum("grad_norm" in each for each in names) == sum("grad_norm" in row for row in rows) == 3
+    assert sorted({each.step.num for each in history}) == sorted({row["step"] for row in rows})

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .commands.answers import Ended, Program, answer, answering, explain, leave, wanted
 from .commands.arguments import Best, CommandError, Force, Recipe, Settings, lora_of, refuse_best
 from .commands.calibrate import calibrate
 from .commands.compare import compare
+from .commands.doctor import doctor
+from .commands.exit_codes import DONE, SIGNALLED, UNFORESEEN, WAITING, leave_at_once, ran_out, several
 from .commands.export import check_lora, export
 from .commands.remote import remote_app
 from .commands.rewards import rewards_app
@@ -32,7 +37,7 @@ if TYPE_CHECKING:
     from .config.reading import Config
 
 # PyTorch and diffusers are imported inside the commands, so that --help answers at once.
-app = typer.Typer(
+app = Program(
     help="Align flow models with rewards by G²RPO.",
     epilog=f"Bundled recipes: {', '.join(bundled_recipes())}.",
     no_args_is_help=True,
@@ -50,8 +55,6 @@ ChangedInputs = Annotated[
     bool, typer.Option("--changed-inputs", help="Resume although prompts, rewards or weights have changed.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")]
-
-WAITING = 3  # exit code of a run that waits for votes
 
 
 def print_version(asked: bool) -> None:
@@ -157,15 +160,16 @@ def run_in(
     from .config.reward_checks import missing_models
     from .cost.presets import before_training
     from .model.quiet_libraries import quieten_libraries
-    from .reports.progress import for_terminal
+    from .reports.progress import JsonLines, for_terminal
 
     for line in before_training(config, force):
         if not quiet:
             typer.echo(line)
     if missing := missing_models((*config.rewards, *config.heldout_rewards)):
         raise CommandError(missing)
-    progress = for_terminal(quiet)
+    progress = JsonLines() if wanted() else for_terminal(quiet)
     quieten_libraries()
+    from .processes import Left, speaks
     from .rewards.vote_reward import UnvotedError
     from .run import train as start
 
@@ -173,17 +177,18 @@ def run_in(
     try:
         how = {"resume": resume, "replace": replace, "changed_inputs": changed_inputs}
         summary = start(config, folder, progress=progress, settings=settings, **how)
+        if summary:
+            answer({"run": folder, "lora": folder / summary["lora"], "summary": summary})
         if summary and not quiet:
             see = f"see {folder / 'before_after.png'} and {folder / 'curves.png'}"
             typer.echo(f"LoRA: {folder / summary['lora']}\n{see}")
-    except KeyboardInterrupt:
-        progress.close()
-        typer.echo(f"interrupted; continue with: g2rpo resume {place}", err=True)
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, Left) as ended:
+        code = ended.code if isinstance(ended, Left) else SIGNALLED + getattr(ended, "number", 2)
+        said = str(ended) or ("interrupted" if code > SIGNALLED and speaks() else "")
+        raise Ended(f"{said}; continue with: g2rpo resume {place}" if said else "", code) from None
     except UnvotedError:
-        progress.close()
-        typer.echo(f"vote with: g2rpo vote {place}, then: g2rpo resume {place}", err=True)
-        raise typer.Exit(WAITING) from None
+        line = f"vote with: g2rpo vote {place}, then: g2rpo resume {place}"
+        raise Ended(line, WAITING) from None
     finally:
         progress.close()
 
@@ -204,8 +209,10 @@ def plan(
     from .cost.price import price
 
     config = load(recipe, preset_settings(recipe, preset, settings or []))
-    for line in price(config, recipe, measure):
+    found = price(config, recipe, measure)
+    for line in found.lines():
         typer.echo(line)
+    answer(found.content())
 
 
 @app.command()
@@ -266,6 +273,7 @@ def sample(
         note = note_of(config, text, seed, lora or own_lora, tail)
         save_picture(place, levels(picture) if picture.ndim == 4 else picture, note)
         typer.echo(place)
+    answer({"files": places, "prompts": prompt, "seed": seed, "lora": lora or own_lora})
 
 
 def model_settings(path: str | None, negative: str | None) -> list[str]:
@@ -291,13 +299,19 @@ def from_pictures(prompts: Sequence[str], images: Sequence[Path]) -> list[str]:
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
-    """Draw a run's curves and its before/after picture again, from the run folder."""
+    """Draw a run's curves and its before/after picture again, from its folder; say where its time went."""
     from comfy_g2rpo.run.folder import RunFolder
 
     from .reports.report import write_report
+    from .reports.time_shares import shares_of, time_table
 
-    for path in write_report(RunFolder.open(run), partial(typer.echo, err=True)):
+    folder = RunFolder.open(run)
+    written = write_report(folder, partial(typer.echo, err=True))
+    for path in written:
         typer.echo(path)
+    for line in time_table(rows := folder.metrics()):
+        typer.echo(line, err=True)
+    answer({"run": run, "files": written, "seconds": shares_of(rows), "summary": folder.summary()})
 
 
 app.command()(calibrate)
@@ -311,6 +325,7 @@ app.command()(export)
 app.command()(check_lora)
 app.command("serve")(serve_jobs)
 app.add_typer(remote_app, name="remote")
+app.command()(doctor)
 app.add_typer(rewards_app, name="rewards")
 
 
@@ -333,6 +348,7 @@ def options(
         raise CommandError(f"no option matches {pattern[:80]!r}{near or '; leave it out to list all'}")
     for option in found:
         typer.echo(f"{option.line()}\n    {option.sentence}")
+    answer({"options": [asdict(option) for option in found]})
 
 
 @app.command()
@@ -341,6 +357,7 @@ def version() -> None:
     from comfy_g2rpo import __version__
 
     typer.echo(__version__)
+    answer({"version": __version__})
 
 
 def free_places(out: Path, count: int, replace: bool) -> list[Path]:
@@ -371,18 +388,37 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command; an error that a user can fix becomes one line and exit code 2."""
     quieten_notices()
     try:
-        app(arguments)
-    except (ValueError, OSError) as error:
-        if not ours(error.__traceback__):
-            raise
-        explain(error)
-    except RuntimeError as error:
-        if "out of memory" not in str(error).lower():
-            raise
-        explain(
-            "out of memory, even for one latent at a time; g2rpo plan RECIPE says what is needed, "
-            "--preset SIZE fits a smaller card"
-        )
+        with answering("--json" in (sys.argv[1:] if arguments is None else arguments)):
+            obey(arguments)
+    except SystemExit as left:
+        leave_at_once(left.code)
+        raise
+    except Exception:
+        if several():
+            traceback.print_exc()
+            leave_at_once(UNFORESEEN)
+        raise
+
+
+def obey(arguments: list[str] | None) -> None:
+    """Run a command, and leave with its exit code."""
+    try:
+        code = app(arguments, standalone_mode=not wanted())
+    except Ended as error:
+        explain(error, error.code, label="")
+    except Exception as error:
+        if usage := getattr(error, "format_message", None):
+            explain(usage(), error.exit_code)
+        if ran_out(error):
+            explain(
+                "out of memory, even for one latent at a time; g2rpo plan RECIPE says what is needed, "
+                "--preset SIZE fits a smaller card"
+            )
+        if isinstance(error, (ValueError, OSError)) and ours(error.__traceback__):
+            explain(error)
+        answer({"error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+        raise
+    leave(code if isinstance(code, int) else DONE)  # who was not asked for JSON has left before
 
 
 def ours(traceback: TracebackType | None) -> bool:
@@ -391,12 +427,6 @@ def ours(traceback: TracebackType | None) -> bool:
         traceback = traceback.tb_next
     module = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
     return module.partition(".")[0] in ("comfy_g2rpo", (__package__ or "").partition(".")[0])
-
-
-def explain(error: Any) -> None:
-    """Print one line and leave with exit code 2."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
-    raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ def quieten_notices() -> None:
     """
     for name in VERBOSITY:
         os.environ.setdefault(name, "error")
+    # Where a process of several is gone, the others' torch says so in a page; this program says it in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:

@@ -7,14 +7,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from comfy_g2rpo import __version__
 from comfy_g2rpo.files.one_writer import one_writer
@@ -38,6 +35,7 @@ from .lora.lora_files import add_frozen, shapes_of, start_from
 from .model.cheap_forward import completions
 from .model.named_optimizers import make_optimizer
 from .model.placing import Seat, in_turn, keep_freed_memory, load_in_stages
+from .processes import Left, Pulse, accelerator_of, together, world_of
 from .reports.listeners import check_trackers, listening
 from .reports.progress import Progress, Silent
 from .reports.report import write_report
@@ -63,15 +61,15 @@ def train(
     """
     check_trackers(config.report.trackers)
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    accelerator = Accelerator(cpu=cpu)
+    accelerator = accelerator_of(cpu)
     main = accelerator.is_main_process
-    with one_writer(out) if main else nullcontext():
+    with together(accelerator) as (world, pulse), one_writer(out) if main else nullcontext():
         if main:
             check_place(out, replace or resume)
         else:
             progress = Silent()
         # Only a run that can start makes a folder, or replaces another.
-        setup = prepare(config, accelerator, Path(out))
+        setup = prepare(config, accelerator, Path(out), world=world)
         learner = make_learner(setup)
         if main:
             content = {**dump(config, settings), INPUTS: input_digests(config, setup.prompts)}
@@ -89,8 +87,8 @@ def train(
             folder.save_config(content)
             progress.recall(folder.metrics())
         follow = listening(progress, config, folder, cpu) if main else nullcontext(progress)
-        with stoppable() as check, follow as heard:
-            learn(setup, learner, folder, heard, check, (Stopped, RewardError))
+        with stoppable(pulse) as check, follow as heard:
+            learn(setup, learner, folder, heard, check, (Stopped, Left, RewardError))
             summary = finish(setup, learner, folder, heard, check, config.method.name)
         if summary:
             write_report(folder, progress.note)
@@ -99,11 +97,15 @@ def train(
 
 
 def prepare(
-    config: Config, accelerator: Accelerator, run: Path | None = None, prompts: Prompts | None = None
+    config: Config,
+    accelerator: Accelerator,
+    run: Path | None = None,
+    prompts: Prompts | None = None,
+    world: World | None = None,
 ) -> Setup:
     """Load what a run needs; every mistake of the configuration shows here, before the first forward.
 
-    `prompts` take the place of those that the configuration names.
+    `prompts` take the place of those that the configuration names. Without a `world`, processes meet here.
     """
     keep_freed_memory()
     check_processes(config, accelerator.num_processes)
@@ -117,8 +119,7 @@ def prepare(
     check_prompts(judges, [*prompts.train, *prompts.heldout])
     rank_guard.check(speed, rewards)
     stored = kept_steps(config, prompts, rewards) if config.pairs.runs else None
-    if stored:
-        prompts = dataclasses.replace(prompts, train=stored.prompts)
+    prompts = dataclasses.replace(prompts, train=stored.prompts) if stored else prompts
     ahead = (*prompts.train, *prompts.heldout) if stored else prompts_ahead(prompts, pace, recipe)
     policy = load_policy(config, accelerator.device, ahead)
     lora, notes = config.lora, lora_metadata(config, policy)
@@ -151,7 +152,7 @@ def prepare(
         style=policy.lora_style,
         rename=policy.rename,
         metadata=notes,
-        world=world(accelerator),
+        world=world or world_of(accelerator)[0],
         preview=preview,
         preview_sigmas=families.sigmas(policy, config.model.schedule, recipe, preview) if preview else None,
     )
@@ -189,35 +190,6 @@ def lora_metadata(config: Config, policy: FamilyPolicy) -> dict[str, str]:
 def weighted(reward: TrainedReward) -> str:
     """Name a reward with its weight and gate."""
     return f"{reward.weight:g} {reward.name}" + ("" if reward.gate is None else f" (gate {reward.gate:g})")
-
-
-PATIENCE = timedelta(days=30)
-
-
-def world(accelerator: Accelerator) -> World:
-    """Return how the processes of a run find together."""
-    count = accelerator.num_processes
-    if count == 1:
-        return World()
-    # NCCL gives up after minutes, and a judge may keep one process for longer: the others wait here. What is
-    # gathered lies on the CPU anyway, and that a process has died shows at once.
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-
-    def gather(table: torch.Tensor) -> torch.Tensor:
-        mine = table.cpu().contiguous()
-        parts = [torch.empty_like(mine) for _ in range(count)]
-        dist.all_gather(parts, mine, group=patient)
-        return torch.cat(parts, 1)
-
-    def wait() -> None:
-        dist.barrier(group=patient)
-
-    def reduce(gradients: Sequence[torch.Tensor]) -> None:
-        wait()
-        mean = accelerator.reduce(parameters_to_vector(gradients), reduction="mean")
-        vector_to_parameters(mean, gradients)
-
-    return World(accelerator.process_index, count, gather, reduce, wait)
 
 
 def load_policy(config: Config, device: torch.device | str, prompts: Sequence[str] = ()) -> FamilyPolicy:
@@ -264,25 +236,37 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 
 
 class Stopped(KeyboardInterrupt):
-    """A stop between two forwards: nothing is torn."""
+    """A stop between two forwards: nothing is torn. `number` is the signal that asked for it."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.number = number
 
 
 @contextmanager
-def stoppable() -> Iterator[Callable[[str], None]]:
-    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a stop at the next forward; the second stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda phase: None
-        return
+def stoppable(pulse: Pulse | None = None) -> Iterator[Callable[[str], None]]:
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a stop at the next forward; the second stops at once.
+
+    So does what the `pulse` of other processes tells, and all of it also while one waits for these.
+    """
+    asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
+        if asked:
             raise KeyboardInterrupt
-        asked.set()
+        asked.append(number)
 
     def check(phase: str) -> None:
-        if asked.is_set():
-            raise Stopped
+        if asked:
+            raise Stopped(asked[0])
+        if pulse:
+            pulse.check()
+
+    if pulse:
+        pulse.look = check
+    if threading.current_thread() is not threading.main_thread():
+        yield check
+        return
 
     former = {number: signal.signal(number, ask) for number in STOPS}
     try:

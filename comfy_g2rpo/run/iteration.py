@@ -84,7 +84,7 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
     """Explore, score, update; return the row of metrics. An exception leaves the last step's state."""
     begin = time.perf_counter()
     explored = explore(setup, learner, check)
-    rolled = time.perf_counter()
+    rolled, waited = time.perf_counter(), setup.world.waited()
     scored = score(setup, explored, learner.step + 1)
     stats = update(setup, learner, explored, scored, check)
     learner.step += 1
@@ -92,12 +92,13 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
     learner.forwards += explored.forwards * setup.world.count
     end = time.perf_counter()
     learner.seconds += end - begin
-    return step_row(setup, learner, explored, scored, stats, end - rolled)
+    own = end - rolled - (setup.world.waited() - waited)
+    return step_row(setup, learner, explored, scored, stats, own)
 
 
 def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
     """Roll out the step's prompts, and let the rewards judge every finished picture."""
-    begin = time.perf_counter()
+    begin, waited = time.perf_counter(), setup.world.waited()
     rolling = partial(check, "rollout")
     chosen = choose_prompts(setup, learner, rolling)
     prompts, seeds = draw(setup, chosen, learner.step)
@@ -142,6 +143,7 @@ def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
         for name, tables in found.scorer.features.items()
     }
     rollout = time.perf_counter() - begin - seconds["decode"] - seconds["reward"]
+    rollout -= setup.world.waited() - waited
     return Explored(
         conds,
         plan,
@@ -226,13 +228,13 @@ def update(
             with old_policy(setup, learner):
                 past = snapshot(policy, made, explored.conds, micro_batch=learner.limits.micro_batch)
             batch.rows = dataclasses.replace(made, velocity=past)
-        stats = stepped(setup, learner, batch, check)
-    if recipe.replay:
-        prompts, seeds = drawn(setup, explored.chosen, learner.step)
-        new = forks_of(made, batch, share, prompts, seeds, learner.step)
-        kept = after(learner.forks, new, batch, recipe, share, learner.step + 1)
-        stats |= metrics_of(batch, learner.forks, kept, learner.step)
-        learner.forks = kept
+        stats, kept = stepped(setup, learner, batch, check), learner.forks
+        if recipe.replay:
+            prompts, seeds = drawn(setup, explored.chosen, learner.step)
+            new = forks_of(made, batch, share, prompts, seeds, learner.step)
+            kept = after(learner.forks, new, batch, recipe, share, learner.step + 1)
+            stats |= metrics_of(batch, learner.forks, kept, learner.step)
+    learner.forks = kept
     follow(setup, learner)
     return stats
 
@@ -375,8 +377,8 @@ def dropped_share(setup: Setup, scores: Tensor, step: int) -> float:
 @contextmanager
 def undone_on_error(setup: Setup, learner: Learner) -> Iterator[None]:
     """Bring adapter and optimizer back if an update of several optimizer steps is broken off."""
-    if setup.recipe.epochs == 1 and setup.recipe.update == "accumulate":
-        # The only optimizer step is the last thing that such an update does.
+    if setup.recipe.epochs == 1 and setup.recipe.update == "accumulate" and not setup.recipe.replay:
+        # The only optimizer step is the last thing that such an update does, and no other process is asked.
         yield
         return
     parameters = [p.detach().clone() for p in setup.policy.parameters()]

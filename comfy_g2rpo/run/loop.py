@@ -72,10 +72,15 @@ def learn(
             look(setup, learner, folder, watcher, check)
         halted = halt(setup, learner, folder, watcher)
         while learner.step < pace.steps and not halted and not out_of_time(setup, learner):
+            waited = setup.world.waited()
             row = (setup.stored or iterate)(setup, learner, check)
-            if setup.world.speaks:
-                folder.append(row)
-            watcher.step(row)
+            try:
+                row |= setup.world.waiting(waited)
+            finally:
+                # The step is made, also where another process ends the run now.
+                if setup.world.speaks:
+                    folder.append(row)
+                watcher.step(row)
             tell(setup, learner, row, watcher)
             if due(pace.eval_every, learner.step) and learner.step < pace.steps:
                 look(setup, learner, folder, watcher, check)

@@ -30,7 +30,8 @@ from .pace import Pace
 @dataclass(frozen=True)
 class World:
     """The processes of a run: `gather` stacks tables [R, P, …] over P, on the CPU, `reduce` averages all the
-    gradients in place, `wait` lines up. None of them gives up while another process is at work.
+    gradients in place, `wait` lines up. None of them gives up while another process is at work. `waited` are
+    the seconds that went into them so far.
     """
 
     index: int = 0
@@ -38,6 +39,7 @@ class World:
     gather: Callable[[Tensor], Tensor] = lambda scores: scores
     reduce: Callable[[Sequence[Tensor]], None] | None = None
     wait: Callable[[], None] = lambda: None
+    waited: Callable[[], float] = lambda: 0.0
 
     @property
     def speaks(self) -> bool:
@@ -47,6 +49,13 @@ class World:
     def told(self, said: bool) -> bool:
         """Return, in every process alike, what the one that speaks has said."""
         return bool(self.gather(torch.tensor([[[float(said and self.speaks)]]])).any())
+
+    def waiting(self, since: float) -> dict[str, float]:
+        """Return as metrics the seconds that processes waited since `waited` said so much; none alone."""
+        if self.count == 1:
+            return {}
+        each = self.gather(torch.tensor([[[self.waited() - since]]]))
+        return {"time/waiting": each.mean().item(), "time/waiting_max": each.max().item()}
 
     def dealt(self, count: int) -> list[list[int]]:
         """Deal out rows by number, to every process as many; who would have fewer takes some once more."""

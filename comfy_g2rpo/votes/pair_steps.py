@@ -67,6 +67,7 @@ class PairSteps:
     def __call__(self, setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
         """Make a step; return its row of metrics. An exception leaves the last step's state."""
         begin, recipe, policy = time.perf_counter(), setup.recipe, setup.policy
+        waited = setup.world.waited()
         batch = self.batch(learner.step)
         conds, made = policy.encode([each.prompt for each in batch]), rows_of(batch, policy.device)
         forwards = len(made)
@@ -79,7 +80,8 @@ class PairSteps:
         learner.forwards += forwards
         seconds = time.perf_counter() - begin
         learner.seconds += seconds
-        row: dict[str, float] = {"step": learner.step, **stats, "nfe": forwards, "time/update": seconds}
+        own = seconds - (setup.world.waited() - waited)
+        row: dict[str, float] = {"step": learner.step, **stats, "nfe": forwards, "time/update": own}
         row |= {f"memory/{name}": rows for name, rows in learner.limits.lowered().items()}
         return row | {"memory/peak": peak_memory(policy.device)}
 

@@ -25,7 +25,6 @@ Prompts = Annotated[
 ]
 Batch = Annotated[int, typer.Option(min=1, max=1024, help="Pictures that are judged at once.")]
 Device = Annotated[str, typer.Option(help="Where reward models run: auto, cpu, cuda, mps.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Best = Annotated[
     bool, typer.Option("--best", help="Of a run: its best held-out evaluation instead of its result.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .answers import Ended, answer
 from .arguments import CommandError, Force, Quiet, Recipe, Settings
 
 if TYPE_CHECKING:
@@ -69,8 +70,7 @@ def calibrate(
 
     with prepared(config, force, say) as (setup, check):
         if report:
-            for line in exploration_table(setup, check, say):
-                typer.echo(line)
+            answer({"kernels": [*exploration_table(setup, check, say)]})
             return
         found = list(rounds_of(setup, rounds, step, balance, check, say))
     from comfy_g2rpo.files.safe import write_bytes
@@ -80,6 +80,7 @@ def calibrate(
     write_bytes(out, draw_rounds(found))
     typer.echo(f"method.etas=[{','.join(f'{eta:g}' for eta in found[-1].following)}]")
     typer.echo(out)
+    answer({"etas": found[-1].following, "rounds": [each.following for each in found], "file": out})
 
 
 def check_number(name: str, value: float, low: float, high: float) -> None:
@@ -157,8 +158,7 @@ def prepared(
         with stoppable() as check:
             yield prepare(config, Accelerator(cpu=cpu), prompts=prompts), check
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; {left}", err=True)
-        raise typer.Exit(130) from None
+        raise Ended(f"interrupted; {left}", 130) from None
 
 
 def rounds_of(
@@ -197,22 +197,24 @@ def rounds_of(
 
 def exploration_table(
     setup: Setup, check: Callable[[str], None], say: Callable[[str], None]
-) -> Iterator[str]:
-    """Yield a table: per kernel and strength the gap of SDE and ODE, and the spread within a group."""
+) -> Iterator[dict[str, Any]]:
+    """Print a table: per kernel and strength the gap of SDE and ODE, and the spread within a group; yield its
+    rows.
+    """
     from comfy_g2rpo.exploration.measuring import FULL_NOISE, exploring
     from comfy_g2rpo.methods.recipe_options import KERNELS
 
     names = [reward.name for reward in setup.rewards]
     wide = max(24, *(len(name) + 2 for name in names))
-    yield f"{'kernel':<10}{'eta':>5}" + "".join(f"{name:>{wide}}" for name in names)
-    yield f"{'':<15}" + "".join(f"{'SDE − ODE    spread':>{wide}}" for _ in names)
+    typer.echo(f"{'kernel':<10}{'eta':>5}" + "".join(f"{name:>{wide}}" for name in names))
+    typer.echo(f"{'':<15}" + "".join(f"{'SDE − ODE    spread':>{wide}}" for _ in names))
     for kernel in KERNELS:
         for eta in (eta for eta in STRENGTHS if eta <= FULL_NOISE.get(kernel, eta)):
             say(f"measuring {kernel} at eta {eta:g}")
-            cells = (
-                f"{found.gap:+.3f} ± {found.width:.3f}  {found.spread:.3f}"
-                for found in exploring(setup, kernel, eta, check)
-            )
-            yield f"{kernel:<10}{eta:>5g}" + "".join(f"{cell:>{wide}}" for cell in cells)
-    yield "SDE − ODE: what the noise changes in reward; ± is half of a 95 % interval over prompts."
-    yield "spread: how far apart a group's scores lie, which is what it learns from."
+            measured = exploring(setup, kernel, eta, check)
+            cells = (f"{found.gap:+.3f} ± {found.width:.3f}  {found.spread:.3f}" for found in measured)
+            typer.echo(f"{kernel:<10}{eta:>5g}" + "".join(f"{cell:>{wide}}" for cell in cells))
+            rewards = {name: found._asdict() for name, found in zip(names, measured, strict=True)}
+            yield {"kernel": kernel, "eta": eta, "rewards": rewards}
+    typer.echo("SDE − ODE: what the noise changes in reward; ± is half of a 95 % interval over prompts.")
+    typer.echo("spread: how far apart a group's scores lie, which is what it learns from.")

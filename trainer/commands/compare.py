@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .arguments import AsJson, Batch, Best, CommandError, Device, Prompts, Quiet, refuse_best
+from .answers import answer
+from .arguments import Batch, Best, CommandError, Device, Prompts, Quiet, refuse_best
 from .score import asked_for, judged
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ def compare(
     best: Best = False,
     batch: Batch = 32,
     device: Device = "auto",
-    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare two runs by their held-out evaluations, or two folders of pictures of the same names: gains,
@@ -72,21 +71,19 @@ def compare(
             )
         made = of_folders(before, after, reward, prompt, prompts, batch, device, quiet)
     write_bytes(out, page(made, pictures).encode(errors="replace"))
-    show(made, out, as_json)
+    show(made, out)
 
 
-def show(made: Comparison, out: Path, as_json: bool) -> None:
+def show(made: Comparison, out: Path) -> None:
     """Print what changed, and where the report lies."""
-    if as_json:
-        changes = [each.row() for each in made.changes]
-        typer.echo(json.dumps({"before": made.before, "after": made.after, "changes": changes}, indent=1))
-        return
     typer.echo(f"{made.before} → {made.after}")
     for each in made.changes:
         typer.echo(line(each))
     for note in made.notes:
         typer.echo(f"note: {note}", err=True)
     typer.echo(out)
+    changes = [each.row() for each in made.changes]
+    answer({"before": made.before, "after": made.after, "changes": changes, "notes": made.notes, "file": out})
 
 
 def of_folders(

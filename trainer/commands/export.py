@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..quiet import stay_offline
+from .answers import answer
 from .arguments import Best, CommandError, Family, lora_of
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ def _write(
         reader = "transformer.load_lora_adapter; for pipeline.load_lora_weights add --no-alpha"
         typer.echo(f"note: diffusers reads it by {reader}", err=True)
     typer.echo(out)
+    answer({"file": out, "family": family.name, "form": style, "modules": len(pairs), "ranks": ranks})
 
 
 def _merge(file: Path, base: Path, out: Path, family: str | None, rank: int | None, strength: float) -> None:
@@ -186,6 +188,7 @@ def _merge(file: Path, base: Path, out: Path, family: str | None, rank: int | No
         advice = "merge into a 16 bit model, or load the LoRA beside this one"
         typer.echo(f"note: this type is too coarse for the change; {advice}", err=True)
     typer.echo(out)
+    answer({"file": out, "family": made.family.name, "changed": len(made.fitting), "lost": lost})
 
 
 def _extract(
@@ -273,7 +276,9 @@ def check_lora(
         typer.echo(line)
     for trouble in troubles:
         typer.echo(f"! {trouble}")
-    if troubles or not (reading.pairs or reading.other):
+    nothing = not (reading.pairs or reading.other)
+    answer({"file": file, "loads": not (troubles or nothing), "found": lines, "troubles": troubles})
+    if troubles or nothing:
         raise typer.Exit(1)
 
 

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from .answers import Program, answer
+from .exit_codes import UNFORESEEN
 from .serve import serve
 
-rewards_app = typer.Typer(
+rewards_app = Program(
     help="Rewards of this machine: list, fetch and check reward models, offer one over HTTP.",
     no_args_is_help=True,
 )
@@ -50,6 +52,18 @@ def list_rewards(to: Place = None) -> None:
         if name not in KNOWN:
             typer.echo(f"* {name:<17} yours")
     typer.echo("\nget one with: g2rpo rewards fetch NAME")
+    about = ("name", "title", "gigabytes", "licence", "compares_across_prompts", "scale", "note")
+    answer(
+        {
+            "folder": root,
+            "rules": [{"name": rule.name, "about": rule.about} for rule in REWARDS.values()],
+            "models": [
+                {name: getattr(known, name) for name in about} | {"installed": known.name in present}
+                for known in KNOWN.values()
+            ],
+            "yours": [name for name in present if name not in KNOWN],
+        }
+    )
 
 
 @rewards_app.command()
@@ -81,7 +95,8 @@ def fetch(
     from comfy_g2rpo.rewards.fetching.download import Sources
     from comfy_g2rpo.rewards.fetching.fetch import fetch as run
 
-    run(names, _root(to), Sources.chosen(mirror), accept_unpinned=accept_unpinned, say=typer.echo)
+    how = {"accept_unpinned": accept_unpinned, "say": typer.echo}
+    answer({"folders": run(names, _root(to), Sources.chosen(mirror), **how)})
 
 
 @rewards_app.command()
@@ -96,8 +111,10 @@ def check(
     from ..model.inference import device as best_device
     from ..rewards.recheck import check as run
 
-    if not run(_root(to), name, best_device() if device == "auto" else device, typer.echo):
-        raise typer.Exit(1)
+    well = run(_root(to), name, best_device() if device == "auto" else device, typer.echo)
+    answer({"name": name, "well": well})
+    if not well:
+        raise typer.Exit(UNFORESEEN)
     typer.echo("well")
 
 
@@ -118,7 +135,8 @@ def add(
     """Make a CLIPScore from any CLIP on this machine; nothing is downloaded."""
     from ..rewards.add import add as run
 
-    typer.echo(f"installed in {run(_root(to), name, folder, licence)}")
+    typer.echo(f"installed in {(place := run(_root(to), name, folder, licence))}")
+    answer({"name": name, "folder": place})
 
 
 def _root(to: Path | None) -> Path:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from comfy_g2rpo.options import MIXES
 
 from ..quiet import stay_offline
-from .arguments import AsJson, Batch, CommandError, Device, Prompts, Quiet
+from .answers import Ended, answer
+from .arguments import Batch, CommandError, Device, Prompts, Quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +99,6 @@ def score(
     copy_best: CopyBest = None,
     batch: Batch = 32,
     device: Device = "auto",
-    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Judge pictures, best first; stopped, the same command goes on where it was."""
@@ -133,11 +132,12 @@ def score(
     best = kept(ranked, key, groups or [""] * len(entries), top, threshold)
     place = write_table(out, entries, columns, table, values, ranked) if out else None
     shown = best if top is not None or threshold is not None else ranked
-    limit = len(shown) if as_json or top or not out else SHOWN
-    report(entries, columns, table, values, shown, as_json, limit)
+    rows = rows_of(entries, columns, table, values, shown)
+    report(rows, len(shown) if top or not out else SHOWN)
     if copy_best:
         copy([entries[i].path for i in best], copy_best)
     say_what_happened(entries, rewards, table, place, copy_best and len(best), copy_best)
+    answer(rows)
 
 
 def rewards_first(places: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -242,8 +242,8 @@ def judged(
         entries = fill(journal, entries, judges, batch, meter)
     except KeyboardInterrupt:
         hint = f"; the scores so far lie in {out}, the same command goes on from there" if out else ""
-        typer.echo(f"\ninterrupted after {meter.count} of {len(entries)} pictures{hint}", err=True)
-        raise typer.Exit(130) from None
+        print(file=sys.stderr)  # below the meter
+        raise Ended(f"interrupted after {meter.count} of {len(entries)} pictures{hint}", 130) from None
     return entries, [judge.reward for judge in judges], journal.table(entries, judges)
 
 
@@ -314,28 +314,27 @@ def write_table(
     return place
 
 
-def report(
+def rows_of(
     entries: Sequence[Entry],
     columns: Sequence[str],
     table: Tensor,
     values: Sequence[float],
     shown: Sequence[int],
-    as_json: bool,
-    limit: int,
-) -> None:
-    """Print pictures with their scores."""
+) -> list[dict[str, Any]]:
+    """Return pictures with their scores; null where a reward cannot judge."""
     from comfy_g2rpo.files.safe import finite
 
-    rows = [
+    return [
         {"image": str(entries[i].path), "prompt": entries[i].prompt, "score": finite(values[i])}
         | {"scores": {name: finite(value) for name, value in zip(columns, table[:, i].tolist(), strict=True)}}
         for i in shown
     ]
-    if as_json:
-        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
-        return
+
+
+def report(rows: Sequence[Mapping[str, Any]], limit: int) -> None:
+    """Print pictures with their scores."""
     for row in rows[:limit]:
-        parts = dict(row["scores"]) if len(columns) == 1 else {"score": row["score"], **row["scores"]}
+        parts = row["scores"] if len(row["scores"]) == 1 else {"score": row["score"], **row["scores"]}
         words = {name: "cannot judge" if value is None else f"{value:.4f}" for name, value in parts.items()}
         said = "  ".join(f"{name} {word}" for name, word in words.items())
         typer.echo(f"{said}  {row['image']}  {' '.join(row['prompt'].split())}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -12,6 +13,7 @@ import typer
 from comfy_g2rpo.options import nearest
 from comfy_g2rpo.sampling.search_settings import READS, SearchSettings
 
+from .answers import answer
 from .arguments import CommandError, Force, Quiet, Recipe, Settings
 from .calibrate import check_rewards_answer, prepared, shortened
 
@@ -76,9 +78,11 @@ def search(
     ]
     from ..reports.search_table import table
 
-    for line in table(run_jobs(config, jobs, out, force, quiet)):
+    rows = run_jobs(config, jobs, out, force, quiet)
+    for line in table(rows):
         typer.echo(line)
     typer.echo(out)
+    answer({"folder": out, "searches": [asdict(row) for row in rows]})
 
 
 def run_jobs(config: Config, jobs: Sequence[Job], out: Path, force: bool, quiet: bool) -> list[Row]:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .answers import answer
+
 TOKEN_FILE = Path("~/.cache/g2rpo/judge.token")
 
 
@@ -66,6 +68,7 @@ def serve(
                 f"serving {name} at http://{names[0]}\nthe other side needs: export "
                 f'G2RPO_JUDGE_KEY="$(cat {place})"'
             )
+            answer({"name": name, "url": f"http://{names[0]}", "token_file": place})
 
         try:
             asyncio.run(run(guard, at, ready))

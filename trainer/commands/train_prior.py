@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .answers import answer
 from .arguments import CommandError, Force, Quiet, Recipe, Settings
 from .calibrate import check_rewards_answer, prepared, shortened
 
@@ -44,8 +45,10 @@ def prior(
     with prepared(short, force, say, left=f"what was learned is in {out}, if a step was made") as ready:
         setup, check = ready
         check_prompts_to_measure(setup)
-        learn(setup, config, lambda: check("rollout"), out, say)
+        kept = learn(setup, config, lambda: check("rollout"), out, say)
     typer.echo(out)
+    gains = {name: gain._asdict() for name, gain in kept.best.gains.items()}
+    answer({"file": out, "steps": kept.looked, "gains": gains, "verdict": kept.verdict()})
 
 
 def check_file(out: Path, replace: bool) -> None:
@@ -70,7 +73,7 @@ def check_prompts_to_measure(setup: Setup) -> None:
 
 def learn(
     setup: Setup, config: Config, check: Callable[[], None], out: Path, say: Callable[[str], None]
-) -> None:
+) -> Keeper:
     """Train for the recipe's steps or minutes, measure at its evaluations, and keep the best file."""
     from comfy_g2rpo.priors.prior_settings import PriorSettings
     from comfy_g2rpo.priors.prior_training import PriorTraining
@@ -94,6 +97,7 @@ def learn(
         keeper.save_unmeasured()
         raise
     typer.echo(keeper.verdict())
+    return keeper
 
 
 def ended(setup: Setup, steps: int, seconds: float) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .answers import answer
 from .arguments import CommandError
 
 if TYPE_CHECKING:
@@ -58,24 +59,26 @@ def vote(
 
     RunFolder.open(run)
     if export:
-        typer.echo(f"{ballots.export(run, export)} pairs: {export}")
+        typer.echo(f"{(count := ballots.export(run, export))} pairs: {export}")
+        answer({"pairs": count, "file": export})
         return
+    taken = None
     if take:
         taken = accept(run, take)
         typer.echo(f"votes added to {ballots.votes_file(run)}: {taken}")
     waiting = ballots.open_ballots(run)
+    place = Path(run) / "vote.html" if waiting and not take else None
     if not waiting:
         typer.echo(f"no group waits for votes; continue with: g2rpo resume {shlex.quote(str(run))}")
-        return
-    if take:
+    elif take:
         typer.echo(f"groups that still wait for votes: {len(waiting)}")
-        return
-    place = Path(run) / "vote.html"
-    write_bytes(place, page(Path(run).resolve().name, waiting).encode())
-    typer.echo(
-        f"groups that wait for votes: {len(waiting)}; open {place}, save votes.json there, then: g2rpo "
-        f"vote {run} --take votes.json"
-    )
+    else:
+        write_bytes(place, page(Path(run).resolve().name, waiting).encode())
+        typer.echo(
+            f"groups that wait for votes: {len(waiting)}; open {place}, save votes.json there, then: g2rpo "
+            f"vote {run} --take votes.json"
+        )
+    answer({"waiting": len(waiting), "added": taken, "file": place})
 
 
 def accept(run: Path, file: Path) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -18,7 +20,7 @@ from ..model.inference import device
 from ..model.placing import check_card
 from ..reports.progress import clock
 from .card_memory import UnknownMemoryError, footprint_of, sized
-from .estimate import Counts, count, laid_out, rows_of
+from .estimate import Cost, Counts, count, laid_out, rows_of
 from .hours_by_card import rows_by_card
 from .measured import measured
 from .presets import remedy, says, this_card
@@ -27,13 +29,47 @@ from .remembered import counts_of
 Rows = list[tuple[str, str]]
 
 
-def price(config: Config, recipe: str, anew: bool = False) -> list[str]:
-    """Return the lines of a run's price; ValueError or OSError where its prompts cannot be read.
+@dataclass
+class Price:
+    """A run's price: counts and rows for reading, what is to be said, and numbers where they are known."""
+
+    counts: Counts
+    rows: Rows
+    remarks: list[str] = field(default_factory=list)
+    memory: dict[str, Any] | None = None
+    """Bytes: what a run needs here, at its peaks and for good, and what there is."""
+    cost: Cost | None = None
+    minutes: float | None = None
+
+    def lines(self) -> list[str]:
+        """Lay it out for reading."""
+        return [laid_out(self.rows), *self.remarks]
+
+    def content(self) -> dict[str, Any]:
+        """Return it for other programs; what is unknown is null."""
+        counts, cost = self.counts, self.cost
+        return {
+            "steps": counts.steps,
+            "prompts_per_step": counts.prompts,
+            "evaluations": counts.evaluations,
+            "forwards": counts.forwards,
+            "forwards_per_step": counts.step_forwards,
+            "pictures": counts.images,
+            "memory": self.memory,
+            "seconds": cost.run(counts, self.minutes) if cost else None,
+            "seconds_per_step": cost.step if cost else None,
+            "rows": {name.strip(): text for name, text in self.rows},
+            "remarks": self.remarks,
+        }
+
+
+def price(config: Config, recipe: str, anew: bool = False) -> Price:
+    """Return a run's price; ValueError or OSError where its prompts cannot be read.
 
     What is not measured is named with the reason; `anew` measures again what was measured here before.
     """
     counts, where = count(config), device()
-    rows, reasons = rows_of(counts), []
+    found, reasons = Price(counts, rows_of(counts), minutes=config.train.minutes), []
     warnings = [f"before you start: {text}" for text in foreseen(config)]
     large = where.type == "cpu" and (parameters_of(config.model) or 0) > LARGE
     if large:
@@ -46,23 +82,23 @@ def price(config: Config, recipe: str, anew: bool = False) -> list[str]:
         except ConfigError as error:  # it is not here, and may be known all the same
             reasons.append(f"the model cannot be loaded here: {error}")
         check_card(config.model, config.memory, where)
-        memory, full = memory_rows(config, where, large)
+        full = add_memory(found, config, where, large)
     except (OSError, ValueError) as error:
         reason = f"the model cannot be loaded here: {error}"
-        return [laid_out(rows), f"time and memory are unknown, because {reason}", *warnings]
-    rows += memory
+        found.remarks = [f"time and memory are unknown, because {reason}", *warnings]
+        return found
     if full:
         reasons.append(full)
     if not reasons:
         try:
-            rows += measured_rows(config, where, counts, anew)
+            found.cost = measured(config, where, counts, anew)
+            found.rows += measured_rows(found)
         except (OSError, ValueError) as error:
             reasons.append(f"the model cannot be loaded here: {error}")
     if reasons:
-        rows += rows_by_card(config, recipe)
-        why = [f"the time is not measured, because {reason}" for reason in reasons]
-        return [laid_out(rows), *why, *warnings]
-    return [laid_out(rows), *warnings]
+        found.rows += rows_by_card(config, recipe)
+    found.remarks = [*(f"the time is not measured, because {reason}" for reason in reasons), *warnings]
+    return found
 
 
 def foreseen(config: Config) -> list[str]:
@@ -72,30 +108,34 @@ def foreseen(config: Config) -> list[str]:
     return forewarnings(make_pace(config), read_prompts(config), rewards, [*rewards, *held])
 
 
-def memory_rows(config: Config, where: torch.device, large: bool) -> tuple[Rows, str]:
-    """Return rows about a run's memory, and why it does not fit here, if so."""
+def add_memory(found: Price, config: Config, where: torch.device, large: bool) -> str:
+    """Add a run's memory to its price; return why it does not fit here, if so."""
     try:
         counted = counts_of(config)
-        found = footprint_of(config, counted)
+        need = footprint_of(config, counted)
     except UnknownMemoryError as error:
-        return [("memory", str(error))], ""
-    recipe, lines = make_recipe(config), found.lines()
+        found.rows.append(("memory", str(error)))
+        return ""
+    recipe = make_recipe(config)
+    found.rows += need.lines()
     if recipe.replay:
         much = sized(recipe.replay_size * bytes_of_fork(counted.latent))
-        lines.append((f"{recipe.replay_size} old forks", f"{much}, in memory and in every checkpoint"))
+        found.rows.append((f"{recipe.replay_size} old forks", f"{much}, in memory and in every checkpoint"))
+    found.memory = {"needs": need.need, "peaks": dict(need.peaks), "stays": dict(need.parts)}
     if large:  # a card is wanted, and this is none
-        return lines, ""
+        return ""
     card = this_card(where)
-    rows = [*lines, ("memory", says(card, found))]
-    return rows, "" if card.fits(found) else f"it does not fit; {remedy(config, card)}"
+    found.memory |= {"has": card.free, "fits": card.fits(need)}
+    found.rows.append(("memory", says(card, need)))
+    return "" if card.fits(need) else f"it does not fit; {remedy(config, card)}"
 
 
-def measured_rows(config: Config, where: torch.device, counts: Counts, anew: bool) -> Rows:
+def measured_rows(found: Price) -> Rows:
     """Return rows about a run's time and memory as they are measured on this machine."""
-    cost = measured(config, where, counts, anew)
+    cost = found.cost
     old = time.time() - cost.at
     ago = f", {clock(old)} ago (again with --measure)" if old > 60 else ""
-    seconds = cost.run(counts, config.train.minutes)
+    seconds = cost.run(found.counts, found.minutes)
     rows = [
         ("measured on", f"{cost.device}{ago}"),
         ("time per step", f"about {cost.step:.2g} s"),

@@ -8,11 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from accelerate import Accelerator
 
+from comfy_g2rpo.files.safe import FileError, read_table, write_json
 from comfy_g2rpo.run.folder import RunFolder
 
 from .progress import Progress
@@ -24,6 +27,10 @@ if TYPE_CHECKING:
 
 PAUSE = 10.0
 """Seconds from one drawing of curves.png to the next: a drawing takes half a second or more."""
+
+
+SENT = "trackers.json"
+"""What trackers know of a run, in its folder."""
 
 
 class Listener:
@@ -105,37 +112,61 @@ class LiveCurves(Listener):
 
 
 class Tracker(Listener):
-    """Sends the numbers of every row to one of accelerate's trackers."""
+    """Sends the numbers of every row to one of accelerate's trackers.
+
+    Each row once: a run that is resumed writes the rows behind its checkpoint again, and they are the same.
+    TensorBoard can take them back; of the others trackers.json in the run folder knows what they have.
+    """
 
     def __init__(self, inner: Progress, name: str, folder: RunFolder, config: Config, cpu: bool) -> None:
         super().__init__(inner)
         self.name, self.folder, self.config, self.cpu = name, folder, config, cpu
         self.host: Accelerator | None = None
+        self.local = name == "tensorboard"
+        self.notes = folder.path / SENT
+        self.sent = {"id": uuid4().hex[:8], "step": 0, "look": -1}
+        """Its name of the run, and the steps whose row, and whose evaluation, it had last."""
 
     def begin(self, first_step: int) -> None:
         """Open the tracker: TensorBoard's files lie in the run folder, which holds the settings anyway."""
-        place = str(self.folder.path)
+        place, called = str(self.folder.path), self.folder.path.name
+        former = self.known().get(self.name)
+        self.sent |= former if isinstance(former, dict) and former.keys() == self.sent.keys() else {}
+        own = self.sent["id"]
         given = {
             # What an interrupted run wrote behind its checkpoint is written again.
             "tensorboard": {"purge_step": first_step + 1},
-            "trackio": {"name": self.folder.path.name},
-            "wandb": {"name": self.folder.path.name, "dir": place},
+            "trackio": {"name": f"{called}-{own}", "resume": "allow"},
+            "wandb": {"name": called, "dir": place, "id": own, "resume": "allow"},
         }
-        local = self.name == "tensorboard"
+        local = self.local
         project = self.name if local else self.config.report.project
         settings = None if local else flat(self.config.model_dump(mode="json"))
         host = Accelerator(cpu=self.cpu, log_with=self.name, project_dir=place)
         host.init_trackers(project, config=settings, init_kwargs={self.name: given[self.name]})
         if not host.trackers:
-            raise ValueError("accelerate does not find its package")
+            old = f"accelerate {version('accelerate')} does not know it, or not find it"
+            raise ValueError(f"{old}; pip install --upgrade accelerate {self.name}")
         self.host = host
+        for metrics in () if self.local else self.folder.metrics():
+            self.row(metrics)  # what a former process has not come to
 
     def row(self, metrics: Mapping[str, Any]) -> None:
-        """Send the numbers."""
+        """Send the numbers of a row, unless they have been sent before."""
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-        step = numbers.pop("step")
-        if self.host:
+        step, kind = numbers.pop("step"), "step" if "nfe" in metrics else "look"
+        if self.host and (self.local or step > self.sent[kind]):
             self.host.log(numbers, step=step)
+            self.sent[kind] = step
+            if not self.local:
+                write_json(self.notes, self.known() | {self.name: self.sent})
+
+    def known(self) -> dict[str, Any]:
+        """Read what the trackers of this run have; nothing where that is damaged."""
+        try:
+            return read_table(self.notes)
+        except FileError:
+            return {}
 
     def end(self) -> None:
         """Close the tracker, but not the processes' group, as accelerate's own end would."""

@@ -16,6 +16,8 @@ from rich.text import Text
 from comfy_g2rpo.run.loop import Watcher
 from comfy_g2rpo.run.summary import best_lines
 
+from ..commands.answers import answer
+
 SPARKS = "▁▂▃▄▅▆▇█"
 PHASES = {"rollout": "cyan", "decode": "green", "reward": "yellow", "update": "magenta"}
 BAR = 24
@@ -52,6 +54,18 @@ class Silent:
 
     def close(self) -> None:
         """Give the terminal back."""
+
+
+class JsonLines(Silent):
+    """Print a line of JSON per row, for other programs; remarks go to the error output."""
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Print a row."""
+        answer(metrics)
+
+    def note(self, text: str) -> None:
+        """Say a remark."""
+        print(text, file=sys.stderr)
 
 
 def for_terminal(quiet: bool = False) -> Progress:

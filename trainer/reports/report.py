@@ -17,6 +17,8 @@ from comfy_g2rpo.files.picture_files import PictureError, looked_at
 from comfy_g2rpo.files.safe import FileError, write_bytes
 from comfy_g2rpo.run.folder import PREVIEW, RunFolder, Sample
 
+from .time_shares import PHASES
+
 COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -25,12 +27,6 @@ COLOURS = (
     "#E69F00",
     "#56B4E9",
 )  # Okabe and Ito: told apart by colour-blind eyes
-PHASES = {
-    "rollout": "drawing latents (rollout)",
-    "decode": "making pictures of them (decode)",
-    "reward": "judging them (reward)",
-    "update": "learning from it (update)",
-}
 MEASURES = {"pixels": "pixels", "embed": "the reward model"}
 """What pictures are compared by, in words."""
 SMOOTHING = 0.15  # weight of a new value in the moving average
