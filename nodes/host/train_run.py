@@ -16,24 +16,24 @@ import torch
 from torch import Tensor
 
 from ...comfy_g2rpo import lora, recipes
+from ...comfy_g2rpo.blocks.block_settings import HELDOUT_SHARE, block_fields, sets_aside
+from ...comfy_g2rpo.blocks.train_presets import AS_TYPED, TREE, WIDGETS, preset_numbers
 from ...comfy_g2rpo.curriculum.prompt_choice import choice_cost
 from ...comfy_g2rpo.files.one_writer import one_writer
 from ...comfy_g2rpo.files.safe import finite
 from ...comfy_g2rpo.objectives import OBJECTIVES
 from ...comfy_g2rpo.prompts import Prompts, prompts_of, refuse_common, split
-from ...comfy_g2rpo.recipes import FIELDS, Recipe, build_plan
+from ...comfy_g2rpo.recipes import Recipe, build_plan
 from ...comfy_g2rpo.rewards import RewardError
 from ...comfy_g2rpo.run import settings
 from ...comfy_g2rpo.run.checkpoint import restore
 from ...comfy_g2rpo.run.evaluation import price as look_price
 from ...comfy_g2rpo.run.folder import MAY_CHANGE, RunFolder, is_run
-from ...comfy_g2rpo.run.pace import FIELDS as PACE
 from ...comfy_g2rpo.run.pace import Pace
 from ...comfy_g2rpo.run.setup import Setup, make_learner, preview_shape, prompts_ahead
 from ...comfy_g2rpo.run.summary import alarm_at
 from ...comfy_g2rpo.schedule import shifted_sigmas
 from ..inputs.judging import checked_prompt
-from ..inputs.train_presets import AS_TYPED, TREE, WIDGETS, preset_numbers
 from ..model.adapter import Adapter, fresh_adapter, is_large
 from ..model.comfy_policy import text_policy
 from ..model.fingerprint import UNPATCHED, fingerprint, patches_of
@@ -47,7 +47,6 @@ from .publish import metadata, publish
 MAX_WORK = 10**14  # forwards × pixels of a run
 MAX_STATES = 1_000_000  # of one prompt's tree
 MAX_PROMPTS = 4096  # their encodings are kept
-HELDOUT_SHARE = 0.2
 DEFAULTS = {"method": dataclasses.asdict(Recipe()), "train": dataclasses.asdict(Pace())}
 TOLD = (*WIDGETS, "num_steps", "group_size", "granularities", "pick")
 """Numbers that are told of a preset; what `changes` say is in them."""
@@ -192,12 +191,10 @@ def make_setup(wanted: Request, numbers: Mapping[str, Any]) -> tuple[Setup, dict
 
     `numbers` are those of a preset.
     """
-    method, train = settings.parse(wanted.changes, "changes")
+    method, train = block_fields(vars(wanted), numbers, wanted.changes)
     sigmas = checked_schedule(wanted.sigmas) if wanted.sigmas is not None else None
-    paced = {name: value for name, value in numbers.items() if name in PACE}
-    learned = {name: value for name, value in numbers.items() if name in FIELDS and name not in PACE}
-    made = make_recipe(wanted, {**learned, **method}, sigmas)
-    pace = Pace(**{**graph_pace(wanted), **paced, **train})
+    made = make_recipe(wanted, method, sigmas)
+    pace = Pace(**train)
     prompts = make_prompts(wanted, pace.seed)
     if (count := len(prompts.train) + len(prompts.heldout)) > MAX_PROMPTS:
         raise ValueError(
@@ -236,23 +233,10 @@ def make_setup(wanted: Request, numbers: Mapping[str, Any]) -> tuple[Setup, dict
     return setup, describe(wanted, setup, rewards, list(judges))
 
 
-def graph_pace(wanted: Request) -> dict[str, Any]:
-    """Return the pace that the widgets give; the rest suits one GPU and large pictures."""
-    typed = ("steps", "prompts_per_step", "seed", "slots", "eval_every")
-    return {
-        **{name: getattr(wanted, name) for name in typed},
-        "decode_batch": min(wanted.slots, 8),
-        "micro_batch": max(wanted.slots // 4, 1),
-        "eval_prompts": 16,
-        "checkpoint_every": 5,
-    }
-
-
 def make_recipe(wanted: Request, changes: dict[str, Any], sigmas: Tensor | None) -> Recipe:
-    """Make the recipe: the named one, the model's own shift, the widgets, then the changes."""
+    """Make the recipe: the named one, the model's own shift, then what `block_fields` gives."""
     mix = {"mix": wanted.reward.mix} if len(wanted.reward.rewards) > 1 else {}
-    given = {"shift": model_shift(wanted.model), "learning_rate": wanted.learning_rate}
-    fields: dict[str, Any] = {**given, **mix, **changes}
+    fields: dict[str, Any] = {"shift": model_shift(wanted.model), **mix, **changes}
     if sigmas is not None:
         fields["num_steps"] = len(sigmas) - 1
     made = recipes.recipe(wanted.recipe, **fields)
@@ -301,7 +285,7 @@ def make_prompts(wanted: Request, seed: int) -> Prompts:
         held, _ = prompts_of(wanted.heldout_prompts.splitlines(), "heldout_prompts")
         refuse_common(trained, held, "heldout_prompts")
         return Prompts(tuple(trained), tuple(held), notes)
-    if len(trained) < 1 / HELDOUT_SHARE:
+    if not sets_aside(len(trained)):
         return Prompts(tuple(trained), (), (*notes, "too few prompts to set some aside: nothing is held out"))
     return split(trained, HELDOUT_SHARE, seed, "prompts", notes)
 
