@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..comfy_g2rpo.blocks.reward_mix import MAX_WEIGHT, Mix, Part, colours_of, mixed, parse_gates
+from ..comfy_g2rpo.blocks.reward_mix import MAX_WEIGHT, PALETTE, Mix, Part, colours_of, mixed, parse_gates
 from ..comfy_g2rpo.options import MIXES
 from ..comfy_g2rpo.rewards import Reward
 from ..comfy_g2rpo.rewards.likeness import KINDS, Likeness, reference_reward
@@ -22,7 +22,6 @@ from .types import SCORING, RewardSet, RewardWire
 
 MAX_BATCH = 256
 MAX_REFERENCE = 2**24  # pixels
-PALETTE = "palette"
 MIX_TIP = (
     "How they become one, in training within a group, in Score Images within the images given. zscore: sum "
     "of their z-scores, so that no unit dominates. sum: of the scores themselves. minimum: the least "

@@ -10,6 +10,7 @@ from ..options import MIXES
 
 MAX_WEIGHT, MAX_SCORE = 100.0, 1e9
 MAX_GATES_TEXT = 2000
+PALETTE = "palette"
 _GATE = re.compile(
     r"\s*([\w.+-]{1,64})\s*=\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?)\s*", re.ASCII | re.IGNORECASE
 )
