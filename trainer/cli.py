@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -18,8 +17,10 @@ from .commands.calibrate import calibrate
 from .commands.compare import compare
 from .commands.export import check_lora, export
 from .commands.rewards import rewards_app
+from .commands.run_graph import run, workflow
 from .commands.score import score
 from .commands.search_images import search
+from .commands.train_here import ChangedInputs, Quiet, run_in
 from .commands.train_prior import prior
 from .commands.vote import vote
 from .config.bundled import bundled_recipes
@@ -42,13 +43,6 @@ app = typer.Typer(
 Preset = Annotated[
     str | None, typer.Option(help="Settings for a card of this size: 8gb, 12gb, 16gb, 24gb, 48gb, 80gb.")
 ]
-
-ChangedInputs = Annotated[
-    bool, typer.Option("--changed-inputs", help="Resume although prompts, rewards or weights have changed.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")]
-
-WAITING = 3  # exit code of a run that waits for votes
 
 
 def print_version(asked: bool) -> None:
@@ -138,51 +132,6 @@ def pairs(
     config = from_dict(apply_overrides(pair_config(runs), given))
     place = runs[0].resolve()
     run_in(out or place.with_name(f"{place.name}-pairs"), config, given, False, replace, False, force, quiet)
-
-
-def run_in(
-    folder: Path,
-    config: Config,
-    settings: Sequence[str],
-    resume: bool,
-    replace: bool,
-    changed_inputs: bool,
-    force: bool,
-    quiet: bool,
-) -> None:
-    """Train in a run folder and say what came of it, and how to go on."""
-    from .config.reward_checks import missing_models
-    from .cost.presets import before_training
-    from .model.quiet_libraries import quieten_libraries
-    from .reports.progress import for_terminal
-
-    for line in before_training(config, force):
-        if not quiet:
-            typer.echo(line)
-    if missing := missing_models((*config.rewards, *config.heldout_rewards)):
-        raise CommandError(missing)
-    progress = for_terminal(quiet)
-    quieten_libraries()
-    from .rewards.vote_reward import UnvotedError
-    from .run import train as start
-
-    place = shlex.quote(str(folder))
-    try:
-        how = {"resume": resume, "replace": replace, "changed_inputs": changed_inputs}
-        summary = start(config, folder, progress=progress, settings=settings, **how)
-        if summary and not quiet:
-            see = f"see {folder / 'before_after.png'} and {folder / 'curves.png'}"
-            typer.echo(f"LoRA: {folder / summary['lora']}\n{see}")
-    except KeyboardInterrupt:
-        progress.close()
-        typer.echo(f"interrupted; continue with: g2rpo resume {place}", err=True)
-        raise typer.Exit(130) from None
-    except UnvotedError:
-        progress.close()
-        typer.echo(f"vote with: g2rpo vote {place}, then: g2rpo resume {place}", err=True)
-        raise typer.Exit(WAITING) from None
-    finally:
-        progress.close()
 
 
 @app.command()
@@ -297,6 +246,8 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder."
         typer.echo(path)
 
 
+app.command()(run)
+app.command()(workflow)
 app.command()(calibrate)
 app.command()(search)
 app.command()(prior)
