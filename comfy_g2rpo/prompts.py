@@ -76,14 +76,19 @@ class Prompts:
     notes: tuple[str, ...] = ()
 
 
-def load(train: Path, heldout: Path | None = None, share: float = 0.0, seed: int = 0) -> Prompts:
-    """Read both sets from two files, or split one by a seeded share."""
+def is_text(given: Path | str | None) -> bool:
+    """Return whether a recipe gives the prompts themselves, one per line, in the place of a file."""
+    return isinstance(given, str) and "\n" in given
+
+
+def load(train: Path | str, heldout: Path | str | None = None, share: float = 0.0, seed: int = 0) -> Prompts:
+    """Read both sets from two files or texts, or split one by a seeded share."""
     trained, notes = read(train)
     if heldout is not None:
         held, more = read(heldout)
-        refuse_common(trained, held, str(heldout))
+        refuse_common(trained, held, "the held-out prompts" if is_text(heldout) else str(heldout))
         return Prompts(tuple(trained), tuple(held), (*notes, *more))
-    return split(trained, share, seed, str(train), tuple(notes))
+    return split(trained, share, seed, "the prompts" if is_text(train) else str(train), tuple(notes))
 
 
 def refuse_common(trained: Sequence[str], held: Sequence[str], name: str) -> None:
@@ -124,13 +129,16 @@ def lines_of(path: Path) -> list[str]:
         ) from error
 
 
-def read(path: Path) -> tuple[list[str], list[str]]:
-    """Read a .txt file (a prompt per line; blank and # lines skipped), a .jsonl file ({"prompt": …}), or a
-    .csv or .tsv file with a column `prompt`; return prompts and notes.
+def read(path: Path | str) -> tuple[list[str], list[str]]:
+    """Read a .txt file (a prompt per line; blank and # lines skipped), a .jsonl file ({"prompt": …}), a .csv
+    or .tsv file with a column `prompt`, or a text that is no path; return prompts and notes.
 
     The other keys or columns of a row become the prompt's columns; `image` is the path, beside the file, of a
     picture to start from.
     """
+    if is_text(path):
+        unique, repeated = prompts_of(str(path).splitlines(), "the prompts")
+        return unique, [f"{repeated} repeated prompts were dropped"] if repeated else []
     path = Path(path)
     kind = path.suffix.lower()
     if kind in NO_TEXTS:

@@ -9,13 +9,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..comfy_g2rpo.advantages import least_spread, moments, rank_agreement, zero_std_share
+from ..comfy_g2rpo.blocks.reward_mix import within
 from ..comfy_g2rpo.plan import Plan
 from ..comfy_g2rpo.recipes import FIELDS
 from ..comfy_g2rpo.rewards.mixing import mixed_advantages, ranking_scores
 from ..comfy_g2rpo.run.diversity import pixel_features, shaping
 from .inputs.checks import check_inputs
 from .inputs.finding import offered
-from .inputs.judging import within
 from .inputs.widgets import output, recipe_input, show
 from .types import TRAINING, AdvantagesData, AdvantagesWire, RolloutData, RolloutWire, ScoresData, ScoresWire
 from .views.drawing import stride_words

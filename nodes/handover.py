@@ -10,10 +10,12 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ..comfy_g2rpo.blocks.run_names import checked_name
+from ..comfy_g2rpo.blocks.train_presets import AS_TYPED
 from ..comfy_g2rpo.files.spool import DONE
 from ..comfy_g2rpo.rewards import REWARDS, Reward, RewardError, check_prompts
 from ..comfy_g2rpo.run.pace import FIELDS as PACE
-from .host.comfyui import checked_name, lora_listing
+from .host.comfyui import lora_listing
 from .host.open_run import plain_errors
 from .host.publish import file_ui, publish
 from .host.reward_models import DTYPES, Managed
@@ -25,7 +27,6 @@ from .inputs.checks import check_inputs
 from .inputs.finding import offered
 from .inputs.judging import checked_prompt
 from .inputs.model_names import file_choices, model_choices, model_named, spelt
-from .inputs.train_presets import AS_TYPED
 from .inputs.widgets import output
 from .training import train_inputs
 from .types import TRAINING, RewardSet

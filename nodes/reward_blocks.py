@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..comfy_g2rpo.blocks.reward_mix import MAX_WEIGHT, PALETTE, Mix, Part, colours_of, mixed, parse_gates
 from ..comfy_g2rpo.options import MIXES
 from ..comfy_g2rpo.rewards import Reward
 from ..comfy_g2rpo.rewards.likeness import KINDS, Likeness, reference_reward
 from .host.reward_models import DTYPES, check, choices, chosen, find, how_to_get_more, stamp, unknown
 from .inputs.checks import check_inputs
 from .inputs.finding import offered
-from .inputs.judging import MAX_REWARDS, MAX_SCORE, MAX_WEIGHT, checked_images, describe, rounded, within
+from .inputs.judging import MAX_REWARDS, checked_images, describe, rounded
 from .inputs.widgets import output, show
 from .types import SCORING, RewardSet, RewardWire
 
 MAX_BATCH = 256
-MAX_GATES_TEXT = 2000
 MAX_REFERENCE = 2**24  # pixels
-PALETTE = "palette"
-_GATE = re.compile(
-    r"\s*([\w.+-]{1,64})\s*=\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?)\s*", re.ASCII | re.IGNORECASE
-)
 MIX_TIP = (
     "How they become one, in training within a group, in Score Images within the images given. zscore: sum "
     "of their z-scores, so that no unit dominates. sum: of the scores themselves. minimum: the least "
@@ -201,56 +196,22 @@ def flattened(
     sets: tuple[RewardSet | None, ...], weights: tuple[float, ...], mix: str, gates: dict[str, float]
 ) -> RewardSet:
     """Make one set of several: weights multiply, a reward that comes twice counts once, gates stay."""
-    total: dict[str, float] = {}
-    rewards: dict[str, Reward] = {}
-    limits: dict[str, float] = {}
-    for i, (part, weight) in enumerate(zip(sets, weights, strict=True), 1):
-        if part is None:
-            continue
-        within(f"weight_{i}", weight, -MAX_WEIGHT, MAX_WEIGHT)
-        if len(part.rewards) > 1 and part.mix != mix:
-            raise ValueError(
-                f"mix is {mix}, and reward_{i} is itself a mix by {part.mix}; choose the same in both"
-            )
-        for reward, own, gate in zip(part.rewards, part.weights, part.all_gates, strict=True):
-            rewards[reward.name] = reward
-            total[reward.name] = total.get(reward.name, 0.0) + weight * own
-            if gate is not None and limits.setdefault(reward.name, gate) != gate:
-                raise ValueError(
-                    f"reward_{i} has the gate {gate:g} for {reward.name}, another "
-                    f"{limits[reward.name]:g}; keep one of them"
-                )
-    if unknown := [name for name in gates if name not in rewards]:
-        raise ValueError(
-            f"gates names {unknown[0]}, which is not among the rewards; there are: {', '.join(rewards)}"
-        )
-    if not any(total.values()):
-        raise ValueError(
-            "the weights leave nothing: every reward's weight is 0; set one of them to another number"
-        )
-    limits |= gates
-    found = tuple(limits.get(name) for name in rewards)
-    return RewardSet(tuple(rewards.values()), tuple(total.values()), mix, found if limits else ())
+    rewards = {reward.name: reward for part in sets if part for reward in part.rewards}
+    numbered = enumerate(zip(sets, weights, strict=True), 1)
+    made = mixed(((i, as_mix(part), weight) for i, (part, weight) in numbered if part), mix, gates)
+    found = tuple(part.gate for part in made.parts)
+    return RewardSet(
+        tuple(rewards[part.name] for part in made.parts),
+        tuple(part.weight for part in made.parts),
+        mix,
+        found if any(gate is not None for gate in found) else (),
+    )
 
 
-def parse_gates(text: str) -> dict[str, float]:
-    """Read 'reward = score' lines."""
-    if len(text) > MAX_GATES_TEXT:
-        raise ValueError(
-            f"gates has {len(text)} characters; at most {MAX_GATES_TEXT} are allowed, write one "
-            "'reward = score' a line"
-        )
-    found: dict[str, float] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        match = _GATE.fullmatch(line)
-        if match is None:
-            raise ValueError(f"gates, line {number} is {line[:40]!a}; write it as: sharpness = 50")
-        if match[1] in found:
-            raise ValueError(f"gates, line {number} names {match[1]} again; keep one line for it")
-        found[match[1]] = within(f"gates, line {number}", float(match[2]), -MAX_SCORE, MAX_SCORE)
-    return found
+def as_mix(part: RewardSet) -> Mix:
+    """Return a set of rewards by their names."""
+    lines = zip(part.rewards, part.weights, part.all_gates, strict=True)
+    return Mix(tuple(Part(reward.name, weight, gate) for reward, weight, gate in lines), part.mix)
 
 
 def gate_text(weight: float, gate: float | None) -> str:
@@ -333,7 +294,7 @@ class ReferenceReward(io.ComfyNode):
         """Keep what is compared with."""
         check_inputs(cls, locals())
         if kind == PALETTE:
-            wanted = re.findall(r"[^\s,;]+", (colours or "")[:1000])
+            wanted = colours_of(colours or "")
             if not wanted:
                 raise ValueError("colours is empty; write colours such as #ff8800, #002244")
             seen = " ".join(wanted).lower().encode()

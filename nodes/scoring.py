@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
+from ..comfy_g2rpo.blocks.reward_mix import MAX_SCORE, within
 from ..comfy_g2rpo.prompts import MAX_CHARACTERS
 from ..comfy_g2rpo.rollout import stream
 from ..comfy_g2rpo.run.scorer import Scorer, comparison_groups
@@ -21,7 +22,6 @@ from .inputs.checks import check_inputs, check_number, check_value
 from .inputs.finding import offered
 from .inputs.judging import (
     MAX_IMAGES,
-    MAX_SCORE,
     best_first,
     bounded,
     check_count,
@@ -39,7 +39,6 @@ from .inputs.judging import (
     prompts_for,
     score_table,
     scored_images,
-    within,
 )
 from .inputs.widgets import int_input, linked_text, output, show, text_area
 from .types import SCORING, RewardSet, RolloutData, RolloutWire, ScoresData, ScoresWire

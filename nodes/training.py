@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..comfy_g2rpo import recipes
+from ..comfy_g2rpo.blocks.train_presets import AS_TYPED, PRESETS
 from ..comfy_g2rpo.files.safe import finite
 from ..comfy_g2rpo.run.pace import FIELDS as PACE
 from .host.comfyui import lora_listing
@@ -17,7 +18,6 @@ from .host.train_run import Request, Trained, train
 from .inputs import widgets
 from .inputs.checks import check_inputs
 from .inputs.finding import offered
-from .inputs.train_presets import AS_TYPED, PRESETS
 from .inputs.widgets import output
 from .model.adapter import lora_model, with_adapter
 from .model.comfy_policy import check_flow

@@ -23,6 +23,7 @@ from test_vote_command import save_votes
 from comfy_g2rpo import lora
 from comfy_g2rpo.run.folder import RunFolder
 from g2rpo_trainer import cli
+from g2rpo_trainer.commands.train_here import WAITING
 from g2rpo_trainer.config.reading import load
 from g2rpo_trainer.cost.presets import preset_settings
 
@@ -47,7 +48,7 @@ rewards: [{name: REWARD}]
 heldout_rewards: [jpeg]
 prompts: {train: prompts/shapes_train.txt, heldout: prompts/shapes_heldout.txt}
 """
-WAITS = {"g2rpo train taste.yaml --out runs/taste": cli.WAITING}
+WAITS = {"g2rpo train taste.yaml --out runs/taste": WAITING}
 """Exit codes other than 0: a run of votes stops until somebody has voted."""
 
 FLUX, NETWORK = "needs a large model", "opens a connection"
@@ -66,6 +67,7 @@ NOT_RUN = {
     "g2rpo train flux_dev": FLUX,
     "g2rpo train z_image": FLUX,
     "g2rpo sample runs/flux_dev": FLUX,
+    "g2rpo run my_graph.json": FLUX,
     "g2rpo rewards fetch": NETWORK,
     "g2rpo worker": "works until it is stopped: tests/test_worker.py",
     "g2rpo rewards serve": "serves until it is stopped: tests/test_judges_server.py",
@@ -168,6 +170,7 @@ def small() -> list[str]:
 
 SHORT = {
     "train": ["--quiet"],
+    "run": ["--quiet"],
     "search": ["--quiet", "--budgets", "16"],
     "prior": ["--quiet", "--set", "train.eval_every=1", "--set", "method.group_size=2"],
     "calibrate": ["--set", "method.group_size=2"],

@@ -26,7 +26,7 @@ from g2rpo_trainer.jobs.graph_job import ModelFolders, RefusedJobError, prepared
 
 load_routes()
 write_job = importlib.import_module("g2rpo_pack_for_routes.nodes.host.write_job")
-presets = importlib.import_module("g2rpo_pack_for_routes.nodes.inputs.train_presets")
+presets = importlib.import_module("g2rpo_pack_for_routes.comfy_g2rpo.blocks.train_presets")
 # The block's own: the pack is loaded under another name here, as in ComfyUI.
 Spool = importlib.import_module("g2rpo_pack_for_routes.comfy_g2rpo.files.spool").Spool
 TINY = write_job.Model(write_job.TINY, write_job.TINY, "sd3", 4_000_000)

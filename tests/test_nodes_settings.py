@@ -299,7 +299,7 @@ def test_history_names_the_lora_the_run_and_its_scores(done: Answer) -> None:
     [("small", "demo", None), ("medium", "sd35_medium", "sd3"), ("large", "flux_dev", None)],
 )
 def test_presets_start_from_the_bundled_recipes(size: str, bundle: str, card: str | None) -> None:
-    numbers = dict(runpy.run_path(str(ROOT / "nodes/inputs/train_presets.py"))["SIZES"][size])
+    numbers = dict(runpy.run_path(str(ROOT / "comfy_g2rpo/blocks/train_presets.py"))["SIZES"][size])
     bundled = yaml.safe_load((ROOT / f"recipes/{bundle}.yaml").read_text("utf-8"))
     pace = {name: field.default for name, field in FIELDS.items()} | bundled["train"]
     if card:
@@ -310,7 +310,7 @@ def test_presets_start_from_the_bundled_recipes(size: str, bundle: str, card: st
 
 
 def test_a_quick_look_costs_a_hundredth_of_a_standard_run() -> None:
-    data = runpy.run_path(str(ROOT / "nodes/inputs/train_presets.py"))
+    data = runpy.run_path(str(ROOT / "comfy_g2rpo/blocks/train_presets.py"))
     costs = {}
     for preset in ("quick look", "standard"):
         numbers = data["preset_numbers"](preset, 2_500_000_000, "g2rpo")
@@ -322,7 +322,7 @@ def test_a_quick_look_costs_a_hundredth_of_a_standard_run() -> None:
 
 
 def test_the_widgets_of_presets_are_told_to_the_page() -> None:
-    data = runpy.run_path(str(ROOT / "nodes/inputs/train_presets.py"))
+    data = runpy.run_path(str(ROOT / "comfy_g2rpo/blocks/train_presets.py"))
     widgets = [entry["id"] for entry in BLOCKS["G2RPO_TrainLoRA"]["inputs"]]
     numbers = {name for part in (*data["SIZES"].values(), *data["PRESETS"].values()) for name in part}
     assert set(data["WIDGETS"]) == numbers & set(widgets)

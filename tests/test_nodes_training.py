@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from comfy_host import EVERY, Answer, make_base, run_script, server
+from program import leave
 from safetensors.torch import load_file
 
 from comfy_g2rpo import lora
 from comfy_g2rpo.run.folder import RunFolder
 from g2rpo_trainer import run as headless
-from g2rpo_trainer.config.reading import from_dict
+from g2rpo_trainer.config.file_checks import read_prompts
+from g2rpo_trainer.config.reading import Config, from_dict, make_recipe
 from g2rpo_trainer.reports.progress import Silent
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.xdist_group("training in comfyui")]
@@ -189,12 +192,10 @@ def test_every_run_of_the_loop_graph_is_one_update_and_no_wire_changes(done: Ans
     assert done.data["monitor"][0] and "reward/agreement/mean" in done.data["monitor"][2]
 
 
-def test_graph_and_command_line_make_the_same_steps(done: Answer, tmp_path: Path) -> None:
-    """Same prompts, seeds and model: the same pictures, scores and gradients, step by step, to the
-    rounding of batches.
-    """
-    (tmp_path / "train.txt").write_text("\n".join(PROMPTS))
-    (tmp_path / "heldout.txt").write_text("\n".join(HELDOUT))
+def command_line_recipe(place: Path) -> Config:
+    """Return the recipe of the graph's training, as people write one."""
+    (place / "train.txt").write_text("\n".join(PROMPTS))
+    (place / "heldout.txt").write_text("\n".join(HELDOUT))
     tree = {
         "model": {"path": "models/tiny", "width": 64, "height": 64, "max_sequence_length": 0},
         "lora": {"rank": 4, "alpha": 8},
@@ -206,10 +207,33 @@ def test_graph_and_command_line_make_the_same_steps(done: Answer, tmp_path: Path
             "learning_rate": 1e-3,
         },
         "rewards": [{"name": "agreement"}],
-        "prompts": {"train": str(tmp_path / "train.txt"), "heldout": str(tmp_path / "heldout.txt")},
+        "prompts": {"train": str(place / "train.txt"), "heldout": str(place / "heldout.txt")},
         "train": {"steps": 1, "prompts_per_step": 2, "eval_noises": 1},
     }
-    headless.train(from_dict(tree), tmp_path / "run", progress=Silent())
+    return from_dict(tree)
+
+
+def test_the_graph_itself_is_that_recipe_of_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wires = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "reward": ["2", 0]}
+    graph = {**LOADERS, "3": {"class_type": "G2RPO_TrainLoRA", "inputs": {**wires, **TRAIN}}}
+    (tmp_path / "graph.json").write_text(json.dumps(graph))
+    code, shown, errors = leave(capsys, "run", tmp_path / "graph.json", "--print", "--set", "train.steps=1")
+    assert (code, errors) == (0, "")
+    made, written = from_dict(yaml.safe_load(shown)), command_line_recipe(tmp_path)
+    assert make_recipe(made) == make_recipe(written)
+    assert (made.model, made.lora, made.rewards) == (written.model, written.lora, written.rewards)
+    assert read_prompts(made) == read_prompts(written)
+    for name in ("steps", "prompts_per_step", "seed", "eval_noises"):
+        assert getattr(made.train, name) == getattr(written.train, name), name
+
+
+def test_graph_and_command_line_make_the_same_steps(done: Answer, tmp_path: Path) -> None:
+    """Same prompts, seeds and model: the same pictures, scores and gradients, step by step, to the
+    rounding of batches.
+    """
+    headless.train(command_line_recipe(tmp_path), tmp_path / "run", progress=Silent())
     rows = RunFolder.open(tmp_path / "run").metrics()
     for name in ("heldout/agreement/mean",):
         assert done.data["rows"][0][name] == pytest.approx(rows[0][name], abs=1e-3)

@@ -85,7 +85,7 @@ def test_blocks_that_tell_something_have_a_place_for_it() -> None:
 
 
 def test_the_page_greys_the_widgets_that_a_preset_replaces() -> None:
-    presets = ROOT / "nodes/inputs/train_presets.py"
+    presets = ROOT / "comfy_g2rpo/blocks/train_presets.py"
     known = {
         target.id: ast.literal_eval(node.value)
         for node in ast.parse(presets.read_text("utf-8")).body

@@ -18,7 +18,7 @@ from comfy_g2rpo.run.iteration import dropped_share
 from comfy_g2rpo.run.pace import Pace
 from comfy_g2rpo.votes import ballots
 from comfy_g2rpo.votes.strengths import Votes
-from g2rpo_trainer import cli
+from g2rpo_trainer.commands.train_here import WAITING
 from g2rpo_trainer.config.reading import ConfigError, load
 from g2rpo_trainer.rewards.vote_reward import UnvotedError, VoteReward
 
@@ -80,7 +80,7 @@ def test_two_steps_of_votes_for_redder_make_held_out_pictures_redder(recipe, tmp
     run, file = tmp_path / "run", tmp_path / "votes.json"
     words = ["train", recipe, "--out", run, "--quiet"]
     for step in (1, 2):
-        assert call(*words) == cli.WAITING
+        assert call(*words) == WAITING
         said = capsys.readouterr().err
         assert f"vote with: g2rpo vote {run}, then: g2rpo resume {run}" in said
         waiting = ballots.open_ballots(run)

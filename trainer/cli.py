@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,13 +19,15 @@ from .commands.arguments import Best, CommandError, Force, Recipe, Settings, lor
 from .commands.calibrate import calibrate
 from .commands.compare import compare
 from .commands.doctor import doctor
-from .commands.exit_codes import DONE, SIGNALLED, UNFORESEEN, WAITING, leave_at_once, ran_out, several
+from .commands.exit_codes import DONE, UNFORESEEN, leave_at_once, ran_out, several
 from .commands.export import check_lora, export
 from .commands.remote import remote_app
 from .commands.rewards import rewards_app
+from .commands.run_graph import run, workflow
 from .commands.score import score
 from .commands.search_images import search
 from .commands.serve_jobs import serve_jobs
+from .commands.train_here import ChangedInputs, Quiet, run_in
 from .commands.train_prior import prior
 from .commands.vote import vote
 from .commands.worker import worker
@@ -50,11 +51,6 @@ app = Program(
 Preset = Annotated[
     str | None, typer.Option(help="Settings for a card of this size: 8gb, 12gb, 16gb, 24gb, 48gb, 80gb.")
 ]
-
-ChangedInputs = Annotated[
-    bool, typer.Option("--changed-inputs", help="Resume although prompts, rewards or weights have changed.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")]
 
 
 def print_version(asked: bool) -> None:
@@ -144,53 +140,6 @@ def pairs(
     config = from_dict(apply_overrides(pair_config(runs), given))
     place = runs[0].resolve()
     run_in(out or place.with_name(f"{place.name}-pairs"), config, given, False, replace, False, force, quiet)
-
-
-def run_in(
-    folder: Path,
-    config: Config,
-    settings: Sequence[str],
-    resume: bool,
-    replace: bool,
-    changed_inputs: bool,
-    force: bool,
-    quiet: bool,
-) -> None:
-    """Train in a run folder and say what came of it, and how to go on."""
-    from .config.reward_checks import missing_models
-    from .cost.presets import before_training
-    from .model.quiet_libraries import quieten_libraries
-    from .reports.progress import JsonLines, for_terminal
-
-    for line in before_training(config, force):
-        if not quiet:
-            typer.echo(line)
-    if missing := missing_models((*config.rewards, *config.heldout_rewards)):
-        raise CommandError(missing)
-    progress = JsonLines() if wanted() else for_terminal(quiet)
-    quieten_libraries()
-    from .processes import Left, speaks
-    from .rewards.vote_reward import UnvotedError
-    from .run import train as start
-
-    place = shlex.quote(str(folder))
-    try:
-        how = {"resume": resume, "replace": replace, "changed_inputs": changed_inputs}
-        summary = start(config, folder, progress=progress, settings=settings, **how)
-        if summary:
-            answer({"run": folder, "lora": folder / summary["lora"], "summary": summary})
-        if summary and not quiet:
-            see = f"see {folder / 'before_after.png'} and {folder / 'curves.png'}"
-            typer.echo(f"LoRA: {folder / summary['lora']}\n{see}")
-    except (KeyboardInterrupt, Left) as ended:
-        code = ended.code if isinstance(ended, Left) else SIGNALLED + getattr(ended, "number", 2)
-        said = str(ended) or ("interrupted" if code > SIGNALLED and speaks() else "")
-        raise Ended(f"{said}; continue with: g2rpo resume {place}" if said else "", code) from None
-    except UnvotedError:
-        line = f"vote with: g2rpo vote {place}, then: g2rpo resume {place}"
-        raise Ended(line, WAITING) from None
-    finally:
-        progress.close()
 
 
 @app.command()
@@ -314,6 +263,8 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder."
     answer({"run": run, "files": written, "seconds": shares_of(rows), "summary": folder.summary()})
 
 
+app.command()(run)
+app.command()(workflow)
 app.command()(calibrate)
 app.command()(search)
 app.command()(prior)

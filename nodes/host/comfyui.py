@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,9 +15,10 @@ import folder_paths
 import torch
 from server import PromptServer
 
+from ...comfy_g2rpo.blocks.run_names import checked_name
 from ...comfy_g2rpo.files.safe import FileError
 from ...comfy_g2rpo.run.folder import RunFolder, is_run
-from .routes import RUN_ID, runs_root
+from .routes import runs_root
 
 NEWEST = "newest"
 EVENT = "g2rpo.progress"
@@ -26,19 +26,7 @@ SECONDS_BETWEEN_EVENTS = 0.25
 STOPS = (comfy.model_management.InterruptProcessingException, torch.cuda.OutOfMemoryError)
 
 NAME_TIP = "Letters, digits, dots, dashes and underscores, 64 at most."
-DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # no files on Windows
 check_interrupted: Callable[[], None] = comfy.model_management.throw_exception_if_processing_interrupted
-
-
-def checked_name(name: str, widget: str) -> str:
-    """Return the name of a run or file; raise ValueError unless it can be a folder or file under ours."""
-    name = name.strip() if isinstance(name, str) else ""
-    if not RUN_ID.fullmatch(name) or name.endswith(".") or DEVICES.fullmatch(name):
-        raise ValueError(
-            f"{widget} is {name[:80]!a}; use 1 to 64 letters, digits, dots, dashes and underscores, a "
-            "letter or digit first"
-        )
-    return name
 
 
 def contained(root: Path, name: str, widget: str) -> Path:

@@ -12,12 +12,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...comfy_g2rpo.blocks.run_names import RUN_ID
 from ...comfy_g2rpo.files.one_writer import LOCK
 from ...comfy_g2rpo.files.safe import FileError, RunError, spelt_out
 from ...comfy_g2rpo.run.folder import RunFolder, is_run
 from .changed_settings import Change, changes_of, told, widgets_of
 from .comfyui import run_place
-from .routes import RUN_ID, runs_root
+from .routes import runs_root
 
 IF_CHANGED = (NEW, CONTINUE, ASK) = ("new", "continue", "ask")
 """What a named run does when it is asked for with other settings."""

@@ -22,10 +22,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ...comfy_g2rpo.blocks.run_names import RUN_ID
 from ...comfy_g2rpo.files.safe import finite, open_file
 from ...comfy_g2rpo.run.folder import is_run
 
-RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 STEP = re.compile(r"[0-9]{1,12}")
 PICTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.png")
 

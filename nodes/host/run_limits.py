@@ -4,22 +4,18 @@ handed over. Nothing here needs ComfyUI.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from ...comfy_g2rpo import recipes
+from ...comfy_g2rpo.blocks.block_settings import HELDOUT_SHARE, sets_aside
 from ...comfy_g2rpo.curriculum.prompt_choice import choice_cost
 from ...comfy_g2rpo.objectives import OBJECTIVES
 from ...comfy_g2rpo.prompts import Prompts, prompts_of, refuse_common, split
-from ...comfy_g2rpo.recipes import FIELDS, Recipe, build_plan
+from ...comfy_g2rpo.recipes import Recipe, build_plan
 from ...comfy_g2rpo.run.evaluation import price as look_price
-from ...comfy_g2rpo.run.pace import FIELDS as PACE
 from ...comfy_g2rpo.run.pace import Pace
 
 MAX_WORK = 10**14  # forwards × pixels of a run
 MAX_STATES = 1_000_000  # of one prompt's tree
 MAX_PROMPTS = 4096  # their encodings are kept
-HELDOUT_SHARE = 0.2
 
 
 def check_recipe(made: Recipe) -> None:
@@ -38,24 +34,6 @@ def check_recipe(made: Recipe) -> None:
             f"changes: a tree of up to {states} states is above the limit of {MAX_STATES}; lower "
             "group_size, num_steps or starts"
         )
-
-
-def graph_pace(wanted: Any) -> dict[str, Any]:
-    """Return the pace that the widgets of a block give; the rest suits one GPU and large pictures."""
-    typed = ("steps", "prompts_per_step", "seed", "slots", "eval_every")
-    return {
-        **{name: getattr(wanted, name) for name in typed},
-        "decode_batch": min(wanted.slots, 8),
-        "micro_batch": max(wanted.slots // 4, 1),
-        "eval_prompts": 16,
-        "checkpoint_every": 5,
-    }
-
-
-def by_section(numbers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return which numbers of a preset are the recipe's fields, and which the pace's."""
-    paced = {name: value for name, value in numbers.items() if name in PACE}
-    return {name: value for name, value in numbers.items() if name in FIELDS and name not in PACE}, paced
 
 
 def read_prompts(trained: str, heldout: str, seed: int) -> Prompts:
@@ -77,7 +55,7 @@ def _read(trained: str, heldout: str, seed: int) -> Prompts:
         held, _ = prompts_of(heldout.splitlines(), "heldout_prompts")
         refuse_common(prompts, held, "heldout_prompts")
         return Prompts(tuple(prompts), tuple(held), notes)
-    if len(prompts) < 1 / HELDOUT_SHARE:
+    if not sets_aside(len(prompts)):
         return Prompts(tuple(prompts), (), (*notes, "too few prompts to set some aside: nothing is held out"))
     return split(prompts, HELDOUT_SHARE, seed, "prompts", notes)
 

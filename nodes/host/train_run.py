@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ...comfy_g2rpo import lora, recipes
+from ...comfy_g2rpo.blocks.block_settings import block_fields
+from ...comfy_g2rpo.blocks.train_presets import AS_TYPED, TREE, WIDGETS, preset_numbers
 from ...comfy_g2rpo.curriculum.prompt_choice import choice_cost
 from ...comfy_g2rpo.files.one_writer import one_writer
 from ...comfy_g2rpo.files.safe import finite
@@ -29,7 +31,6 @@ from ...comfy_g2rpo.run.setup import Setup, make_learner, preview_shape, prompts
 from ...comfy_g2rpo.run.summary import alarm_at
 from ...comfy_g2rpo.schedule import shifted_sigmas
 from ..inputs.judging import checked_prompt
-from ..inputs.train_presets import AS_TYPED, TREE, WIDGETS, preset_numbers
 from ..model.adapter import Adapter, fresh_adapter, is_large
 from ..model.comfy_policy import text_policy
 from ..model.fingerprint import UNPATCHED, fingerprint, patches_of
@@ -39,7 +40,7 @@ from .changed_settings import Change, said, without
 from .comfyui import STOPS, Live, run_place
 from .open_run import NEW, Wanted, choose_run, note_changes, open_run, plain_errors, says_patches
 from .publish import metadata, publish
-from .run_limits import by_section, check_recipe, graph_pace, look_parts, price, read_prompts
+from .run_limits import check_recipe, look_parts, price, read_prompts
 
 DEFAULTS = {"method": dataclasses.asdict(Recipe()), "train": dataclasses.asdict(Pace())}
 TOLD = (*WIDGETS, "num_steps", "group_size", "granularities", "pick")
@@ -185,11 +186,10 @@ def make_setup(wanted: Request, numbers: Mapping[str, Any]) -> tuple[Setup, dict
 
     `numbers` are those of a preset.
     """
-    method, train = settings.parse(wanted.changes, "changes")
+    method, train = block_fields(vars(wanted), numbers, wanted.changes)
     sigmas = checked_schedule(wanted.sigmas) if wanted.sigmas is not None else None
-    learned, paced = by_section(numbers)
-    made = make_recipe(wanted, {**learned, **method}, sigmas)
-    pace = Pace(**{**graph_pace(wanted), **paced, **train})
+    made = make_recipe(wanted, method, sigmas)
+    pace = Pace(**train)
     prompts = read_prompts(wanted.prompts, wanted.heldout_prompts, pace.seed)
     checked_prompt(wanted.negative, "negative")
     if sigmas is None:
@@ -224,10 +224,9 @@ def make_setup(wanted: Request, numbers: Mapping[str, Any]) -> tuple[Setup, dict
 
 
 def make_recipe(wanted: Request, changes: dict[str, Any], sigmas: Tensor | None) -> Recipe:
-    """Make the recipe: the named one, the model's own shift, the widgets, then the changes."""
+    """Make the recipe: the named one, the model's own shift, then what `block_fields` gives."""
     mix = {"mix": wanted.reward.mix} if len(wanted.reward.rewards) > 1 else {}
-    given = {"shift": model_shift(wanted.model), "learning_rate": wanted.learning_rate}
-    fields: dict[str, Any] = {**given, **mix, **changes}
+    fields: dict[str, Any] = {"shift": model_shift(wanted.model), **mix, **changes}
     if sigmas is not None:
         fields["num_steps"] = len(sigmas) - 1
     made = recipes.recipe(wanted.recipe, **fields)

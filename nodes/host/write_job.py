@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from ...comfy_g2rpo import recipes
+from ...comfy_g2rpo.blocks.block_settings import block_fields
+from ...comfy_g2rpo.blocks.train_presets import AS_TYPED, MEDIUM_FROM, WIDGETS, preset_numbers
 from ...comfy_g2rpo.files.safe import FileError, finite, spelt_out
 from ...comfy_g2rpo.files.spool import JobError, Spool, check_id
-from ...comfy_g2rpo.run import settings
 from ...comfy_g2rpo.run.pace import Pace
 from ...comfy_g2rpo.run.setup import preview_shape
-from ..inputs.train_presets import AS_TYPED, MEDIUM_FROM, WIDGETS, preset_numbers
 from .changed_settings import WIDGETS as NAMES
 from .changed_settings import WIRES, Change, both, rewards, said, told, widgets_of
-from .run_limits import by_section, check_recipe, graph_pace, price, read_prompts
+from .run_limits import check_recipe, price, read_prompts
 
 SPOOL = "spool"
 """The spool's folder among the runs, whose name no run may have."""
@@ -103,12 +103,11 @@ def job_of(order: Order) -> tuple[dict[str, Any], str]:
     """Return the job, and what it will cost, in words; ValueError names the widget that is wrong."""
     numbers = preset_numbers(order.preset, order.model.parameters, order.recipe)
     order = replace(order, **{name: numbers[name] for name in numbers if name in WIDGETS})
-    method, train = settings.parse(order.changes, "changes")
-    learned, paced = by_section(numbers)
-    pace = Pace(**{**graph_pace(order), **paced, **train})
+    fields, paced = block_fields(vars(order), numbers, order.changes)
+    pace = Pace(**paced)
     trained, measured = judges(order)
-    mix = {"mix": order.mix} if len(trained) > 1 else {}
-    fields: dict[str, Any] = {"learning_rate": order.learning_rate, **mix, **learned, **method}
+    if len(trained) > 1:
+        fields = {"mix": order.mix, **fields}
     made = recipes.recipe(order.recipe, **fields)
     check_recipe(made)
     preview_shape(pace, lambda width, height: (width, height))
@@ -119,18 +118,18 @@ def job_of(order: Order) -> tuple[dict[str, Any], str]:
     prompts = read_prompts(order.prompts, order.heldout_prompts, pace.seed)
     cost = price(made, pace, len(prompts.heldout), (order.width, order.height))
     if numbers:
-        used = {**numbers, **paced, **train, **learned, **method}
+        used = {**numbers, **paced, **fields}
         cost += f"; preset {order.preset}: " + ", ".join(f"{key} {said(used[key])}" for key in numbers)
     large = order.model.parameters >= LARGE_FROM
     sections = {
-        "model": {**model_section(order), "schedule": "method" if "shift" in method else "comfyui"},
+        "model": {**model_section(order), "schedule": "method" if "shift" in fields else "comfyui"},
         "memory": {"gradient_checkpointing": large},
         "lora": {name: getattr(order, name) for name in ("rank", "alpha", "targets")},
         "method": {"name": order.recipe, **fields},
         "rewards": [judge.section() for judge in trained],
         "heldout_rewards": measured,
         "prompts": {"train": list(prompts.train), "heldout": list(prompts.heldout)},
-        "train": {**graph_pace(order), **paced, **train},
+        "train": paced,
     }
     models = {"folder": order.model.folder, "model": order.model.name}
     models |= {"text_encoders": list(order.text_encoders), "vae": order.vae}

@@ -12,6 +12,7 @@ import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
+from ...comfy_g2rpo.blocks.reward_mix import MAX_SCORE, within
 from ...comfy_g2rpo.prompts import MAX_CHARACTERS
 from ...comfy_g2rpo.rewards import Reward, score_all
 from ...comfy_g2rpo.rewards.mixing import ranking_scores
@@ -24,7 +25,7 @@ from .checks import check_characters
 
 MAX_IMAGES, MAX_PIXELS = 1024, 2**30  # of one run of a block
 MAX_VALUES_TEXT = 100_000  # characters of a list of values
-MAX_WEIGHT, MAX_SCORE, MAX_REWARDS = 100.0, 1e9, 6
+MAX_REWARDS = 6
 CHUNK_PIXELS = 2**22  # between two looks at the stop button
 SLACK = 0.25  # by which resizing may overshoot [0, 1]; saving clips it as well
 SHOWN_LINES = 5  # of a table, on a block
@@ -32,13 +33,6 @@ LONGEST_CELL = 40  # characters that a column is widened for
 RELATIVE = "Compare scores only between images of one prompt."
 
 _VALUE = re.compile(r"nan|[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
-
-
-def within(name: str, value: float, low: float, high: float) -> float:
-    """Return a number that may come over a link; raise ValueError unless it lies in its bounds."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError(f"{name} is {str(value)[:40]}; it must be a number from {low:g} to {high:g}")
-    return value
 
 
 def one(name: str, values: Sequence[Any]) -> Any:

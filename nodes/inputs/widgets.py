@@ -16,13 +16,13 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
+from ...comfy_g2rpo.blocks.reward_mix import MAX_SCORE
 from ...comfy_g2rpo.prompts import MAX_CHARACTERS
 from ...comfy_g2rpo.recipes import FIELDS
 from ...comfy_g2rpo.run.scorer import to_8_bit
 from ..host.comfyui import NAME_TIP, asking_client
 from ..model.adapter import TARGETS
 from ..types import RewardWire
-from .judging import MAX_SCORE
 
 LONGEST_LIST = 1000
 TEXT_EVENT = "g2rpo.text"

@@ -27,8 +27,8 @@ def published() -> dict[str, Any]:
 
 def read_prompts(config: Config) -> Prompts:
     """Read the prompts of a run; ValueError or OSError says what is wrong with their files."""
-    heldout = Path(config.prompts.heldout) if config.prompts.heldout else None
-    return load_prompts(Path(config.prompts.train), heldout, config.prompts.heldout_share, config.train.seed)
+    given = config.prompts
+    return load_prompts(given.train, given.heldout or None, given.heldout_share, config.train.seed)
 
 
 def check_files(config: Config) -> Prompts:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from comfy_g2rpo.files.safe import RunError, digest_of
-from comfy_g2rpo.prompts import Prompts, columns_of
+from comfy_g2rpo.prompts import Prompts, columns_of, is_text
 
 from .reading import Config, model_folder
 from .reward_checks import rewards_root
@@ -132,9 +132,8 @@ def compare_inputs(
     same = [field for field in MAY_MOVE if field in now and before.get(field) == now[field]]
     if not changed:
         return [], same
-    named = dict(places(config)) | {
-        f"prompts.{name}": getattr(config.prompts, name) for name in ("train", "heldout")
-    }
+    prompts = {f"prompts.{name}": getattr(config.prompts, name) for name in ("train", "heldout")}
+    named = dict(places(config)) | {field: text for field, text in prompts.items() if not is_text(text)}
     which = ", ".join(f"{field} ({named[field]})" if named.get(field) else field for field in changed)
     if not changed_inputs:
         raise RunError(

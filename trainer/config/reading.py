@@ -13,6 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from comfy_g2rpo import options, recipes
+from comfy_g2rpo.prompts import is_text
 from comfy_g2rpo.run import pace
 from comfy_g2rpo.speed.cheap_completions import Speed
 
@@ -279,7 +280,7 @@ def resolve_paths(config: Config, near: Path) -> Config:
     """Replace relative paths by the files they mean."""
     prompts, changes = config.prompts, {}
     for name in ("train", "heldout"):
-        if (given := getattr(prompts, name)) is not None:
+        if (given := getattr(prompts, name)) is not None and not is_text(given):
             changes[name] = str(find(f"prompts.{name}", given, near))
     model: dict[str, Any] = {}
     for name in ("path", "transformer", "vae", "tokenizers"):

@@ -289,9 +289,12 @@ class PromptSection(Section):
     """Where prompts come from."""
 
     train: str = Field(
-        description="File of prompts to train on: .txt, one per line, .jsonl, or .csv with a column prompt."
+        description=(
+            "File of prompts to train on: .txt, one per line, .jsonl, or .csv with a column prompt; or the "
+            "prompts themselves, a text with a line for each."
+        )
     )
-    heldout: str | None = Field(None, description="File of prompts that only measure.")
+    heldout: str | None = Field(None, description="File of prompts that only measure, or these themselves.")
     heldout_share: float = setting(
         0.0, "Without a held-out file: share of the prompts that is set aside.", 0, 0.99
     )

@@ -1,0 +1,90 @@
+"""`g2rpo run` and `g2rpo workflow`: a recipe out of a ComfyUI workflow, and the other way round."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import CommandError, Force, Recipe, Settings
+from .train_here import ChangedInputs, Quiet, run_in
+
+MODELS = "COMFYUI_PATH"
+
+
+def run(
+    workflow: Annotated[
+        Path, typer.Argument(metavar="WORKFLOW", help="Workflow of ComfyUI, as saved or in the API format.")
+    ],
+    show: Annotated[bool, typer.Option("--print", help="Show the recipe as YAML; train nothing.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder [default: runs/ and the run's name in the graph].")
+    ] = None,
+    models: Annotated[
+        list[Path] | None,
+        typer.Option(help="ComfyUI's models folder, repeatable [default: that in $COMFYUI_PATH]."),
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option("--input", help="ComfyUI's input folder, for pictures that the graph loads."),
+    ] = None,
+    node: Annotated[
+        str | None, typer.Option(help="Id of the block that trains, where there are several.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that folder.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Remove a former run in that folder first.")
+    ] = False,
+    settings: Settings = None,
+    changed_inputs: ChangedInputs = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train what a ComfyUI workflow trains, without ComfyUI; --print shows the recipe."""
+    if resume and replace:
+        raise CommandError("--resume and --replace exclude each other; give one of them")
+    from ..config.reading import apply_overrides, as_made, from_dict
+    from ..workflows.model_files import ModelFolders
+    from ..workflows.printed_recipe import printed
+    from ..workflows.training_recipe import read_workflow
+
+    around = os.environ.get(MODELS)
+    roots = models or ([Path(around).expanduser() / "models"] if around else [])
+    found = read_workflow(workflow, ModelFolders(tuple(roots), pictures), node)
+    given = settings or []
+    tree = apply_overrides(found.tree, given)
+    config = from_dict(tree)
+    for line in () if quiet else found.notes:
+        typer.echo(f"note: {line}", err=True)
+    if show:
+        typer.echo(printed(tree), nl=False)
+        return
+    folder = out or Path(config.out or Path("runs") / (found.run or workflow.stem))
+    if resume:
+        from comfy_g2rpo.run.folder import RunFolder
+
+        config = as_made(config, RunFolder(folder).config().get("recipe"))
+    run_in(folder, config, given, resume, replace, changed_inputs, force, quiet)
+
+
+def workflow(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="JSON file to write, for ComfyUI to open.")],
+    settings: Settings = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Write a recipe as a workflow that ComfyUI opens: the same training in a block."""
+    if out.exists() and not replace:
+        raise CommandError(f"{out} exists; choose another --out, or give --replace")
+    from comfy_g2rpo.files.safe import write_bytes
+
+    from ..config.reading import load
+    from ..workflows.graph_writer import written_workflow
+
+    made = written_workflow(load(recipe, settings or []), Path(recipe).stem)
+    write_bytes(out, made.text.encode("utf-8"))
+    for line in made.unsaid:
+        typer.echo(f"note: {line}", err=True)
+    typer.echo(out)

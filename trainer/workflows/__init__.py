@@ -1,0 +1,1 @@
+"""ComfyUI's workflows: read as recipes, and written from them. Nothing of a file is imported or run."""

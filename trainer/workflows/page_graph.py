@@ -1,0 +1,280 @@
+"""A workflow as ComfyUI's page saves it: wires are followed through what the page itself resolves.
+
+That is reroutes, Get and Set nodes, primitives, bypassed and muted nodes, and graphs folded into nodes. Loops
+count their steps, because a file may be as deep and as circular as it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .graph_file import (
+    INPUTS,
+    Definition,
+    Link,
+    Raw,
+    WorkflowError,
+    definition,
+    listed,
+    name_of,
+    number_of,
+    shown,
+)
+from .node_table import KINDS, widget_values
+
+MUTED, BYPASSED = 2, 4
+MAX_HOPS = 50_000
+"""Sockets that are looked at on the way from node to node, for a whole workflow."""
+MAX_DEPTH = 100
+"""Of graphs that are folded into each other."""
+MAX_BLOCKS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """A graph at its place: folded graphs may stand at several."""
+
+    graph: Definition
+    host: Raw | None = None
+    outer: Scope | None = None
+    prefix: str = ""
+    depth: int = 0
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that runs, as people find it again."""
+
+    kind: str
+    title: str
+    id: str
+    raw: Raw = field(compare=False, repr=False)
+    scope: Scope | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def label(self) -> str:
+        """Name the node in an error."""
+        return f"node {shown(self.title or self.kind)} ({shown(self.kind)[1:-1]}, id {self.id[:40]})"
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output of a node, from which a wire comes."""
+
+    node: Node
+    slot: int
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """What an input gets where nothing comes; `muted` names the node that would give it."""
+
+    muted: str = ""
+
+
+class PageGraph:
+    """A workflow of the page."""
+
+    def __init__(self, tree: Raw) -> None:
+        self.top = definition({**tree, "inputs": []}, "the workflow")
+        self.hops = 0
+        self.folded: dict[str, Raw] = {}
+        self.read: dict[str, Definition] = {}
+        folded = tree.get("definitions")
+        for each in listed(folded, "subgraphs", "definitions") if isinstance(folded, dict) else ():
+            key = number_of(each.get("id"), "the id of a subgraph")
+            if key in self.folded:
+                raise WorkflowError(f"the workflow has two subgraphs of the id {key[:60]}; save it anew")
+            self.folded[key] = each
+
+    def hop(self, count: int = 1) -> None:
+        """Count steps, and end what goes in a circle."""
+        self.hops += count
+        if self.hops > MAX_HOPS:
+            raise WorkflowError(
+                f"its wires go in a circle, or by more than {MAX_HOPS} sockets; remove the circle"
+            )
+
+    def entries(self, raw: Raw) -> list[Raw]:
+        """List a node's inputs; older files have none where nothing can be connected."""
+        found = listed(raw, "inputs", f"node {raw['id']}") if raw.get("inputs") else []
+        self.hop(len(found))
+        return found
+
+    def graph_of(self, key: str) -> Definition:
+        """Return a folded graph."""
+        if key not in self.read:
+            self.read[key] = definition(self.folded[key], f"subgraph {shown(self.folded[key].get('name'))}")
+        return self.read[key]
+
+    def within(self, scope: Scope, host: Raw) -> Scope:
+        """Return what is folded into a node."""
+        graph, around = self.graph_of(host["type"]), scope
+        while around.outer is not None:
+            if around.graph is graph:
+                raise WorkflowError(f"{graph.name} contains itself; unpack one of them")
+            around = around.outer
+        if scope.depth >= MAX_DEPTH:
+            raise WorkflowError(f"its subgraphs are folded more than {MAX_DEPTH} deep; unpack some")
+        return Scope(graph, host, scope, f"{scope.prefix}{host['id']}:", scope.depth + 1)
+
+    def nodes(self, kind: str) -> tuple[list[Node], list[Node]]:
+        """Return the nodes of a kind that run, and those that are muted or bypassed; a few of each."""
+        holders = self._holders(kind)
+        found: tuple[list[Node], list[Node]] = ([], [])
+        waiting = [Scope(self.top)]
+        while waiting and max(map(len, found)) < MAX_BLOCKS:
+            scope = waiting.pop()
+            self.hop()
+            hosts = []
+            for raw in scope.graph.nodes.values():
+                own = raw.get("type")
+                if own == kind:
+                    found[_is_off(raw)].append(_node(raw, scope))
+                elif isinstance(own, str) and own in holders and not _is_off(raw):
+                    hosts.append(raw)
+            # The deepest first: every one of them holds a block, so that a few are found soon.
+            waiting += [self.within(scope, raw) for raw in reversed(hosts[:MAX_BLOCKS])]
+        return found
+
+    def _holders(self, kind: str) -> set[str]:
+        """Return the folded graphs that hold a node of a kind, at any depth, in nodes that run."""
+        above: dict[str, set[str]] = {}
+        for key, raw in self.folded.items():
+            for node in listed(raw, "nodes", "a subgraph"):
+                if isinstance(node.get("type"), str) and (node["type"] == kind or not _is_off(node)):
+                    above.setdefault(node["type"], set()).add(key)
+        holders, waiting = set(), [kind]
+        while waiting:
+            new = above.get(waiting.pop(), set()) - holders
+            holders |= new
+            waiting += new
+        return holders
+
+    def every_kind(self) -> Iterator[Node]:
+        """Yield the outermost nodes, to name what a workflow is made of."""
+        scope = Scope(self.top)
+        for raw in self.top.nodes.values():
+            yield _node(raw, scope)
+
+    def given(self, node: Node, name: str) -> Output | Nothing | Any:
+        """Return what an input of a node that is known gets: an output, a value, or nothing."""
+        raw, scope = node.raw, node.scope
+        assert scope is not None
+        found: Any = Nothing()
+        for entry in self.entries(raw):
+            if entry.get("name") == name and entry.get("link") is not None:
+                found = self._follow(scope, entry["link"], entry.get("type"))
+        widgets = KINDS[node.kind].widgets
+        if not isinstance(found, Nothing) or name not in widgets:
+            return found
+        values = {**widget_values(raw, node.label), **self._shown_outside(scope, raw)}
+        return values.get(name, widgets[name].default)
+
+    def _follow(self, scope: Scope, number: Any, kind: Any) -> Output | Nothing | Any:
+        """Follow a wire back to where its value is made."""
+        while number is not None:
+            self.hop()
+            link = scope.graph.links.get(number_of(number, "the number of a wire"))
+            if link is None:
+                raise WorkflowError(f"{scope.graph.name} lacks wire {shown(number)}; draw it anew")
+            if link.origin == INPUTS and scope.outer is not None and scope.host is not None:
+                entry, value = self._port(scope, link)
+                if value is not None:
+                    return value
+                scope, number = scope.outer, entry.get("link")
+                continue
+            raw = scope.graph.nodes.get(link.origin)
+            if raw is None:
+                raise WorkflowError(f"wire {shown(number)} begins at node {link.origin}, which is not there")
+            node = _node(raw, scope)
+            if raw.get("mode") == MUTED:
+                return Nothing(node.label)
+            if raw.get("mode") == BYPASSED:
+                number = self._passed(raw, link.slot, kind)
+            elif node.kind == "GetNode":
+                scope, number = self._setter(node)
+            elif node.kind in ("Reroute", "SetNode"):
+                number = self._first(raw)
+            elif node.kind == "PrimitiveNode":
+                values = raw.get("widgets_values")
+                return values[0] if isinstance(values, list) and values else Nothing()
+            elif node.kind in self.folded:
+                scope = self.within(scope, raw)
+                number = scope.graph.ends.get(link.slot)
+            else:
+                return Output(node, link.slot)
+        return Nothing()
+
+    def _first(self, raw: Raw) -> Any:
+        """Return the wire into a node's first input."""
+        return next((entry.get("link") for entry in self.entries(raw)), None)
+
+    def _passed(self, raw: Raw, slot: int, kind: Any) -> Any:
+        """Return the wire that a bypassed node hands on: of the same place if the type fits, or the first."""
+        entries = self.entries(raw)
+        own = entries[slot : slot + 1] if slot >= 0 else []
+        fitting = (entry for entry in (*own, *entries) if entry.get("type") in (kind, "*"))
+        return next((entry.get("link") for entry in fitting), None)
+
+    def _port(self, scope: Scope, link: Link) -> tuple[Raw, Any]:
+        """Return the socket of a folded node that a wire within it comes from, and the value typed there."""
+        host, names = scope.host or {}, scope.graph.inputs
+        entries = self.entries(host)
+        name = names[link.slot] if 0 <= link.slot < len(names) else None
+        entry = next((each for each in entries if each.get("name") == name), {})
+        if not entry or entry.get("link") is not None:
+            return entry, None
+        return entry, _typed_outside(host, entries).get(("-1", name_of(name)))
+
+    def _shown_outside(self, scope: Scope, raw: Raw) -> Mapping[str, Any]:
+        """Return a node's values that the folded node around it shows without a wire."""
+        typed = _typed_outside(scope.host, self.entries(scope.host)) if scope.host else {}
+        return {key[1]: value for key, value in typed.items() if key[:1] == (str(raw["id"]),)}
+
+    def _setter(self, node: Node) -> tuple[Scope, Any]:
+        """Return the wire that goes into the Set node of a Get node, and where that is."""
+        values = node.raw.get("widgets_values")
+        name = name_of(values[0]) if isinstance(values, list) and values else ""
+        scope = node.scope
+        while scope is not None:
+            found = scope.graph.setters.get(name, [])
+            if len(found) > 1:
+                raise WorkflowError(f"two Set nodes are called {shown(name)}; rename one of them")
+            if found:
+                setter = _node(found[0], scope)
+                if found[0].get("mode") == MUTED:
+                    raise WorkflowError(f"{setter.label} is muted, and {node.label} needs it; unmute it")
+                return scope, self._first(found[0])
+            scope = scope.outer
+        raise WorkflowError(f"{node.label} gets {shown(name)}, which no Set node is called; add it")
+
+
+def _is_off(raw: Raw) -> bool:
+    return raw.get("mode") in (MUTED, BYPASSED)
+
+
+def _node(raw: Raw, scope: Scope) -> Node:
+    title, kind = raw.get("title"), raw.get("type")
+    return Node(
+        kind if isinstance(kind, str) else "",
+        title if isinstance(title, str) else "",
+        f"{scope.prefix}{raw['id']}",
+        raw,
+        scope,
+    )
+
+
+def _typed_outside(host: Raw, entries: list[Raw]) -> dict[tuple[str, ...], Any]:
+    """Return the values that a folded node's own widgets have, by the node within (-1: a socket) and name."""
+    values, properties = host.get("widgets_values"), host.get("properties")
+    if not isinstance(values, list):
+        return {}
+    listing = properties.get("proxyWidgets") if isinstance(properties, dict) else None
+    if isinstance(listing, list) and listing:
+        keys = [tuple(map(name_of, each[:2])) if isinstance(each, list) else () for each in listing]
+    else:
+        keys = [("-1", name_of(each.get("name"))) for each in entries if each.get("widget")]
+    return {key: value for key, value in zip(keys, values, strict=False) if value is not None}
