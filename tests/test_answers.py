@@ -29,6 +29,7 @@ def verbs(command: Any = None, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from verbs(below, f"{name} {word}".strip())
 
 
+ROOT = Path(__file__).parent.parent
 VERBS = dict(verbs())
 LORA = "checkpoints/000002/lora.safetensors"
 WORDS: dict[str, list[str]] = {
@@ -49,6 +50,15 @@ WORDS: dict[str, list[str]] = {
     "doctor": ["doctor", "demo"],
     "options": ["options", "train.steps"],
     "version": ["version"],
+    "run": ["run", str(ROOT / "workflows/Train a LoRA on a reward - tiny demo.json"), "--print"],
+    "workflow": ["workflow", "demo", "--out", "OUT/w.json"],
+    "worker": ["worker", "--comfyui", "OUT/comfyui", "--once"],
+    "serve": ["serve", "--print-openapi"],
+    "remote submit": ["remote", "submit", "demo"],
+    "remote watch": ["remote", "watch", "one"],
+    "remote fetch": ["remote", "fetch", "one"],
+    "remote cancel": ["remote", "cancel", "one"],
+    "remote list": ["remote", "list"],
     "rewards list": ["rewards", "list"],
     "rewards fetch": ["rewards", "fetch", "nothing"],
     "rewards check": ["rewards", "check", "nothing"],
@@ -72,6 +82,10 @@ KEYS: dict[str, set[str]] = {
     "doctor": {"ok", "checks"},
     "options": {"options"},
     "version": {"version"},
+    "run": {"recipe", "notes"},
+    "workflow": {"file", "notes"},
+    "worker": {"jobs"},
+    "serve": {"openapi", "paths"},
     "rewards list": {"folder", "rules", "models", "yours"},
 }
 """What docs/backend.md promises of an answer; what is not here ends with an error in its call."""
@@ -83,7 +97,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a short run, a picture, and a folder for what comes."""
     made = tmp_path_factory.mktemp("answers")
     assert call("train", "demo", "--out", made / "RUN", "--quiet", *SMALL) == 0
-    (made / "OUT").mkdir()
+    for folder in ("OUT", "OUT/comfyui/models", "OUT/comfyui/output"):
+        (made / folder).mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(made / "OUT/p.png")
     return made
 

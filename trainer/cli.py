@@ -19,18 +19,18 @@ from .commands.arguments import Best, CommandError, Force, Recipe, Settings, lor
 from .commands.calibrate import calibrate
 from .commands.compare import compare
 from .commands.doctor import doctor
+from .commands.elsewhere.remote import remote_app
+from .commands.elsewhere.run_graph import run, workflow
+from .commands.elsewhere.serve_jobs import serve_jobs
+from .commands.elsewhere.worker import worker
 from .commands.exit_codes import DONE, UNFORESEEN, leave_at_once, ran_out, several
 from .commands.export import check_lora, export
-from .commands.remote import remote_app
 from .commands.rewards import rewards_app
-from .commands.run_graph import run, workflow
 from .commands.score import score
 from .commands.search_images import search
-from .commands.serve_jobs import serve_jobs
 from .commands.train_here import ChangedInputs, Quiet, run_in
 from .commands.train_prior import prior
 from .commands.vote import vote
-from .commands.worker import worker
 from .config.bundled import bundled_recipes
 from .quiet import quieten_notices
 

@@ -27,8 +27,11 @@ from comfy_g2rpo.files.safe import FileError, RunError, write_bytes, writing
 from comfy_g2rpo.files.spool import CANCELLED, DONE, FAILED, WAITING, JobError, Spool
 from comfy_g2rpo.run.folder import RunFolder, is_run
 
+from ..commands.exit_codes import SIGNALLED
+
 Job = Mapping[str, Any]
-INTERRUPTED = {130, *(-getattr(signal, name, 0) for name in ("SIGINT", "SIGTERM", "SIGHUP"))} - {0}
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+INTERRUPTED = {code for number in STOPS for code in (-number, SIGNALLED + number)}
 """Exit codes of a run that somebody stopped: it can go on."""
 TAIL = 2**16
 """Bytes at the end of a log in which its error is looked for."""

@@ -37,6 +37,8 @@ class Worker:
         self.settings, self.preset = settings, preset
         self.ending = threading.Event()
         self.told: set[str] = set()
+        self.results: dict[str, str] = {}
+        """How the jobs stand that it has run, by id."""
 
     def work(self, once: bool = False) -> bool:
         """Run what waits until a signal comes, or, `once`, until nothing waits; False after a signal."""
@@ -73,6 +75,7 @@ class Worker:
         except (RunError, JobError) as error:  # taken, or ended, by another worker meanwhile
             self.tell_once(str(error))
             return
+        self.results[job_id] = status
         ended = self.spool.ended(job_id) or {}
         what = {DONE: f", {self.runs / job_id / str(ended.get('lora'))}", FAILED: f", {ended.get('error')}"}
         self.say(f"{job_id}: {status}{what.get(status, '')}")

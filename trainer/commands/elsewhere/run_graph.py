@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from .arguments import CommandError, Force, Recipe, Settings
-from .train_here import ChangedInputs, Quiet, run_in
+from ..answers import answer, wanted
+from ..arguments import CommandError, Force, Recipe, Settings
+from ..train_here import ChangedInputs, Quiet, run_in
 
 MODELS = "COMFYUI_PATH"
 
@@ -45,10 +46,10 @@ def run(
     """Train what a ComfyUI workflow trains, without ComfyUI; --print shows the recipe."""
     if resume and replace:
         raise CommandError("--resume and --replace exclude each other; give one of them")
-    from ..config.reading import apply_overrides, as_made, from_dict
-    from ..workflows.model_files import ModelFolders
-    from ..workflows.printed_recipe import printed
-    from ..workflows.training_recipe import read_workflow
+    from ...config.reading import apply_overrides, as_made, from_dict
+    from ...workflows.model_files import ModelFolders
+    from ...workflows.printed_recipe import printed
+    from ...workflows.training_recipe import read_workflow
 
     around = os.environ.get(MODELS)
     roots = models or ([Path(around).expanduser() / "models"] if around else [])
@@ -59,7 +60,9 @@ def run(
     for line in () if quiet else found.notes:
         typer.echo(f"note: {line}", err=True)
     if show:
-        typer.echo(printed(tree), nl=False)
+        if not wanted():
+            typer.echo(printed(tree), nl=False)
+        answer({"recipe": tree, "notes": found.notes})
         return
     folder = out or Path(config.out or Path("runs") / (found.run or workflow.stem))
     if resume:
@@ -80,11 +83,12 @@ def workflow(
         raise CommandError(f"{out} exists; choose another --out, or give --replace")
     from comfy_g2rpo.files.safe import write_bytes
 
-    from ..config.reading import load
-    from ..workflows.graph_writer import written_workflow
+    from ...config.reading import load
+    from ...workflows.graph_writer import written_workflow
 
     made = written_workflow(load(recipe, settings or []), Path(recipe).stem)
     write_bytes(out, made.text.encode("utf-8"))
     for line in made.unsaid:
         typer.echo(f"note: {line}", err=True)
     typer.echo(out)
+    answer({"file": out, "notes": made.unsaid})

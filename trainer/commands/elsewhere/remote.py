@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .arguments import CommandError, Quiet, Recipe, Settings
+from ..answers import Program, answer
+from ..arguments import CommandError, Quiet, Recipe, Settings
 
 if TYPE_CHECKING:
-    from ..service.remote_client import RemoteService
+    from ...service.remote_client import RemoteService
 
 TOKEN = "G2RPO_REMOTE_TOKEN"
 
-remote_app = typer.Typer(
+remote_app = Program(
     help="Train on another machine, where `g2rpo serve` runs: submit, watch, fetch, cancel, list.",
     no_args_is_help=True,
 )
@@ -43,7 +44,7 @@ def submit(
     import secrets
     from datetime import datetime
 
-    from ..config.reading import find_recipe, read_yaml
+    from ...config.reading import find_recipe, read_yaml
 
     service = connect(url, token_file)
     sections = read_yaml(find_recipe(recipe))
@@ -53,6 +54,8 @@ def submit(
     typer.echo(f"job {job_id}: {taken['status']}; watch it with: g2rpo remote watch {job_id}")
     if watch:
         follow(service, job_id, quiet=False)
+    else:
+        answer(taken)
 
 
 @remote_app.command()
@@ -73,48 +76,59 @@ def fetch(
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite existing files.")] = False,
 ) -> None:
     """Bring a job's LoRA here: its result, or that of its newest checkpoint so far."""
-    from comfy_g2rpo.files.safe import write_json
-
-    from ..service.remote_client import at, refuse_existing
-
     service, place = connect(url, token_file), to / f"{job}.safetensors"
     about = service.fetch_lora(job, place, replace)
     typer.echo(f"{place}, of step {about.get('step')}")
-    if not pictures:
-        return
-    view = service.job(job)
+    files = [place, *(fetch_pictures(service, job, to, replace) if pictures else ())]
+    answer({"files": files, "step": about.get("step")})
+
+
+def fetch_pictures(service: RemoteService, job: str, to: Path, replace: bool) -> list[Path]:
+    """Bring a run's pictures and its report; return where they are."""
+    from comfy_g2rpo.files.safe import write_json
+
+    from ...service.remote_client import at, refuse_existing
+
+    view, files = service.job(job), []
     for name in ("curves.png", "before_after.png"):
         if name not in view.get("pictures", []):
             continue
         picture = to / f"{job}-{name}"
         service.download(at(job, f"/pictures/{name}"), picture, check_picture, replace)
+        files.append(picture)
         typer.echo(picture)
     if view.get("report"):
         report = to / f"{job}-summary.json"
         refuse_existing(report, replace)
         write_json(report, service.report(job))
+        files.append(report)
         typer.echo(report)
+    return files
 
 
 @remote_app.command()
 def cancel(job: Job, url: Url = HERE, token_file: TokenFile = None) -> None:
     """End a job: at once while it waits, at its next step while it runs, with a LoRA to fetch."""
-    status = connect(url, token_file).cancel(job)["status"]
+    found = connect(url, token_file).cancel(job)
+    status = found["status"]
     typer.echo(f"job {job}: {status}" + ("; it ends at its next step" if status == "running" else ""))
+    answer(found)
 
 
 @remote_app.command("list")
 def list_jobs(url: Url = HERE, token_file: TokenFile = None) -> None:
     """List the jobs of a service, the newest first."""
-    for job in connect(url, token_file).jobs():
+    jobs = connect(url, token_file).jobs()
+    for job in jobs:
         step = "" if job.get("step") is None else f" step {job['step']}"
         typer.echo(plainly(f"{job.get('id')} {job.get('status')}{step} {job.get('submitted')}"))
+    answer({"jobs": jobs})
 
 
 def connect(url: str, token_file: Path | None) -> RemoteService:
     """Return the service at an address, with the token of a file or of the environment."""
-    from ..service.http_guard import read_token
-    from ..service.remote_client import RemoteService
+    from ...service.http_guard import read_token
+    from ...service.remote_client import RemoteService
 
     token = read_token(token_file.expanduser()) if token_file else os.environ.get(TOKEN, "").strip()
     if not token or not token.isascii() or not token.isprintable():
@@ -124,7 +138,7 @@ def connect(url: str, token_file: Path | None) -> RemoteService:
 
 def follow(service: RemoteService, job: str, quiet: bool) -> None:
     """Show what happens to a job until it ends; exit code 1 unless it is done."""
-    from ..reports.progress import for_terminal
+    from ...reports.progress import for_terminal
 
     display, begun, end = for_terminal(quiet), False, {}
     try:
@@ -145,6 +159,7 @@ def follow(service: RemoteService, job: str, quiet: bool) -> None:
         display.close()
     error = f": {end['error']}" if end.get("error") else ""
     typer.echo(plainly(f"job {job}: {end.get('status')}{error}"))
+    answer({"id": job, **end})
     if end.get("status") != "done":
         raise typer.Exit(1)
     typer.echo(f"fetch it with: g2rpo remote fetch {job}")
@@ -164,6 +179,6 @@ def harmless(row: dict[str, Any]) -> dict[str, Any]:
 
 def plainly(text: Any) -> str:
     """Make foreign text one harmless line."""
-    from ..service.remote_client import plain
+    from ...service.remote_client import plain
 
     return plain(text)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .arguments import CommandError
+from ..answers import answer
+from ..arguments import CommandError
 
 
 def worker(
@@ -39,10 +40,10 @@ def worker(
         raise CommandError(f"--comfyui {comfyui} has no folder models; give the folder that ComfyUI works in")
     if not place.parent.is_dir():
         raise CommandError(f"--output {place.parent} is no folder; give ComfyUI's --output-directory")
-    from ..config.reading import apply_overrides
-    from ..cost.presets import preset_named
-    from ..jobs.graph_job import ModelFolders
-    from ..jobs.worker_loop import Worker, use_comfyui
+    from ...config.reading import apply_overrides
+    from ...cost.presets import preset_named
+    from ...jobs.graph_job import ModelFolders
+    from ...jobs.worker_loop import Worker, use_comfyui
 
     # What its owner has mistyped would fail every job.
     apply_overrides({}, settings or [])
@@ -53,3 +54,4 @@ def worker(
     typer.echo(f"worker: trains what is handed over in {here.spool.path}; Ctrl-C ends it, jobs go on later")
     if not here.work(once):
         typer.echo("worker: stopped", err=True)
+    answer({"jobs": here.results})

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .arguments import CommandError
+from ..answers import answer, wanted
+from ..arguments import CommandError
 
 TOKEN_FILE = Path("~/.cache/g2rpo/service.token")
 
@@ -51,12 +52,14 @@ def serve_jobs(
 
     from comfy_g2rpo.files.one_writer import one_writer
 
-    from ..service.api_document import document
-    from ..service.http_guard import Guard, check_private, listen, names_of, serve, token_of
-    from ..service.job_server import JobService, Quotas
+    from ...service.api_document import document
+    from ...service.http_guard import Guard, check_private, listen, names_of, serve, token_of
+    from ...service.job_server import JobService, Quotas
 
     if print_openapi:
-        typer.echo(json.dumps(document(), indent=1))
+        if not wanted():
+            typer.echo(json.dumps(document(), indent=1))
+        answer(document())
         return
     check_private(host, behind_tls_proxy)
     roots = [each.expanduser() for each in models or []]
@@ -74,6 +77,7 @@ def serve_jobs(
                 f"serving {folder} at http://{names[0]}\nthe other side needs: export "
                 f'G2RPO_REMOTE_TOKEN="$(cat {place})"'
             )
+            answer({"url": f"http://{names[0]}", "token_file": place})
 
         try:
             service.start()

@@ -1,0 +1,1 @@
+"""Commands of training elsewhere: beside ComfyUI, on another machine, and of ComfyUI's own workflows."""
