@@ -179,6 +179,14 @@ def test_what_a_block_cannot_say_is_named(changes: dict[str, Any], named: str, t
     assert named in made.text.replace('\\"', '"')
 
 
+@pytest.mark.parametrize(
+    ("name", "run"), [("_été 2026.", "t-2026"), ("demo", "demo"), ("é", ""), ("a" * 99, "a" * 64)]
+)
+def test_the_run_is_called_like_the_recipe(name: str, run: str, tmp_path: Path) -> None:
+    (tmp_path / "made.json").write_text(written_workflow(from_dict(tree()), name).text, "utf-8")
+    assert read_workflow(tmp_path / "made.json", ModelFolders()).run == run
+
+
 def test_loaders_name_the_recipes_files(tmp_path: Path) -> None:
     files = {
         name: str(model_file(tmp_path / f"models/{folder}/sub/{name}.safetensors", "z_image"))

@@ -97,8 +97,9 @@ def written_workflow(config: Config, name: str) -> WrittenWorkflow:
     wires = _loaders(canvas, config, files)
     wires |= _reward_wires(canvas, config, files)
     canvas.column()
-    called = re.sub(r"[^\w.-]+", "-", Path(config.out).name if config.out else name)[:64]
-    canvas.add(BLOCK, {**wires, **_widgets(config, prompts), "run": called}, "Train LoRA on a Reward (G²RPO)")
+    run = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.out).name if config.out else name)
+    values = {**wires, **_widgets(config, prompts), "run": run.strip("._-")[:64].rstrip(".")}
+    canvas.add(BLOCK, values, "Train LoRA on a Reward (G²RPO)")
     graph = PageGraph(canvas.tree(name))
     back = recipe_of(graph, training_block(graph), files)
     unsaid += differences(config, Config.model_validate(back.tree), prompts)
