@@ -42,6 +42,11 @@ GUARDED: dict[str, tuple[str, ...]] = {
     "trainer/commands/vote.py": ("test_vote_command",),
     "trainer/config/input_files.py": ("test_run_inputs",),
     "trainer/rewards/judges/server.py": ("test_judges_server", "test_judges_log"),
+    "trainer/jobs/run_job.py": ("test_run_job",),
+    "trainer/service/http_guard.py": ("test_http_guard", "test_job_server"),
+    "trainer/service/job_schema.py": ("test_job_schema", "test_job_server"),
+    "trainer/service/job_server.py": ("test_job_server", "test_remote"),
+    "trainer/service/remote_client.py": ("test_remote",),
 }
 """Files whose guards keep data and people safe, and the tests that should notice a weak one."""
 LONG_TOO = ("-m", "not browser")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..answers import answer, wanted
 from ..arguments import CommandError
+
+if TYPE_CHECKING:
+    import socket
+
+    from ...service.job_server import JobService
 
 TOKEN_FILE = Path("~/.cache/g2rpo/service.token")
 
@@ -47,13 +53,12 @@ def serve_jobs(
     ] = False,
 ) -> None:
     """Train jobs that come over HTTP, one after another, until Ctrl-C; for a GPU elsewhere."""
-    import asyncio
     import json
 
     from comfy_g2rpo.files.one_writer import one_writer
 
     from ...service.api_document import document
-    from ...service.http_guard import Guard, check_private, listen, names_of, serve, token_of
+    from ...service.http_guard import check_private, listen, names_of
     from ...service.job_server import JobService, Quotas
 
     if print_openapi:
@@ -65,25 +70,33 @@ def serve_jobs(
     roots = [each.expanduser() for each in models or []]
     if missing := next((each for each in roots if not each.is_dir()), None):
         raise CommandError(f"--models is {missing}, which is no folder; choose another")
-    place, folder = token_file.expanduser(), jobs.expanduser()
+    folder = jobs.expanduser()
     with listen(host, port) as at, one_writer(folder):
         names = names_of(host, at.getsockname()[1], known_as or [])
-        token = token_of(place)
         service = JobService(folder, roots, Quotas(queue, hours, gigabytes))
-        guard = Guard(token, names, service.find)
+        run_service(service, at, names, token_file.expanduser())
 
-        def ready() -> None:
-            typer.echo(
-                f"serving {folder} at http://{names[0]}\nthe other side needs: export "
-                f'G2RPO_REMOTE_TOKEN="$(cat {place})"'
-            )
-            answer({"url": f"http://{names[0]}", "token_file": place})
 
-        try:
-            service.start()
-            asyncio.run(serve(guard, at, ready))
-        except KeyboardInterrupt:
-            pass
-        finally:
-            typer.echo("stopping; what runs leaves a checkpoint and goes on with the next start")
-            service.close()
+def run_service(service: JobService, at: socket.socket, names: Sequence[str], token_file: Path) -> None:
+    """Serve and train until Ctrl-C or SIGTERM."""
+    import asyncio
+
+    from ...service.http_guard import Guard, serve, token_of
+
+    guard = Guard(token_of(token_file), names, service.find)
+
+    def ready() -> None:
+        typer.echo(
+            f"serving {service.folder} at http://{names[0]}\nthe other side needs: export "
+            f'G2RPO_REMOTE_TOKEN="$(cat {token_file})"'
+        )
+        answer({"url": f"http://{names[0]}", "token_file": token_file})
+
+    try:
+        service.start()
+        asyncio.run(serve(guard, at, ready))
+    except KeyboardInterrupt:
+        pass
+    finally:
+        typer.echo("stopping; what runs leaves a checkpoint and goes on with the next start")
+        service.close()
