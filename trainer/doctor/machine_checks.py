@@ -85,12 +85,12 @@ def check_card() -> Iterator[Finding]:
         yield Finding("card", OK, "Apple GPU (MPS), which shares the computer's memory")
         return
     if not torch.cuda.is_available():
-        driver = Path("/proc/driver/nvidia/version")
-        there = " though an NVIDIA driver is loaded" if driver.exists() else ""
+        there = f" though an NVIDIA driver is loaded ({driver()})" if driver() else ""
         much = "the bundled model trains on this CPU, large models do not"
         yield Finding("card", WARNING, f"none{there}: {much}", why_no_gpu())
         return
     made = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    made += f", driver {driver()}" if driver() else ""
     for number in range(torch.cuda.device_count()):
         name = f"card {number}"
         free, total = torch.cuda.mem_get_info(number)
@@ -107,6 +107,15 @@ def check_card() -> Iterator[Finding]:
             yield Finding(name, OK, text)
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             yield Finding(name, WARNING, "has no bf16", "set model.dtype=fp32, which takes twice the memory")
+
+
+def driver() -> str:
+    """Return the version of the NVIDIA driver that is loaded; nothing where there is none, or no Linux."""
+    try:
+        found = re.search(r"\d+(\.\d+)+", Path("/proc/driver/nvidia/version").read_text("utf-8"))
+    except OSError:
+        return ""
+    return found[0] if found else "of an unknown version"
 
 
 def check_disk() -> Iterator[Finding]:
