@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -59,18 +60,17 @@ def serve(
     check_reward(section)
     place = token_file.expanduser()
     with listen(host, port) as at, closing(JudgeServer(build(section, best_device()))) as server:
-        real_port = at.getsockname()[1]
-        names = names_of(host, real_port, known_as or [])
+        names = names_of(host, at.getsockname()[1], known_as or [])
         guard = Guard(token_of(place), names, server.find)
-
-        def ready() -> None:
-            typer.echo(
-                f"serving {name} at http://{names[0]}\nthe other side needs: export "
-                f'G2RPO_JUDGE_KEY="$(cat {place})"'
-            )
-            answer({"name": name, "url": f"http://{names[0]}", "token_file": place})
-
         try:
-            asyncio.run(run(guard, at, ready))
+            asyncio.run(run(guard, at, partial(say_ready, name, f"http://{names[0]}", place)))
         except KeyboardInterrupt:
             typer.echo("stopped")
+
+
+def say_ready(name: str, url: str, token_file: Path) -> None:
+    """Say where the reward is offered, and what its clients need."""
+    typer.echo(
+        f'serving {name} at {url}\nthe other side needs: export G2RPO_JUDGE_KEY="$(cat {token_file})"'
+    )
+    answer({"name": name, "url": url, "token_file": token_file})

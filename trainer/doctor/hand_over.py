@@ -29,13 +29,15 @@ def check_spool(comfyui: Path) -> Iterator[Finding]:
         return
     spool, states = Spool(place), Counter()
     for job in spool.ids():
+        # First: asking for the state clears away what a worker left that is gone.
+        begun = (place / f"{job}.taken" / LOCK).exists()
         try:
             state = spool.state(job)
         except (JobError, OSError) as error:
             yield Finding(f"job {job}", PROBLEM, str(error), f"remove {place / job}.*")
             continue
         states[state] += 1
-        if state == WAITING and (place / f"{job}.taken" / LOCK).exists():
+        if state == WAITING and begun:
             gone = "was begun by a worker that is gone"
             yield Finding(f"job {job}", WARNING, gone, "start a worker: it takes the job up and goes on")
     counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "no jobs"
