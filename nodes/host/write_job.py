@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -237,7 +238,7 @@ def check_free_name(job_id: str) -> None:
 
 def plain(error: Exception, spool: Spool) -> str:
     """Tell an error about the spool without its path."""
-    return str(error).replace(f"{spool.path}/", "").replace(str(spool.path), SPOOL)
+    return str(error).replace(f"{spool.path}{os.sep}", "").replace(str(spool.path), SPOOL)
 
 
 def refusal(known: Mapping[str, Any] | None, job: Mapping[str, Any]) -> str:
