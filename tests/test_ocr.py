@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from typer.testing import CliRunner
+from program import leave
 
 from comfy_g2rpo.rewards import RewardError, checked
-from g2rpo_trainer.cli import app
 from g2rpo_trainer.config.reward_checks import check_reward
 from g2rpo_trainer.config.sections import RewardSection
 from g2rpo_trainer.rewards import ocr
@@ -152,10 +151,10 @@ def test_a_run_that_stops_does_not_wait_for_all_pictures(reward, monkeypatch):
     assert len(seen) == 1
 
 
-def test_a_folder_of_pictures_is_scored_from_the_command_line(reward, tmp_path):
+def test_a_folder_of_pictures_is_scored_from_the_command_line(reward, tmp_path, capsys):
     for name, word in (("a.png", "OPEN"), ("b.png", "SHUT")):
         Image.fromarray(drawn([word]).mul(255).byte().numpy()).save(tmp_path / name)
     words = ["score", "ocr", str(tmp_path), "--prompt", 'a sign "open"', "--json"]
-    answer = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
-    assert answer.exit_code == 0, answer.output
-    assert answer.stdout.index("a.png") < answer.stdout.index("b.png") and '"score": 1.0' in answer.stdout
+    code, printed, _ = leave(capsys, *words, "--out", tmp_path / "out")
+    assert code == 0
+    assert printed.index("a.png") < printed.index("b.png") and '"score": 1.0' in printed

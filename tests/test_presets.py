@@ -16,10 +16,11 @@ from g2rpo_trainer.config.reading import ConfigError, load
 from g2rpo_trainer.cost import presets
 from g2rpo_trainer.cost.card_memory import GIB
 from g2rpo_trainer.cost.count_model import footprint, transformer_bytes
+from g2rpo_trainer.cost.estimate import count
 from g2rpo_trainer.cost.meta_model import build, look, of_published, published
 from g2rpo_trainer.cost.meta_model import made as made_of
 from g2rpo_trainer.cost.presets import SIZES, Card, preflight, preset_settings
-from g2rpo_trainer.cost.price import memory_rows
+from g2rpo_trainer.cost.price import Price, add_memory
 from g2rpo_trainer.families.files.parts import FACTS as CONFIGS
 from g2rpo_trainer.families.flux import Flux
 from g2rpo_trainer.families.qwen_edit import QwenEdit
@@ -146,7 +147,9 @@ def test_a_model_that_a_sketch_does_not_tell_about_is_trained_without_an_estimat
     monkeypatch.setenv("G2RPO_PLANS", str(tmp_path / "plans"))
     monkeypatch.setattr(Flux, "velocity", lambda self, x, sigma, cond: x[x > 0])
     assert preflight(made, Card("RTX 4060", GIB)).startswith("memory cannot be estimated for this model")
-    assert memory_rows(made, torch.device("cpu"), large=False)[1] == ""
+    found = Price(count(made), [])
+    assert add_memory(found, made, torch.device("cpu"), large=False) == ""
+    assert found.memory is None and [name for name, _ in found.rows] == ["memory"]
 
 
 def test_packing_and_swapping_bring_the_estimate_down(wide, tmp_path):

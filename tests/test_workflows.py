@@ -302,8 +302,10 @@ def test_a_real_models_workflow_lacks_nothing_but_its_files(host: Host, name: st
     assert {kind for kind, _ in found} <= {"value_not_in_list"}
     assert {field for _, field in found} <= FILE_WIDGETS
     ended = host.server.wait(reply["prompt_id"]) if status == 200 else {}
-    # A reward model is named when it runs, with the command that gets it.
-    assert found or "fetch_rewards.py" in json.dumps(ended["status"])
+    # A reward model is named when it runs, with the command that gets it; so is a model of Submit Training
+    # where ComfyUI does not look at what a list offers.
+    said = json.dumps(ended.get("status"))
+    assert found or "fetch_rewards.py" in said or "model is " in said
 
 
 @marked(*comfyui)
