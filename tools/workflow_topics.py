@@ -273,9 +273,9 @@ def beside(graph: Graph, family: Family) -> None:
     graph.column(348, 390, 0, HEIGHT - TALL_NOTE - GAP)
     inner = submit_folded(graph, family, "Submit a training (open it for all settings)")
     handed = graph.folded(inner, {"reward": judge, "heldout_reward": watch}, "train", grow=1)
-    graph.column(772, 300, 0, MAP)
+    graph.column(762, 290, 0, MAP)
     result = graph.add("G2RPO_TrainingResult", {"run": handed["run"]}, "Training Result", grow=1)
-    graph.column(1106, WIDTH - 1106, 0, MAP)
+    graph.column(1122, WIDTH - 1122, 0, MAP)
     graph.add("PreviewImage", {"images": result["samples"]}, "Newest samples", grow=1)
     wires = {"lora": result["lora"], "name": f"{family.name}-worker"}
     graph.add("G2RPO_SaveLoRA", wires, "Save LoRA", mode=MUTED)
