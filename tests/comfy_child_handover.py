@@ -66,5 +66,9 @@ if given.get("refusals"):
     answer["made in the graph"] = unsaid(judge=mine)
     unwired = {"result": block("TrainingResult", run="nobody")}
     answer["no job"] = comfy_side.run_prompt(unwired, {"out": ("result", 4)}).error
+    # A step of two processes: 4 s, of which this one waits a second and the other longer.
+    row = {"step": 1, "nfe": 9, "time/rollout": 2.0, "time/update": 1.0, "time/waiting": 1.0}
+    rows = [{"step": 0}, row | {"time/waiting_max": 99.0}]
+    answer["left"] = comfy_side.pack_module("nodes.host.watch_job").time_left(rows, 1, 11)
 assert torch.is_inference_mode_enabled() is False
 comfy_side.answer(answer, tensors)

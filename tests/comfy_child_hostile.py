@@ -118,7 +118,7 @@ for name, inputs in INPUTS.items():
     )
     GRAPH[name] = block(name, **inputs)
 NAMED = {"ValueError", "FileError", "RunError", "LoraError", "PromptError", "RewardError", "VoteError"}
-HEAVY = {"TrainLoRA", "SubmitTraining", "CompareLoRA", "UpdateFromVotes", "SearchSampler", "OptimizeNoise"}
+HEAVY = {"TrainLoRA", "CompareLoRA", "UpdateFromVotes", "SearchSampler", "OptimizeNoise"}
 LIST_BLOCKS = {name for name, block in BLOCKS.items() if block.define_schema().is_input_list}
 
 
@@ -220,7 +220,7 @@ def attack_widgets(real: Mapping[str, Mapping[str, Any]]) -> None:
         for one in BLOCKS[name].define_schema().inputs:
             values = hostile_values(one)
             if name in HEAVY:
-                # Texts that are taken run a whole training, comparison or search, or hand one over.
+                # Texts that are taken run a whole training, comparison or search.
                 values = [
                     (value, refuse) for i, (value, refuse) in enumerate(values) if refuse or i % 12 == 0
                 ]

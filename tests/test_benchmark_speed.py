@@ -74,7 +74,7 @@ def test_an_update_makes_the_steps_of_better_pictures_more_likely() -> None:
 )
 def test_a_case_is_measured_by_its_units(case: str, size: int, units: int) -> None:
     found = scaling.measure(case, size, repeats=1)
-    assert found["units"] == units and found["seconds"] >= 0 and found["grown_mib"] >= 0
+    assert found["units"] == units and found.keys() == {"units", "seconds", "grown_mib"}
 
 
 def test_units_of_a_rollout_grow_with_what_they_count() -> None:
@@ -91,5 +91,5 @@ def test_what_fails_in_a_child_ends_the_benchmark() -> None:
 
 @pytest.mark.long
 def test_two_processes_find_the_score_of_one() -> None:
-    (alone, score), (together, same) = processes.timed(1), processes.timed(2)
-    assert score == same and alone > 0 and together > 0
+    (_, score), (_, same) = processes.timed(1), processes.timed(2)
+    assert score == same and "mean agreement" in score

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from some_cases import ALL
 from test_routes import load_routes
 
+from comfy_g2rpo.blocks.block_settings import TINY_MODEL
 from comfy_g2rpo.recipes import FIELDS, RECIPES
 from comfy_g2rpo.rewards import REWARDS
 from comfy_g2rpo.run.pace import FIELDS as PACE
@@ -29,7 +30,7 @@ write_job = importlib.import_module("g2rpo_pack_for_routes.nodes.host.write_job"
 presets = importlib.import_module("g2rpo_pack_for_routes.comfy_g2rpo.blocks.train_presets")
 # The block's own: the pack is loaded under another name here, as in ComfyUI.
 Spool = importlib.import_module("g2rpo_pack_for_routes.comfy_g2rpo.files.spool").Spool
-TINY = write_job.Model(write_job.TINY, write_job.TINY, "sd3", 4_000_000)
+TINY = write_job.Model(TINY_MODEL, TINY_MODEL, "sd3", 4_000_000)
 PLAIN: dict[str, Any] = {
     **{"model": TINY, "text_encoders": (), "vae": "", "reward": (write_job.Judge("agreement"),)},
     **{"heldout_reward": (), "mix": "zscore", "recipe": "g2rpo", "steps": 2, "prompts": "a red circle"},

@@ -135,6 +135,10 @@ def test_what_no_worker_could_run_is_refused_by_name(before: Answer, base: Path)
     assert not {"away", "unsaid"} & set(spool_of(base).ids())
 
 
+def test_the_time_that_is_left_counts_a_second_once(before: Answer) -> None:
+    assert before.data["left"] == ", about 40 s left"
+
+
 def test_a_job_that_is_stopped_before_a_worker_comes_has_ended(before: Answer, after: Answer) -> None:
     assert before.data["stopped"]["state"] == "unwanted was stopped before it began"
     assert after.data["stopped"]["state"] == "unwanted was stopped before it began"

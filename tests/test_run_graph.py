@@ -234,7 +234,7 @@ def around_muted_ones() -> dict[str, Any]:
     page.add("OddPatch", mode=2, model=(1, 0))
     page.nodes.append({"id": "77", "type": "MarkdownNote", "mode": 0, "widgets_values": ["hello"]})
     muted = page.add("G2RPO_TrainLoRA", mode=2, model=(5, 0))
-    page.links += [None, [1], [9, 8, 0, 7, 0, "X"]]  # type: ignore[list-item]
+    page.links += [None, [1], [9, 8, 0, 7, 0, "X"]]
     assert muted == 7
     return page.tree()
 

@@ -13,20 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from job_host import SMALL
 
 from comfy_g2rpo.files.safe import RunError
 from comfy_g2rpo.files.spool import JobError, Spool
 from comfy_g2rpo.run.folder import RunFolder, is_run
 from g2rpo_trainer.config.reading import find_recipe, read_yaml
-from g2rpo_trainer.jobs.run_job import Rules, cancel_job, error_of, run_job
+from g2rpo_trainer.jobs.run_job import Rules, error_of, run_job
 
-SMALL = [
-    "train.prompts_per_step=1",
-    "train.eval_prompts=2",
-    "train.eval_noises=1",
-    "method.num_steps=4",
-    "train.checkpoint_every=5",
-]
 WORK = """
 import sys
 from pathlib import Path
@@ -96,12 +90,12 @@ def test_a_cancelled_job_ends_at_once_where_nobody_works_on_it(tmp_path: Path) -
     spool = Spool(tmp_path / "jobs")
     spool.submit("one", job(1))
     spool.submit("two", job(1))
-    assert cancel_job(spool, "one") == "cancelled"
+    assert spool.stop("one") == "cancelled"
     spool.cancel("two")  # by somebody else, while no worker was there
     assert run_job(spool, "two", tmp_path / "runs") == "cancelled"
     spool.submit("three", job(1))
     with spool.take("three"):
-        assert cancel_job(spool, "three") == "running"
+        assert spool.stop("three") == "running"
         with pytest.raises(RunError, match="being written by"):
             run_job(spool, "three", tmp_path / "runs")
 
@@ -154,7 +148,7 @@ def test_a_job_stops_with_its_worker_goes_on_with_the_next_and_ends_once(tmp_pat
 def test_a_job_is_cancelled_or_goes_over_a_limit_on_the_way_and_keeps_its_lora(tmp_path: Path) -> None:
     spool, runs = Spool(tmp_path / "jobs"), tmp_path / "runs"
     spool.submit("one", job(5000))
-    thread = later(lambda: steps_of(runs / "one") >= 3, lambda: cancel_job(spool, "one"))
+    thread = later(lambda: steps_of(runs / "one") >= 3, lambda: spool.stop("one"))
     assert run_job(spool, "one", runs) == "cancelled"
     thread.join()
     assert (runs / "one" / spool.ended("one")["lora"]).is_file() and "error" not in spool.ended("one")

@@ -305,7 +305,7 @@ def test_a_real_models_workflow_lacks_nothing_but_its_files(host: Host, name: st
     # A reward model is named when it runs, with the command that gets it; so is a model of Submit Training
     # where ComfyUI does not look at what a list offers.
     said = json.dumps(ended.get("status"))
-    assert found or "fetch_rewards.py" in said or "model is " in said
+    assert found or "fetch_rewards.py" in said or "; choose one of: tiny demo model" in said
 
 
 @marked(*comfyui)

@@ -19,12 +19,13 @@ from workflow_api import every_node, to_api
 from comfy_g2rpo.lora.key_names import FAMILIES
 from comfy_g2rpo.run.folder import RunFolder
 from g2rpo_trainer.config.bundled import bundled_recipes
+from g2rpo_trainer.config.comfyui_models import FOLDERS
 from g2rpo_trainer.config.file_checks import read_prompts
 from g2rpo_trainer.config.reading import Config, from_dict, load, make_pace, make_recipe
 from g2rpo_trainer.workflows.graph_file import WorkflowError
 from g2rpo_trainer.workflows.graph_models import FAMILY_FACTS
 from g2rpo_trainer.workflows.graph_writer import written_workflow
-from g2rpo_trainer.workflows.model_files import FOLDERS, ModelFolders
+from g2rpo_trainer.workflows.model_files import ModelFolders
 from g2rpo_trainer.workflows.training_recipe import read_workflow
 
 TINY = ("demo", "demo_multi", "demo_gated")

@@ -9,6 +9,8 @@ from ..recipes import FIELDS
 from ..run import settings
 from ..run.pace import FIELDS as PACE
 
+TINY_MODEL, TINY_PARAMETERS = "tiny demo model", 4_000_000
+"""What jobs call the bundled model, and the parameters of its transformer, nearly."""
 HELDOUT_SHARE = 0.2
 """Share of the prompts that a blank list of held-out prompts sets aside, where there are enough."""
 

@@ -16,13 +16,13 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .one_writer import LOCK, one_writer, opened, release, who
-from .safe import FileError, finite, folder_on_disk, open_file, write_bytes, writing
+from .safe import FileError, RunError, finite, folder_on_disk, open_file, write_bytes, writing
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)")
@@ -114,6 +114,13 @@ class Spool:
         """Ask for the end of a job; whoever holds it stops at the next step."""
         self.job(job_id)
         write_bytes(self._file(job_id, "cancel"), b"")
+
+    def stop(self, job_id: str) -> str:
+        """Ask for a job's end and return its state: one that nobody holds has ended at once."""
+        self.cancel(job_id)
+        with suppress(RunError, JobError), self.take(job_id):
+            self.end(job_id, CANCELLED)
+        return self.state(job_id)
 
     def cancelled(self, job_id: str) -> bool:
         """Return whether somebody has asked for a job's end."""

@@ -60,8 +60,8 @@ def _place(key: str, place: str) -> tuple[str, str]:
     if not found:
         bare = [field for _, field in dotted.values()]
         raise ValueError(
-            f"{place}: {key[:80]!r} is unknown{nearest(key, bare)}; known are: "
-            f"{', '.join(dict.fromkeys(bare))}"
+            f"{place}: {key[:80]!r} is unknown{nearest(key, bare)}; all names are in docs/options.md, and "
+            "g2rpo options lists them"
         )
     return dotted[found[0]]
 

@@ -1,11 +1,14 @@
-"""How much a training run may be, and how its prompts are read: the same for a run here and for a job that is
-handed over. Nothing here needs ComfyUI.
+"""What is typed into blocks that train, how much such a run may be, and how its prompts are read: the same
+for a run here and for a job that is handed over. Nothing here needs ComfyUI.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ...comfy_g2rpo import recipes
 from ...comfy_g2rpo.blocks.block_settings import HELDOUT_SHARE, sets_aside
+from ...comfy_g2rpo.blocks.train_presets import AS_TYPED
 from ...comfy_g2rpo.curriculum.prompt_choice import choice_cost
 from ...comfy_g2rpo.objectives import OBJECTIVES
 from ...comfy_g2rpo.prompts import Prompts, prompts_of, refuse_common, split
@@ -16,6 +19,30 @@ from ...comfy_g2rpo.run.pace import Pace
 MAX_WORK = 10**14  # forwards × pixels of a run
 MAX_STATES = 1_000_000  # of one prompt's tree
 MAX_PROMPTS = 4096  # their encodings are kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Typed:
+    """The widgets of a block that trains, by name."""
+
+    recipe: str
+    steps: int
+    prompts: str
+    heldout_prompts: str
+    negative: str
+    guidance: float
+    width: int
+    height: int
+    learning_rate: float
+    rank: int
+    alpha: float
+    targets: str
+    prompts_per_step: int
+    slots: int
+    eval_every: int
+    seed: int
+    changes: str
+    preset: str = AS_TYPED
 
 
 def check_recipe(made: Recipe) -> None:

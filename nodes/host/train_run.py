@@ -40,7 +40,7 @@ from .changed_settings import Change, said, without
 from .comfyui import STOPS, Live, run_place
 from .open_run import NEW, Wanted, choose_run, note_changes, open_run, plain_errors, says_patches
 from .publish import metadata, publish
-from .run_limits import check_recipe, look_parts, price, read_prompts
+from .run_limits import Typed, check_recipe, look_parts, price, read_prompts
 
 DEFAULTS = {"method": dataclasses.asdict(Recipe()), "train": dataclasses.asdict(Pace())}
 TOLD = (*WIDGETS, "num_steps", "group_size", "granularities", "pick")
@@ -55,33 +55,15 @@ FIRST = (
 """Fields that every run has. A run's name does not count another one at its default: older runs lack it."""
 
 
-@dataclass(frozen=True)
-class Request:
+@dataclass(frozen=True, kw_only=True)
+class Request(Typed):
     """What Train LoRA was asked for: its inputs by name."""
 
     model: Any
     clip: Any
     vae: Any
     reward: RewardSet
-    recipe: str
-    steps: int
-    prompts: str
-    heldout_prompts: str
-    negative: str
-    guidance: float
-    width: int
-    height: int
-    learning_rate: float
-    rank: int
-    alpha: float
-    targets: str
-    prompts_per_step: int
-    slots: int
-    eval_every: int
-    seed: int
     run: str
-    changes: str
-    preset: str = AS_TYPED
     if_settings_changed: str = NEW
     heldout_reward: RewardSet | None = None
     sigmas: Tensor | None = None

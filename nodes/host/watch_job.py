@@ -15,8 +15,8 @@ from torch.nn.functional import interpolate
 
 from ...comfy_g2rpo import lora
 from ...comfy_g2rpo.files import picture_files
-from ...comfy_g2rpo.files.safe import FileError, RunError, read_tensors, stamps
-from ...comfy_g2rpo.files.spool import CANCELLED, DONE, RUNNING, WAITING, JobError, Spool, check_id
+from ...comfy_g2rpo.files.safe import FileError, read_tensors, stamps
+from ...comfy_g2rpo.files.spool import CANCELLED, DONE, RUNNING, WAITING, Spool, check_id
 from ...comfy_g2rpo.run.folder import RunFolder, is_run
 from .comfyui import run_place
 from .open_run import plain_errors
@@ -51,11 +51,8 @@ def the_spool() -> Spool:
 def stop_job(job_id: str) -> None:
     """Ask for a job's end; one that no worker has taken has ended at once."""
     spool = the_spool()
-    if known_state(spool, job_id) not in (WAITING, RUNNING):
-        return
-    spool.cancel(job_id)
-    with suppress(RunError, JobError), spool.take(job_id):
-        spool.end(job_id, CANCELLED)
+    if known_state(spool, job_id) in (WAITING, RUNNING):
+        spool.stop(job_id)
 
 
 def known_state(spool: Spool, job_id: str) -> str:
@@ -100,8 +97,11 @@ def said(spool: Spool, job_id: str, state: str, rows: Sequence[Mapping[str, Any]
 
 def time_left(rows: Sequence[Mapping[str, Any]], step: int, total: int | None) -> str:
     """Tell how long the steps to come will take, by those of late."""
+    # Of several processes' waiting, a row has the mean and, which is no time beside it, the longest.
     spent = [
-        sum(value for name, value in row.items() if name.startswith("time/")) for row in rows if "nfe" in row
+        sum(value for name, value in row.items() if name.startswith("time/") and name != "time/waiting_max")
+        for row in rows
+        if "nfe" in row
     ][-RECENT:]
     if not spent or not total or step >= total:
         return ""

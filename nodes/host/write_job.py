@@ -19,21 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from ...comfy_g2rpo import recipes
-from ...comfy_g2rpo.blocks.block_settings import block_fields
-from ...comfy_g2rpo.blocks.train_presets import AS_TYPED, MEDIUM_FROM, WIDGETS, preset_numbers
+from ...comfy_g2rpo.blocks.block_settings import TINY_MODEL, block_fields
+from ...comfy_g2rpo.blocks.train_presets import MEDIUM_FROM, WIDGETS, preset_numbers
 from ...comfy_g2rpo.files.safe import FileError, finite, spelt_out
 from ...comfy_g2rpo.files.spool import JobError, Spool, check_id
 from ...comfy_g2rpo.run.pace import Pace
 from ...comfy_g2rpo.run.setup import preview_shape
 from .changed_settings import WIDGETS as NAMES
 from .changed_settings import WIRES, Change, both, rewards, said, told, widgets_of
-from .run_limits import check_recipe, price, read_prompts
+from .run_limits import Typed, check_recipe, price, read_prompts
 
 SPOOL = "spool"
 """The spool's folder among the runs, whose name no run may have."""
 IF_CHANGED = (NEW, ASK) = ("new", "ask")
 """What a name does that other settings have already: a job is never changed once it is handed over."""
-TINY = "tiny demo model"
 NONE = "none"
 ENCODERS = ("text_encoder_1", "text_encoder_2", "text_encoder_3")
 LARGE_FROM = 1e9  # parameters from which on activations are computed again rather than kept
@@ -70,9 +69,9 @@ class Judge:
         return {"name": self.name, **{key: value for key, value in given.items() if value is not None}}
 
 
-@dataclass(frozen=True)
-class Order:
-    """What is to be handed over: a block's widgets by name, and what stands behind its wires and names."""
+@dataclass(frozen=True, kw_only=True)
+class Order(Typed):
+    """What is to be handed over: a block's widgets, and what stands behind its wires and names."""
 
     model: Model
     text_encoders: tuple[str, ...]
@@ -80,24 +79,6 @@ class Order:
     reward: tuple[Judge, ...]
     heldout_reward: tuple[Judge, ...]
     mix: str
-    recipe: str
-    steps: int
-    prompts: str
-    heldout_prompts: str
-    negative: str
-    guidance: float
-    width: int
-    height: int
-    learning_rate: float
-    rank: int
-    alpha: float
-    targets: str
-    prompts_per_step: int
-    slots: int
-    eval_every: int
-    seed: int
-    changes: str
-    preset: str = AS_TYPED
 
 
 def job_of(order: Order) -> tuple[dict[str, Any], str]:
@@ -141,7 +122,7 @@ def model_section(order: Order) -> dict[str, Any]:
     """Return what a recipe says of the model beside where it lies."""
     section: dict[str, Any] = {"family": order.model.family, "dtype": dtype_of(order.model)}
     section |= {name: getattr(order, name) for name in ("width", "height", "guidance")}
-    if order.model.folder == TINY:
+    if order.model.folder == TINY_MODEL:
         section["max_sequence_length"] = 0
     if order.negative.strip() and order.model.guidance_is_input:
         raise ValueError(

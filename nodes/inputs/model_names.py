@@ -8,14 +8,14 @@ from pathlib import Path
 
 import folder_paths
 
+from ...comfy_g2rpo.blocks.block_settings import TINY_MODEL, TINY_PARAMETERS
 from ...comfy_g2rpo.files.safe import FileError, read_header
 from ...comfy_g2rpo.lora.key_names import FAMILIES, SD3, family_of_model
-from ..host.write_job import NONE, TINY, Model
+from ..host.write_job import NONE, Model
 
 CHECKPOINT = " (checkpoint)"
 """What tells a checkpoint from a diffusion model of the same name in one list."""
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
-TINY_PARAMETERS = 4_000_000
 
 
 def listed(folder: str) -> list[str]:
@@ -29,7 +29,7 @@ def listed(folder: str) -> list[str]:
 
 def model_choices() -> list[str]:
     """List what can be trained: the bundled model, diffusion models, checkpoints."""
-    return [TINY, *listed("diffusion_models"), *(name + CHECKPOINT for name in listed("checkpoints"))]
+    return [TINY_MODEL, *listed("diffusion_models"), *(name + CHECKPOINT for name in listed("checkpoints"))]
 
 
 def file_choices(folder: str) -> list[str]:
@@ -39,8 +39,8 @@ def file_choices(folder: str) -> list[str]:
 
 def model_named(choice: str) -> Model:
     """Return the model of a choice; ValueError where its file holds none that a worker can train."""
-    if choice == TINY:
-        return Model(TINY, TINY, SD3.name, TINY_PARAMETERS)
+    if choice == TINY_MODEL:
+        return Model(TINY_MODEL, TINY_MODEL, SD3.name, TINY_PARAMETERS)
     folder = "checkpoints" if choice.endswith(CHECKPOINT) else "diffusion_models"
     name = choice.removesuffix(CHECKPOINT)
     place = folder_paths.get_full_path(folder, name)

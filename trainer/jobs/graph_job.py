@@ -10,23 +10,17 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from comfy_g2rpo.blocks.block_settings import TINY_MODEL
 from comfy_g2rpo.files.safe import write_bytes
 
 from ..config.bundled import bundled_folder
+from ..config.comfyui_models import FOLDERS, is_file_name, within
 
-TINY = "tiny demo model"
-KINDS = {
-    "checkpoints": ("checkpoints",),
-    "diffusion_models": ("diffusion_models", "unet"),
-    "text_encoders": ("text_encoders", "clip"),
-    "vae": ("vae",),
-}
-"""Folders of ComfyUI's models by kind, with their former names."""
 SHOWN = {"width", "height", "guidance", "negative_prompt", "max_sequence_length"}
 REWARD = {"name", "weight", "gate", "batch", "dtype"}
 FIELDS: dict[str, set[str] | None] = {
@@ -41,7 +35,7 @@ FIELDS: dict[str, set[str] | None] = {
 }
 """What a job may set, by section; None for all of one that names no place."""
 VOTES = "votes"
-MAX_PROMPTS, MAX_NAME = 4096, 512
+MAX_PROMPTS = 4096
 
 
 class RefusedJobError(ValueError):
@@ -57,13 +51,13 @@ class ModelFolders:
     @classmethod
     def of(cls, places: Iterable[Path]) -> ModelFolders:
         """Look up the folders of each kind in models folders, or in files like extra_model_paths.yaml."""
-        found: dict[str, list[Path]] = {kind: [] for kind in KINDS}
+        found: dict[str, list[Path]] = {kind: [] for kind in FOLDERS}
         for place in places:
             if place.is_file():
                 for kind, folders in extra_paths(place).items():
                     found[kind] += folders
             elif place.is_dir():
-                for kind, names in KINDS.items():
+                for kind, names in FOLDERS.items():
                     found[kind] += [place / name for name in names]
             else:
                 raise RefusedJobError(f"--models {place} is neither a folder nor a file; check the path")
@@ -72,8 +66,7 @@ class ModelFolders:
     def find(self, field: str, kind: str, name: Any) -> str:
         """Return the file of a name; RefusedJobError unless it lies in one of its kind."""
         what = f"{field} is {str(name)[:80]!a}"
-        foreign = not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable()
-        if foreign or PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
+        if not is_file_name(name):
             raise RefusedJobError(f"{what}; a job names a file in a folder of models, without leaving it")
         roots = [os.path.realpath(root) for root in self.by_kind[kind]]
         there = [os.path.realpath(os.path.join(root, name)) for root in roots]
@@ -89,25 +82,17 @@ class ModelFolders:
         )
 
 
-def within(root: str, place: str) -> bool:
-    """Return whether a real path lies in a real folder."""
-    try:
-        return os.path.commonpath((root, place)) == root
-    except ValueError:  # on Windows: another drive
-        return False
-
-
 def extra_paths(file: Path) -> dict[str, list[Path]]:
     """Read the folders of each kind from a file like ComfyUI's extra_model_paths.yaml."""
     try:
         tree = yaml.safe_load(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RefusedJobError(f"--models {file} is no extra_model_paths.yaml; check the file") from error
-    found: dict[str, list[Path]] = {kind: [] for kind in KINDS}
+    found: dict[str, list[Path]] = {kind: [] for kind in FOLDERS}
     for section in tree.values() if isinstance(tree, dict) else ():
         given = section if isinstance(section, dict) else {}
         base = file.parent / os.path.expandvars(Path(str(given.get("base_path") or "")).expanduser())
-        for kind, names in KINDS.items():
+        for kind, names in FOLDERS.items():
             lines = [line for name in names for line in str(given.get(name) or "").splitlines()]
             found[kind] += [base / line.strip() for line in lines if line.strip()]
     return found
@@ -168,7 +153,7 @@ def checked_prompts(name: str, texts: Any) -> list[str]:
 def places(models: Mapping[str, Any], folders: ModelFolders) -> dict[str, Any]:
     """Return the model's fields of a recipe that say where its parts lie."""
     kind, name = models.get("folder"), models.get("model")
-    if kind == TINY:
+    if kind == TINY_MODEL:
         return {"path": str(bundled_folder("models") / "tiny")}
     if kind not in ("checkpoints", "diffusion_models"):
         raise RefusedJobError(

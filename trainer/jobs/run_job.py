@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from comfy_g2rpo.files.one_writer import LOCK, opened
-from comfy_g2rpo.files.safe import FileError, RunError, write_bytes, writing
+from comfy_g2rpo.files.safe import FileError, write_bytes, writing
 from comfy_g2rpo.files.spool import CANCELLED, DONE, FAILED, WAITING, JobError, Spool
 from comfy_g2rpo.run.folder import RunFolder, is_run
 
@@ -68,14 +68,6 @@ def run_job(spool: Spool, job_id: str, runs: Path, rules: Rules | None = None) -
             said = {"error": error} if error else {}
             spool.end(job_id, status, **said, **outcome(run), seconds=round(time.monotonic() - begin, 1))
     return status
-
-
-def cancel_job(spool: Spool, job_id: str) -> str:
-    """Ask for a job's end and return its state: one that nobody works on has ended at once."""
-    spool.cancel(job_id)
-    with suppress(RunError, JobError), spool.take(job_id):
-        spool.end(job_id, CANCELLED)
-    return spool.state(job_id)
 
 
 def outcome(run: Path) -> dict[str, Any]:

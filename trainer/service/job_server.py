@@ -28,7 +28,7 @@ from comfy_g2rpo.files.safe import RunError, open_file
 from comfy_g2rpo.files.spool import ENDS, WAITING, JobError, Spool
 from comfy_g2rpo.run.folder import RunFolder, is_run
 
-from ..jobs.run_job import Rules, cancel_job, run_job
+from ..jobs.run_job import Rules, run_job
 from .api_document import ROUTES, Route, document
 from .http_guard import HEADERS, Answer, Handler, Refusal, in_one_line, read_body
 from .job_schema import RequestError, job_request, ready_job, without
@@ -181,7 +181,7 @@ class JobService:
         """Ask for a job's end."""
         if (status := self.spool.state(job_id)) in ENDS:
             raise Refusal(409, f"job {job_id} has ended already: {status}")
-        status = cancel_job(self.spool, job_id)
+        status = self.spool.stop(job_id)
         if status in ENDS:
             self._open.pop(job_id, None)
         return {"id": job_id, "status": status}

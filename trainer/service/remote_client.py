@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from comfy_g2rpo import lora
 from comfy_g2rpo.files.safe import FileError, digest_of, folder_on_disk, on_disk, writing
-from comfy_g2rpo.files.spool import check_id
+from comfy_g2rpo.files.spool import check_id, named_first
 
 TIMEOUT = 60.0
 PAUSE, LONGEST_PAUSE = 0.5, 15.0
@@ -288,10 +288,6 @@ def put(file: Path, place: Path, replace: bool) -> None:
         os.chmod(file, 0o644)
         if replace:
             os.replace(file, place)
-        else:
-            try:
-                os.link(file, place)
-            except FileExistsError:
-                refuse_existing(place, replace)
-                raise
-        folder_on_disk(place.parent)
+            folder_on_disk(place.parent)
+        elif not named_first(file, place):
+            refuse_existing(place, replace)

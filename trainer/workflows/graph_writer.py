@@ -23,6 +23,7 @@ from comfy_g2rpo.run.pace import FIELDS as PACE
 from comfy_g2rpo.run.pace import Pace
 
 from ..config.bundled import bundled_folder
+from ..config.comfyui_models import FOLDERS
 from ..config.file_checks import read_prompts
 from ..config.reading import Config, make_pace, make_recipe
 from ..config.recipe_fields import spelt
@@ -33,7 +34,7 @@ from .graph_canvas import Canvas, Socket, written
 from .graph_file import WorkflowError
 from .graph_models import CHECKPOINT, CLIP_WIDGETS, FAMILY_FACTS, TINY
 from .graph_rewards import LOAD, MIX, MIXED, REFERENCE
-from .model_files import FOLDERS, Facts, ModelFolders
+from .model_files import Facts, ModelFolders
 from .page_graph import PageGraph
 from .training_recipe import BLOCK, recipe_of, training_block
 

@@ -11,17 +11,10 @@ from pathlib import Path
 
 from comfy_g2rpo.lora.key_names import family_of_model
 
+from ..config.comfyui_models import FOLDERS, is_file_name, within
 from ..lora.weight_files import PREFIXES, look_at
 from .graph_file import WorkflowError, shown
 
-FOLDERS = {
-    "checkpoints": ("checkpoints",),
-    "diffusion_models": ("diffusion_models", "unet"),
-    "text_encoders": ("text_encoders", "clip"),
-    "vae": ("vae",),
-    "loras": ("loras",),
-}
-"""Where ComfyUI looks for a kind of file, below its folder of models."""
 T5 = ".SelfAttention."
 ENCODERS = ("text_encoders.", "text_encoder.", "lora_te", "clip_l.", "clip_g.", "t5xxl.")
 
@@ -65,15 +58,14 @@ class ModelFolders:
         """Return the first of some files that is there and lies within the roots."""
         bounds = [os.path.realpath(root) for root in roots]
         for folder, name in places:
-            parts = name.replace("\\", "/").split("/")
-            if not name or "\0" in name or ":" in name or {"", "..", "."} & set(parts):
+            if not is_file_name(name):
                 raise WorkflowError(
                     f"{asked} asks for {shown(name)}, which is no name of a file; choose anew"
                 )
-            found = os.path.realpath(folder.joinpath(*parts))
+            found = os.path.realpath(folder.joinpath(*name.replace("\\", "/").split("/")))
             if not os.path.isfile(found):
                 continue
-            if not any(os.path.commonpath((bound, found)) == bound for bound in bounds):
+            if not any(within(bound, found) for bound in bounds):
                 raise WorkflowError(
                     f"{asked} asks for {shown(name)}, which lies outside the folders that were given; name "
                     "its own folder, too"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from comfy_g2rpo.blocks.block_settings import HELDOUT_SHARE, block_fields, sets_aside
+from comfy_g2rpo.blocks.block_settings import HELDOUT_SHARE, TINY_PARAMETERS, block_fields, sets_aside
 from comfy_g2rpo.blocks.run_names import checked_name
 from comfy_g2rpo.blocks.train_presets import AS_TYPED, PRESETS, WIDGETS, preset_numbers
 from comfy_g2rpo.options import check_value
@@ -28,7 +28,6 @@ STEPWISE = {
 }
 """What other blocks that learn do, and what to do instead."""
 WHOLE = ("steps", "width", "height", "rank", "prompts_per_step", "slots", "eval_every", "seed")
-TINY_PARAMETERS = 4_000_000
 LONG_PROMPT = 200
 """Characters from which a prompt may be longer than the texts that graphs fill up to."""
 
