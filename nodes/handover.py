@@ -10,6 +10,7 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ..comfy_g2rpo.blocks.block_settings import ENCODERS
 from ..comfy_g2rpo.blocks.run_names import checked_name
 from ..comfy_g2rpo.blocks.train_presets import AS_TYPED
 from ..comfy_g2rpo.files.spool import DONE
@@ -21,7 +22,7 @@ from .host.publish import file_ui, publish
 from .host.reward_models import DTYPES, Managed
 from .host.routes import runs_root
 from .host.watch_job import lora_of, samples_of, stamp, standing, stop_job, the_spool, with_lora
-from .host.write_job import ENCODERS, IF_CHANGED, NEW, Judge, Order, chosen_files, hand_over, job_of
+from .host.write_job import IF_CHANGED, NEW, Judge, Order, chosen_files, hand_over, job_of
 from .inputs import widgets
 from .inputs.checks import check_inputs
 from .inputs.finding import offered

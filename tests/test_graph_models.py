@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from comfy_host import ROOT, Server
-from graph_forms import BLOCKS, Page, model_file, plain, recipe_in, refusal, rewire
+from graph_forms import BLOCKS, TRAIN, Page, api_of, model_file, plain, recipe_in, refusal, rewire
 from make_node_table import table, written
 from workflow_api import to_api
 
+from comfy_g2rpo.blocks.block_settings import TINY_MODEL
 from g2rpo_trainer.config.reading import from_dict
 from g2rpo_trainer.workflows.graph_file import WorkflowError
 from g2rpo_trainer.workflows.model_files import ModelFolders
@@ -80,6 +81,40 @@ def test_a_checkpoint_brings_all_three_parts(models: Path) -> None:
     assert recipe_in(page.tree(), ModelFolders((models,)))["model"]["max_sequence_length"] == 0
 
 
+def handed_over(**given: Any) -> Page:
+    """Return a graph that hands the plain training over, with the names of files in the place of loaders."""
+    page = Page()
+    page.add("G2RPO_LoadReward", reward="agreement")
+    page.add("G2RPO_LoadReward", reward="strict")
+    wires = {"reward": (1, 0), "heldout_reward": (2, 0)}
+    page.add("G2RPO_SubmitTraining", **{"model": TINY_MODEL, **TRAIN, **wires, **given})
+    return page
+
+
+def test_what_is_handed_over_is_trained_here_alike() -> None:
+    assert recipe_in(handed_over().tree()) == recipe_in(plain().tree())
+    assert recipe_in(api_of(handed_over())) == recipe_in(plain().tree())
+    page = plain()
+    page.nodes[3]["mode"] = 2
+    assert "is muted or bypassed" in refusal(page.tree())
+    page.nodes += [{**node, "id": node["id"] + 10} for node in handed_over().nodes]
+    assert "reward" in refusal(page.tree())  # that block's own wires are not there
+
+
+def test_names_on_a_block_are_files_below_the_models_folder(models: Path) -> None:
+    names = {"model": "sub/z.safetensors", "text_encoder_2": "one.safetensors", "vae": "ae.safetensors"}
+    page = handed_over(**names, guidance=4.0, negative="blurry")
+    made, loaded = (recipe_in(each.tree(), ModelFolders((models,))) for each in (page, real()))
+    assert made["model"] == {**loaded["model"], "width": 64, "height": 64}
+    whole = handed_over(model="whole.safetensors (checkpoint)")
+    made = recipe_in(whole.tree(), ModelFolders((models,)))["model"]
+    assert made["path"] == str(models / "checkpoints/whole.safetensors") and "vae" not in made
+    for name in ("../outside.safetensors", "/etc/passwd", "gone.safetensors", "whole.safetensors"):
+        for widget in ("model", "text_encoder_1", "vae"):
+            said = refusal(handed_over(**{**names, widget: name}).tree(), ModelFolders((models,)))
+            assert "G2RPO_SubmitTraining, id 3" in said, (widget, name)
+
+
 def test_loras_keep_their_order_and_the_last_shift_counts(models: Path) -> None:
     page = real()
     for kind, more in (
@@ -116,6 +151,9 @@ def test_guidance_that_is_an_input_is_what_comfyui_gives(models: Path) -> None:
     assert made["model"]["guidance"] == 3.5 and "negative_prompt" not in made["model"]
     # As ComfyUI's node computes it: 1024 tokens lie a fifth of the way from 0.5 to 1.15.
     assert made["method"]["shift"] == pytest.approx(2.718281828**0.63, rel=1e-6)
+    given = handed_over(model="flux.safetensors", guidance=2.5, negative="blurry")
+    made = recipe_in(given.tree(), ModelFolders((models,)))["model"]
+    assert made["guidance"] == 2.5 and "negative_prompt" not in made
     page.nodes[4]["widgets_values"][5] = 4.0
     assert "set it to 1" in refusal(page.tree(), ModelFolders((models,)))
 
@@ -142,7 +180,7 @@ def test_names_lead_nowhere_but_below_the_models(models: Path, name: str) -> Non
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_shipped_workflow_is_a_recipe_or_names_its_node(path: Path, tmp_path: Path) -> None:
     folders = ModelFolders((shipped_models(tmp_path),))
-    if path.stem.startswith(("Train a LoRA", "Before and after")):
+    if path.stem.startswith(("Train a LoRA", "Train beside", "Before and after")):
         assert from_dict(read_workflow(path, folders).tree).rewards
     else:
         with pytest.raises(WorkflowError, match=r"node '.*' \(G2RPO_\w+, id \d+(:\d+)*\)"):

@@ -346,7 +346,7 @@ def test_time_budgets_end_a_run(tmp_path):
     assert summary["steps"] == 1
 
 
-LAUNCH = ("launch", "--multi_gpu", "--num_processes", "2", "-m", "g2rpo_trainer.cli")
+LAUNCH = ("launch", "--multi_gpu", "--num_processes", "2", "-m", "g2rpo_trainer")
 """What docs/first_real_run.md gives to accelerate; where there is no GPU, the processes take the CPU."""
 
 

@@ -13,16 +13,18 @@ from typing import Any
 
 from workflow_graph import default_of, has_control, inputs_of, is_widget, type_of
 
+from comfy_g2rpo.blocks.block_settings import ENCODERS
 from g2rpo_trainer.workflows.graph_models import MAKERS
 from g2rpo_trainer.workflows.graph_rewards import LOAD, MIX, REFERENCE
 from g2rpo_trainer.workflows.graph_values import PRIMITIVES
 from g2rpo_trainer.workflows.node_table import TABLE
-from g2rpo_trainer.workflows.training_recipe import BLOCK
+from g2rpo_trainer.workflows.training_recipe import BLOCK, HANDED_OVER
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = sorted({BLOCK, LOAD, MIX, REFERENCE, "LoadImage", *PRIMITIVES, *sum(MAKERS.values(), ())})
+OURS = {BLOCK, HANDED_OVER, LOAD, MIX, REFERENCE}
+KINDS = sorted({*OURS, "LoadImage", *PRIMITIVES, *sum(MAKERS.values(), ())})
 FILES = ("ckpt_name", "unet_name", "clip_name", "clip_name1", "clip_name2", "clip_name3", "vae_name")
-FILES += ("lora_name", "image")
+FILES += ("lora_name", "image", "model", *ENCODERS, "vae")
 """Widgets whose choices are the files of a machine."""
 
 

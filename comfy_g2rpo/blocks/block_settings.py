@@ -1,4 +1,4 @@
-"""How Train LoRA's widgets become fields of a recipe and of a run's pace."""
+"""What the widgets of blocks that train mean, and how they become fields of a recipe and of a run's pace."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from ..run.pace import FIELDS as PACE
 
 TINY_MODEL, TINY_PARAMETERS = "tiny demo model", 4_000_000
 """What jobs call the bundled model, and the parameters of its transformer, nearly."""
+OF_CHECKPOINT, NO_FILE = " (checkpoint)", "none"
+"""What tells a checkpoint from a diffusion model of the same name in one list, and the choice of no file."""
+ENCODERS = ("text_encoder_1", "text_encoder_2", "text_encoder_3")
+"""Submit Training's widgets for them."""
 HELDOUT_SHARE = 0.2
 """Share of the prompts that a blank list of held-out prompts sets aside, where there are enough."""
 

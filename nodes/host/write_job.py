@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...comfy_g2rpo import recipes
-from ...comfy_g2rpo.blocks.block_settings import TINY_MODEL, block_fields
+from ...comfy_g2rpo.blocks.block_settings import ENCODERS, NO_FILE, TINY_MODEL, block_fields
 from ...comfy_g2rpo.blocks.train_presets import MEDIUM_FROM, WIDGETS, preset_numbers
 from ...comfy_g2rpo.files.safe import FileError, finite, spelt_out
 from ...comfy_g2rpo.files.spool import JobError, Spool, check_id
@@ -33,8 +33,6 @@ SPOOL = "spool"
 """The spool's folder among the runs, whose name no run may have."""
 IF_CHANGED = (NEW, ASK) = ("new", "ask")
 """What a name does that other settings have already: a job is never changed once it is handed over."""
-NONE = "none"
-ENCODERS = ("text_encoder_1", "text_encoder_2", "text_encoder_3")
 LARGE_FROM = 1e9  # parameters from which on activations are computed again rather than kept
 MAX_WEIGHT = 1000.0
 MAX_JOBS, MAX_NUMBER = 1000, 10_000
@@ -261,4 +259,4 @@ def name_of(job: Mapping[str, Any]) -> str:
 
 def chosen_files(names: Sequence[str]) -> tuple[str, ...]:
     """Return the files among the choices, each once."""
-    return tuple(dict.fromkeys(name for name in names if name != NONE))
+    return tuple(dict.fromkeys(name for name in names if name != NO_FILE))

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import folder_paths
 
-from ...comfy_g2rpo.blocks.block_settings import TINY_MODEL, TINY_PARAMETERS
+from ...comfy_g2rpo.blocks.block_settings import NO_FILE, OF_CHECKPOINT, TINY_MODEL, TINY_PARAMETERS
 from ...comfy_g2rpo.files.safe import FileError, read_header
 from ...comfy_g2rpo.lora.key_names import FAMILIES, SD3, family_of_model
-from ..host.write_job import NONE, Model
+from ..host.write_job import Model
 
-CHECKPOINT = " (checkpoint)"
-"""What tells a checkpoint from a diffusion model of the same name in one list."""
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 
 
@@ -29,20 +27,21 @@ def listed(folder: str) -> list[str]:
 
 def model_choices() -> list[str]:
     """List what can be trained: the bundled model, diffusion models, checkpoints."""
-    return [TINY_MODEL, *listed("diffusion_models"), *(name + CHECKPOINT for name in listed("checkpoints"))]
+    whole = (name + OF_CHECKPOINT for name in listed("checkpoints"))
+    return [TINY_MODEL, *listed("diffusion_models"), *whole]
 
 
 def file_choices(folder: str) -> list[str]:
     """List the files of a kind, or none of them."""
-    return [NONE, *listed(folder)]
+    return [NO_FILE, *listed(folder)]
 
 
 def model_named(choice: str) -> Model:
     """Return the model of a choice; ValueError where its file holds none that a worker can train."""
     if choice == TINY_MODEL:
         return Model(TINY_MODEL, TINY_MODEL, SD3.name, TINY_PARAMETERS)
-    folder = "checkpoints" if choice.endswith(CHECKPOINT) else "diffusion_models"
-    name = choice.removesuffix(CHECKPOINT)
+    folder = "checkpoints" if choice.endswith(OF_CHECKPOINT) else "diffusion_models"
+    name = choice.removesuffix(OF_CHECKPOINT)
     place = folder_paths.get_full_path(folder, name)
     if place is None:
         raise ValueError(f"model: {choice[:80]!a} has gone; press R and choose another one")

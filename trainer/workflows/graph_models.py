@@ -9,11 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from comfy_g2rpo.blocks.block_settings import ENCODERS, NO_FILE, OF_CHECKPOINT, TINY_MODEL
+
 from .graph_file import WorkflowError, shown
 from .graph_values import Graph, number_in, output_into, text_of
 from .model_files import Facts, ModelFolders
 from .page_graph import Node, Output
 
+TINY_PARTS = {"path": "models/tiny", "max_sequence_length": 0}
+NONE = ("", NO_FILE)
 FAMILIES = Path(__file__).with_name("graph_families.json")
 TINY, CHECKPOINT = "G2RPO_TinyDemoLoader", "CheckpointLoaderSimple"
 CLIP_WIDGETS = {
@@ -61,11 +65,31 @@ def model_parts(graph: Graph, block: Node, folders: ModelFolders) -> ModelParts:
                 f"{block.label} takes one part of the tiny model and another of a real one; take model, clip "
                 "and vae from the same loaders"
             )
-        parts.section |= {"path": "models/tiny", "max_sequence_length": 0}
+        parts.section |= TINY_PARTS
     else:
         _files(graph, (loader, text, vae), parts, folders)
     if loras:
         parts.section["lora"] = loras
+    return parts
+
+
+def named_parts(graph: Graph, block: Node, folders: ModelFolders) -> ModelParts:
+    """Make the model section of a block that names the files itself."""
+    parts = ModelParts()
+    choice = text_of(graph, block, "model")
+    if choice == TINY_MODEL:
+        parts.section |= TINY_PARTS
+        return parts
+    whole = choice.endswith(OF_CHECKPOINT)
+    kind, field = ("checkpoints", "path") if whole else ("diffusion_models", "transformer")
+    parts.section[field] = folders.find(kind, choice.removesuffix(OF_CHECKPOINT), block.label)
+    named = [text_of(graph, block, widget) for widget in ENCODERS]
+    texts = [folders.find("text_encoders", name, block.label) for name in named if name not in NONE]
+    if texts:
+        parts.section["text_encoders"] = texts
+    if (vae := text_of(graph, block, "vae")) not in NONE:
+        parts.section["vae"] = folders.find("vae", vae, block.label)
+    _tell(parts, folders, block.label)
     return parts
 
 
@@ -152,12 +176,18 @@ def _files(graph: Graph, nodes: tuple[Node, Node, Node], parts: ModelParts, fold
             parts.memory["text_encoders"] = "cpu"
     if vae.kind != CHECKPOINT:
         section["vae"] = folders.find("vae", text_of(graph, vae, "vae_name"), vae.label)
-    parts.facts = folders.facts(section.get("transformer") or section["path"], loader.label)
+    _tell(parts, folders, loader.label)
+
+
+def _tell(parts: ModelParts, folders: ModelFolders, asked: str) -> None:
+    """Say what the files of a model tell of it."""
+    section = parts.section
+    parts.facts = folders.facts(section.get("transformer") or section["path"], asked)
     section["family"] = parts.facts.family
     section["dtype"] = "fp32" if parts.facts.exact else "bf16"
     known = FAMILY_FACTS[parts.facts.family]
     section["max_sequence_length"] = known["tokens"]
-    texts = section.get("text_encoders") or [section["path"]]
+    texts = section.get("text_encoders") or [section.get("path") or section["transformer"]]
     if known.get("t5_may_lack") and not folders.reads_long_text(texts):
         section["max_sequence_length"] = 0
 

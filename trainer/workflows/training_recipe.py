@@ -15,13 +15,13 @@ from comfy_g2rpo.prompts import prompts_of
 
 from .api_graph import ApiGraph
 from .graph_file import Raw, WorkflowError, read_file, shown
-from .graph_models import FAMILY_FACTS, ModelParts, model_parts
+from .graph_models import FAMILY_FACTS, ModelParts, model_parts, named_parts
 from .graph_rewards import RewardReader, heldout_sections, trained_sections
 from .graph_values import number_in, output_into, text_of, whole_in
 from .model_files import ModelFolders
 from .page_graph import Node, Nothing, Output, PageGraph
 
-BLOCK = "G2RPO_TrainLoRA"
+BLOCK, HANDED_OVER = "G2RPO_TrainLoRA", "G2RPO_SubmitTraining"
 STEPWISE = {
     "G2RPO_UpdateLoRA": "is one step of a loop that ComfyUI runs; put Train LoRA on a Reward in its place",
     "G2RPO_UpdateFromVotes": "learns from votes that a run keeps; do so with: g2rpo pairs RUN",
@@ -65,8 +65,9 @@ def graph_of(tree: Raw) -> PageGraph | ApiGraph:
 
 
 def training_block(graph: PageGraph | ApiGraph, wanted: str | None = None) -> Node:
-    """Return the block Train LoRA."""
-    found, off = graph.nodes(BLOCK)
+    """Return the block that trains, or hands a training over."""
+    both = [graph.nodes(kind) for kind in (BLOCK, HANDED_OVER)]
+    found, off = ([node for nodes in both for node in nodes[at]] for at in (0, 1))
     if wanted is not None:
         found = [node for node in found if node.id == wanted]
     if len(found) == 1:
@@ -77,7 +78,7 @@ def training_block(graph: PageGraph | ApiGraph, wanted: str | None = None) -> No
     if off:
         raise WorkflowError(f"{off[0].label} is muted or bypassed, and nothing else trains; switch it on")
     if wanted is not None:
-        raise WorkflowError(f"--node {shown(wanted)} is no block Train LoRA; give the id of one")
+        raise WorkflowError(f"--node {shown(wanted)} is no block that trains; give the id of one")
     for kind, instead in STEPWISE.items():
         for node in graph.nodes(kind)[0]:
             raise WorkflowError(f"{node.label} {instead}")
@@ -94,7 +95,7 @@ def recipe_of(graph: PageGraph | ApiGraph, block: Node, folders: ModelFolders) -
             "and a shift; disconnect it, and write num_steps = … and shift = … into changes"
         )
     notes: list[str] = []
-    parts = model_parts(graph, block, folders)
+    parts = (named_parts if block.kind == HANDED_OVER else model_parts)(graph, block, folders)
     typed = _typed(graph, block)
     numbers = _preset(graph, block, typed, parts)
     try:
@@ -166,18 +167,20 @@ def _guidance(graph: PageGraph | ApiGraph, block: Node, parts: ModelParts, notes
     """Say the guidance, and what it moves away from."""
     guidance, negative = number_in(graph, block, "guidance"), text_of(graph, block, "negative")
     family = FAMILY_FACTS[parts.facts.family] if parts.facts else {}
-    if parts.facts and parts.facts.guided and guidance > 1:
+    guided = parts.facts is not None and parts.facts.guided
+    # In ComfyUI the conditioning holds that input; a job hands the widget's number over as it.
+    if guided and block.kind == BLOCK and guidance > 1:
         raise WorkflowError(
             f"{block.label}: guidance is {guidance:g}, but this model takes its guidance as an input, and a "
             "recipe has no other for it; set it to 1"
         )
-    if parts.facts and parts.facts.guided:
+    if guided and block.kind == BLOCK:
         # What ComfyUI gives a model that nobody gives another number.
         guidance = family["guidance"]
     parts.section["guidance"] = guidance
     if guidance > 1 and family.get("norms"):
         notes.append("guidance keeps the norms of the model's answers, as diffusers has it; ComfyUI does not")
-    if negative.strip() and guidance > 1 and not (parts.facts and parts.facts.guided):
+    if negative.strip() and guidance > 1 and not guided:
         parts.section["negative_prompt"] = negative
 
 
