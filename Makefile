@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: $(READY)  ## Align the bundled tiny flow model on any machine, in a few minutes: runs/demo
-	$(RUN)/g2rpo train recipes/demo.yaml --out runs/demo --replace
+	$(RUN)/g2rpo train recipes/demo_awm.yaml --out runs/demo --replace
 
 test: $(READY)  ## Run the tests but the longest, with ComfyUI's where one is found
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadgroup

@@ -41,7 +41,7 @@ def test_bundled_recipes_load_from_anywhere(
 
 
 def test_there_are_bundled_recipes() -> None:
-    assert {"demo", "demo_multi", "demo_gated", "sd35_medium"} <= set(BUNDLED)
+    assert {"demo", "demo_awm", "demo_multi", "demo_gated", "sd35_medium"} <= set(BUNDLED)
 
 
 def test_paths_are_looked_up_beside_the_recipe(recipe: Path) -> None:
