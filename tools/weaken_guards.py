@@ -44,10 +44,12 @@ GUARDED: dict[str, tuple[str, ...]] = {
     "trainer/config/input_files.py": ("test_run_inputs",),
     "trainer/rewards/judges/server.py": ("test_judges_server", "test_judges_log"),
     "trainer/jobs/run_job.py": ("test_run_job",),
+    "trainer/jobs/forward_job.py": ("test_forward_jobs",),
+    "trainer/jobs/mirrored_run.py": ("test_forward_jobs",),
     "trainer/service/http_guard.py": ("test_http_guard", "test_job_server"),
     "trainer/service/job_schema.py": ("test_job_schema", "test_job_server"),
     "trainer/service/job_server.py": ("test_job_server", "test_remote"),
-    "trainer/service/remote_client.py": ("test_remote",),
+    "trainer/service/remote_client.py": ("test_remote", "test_forward_jobs"),
 }
 """Files whose guards keep data and people safe, and the tests that should notice a weak one."""
 LONG_TOO = ("-m", "not browser")

@@ -47,6 +47,8 @@ PART = r"[A-Za-z0-9_][A-Za-z0-9_ .+-]*"
 HUB = re.compile(rf"{PART}/{PART}")
 SETTING = re.compile(r"[a-z_]\w{0,40}(\.\w{1,40}){0,4}=.*", re.ASCII | re.DOTALL)
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Reads the same, ten times as fast, where PyYAML was built with it."""
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Name = Annotated[str, Field(max_length=200, pattern=rf"^{PART}(/{PART})*$")]
 FileName = Annotated[str, Field(max_length=LONGEST)]
@@ -266,7 +268,7 @@ def check_settings(settings: Sequence[str]) -> None:
             raise RequestError(f"settings has {text[:40]!a}; write it as section.key=value")
         depth = deepest = 0
         try:
-            for event in yaml.parse(text.partition("=")[2], yaml.SafeLoader):
+            for event in yaml.parse(text.partition("=")[2], LOADER):
                 depth += isinstance(event, yaml.CollectionStartEvent)
                 depth -= isinstance(event, yaml.CollectionEndEvent)
                 deepest = max(deepest, depth)
