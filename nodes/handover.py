@@ -21,7 +21,7 @@ from .host.open_run import plain_errors
 from .host.publish import file_ui, publish
 from .host.reward_models import DTYPES, Managed
 from .host.routes import runs_root
-from .host.watch_job import lora_of, samples_of, stamp, standing, stop_job, the_spool, with_lora
+from .host.watch_job import lora_of, samples_of, stamp, standing, stop_job, the_spool, want_newest, with_lora
 from .host.write_job import IF_CHANGED, NEW, Judge, Order, chosen_files, hand_over, job_of
 from .inputs import widgets
 from .inputs.checks import check_inputs
@@ -262,6 +262,8 @@ class TrainingResult(io.ComfyNode):
         job_id = checked_name(run, "run")
         if stop:
             stop_job(job_id)
+        if newest_checkpoint:
+            want_newest(job_id)
         with torch.inference_mode(False):
             now = standing(job_id)
             weights, samples = lora_of(now, newest_checkpoint), samples_of(now.folder)

@@ -66,6 +66,12 @@ if given.get("refusals"):
     answer["made in the graph"] = unsaid(judge=mine)
     unwired = {"result": block("TrainingResult", run="nobody")}
     answer["no job"] = comfy_side.run_prompt(unwired, {"out": ("result", 4)}).error
+    opened = comfy_side.pack_module("nodes.host.open_run")
+    for name in ("hand", "unwanted", "nobody"):
+        try:
+            answer[f"train {name}"] = opened.refuse_handed_over(name)
+        except ValueError as error:
+            answer[f"train {name}"] = str(error)
     # A step of two processes: 4 s, of which this one waits a second and the other longer.
     row = {"step": 1, "nfe": 9, "time/rollout": 2.0, "time/update": 1.0, "time/waiting": 1.0}
     rows = [{"step": 0}, row | {"time/waiting_max": 99.0}]

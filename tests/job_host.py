@@ -32,6 +32,7 @@ def service(
     guard: ModuleType = http_guard,
     server: ModuleType = job_server,
     models: tuple[Path, ...] = (),
+    port: int = 0,
     **quotas: float,
 ) -> Iterator[tuple[int, Any]]:
     """Serve jobs; give the port and the service, which trains only if it `works`."""
@@ -39,7 +40,7 @@ def service(
     try:
         if works:
             made.start()
-        with guarded(made.find, guard) as port:
+        with guarded(made.find, guard, port) as port:
             yield port, made
     finally:
         made.close()

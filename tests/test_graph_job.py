@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from comfy_g2rpo.run.pace import FIELDS as PACE
 from g2rpo_trainer.config.family_names import FAMILIES
 from g2rpo_trainer.config.reading import from_dict
 from g2rpo_trainer.jobs.graph_job import ModelFolders, RefusedJobError, prepared
+from g2rpo_trainer.service.job_schema import job_request
 
 load_routes()
 write_job = importlib.import_module("g2rpo_pack_for_routes.nodes.host.write_job")
@@ -138,6 +140,9 @@ def test_every_job_that_the_block_writes_is_one_that_the_trainer_takes(
         assume(False)
     place = tmp_path_factory.getbasetemp() / "job"
     made = from_dict(prepared(job, folders, place)["recipe"])
+    # A service takes it, too.
+    content = json.dumps({"id": "one", "graph": job}).encode()
+    assert job_request(content).job == job
     assert (made.model.width, made.train.seed) == (order["width"], job["recipe"]["train"]["seed"])
     event("taken")
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 from guarded import TOKEN, guarded, send
 from multidict import CIMultiDict
@@ -174,3 +175,22 @@ def test_whatever_breaks_one_line_leaves_and_no_trace(caplog: pytest.LogCaptureF
         status, answer = send_for_answer(port, "GET", "/")
     assert status == 500 and "secret" not in answer and "Traceback" not in answer and ".py" not in answer
     assert len(caplog.records) == 1 and "secret place" in caplog.text
+
+
+def test_what_a_handler_has_sent_itself_is_followed_by_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    async def streamed(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"all of it")
+        return response
+
+    with (
+        guarded(lambda address: {"GET": streamed}) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=10) as connection,
+    ):
+        head = f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {TOKEN}\r\n"
+        connection.sendall(f"{head}Connection: close\r\n\r\n".encode())
+        answer = b""
+        while part := connection.recv(4096):
+            answer += part
+    assert answer.endswith(b"\r\n\r\n9\r\nall of it\r\n0\r\n\r\n") and not caplog.records

@@ -68,7 +68,7 @@ def test_a_recipe_with_anything_anywhere_is_a_job_or_a_refusal_in_one_line(data:
     sent = {"recipe": DEMO, "settings": [], "source": "x"}
     sent = put(sent, data.draw(st.sampled_from(places(sent))), data.draw(VALUES))
     try:
-        _, made = job_request(json.dumps(sent).encode())
+        made = job_request(json.dumps(sent).encode()).job
         ready = ready_job(made, [])
     except RequestError as error:
         assert str(error).isprintable() and len(str(error)) < 1000
@@ -142,7 +142,7 @@ def test_every_field_is_taken_but_those_that_are_refused_on_purpose() -> None:
 
 @pytest.mark.parametrize("name", bundled_recipes())
 def test_every_bundled_recipe_is_taken_but_for_models_that_are_not_here(name: str) -> None:
-    _, made = job_request(json.dumps({"recipe": read_yaml(bundled_recipes()[name])}).encode())
+    made = job_request(json.dumps({"recipe": read_yaml(bundled_recipes()[name])}).encode()).job
     try:
         ready_job(made, [])
     except RequestError as error:
@@ -152,7 +152,7 @@ def test_every_bundled_recipe_is_taken_but_for_models_that_are_not_here(name: st
 def test_names_become_files_and_settings_part_of_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/words.txt").write_text("a cat\na dog\n")
-    _, made = job_request(job(settings=("prompts.train=mine/words.txt", "train.steps=7")))
+    made = job_request(job(settings=("prompts.train=mine/words.txt", "train.steps=7"))).job
     ready = ready_job(made, [tmp_path])
     assert ready["recipe"]["prompts"]["train"] == str(tmp_path / "mine/words.txt")
     assert ready["recipe"]["train"]["steps"] == 7 and ready["settings"] == []
@@ -161,7 +161,9 @@ def test_names_become_files_and_settings_part_of_the_recipe(tmp_path: Path) -> N
 
 def test_what_a_refusal_says_holds_no_place_of_this_machine(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
-    _, made = job_request(job(rewards=[{"name": "psnr", "reference": "bad.safetensors"}], train={"steps": 5}))
+    made = job_request(
+        job(rewards=[{"name": "psnr", "reference": "bad.safetensors"}], train={"steps": 5})
+    ).job
     made["recipe"]["method"] = {"name": "g2rpo", "warmup_steps": 9}
     with pytest.raises(RequestError) as caught:
         ready_job(made, [tmp_path])

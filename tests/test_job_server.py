@@ -5,6 +5,7 @@ And each check weakened once, which must show.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import sys
@@ -23,9 +24,11 @@ from g2rpo_trainer.service import http_guard, job_schema, job_server
 from g2rpo_trainer.service.api_document import ROUTES
 
 KNOWN = {"/health": 200, "/openapi.json": 200, "/jobs": 200, "/jobs/one": 200, "/jobs/one/report": 404}
+KNOWN |= {"/jobs/one/metrics": 200, "/jobs/one/samples/3": 404, "/jobs/one/samples/3/000.png": 404}
 KNOWN |= {"/jobs/one/lora": 404, "/jobs/one/pictures/curves.png": 404, "/jobs/done/events": 200}
 ADDRESSES = (*KNOWN, "/", "/jobs/", "//jobs", "/jobs?x=1", "/JOBS", "/%6aobs", "/jobs/one?after=1", "*")
 ADDRESSES += ("/jobs/../health", "/jobs/one/pictures/..%2f..%2fsecret.png", "/jobs/ONE", "/jobs/one/nothing")
+ADDRESSES += ("/jobs/one/samples/x", "/jobs/one/samples/3/..%2fsecret.png", "/jobs/one/samples/3/index.json")
 ALLOWED = {"/jobs": ("GET", "POST"), "/jobs/one": ("GET", "DELETE")}
 
 
@@ -34,11 +37,32 @@ def edited(**changes: Any) -> bytes:
     return json.dumps({"recipe": DEMO} | changes).encode()
 
 
+def graph(*way: str, value: Any = None, **more: Any) -> bytes:
+    """Write a job of a graph with another value at a place of it, and with other fields beside it."""
+    made = copy.deepcopy(GRAPH)
+    part: Any = made
+    for step in way[:-1]:
+        part = part[step]
+    if way:
+        part[way[-1]] = value
+    return json.dumps({"id": "two", "graph": made} | more).encode()
+
+
 def lines(text: bytes) -> bytes:
     """Write a sound job with raw text at its start."""
     return b"{" + text + b", " + job("raw")[1:]
 
 
+GRAPH = {
+    "recipe": {
+        "model": {"family": "sd3", "width": 64, "height": 64},
+        "rewards": [{"name": "agreement"}],
+        "prompts": {"train": ["a circle"], "heldout": []},
+    },
+    "settings": [],
+    "models": {"folder": "tiny demo model", "model": "tiny demo model", "text_encoders": [], "vae": ""},
+    "source": "graph",
+}
 BAD: dict[str, tuple[bytes, int, str]] = {
     "nothing": (b"", 400, "not JSON"),
     "no JSON": (b"{", 400, "not JSON"),
@@ -95,6 +119,30 @@ BAD: dict[str, tuple[bytes, int, str]] = {
     "a name upwards": (job("../x"), 400, "id: "),
     "another job of that name": (job("one", ("train.steps=3",)), 409, "with other content"),
     "a name of a device": (job("com1"), 400, "cannot be called"),
+    "a graph without a name": (json.dumps({"graph": GRAPH}).encode(), 400, "id"),
+    "a graph and a recipe": (graph(recipe=DEMO), 400, "recipe"),
+    "a graph with settings": (graph("settings", value=["train.steps=1"]), 400, "graph.settings"),
+    "a graph of a path": (graph("recipe", "model", "path", value="a"), 400, "graph.recipe.model.path"),
+    "a graph that writes": (graph("recipe", "out", value="/tmp/x"), 400, "graph.recipe.out"),
+    "a graph of code": (graph("recipe", "rewards", value=[{"name": "a", "path": "x.py:f"}]), 400, "0.path"),
+    "a graph of a file": (graph("recipe", "prompts", "train", value="/etc/passwd"), 400, "prompts.train"),
+    "a graph of votes": (graph("recipe", "rewards", value=[{"name": "votes"}]), 400, "has votes"),
+    "a graph of a name": (graph("recipe", "rewards", value=["agreement"]), 400, "holds no fields"),
+    "a graph of nothing": (graph("recipe", "prompts", "train", value=[]), 400, "prompts.train"),
+    "a graph of another kind": (graph("models", "folder", value="loras"), 400, "graph.models.folder"),
+    "a graph upwards": (
+        graph("models", value={"folder": "checkpoints", "model": "../outside/secret.safetensors"}),
+        *(400, "without leaving it"),
+    ),
+    "a graph of a link": (
+        graph("models", value={"folder": "checkpoints", "model": "link/secret.safetensors"}),
+        *(400, "leads out of the worker's folders"),
+    ),
+    "a graph that was another job": (
+        json.dumps({"id": "one", "graph": GRAPH}).encode(),
+        409,
+        "other content",
+    ),
 }
 ODD: dict[str, tuple[str, str, dict[str, Any], bytes, int]] = {
     "an upgrade": ("POST", "/jobs", UPGRADE, job("odd"), 400),
@@ -128,7 +176,9 @@ def prepared(place: Path) -> Path:
     models.mkdir(parents=True)
     (place / "outside").mkdir()
     (place / "outside/secret.safetensors").write_bytes(b"secret")
-    (models / "link").symlink_to(place / "outside")
+    (models / "checkpoints").mkdir()
+    for folder in (models, models / "checkpoints"):
+        (folder / "link").symlink_to(place / "outside")
     spool = Spool(folder / "spool")
     spool.submit("done", {"recipe": DEMO, "settings": [], "source": ""})
     spool.end("done", "done")
@@ -164,8 +214,8 @@ def audit(
         yield from refused(port)
         if made.spool.ids() != ["done", "one"]:
             yield f"jobs are {made.spool.ids()}"
-        if (got := send(port, "POST", "/jobs", body=job("two"))) != 200:
-            yield f"a second job: {got}"
+        if (got := send(port, "POST", "/jobs", body=graph())) != 200:
+            yield f"a second job, of a graph: {got}"
         if (got := send(port, "POST", "/jobs", body=job("three"))) != 429:
             yield f"a third job of two: {got}"
     with service(place / "small", False, guard, server, gigabytes=1e-9) as (port, made):
@@ -270,7 +320,9 @@ def test_a_weakened_check_shows(
     weak = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, weak)  # where its dataclasses look themselves up
     spec.loader.exec_module(weak)
-    parts = {http_guard: ("read_body",), job_schema: ("job_request", "ready_job")}.get(module, ())
+    parts = {http_guard: ("read_body",), job_schema: ("job_request", "ready_job", "check_job")}.get(
+        module, ()
+    )
     for part in parts:
         monkeypatch.setattr(job_server, part, getattr(weak, part))
     # A refusal is what the others know as one.

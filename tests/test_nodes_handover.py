@@ -135,6 +135,11 @@ def test_what_no_worker_could_run_is_refused_by_name(before: Answer, base: Path)
     assert not {"away", "unsaid"} & set(spool_of(base).ids())
 
 
+def test_train_lora_does_not_take_the_name_of_a_job_that_waits(before: Answer) -> None:
+    assert before.data["train hand"].startswith("run: hand is handed over to a worker (Submit Training)")
+    assert before.data["train unwanted"] is None and before.data["train nobody"] is None
+
+
 def test_the_time_that_is_left_counts_a_second_once(before: Answer) -> None:
     assert before.data["left"] == ", about 40 s left"
 

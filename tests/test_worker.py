@@ -16,8 +16,8 @@ from program import leave
 
 from comfy_g2rpo.files.one_writer import one_writer
 from comfy_g2rpo.files.spool import Spool
-from g2rpo_trainer.jobs.graph_job import ModelFolders
-from g2rpo_trainer.jobs.worker_loop import Worker, use_comfyui
+from g2rpo_trainer.jobs.graph_job import ModelFolders, Owner
+from g2rpo_trainer.jobs.worker_loop import use_comfyui
 
 JOB = {
     "recipe": {
@@ -97,7 +97,13 @@ def test_what_another_worker_trains_is_left_to_it(base: Path, capsys: pytest.Cap
 
 def test_ctrl_c_ends_it_while_it_waits(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     former, begin = signal.getsignal(signal.SIGINT), time.monotonic()
-    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def press() -> None:
+        while signal.getsignal(signal.SIGINT) is former and time.monotonic() < begin + 50:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
     code, _, error = leave(capsys, "worker", "--comfyui", base)
     assert code == 0 and error == "worker: stopped\n" and time.monotonic() - begin < 60
     assert signal.getsignal(signal.SIGINT) is former
@@ -106,10 +112,9 @@ def test_ctrl_c_ends_it_while_it_waits(base: Path, capsys: pytest.CaptureFixture
 def test_the_owners_preset_and_settings_go_into_every_job(base: Path) -> None:
     (base / "models/checkpoints/gone.safetensors").write_bytes(b"")
     folders = ModelFolders.of([base / "models"])
-    worker = Worker(base / "spool", base / "output", folders, ["model.dtype=fp32"], "16gb")
-    settings = worker.prepare("one", JOB)["settings"]
+    settings = Owner(folders, ["model.dtype=fp32"], "16gb").prepare(JOB, base / "one")["settings"]
     assert settings[-1] == "model.dtype=fp32" and any(each.startswith("memory.") for each in settings[:-1])
-    assert Worker(base / "spool", base / "output", folders).prepare("one", JOB)["settings"] == []
+    assert Owner(folders).prepare(JOB, base / "one")["settings"] == []
 
 
 def test_reward_models_and_tokenizers_are_those_of_its_comfyui(

@@ -15,8 +15,8 @@ import argparse
 import ast
 import json
 import os
-import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("test_runs", "test_damaged_runs", "test_odd_files", "test_run_safety")
@@ -43,10 +44,12 @@ GUARDED: dict[str, tuple[str, ...]] = {
     "trainer/config/input_files.py": ("test_run_inputs",),
     "trainer/rewards/judges/server.py": ("test_judges_server", "test_judges_log"),
     "trainer/jobs/run_job.py": ("test_run_job",),
+    "trainer/jobs/forward_job.py": ("test_forward_jobs",),
+    "trainer/jobs/mirrored_run.py": ("test_forward_jobs",),
     "trainer/service/http_guard.py": ("test_http_guard", "test_job_server"),
     "trainer/service/job_schema.py": ("test_job_schema", "test_job_server"),
     "trainer/service/job_server.py": ("test_job_server", "test_remote"),
-    "trainer/service/remote_client.py": ("test_remote",),
+    "trainer/service/remote_client.py": ("test_remote", "test_forward_jobs"),
 }
 """Files whose guards keep data and people safe, and the tests that should notice a weak one."""
 LONG_TOO = ("-m", "not browser")
@@ -57,6 +60,26 @@ SECONDS = 400
 TOO_LONG = 124  # as `timeout` has it
 MEMORY = 6 * 2**30
 """Bytes that a process of the tests may take: without its guard a file may be read that has no end."""
+WARM = """
+import importlib, json, os, resource, signal, sys
+from contextlib import suppress
+for name in ("torch", "scipy", "PIL.Image", "safetensors.torch", "pydantic", "yaml", "typer",
+             "aiohttp.test_utils", "hypothesis.strategies", "pytest"):
+    with suppress(ImportError):
+        importlib.import_module(name)
+for line in sys.stdin:
+    order = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        signal.alarm(order["seconds"])
+        resource.setrlimit(resource.RLIMIT_DATA, (order["memory"],) * 2)
+        for handle in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
+        sys.path.insert(0, os.getcwd())
+        os._exit(sys.modules["pytest"].main(order["words"]))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+"""A process that has what is installed loaded, but nothing of ours, and runs tests in forks of itself."""
 EQUIVALENT: dict[str, str] = json.loads((Path(__file__).with_suffix(".json")).read_text())
 """Weakened guards that no test can notice, and why."""
 
@@ -161,31 +184,32 @@ class Copy:
         for name, folder in (("comfy_g2rpo", "comfy_g2rpo"), ("g2rpo_trainer", "trainer")):
             (packages / name).symlink_to(place / folder)
 
+        paths = os.pathsep.join([str(place / ".packages"), os.environ.get("PYTHONPATH", "")])
+        self.warm = subprocess.Popen(
+            [sys.executable, "-B", "-c", WARM],
+            cwd=place,
+            env=os.environ | {"PYTHONPATH": paths.strip(os.pathsep), "PYTHONHASHSEED": "0"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
     def pytest(self, *words: str) -> int:
         """Run tests in the order given; return pytest's exit code, TOO_LONG where they took too long."""
-        command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", *LONG_TOO, *words]
-        paths = os.pathsep.join([str(self.place / ".packages"), os.environ.get("PYTHONPATH", "")])
-        environment = os.environ | {"PYTHONPATH": paths.strip(os.pathsep), "PYTHONHASHSEED": "0"}
-        try:
-            return subprocess.run(
-                command,
-                cwd=self.place,
-                env=environment,
-                capture_output=True,
-                timeout=SECONDS,
-                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY)),
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return TOO_LONG
+        order = {"words": ["-q", "-p", "no:cacheprovider", *LONG_TOO, *words], "seconds": SECONDS}
+        print(json.dumps(order | {"memory": MEMORY}), file=self.warm.stdin, flush=True)
+        code = int(self.warm.stdout.readline())
+        return TOO_LONG if code == -signal.SIGALRM else code
 
     def meeting(self, file: str, tests: Sequence[str]) -> dict[int, list[str]] | None:
-        """Return which tests meet each line of a file, by file in the order given; all must pass.
+        """Return which tests meet each line of a file, the quickest first; all must pass.
 
         None if that cannot be told.
         """
-        data = self.place / ".coverage"
+        data, times = self.place / ".coverage", self.place / ".times.xml"
         elsewhere = file.startswith(IN_COMFYUI)
         measure = [f"--cov={self.place / Path(file).parent}", "--cov-context=test", "--cov-report="]
+        measure += [f"--junitxml={times}", "-o", "junit_duration_report=call"]
         words = () if elsewhere else measure
         if code := self.pytest(*words, *tests):
             raise SystemExit(f"{file}: its tests fail as they are (pytest: {code}); mend that first")
@@ -198,9 +222,19 @@ class Copy:
         name = next((name for name in held.measured_files() if os.path.samefile(name, self.place / file)), "")
         lines = held.contexts_by_lineno(name) if name else {}
         found = {line: sorted({each.split("|")[0] for each in met if each}) for line, met in lines.items()}
+        seconds = seconds_of(times)
         for met in found.values():
-            met.sort(key=lambda test: tests.index(test.split("::")[0]))
+            met.sort(key=lambda test: seconds.get(test, 0.0))
         return found
+
+
+def seconds_of(report: Path) -> dict[str, float]:
+    """Return how long each test took, by its name, as pytest's report in XML has it."""
+    cases = ElementTree.parse(report).iter("testcase")
+    return {
+        f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}": float(case.get("time"))
+        for case in cases
+    }
 
 
 def spaced(found: Sequence[Mutant], count: int | None) -> list[Mutant]:

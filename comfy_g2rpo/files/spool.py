@@ -1,9 +1,13 @@
 """Jobs in a folder: whoever wants a run writes one file there, whoever trains takes it. No port, no token.
 
-    <id>.job.json   what to train; written once and never changed
-    <id>.cancel     somebody wants it to end
-    <id>.end.json   how it ended; such a job is taken no more, unless somebody asks for it again
-    <id>.taken/     the lock of the process that works on it
+    <id>.job.json     what to train; written once and never changed
+    <id>.cancel       somebody wants it to end
+    <id>.sent         the address of the service that trains it, or is about to
+    <id>.newest       somebody wants the LoRA of its newest checkpoint, which a run elsewhere keeps to itself
+    <id>.note         what keeps it from going on for now, in words
+    <id>.end.json     how it ended; such a job is taken no more, unless somebody asks for it again
+    <id>.former.json  how it ended before that
+    <id>.taken/       the lock of the process that works on it
 
 A worker that is killed loses its lock, and the next one takes the job and resumes its run: a job runs to its
 end exactly once.
@@ -18,16 +22,17 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from .one_writer import LOCK, one_writer, opened, release, who
-from .safe import FileError, RunError, finite, folder_on_disk, open_file, write_bytes, writing
+from .safe import FileError, RunError, finite, folder_on_disk, on_disk, open_file, write_bytes, writing
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)")
 """Names that Windows keeps for devices."""
-JOB_BYTES = 2**20
+JOB_BYTES, NOTE_BYTES = 2**20, 2**12
 PATIENCE = 30.0  # seconds
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 ENDS = (DONE, FAILED, CANCELLED)
@@ -65,8 +70,12 @@ class Spool:
             raise JobError(f"job {job_id} has {len(content):,} bytes; {JOB_BYTES:,} is the limit")
         # A name of its own for each who writes: one of them alone gives it the final name.
         ready = self.path / f".{job_id}.{os.getpid()}.{os.urandom(4).hex()}.partial"
-        write_bytes(ready, content)
         try:
+            with writing(place):
+                self.path.mkdir(parents=True, exist_ok=True)
+                with open(ready, "xb") as file:
+                    file.write(content)
+                    on_disk(file)
             made = named_first(ready, place)
         finally:
             ready.unlink(missing_ok=True)
@@ -116,10 +125,11 @@ class Spool:
         write_bytes(self._file(job_id, "cancel"), b"")
 
     def stop(self, job_id: str) -> str:
-        """Ask for a job's end and return its state: one that nobody holds has ended at once."""
+        """Ask for a job's end and return its state: one that nobody has, nor a service, has ended."""
         self.cancel(job_id)
         with suppress(RunError, JobError), self.take(job_id):
-            self.end(job_id, CANCELLED)
+            if not self.sent(job_id):
+                self.end(job_id, CANCELLED)
         return self.state(job_id)
 
     def cancelled(self, job_id: str) -> bool:
@@ -130,13 +140,59 @@ class Spool:
         """Write how a job ended: done, failed or cancelled, and what else is to be said of it."""
         if status not in ENDS:
             raise ValueError(f"a job ends as one of {', '.join(ENDS)}, not {status!a}")
-        content = json.dumps(finite({"status": status, **said}), ensure_ascii=False) + "\n"
+        at = datetime.now(timezone.utc).isoformat(timespec="microseconds")
+        content = json.dumps(finite({"status": status, "at": at, **said}), ensure_ascii=False) + "\n"
         write_bytes(self._file(job_id, "end.json"), content.encode())
 
     def ended(self, job_id: str) -> dict[str, Any] | None:
         """Return how a job ended; None while it has not."""
-        place = self._file(job_id, "end.json")
+        return self._told(job_id, "end.json")
+
+    def former(self, job_id: str) -> dict[str, Any] | None:
+        """Return how a job ended before somebody asked for it again; None where nobody has."""
+        return self._told(job_id, "former.json")
+
+    def _told(self, job_id: str, kind: str) -> dict[str, Any] | None:
+        """Read what was said of a job, where something was."""
+        place = self._file(job_id, kind)
         return self._read(place) if place.exists() else None
+
+    def note(self, job_id: str, text: str) -> None:
+        """Say what keeps a job from going on for now; nothing where it goes on."""
+        place = self._file(job_id, "note")
+        if text:
+            write_bytes(place, text.encode("utf-8", "replace"))
+            return
+        with writing(place):
+            place.unlink(missing_ok=True)
+
+    def noted(self, job_id: str) -> str:
+        """Return what keeps a job from going on, in one line; nothing where it goes on."""
+        return self._line(job_id, "note")
+
+    def send(self, job_id: str, address: str) -> None:
+        """Note which service is about to get a job."""
+        if self.sent(job_id) != address:
+            write_bytes(self._file(job_id, "sent"), address.encode("utf-8", "replace"))
+
+    def sent(self, job_id: str) -> str:
+        """Return the address of the service that has a job; nothing where none has."""
+        return self._line(job_id, "sent")
+
+    def _line(self, job_id: str, kind: str) -> str:
+        """Read a line that was said of a job; nothing where none was."""
+        with suppress(OSError), open_file(self._file(job_id, kind)) as file:
+            return " ".join(file.read(NOTE_BYTES).decode("utf-8", "replace").split())
+        return ""
+
+    def ask_newest(self, job_id: str) -> None:
+        """Ask for the LoRA of a job's newest checkpoint, also of those to come."""
+        if not self.newest_asked(job_id):
+            write_bytes(self._file(job_id, "newest"), b"")
+
+    def newest_asked(self, job_id: str) -> bool:
+        """Return whether somebody wants the LoRA of a job's newest checkpoint."""
+        return self._file(job_id, "newest").exists()
 
     def again(self, job_id: str) -> bool:
         """Let a job that failed or was cancelled wait once more; False where it has not ended so.
@@ -148,10 +204,10 @@ class Spool:
             if (self.ended(job_id) or {}).get("status") not in (FAILED, CANCELLED):
                 return False
             # The end last: whoever is killed in between leaves a job that has ended.
-            for kind in ("cancel", "end.json"):
-                with writing(place := self._file(job_id, kind)):
-                    place.unlink(missing_ok=True)
-            folder_on_disk(self.path)
+            with writing(end := self._file(job_id, "end.json")):
+                self._file(job_id, "cancel").unlink(missing_ok=True)
+                os.replace(end, self._file(job_id, "former.json"))
+                folder_on_disk(self.path)
         return True
 
     def _file(self, job_id: str, kind: str) -> Path:

@@ -184,7 +184,9 @@ class RunFolder:
         run = cls(Path(path))
         sweep(run.path)
         if is_run(run.path):
-            for path in run.path.iterdir():
+            # By these two it is known as a run, or as the beginning of one: whoever is killed can go on.
+            found = run.path.iterdir()
+            for path in sorted(found, key=lambda at: (at.name == "config.json", at.name == "metrics.jsonl")):
                 with writing(path):
                     if path.name != LOCK:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()

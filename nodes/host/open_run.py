@@ -15,10 +15,12 @@ from typing import Any
 from ...comfy_g2rpo.blocks.run_names import RUN_ID
 from ...comfy_g2rpo.files.one_writer import LOCK
 from ...comfy_g2rpo.files.safe import FileError, RunError, spelt_out
+from ...comfy_g2rpo.files.spool import NAME, Spool
 from ...comfy_g2rpo.run.folder import RunFolder, is_run
 from .changed_settings import Change, changes_of, told, widgets_of
 from .comfyui import run_place
 from .routes import runs_root
+from .write_job import SPOOL
 
 IF_CHANGED = (NEW, CONTINUE, ASK) = ("new", "continue", "ask")
 """What a named run does when it is asked for with other settings."""
@@ -75,6 +77,7 @@ def choose_run(wanted: Wanted, if_changed: str) -> Choice:
     """
     name = wanted.name
     with plain_errors(name):
+        refuse_handed_over(name)
         changes = made_otherwise(wanted, name)
         if not changes:
             return Choice(name)
@@ -85,8 +88,16 @@ def choose_run(wanted: Wanted, if_changed: str) -> Choice:
         if if_changed != NEW:
             raise ValueError(refusal(name, changes, "was made with other settings"))
         number = numbered(wanted)
+        refuse_handed_over(number)
         goes_on = "goes on" if is_run(run_place(number)) else "starts"
         return Choice(number, f"run {number} {goes_on}, because {name} has other settings: {told(changes)}")
+
+
+def refuse_handed_over(name: str) -> None:
+    """Refuse the name of a training that a worker has, or will take: both would write into one folder."""
+    spool = Spool(runs_root() / SPOOL)
+    if NAME.fullmatch(name) and name in spool.ids() and spool.ended(name) is None:
+        raise ValueError(f"run: {name} is handed over to a worker (Submit Training); give another name")
 
 
 def made_otherwise(wanted: Wanted, name: str) -> list[Change]:

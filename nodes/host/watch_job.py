@@ -55,6 +55,13 @@ def stop_job(job_id: str) -> None:
         spool.stop(job_id)
 
 
+def want_newest(job_id: str) -> None:
+    """Ask for the LoRA of the newest checkpoint, which a training elsewhere sends on request."""
+    spool = the_spool()
+    if known_state(spool, job_id) in (WAITING, RUNNING):
+        spool.ask_newest(job_id)
+
+
 def known_state(spool: Spool, job_id: str) -> str:
     """Return the state of a job; ValueError where there is none of this name."""
     try:
@@ -84,7 +91,8 @@ def said(spool: Spool, job_id: str, state: str, rows: Sequence[Mapping[str, Any]
         how = "it ends when a worker takes it" if stopping else f"start one where ComfyUI runs: {WORKER}"
         return f"{job_id} waits for a worker{begun}; {how}"
     if state == RUNNING:
-        left = "" if stopping else time_left(rows, step, total)
+        noted = spool.noted(job_id)
+        left = f"; {noted[:LONGEST]}" if noted else "" if stopping else time_left(rows, step, total)
         return f"{job_id} {'stops after' if stopping else 'trains,'} {at if rows else 'its start'}{left}"
     if state == DONE:
         return f"{job_id} is done, {at}"
@@ -188,5 +196,6 @@ def stamp(job_id: str | None) -> str:
         with suppress(OSError, ValueError):
             folder = RunFolder(runs_root() / check_id(name))
             files = [folder.metrics_file, folder.summary_file, folder.checkpoints]
-            marks.append(f"{spool.state(name)} {spool.cancelled(name)} {stamps(files)}")
+            state = f"{spool.state(name)} {spool.cancelled(name)} {spool.noted(name)}"
+            marks.append(f"{state} {stamps(files)}")
     return "\n".join(marks)

@@ -20,6 +20,8 @@ from comfy_g2rpo.files.safe import write_bytes
 
 from ..config.bundled import bundled_folder
 from ..config.comfyui_models import FOLDERS, is_file_name, within
+from ..config.reading import apply_overrides, from_dict
+from ..config.reward_checks import missing_models
 
 SHOWN = {"width", "height", "guidance", "negative_prompt", "max_sequence_length"}
 REWARD = {"name", "weight", "gate", "batch", "dtype"}
@@ -82,6 +84,37 @@ class ModelFolders:
         )
 
 
+@dataclass(frozen=True)
+class Owner:
+    """What whoever trains gives to every job of a graph: folders of models, settings, a card's preset."""
+
+    folders: ModelFolders
+    settings: Sequence[str] = ()
+    preset: str | None = None
+
+    def prepare(self, job: Mapping[str, Any], stem: Path) -> dict[str, Any]:
+        """Return what is run in place of a job."""
+        own = prepared(job, self.folders, stem)
+        return {**own, "settings": [*self.of_preset(own["recipe"]), *self.settings]}
+
+    def check(self, job: Mapping[str, Any]) -> None:
+        """Refuse a job that could not be run; ValueError."""
+        recipe, lists = with_files(job, self.folders)
+        tree = {**recipe, "prompts": prompts_as_text(lists)}
+        config = from_dict(apply_overrides(tree, [*self.of_preset(recipe), *self.settings]))
+        if missing := missing_models((*config.rewards, *config.heldout_rewards)):
+            raise RefusedJobError(missing)
+
+    def of_preset(self, recipe: Mapping[str, Any]) -> list[str]:
+        """Return the settings of the preset for a job's model; none for a family without presets."""
+        if self.preset is None:
+            return []
+        from ..cost.presets import presets, written
+
+        family = presets().get(str(recipe["model"].get("family")), {})
+        return written(family.get(self.preset, {}))
+
+
 def extra_paths(file: Path) -> dict[str, list[Path]]:
     """Read the folders of each kind from a file like ComfyUI's extra_model_paths.yaml."""
     try:
@@ -105,18 +138,36 @@ def prepared(
 
     `settings` are the worker's own, which go last. RefusedJobError for a job that says more than it may.
     """
-    recipe = checked_recipe(job)
-    models = job.get("models")
-    if not isinstance(models, dict):
-        raise RefusedJobError("the job names no models; submit it from the block Submit Training")
-    lists = {name: checked_prompts(name, texts) for name, texts in recipe["prompts"].items()}
-    model, prompts = {**recipe["model"], **places(models, folders)}, {}
+    recipe, lists = with_files(job, folders)
+    prompts = {}
     for name, lines in lists.items():
         if lines:
             place = stem.with_name(f"{stem.name}.{name}.jsonl")
             write_bytes(place, "".join(json.dumps({"prompt": line}) + "\n" for line in lines).encode())
             prompts[name] = str(place)
-    return {"recipe": {**recipe, "prompts": prompts, "model": model}, "settings": list(settings)}
+    return {"recipe": {**recipe, "prompts": prompts}, "settings": list(settings)}
+
+
+def with_files(job: Mapping[str, Any], folders: ModelFolders) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Return a job's recipe with files for names, and its prompts; RefusedJobError where it may not run."""
+    recipe = checked_recipe(job)
+    models = job.get("models")
+    if not isinstance(models, dict):
+        raise RefusedJobError("the job names no models; submit it from the block Submit Training")
+    lists = {name: checked_prompts(name, texts) for name, texts in recipe["prompts"].items()}
+    return {**recipe, "model": {**recipe["model"], **places(models, folders)}}, lists
+
+
+def prompts_as_text(lists: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return prompts as a recipe may hold them itself, one per line."""
+    return {name: "".join(f"{line}\n" for line in lines) for name, lines in lists.items() if lines}
+
+
+def may_set(place: str) -> bool:
+    """Return whether a job may set a field, or one of its section, by its place without numbers."""
+    section, _, field = place.partition(".")
+    allowed = FIELDS.get(section, set())
+    return section in FIELDS and (not field or allowed is None or field in allowed)
 
 
 def checked_recipe(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,12 +181,11 @@ def checked_recipe(job: Mapping[str, Any]) -> dict[str, Any]:
         parts = content if section in ("rewards", "heldout_rewards") else [content]
         if section not in FIELDS or not isinstance(parts, list):
             raise RefusedJobError(f"{str(section)[:40]!a} is no section that a job may have; remove it")
-        allowed = FIELDS[section]
         for part in parts:
             if not isinstance(part, dict):
                 raise RefusedJobError(f"{section} holds no fields; submit another job")
             for field in part:
-                if allowed is not None and field not in allowed:
+                if not may_set(f"{section}.{field}"):
                     named = f"{section}.{str(field)[:40]}"
                     raise RefusedJobError(f"{named} is nothing that a job may set; remove it")
             if part.get("name") == VOTES:

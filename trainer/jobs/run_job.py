@@ -23,9 +23,9 @@ from typing import Any
 import yaml
 
 from comfy_g2rpo.files.one_writer import LOCK, opened
-from comfy_g2rpo.files.safe import FileError, write_bytes, writing
+from comfy_g2rpo.files.safe import FileError, RunError, write_bytes, writing
 from comfy_g2rpo.files.spool import CANCELLED, DONE, FAILED, WAITING, JobError, Spool
-from comfy_g2rpo.run.folder import RunFolder, is_run
+from comfy_g2rpo.run.folder import MAY_CHANGE, UNREAD, RunFolder, is_run
 
 from ..commands.exit_codes import SIGNALLED
 
@@ -59,6 +59,11 @@ def run_job(spool: Spool, job_id: str, runs: Path, rules: Rules | None = None) -
     """
     rules, begin = rules or Rules(), time.monotonic()
     with spool.take(job_id) as job:
+        if url := spool.sent(job_id):
+            raise RunError(
+                f"{job_id} was sent to {url}; start g2rpo worker --forward {url}, or remove {job_id}.sent "
+                "from the spool to train it here"
+            )
         run = Path(runs).resolve() / job_id
         try:
             status, error = _run(job, run, rules, lambda: spool.cancelled(job_id))
@@ -121,14 +126,29 @@ def _words(job: Job, run: Path, recipe: Path) -> list[str]:
     sections, settings = job.get("recipe"), job.get("settings", [])
     if not isinstance(sections, dict) or not isinstance(settings, list):
         raise JobError("the job has no recipe of sections, or settings that are no list; submit another one")
-    if is_run(run):
-        return ["resume", str(run), "--quiet"]
+    if is_run(run) and begun(run):
+        # What a run has learned by stays; the rest may fit a card or a judge better now.
+        return ["resume", str(run), "--quiet", *(f"--set={each}" for each in settings if may_change(each))]
     try:
         text = yaml.safe_dump(sections, allow_unicode=True, sort_keys=False)
     except RecursionError as error:
         raise JobError("the job's recipe is nested too deeply; submit another one") from error
     write_bytes(recipe, text.encode("utf-8", "surrogatepass"))
-    return ["train", str(recipe), "--out", str(run), "--quiet", *(f"--set={each}" for each in settings)]
+    anew = ["--replace"] if is_run(run) else []
+    given = [f"--set={each}" for each in settings]
+    return ["train", str(recipe), "--out", str(run), "--quiet", *anew, *given]
+
+
+def begun(run: Path) -> bool:
+    """Return whether a run has learned something."""
+    newest = RunFolder(run).latest()
+    return newest is not None and int(newest.name) > 0
+
+
+def may_change(setting: str) -> bool:
+    """Return whether a setting is of a field that may be another one when a run goes on."""
+    section, _, rest = setting.partition("=")[0].strip().partition(".")
+    return section in UNREAD or rest.rpartition(".")[2] in MAY_CHANGE.get(section, ())
 
 
 @contextmanager

@@ -5,36 +5,47 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from comfy_g2rpo.files.safe import RunError
 from comfy_g2rpo.files.spool import DONE, FAILED, WAITING, JobError, Spool
 
-from .graph_job import ModelFolders, prepared
+from .graph_job import Owner
 from .run_job import Rules, run_job
 
 PAUSE = 1.0  # seconds between two looks at an empty spool
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-class Worker:
-    """Runs the jobs of a spool; `settings` and the preset of a card's size are its owner's, for every job."""
+class Trainer(Protocol):
+    """Brings a job of a spool to its end."""
 
-    def __init__(
-        self,
-        spool: Path,
-        runs: Path,
-        folders: ModelFolders,
-        settings: Sequence[str] = (),
-        preset: str | None = None,
-        say: Callable[[str], None] = print,
-    ) -> None:
-        self.spool, self.runs, self.folders, self.say = Spool(spool), runs, folders, say
-        self.settings, self.preset = settings, preset
+    def train(self, spool: Spool, job_id: str, runs: Path, stop: Callable[[], bool]) -> str:
+        """Return how the job ended; waiting where it was stopped and is to go on."""
+
+
+@dataclass(frozen=True)
+class Here:
+    """Trains on this machine."""
+
+    owner: Owner
+
+    def train(self, spool: Spool, job_id: str, runs: Path, stop: Callable[[], bool]) -> str:
+        """Run a job in a process of its own."""
+        rules = Rules(prepare=partial(self.owner.prepare, stem=runs / job_id), stop=stop)
+        return run_job(spool, job_id, runs, rules)
+
+
+class Worker:
+    """Has the jobs of a spool trained, one after another."""
+
+    def __init__(self, spool: Path, runs: Path, trainer: Trainer, say: Callable[[str], None] = print) -> None:
+        self.spool, self.runs, self.trainer, self.say = Spool(spool), runs, trainer, say
         self.ending = threading.Event()
         self.told: set[str] = set()
         self.results: dict[str, str] = {}
@@ -44,13 +55,11 @@ class Worker:
         """Run what waits until a signal comes, or, `once`, until nothing waits; False after a signal."""
         with self.stoppable():
             while not self.ending.is_set():
-                waiting = self.waiting()
-                for job_id in waiting:
-                    self.run(job_id)
-                if once and not waiting:
-                    return True
-                if not waiting:
-                    self.ending.wait(PAUSE)
+                if any([self.run(job_id) for job_id in self.waiting()]):
+                    continue
+                if once:
+                    return not self.ending.is_set()
+                self.ending.wait(PAUSE)
         return False
 
     def waiting(self) -> list[str]:
@@ -64,35 +73,22 @@ class Worker:
                 self.tell_once(str(error))
         return found
 
-    def run(self, job_id: str) -> None:
-        """Run a job, unless another worker has it or a signal has come."""
+    def run(self, job_id: str) -> bool:
+        """Run a job, unless another worker has it or a signal has come; return whether it was run."""
         if self.ending.is_set():
-            return
-        rules = Rules(prepare=partial(self.prepare, job_id), stop=self.ending.is_set)
-        self.say(f"{job_id}: begins")
+            return False
+        self.tell_once(f"{job_id}: begins")
         try:
-            status = run_job(self.spool, job_id, self.runs, rules)
+            status = self.trainer.train(self.spool, job_id, self.runs, self.ending.is_set)
         except (RunError, JobError) as error:  # taken, or ended, by another worker meanwhile
             self.tell_once(str(error))
-            return
+            return False
+        self.told.discard(f"{job_id}: begins")
         self.results[job_id] = status
         ended = self.spool.ended(job_id) or {}
         what = {DONE: f", {self.runs / job_id / str(ended.get('lora'))}", FAILED: f", {ended.get('error')}"}
         self.say(f"{job_id}: {status}{what.get(status, '')}")
-
-    def prepare(self, job_id: str, job: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what is run in place of a job."""
-        own = prepared(job, self.folders, self.runs / job_id)
-        return {**own, "settings": [*self.of_preset(own["recipe"]), *self.settings]}
-
-    def of_preset(self, recipe: Mapping[str, Any]) -> list[str]:
-        """Return the settings of the preset for a job's model; none for a family without presets."""
-        if self.preset is None:
-            return []
-        from ..cost.presets import presets, written
-
-        family = presets().get(str(recipe["model"].get("family")), {})
-        return written(family.get(self.preset, {}))
+        return True
 
     def tell_once(self, text: str) -> None:
         """Say something that may come again every second."""

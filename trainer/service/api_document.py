@@ -12,9 +12,12 @@ from pydantic.json_schema import models_json_schema
 from comfy_g2rpo import __version__
 from comfy_g2rpo.files.spool import NAME
 
-from .job_schema import Form, JobRequest
+from .job_schema import Form, GraphRequest, JobRequest
 
 ID, PICTURE, AFTER = NAME.pattern, r"[a-z_]{1,40}\.png", r"\d{1,9}"
+STEP, FILE = r"\d{1,12}", r"\d{3}(?:-start\.png|\.png|\.webp)"
+PARTS = {"id": ID, "name": PICTURE, "step": STEP, "file": FILE}
+"""What may stand in an address, by name."""
 Status = Literal["waiting", "running", "done", "failed", "cancelled"]
 Whole = Annotated[int, Field(ge=0)]
 
@@ -65,6 +68,14 @@ class JobsForm(Form):
     jobs: list[ShortForm]
 
 
+class FileForm(Form):
+    """A file that can be fetched."""
+
+    name: str
+    bytes: Whole
+    sha256: str
+
+
 class LoraForm(Form):
     """The LoRA that a job has so far."""
 
@@ -73,14 +84,40 @@ class LoraForm(Form):
     sha256: str | None
 
 
+class RowsForm(Form):
+    """Some rows of metrics, and the line of the last of them; none where there are no more for now."""
+
+    rows: list[dict[str, Any]]
+    line: Whole
+
+
+class SampleForm(Form):
+    """A picture of a held-out prompt; `files` are its file, and those that belong to it."""
+
+    prompt: str
+    seed: int
+    scores: dict[str, float | None]
+    frames: int
+    files: list[FileForm]
+
+
+class SamplesForm(Form):
+    """The pictures of a step."""
+
+    step: Whole
+    samples: list[SampleForm]
+
+
 class JobForm(ShortForm):
-    """All of a job."""
+    """All of a job; `ended` names its end, `samples` the steps that have pictures."""
 
     recipe: dict[str, Any]
     settings: list[str]
     steps: Whole | None
     error: str | None
+    ended: str | None
     lora: LoraForm | None
+    samples: list[Whole]
     pictures: list[str]
     report: bool
 
@@ -101,9 +138,10 @@ class Route:
     @property
     def pattern(self) -> re.Pattern[str]:
         """Return what its path looks like."""
-        return re.compile(
-            re.escape(self.address).replace(r"\{id\}", f"({ID})").replace(r"\{name\}", f"({PICTURE})")
-        )
+        pattern = re.escape(self.address)
+        for name, form in PARTS.items():
+            pattern = pattern.replace(rf"\{{{name}\}}", f"({form})")
+        return re.compile(pattern, re.ASCII)
 
     @property
     def query(self) -> re.Pattern[str] | None:
@@ -112,7 +150,7 @@ class Route:
 
 
 JOB = "/jobs/{id}"
-SUBMIT = "Submit a job; sent again with its id and the same content, it is the same job."
+SUBMIT = "Submit a job, by a recipe or of a graph; sent again with its id and content, it is the same job."
 ROUTES = (
     Route("GET", "/health", "health", "See that the service is there.", HealthForm),
     Route("GET", "/openapi.json", "openapi", "Get this document."),
@@ -126,6 +164,20 @@ ROUTES = (
         kind="text/event-stream",
         refusals=(404, 429),
         after=True,
+    ),
+    Route(
+        *("GET", f"{JOB}/metrics", "metrics", "Get rows of metrics; after=N leaves out N lines.", RowsForm),
+        refusals=(404,),
+        after=True,
+    ),
+    Route(
+        *("GET", f"{JOB}/samples/{{step}}", "samples", "List the pictures of a step.", SamplesForm),
+        refusals=(404,),
+    ),
+    Route(
+        *("GET", f"{JOB}/samples/{{step}}/{{file}}", "sample", "Get a picture of a step."),
+        kind="application/octet-stream",
+        refusals=(404,),
     ),
     Route(
         *("GET", f"{JOB}/lora", "lora", "Get the LoRA: the result, or the newest so far."),
@@ -157,7 +209,7 @@ SAID = {
 
 def document() -> dict[str, Any]:
     """Return the description of all addresses."""
-    forms = [JobRequest, ErrorForm, *(route.form for route in ROUTES if route.form)]
+    forms = [JobRequest, GraphRequest, ErrorForm, *(route.form for route in ROUTES if route.form)]
     pairs = [(form, "validation") for form in dict.fromkeys(forms)]
     named, whole = models_json_schema(pairs, ref_template="#/components/schemas/{model}")
     paths: dict[str, dict[str, Any]] = {}
@@ -189,13 +241,14 @@ def _operation(route: Route, named: Any) -> dict[str, Any]:
     operation = {"operationId": route.handler, "summary": route.sentence, "responses": answers}
     wanted = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "pattern": f"^{form}$"}}
-        for name, form in (("id", ID), ("name", PICTURE))
+        for name, form in PARTS.items()
         if f"{{{name}}}" in route.address
     ]
     if route.after:
         whole = {"type": "integer", "minimum": 0, "maximum": 999_999_999, "default": 0}
         wanted.append({"name": "after", "in": "query", "required": False, "schema": whole})
     if route.method == "POST":
-        body = {"application/json": {"schema": named[(JobRequest, "validation")]}}
+        either = [named[(form, "validation")] for form in (JobRequest, GraphRequest)]
+        body = {"application/json": {"schema": {"oneOf": either}}}
         operation["requestBody"] = {"required": True, "content": body}
     return operation | ({"parameters": wanted} if wanted else {})

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -18,11 +19,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
+from comfy_g2rpo.blocks.block_settings import TINY_MODEL
 from comfy_g2rpo.files.spool import NAME, JobError, check_id
 
 from ..config.bundled import bundled_folder
+from ..config.comfyui_models import LONGEST
 from ..config.reading import Config, apply_overrides, from_dict, model_folder
-from ..config.reward_checks import VOTES
+from ..config.reward_checks import VOTES, rewards_root
+from ..jobs.graph_job import MAX_PROMPTS, Owner, may_set
 
 MAX_DEPTH = 8
 MAX_ITEMS, MAX_TEXT = 64, 2000
@@ -43,8 +47,11 @@ PART = r"[A-Za-z0-9_][A-Za-z0-9_ .+-]*"
 HUB = re.compile(rf"{PART}/{PART}")
 SETTING = re.compile(r"[a-z_]\w{0,40}(\.\w{1,40}){0,4}=.*", re.ASCII | re.DOTALL)
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Reads the same, ten times as fast, where PyYAML was built with it."""
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Name = Annotated[str, Field(max_length=200, pattern=rf"^{PART}(/{PART})*$")]
+FileName = Annotated[str, Field(max_length=LONGEST)]
 RewardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]{1,64}$")]
 
 
@@ -61,18 +68,28 @@ class Form(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-def strict(section: type[BaseModel], prefix: str = "") -> type[BaseModel]:
+@dataclass(frozen=True)
+class Rules:
+    """How the form of a recipe differs from the recipe: fields that it lacks, and kinds that are others."""
+
+    takes: Callable[[str], bool]
+    kinds: Mapping[str, Any]
+    title: str = ""
+
+
+def strict(section: type[BaseModel], rules: Rules, prefix: str = "") -> type[BaseModel]:
     """Make the strict form of a section of a recipe."""
     fields = {
-        name: _field(field, prefix + name)
+        name: _field(field, prefix + name, rules)
         for name, field in section.model_fields.items()
-        if prefix + name not in REFUSED
+        if rules.takes(prefix + name)
     }
-    title = "".join(part.capitalize() for part in re.split(r"[._]", prefix)) + "Section"
+    parts = re.split(r"[._]", prefix)
+    title = rules.title + "".join(part.capitalize() for part in parts) + "Section"
     return create_model(title, __base__=Form, __doc__=section.__doc__, **fields)
 
 
-def _field(field: FieldInfo, place: str) -> tuple[Any, Any]:
+def _field(field: FieldInfo, place: str, rules: Rules) -> tuple[Any, Any]:
     """Make the strict form of a field: its kind, and its default with its sentence."""
     rule = field.json_schema_extra or {}
     bounds = {"ge": rule["low"], "le": rule["high"]} if "low" in rule else {}
@@ -81,33 +98,37 @@ def _field(field: FieldInfo, place: str) -> tuple[Any, Any]:
         default = list(default) if isinstance(default, tuple) else {}
     elif field.is_required():
         default = ...
-    return _kind(field.annotation, place, bounds), Field(default, description=field.description)
+    return _kind(field.annotation, place, bounds, rules), Field(default, description=field.description)
 
 
-def _kind(kind: Any, place: str, bounds: Mapping[str, float]) -> Any:
+def _kind(kind: Any, place: str, bounds: Mapping[str, float], rules: Rules) -> Any:
     """Make the strict form of a kind: names for files, bounded texts, lists and numbers."""
-    if place == "report.trackers":
-        return Annotated[list[Literal["tensorboard"]], Field(max_length=1)]
+    if place in rules.kinds:
+        return rules.kinds[place]
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return strict(kind, f"{place}.")
+        return strict(kind, rules, f"{place}.")
     if kind is str:
         return Name if place in FILES else RewardName if place.endswith("rewards.name") else Text
     if kind in (int, float):
         return Annotated[kind, Field(ge=bounds.get("ge"), le=bounds.get("le"))]
     parts = get_args(kind)
     if get_origin(kind) is tuple:
-        item = _kind(parts[0], place, bounds)
+        item = _kind(parts[0], place, bounds, rules)
         if place in ("rewards", "heldout_rewards"):
             item = Union[RewardName, item]  # noqa: UP007
         if place == "rewards":
             return Annotated[list[item], Field(min_length=1, max_length=MAX_ITEMS)]
         return Annotated[list[item], Field(max_length=MAX_ITEMS)]
     if get_origin(kind) in (Union, UnionType):
-        return Union[tuple(_kind(part, place, bounds) for part in parts)]  # noqa: UP007
+        return Union[tuple(_kind(part, place, bounds, rules) for part in parts)]  # noqa: UP007
     return kind
 
 
-RecipeForm = strict(Config)
+TRACKERS = {"report.trackers": Annotated[list[Literal["tensorboard"]], Field(max_length=1)]}
+RecipeForm = strict(Config, Rules(lambda place: place not in REFUSED, TRACKERS))
+Prompts = Annotated[list[Text], Field(max_length=MAX_PROMPTS)]
+GRAPH = Rules(may_set, {"prompts.train": Prompts, "prompts.heldout": Prompts}, "Graph")
+GraphRecipeForm = strict(Config, GRAPH)
 
 
 class JobRequest(Form):
@@ -121,6 +142,40 @@ class JobRequest(Form):
         [], max_length=MAX_ITEMS, description="Changes such as method.eta=0.5, in order."
     )
     source: Annotated[str, Field(max_length=200)] = Field("", description="Who sends it, in your own words.")
+
+
+class ModelsForm(Form):
+    """The model of a graph's job, by names of files below the folders of models."""
+
+    folder: Literal["checkpoints", "diffusion_models", TINY_MODEL] = Field(
+        description="Kind of folder that has the model."
+    )
+    model: FileName = Field(description="File of the model there.")
+    text_encoders: Annotated[list[FileName], Field(max_length=4)] = Field(
+        [], description="Files among text_encoders."
+    )
+    vae: FileName = Field("", description="File among vae.")
+
+
+class GraphForm(Form):
+    """A job as the block Submit Training writes it: what to train, and models by name."""
+
+    recipe: GraphRecipeForm = Field(description="Sections of a recipe; prompts are lists of texts.")
+    settings: Annotated[list[Text], Field(max_length=0)] = Field([], description="Always empty.")
+    models: ModelsForm = Field(description="The model by name.")
+    source: Annotated[str, Field(max_length=200)] = Field("graph", description="Who made it.")
+
+
+class GraphRequest(Form):
+    """A job of a graph."""
+
+    id: Annotated[str, Field(pattern=f"^{NAME.pattern}$")] = Field(
+        description="Name of the job; sent again, with the same content, it is the same job."
+    )
+    graph: GraphForm = Field(description="The job.")
+    again: Annotated[str, Field(max_length=40)] = Field(
+        "", description="An end of this job (its `ended`): if that is its newest, it is tried once more."
+    )
 
 
 def read_json(content: bytes) -> Any:
@@ -178,17 +233,32 @@ def validated(form: type[BaseModel], content: Any) -> BaseModel:
         raise RequestError("the recipe holds what JSON has no word for; use texts and numbers") from error
 
 
-def job_request(content: bytes) -> tuple[str | None, dict[str, Any]]:
-    """Read a job from a body: its id, if it has one, and what the spool keeps of it."""
+@dataclass(frozen=True)
+class Asked:
+    """A job that is asked for: what the spool keeps of it, its id if it has one, and what is tried again."""
+
+    job: dict[str, Any]
+    id: str | None
+    again: str = ""
+
+
+def job_request(content: bytes) -> Asked:
+    """Read a job from a body."""
     sent = read_json(content)
-    asked = validated(JobRequest, sent)
-    check_settings(asked.settings)
+    if isinstance(sent, dict) and "graph" in sent:
+        given = validated(GraphRequest, sent)
+        asked = Asked(sent["graph"], given.id, given.again)
+    else:
+        given = validated(JobRequest, sent)
+        check_settings(given.settings)
+        job = {"recipe": sent["recipe"], "settings": given.settings, "source": given.source}
+        asked = Asked(job, given.id)
     if asked.id is not None:
         try:
             check_id(asked.id)  # which knows names that Windows keeps for itself, too
         except JobError as error:
             raise RequestError(str(error)) from error
-    return asked.id, {"recipe": sent["recipe"], "settings": asked.settings, "source": asked.source}
+    return asked
 
 
 def check_settings(settings: Sequence[str]) -> None:
@@ -198,7 +268,7 @@ def check_settings(settings: Sequence[str]) -> None:
             raise RequestError(f"settings has {text[:40]!a}; write it as section.key=value")
         depth = deepest = 0
         try:
-            for event in yaml.parse(text.partition("=")[2], yaml.SafeLoader):
+            for event in yaml.parse(text.partition("=")[2], LOADER):
                 depth += isinstance(event, yaml.CollectionStartEvent)
                 depth -= isinstance(event, yaml.CollectionEndEvent)
                 deepest = max(deepest, depth)
@@ -206,6 +276,22 @@ def check_settings(settings: Sequence[str]) -> None:
                     raise RequestError(f"settings has {text[:40]!a}; write a plain value")
         except yaml.YAMLError as error:
             raise RequestError(f"settings has {text[:40]!a}, whose value is not YAML; mend it") from error
+
+
+def is_of_graph(job: Mapping[str, Any]) -> bool:
+    """Return whether a job of the spool is one of a graph."""
+    return "models" in job
+
+
+def check_job(job: Mapping[str, Any], roots: Sequence[Path], owner: Owner) -> None:
+    """Refuse a job that could not be run here; RequestError."""
+    if not is_of_graph(job):
+        ready_job(job, roots)
+        return
+    try:
+        owner.check(job)
+    except ValueError as error:
+        raise RequestError(without(str(error), [*roots, rewards_root().parent])) from error
 
 
 def ready_job(job: Mapping[str, Any], roots: Sequence[Path]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -24,15 +24,16 @@ from typing import Any
 
 from aiohttp import web
 
-from comfy_g2rpo.files.safe import RunError, open_file
+from comfy_g2rpo.files.safe import FileError, RunError, open_file
 from comfy_g2rpo.files.spool import ENDS, WAITING, JobError, Spool
 from comfy_g2rpo.run.folder import RunFolder, is_run
 
+from ..jobs.graph_job import ModelFolders, Owner
 from ..jobs.run_job import Rules, run_job
 from .api_document import ROUTES, Route, document
 from .http_guard import HEADERS, Answer, Handler, Refusal, in_one_line, read_body
-from .job_schema import RequestError, job_request, ready_job, without
-from .job_views import PICTURES, job_view, lora_of, short_view
+from .job_schema import Asked, RequestError, check_job, is_of_graph, job_request, ready_job, without
+from .job_views import PICTURES, job_view, lora_of, rows_view, samples_view, short_view
 from .metric_stream import MetricLines
 
 MAX_BODY = 256 * 2**10
@@ -58,13 +59,23 @@ class Quotas:
 class JobService:
     """Takes jobs, trains them one at a time in a thread that starts processes, and answers about them."""
 
-    def __init__(self, folder: Path, models: Sequence[Path] = (), quotas: Quotas | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        models: Sequence[Path] = (),
+        quotas: Quotas | None = None,
+        settings: Sequence[str] = (),
+        preset: str | None = None,
+    ) -> None:
         self.folder, self.quotas = Path(folder).resolve(), quotas or Quotas()
         self.models = [Path(each).expanduser().resolve() for each in models]
+        self._owner = Owner(ModelFolders.of(self.models), settings, preset)
         self.spool, self.runs = Spool(self.folder / "spool"), self.folder / "runs"
         self.spool.path.mkdir(parents=True, exist_ok=True)
         self._open = {each: None for each in self.spool.ids() if self.spool.ended(each) is None}
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="spool")
+        self._writers = ThreadPoolExecutor(8, thread_name_prefix="writer")
+        self._counting, self._coming = threading.RLock(), set[str]()
         self._stop, self._more, self._streams = threading.Event(), threading.Event(), 0
         self._size = (float("-inf"), 0)
         self._worker = threading.Thread(target=self._work, name="worker")
@@ -80,6 +91,7 @@ class JobService:
         if self._worker.is_alive():
             self._worker.join()
         self._disk.shutdown()
+        self._writers.shutdown()
 
     def find(self, address: str) -> Mapping[str, Handler]:
         """Return what answers at an address, by method."""
@@ -123,31 +135,57 @@ class JobService:
         return document()
 
     async def submit(self, request: web.BaseRequest) -> Answer:
-        """Take a job."""
+        """Take a job. While one is being written, which waits for the disk, others are checked."""
         content = await read_body(request, MAX_BODY)
-        return await self._do(self._submit, content)
+        asked = await self._do(self._checked, content)
+        return await asyncio.get_running_loop().run_in_executor(self._writers, self._submit, asked)
 
-    def _submit(self, content: bytes) -> dict[str, Any]:
-        """Check a job and write it into the spool."""
-        given, job = job_request(content)
-        job_id = given or f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
-        known = (self.spool.path / f"{job_id}.job.json").exists()
-        if not known:
+    def _checked(self, content: bytes) -> Asked:
+        """Read and check a job, and give it a name if it has none."""
+        asked = job_request(content)
+        if asked.id is None:
+            asked = replace(asked, id=f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(4)}")
+        if not self._known(asked.id):
             self._check_quotas()
-            ready_job(job, self.models)
+            check_job(asked.job, self.models, self._owner)
+        return asked
+
+    def _known(self, job_id: str) -> bool:
+        """Return whether there is a job of that name."""
+        return (self.spool.path / f"{job_id}.job.json").exists()
+
+    def _submit(self, asked: Asked) -> dict[str, Any]:
+        """Write a job into the spool."""
+        with self._counting:
+            if not self._known(asked.id):
+                self._check_quotas()
+            self._coming.add(asked.id)
+        more = new = False
         try:
-            new = self.spool.submit(job_id, job)
+            new = self.spool.submit(asked.id, asked.job)
+            more = new or self._tried_again(asked.id, asked.again)
         except JobError as error:
             raise Refusal(409, without(str(error), [self.folder])) from error
-        if new:
-            self._open[job_id] = None
-            self._more.set()
-        return {"id": job_id, "status": self.spool.state(job_id), "new": new}
+        finally:
+            with self._counting:
+                self._coming.discard(asked.id)
+                if more:
+                    self._open[asked.id] = None
+        self._more.set()
+        return {"id": asked.id, "status": WAITING if new else self.spool.state(asked.id), "new": new}
+
+    def _tried_again(self, job_id: str, end: str) -> bool:
+        """Let a job wait once more if an end that is named is its newest: so it may be asked for twice."""
+        if not end or (self.spool.ended(job_id) or {}).get("at") != end:
+            return False
+        return self.spool.again(job_id)
 
     def _check_quotas(self) -> None:
         """Refuse a job for which there is no room."""
-        if len(self._open) >= self.quotas.queue:
-            raise Refusal(429, f"{len(self._open)} jobs wait already; come back later")
+        with self._counting:
+            count = len(self._open) + len(self._coming)
+        if count >= self.quotas.queue:
+            raise Refusal(429, f"{count} jobs wait already; come back later")
         if self._used() >= self.quotas.gigabytes * 1e9:
             raise Refusal(429, f"jobs hold {self.quotas.gigabytes:g} GB already; have old ones removed")
 
@@ -234,6 +272,25 @@ class JobService:
         error = without(str(ended.get("error", "")), [self.folder, *self.models])
         return {"status": ended.get("status"), **({"error": error} if error else {})}
 
+    async def metrics(self, job_id: str, after: int, request: web.BaseRequest) -> Answer:
+        """Give some rows of metrics behind a line."""
+        await self._do(self.spool.job, job_id)
+        return await self._do(rows_view, self.runs / job_id, after)
+
+    async def samples(self, job_id: str, step: str, request: web.BaseRequest) -> Answer:
+        """List the pictures of a step."""
+        await self._do(self.spool.job, job_id)
+        try:
+            return await self._do(samples_view, self.runs / job_id, int(step))
+        except FileError as error:
+            raise Refusal(404, f"job {job_id} has no pictures of step {int(step)}") from error
+
+    async def sample(self, job_id: str, step: str, name: str, request: web.BaseRequest) -> Answer:
+        """Send a picture of a step."""
+        await self._do(self.spool.job, job_id)
+        place = self.runs / job_id / "images" / f"{int(step):06d}" / name
+        return await sent_file(request, place, "application/octet-stream")
+
     async def lora(self, job_id: str, request: web.BaseRequest) -> Answer:
         """Send the LoRA of a job: its result, or that of its newest checkpoint."""
         place = await self._do(self._lora_place, job_id)
@@ -272,7 +329,7 @@ class JobService:
                 self._more.clear()
                 continue
             try:
-                status = run_job(self.spool, job_id, self.runs, self._rules())
+                status = run_job(self.spool, job_id, self.runs, self._rules(job_id))
                 if status != WAITING:
                     self._open.pop(job_id, None)
                     log.info("job %s: %s", job_id, status)
@@ -285,9 +342,14 @@ class JobService:
                 self._open[job_id] = self._open.pop(job_id, None)
                 self._stop.wait(5)
 
-    def _rules(self) -> Rules:
+    def _rules(self, job_id: str) -> Rules:
         """Return how a job is run here."""
         begin = time.monotonic()
+
+        def prepare(job: Mapping[str, Any]) -> Mapping[str, Any]:
+            if is_of_graph(job):
+                return self._owner.prepare(job, self.runs / job_id)
+            return ready_job(job, self.models)
 
         def over(run: Path) -> str:
             if time.monotonic() - begin > self.quotas.hours * 3600:
@@ -296,7 +358,7 @@ class JobService:
                 return f"jobs hold {self.quotas.gigabytes:g} GB, the limit of this service (--gigabytes)"
             return ""
 
-        return Rules(prepare=partial(ready_job, roots=self.models), stop=self._stop.is_set, over=over)
+        return Rules(prepare=prepare, stop=self._stop.is_set, over=over)
 
 
 def size_of(folder: Path) -> int:

@@ -9,14 +9,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from comfy_g2rpo.files.safe import FileError, open_file, read_table
+from comfy_g2rpo.files.safe import FileError, digest_of, open_file, read_table
 from comfy_g2rpo.files.spool import Spool
 from comfy_g2rpo.run.folder import RunFolder, is_run
 
 from .job_schema import without
+from .metric_stream import MetricLines
 
 PICTURES = ("curves.png", "before_after.png")
 TAIL = 2**16
+MAX_STEPS, MAX_SAMPLES = 1000, 64
+MAX_ROWS = 2000
 
 
 def short_view(spool: Spool, runs: Path, job_id: str) -> dict[str, Any]:
@@ -43,7 +46,9 @@ def job_view(spool: Spool, runs: Path, job_id: str, hidden: Sequence[Path]) -> d
         "settings": job.get("settings"),
         "steps": steps_of(run),
         "error": without(error, hidden) if error else None,
+        "ended": ended.get("at"),
         "lora": lora_view(run),
+        "samples": RunFolder(run).sampled_steps()[-MAX_STEPS:] if is_run(run) else [],
         "pictures": [name for name in PICTURES if (run / name).is_file()],
         "report": (run / "summary.json").is_file(),
     }
@@ -63,6 +68,39 @@ def lora_view(run: Path) -> dict[str, Any] | None:
             known = {"step": int(place.parent.name), "bytes": place.stat().st_size}
             return known | {"sha256": sums.get(place.name)}
     return None
+
+
+def rows_view(run: Path, after: int) -> dict[str, Any]:
+    """Tell some of a run's rows of metrics behind a line."""
+    found = MetricLines(run / "metrics.jsonl", after).read()[:MAX_ROWS]
+    rows = [row_of(text) for _, text in found]
+    return {"rows": rows, "line": found[-1][0] if found else after}
+
+
+def row_of(text: str) -> dict[str, Any]:
+    """Read a row of metrics; a damaged one is empty."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def samples_view(run: Path, step: int) -> dict[str, Any]:
+    """Tell of a step's pictures what whoever fetches them can check; FileError where there are none."""
+    found = []
+    for sample in RunFolder(run).samples(step)[:MAX_SAMPLES]:
+        # A clip has a film beside its picture, an edit the picture that it starts from.
+        beside = (sample.path, sample.path.with_suffix(".webp"), sample.start)
+        files = [each for each in beside if each and each.is_file()]
+        known = {"prompt": sample.prompt, "seed": sample.seed, "scores": sample.scores}
+        found.append({**known, "frames": sample.frames, "files": [file_view(each) for each in files]})
+    return {"step": step, "samples": found}
+
+
+def file_view(file: Path) -> dict[str, Any]:
+    """Tell of a file what whoever fetches it can check."""
+    return {"name": file.name, "bytes": file.stat().st_size, "sha256": digest_of(file)}
 
 
 def steps_of(run: Path) -> int | None:

@@ -21,14 +21,20 @@ from comfy_g2rpo.files.spool import check_id, named_first
 
 TIMEOUT = 60.0
 PAUSE, LONGEST_PAUSE = 0.5, 15.0
-MAX_ANSWER, MAX_LINE = 2**24, 2**21
+MAX_ANSWER, MAX_LINE, MAX_FILE = 2**22, 2**21, 2**31
 BLOCK = 2**20
+NONSENSE = 200
+"""Status of what was answered and is of no use."""
+SLOWEST = 2**10
+"""Bytes a second: whoever sends less for longer than the timeout is hung up on."""
 LOST = (OSError, http.client.HTTPException)
 """What a connection that drops, or answers nonsense, raises."""
 
 
 class RemoteError(ValueError):
-    """What a service refuses or cannot do, in one line; `status` is that of HTTP, 0 for no answer."""
+    """What a service refuses or cannot do, in one line; `status` is that of HTTP, 0 for no answer, NONSENSE
+    for one of no use.
+    """
 
     def __init__(self, words: str, status: int = 0) -> None:
         super().__init__(words)
@@ -59,9 +65,26 @@ class RemoteService:
         job = {"recipe": recipe, "settings": list(settings), "source": source}
         return self._patiently("POST", "/jobs", job | ({"id": job_id} if job_id else {}), again=bool(job_id))
 
+    def submit_graph(self, job_id: str, graph: Mapping[str, Any], again: str = "") -> dict[str, Any]:
+        """Submit a graph's job; `again` names an end of it after which it is tried once more."""
+        body = {"id": job_id, "graph": graph} | ({"again": again} if again else {})
+        return self._patiently("POST", "/jobs", body)
+
+    def health(self) -> dict[str, Any]:
+        """Return how much the service has to do."""
+        return self._patiently("GET", "/health")
+
+    def rows(self, job_id: str, after: int) -> list[Any]:
+        """Return some rows of a job's metrics behind a line; none where there are no more for now."""
+        return list_of(self._patiently("GET", at(job_id, f"/metrics?after={after}")), "rows")
+
+    def samples(self, job_id: str, step: int) -> list[Any]:
+        """List the pictures of a step."""
+        return list_of(self._patiently("GET", at(job_id, f"/samples/{step}")), "samples")
+
     def jobs(self) -> list[dict[str, Any]]:
         """List jobs, the newest first."""
-        return list(self._patiently("GET", "/jobs").get("jobs", []))
+        return list_of(self._patiently("GET", "/jobs"), "jobs")
 
     def job(self, job_id: str) -> dict[str, Any]:
         """Return all of a job."""
@@ -133,16 +156,27 @@ class RemoteService:
                     raise FileError("it holds no pairs")
             except FileError as error:
                 reason = str(error).replace(str(file), "it")
-                raise RemoteError(f"what came for job {job_id} is no LoRA: {reason}") from error
+                raise RemoteError(f"what came for job {job_id} is no LoRA: {reason}", NONSENSE) from error
             found = digest_of(file)
             if about.get("sha256") not in (None, found):
                 # A job that still runs may have gone on to its next checkpoint meanwhile.
-                about.update(self.job(job_id).get("lora") or {})
+                newer = self.job(job_id).get("lora")
+                about.update(newer if isinstance(newer, dict) else {})
             if about.get("sha256") not in (None, found):
-                raise RemoteError(f"the LoRA of job {job_id} changed on its way; fetch it again")
+                raise RemoteError(f"the LoRA of job {job_id} changed on its way; fetch it again", NONSENSE)
 
         self.download(at(job_id, "/lora"), place, check, replace)
         return about
+
+    def fetch(self, path: str, place: Path, digest: Any, check: Callable[[Path], None]) -> None:
+        """Bring a file to its place, if it is as it should be and has the digest that was announced."""
+
+        def both(file: Path) -> None:
+            check(file)
+            if digest is not None and digest != digest_of(file):
+                raise RemoteError(f"{place.name} changed on its way", NONSENSE)
+
+        self.download(path, place, both, replace=True)
 
     def _give_up(self, error: Exception, since: float) -> None:
         """Raise what cannot be mended by trying again, or was tried for long enough."""
@@ -162,10 +196,7 @@ class RemoteService:
         while True:
             try:
                 with self._asked(method, path, body) as response:
-                    content = response.read(MAX_ANSWER + 1)
-                    if response.length:
-                        raise ConnectionError("the connection dropped on the way")
-                    return table_of(content)
+                    return table_of(whole_answer(response))
             except (*LOST, RemoteError) as error:
                 if not again and not isinstance(error, ConnectionRefusedError):
                     self._give_up(error, float("-inf"))
@@ -190,12 +221,16 @@ class RemoteService:
     def _receive(self, path: str, place: Path) -> None:
         """Bring what is at a path into a file, whole."""
         with self._asked("GET", path) as response, open(place, "wb") as file:
-            wanted, size = response.getheader("Content-Length"), 0
-            while block := response.read(BLOCK):
+            wanted = response.getheader("Content-Length") or ""
+            if not wanted.isdecimal() or len(wanted) > 12 or int(wanted) > MAX_FILE:
+                size_told = plain(wanted)[:40] or "unknown"
+                raise RemoteError(f"{self.url} sends a file of {size_told} bytes", NONSENSE)
+            size = 0
+            for block in blocks(response):
                 with writing(place):
                     file.write(block)
                 size += len(block)
-            if wanted is None or int(wanted) != size:
+            if int(wanted) != size:
                 raise ConnectionError("the connection dropped on the way")
             on_disk(file)
 
@@ -207,14 +242,37 @@ class RemoteService:
             headers = {"Authorization": f"Bearer {self._token}", "Accept-Encoding": "identity"}
             content = None
             if body is not None:
-                content = json.dumps(body, allow_nan=False).encode()
+                # As it is, for the bound on a body counts bytes.
+                content = json.dumps(body, allow_nan=False, ensure_ascii=False).encode(errors="surrogatepass")
                 headers["Content-Type"] = "application/json"
             connection.request(method, self._path + path, content, headers)
             response = connection.getresponse()
             if response.status != 200:
-                said = plain(table_of(response.read(MAX_ANSWER), {}).get("error", response.reason))
+                said = plain(table_of(whole_answer(response), {}).get("error", response.reason))
                 raise RemoteError(f"{self.url} refuses with {response.status}: {said}", response.status)
             yield response
+
+
+def blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Give an answer's body as it comes; ConnectionError where it comes too slowly to be waited for."""
+    begin, size = time.monotonic(), 0
+    while block := response.read1(BLOCK):
+        yield block
+        size += len(block)
+        if time.monotonic() - begin > TIMEOUT + size / SLOWEST:
+            raise ConnectionError("it sends too slowly")
+
+
+def whole_answer(response: http.client.HTTPResponse) -> bytes:
+    """Read a body that is no larger than answers are."""
+    content = bytearray()
+    for block in blocks(response):
+        content += block
+        if len(content) > MAX_ANSWER:
+            return bytes(content)
+    if response.length:
+        raise ConnectionError("the connection dropped on the way")
+    return bytes(content)
 
 
 def at(job_id: str, rest: str = "") -> str:
@@ -258,7 +316,15 @@ def table_of(content: bytes, otherwise: dict[str, Any] | None = None) -> dict[st
         return found
     if otherwise is not None:
         return otherwise
-    raise RemoteError("the answer is no table of JSON; is that address a g2rpo serve?", 400)
+    raise RemoteError("the answer is no table of JSON; is that address a g2rpo serve?", NONSENSE)
+
+
+def list_of(answer: Mapping[str, Any], name: str) -> list[Any]:
+    """Return a list of an answer."""
+    found = answer.get(name, [])
+    if not isinstance(found, list):
+        raise RemoteError(f"the answer has no list of {name}; is that address a g2rpo serve?", NONSENSE)
+    return found
 
 
 def event_of(fields: Mapping[str, str]) -> Event | None:

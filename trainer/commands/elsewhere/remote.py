@@ -125,7 +125,7 @@ def list_jobs(url: Url = HERE, token_file: TokenFile = None) -> None:
     answer({"jobs": jobs})
 
 
-def connect(url: str, token_file: Path | None) -> RemoteService:
+def connect(url: str, token_file: Path | None, patience: float = 120.0) -> RemoteService:
     """Return the service at an address, with the token of a file or of the environment."""
     from ...service.http_guard import read_token
     from ...service.remote_client import RemoteService
@@ -133,7 +133,7 @@ def connect(url: str, token_file: Path | None) -> RemoteService:
     token = read_token(token_file.expanduser()) if token_file else os.environ.get(TOKEN, "").strip()
     if not token or not token.isascii() or not token.isprintable():
         raise CommandError(f"the service's token is missing; give --token-file, or set {TOKEN} to it")
-    return RemoteService(url, token)
+    return RemoteService(url, token, patience)
 
 
 def follow(service: RemoteService, job: str, quiet: bool) -> None:

@@ -42,6 +42,13 @@ def serve_jobs(
     gigabytes: Annotated[
         float, typer.Option(min=0.001, max=1e6, help="Gigabytes that all jobs together may hold.")
     ] = 50.0,
+    preset: Annotated[
+        str | None, typer.Option(help="Settings for a card of this size, such as 24gb, for jobs of a graph.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a field of every job of a graph."),
+    ] = None,
     behind_tls_proxy: Annotated[
         bool,
         typer.Option(
@@ -57,6 +64,8 @@ def serve_jobs(
 
     from comfy_g2rpo.files.one_writer import one_writer
 
+    from ...config.reading import apply_overrides
+    from ...cost.presets import preset_named
     from ...service.api_document import document
     from ...service.http_guard import check_private, listen, names_of
     from ...service.job_server import JobService, Quotas
@@ -70,10 +79,12 @@ def serve_jobs(
     roots = [each.expanduser() for each in models or []]
     if missing := next((each for each in roots if not each.is_dir()), None):
         raise CommandError(f"--models is {missing}, which is no folder; choose another")
+    apply_overrides({}, settings or [])  # what its owner has mistyped would fail every job
+    card = preset_named(preset) if preset else None
     folder = jobs.expanduser()
     with listen(host, port) as at, one_writer(folder):
         names = names_of(host, at.getsockname()[1], known_as or [])
-        service = JobService(folder, roots, Quotas(queue, hours, gigabytes))
+        service = JobService(folder, roots, Quotas(queue, hours, gigabytes), settings or [], card)
         run_service(service, at, names, token_file.expanduser())
 
 

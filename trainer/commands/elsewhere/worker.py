@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..answers import answer
 from ..arguments import CommandError
+from .remote import TokenFile, connect
+
+if TYPE_CHECKING:
+    from ...jobs.worker_loop import Trainer
+
+ONCE = -1.0
+"""Patience of one try: the worker itself goes on, and looks for other wishes between two of them."""
 
 
 def worker(
@@ -32,6 +39,11 @@ def worker(
             "--set", metavar="KEY=VALUE", help="Change a field of every job, such as model.dtype=fp32."
         ),
     ] = None,
+    forward: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Train nothing here: pass jobs on to the g2rpo serve there."),
+    ] = None,
+    token_file: TokenFile = None,
 ) -> None:
     """Train what the block Submit Training hands over, one job after another, until Ctrl-C."""
     base = comfyui.expanduser().resolve()
@@ -40,18 +52,52 @@ def worker(
         raise CommandError(f"--comfyui {comfyui} has no folder models; give the folder that ComfyUI works in")
     if not place.parent.is_dir():
         raise CommandError(f"--output {place.parent} is no folder; give ComfyUI's --output-directory")
-    from ...config.reading import apply_overrides
-    from ...cost.presets import preset_named
-    from ...jobs.graph_job import ModelFolders
-    from ...jobs.worker_loop import Worker, use_comfyui
+    from ...jobs.worker_loop import Worker
 
-    # What its owner has mistyped would fail every job.
-    apply_overrides({}, settings or [])
-    card = preset_named(preset) if preset else None
-    use_comfyui(base)
-    folders = ModelFolders.of([base / "models", *(path.expanduser() for path in models or [])])
-    here = Worker(place / "spool", place, folders, settings or [], card, say=typer.echo)
-    typer.echo(f"worker: trains what is handed over in {here.spool.path}; Ctrl-C ends it, jobs go on later")
+    if forward:
+        given = {"--models": models, "--preset": preset, "--set": settings}
+        if wrong := next((name for name, value in given.items() if value), None):
+            raise CommandError(f"{wrong} is up to the machine that trains; give it to g2rpo serve there")
+        trainer = passing_on(forward, token_file)
+        how = f"has {forward} train"
+    else:
+        trainer = training_here(base, models or [], settings or [], preset)
+        how = "trains"
+    here = Worker(place / "spool", place, trainer, say=typer.echo)
+    typer.echo(f"worker: {how} what is handed over in {here.spool.path}; Ctrl-C ends it, jobs go on later")
     if not here.work(once):
         typer.echo("worker: stopped", err=True)
     answer({"jobs": here.results})
+
+
+def training_here(base: Path, models: list[Path], settings: list[str], preset: str | None) -> Trainer:
+    """Return how jobs are trained on this machine."""
+    from ...config.reading import apply_overrides
+    from ...cost.presets import preset_named
+    from ...jobs.graph_job import ModelFolders, Owner
+    from ...jobs.worker_loop import Here, use_comfyui
+
+    # What its owner has mistyped would fail every job.
+    apply_overrides({}, settings)
+    card = preset_named(preset) if preset else None
+    use_comfyui(base)
+    folders = ModelFolders.of([base / "models", *(path.expanduser() for path in models)])
+    return Here(Owner(folders, settings, card))
+
+
+def passing_on(url: str, token_file: Path | None) -> Trainer:
+    """Return how jobs are trained by a service; CommandError where it does not know the token."""
+    from ...jobs.forward_job import Forward
+    from ...service.remote_client import RemoteError
+
+    try:
+        service = connect(url, token_file, patience=ONCE)
+    except RemoteError as error:
+        raise CommandError(str(error).replace("--url", "--forward")) from error
+    try:
+        service.health()
+    except RemoteError as error:
+        if error.status in (401, 403, 421):
+            raise CommandError(str(error)) from error
+        typer.echo(f"worker: {error}; jobs wait until it answers", err=True)
+    return Forward(service)
