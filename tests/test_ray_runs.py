@@ -27,6 +27,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray>
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.long]
 
 STORE = 10**8
+HEAD = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
 QUICK = {"prompts_per_step": 2, "prompts_at_once": 1, "eval_every": 0, "watch": "off", "eval_noises": 1}
 CLIP = {"objective": "clip"}
 SLOW = """
@@ -42,7 +43,7 @@ def nodes() -> Iterator[Any]:
     """Start a cluster: a head without processors, and two nodes of one each."""
     from ray.cluster_utils import Cluster as Nodes
 
-    made = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE})
+    made = Nodes(initialize_head=True, head_node_args=HEAD)
     for _ in range(2):
         made.add_node(num_cpus=1, object_store_memory=STORE)
     yield made

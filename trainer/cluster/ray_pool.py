@@ -60,6 +60,8 @@ class RayWorkers:
     threads: int
     resources: Mapping[str, float]
     patience: float
+    kind: type = RolloutActor
+    """What a worker is."""
     digest: str = ""
     """What tells the learner's list of prompts from another; blank before it is known."""
     calls: dict[Any, Call] = field(default_factory=dict)
@@ -75,7 +77,7 @@ class RayWorkers:
 
     def __post_init__(self) -> None:
         # What a lost worker was at is done by another, so Ray is asked for the worker alone to come back.
-        self.actor = ray.remote(max_restarts=-1, max_task_retries=0, **self.resources)(RolloutActor)
+        self.actor = ray.remote(max_restarts=-1, max_task_retries=0, **self.resources)(self.kind)
         self.team = [Worker(self.actor.remote()) for _ in range(self.count)]
         self.seen = time.monotonic()
 
