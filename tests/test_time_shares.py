@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from g2rpo_trainer.reports.report import draw_time
-from g2rpo_trainer.reports.time_shares import shares_of, time_table
+from g2rpo_trainer.reports.time_shares import of_workers, shares_of, time_table
 
 ALONE = [
     {
@@ -38,6 +38,23 @@ def test_a_run_of_one_process_has_four_phases() -> None:
 def test_several_processes_wait_too() -> None:
     *_, waiting, note = time_table(TOGETHER)
     assert waiting.split()[-2:] == ["1", "20%"] and "one waited 2 s a step" in note
+
+
+def test_of_workers_the_learners_idle_share_is_said() -> None:
+    told = {"time/waiting": 0.75, "workers/ready": 2.0, "workers/staleness": 1.0, "workers/lost": 1.0}
+    bytes_ = {"workers/sent_bytes": 4e6, "workers/got_bytes": 2e6}
+    rows = [*ALONE, *(row | told | bytes_ for row in ALONE)]
+    assert of_workers(ALONE) == {}
+    assert of_workers(rows) == {
+        "steps": 2,
+        "idle": 0.75,
+        "lost": 2.0,
+        "staleness": 1.0,
+        "sent_bytes": 4e6,
+        "got_bytes": 2e6,
+    }
+    *_, idle, lost = time_table(rows)
+    assert "waited 75% of its time" in idle and "2 parts lost" in lost and "sent 4 MB" in lost
 
 
 @pytest.mark.parametrize("rows", [[], [{"step": 0, "heldout/a/mean": 1.0}], [{"step": 1, "nfe": 4}]])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .cluster.cluster_options import RayAddress, RolloutWorkers, Staleness, cluster_of, cluster_settings
 from .commands.answers import Ended, Program, answer, answering, explain, leave, wanted
 from .commands.arguments import Best, CommandError, Force, Recipe, Settings, lora_of, refuse_best
 from .commands.calibrate import calibrate
@@ -28,7 +29,7 @@ from .commands.export import check_lora, export
 from .commands.rewards import rewards_app
 from .commands.score import score
 from .commands.search_images import search
-from .commands.train_here import ChangedInputs, Quiet, run_in
+from .commands.train_here import ChangedInputs, How, Quiet, run_in
 from .commands.train_prior import prior
 from .commands.vote import vote
 from .config.bundled import bundled_recipes
@@ -87,6 +88,9 @@ def train(
     changed_inputs: ChangedInputs = False,
     force: Force = False,
     quiet: Quiet = False,
+    ray: RayAddress = None,
+    rollout_workers: RolloutWorkers = None,
+    staleness: Staleness = None,
 ) -> None:
     """Train a LoRA by a recipe; Ctrl-C stops it and `g2rpo resume` goes on."""
     if resume and replace:
@@ -94,11 +98,15 @@ def train(
     from .config.reading import load, load_run
     from .cost.presets import preset_settings
 
+    cluster = cluster_of(ray, rollout_workers, staleness)
     given = preset_settings(recipe, preset, settings or [])
     config = load(recipe, given)
     folder = out or Path(config.out or Path("runs") / Path(recipe).stem)
     made = load_run(folder, given, recipe) if resume else config
-    run_in(folder, made, given, resume, replace, changed_inputs, force, quiet)
+    if more := cluster_settings(made, cluster, resume, quiet):
+        given = [*given, *more]
+        made = load_run(folder, given, recipe) if resume else load(recipe, given)
+    run_in(folder, made, given, How(resume, replace, changed_inputs, force, quiet, cluster))
 
 
 @app.command()
@@ -108,12 +116,19 @@ def resume(
     changed_inputs: ChangedInputs = False,
     force: Force = False,
     quiet: Quiet = False,
+    ray: RayAddress = None,
+    rollout_workers: RolloutWorkers = None,
+    staleness: Staleness = None,
 ) -> None:
     """Continue a run after Ctrl-C or a crash, bit for bit; --set train.steps=600 makes it longer."""
     from .config.reading import load_run
 
-    given = settings or []
-    run_in(run, load_run(run, given), given, True, False, changed_inputs, force, quiet)
+    cluster, given = cluster_of(ray, rollout_workers, staleness), settings or []
+    config = load_run(run, given)
+    if more := cluster_settings(config, cluster, True, quiet):
+        given = [*given, *more]
+        config = load_run(run, given)
+    run_in(run, config, given, How(True, False, changed_inputs, force, quiet, cluster))
 
 
 @app.command()
@@ -139,7 +154,8 @@ def pairs(
     given = pair_settings(runs, settings or [], epochs)
     config = from_dict(apply_overrides(pair_config(runs), given))
     place = runs[0].resolve()
-    run_in(out or place.with_name(f"{place.name}-pairs"), config, given, False, replace, False, force, quiet)
+    how = How(replace=replace, force=force, quiet=quiet)
+    run_in(out or place.with_name(f"{place.name}-pairs"), config, given, how)
 
 
 @app.command()
@@ -252,7 +268,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder."
     from comfy_g2rpo.run.folder import RunFolder
 
     from .reports.report import write_report
-    from .reports.time_shares import shares_of, time_table
+    from .reports.time_shares import of_workers, shares_of, time_table
 
     folder = RunFolder.open(run)
     written = write_report(folder, partial(typer.echo, err=True))
@@ -260,7 +276,8 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder."
         typer.echo(path)
     for line in time_table(rows := folder.metrics()):
         typer.echo(line, err=True)
-    answer({"run": run, "files": written, "seconds": shares_of(rows), "summary": folder.summary()})
+    found = {"seconds": shares_of(rows), "workers": of_workers(rows)}
+    answer({"run": run, "files": written, **found, "summary": folder.summary()})
 
 
 app.command()(run)

@@ -6,7 +6,7 @@ import dataclasses
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,24 +52,30 @@ def train(
     progress: Progress,
     settings: Sequence[str] = (),
     changed_inputs: bool = False,
+    explorers: AbstractContextManager[Callable[[Setup], Setup]] | None = None,
 ) -> dict[str, Any]:
     """Run or continue a run in the folder `out` and return its summary.
 
     `learn` repeats the three verbs of `comfy_g2rpo.run.iteration`: explore, score, update. A stop leaves a
     checkpoint of the last finished step. With `changed_inputs` a run goes on although its prompts, rewards
-    or weights are not what they were.
+    or weights are not what they were. The context of `explorers` gives the setup one, for others to explore.
     """
     check_trackers(config.report.trackers)
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     accelerator = accelerator_of(cpu)
     main = accelerator.is_main_process
-    with together(accelerator) as (world, pulse), one_writer(out) if main else nullcontext():
+    with (
+        together(accelerator) as (world, pulse),
+        one_writer(out) if main else nullcontext(),
+        ExitStack() as later,
+    ):
         if main:
             check_place(out, replace or resume)
         else:
             progress = Silent()
         # Only a run that can start makes a folder, or replaces another.
-        setup = prepare(config, accelerator, Path(out), world=world)
+        explored = later.enter_context(explorers) if explorers else lambda setup: setup
+        setup = explored(prepare(config, accelerator, Path(out), world=world))
         learner = make_learner(setup)
         if main:
             content = {**dump(config, settings), INPUTS: input_digests(config, setup.prompts)}
@@ -117,7 +123,7 @@ def prepare(
         alone = {reward.name: in_turn(reward, seat) for reward in (*rewards, *judges)}
         rewards, judges = (tuple(alone[reward.name] for reward in some) for some in (rewards, judges))
     check_prompts(judges, [*prompts.train, *prompts.heldout])
-    rank_guard.check(speed, rewards)
+    rank_guard.check(speed, rewards, pace.prompts_at_once)
     stored = kept_steps(config, prompts, rewards) if config.pairs.runs else None
     prompts = dataclasses.replace(prompts, train=stored.prompts) if stored else prompts
     ahead = (*prompts.train, *prompts.heldout) if stored else prompts_ahead(prompts, pace, recipe)

@@ -43,6 +43,12 @@ class Batch:
     pulls: dict[int, float] = field(default_factory=dict)
     ratios: dict[int, float] = field(default_factory=dict)
 
+    def compare(self, past: Tensor) -> None:
+        """Give the new rows the velocities [N, …] that they are compared with; old rows keep theirs."""
+        given = self.rows.velocity
+        kept = past if given is None else torch.cat([past, given[len(past) :]])
+        self.rows = dataclasses.replace(self.rows, velocity=kept)
+
     def see(self, part: Records, values: dict[str, Tensor]) -> None:
         """Note the velocities that new rows were compared with, and the ratios ρ [S] of old ones."""
         zero = part.x.new_zeros(len(part))

@@ -46,12 +46,16 @@ def write_checkpoint(setup: Setup, learner: Learner, folder: RunFolder) -> None:
     } | optimizer_tensors(learner.optimizer)
     for kind, values in (("average", learner.average), ("old", learner.old)):
         tensors |= {f"{kind}/{i}": value for i, value in enumerate(values)}
+    for number, values in learner.versions.items():
+        tensors |= {f"version/{number}/{i}": value for i, value in enumerate(values)}
     progress = {
         "step": learner.step,
         "forwards": learner.forwards,
         "seconds": learner.seconds,
         "cheap": learner.cheap,
     }
+    if learner.versions:
+        progress["versions"] = sorted(learner.versions)
     if learner.history != History():
         progress["history"] = learner.history.table(setup.prompts.train)
     metadata = {**setup.metadata, "g2rpo.step": str(learner.step)}
@@ -99,6 +103,11 @@ def restore(setup: Setup, learner: Learner, folder: RunFolder) -> list[str]:
         found = read_forks(place, prompts_ahead(setup.prompts, setup.pace, setup.recipe))
         learner.forks = remembered(found, [], setup.recipe, learner.step)
     learner.cheap = progress.get("cheap", True) is not False
+    if setup.explorer:
+        kept = progress.get("versions")
+        numbers = [n for n in kept if type(n) is int] if isinstance(kept, list) else []
+        like = setup.policy.parameters()
+        learner.versions = {n: fitting(tensors, f"version/{n}", like, place) for n in numbers}
     learner.history = History.of(progress.get("history"), setup.prompts.train, len(setup.rewards))
     if setup.world.speaks:
         folder.truncate_metrics(learner.step)

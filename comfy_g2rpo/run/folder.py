@@ -66,7 +66,7 @@ WATCHING = (
     "preview_height",
 )
 ASKING = ("timeout", "retries", "concurrency", "batch", "device")
-AT_ONCE = ("slots", "decode_batch", "micro_batch")
+AT_ONCE = ("slots", "prompts_at_once", "decode_batch", "micro_batch")
 FITTING = ("block_swap", "gradient_checkpointing", "text_encoders", "rewards_in_turn")
 MAY_CHANGE = {
     "train": LENGTH + WATCHING + AT_ONCE,

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..rewards import Reward, RewardError
 from ..rewards.mixing import mixed_advantages, raw_values
 from ..rewards.protocol import embedder
 from ..rollout import Rollout
+from ..sharing.explored import Explored, merged, parted
 from ..speed.peak_memory import peak_memory
 from ..speed.step_cache import Shortcut
 from ..trees.pruned import PrunedPlan, finished_rows
@@ -37,34 +38,6 @@ from .optimizers import load_optimizer_tensors, optimizer_tensors, swapped, upda
 from .rank_guard import roll_out_guarded
 from .scorer import Scorer, comparison_groups, roll_out_and_score
 from .setup import Check, Learner, Setup
-
-
-@dataclass(frozen=True)
-class Explored:
-    """The step's pictures as the rewards saw them, and the states that the learner differentiates at."""
-
-    conds: Sequence[Any]
-    plan: Plan
-    rollout: Rollout
-    scores: Tensor  # [R, P, images]
-    features: Mapping[str, Sequence[Tensor]]  # by measure and prompt: [K, G, L, D]
-    cheap: bool  # whether completions may go on being cheap
-    guard: Mapping[str, float]  # metrics of the guard on cheap completions
-    seconds: Mapping[str, float]  # rollout, decode, reward
-    latents: Tensor | None = None  # [P, images, …], where the objective learns from finished images
-    chosen: Chosen = field(default_factory=Chosen)
-
-    @property
-    def forwards(self) -> int:
-        """Count the forwards, those of the guard and of the choice of prompts among them."""
-        return self.rollout.nfe + int(self.guard.get("guard/nfe", 0)) + self.chosen.nfe
-
-    @property
-    def final_scores(self) -> Tensor:
-        """Return the scores of the pictures that teach: [R, P, F], of all but in a rollout that prunes."""
-        if not isinstance(self.rollout, PrunedRollout):
-            return self.scores
-        return self.scores.gather(2, torch.tensor(self.rollout.images).expand(len(self.scores), -1, -1))
 
 
 @dataclass(frozen=True)
@@ -97,18 +70,37 @@ def iterate(setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
 
 
 def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
-    """Roll out the step's prompts, and let the rewards judge every finished picture."""
+    """Roll out the step's prompts, and let the rewards judge every finished picture; or ask who explores."""
+    if setup.explorer:
+        return setup.explorer(setup, learner, check)
+    begin, waited = time.perf_counter(), setup.world.waited()
+    chosen = choose_prompts(setup, learner, partial(check, "rollout"))
+    choosing = time.perf_counter() - begin - sum(chosen.seconds.values()) - (setup.world.waited() - waited)
+    chosen = dataclasses.replace(chosen, seconds={"rollout": choosing, **chosen.seconds})
+    mine = range(setup.pace.prompts_per_step)[setup.world.index :: setup.world.count]
+    found = [
+        explore_part(setup, learner, chosen.places, slots, check)
+        for slots in parted(mine, setup.pace.prompts_at_once)
+    ]
+    for reward in setup.rewards:
+        reward.settle()
+    return merged(found, chosen)
+
+
+def explore_part(
+    setup: Setup, learner: Learner, places: Sequence[int], slots: Sequence[int], check: Check
+) -> Explored:
+    """Roll out and judge some of a step's prompts, those of `slots`; `places` are those of all of them."""
     begin, waited = time.perf_counter(), setup.world.waited()
     rolling = partial(check, "rollout")
-    chosen = choose_prompts(setup, learner, rolling)
-    prompts, seeds = draw(setup, chosen, learner.step)
+    prompts, seeds = slotted(setup, places, learner.step, slots)
     conds = setup.policy.encode(prompts)
     size = setup.size(learner.step)
 
     def roll(
-        plan: Plan, places: Sequence[int], rewards: Sequence[Reward], shortcut: Shortcut | None
+        plan: Plan, some: Sequence[int], rewards: Sequence[Reward], shortcut: Shortcut | None
     ) -> tuple[Scorer, Rollout]:
-        texts, given, drawn = ([part[p] for p in places] for part in (prompts, conds, seeds))
+        texts, given, drawn = ([part[p] for p in some] for part in (prompts, conds, seeds))
         # The guard's pictures teach nothing, so nobody needs their features.
         features = features_of(setup) if rewards is setup.rewards else None
         limits, images = learner.limits, len(plan.images)
@@ -135,27 +127,16 @@ def explore(setup: Setup, learner: Learner, check: Check) -> Explored:
     )
     for reward in setup.rewards:
         reward.keep_forks(found.rollout, found.scorer.whole)
-        reward.settle()
-    plan = found.plan
-    seconds = {name: spent + chosen.seconds.get(name, 0.0) for name, spent in found.scorer.seconds.items()}
+    scorer, plan, seconds = found.scorer, found.plan, found.scorer.seconds
     features = {
         name: [plan.final_values(table.T).movedim(0, -1) for table in tables]
-        for name, tables in found.scorer.features.items()
+        for name, tables in scorer.features.items()
     }
     rollout = time.perf_counter() - begin - seconds["decode"] - seconds["reward"]
     rollout -= setup.world.waited() - waited
-    return Explored(
-        conds,
-        plan,
-        found.rollout,
-        found.scorer.scores,
-        features,
-        found.cheap,
-        found.metrics,
-        {"rollout": rollout, **seconds},
-        found.scorer.latents,
-        chosen,
-    )
+    spent = {"rollout": rollout, **seconds}
+    seen = found.cheap, found.metrics, spent, scorer.latents
+    return Explored(conds, plan, found.rollout, scorer.scores, features, *seen)
 
 
 def score(setup: Setup, explored: Explored, step: int) -> Scored:
@@ -224,10 +205,10 @@ def update(
         share = Share(setup.world.index, setup.world.count, setup.world.gather)
         batch = with_old(made, explored.conds, learner.forks, recipe, share, chance, policy.encode)
     with undone_on_error(setup, learner), policy.training():
-        if learner.old:
-            with old_policy(setup, learner):
+        if drew := explored.drawn_by or learner.old:
+            with swapped(policy.parameters(), drew):
                 past = snapshot(policy, made, explored.conds, micro_batch=learner.limits.micro_batch)
-            batch.rows = dataclasses.replace(made, velocity=past)
+            batch.compare(past)
         stats, kept = stepped(setup, learner, batch, check), learner.forks
         if recipe.replay:
             prompts, seeds = drawn(setup, explored.chosen, learner.step)
@@ -329,7 +310,7 @@ def step_row(
     if pixels := explored.features.get("pixels"):
         apart = [mean_distance(features.movedim(2, 1)).nanmean() for features in pixels]
         row["diversity/group"] = torch.stack(apart).nanmean().item()
-    row |= {**stats, **explored.guard, "nfe": explored.rollout.nfe}
+    row |= {**stats, **explored.guard, **explored.told, "nfe": explored.rollout.nfe}
     if explored.chosen.nfe:
         row["choice/nfe"] = explored.chosen.nfe
     row |= {f"memory/{name}": rows for name, rows in learner.limits.lowered().items()}
@@ -346,8 +327,15 @@ def draw(setup: Setup, chosen: Chosen, step: int) -> tuple[list[str], list[int]]
 
 def drawn(setup: Setup, chosen: Chosen, step: int) -> tuple[list[str], list[int]]:
     """Return the step's prompts of all processes, and their seeds."""
-    prompts = [setup.prompts.train[place] for place in chosen.places]
-    return prompts, [slot_seed(setup, step, slot) for slot in range(len(prompts))]
+    return slotted(setup, chosen.places, step, range(len(chosen.places)))
+
+
+def slotted(
+    setup: Setup, places: Sequence[int], step: int, slots: Sequence[int]
+) -> tuple[list[str], list[int]]:
+    """Return the prompts in some of a step's slots, and their seeds."""
+    prompts = [setup.prompts.train[places[slot]] for slot in slots]
+    return prompts, [slot_seed(setup, step, slot) for slot in slots]
 
 
 def features_of(setup: Setup) -> Callable[[Tensor], dict[str, Tensor]] | None:

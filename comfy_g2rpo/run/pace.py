@@ -28,6 +28,12 @@ class Pace:
         1,
         65536,
     )
+    prompts_at_once: int = option(
+        0,
+        "Prompts of a step that are drawn together; 0 draws all. --ray hands out this many at a time.",
+        0,
+        4096,
+    )
     decode_batch: int = option(
         64,
         "Images that the VAE decodes at once. Lower it where memory runs out; only speed changes.",

@@ -40,8 +40,15 @@ class Guarded(NamedTuple):
     metrics: dict[str, float]
 
 
-def check(speed: Speed, rewards: Sequence[Reward]) -> None:
-    """Raise ValueError unless some reward can judge the guard's pictures, which are single ones."""
+def check(speed: Speed, rewards: Sequence[Reward], prompts_at_once: int = 0) -> None:
+    """Raise ValueError unless some reward can judge the guard's pictures, which are single ones of all
+    prompts.
+    """
+    if speed.on and prompts_at_once:
+        raise ValueError(
+            f"train.prompts_at_once is {prompts_at_once}, but the guard of speed looks at a step's prompts "
+            "together; leave the section speed out, or set train.prompts_at_once to 0 and leave --ray out"
+        )
     if speed.on and all(reward.needs_group for reward in rewards):
         names = ", ".join(reward.name for reward in rewards)
         raise ValueError(

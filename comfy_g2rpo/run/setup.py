@@ -116,6 +116,8 @@ class Setup:
     """What a run learns from that rolls nothing out."""
     optimizer: Optimizers = adamw
     """Makes the recipe's optimizer."""
+    explorer: Explorer | None = None
+    """Explores in this process's place, such as by workers on other machines."""
 
     def __post_init__(self) -> None:
         refuse_too_many(self.recipe, [self.shape, *(size.shape for size in self.sizes)])
@@ -157,6 +159,8 @@ class Learner:
     """Sets the learning rate of every step; the count of steps says where it stands."""
     forks: list[Fork] = field(default_factory=list)
     """Old forks that updates learn from once more, oldest first."""
+    versions: dict[int, list[Tensor]] = field(default_factory=dict)
+    """By the number of steps made, the adapters that steps still to come are explored with, on the CPU."""
 
 
 class CheapVelocity(Protocol):
@@ -179,6 +183,14 @@ class StoredSteps(Protocol):
 
     def __call__(self, setup: Setup, learner: Learner, check: Check) -> dict[str, float]:
         """Make a step; return its row of metrics. An exception leaves the last step's state."""
+        ...
+
+
+class Explorer(Protocol):
+    """Explores a step elsewhere, and learns from the learner which step it is and by which adapter."""
+
+    def __call__(self, setup: Setup, learner: Learner, check: Check) -> Any:
+        """Return the step as `iteration.explore` does; `check` is called while one waits."""
         ...
 
 

@@ -43,12 +43,13 @@ def doctor(
     """
     from ..doctor.findings import PROBLEM, apart
     from ..doctor.hand_over import check_service, check_spool
-    from ..doctor.machine_checks import check_card, check_disk, check_libraries, check_python
+    from ..doctor.machine_checks import check_card, check_disk, check_libraries, check_python, check_ray
     from ..doctor.recipe_health import check_installed_rewards, check_recipe
 
     checks: dict[str, Callable[[], Iterable[Finding]]] = {
         "python": check_python,
         "libraries": check_libraries,
+        "ray": check_ray,
         "card": check_card,
         "disk": check_disk,
     }

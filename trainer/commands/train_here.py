@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from .arguments import CommandError
 from .exit_codes import SIGNALLED, WAITING
 
 if TYPE_CHECKING:
+    from ..cluster.cluster_options import Cluster
     from ..config.reading import Config
 
 ChangedInputs = Annotated[
@@ -22,37 +24,44 @@ ChangedInputs = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")]
 
 
-def run_in(
-    folder: Path,
-    config: Config,
-    settings: Sequence[str],
-    resume: bool,
-    replace: bool,
-    changed_inputs: bool,
-    force: bool,
-    quiet: bool,
-) -> None:
+@dataclass(frozen=True)
+class How:
+    """How a run is begun, beside its configuration."""
+
+    resume: bool = False
+    replace: bool = False
+    changed_inputs: bool = False
+    force: bool = False
+    quiet: bool = False
+    cluster: Cluster | None = None
+
+
+def run_in(folder: Path, config: Config, settings: Sequence[str], begun: How) -> None:
     """Train in a run folder and say what came of it, and how to go on."""
+    quiet = begun.quiet
     from ..config.reward_checks import missing_models
     from ..cost.presets import before_training
     from ..model.quiet_libraries import quieten_libraries
     from ..reports.progress import JsonLines, for_terminal
 
-    for line in before_training(config, force):
+    for line in before_training(config, begun.force):
         if not quiet:
             typer.echo(line)
     if missing := missing_models((*config.rewards, *config.heldout_rewards)):
         raise CommandError(missing)
     progress = JsonLines() if wanted() else for_terminal(quiet)
     quieten_libraries()
+    from ..cluster.connecting import exploring
     from ..processes import Left, speaks
     from ..rewards.vote_reward import UnvotedError
     from ..run import train as start
 
     place = shlex.quote(str(folder))
     try:
-        how = {"resume": resume, "replace": replace, "changed_inputs": changed_inputs}
-        summary = start(config, folder, progress=progress, settings=settings, **how)
+        how = {name: getattr(begun, name) for name in ("resume", "replace", "changed_inputs")}
+        explorers = exploring(begun.cluster, config) if begun.cluster else None
+        told = {"progress": progress, "settings": settings, "explorers": explorers}
+        summary = start(config, folder, **told, **how)
         if summary:
             answer({"run": folder, "lora": folder / summary["lora"], "summary": summary})
         if summary and not quiet:

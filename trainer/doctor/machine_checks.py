@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
+from ..cluster.cluster_options import INSTALL as RAY
 from .findings import INSTALL, OK, PROBLEM, WARNING, Finding
 
 PROJECT = "g2rpo"
@@ -73,6 +74,14 @@ def check_libraries() -> Iterator[Finding]:
             yield Finding(each.name, PROBLEM, said, f"install it again: {again}")
         else:
             yield Finding(each.name, OK, found)
+
+
+def check_ray() -> Iterator[Finding]:
+    """Look whether Ray is there, which only --ray needs."""
+    try:
+        yield Finding("ray", OK, f"{version('ray')}, for runs with --ray")
+    except PackageNotFoundError:
+        yield Finding("ray", OK, f"is not installed, and only --ray needs it: {RAY}")
 
 
 def check_card() -> Iterator[Finding]:

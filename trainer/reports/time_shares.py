@@ -11,9 +11,10 @@ PHASES = {
     "decode": "making pictures of them (decode)",
     "reward": "judging them (reward)",
     "update": "learning from it (update)",
-    "waiting": "waiting for other processes (waiting)",
+    "waiting": "waiting for others (waiting)",
 }
-"""What a step does, in words. Only a run of several processes has the last."""
+"""What a step does, in words. Only a run of several processes, or with workers, has the
+last."""
 MOST = "waiting_max"
 """The waiting of the process that waited most, where the others are given by their mean."""
 
@@ -26,6 +27,42 @@ def shares_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if known:
             found[phase] = math.fsum(known)
     return found
+
+
+def of_workers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Say of the steps that workers explored how the learner fared; nothing where there are none.
+
+    Its idle share is the time that it waited for workers, of that and its own.
+    """
+    theirs = [row for row in rows if "workers/ready" in row]
+    if not theirs:
+        return {}
+
+    def total(name: str) -> float:
+        return math.fsum(row.get(name) or 0.0 for row in theirs)
+
+    waited = total("time/waiting")
+    mean = {name: total(f"workers/{name}") / len(theirs) for name in ("staleness", "sent_bytes", "got_bytes")}
+    busy = waited + total("time/update")
+    return {
+        "steps": len(theirs),
+        "idle": waited / busy if busy else 0.0,
+        "lost": total("workers/lost"),
+        **mean,
+    }
+
+
+def worker_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what there is to say of a run on a cluster."""
+    if found := of_workers(rows):
+        yield (
+            f"{found['steps']:g} steps by workers: the learner waited {found['idle']:.0%} of its time; the "
+            "times of drawing and judging are all workers' together"
+        )
+        yield (
+            f"staleness {found['staleness']:.2g} steps on average; {found['lost']:g} parts lost and done "
+            f"again; a step sent {found['sent_bytes'] / 1e6:.3g} MB and got {found['got_bytes'] / 1e6:.3g} MB"
+        )
 
 
 def time_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -44,3 +81,4 @@ def time_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             f"waiting is the mean over the processes, of which one waited {most / steps:.3g} s a step; the "
             "rest is the first process's time"
         )
+    yield from worker_lines(rows)

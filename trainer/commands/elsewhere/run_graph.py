@@ -10,7 +10,7 @@ import typer
 
 from ..answers import answer, wanted
 from ..arguments import CommandError, Force, Recipe, Settings
-from ..train_here import ChangedInputs, Quiet, run_in
+from ..train_here import ChangedInputs, How, Quiet, run_in
 
 MODELS = "COMFYUI_PATH"
 
@@ -69,7 +69,7 @@ def run(
         from comfy_g2rpo.run.folder import RunFolder
 
         config = as_made(config, RunFolder(folder).config().get("recipe"))
-    run_in(folder, config, given, resume, replace, changed_inputs, force, quiet)
+    run_in(folder, config, given, How(resume, replace, changed_inputs, force, quiet))
 
 
 def workflow(
