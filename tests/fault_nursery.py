@@ -1,33 +1,117 @@
 """Run the program in forks of one process that has all libraries loaded: one order per line of JSON, which
-starts the processes of one run, or one process alone.
+starts the processes of one run, or one process alone; or those of a module's `main`. `others` are the words
+of all but the first process, where they differ.
 
-One of them may meet a fault: RANK MODULE:FUNCTION NUMBER KIND. In that process, as that function is called
-for that time, the process is killed, told to end, stopped, or left without more memory. The system does it,
-not our code: nothing of the program is changed.
+One of them may meet a fault: RANK POINT NUMBER KIND. A point is MODULE:FUNCTION, which is called, or the
+start of a path, below which something changes. In that process, as it comes to that point for that time, the
+process is killed, told to end, stopped, cut off from the others, or left without more memory. The system does
+it, not our code: nothing of the program is changed. Who is killed as a file is about to be on the disk leaves
+half of it there.
 """
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import resource
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from comfy_g2rpo.run.folder import RunFolder
 from g2rpo_trainer import cli
 from g2rpo_trainer import run as training
 from g2rpo_trainer.config.reading import load
+from g2rpo_trainer.reports.report import write_report
 
 TAKEN: list[bytearray] = []
 BLOCK, LEFT = 2**16, 32
 """What takes the rest of a process's memory, and how many blocks of it are left: for words, not for work."""
+LOADED = (
+    "scipy.stats",
+    "peft.tuners.lora.bnb",
+    "comfy_g2rpo.rewards.models.catalogue",
+    "comfy_g2rpo.sampling.base_tail",
+    "comfy_g2rpo.trees.branching",
+    "comfy_g2rpo.trees.dense_chains",
+    "g2rpo_trainer.cost.presets",
+    "g2rpo_trainer.model.inference",
+    "g2rpo_trainer.rewards.vote_reward",
+)
+"""What a run imports late, which every fork would do again."""
 LATE = -99
 """How a process ended that did not end by itself."""
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
+CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
+WRITING = os.O_WRONLY | os.O_RDWR
+
+
+class Lookout:
+    """Count how often a process comes to some points; at one of them, it meets a fault."""
+
+    def __init__(self, points: Collection[str], log: str, fault: tuple[str, int, str] = ("", 0, "")) -> None:
+        self.log, (self.point, self.number, self.kind) = log, fault
+        self.counts = dict.fromkeys(points, 0)
+        self.paths = tuple(point for point in points if point.startswith("/"))
+        named = [(point.partition(":"), point) for point in points if not point.startswith("/")]
+        self.functions = {(function, module): point for (module, _, function), point in named}
+        self.names = {function for function, _ in self.functions}
+        if self.paths:
+            self.fsync, os.fsync = os.fsync, self.synced  # in a fork of a test, which dies with it
+            sys.addaudithook(self.heard)
+        if self.names:
+            threading.setprofile(self.seen)
+            sys.setprofile(self.seen)
+
+    def seen(self, frame: FrameType, event: str, given: Any) -> None:
+        """Take note of a call."""
+        if event != "call" or frame.f_code.co_name not in self.names:
+            return
+        if point := self.functions.get((frame.f_code.co_name, frame.f_globals["__name__"])):
+            self.count(point)
+
+    def heard(self, event: str, given: tuple[Any, ...]) -> None:
+        """Take note of a change of the file system that is about to happen."""
+        if event not in CHANGES or (event == "open" and not (given[2] & WRITING)):
+            return
+        if isinstance(given[0], (str, bytes, os.PathLike)):
+            self.changed(os.fsdecode(given[0]))
+
+    def synced(self, handle: int) -> None:
+        """Take note that a file is about to be on the disk: at a fatal one, half of it is."""
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        if os.path.isfile(path):
+            due = path.startswith(self.point or "?") and self.counts[self.point] + 1 == self.number
+            if due and self.kind == "kill":
+                content = Path(path).read_bytes()
+                # Of what is appended to, only the last line is new.
+                kept = content.rfind(b"\n", 0, -1) + 1 if path.endswith("metrics.jsonl") else 0
+                os.ftruncate(handle, kept + (len(content) - kept) // 2)
+            self.changed(path)
+        self.fsync(handle)
+
+    def changed(self, path: str) -> None:
+        """Count a change for every path that it lies below."""
+        for start in self.paths:
+            if path.startswith(start):
+                self.count(start)
+
+    def count(self, point: str) -> None:
+        """Count, and let the fault happen where it is time."""
+        self.counts[point] += 1
+        if point == self.point and self.counts[point] == self.number:
+            sys.setprofile(None)
+            threading.setprofile(None)
+            meet(self.kind, self.log)
 
 
 def meet(kind: str, log: str) -> None:
@@ -36,7 +120,22 @@ def meet(kind: str, log: str) -> None:
         file.write(str(time.time()))
     if kind in SIGNALS:
         os.kill(os.getpid(), SIGNALS[kind])
-        return
+    elif kind == "cut":
+        cut()
+    else:
+        exhaust()
+
+
+def cut() -> None:
+    """Close every connection of this process, as a network that fails does."""
+    for name in os.listdir("/proc/self/fd"):
+        # The other ends see it, too; one that only listens, or the list's own handle, is none.
+        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+def exhaust() -> None:
+    """Leave no more memory to this process than some words need."""
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
@@ -45,23 +144,6 @@ def meet(kind: str, log: str) -> None:
             TAKEN.append(bytearray(BLOCK))
     except MemoryError:
         del TAKEN[-LEFT:]
-
-
-def expect(module: str, function: str, number: int, kind: str, log: str) -> None:
-    """Look on, without changing anything, until a function is called for the n-th time."""
-    left = [number]
-
-    def see(frame: FrameType, event: str, given: Any) -> None:
-        if event != "call" or frame.f_code.co_name != function or frame.f_globals["__name__"] != module:
-            return
-        left[0] -= 1
-        if left[0] == 0:
-            sys.setprofile(None)
-            threading.setprofile(None)
-            meet(kind, log)
-
-    threading.setprofile(see)
-    sys.setprofile(see)
 
 
 def work(order: dict[str, Any], rank: int) -> None:
@@ -74,13 +156,20 @@ def work(order: dict[str, Any], rank: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(order["port"])}
         os.environ |= {"LOCAL_WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
-    os.environ |= order.get("env", {})
     whose, _, fault = order.get("fault", "").partition(" ")
     if fault and rank == int(whose):
-        where, number, kind = fault.split()
-        module, _, function = where.partition(":")
-        expect(module, function, int(number), kind, log)
-    cli.main(order["words"])
+        point, number, kind = fault.split()
+        Lookout([point], log, (point, int(number), kind))
+    lookout = Lookout(order["points"], log) if order.get("points") else None
+    words = order.get("others", order["words"]) if rank else order["words"]
+    try:
+        if module := order.get("module"):
+            importlib.import_module(module).main(*words)
+        else:
+            cli.main([*words, "--quiet"])
+    finally:
+        if lookout:
+            Path(f"{log}.counts").write_text(json.dumps(lookout.counts))
 
 
 def born(order: dict[str, Any], rank: int) -> int:
@@ -91,6 +180,7 @@ def born(order: dict[str, Any], rank: int) -> int:
     code = 99
     try:
         work(order, rank)
+        code = 0
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
     except BaseException:
@@ -121,16 +211,17 @@ def ended(pids: list[int], limit: float) -> list[list[float]]:
 
 def main() -> None:
     """Load what a run loads, but differentiate nothing: forks of a process that has cannot. Then obey."""
-    import scipy.stats  # noqa: F401
-
+    for name in LOADED:
+        importlib.import_module(name)
     config = load(sys.argv[1], [])
     training.load_policy(config, "cpu", ("a red circle",))
+    gc.freeze()  # else every fork copies what it looks through
     for line in sys.stdin:
         order = json.loads(line)
         if "wait" in order:
             answer: Any = ended(order["wait"], order["limit"])
-        elif "wake" in order:
-            answer = os.kill(order["wake"], signal.SIGCONT)
+        elif "draw" in order:
+            answer = len(write_report(RunFolder(Path(order["draw"]))))  # so that forks find all of it loaded
         else:
             answer = [born(order, rank) for rank in range(order["count"])]
         print(json.dumps(answer), flush=True)

@@ -1,167 +1,234 @@
 """A run that is killed anywhere, or that finds the disk full anywhere, ends as one that was left alone; and
 of two writers exactly one goes on.
 
-G2RPO_KILLS says how many kills there are (2, or 20 with all cases).
+G2RPO_KILLS says how many kills there are (20, of which `make test` takes some). With -s a table of what
+became of them is printed at the end: `G2RPO_KILLS=200 pytest -m "" -k anywhere -s tests/test_run_kills.py`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytest
+from forked_program import NEEDS_LINUX, Program, assert_same, assert_sound, leftovers
 from some_cases import ALL, some
-from test_run import assert_equal, config, outcome
+from test_run import FEW
 
 from comfy_g2rpo.files.one_writer import LOCK
-from comfy_g2rpo.files.safe import LEFTOVER
-from comfy_g2rpo.run.folder import RunFolder, is_run
+from comfy_g2rpo.run.folder import RunFolder
+from g2rpo_trainer.commands.exit_codes import AGAIN, DONE, MISTAKE
 
-pytestmark = [
-    pytest.mark.xdist_group("run kills"),
-    pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux' /proc"),
-]
+pytestmark = [pytest.mark.xdist_group("run kills"), NEEDS_LINUX]
 
-KILLS, DISKS = int(os.environ.get("G2RPO_KILLS", 20 if ALL else 2)), 12 if ALL else 6
+KILLS, SOME = int(os.environ.get("G2RPO_KILLS", 20)), (0, 1, 3, 10)
+"""How many kills there are, and which ones `make test` takes: of one process and of two, two of them inside
+checkpoints.
+"""
+COUNTS, SILENCE = (1, 2, 4), 60.0
+INSIDE, FOLDER = "inside a checkpoint", "any write"
+PHASES = {
+    "start": ["g2rpo_trainer.run:prepare", "comfy_g2rpo.run.setup:make_learner"],
+    "evaluation": ["comfy_g2rpo.run.evaluation:draw", "comfy_g2rpo.run.evaluation:evaluate"],
+    "rollout": ["comfy_g2rpo.rollout:roll_out"],
+    "decoding": ["comfy_g2rpo.run.scorer:_decoded"],
+    "reward": ["comfy_g2rpo.run.scorer:_score"],
+    "scores": ["comfy_g2rpo.run.iteration:score"],
+    "update": ["comfy_g2rpo.update:update", "comfy_g2rpo.update:clip_gradients"],
+    "end of a step": ["comfy_g2rpo.run.iteration:follow", "comfy_g2rpo.run.checkpoint:save"],
+    "end": ["comfy_g2rpo.run.loop:finish"],
+}
+"""Where kills come beside those in writing: functions of the run, at any call of them."""
+KINDS = [*PHASES, FOLDER]
+TABLE = [*KINDS, INSIDE]
 
 
-class Nursery:
-    """Forks that train; see run_nursery.py."""
+class Whole(NamedTuple):
+    """An undisturbed run, and how often each of its processes came to every point."""
 
-    def __init__(self, place: Path) -> None:
-        script = Path(__file__).with_name("run_nursery.py")
-        quiet = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
-        self.child = subprocess.Popen(
-            [sys.executable, str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | quiet,
-        )
-        self.tree = config(place).model_dump(mode="json")
-        self.ask({"warm": self.tree})
-        self.log = place / "log"
+    run: Path
+    counts: list[dict[str, int]]
 
-    def ask(self, order: dict[str, Any]) -> dict[str, Any]:
-        self.child.stdin.write(json.dumps(order) + "\n")
-        self.child.stdin.flush()
-        return json.loads(self.child.stdout.readline())
+    @property
+    def inside(self) -> int:
+        """Count the changes that one checkpoint takes, below the folder that is being filled."""
+        filling = next(point for point in self.counts[0] if point.endswith("/.filling-"))
+        return self.counts[0][filling] // 3
 
-    def start(
-        self, out: Path, log: Path | None = None, kill: int = 0, gate: Path | None = None, **how: bool
-    ) -> int:
-        """Start a fork that trains; return its process."""
-        order = {"config": self.tree, "out": str(out), "how": how, "kill": kill, "log": str(log or self.log)}
-        return self.ask(order | ({"gate": str(gate)} if gate else {}))["pid"]
 
-    def wait(self, pid: int) -> int:
-        """Return how a fork ended: its exit code, or less the signal that killed it."""
-        return self.ask({"wait": pid})["code"]
+class Kill(NamedTuple):
+    """A kill: of how many processes which one, in what, and the point and number as a nursery takes them."""
 
-    def train(self, out: Path, kill: int = 0, **how: bool) -> tuple[int, str]:
-        """Train to the end; return the exit code and the log."""
-        return self.wait(self.start(out, kill=kill, **how)), self.log.read_text()
+    count: int
+    rank: int
+    kind: str
+    point: str
+    number: int
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    made = Nursery(tmp_path_factory.mktemp("nursery"))
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    pace = {**FEW, "checkpoint_every": 1, "keep_checkpoints": 2}
+    method = {"num_steps": 3, "group_size": 2}
+    made = Program(tmp_path_factory.mktemp("kills"), SILENCE, train=pace, method=method)
     yield made
-    made.child.stdin.close()
-    made.child.wait(60)
+    made.close()
+
+
+def arguments(program: Program, run: Path, count: int) -> list[object]:
+    """Return the command by which so many processes start a run, or go on with it."""
+    return program.words(run, "--set", f"train.prompts_per_step={count}")
 
 
 @pytest.fixture(scope="module")
-def whole(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """Train without a kill; return the run and how often its folder changed."""
-    path = tmp_path_factory.mktemp("whole") / "run"
-    code, log = nursery.train(path)
-    assert code == 0, log
-    return path, int(log)
+def whole(program: Program) -> Callable[[int], Whole]:
+    """Train by so many processes without a kill."""
+
+    @cache
+    def made(count: int) -> Whole:
+        run = program.place / f"whole {count}"
+        functions = [point for points in PHASES.values() for point in points]
+        points = [*functions, str(run), f"{run}/checkpoints/.filling-"]
+        pids = program.start(*arguments(program, run, count), count=count, points=points)
+        assert program.wait(pids) == [(DONE, 0.0)] * count, program.said()
+        program.ask({"draw": str(run)})
+        counts = [json.loads(Path(f"{program.log}.{rank}.counts").read_text()) for rank in range(count)]
+        return Whole(run, counts)
+
+    return made
 
 
-def files(run: Path) -> dict[str, bytes]:
-    """Return what a run holds, but for what tells the time."""
-    found = {path.relative_to(run).as_posix(): path for path in run.rglob("*") if path.is_file()}
-    clocks = ("metrics.jsonl", "summary.json", "curves.png", "state.json")
-    return {name: path.read_bytes() for name, path in found.items() if Path(name).name not in clocks}
+def drawn(number: int, whole: Whole, run: Path) -> Kill:
+    """Draw the n-th kill: every fifth inside a checkpoint, the others in turn."""
+    chance, count = random.Random(f"kill {number}"), len(whole.counts)
+    rank = chance.randrange(count)
+    kind = INSIDE if number % 5 == 0 else KINDS[(number - number // 5) % len(KINDS)]
+    if kind == INSIDE:
+        # From the folder's making on, until it is about to get its name.
+        at = chance.randrange(3) * whole.inside + chance.randint(2, whole.inside - 1)
+        return Kill(count, rank, kind, f"{run}/checkpoints/.filling-", at)
+    if kind == FOLDER:
+        return Kill(count, 0, kind, str(run), chance.randint(1, whole.counts[0][str(whole.run)]))
+    point = chance.choice([point for point in PHASES[kind] if whole.counts[rank][point]])
+    return Kill(count, rank, kind, point, chance.randint(1, whole.counts[rank][point]))
 
 
-def assert_same(run: Path, whole: Path) -> None:
-    """Compare two finished runs: learning state, every file, no stray one."""
-    assert_equal(outcome(run), outcome(whole))
-    assert files(run) == files(whole)
-    assert not [path for path in run.rglob(".*") if LEFTOVER.fullmatch(path.name) or path.name == LOCK]
-    summaries = [RunFolder(each).summary() for each in (run, whole)]
-    assert {**summaries[0], "seconds": 0} == {**summaries[1], "seconds": 0}
-    names = [sorted(path.name for path in (each / "checkpoints").iterdir()) for each in (run, whole)]
-    assert names[0] == names[1]
+def killed(program: Program, kill: Kill, run: Path) -> None:
+    """Train until a process is killed; see how all end. Another one than the writer is killed while that
+    one is held up inside a checkpoint.
+    """
+    writer = 0 if kill.kind in (INSIDE, FOLDER) else kill.rank
+    fault = f"{writer} {kill.point} {kill.number} {'kill' if kill.rank == writer else 'stop'}"
+    pids = program.start(*arguments(program, run, kill.count), count=kill.count, fault=fault)
+    if kill.rank != writer:
+        program.await_fault(writer)
+        assert leftovers(run), "the writer is not inside a checkpoint"
+        os.kill(pids[kill.rank], signal.SIGKILL)
+        os.kill(pids[writer], signal.SIGCONT)
+    codes = [code for code, _ in program.wait(pids)]
+    assert codes.pop(kill.rank) == -signal.SIGKILL, (kill, program.said())
+    # Who has nothing left to do is done, whatever becomes of the last files.
+    ends = {AGAIN, DONE} if kill.kind == FOLDER else {AGAIN}
+    assert {*codes} <= ends, (kill, codes, program.said())
+    if kill.count > 1 and AGAIN in codes:
+        assert [line for line in program.said() if f"process {kill.rank} of {kill.count}" in line]
 
 
-def go_on(nursery: Nursery, run: Path) -> None:
-    """Resume a run if there is one, else start it, as a person would."""
-    how = {"resume": True} if is_run(run) else {}
-    code, log = nursery.train(run, **how)
-    assert code == 0, log
+@pytest.fixture(scope="module")
+def tally() -> Iterator[Counter[tuple[str, int, str]]]:
+    """Count kills, equal ends and leftovers by what was killed; print a table of them."""
+    found: Counter[tuple[str, int, str]] = Counter()
+    yield found
+    print("\n\n| kill | processes | kills | resumes equal | left half-written |\n|---|---|---|---|---|")
+    for kind, count in sorted({key[:2] for key in found}, key=lambda key: (TABLE.index(key[0]), key)):
+        row = (f"{found[kind, count, what]} |" for what in ("kills", "equal", "left"))
+        print(f"| {kind} | {count} |", *row)
 
 
-@pytest.mark.parametrize("number", range(KILLS))
-def test_a_run_that_is_killed_in_any_write_ends_as_if_it_was_not(
-    number: int, nursery: Nursery, whole: tuple[Path, int], tmp_path: Path
+@pytest.mark.parametrize(
+    "number", [pytest.param(i, marks=() if ALL or i in SOME else pytest.mark.long) for i in range(KILLS)]
+)
+def test_a_run_that_is_killed_anywhere_ends_as_if_it_was_not(
+    number: int,
+    program: Program,
+    whole: Callable[[int], Whole],
+    tally: Counter[tuple[str, int, str]],
+    tmp_path: Path,
 ) -> None:
-    path, changes = whole
-    at = 1 + (number * (changes - 1)) // max(KILLS - 1, 1)
-    code, log = nursery.train(tmp_path / "run", kill=at)
-    assert code == -signal.SIGKILL, log
-    go_on(nursery, tmp_path / "run")
-    assert_same(tmp_path / "run", path)
+    run, undisturbed = tmp_path / "run", whole(COUNTS[number % len(COUNTS)])
+    kill = drawn(number, undisturbed, run)
+    tally[kill.kind, kill.count, "kills"] += 1
+    killed(program, kill, run)
+    tally[kill.kind, kill.count, "left"] += len(leftovers(run))
+    assert kill.kind != INSIDE or kill.rank or [p for p in leftovers(run) if p.name.startswith(".filling-")]
+    assert_sound(run)
+    program.run(*arguments(program, run, kill.count), count=kill.count)
+    assert_same(run, undisturbed.run)
+    tally[kill.kind, kill.count, "equal"] += 1
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(
-    nursery: Nursery, whole: tuple[Path, int], tmp_path: Path
+    program: Program, whole: Callable[[int], Whole], tmp_path: Path
 ) -> None:
+    run = tmp_path / "run"
     for at in (30, 17, 8, 25, 3):
-        how = {"resume": True} if is_run(tmp_path / "run") else {}
-        assert nursery.train(tmp_path / "run", kill=at, **how)[0] == -signal.SIGKILL
-    go_on(nursery, tmp_path / "run")
-    assert_same(tmp_path / "run", whole[0])
+        codes = program.codes(*arguments(program, run, 1), count=1, fault=f"0 {run} {at} kill")
+        assert codes == [-signal.SIGKILL], program.said()
+    program.run(*arguments(program, run, 1), count=1)
+    assert_same(run, whole(1).run)
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_clocks_that_differ_between_machines_change_nothing(
+    count: int, program: Program, whole: Callable[[int], Whole], tmp_path: Path
+) -> None:
+    """A run is killed on a machine, and its files bear times of clocks that are decades off."""
+    run, inside = tmp_path / "run", whole(count).inside
+    fault = f"0 {run}/checkpoints/.filling- {3 * inside - 1} kill"
+    assert -signal.SIGKILL in program.codes(*arguments(program, run, count), count=count, fault=fault)
+    (run / LOCK).write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "2099-01-01 00:00:00+00:00"}))
+    newest = RunFolder(run).latest()
+    for path in [run, *run.rglob("*")]:
+        at = 1 if newest in (path, path.parent) else 2**32
+        os.utime(path, (at, at))
+    program.run(*arguments(program, run, count), count=count)
+    assert_same(run, whole(count).run)
 
 
 # Two writers
 
-VERBS: dict[str, dict[str, bool]] = {"start": {}, "resume": {"resume": True}, "replace": {"replace": True}}
+VERBS = ("start", "resume", "replace")
 
 
 @pytest.mark.parametrize(("first", "second"), some(product(VERBS, VERBS), 2))
 def test_of_two_writers_exactly_one_goes_on(
-    first: str, second: str, nursery: Nursery, whole: tuple[Path, int], tmp_path: Path
+    first: str, second: str, program: Program, whole: Callable[[int], Whole], tmp_path: Path
 ) -> None:
-    run, gate = tmp_path / "run", tmp_path / "go"
+    run = tmp_path / "run"
+    start = [*arguments(program, run, 1)]
+    verbs = {"start": start, "resume": ["resume", run], "replace": [*start, "--replace"]}
     if first != "start":
-        shutil.copytree(whole[0], run)
+        shutil.copytree(whole(1).run, run)
         shutil.rmtree(run / "checkpoints/000003")
         (run / "summary.json").unlink()
-    one = nursery.start(run, tmp_path / "one", gate=gate, **VERBS[first])
-    deadline = time.monotonic() + 120
-    while not gate.with_name("go.waiting").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    other = nursery.start(run, tmp_path / "other", **VERBS[second])
-    assert nursery.wait(other) == 2
-    said = (tmp_path / "other").read_text()
-    assert f"is being written by process {one} on " in said and len(said.splitlines()) == 1
-    gate.touch()
-    assert nursery.wait(one) == 0, (tmp_path / "one").read_text()
-    assert_same(run, whole[0])
+    (one,) = program.start(*verbs[first], count=1, fault="0 comfy_g2rpo.run.loop:learn 1 stop")
+    program.await_fault(0)
+    assert program.codes(*verbs[second], count=1) == [MISTAKE]
+    (said,) = program.said()
+    assert f"is being written by process {one} on " in said
+    os.kill(one, signal.SIGCONT)
+    assert program.wait([one])[0][0] == DONE
+    assert_same(run, whole(1).run)
 
 
 # A full disk
@@ -184,22 +251,24 @@ def resize(disk: Path, kilobytes: int) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("count", "tries"), [(1, 12 if ALL else 6), (2, 4)])
 def test_a_run_goes_on_wherever_the_disk_was_full(
-    nursery: Nursery, whole: tuple[Path, int], disk: Path
+    count: int, tries: int, program: Program, whole: Callable[[int], Whole], disk: Path
 ) -> None:
     """Grow the disk a little at a time: each try ends in one line until there is room for all."""
-    needed = sum(-(-path.stat().st_size // 4096) * 4 for path in whole[0].rglob("*")) + 200
-    sizes = [8 + i * (needed - 8) // DISKS for i in range(DISKS)]
+    run = disk / "run"
+    needed = sum(-(-path.stat().st_size // 4096) * 4 for path in whole(count).run.rglob("*")) + 200
     failures = 0
-    for size in sizes:
-        resize(disk, size)
-        how = {"resume": True} if is_run(disk / "run") else {}
-        code, log = nursery.train(disk / "run", **how)
-        if code == 0:
+    for i in range(tries):
+        resize(disk, 8 + i * (needed - 8) // tries)
+        codes = program.codes(*arguments(program, run, count), count=count)
+        if codes == [DONE] * count:
             break
         failures += 1
-        assert code == 2 and "no space left on device" in log and len(log.splitlines()) == 1, log
-    assert failures >= DISKS // 2
+        (said,) = program.said()
+        assert codes == [MISTAKE] * count and "no space left on device; make room" in said
+        assert_sound(run)
+    assert failures >= tries // 2
     resize(disk, 4 * needed)
-    go_on(nursery, disk / "run")
-    assert_same(disk / "run", whole[0])
+    program.run(*arguments(program, run, count), count=count)
+    assert_same(run, whole(count).run)

@@ -66,7 +66,9 @@ class Pulse:
         self.key = f"g2rpo/{next(NUMBERS)}"
         self.beats, self.code, self.waited, self.deadline = 0, None, 0.0, 0.0
         self.heard = {rank: (b"", time.monotonic()) for rank in range(count) if rank != index}
-        self.ends: dict[int, int] = {}
+        self.ends: dict[int, tuple[int, list[int], str]] = {}
+        self.cause: tuple[list[int], str] = [], ""
+        """Which processes are gone, and what became of them, where this one ends for that."""
         self.met = time.monotonic()
         self.look: Callable[[str], None] = lambda phase: self.check()
         """Called while waiting; raises to stop."""
@@ -100,15 +102,16 @@ class Pulse:
             # This process was stopped itself, and perhaps all: who did not hear tells nothing of the others.
             self.heard = {rank: (said, now) for rank, (said, _) in self.heard.items()}
         self.beats += 1
-        self.store.set(f"{self.key}/{self.index}", json.dumps([self.beats, self.code]))
+        self.store.set(f"{self.key}/{self.index}", json.dumps([self.beats, self.code, *self.cause]))
         for rank, (before, _) in self.heard.items():
             # Getting a key that is not there yet would keep everybody else from the store.
             if self.store.check([f"{self.key}/{rank}"]):
                 said = self.store.get(f"{self.key}/{rank}")
                 if said != before:
                     self.heard[rank] = said, time.monotonic()
-                    if (code := json.loads(said)[1]) is not None:
-                        self.ends[rank] = code
+                    _, code, gone, what = json.loads(said)
+                    if code is not None:
+                        self.ends[rank] = code, gone, what
         self.met = time.monotonic()
 
     def silent(self, seconds: float) -> list[int]:
@@ -120,19 +123,23 @@ class Pulse:
 
     def check(self) -> None:
         """Raise Left where another process has ended the run, or shows no life any more."""
-        for code in [*self.ends.values()]:
+        for code, gone, what in [*self.ends.values()]:
+            if code == AGAIN and what:
+                # Who found it out first need not be the one that says it.
+                raise self.left(gone, what)
             if code:
                 raise Left(code)
         if self.silent(self.silence):
             time.sleep(GRACE)  # if this process was stopped itself, its pulse comes first
         if gone := self.silent(self.silence):
-            raise Left(AGAIN, self.line(gone, f"has shown no life for {self.silence:g} s"))
+            raise self.left(gone, f"has shown no life for {self.silence:g} s")
 
-    def line(self, gone: Sequence[int], what: str) -> str:
-        """Say what became of processes; only the first of the others does."""
+    def left(self, gone: list[int], what: str) -> Left:
+        """Return how this process ends where others are lost; only the first of those left says so."""
+        self.cause = gone, what
         others = [rank for rank in range(self.count) if rank not in gone]
         which = ", ".join(map(str, gone)) or "unknown"
-        return f"process {which} of {self.count} {what}" if self.index == others[0] else ""
+        return Left(AGAIN, f"process {which} of {self.count} {what}" if self.index == others[0] else "")
 
     def loss(self) -> Left:
         """Return why a gathering broke off: what another process says, else that it is lost."""
@@ -140,8 +147,7 @@ class Pulse:
         while time.monotonic() < deadline:
             self.check()
             time.sleep(BEAT / 10)
-        what = "was lost: it was killed, or its machine is gone"
-        return Left(AGAIN, self.line(self.silent(GRACE / 2), what))
+        return self.left(self.silent(GRACE / 2), "was lost: it was killed, or its machine is gone")
 
     def finish(self, work: Callable[[], Any]) -> None:
         """Start something that all processes do together, and wait for its end.

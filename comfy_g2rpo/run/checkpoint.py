@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import lora
 from ..curriculum.prompt_history import History
+from ..files.safe import RunError, digest_of
 from ..replay.old_forks import remembered
 from ..replay.replay_file import read_forks, write_forks
 from .folder import RunFolder, fitting, read_progress, write_state
 from .optimizers import load_optimizer_tensors, optimizer_tensors, rate_schedule, swapped
-from .setup import Learner, Setup, prompts_ahead
+from .setup import Learner, Setup, World, prompts_ahead
 from .watch import best_step
 
 
@@ -76,6 +78,7 @@ def restore(setup: Setup, learner: Learner, folder: RunFolder) -> list[str]:
     remarks = folder.set_damaged_aside() if setup.world.speaks else []
     setup.world.wait()
     place = folder.latest()
+    check_same(setup.world, place)
     if place is None:
         if setup.world.speaks:
             folder.truncate_metrics(0)
@@ -112,3 +115,19 @@ def restore(setup: Setup, learner: Learner, folder: RunFolder) -> list[str]:
     if setup.world.speaks:
         folder.truncate_metrics(learner.step)
     return remarks
+
+
+def check_same(world: World, place: Path | None) -> None:
+    """Raise RunError unless every process has found the same checkpoint."""
+    if world.count == 1:
+        return
+    own = [int(place.name), int(digest_of(place / "state.safetensors")[:12], 16)] if place else [0, 0]
+    found = world.gather(torch.tensor([[own]], dtype=torch.float64))[0]
+    if (found != found[0]).any():
+        if not world.speaks:
+            world.wait()  # which ends as the first process does, so that the line is said once
+        steps = ", ".join(f"{step:.0f}" for step in found[:, 0])
+        raise RunError(
+            f"the processes have found different checkpoints, of the steps {steps}; give all the same run "
+            "folder, on a disk that they share"
+        )

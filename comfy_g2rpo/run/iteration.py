@@ -50,6 +50,7 @@ class Scored:
     dropped: float  # share of the pictures that the least able reward could not judge
     noise: Sequence[float]  # [R], a spread below which tells nothing
     history: History  # with what this step shows
+    metrics: Mapping[str, float]  # of the prompts of all processes
     values: Sequence[Tensor] | None = None  # [K, G] of every prompt, in the rewards' own units
 
 
@@ -183,7 +184,30 @@ def score(setup: Setup, explored: Explored, step: int) -> Scored:
     if recipe.replay or OBJECTIVES[recipe.objective].values:
         how = setup.weights, setup.gates, recipe.std_floor, noise
         values = [raw_values(reward, *how) for reward in rewards]
-    return Scored(rewards, advantages, everywhere, dropped, noise, history, values)
+    metrics = setup.world.mean(prompt_metrics(setup, explored, rewards, advantages, noise))
+    return Scored(rewards, advantages, everywhere, dropped, noise, history, metrics, values)
+
+
+def prompt_metrics(
+    setup: Setup,
+    explored: Explored,
+    rewards: Sequence[Tensor],
+    advantages: Sequence[Tensor],
+    noise: Sequence[float],
+) -> dict[str, float]:
+    """Return what the step's prompts say of it: advantages, groups without any order, diversity."""
+    # Deep groups may have more members than others; whole images have no edges.
+    tables = torch.stack(list(advantages))
+    edges = len(tables) * len(explored.plan.transitions) or tables.numel()
+    shares = [zero_std_share(reward, setup.recipe.std_floor, noise) for reward in rewards]
+    row = {
+        "advantage/abs_mean": tables.abs().sum().item() / edges,
+        "zero_std_share": sum(shares) / len(shares),
+    }
+    if pixels := explored.features.get("pixels"):
+        apart = [mean_distance(features.movedim(2, 1)).nanmean() for features in pixels]
+        row["diversity/group"] = torch.stack(apart).nanmean().item()
+    return row
 
 
 def worth(setup: Setup, rewards: Tensor) -> Tensor:
@@ -299,20 +323,11 @@ def step_row(
         valid = values[~values.isnan()]
         row[f"reward/{reward.name}/mean"] = valid.double().mean().item()
         row[f"reward/{reward.name}/std"] = valid.double().std().item() if len(valid) > 1 else math.nan
-    # Deep groups may have more members than others; whole images have no edges.
-    tables = torch.stack(list(scored.advantages))
-    edges = len(tables) * len(explored.plan.transitions) or tables.numel()
-    row["advantage/abs_mean"] = tables.abs().sum().item() / edges
-    shares = [zero_std_share(reward, setup.recipe.std_floor, scored.noise) for reward in scored.rewards]
-    row["zero_std_share"] = sum(shares) / len(shares)
-    row["dropped_share"] = scored.dropped
+    row |= {**scored.metrics, "dropped_share": scored.dropped}
     row |= gap_metrics([reward.name for reward in setup.rewards], explored.plan, scored.everywhere)
-    if pixels := explored.features.get("pixels"):
-        apart = [mean_distance(features.movedim(2, 1)).nanmean() for features in pixels]
-        row["diversity/group"] = torch.stack(apart).nanmean().item()
-    row |= {**stats, **explored.guard, **explored.told, "nfe": explored.rollout.nfe}
+    row |= {**stats, **explored.guard, **explored.told, "nfe": explored.rollout.nfe * setup.world.count}
     if explored.chosen.nfe:
-        row["choice/nfe"] = explored.chosen.nfe
+        row["choice/nfe"] = explored.chosen.nfe * setup.world.count
     row |= {f"memory/{name}": rows for name, rows in learner.limits.lowered().items()}
     row |= {f"time/{name}": spent for name, spent in explored.seconds.items()}
     return row | {"time/update": seconds, "memory/peak": peak_memory(setup.policy.device)}

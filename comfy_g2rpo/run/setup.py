@@ -50,6 +50,13 @@ class World:
         """Return, in every process alike, what the one that speaks has said."""
         return bool(self.gather(torch.tensor([[[float(said and self.speaks)]]])).any())
 
+    def mean(self, row: Mapping[str, float]) -> dict[str, float]:
+        """Return the means over processes of what each has measured, of those that could."""
+        if self.count == 1:
+            return dict(row)
+        each = self.gather(torch.tensor([[[*row.values()]]], dtype=torch.float64))[0]
+        return dict(zip(row, each.nanmean(0).tolist(), strict=True))
+
     def waiting(self, since: float) -> dict[str, float]:
         """Return as metrics the seconds that processes waited since `waited` said so much; none alone."""
         if self.count == 1:

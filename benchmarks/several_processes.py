@@ -1,6 +1,6 @@
 """How much sooner is an evaluation done by several processes? Wall-clock seconds on this machine's cores.
 
-    python benchmarks/processes.py [--processes 2] [--repeats 3]
+    python benchmarks/several_processes.py [--processes 2] [--repeats 3]
 
 The demo's evaluation of 96 held-out prompts with 3 noises, by one process and by several in turn, each with
 one thread, joined by gloo. Nothing else should run meanwhile.
