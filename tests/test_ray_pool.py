@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
+from ray_nodes import cluster, join
 
 from comfy_g2rpo.sharing.ahead import Order
 from g2rpo_trainer.commands.exit_codes import AGAIN, UNFORESEEN
@@ -19,9 +20,6 @@ from g2rpo_trainer.processes import Left
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray>=2.40'")
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.long]
-
-STORE = 10**8
-HEAD = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
 
 
 class Light:
@@ -46,12 +44,7 @@ class Light:
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
     """Start a cluster: a head without processors, and two nodes of one each."""
-    from ray.cluster_utils import Cluster as Nodes
-
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    made = Nodes(initialize_head=True, head_node_args=HEAD)
-    for _ in range(2):
-        made.add_node(num_cpus=1, object_store_memory=STORE)
+    made = cluster()
     ray.init(address=made.address, log_to_driver=False, logging_level=logging.ERROR)
     yield made
     ray.shutdown()
@@ -143,7 +136,7 @@ def test_machines_leave_and_join(pool_of: Callable[..., Any], nodes: Any) -> Non
             gone.append(sorted(nodes.worker_nodes, key=id)[0])
             nodes.remove_node(gone[0], allow_graceful=False)
             for _ in range(2):
-                nodes.add_node(num_cpus=1, object_store_memory=STORE)
+                join(nodes)
 
     ask(pool, 1, 6)
     assert [each[1] for each in collected(pool, 1, swap)] == [*range(6)]
@@ -216,4 +209,4 @@ def test_without_any_worker_for_too_long_the_run_ends(pool_of: Callable[..., Any
         collected(pool, 0)
     assert left.value.code == AGAIN and "num_" not in str(left.value)
     for _ in range(2):
-        nodes.add_node(num_cpus=1, object_store_memory=STORE)
+        join(nodes)

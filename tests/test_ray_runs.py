@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray_nodes import cluster, join
 from test_run import assert_equal, config, outcome
 from test_sharing import learned, without_workers
 
@@ -26,8 +27,6 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray>
 # Workers load the model in processes of their own, some ten seconds each where a core is free.
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.long]
 
-STORE = 10**8
-HEAD = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
 QUICK = {"prompts_per_step": 2, "prompts_at_once": 1, "eval_every": 0, "watch": "off", "eval_noises": 1}
 CLIP = {"objective": "clip"}
 SLOW = """
@@ -41,11 +40,7 @@ def own(images, prompts):
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
     """Start a cluster: a head without processors, and two nodes of one each."""
-    from ray.cluster_utils import Cluster as Nodes
-
-    made = Nodes(initialize_head=True, head_node_args=HEAD)
-    for _ in range(2):
-        made.add_node(num_cpus=1, object_store_memory=STORE)
+    made = cluster()
     yield made
     ray.shutdown()
     made.shutdown()
@@ -111,7 +106,7 @@ def test_a_run_outlives_its_workers_and_each_step_is_made_once(tmp_path: Path, n
 
     def swap() -> None:
         nodes.remove_node(rng.choice(sorted(nodes.worker_nodes, key=id)), allow_graceful=False)
-        nodes.add_node(num_cpus=1, object_store_memory=STORE)
+        join(nodes)
 
     explored(made, tmp_path / "hurt", nodes, 1, Trouble({1: kill, 3: swap, 4: kill}))
     rows = stepped(tmp_path / "hurt")
@@ -141,7 +136,7 @@ def test_a_run_without_workers_ends_and_goes_on_as_if_it_had_not(
     reached = int(RunFolder(tmp_path / "run").latest().name)
     assert reached in (2, 3)
     for _ in range(2):
-        nodes.add_node(num_cpus=1, object_store_memory=STORE)
+        join(nodes)
     explored(made, tmp_path / "run", nodes, 1, resume=True)
     assert [row["step"] for row in stepped(tmp_path / "run")] == [1, 2, 3, 4]
     learned(made, tmp_path / "calm", 1)
