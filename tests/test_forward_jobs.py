@@ -32,6 +32,7 @@ from comfy_g2rpo.files.spool import Spool
 from comfy_g2rpo.run.folder import RunFolder
 from g2rpo_trainer.jobs import forward_job
 from g2rpo_trainer.jobs.forward_job import Forward
+from g2rpo_trainer.jobs.worker_loop import Worker
 from g2rpo_trainer.service.http_guard import token_of
 from g2rpo_trainer.service.remote_client import RemoteService
 
@@ -257,6 +258,16 @@ def test_models_are_found_by_name_in_the_folders_of_the_service(spool: Spool, tm
                 assert "models.model is" in error and str(tmp_path) not in error
         ready = made._rules("of-a").prepare(made.spool.job("of-a"))
         assert ready["recipe"]["model"]["path"] == str(tmp_path / "big/checkpoints/a.safetensors")
+
+
+def test_a_run_that_was_begun_here_is_not_passed_on_and_a_worker_waits_beside_it(
+    spool: Spool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunFolder.create(run_of(spool).path, {})
+    with service(tmp_path / "served") as (port, made):
+        worker = Worker(spool.path, spool.path.parent, Forward(RemoteService(at(port), TOKEN, -1.0)))
+        assert worker.work(once=True) and not made.spool.ids() and spool.state("hand") == "waiting"
+    assert capsys.readouterr().out.count("hand was begun on this machine; start g2rpo worker without") == 1
 
 
 def test_another_job_of_that_name_is_told_apart(spool: Spool, tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 from job_host import SMALL
+from test_remote import with_lora
 
 from comfy_g2rpo.files.safe import RunError
 from comfy_g2rpo.files.spool import JobError, Spool
 from comfy_g2rpo.run.folder import RunFolder, is_run
 from g2rpo_trainer.config.reading import find_recipe, read_yaml
+from g2rpo_trainer.jobs import run_job as run_job_module
 from g2rpo_trainer.jobs.run_job import Rules, error_of, run_job
 
 WORK = """
@@ -142,6 +144,54 @@ def test_a_job_stops_with_its_worker_goes_on_with_the_next_and_ends_once(tmp_pat
     assert end["step"] == 40 and (runs / "one" / end["lora"]).is_file()
     steps = [row["step"] for row in RunFolder(runs / "one").metrics() if "nfe" in row]
     assert steps == list(range(1, 41))
+
+
+def test_a_run_that_is_tried_again_takes_other_settings_as_far_as_it_can(tmp_path: Path) -> None:
+    given = {
+        "recipe": {},
+        "settings": ["train.slots=4", "model.dtype=fp32", "rewards.0.batch=2", "lora.rank=3"],
+    }
+    run, recipe = tmp_path / "one", tmp_path / "one.recipe"
+    all_of_them = [f"--set={each}" for each in given["settings"]]
+    begin = ["train", str(recipe), "--out", str(run), "--quiet"]
+    assert run_job_module._words(given, run, recipe) == [*begin, *all_of_them]
+    made = RunFolder.create(run, {"config": {}, "recipe": {}})
+    with_lora(made, 0)
+    # It has learned nothing: memory ran out, say, for which another preset is given.
+    assert run_job_module._words(given, run, recipe) == [*begin, "--replace", *all_of_them]
+    with_lora(made, 5)
+    kept = ["--set=train.slots=4", "--set=rewards.0.batch=2"]
+    assert run_job_module._words(given, run, recipe) == ["resume", str(run), "--quiet", *kept]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json"])
+def test_a_run_that_is_replaced_can_be_replaced_again_wherever_that_broke_off(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = RunFolder.create(tmp_path / "one", {"config": {}, "recipe": {}})
+    with_lora(made, 5)
+    unlink = Path.unlink
+
+    def breaks_off(path: Path, missing_ok: bool = False) -> None:
+        if path.name == name:
+            raise OSError(5, "killed here")
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", breaks_off)
+        with pytest.raises(RunError, match="killed here"):
+            RunFolder.create(made.path, {"config": {}, "recipe": {}}, replace=True)
+    assert not made.checkpoints.exists() and is_run(made.path) == (name == "metrics.jsonl")
+    assert RunFolder.create(made.path, {"config": {}, "recipe": {}}, replace=True).metrics() == []
+
+
+def test_a_job_that_a_service_has_is_not_trained_here_as_well(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "jobs")
+    spool.submit("one", job(1))
+    spool.send("one", "http://127.0.0.1:9")
+    with pytest.raises(RunError, match="one was sent to http://127.0.0.1:9; start g2rpo worker --forward"):
+        run_job(spool, "one", tmp_path / "runs")
+    assert spool.stop("one") == "waiting" and spool.cancelled("one")
 
 
 @pytest.mark.long

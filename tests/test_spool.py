@@ -104,3 +104,20 @@ def test_of_many_who_submit_the_same_id_one_wins(tmp_path: Path, system: str) ->
     said = sorted(child.communicate()[0].strip() for child in children)
     assert said == ["True", *["refused"] * 4]
     assert Spool(tmp_path).ids() == ["one"] and [path.name for path in tmp_path.iterdir()] == ["one.job.json"]
+
+
+def test_what_is_said_of_a_job_is_a_line_and_an_end_is_kept_when_it_is_tried_again(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.submit("one", {})
+    assert spool.noted("one") == spool.sent("one") == "" and spool.former("one") is None
+    spool.note("one", "it waits\n for you" + "x" * 9000)
+    assert spool.noted("one").startswith("it waits for you") and len(spool.noted("one")) < 5000
+    spool.note("one", "")
+    assert spool.noted("one") == "" and not spool.newest_asked("one")
+    spool.ask_newest("one")
+    assert spool.newest_asked("one")
+    spool.end("one", "failed", error="why")
+    ended = spool.ended("one")
+    assert spool.again("one") and spool.former("one") == ended and spool.ended("one") is None
+    spool.end("one", "failed", error="why")
+    assert spool.ended("one")["at"] > ended["at"]

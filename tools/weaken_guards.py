@@ -54,6 +54,9 @@ GUARDED: dict[str, tuple[str, ...]] = {
 """Files whose guards keep data and people safe, and the tests that should notice a weak one."""
 LONG_TOO = ("-m", "not browser")
 """What notices a weak guard may take long."""
+QUICK = ("-m", "not browser and not long", "-k", "not weakened")
+QUICK_ENOUGH = ("trainer/service/", "trainer/jobs/forward_job.py", "trainer/jobs/mirrored_run.py")
+"""Files whose long tests are about endurance. Tests that weaken a file's text themselves would notice any."""
 IN_COMFYUI = ("nodes/",)
 """Where tests run in other processes, so that it cannot be told which of them meet a line."""
 SECONDS = 400
@@ -194,9 +197,10 @@ class Copy:
             text=True,
         )
 
-    def pytest(self, *words: str) -> int:
-        """Run tests in the order given; return pytest's exit code, TOO_LONG where they took too long."""
-        order = {"words": ["-q", "-p", "no:cacheprovider", *LONG_TOO, *words], "seconds": SECONDS}
+    def pytest(self, file: str, *words: str, seconds: int = SECONDS) -> int:
+        """Run tests of a file in the order given; return pytest's exit code, TOO_LONG after so many seconds."""
+        chosen = QUICK if file.startswith(QUICK_ENOUGH) else LONG_TOO
+        order = {"words": ["-q", "-p", "no:cacheprovider", *chosen, *words], "seconds": seconds}
         print(json.dumps(order | {"memory": MEMORY}), file=self.warm.stdin, flush=True)
         code = int(self.warm.stdout.readline())
         return TOO_LONG if code == -signal.SIGALRM else code
@@ -211,7 +215,7 @@ class Copy:
         measure = [f"--cov={self.place / Path(file).parent}", "--cov-context=test", "--cov-report="]
         measure += [f"--junitxml={times}", "-o", "junit_duration_report=call"]
         words = () if elsewhere else measure
-        if code := self.pytest(*words, *tests):
+        if code := self.pytest(file, *words, *tests, seconds=5 * SECONDS):
             raise SystemExit(f"{file}: its tests fail as they are (pytest: {code}); mend that first")
         if elsewhere:
             return None
@@ -255,7 +259,7 @@ def survivors(file: str, weak: Sequence[Mutant], copy: Copy) -> Iterator[Mutant]
         chosen = list(dict.fromkeys(meeting))
         (copy.place / file).write_text(mutant.text, "utf-8")
         begin = time.monotonic()
-        code = copy.pytest("-x", *chosen) if chosen else 0
+        code = copy.pytest(file, "-x", *chosen) if chosen else 0
         (copy.place / file).write_text(original, "utf-8")
         word = {0: "SURVIVED", TOO_LONG: "TOO LONG"}.get(code, "noticed")
         print(f"{word:8}  {time.monotonic() - begin:4.0f} s  line {mutant.line}  {mutant.name}", flush=True)

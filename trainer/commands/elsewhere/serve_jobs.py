@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
     from ...service.job_server import JobService
 
+CardPreset = Annotated[
+    str | None, typer.Option(help="Settings for a card of this size, such as 24gb, for jobs of a graph.")
+]
+GraphSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a field of every job of a graph."),
+]
 TOKEN_FILE = Path("~/.cache/g2rpo/service.token")
 
 
@@ -42,13 +49,8 @@ def serve_jobs(
     gigabytes: Annotated[
         float, typer.Option(min=0.001, max=1e6, help="Gigabytes that all jobs together may hold.")
     ] = 50.0,
-    preset: Annotated[
-        str | None, typer.Option(help="Settings for a card of this size, such as 24gb, for jobs of a graph.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a field of every job of a graph."),
-    ] = None,
+    preset: CardPreset = None,
+    settings: GraphSettings = None,
     behind_tls_proxy: Annotated[
         bool,
         typer.Option(
@@ -60,32 +62,44 @@ def serve_jobs(
     ] = False,
 ) -> None:
     """Train jobs that come over HTTP, one after another, until Ctrl-C; for a GPU elsewhere."""
-    import json
-
     from comfy_g2rpo.files.one_writer import one_writer
 
-    from ...config.reading import apply_overrides
-    from ...cost.presets import preset_named
-    from ...service.api_document import document
     from ...service.http_guard import check_private, listen, names_of
     from ...service.job_server import JobService, Quotas
 
     if print_openapi:
-        if not wanted():
-            typer.echo(json.dumps(document(), indent=1))
-        answer(document())
+        print_document()
         return
     check_private(host, behind_tls_proxy)
     roots = [each.expanduser() for each in models or []]
     if missing := next((each for each in roots if not each.is_dir()), None):
         raise CommandError(f"--models is {missing}, which is no folder; choose another")
-    apply_overrides({}, settings or [])  # what its owner has mistyped would fail every job
-    card = preset_named(preset) if preset else None
+    given = checked_settings(preset, settings or [])
     folder = jobs.expanduser()
     with listen(host, port) as at, one_writer(folder):
         names = names_of(host, at.getsockname()[1], known_as or [])
-        service = JobService(folder, roots, Quotas(queue, hours, gigabytes), settings or [], card)
+        service = JobService(folder, roots, Quotas(queue, hours, gigabytes), *given)
         run_service(service, at, names, token_file.expanduser())
+
+
+def print_document() -> None:
+    """Print the OpenAPI description."""
+    import json
+
+    from ...service.api_document import document
+
+    if not wanted():
+        typer.echo(json.dumps(document(), indent=1))
+    answer(document())
+
+
+def checked_settings(preset: str | None, settings: list[str]) -> tuple[list[str], str | None]:
+    """Return settings and the name of a preset; what an owner has mistyped would fail every job."""
+    from ...config.reading import apply_overrides
+    from ...cost.presets import preset_named
+
+    apply_overrides({}, settings)
+    return settings, preset_named(preset) if preset else None
 
 
 def run_service(service: JobService, at: socket.socket, names: Sequence[str], token_file: Path) -> None:

@@ -10,6 +10,7 @@ import typer
 from ..answers import answer
 from ..arguments import CommandError
 from .remote import TokenFile, connect
+from .serve_jobs import checked_settings
 
 if TYPE_CHECKING:
     from ...jobs.worker_loop import Trainer
@@ -72,17 +73,13 @@ def worker(
 
 def training_here(base: Path, models: list[Path], settings: list[str], preset: str | None) -> Trainer:
     """Return how jobs are trained on this machine."""
-    from ...config.reading import apply_overrides
-    from ...cost.presets import preset_named
     from ...jobs.graph_job import ModelFolders, Owner
     from ...jobs.worker_loop import Here, use_comfyui
 
-    # What its owner has mistyped would fail every job.
-    apply_overrides({}, settings)
-    card = preset_named(preset) if preset else None
+    given = checked_settings(preset, settings)
     use_comfyui(base)
     folders = ModelFolders.of([base / "models", *(path.expanduser() for path in models)])
-    return Here(Owner(folders, settings, card))
+    return Here(Owner(folders, *given))
 
 
 def passing_on(url: str, token_file: Path | None) -> Trainer:
