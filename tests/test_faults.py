@@ -12,17 +12,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from fault_nursery import LATE
 from forked_program import NEEDS_LINUX, Program, assert_alike, assert_sound, files, soon
 from test_run import FEW, assert_equal, outcome
+from torch.distributed import HashStore
 
 from comfy_g2rpo.files.one_writer import LOCK
 from comfy_g2rpo.run.folder import RunFolder
 from g2rpo_trainer.commands.exit_codes import AGAIN, MISTAKE
-from g2rpo_trainer.processes import silence
+from g2rpo_trainer.processes import Left, Pulse, silence
 
 pytestmark = [pytest.mark.xdist_group("faults"), NEEDS_LINUX]
 
@@ -218,6 +220,23 @@ def test_a_silence_that_is_none_is_named(given: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("G2RPO_SILENCE", given)
     with pytest.raises(ValueError, match=r"G2RPO_SILENCE is .*; give seconds, from 2 to"):
         silence()
+
+
+def test_the_line_is_said_whoever_finds_the_loss_first() -> None:
+    """Of four processes the second is lost, the last one finds it out, and the first one speaks."""
+    store = HashStore()
+    pulses = {rank: Pulse(store, rank, 4) for rank in (0, 2, 3)}
+    for pulse in pulses.values():
+        pulse.key = pulses[0].key  # as in processes of their own
+    found = pulses[3].left([1], "was lost")
+    pulses[3].end(found.code)
+    assert (str(found), found.code) == ("", AGAIN)
+    for rank, line in ((2, ""), (0, "process 1 of 4 was lost")):
+        assert soon(partial(pulses[rank].ends.__contains__, 3))
+        with pytest.raises(Left) as heard:
+            pulses[rank].check()
+        assert (str(heard.value), heard.value.code) == (line, AGAIN)
+        pulses[rank].end(AGAIN)
 
 
 def test_waiting_is_measured_where_there_is_somebody_to_wait_for(whole: Path) -> None:
