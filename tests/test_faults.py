@@ -52,7 +52,6 @@ ENDS = {
     ),
     "term": (143, 143, r"interrupted; continue with: g2rpo resume {run}"),
     "memory": (MISTAKE, MISTAKE, r"error: out of memory, .*"),
-    "cut": (AGAIN, AGAIN, r"process {rank} of 2 was lost: .*; continue with: .*"),
     "stop": (AGAIN, AGAIN, rf"process {{rank}} of 2 has shown no life for {SILENCE:g} s; continue with: .*"),
 }
 """How the process ends that meets a fault, how the other one does, and the line that is said about it."""
@@ -67,9 +66,9 @@ SHORT = [(1, "update", "term")]
 LONG = [
     *((rank, phase, "kill") for rank in (0, 1) for phase in PHASES if (rank, phase) != (1, "checkpoint")),
     *((rank, phase, "term") for rank in (0, 1) for phase in PHASES if phase not in ("start", "checkpoint")),
-    *((rank, phase, "memory") for rank in (0, 1) for phase in PHASES if (rank, phase) != (1, "checkpoint")),
+    *((rank, phase, "memory") for rank in (0, 1) for phase in ("rollout", "decode", "update", "evaluate")),
+    (0, "checkpoint", "memory"),
     *((rank, phase, "stop") for rank in (0, 1) for phase in ("rollout", "reward", "update", "evaluate")),
-    *((rank, phase, "cut") for rank in (0, 1) for phase in ("evaluate", "rollout", "update")),
 ]
 CASES = [
     *(pytest.param(*each) for each in SHORT),
@@ -124,8 +123,7 @@ def test_a_fault_ends_every_process_and_costs_nothing(
     assert after < SOON + (2 * SILENCE if kind == "stop" else 0)
     expected = line.format(rank=rank, run=re.escape(str(run)))
     assert [text for text in said if re.fullmatch(expected, text)], said
-    # Who goes on after it was given up may say a line, too; and two that lose each other say one each.
-    assert len(said) == 1 + (kind in ("stop", "cut") and len(said) > 1), said
+    assert len(said) == 1 + (kind == "stop" and len(said) > 1), said
     assert_sound(run)
     if (kind, phase) in {("term", "update"), ("kill", "update")} and (rank == 1 or kind == "term"):
         assert RunFolder(run).latest().name == "000001", "the step that was finished is kept"
