@@ -4,9 +4,8 @@ of all but the first process, where they differ.
 
 One of them may meet a fault: RANK POINT NUMBER KIND. A point is MODULE:FUNCTION, which is called, or the
 start of a path, below which something changes. In that process, as it comes to that point for that time, the
-process is killed, told to end, stopped, cut off from the others, or left without more memory. The system does
-it, not our code: nothing of the program is changed. Who is killed as a file is about to be on the disk leaves
-half of it there.
+process is killed, told to end, stopped, or left without more memory. The system does it, not our code:
+nothing of the program is changed. Who is killed as a file is about to be on the disk leaves half of it there.
 """
 
 from __future__ import annotations
@@ -17,12 +16,10 @@ import json
 import os
 import resource
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -120,18 +117,8 @@ def meet(kind: str, log: str) -> None:
         file.write(str(time.time()))
     if kind in SIGNALS:
         os.kill(os.getpid(), SIGNALS[kind])
-    elif kind == "cut":
-        cut()
     else:
         exhaust()
-
-
-def cut() -> None:
-    """Close every connection of this process, as a network that fails does."""
-    for name in os.listdir("/proc/self/fd"):
-        # The other ends see it, too; one that only listens, or the list's own handle, is none.
-        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
-            connection.shutdown(socket.SHUT_RDWR)
 
 
 def exhaust() -> None:

@@ -60,7 +60,7 @@ class Program:
         order = {"words": [*map(str, words)], "count": count, "port": port, "log": str(self.log)}
         return self.ask(order | more)
 
-    def wait(self, pids: list[int], limit: float = 240) -> list[tuple[int, float]]:
+    def wait(self, pids: list[int], limit: float = 900) -> list[tuple[int, float]]:
         """Return how processes ended, and how long after their fault."""
         ended = self.ask({"wait": pids, "limit": limit})
         met = [float(file.read_text()) for file in self.place.glob("log.*.met")]
@@ -96,7 +96,7 @@ class Program:
         return [line for log in logs if log.exists() for line in log.read_text().splitlines()]
 
 
-def soon(condition: Any, limit: float = 120) -> bool:
+def soon(condition: Any, limit: float = 300) -> bool:
     """Wait until something holds; return whether it does in time."""
     deadline = time.monotonic() + limit
     while not condition() and time.monotonic() < deadline:

@@ -66,7 +66,8 @@ def test_several_take_the_gradients_of_one(count: int, steps: Callable[[int], li
     assert (largest > 1e-5).all(), "there is something to compare"
     apart = (found[0].gradients - alone.gradients).abs().amax(1)
     print(f"{count} processes: gradients apart by {apart.tolist()}, the largest being {largest.tolist()}")
-    assert (apart <= 1e-6 * largest).all()
+    # Other batches round otherwise, and advantages divide by a group's spread.
+    assert (apart <= 1e-6).all() and (apart <= 1e-5 * largest).all()
 
 
 @pytest.mark.parametrize("count", SEVERAL)
