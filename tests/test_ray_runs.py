@@ -147,7 +147,10 @@ def test_a_run_without_workers_ends_and_goes_on_as_if_it_had_not(
 def test_a_workers_mistake_is_one_line_and_a_stop_is_heard(tmp_path: Path, nodes: Any) -> None:
     (tmp_path / "own.py").write_text("def own(images, prompts):\n    raise KeyError('no such picture')\n")
     made = config(
-        tmp_path, rewards=[{"name": "own", "path": f"{tmp_path}/own.py:own"}], train={**QUICK, "steps": 2}
+        tmp_path,
+        rewards=[{"name": "own", "path": f"{tmp_path}/own.py:own"}],
+        prompts={"heldout": None},  # else the learner's own evaluation would ask it first
+        train={**QUICK, "steps": 2},
     )
     with pytest.raises(RewardError, match=r"rollout worker on .*: reward 'own' failed with KeyError") as said:
         explored(made, tmp_path / "bad", nodes, 0)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from program import leave
 from test_commands import parse
 
 from g2rpo_trainer.cluster.cluster_options import Cluster, cluster_of, cluster_settings
-from g2rpo_trainer.cluster.connecting import resources_of
+from g2rpo_trainer.cluster.connecting import check_address, resources_of
 from g2rpo_trainer.commands.arguments import CommandError
 from g2rpo_trainer.config.reading import load
 from g2rpo_trainer.cost.cluster_hours import Load, shared
@@ -62,6 +63,23 @@ def test_without_ray_one_line_says_how_to_install_it(
     assert code == 2 and "pip install 'ray>=" in error.strip().splitlines()[-1]
     assert "pip install" in json.loads(out.splitlines()[-1])["error"]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("address", ["nowhere", "host:", ":1", "a:b", "ray://x", "host:99999"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(CommandError, match="give auto, HOST:PORT"):
+        check_address(address)
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        check_address(f"127.0.0.1:{port}")
+        check_address(f"ray://127.0.0.1:{port}")
+    with pytest.raises(CommandError, match="nobody answers there"):
+        check_address(f"127.0.0.1:{port}")
+    check_address("auto")
+    check_address("local")
 
 
 def test_a_cluster_brings_the_settings_that_it_needs() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ from .cluster_options import INSTALL, Cluster
 if TYPE_CHECKING:
     from ..config.reading import Config
 
+SECONDS = 10
+"""That one waits for an answer at the address of a cluster."""
 STORE = 2**30
 """Bytes of memory that a cluster of this machine alone keeps for adapters and parts."""
 Explores = Callable[[Setup], Setup]
@@ -60,6 +63,21 @@ def refuse(cluster: Cluster, config: Config) -> None:
         raise CommandError("rewards has votes, which lie in this run's folder; leave --ray out")
     if importlib.util.find_spec("ray") is None:
         raise CommandError(f"--ray needs Ray, which is not installed; install it with: {INSTALL}")
+    check_address(cluster.address)
+
+
+def check_address(address: str) -> None:
+    """Refuse an address where nobody listens; Ray itself would try for minutes."""
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise CommandError(f"--ray {address[:80]!r}: give auto, HOST:PORT, ray://HOST:10001, or local")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), SECONDS).close()
+    except OSError as error:
+        start = "start a cluster with: ray start --head, or give --ray local"
+        raise CommandError(f"--ray {address}: nobody answers there ({error}); {start}") from error
 
 
 @contextmanager

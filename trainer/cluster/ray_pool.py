@@ -8,6 +8,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,7 +105,11 @@ class RayWorkers:
         self.seen = max(self.seen, time.monotonic() - self.patience / 2)  # nobody looked during the update
         while not all(part in self.found for part in parts):
             wait()
-            self.turn()
+            try:
+                self.turn()
+            except RayError as error:
+                line = str(error).strip().partition("\n")[0][:200]
+                raise Left(AGAIN, f"the Ray cluster is gone ({line})") from error
         # Until the next step is collected nobody attends to workers: they get all that waits.
         self.dispatch(len(self.waiting) + 1)
         return [self.found.pop(part) for part in parts]
@@ -221,4 +226,5 @@ class RayWorkers:
     def close(self) -> None:
         """Let the workers go."""
         for worker in self.team:
-            ray.kill(worker.actor)
+            with suppress(RayError, RuntimeError):  # the cluster may be gone
+                ray.kill(worker.actor)

@@ -21,6 +21,7 @@ class RolloutActor:
 
     def __init__(self) -> None:
         self.setup: Any = None
+        self.digest = ""
 
     def here(self) -> dict[str, str]:
         """Say where this process is."""
@@ -37,6 +38,8 @@ class RolloutActor:
         return told(lambda: self._explore(order, adapter))
 
     def _build(self, tree: Mapping[str, Any], threads: int) -> bytes:
+        if self.setup is not None:
+            return self.digest.encode()  # only the connection was lost
         import torch
 
         from comfy_g2rpo.curriculum.prompt_history import digest
@@ -59,7 +62,8 @@ class RolloutActor:
         self.setup = prepare(config, accelerator_of(cpu))
         # Nothing is learned here: no optimizer takes memory.
         self.learner = Learner(torch.optim.SGD([torch.zeros(1)]), [], limits=Limits.of(self.setup.pace))
-        return digest(self.setup.prompts.train).encode()
+        self.digest = digest(self.setup.prompts.train)
+        return self.digest.encode()
 
     def _explore(self, order: Mapping[str, Any], adapter: bytes) -> bytes:
         from comfy_g2rpo.sharing.ahead import Order, work_off
