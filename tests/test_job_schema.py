@@ -157,6 +157,10 @@ def test_names_become_files_and_settings_part_of_the_recipe(tmp_path: Path) -> N
     assert ready["recipe"]["prompts"]["train"] == str(tmp_path / "mine/words.txt")
     assert ready["recipe"]["train"]["steps"] == 7 and ready["settings"] == []
     assert made["recipe"]["prompts"]["train"] == "prompts/shapes_train.txt"
+    (tmp_path / "mine/style.safetensors").write_bytes(b"")
+    made = job_request(job(settings=("model.lora=[{path: mine/style.safetensors}]",))).job
+    (style,) = ready_job(made, [tmp_path])["recipe"]["model"]["lora"]
+    assert style["path"] == str(tmp_path / "mine/style.safetensors")
 
 
 def test_what_a_refusal_says_holds_no_place_of_this_machine(tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ class Passage:
         complete = True
         if view.get("steps") is not None:
             self.mirror.begin(self.job, view.get("steps"))
-            complete = self.mirror.follow(view, self.spool.newest_asked(self.job_id))
+            newest = status not in ENDS and self.spool.newest_asked(self.job_id)
+            complete = self.mirror.follow(view, newest)
         self.note(f"it waits its turn at {service.url}" if status == WAITING else "")
         return self.ended(view) if status in ENDS and complete else None
 
