@@ -18,9 +18,11 @@ from wan_folder import save as save_wan
 from comfy_g2rpo.run.iteration import iterate
 from comfy_g2rpo.run.setup import make_learner
 from g2rpo_trainer import run as training
+from g2rpo_trainer.commands.exit_codes import ran_out
 from g2rpo_trainer.config.reading import from_dict
 from g2rpo_trainer.cost.count_model import Live, count_model, footprint, operations, weights_of
 from g2rpo_trainer.cost.estimate import count
+from g2rpo_trainer.families.files.diffusers_folder import read
 from g2rpo_trainer.model.placing import weight_bytes
 from g2rpo_trainer.model.stored_linear import PACKINGS, Float8, StoredLinear, store, stored
 
@@ -248,3 +250,17 @@ def test_a_step_takes_the_operations_that_are_counted(folders, tmp_path, family,
         counts.group_images * counted.decode + counts.update_operations(counted.update, counted.forward)
     )
     assert taken.found == pytest.approx(wanted, rel=0.02)
+
+
+class Larger:
+    """What takes more memory to load than any machine has."""
+
+    @staticmethod
+    def from_pretrained(folder: Path, **how: Any) -> torch.Tensor:
+        return torch.empty(2**60, dtype=torch.uint8)
+
+
+def test_memory_that_runs_out_while_a_model_is_loaded_is_no_broken_folder():
+    with pytest.raises(RuntimeError, match="memory") as caught:
+        read(Larger, Path("models/tiny"), torch.float32, {})
+    assert ran_out(caught.value)

@@ -13,6 +13,7 @@ import torch
 
 from comfy_g2rpo.files.safe import FileError, read_header
 
+from ...commands.exit_codes import ran_out
 from ...config.family_names import FAMILIES, PIPELINES
 
 # What diffusers and transformers read; other names are variants that nobody asks for here.
@@ -67,6 +68,8 @@ def read(kind: Any, folder: Path, dtype: torch.dtype, given: Mapping[str, Any]) 
             folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **given
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if ran_out(error):
+            raise
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"model.path {folder}: this folder cannot be loaded ({reason}); {remedy(folder)}"
