@@ -188,6 +188,7 @@ class Copy:
             (packages / name).symlink_to(place / folder)
 
         paths = os.pathsep.join([str(place / ".packages"), os.environ.get("PYTHONPATH", "")])
+        self.seconds: dict[str, float] = {}
         self.warm = subprocess.Popen(
             [sys.executable, "-B", "-c", WARM],
             cwd=place,
@@ -228,9 +229,9 @@ class Copy:
         found = {line: sorted({each.split("|")[0] for each in met if each}) for line, met in lines.items()}
         # What runs at import only is met by no test of its own: then any may notice.
         found = {line: met or list(tests) for line, met in found.items()}
-        seconds = seconds_of(times)
+        self.seconds = seconds_of(times)
         for met in found.values():
-            met.sort(key=lambda test: seconds.get(test, 0.0))
+            met.sort(key=lambda test: self.seconds.get(test, 0.0))
         return found
 
 
@@ -259,13 +260,16 @@ def survivors(file: str, weak: Sequence[Mutant], copy: Copy) -> Iterator[Mutant]
         lines = range(mutant.line, mutant.last + 1)
         meeting = [test for line in lines for test in met.get(line, ())] if met is not None else tests
         chosen = list(dict.fromkeys(meeting))
+        # Without its guard something may wait for ever: that much longer is no slow machine's doing.
+        usual = sum(copy.seconds.get(test, SECONDS) for test in chosen)
+        limit = min(int(60 + 20 * usual), SECONDS)
         (copy.place / file).write_text(mutant.text, "utf-8")
         begin = time.monotonic()
-        code = copy.pytest(file, "-x", *chosen) if chosen else 0
+        code = copy.pytest(file, "-x", *chosen, seconds=limit) if chosen else 0
         (copy.place / file).write_text(original, "utf-8")
-        word = {0: "SURVIVED", TOO_LONG: "TOO LONG"}.get(code, "noticed")
+        word = {0: "SURVIVED", TOO_LONG: "hung" if limit < SECONDS else "TOO LONG"}.get(code, "noticed")
         print(f"{word:8}  {time.monotonic() - begin:4.0f} s  line {mutant.line}  {mutant.name}", flush=True)
-        if code in (0, TOO_LONG):
+        if word.isupper():
             yield mutant
 
 
