@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import independent
-import processes
 import pytest
 import scaling
+import several_processes
 import torch
 from toys import SHAPE, ToyPolicy
 
@@ -91,5 +91,5 @@ def test_what_fails_in_a_child_ends_the_benchmark() -> None:
 
 @pytest.mark.long
 def test_two_processes_find_the_score_of_one() -> None:
-    (_, score), (_, same) = processes.timed(1), processes.timed(2)
+    (_, score), (_, same) = several_processes.timed(1), several_processes.timed(2)
     assert score == same and "mean agreement" in score

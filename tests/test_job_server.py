@@ -293,7 +293,7 @@ SCHEMA = {
     "settings unchecked": ("        validated(RecipeForm, tree)\n", ""),
 }
 SERVER = {
-    "any queue": ("len(self._open) >= self.quotas.queue", "False"),
+    "any queue": ("count >= self.quotas.queue", "False"),
     "any disk": ("self._used() >= self.quotas.gigabytes * 1e9", "False"),
     "bodies of no use": ('route.method != "POST" and request.body_exists', "False"),
     "any picture": ("name not in PICTURES", "False"),
