@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 STORE = 10**8
@@ -15,6 +16,9 @@ def cluster() -> Any:
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Workers find classes of tests by the names of their files.
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, dict.fromkeys(paths)))
     for left in reversed(range(ATTEMPTS)):
         try:
             made = Cluster(initialize_head=True, head_node_args=HEAD)
