@@ -37,6 +37,8 @@ KILLS, SOME = int(os.environ.get("G2RPO_KILLS", 20)), (0, 1, 3, 10)
 checkpoints.
 """
 COUNTS, SILENCE = (1, 2, 4), 60.0
+CHECKPOINTS = 4
+"""That a run of three steps writes: one before the first, which is the best till then, and one after each."""
 INSIDE, FOLDER = "inside a checkpoint", "any write"
 PHASES = {
     "start": ["g2rpo_trainer.run:prepare", "comfy_g2rpo.run.setup:make_learner"],
@@ -64,7 +66,9 @@ class Whole(NamedTuple):
     def inside(self) -> int:
         """Count the changes that one checkpoint takes, below the folder that is being filled."""
         filling = next(point for point in self.counts[0] if point.endswith("/.filling-"))
-        return self.counts[0][filling] // 3
+        each, rest = divmod(self.counts[0][filling], CHECKPOINTS)
+        assert not rest, "the checkpoints of a run take different numbers of changes"
+        return each
 
 
 class Kill(NamedTuple):
@@ -116,7 +120,7 @@ def drawn(number: int, whole: Whole, run: Path) -> Kill:
     kind = INSIDE if number % 5 == 0 else KINDS[(number - number // 5) % len(KINDS)]
     if kind == INSIDE:
         # From the folder's making on, until it is about to get its name.
-        at = chance.randrange(3) * whole.inside + chance.randint(2, whole.inside - 1)
+        at = chance.randrange(CHECKPOINTS) * whole.inside + chance.randint(2, whole.inside - 1)
         return Kill(count, rank, kind, f"{run}/checkpoints/.filling-", at)
     if kind == FOLDER:
         return Kill(count, 0, kind, str(run), chance.randint(1, whole.counts[0][str(whole.run)]))
