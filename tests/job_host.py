@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,6 +46,20 @@ def service(
             yield port, made
     finally:
         made.close()
+
+
+@contextmanager
+def connections_to(take: Callable[[socket.socket], None]) -> Iterator[int]:
+    """Have each connection to a port taken in a thread of its own; give the port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def work() -> None:
+            with suppress(OSError):
+                while True:
+                    threading.Thread(target=take, args=(server.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=work, daemon=True).start()
+        yield server.getsockname()[1]
 
 
 def job(job_id: str | None = None, settings: tuple[str, ...] = (), **changes: Any) -> bytes:

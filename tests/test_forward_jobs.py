@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from guarded import TOKEN
-from job_host import grown_run, service
+from job_host import connections_to, grown_run, service
 from PIL import Image
 from program import leave
 from some_cases import ALL
@@ -283,24 +283,15 @@ def test_another_job_of_that_name_is_told_apart(spool: Spool, tmp_path: Path) ->
 @contextmanager
 def answering(answer: Callable[[str, str], bytes]) -> Iterator[int]:
     """Answer requests by hand, by method and path, one per connection."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
 
-        def one(client: socket.socket) -> None:
-            with client, suppress(OSError, ValueError):
-                method, path, _ = client.recv(2**20).split(b"\r\n")[0].decode().split(" ")
-                for part in endless(answer(method, path)):
-                    client.sendall(part)
+    def one(client: socket.socket) -> None:
+        with client, suppress(OSError, ValueError):
+            method, path, _ = client.recv(2**20).split(b"\r\n")[0].decode().split(" ")
+            for part in endless(answer(method, path)):
+                client.sendall(part)
 
-        def work() -> None:
-            with suppress(OSError):
-                while True:
-                    threading.Thread(target=one, args=(server.accept()[0],), daemon=True).start()
-
-        threading.Thread(target=work, daemon=True).start()
-        try:
-            yield server.getsockname()[1]
-        finally:
-            server.close()
+    with connections_to(one) as port:
+        yield port
 
 
 def endless(content: bytes) -> Iterator[bytes]:

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from guarded import TOKEN, send
-from job_host import DEMO, SMALL, grown_run, job, service
+from job_host import DEMO, SMALL, connections_to, grown_run, job, service
 from program import call, leave
 from safetensors.torch import save_file
 
@@ -39,12 +39,12 @@ PAIR = "transformer.transformer_blocks.0.attn.to_q"
 @contextmanager
 def dropping(port: int, after: int, times: int) -> Iterator[int]:
     """Stand before a server and hang up hard after so many bytes of an answer, on the first connections."""
-    at = socket.create_server(("127.0.0.1", 0))
     left = [times]
 
     def pass_on(client: socket.socket) -> None:
         with client, socket.create_connection(("127.0.0.1", port)) as server, suppress(OSError):
-            asked = client.recv(2**20).replace(str(at.getsockname()[1]).encode(), str(port).encode(), 1)
+            here = client.getsockname()[1]
+            asked = client.recv(2**20).replace(str(here).encode(), str(port).encode(), 1)
             server.sendall(asked)
             drops, sent = left[0] > 0, 0
             left[0] -= 1
@@ -54,16 +54,8 @@ def dropping(port: int, after: int, times: int) -> Iterator[int]:
                 if drops and sent > after:
                     return
 
-    def work() -> None:
-        with suppress(OSError):
-            while True:
-                threading.Thread(target=pass_on, args=(at.accept()[0],), daemon=True).start()
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        yield at.getsockname()[1]
-    finally:
-        at.close()
+    with connections_to(pass_on) as at:
+        yield at
 
 
 def client(port: int, patience: float = 20.0) -> RemoteService:
