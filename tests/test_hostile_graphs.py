@@ -181,6 +181,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return dict(zip(FILES, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
+@pytest.mark.xdist_group("hostile graphs")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="every file is read in a fork")
 @pytest.mark.parametrize("name", FILES)
 def test_a_hostile_file_is_one_line_soon_and_opens_nothing(

@@ -198,7 +198,7 @@ def test_more_swapped_blocks_than_there_are_are_refused(folders, tmp_path):
             ),
             ("sd3", {}),
         ],
-        3,
+        2,
     ),
 )
 def test_the_estimate_is_within_15_per_cent_of_what_a_step_takes(folders, tmp_path, family, changes):

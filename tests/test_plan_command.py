@@ -62,7 +62,7 @@ def test_the_counts_of_every_bundled_recipe_come_with_the_program(name: str) -> 
     assert counts_key(load(name)) in shipped(), "run tools/make_counts.py"
 
 
-@pytest.mark.parametrize("name", ["demo", "sd35_medium"])
+@pytest.mark.parametrize("name", ["demo", pytest.param("sd35_medium", marks=pytest.mark.long)])
 def test_counts_that_come_with_the_program_are_up_to_date(name: str) -> None:
     config = load(name)
     told, found = shipped()[counts_key(config)], dataclasses.asdict(count_model(config))
