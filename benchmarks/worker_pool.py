@@ -31,10 +31,10 @@ class Sleeper:
         self.seconds, self.part = tree["seconds"], tree["part"]
         return b""
 
-    def explore(self, order: Mapping[str, Any], adapter: bytes) -> bytes:
+    def explore(self, order: Mapping[str, Any], adapter: bytes) -> tuple[bytes, float]:
         """Sleep."""
         time.sleep(self.seconds)
-        return bytes(self.part)
+        return bytes(self.part), self.seconds
 
 
 def measure(pool: Any, given: Any, parts: int, staleness: int) -> tuple[float, float]:

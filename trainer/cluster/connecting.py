@@ -22,6 +22,7 @@ from ..config.reading import make_recipe
 from ..config.reward_checks import VOTES
 from ..processes import silence
 from .cluster_options import INSTALL, Cluster
+from .part_bound import PartBound, given_bound
 
 if TYPE_CHECKING:
     from ..config.reading import Config
@@ -40,11 +41,12 @@ def exploring(cluster: Cluster, config: Config) -> Iterator[Explores]:
     They load their models while this process loads its own.
     """
     refuse(cluster, config)
+    bound = PartBound(given_bound())
     with connected(cluster) as resources:
         from .ray_pool import RayWorkers
 
         tree = config.model_dump(mode="json") | {"heldout_rewards": []}
-        pool = RayWorkers(tree, cluster.workers, torch.get_num_threads(), resources, silence())
+        pool = RayWorkers(tree, cluster.workers, torch.get_num_threads(), resources, silence(), bound=bound)
 
         def explored(setup: Setup) -> Setup:
             pool.digest = digest(setup.prompts.train)

@@ -20,6 +20,7 @@ from comfy_g2rpo.sharing.ahead import Order
 
 from ..commands.exit_codes import AGAIN, UNFORESEEN
 from ..processes import Left
+from .part_bound import UNKNOWN, VARIABLE, PartBound
 from .rollout_actor import RolloutActor
 
 TURN, AGAIN_AFTER = 0.2, 1.0
@@ -42,6 +43,8 @@ class Worker:
     orders: list[Order] = field(default_factory=list)
     rests_until: float = 0.0
     asked: bool = False
+    since: float = 0.0
+    """When it began what it is at: to build, or the first of its orders."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class RayWorkers:
     patience: float
     kind: type = RolloutActor
     """What a worker is."""
+    bound: PartBound = field(default_factory=PartBound)
+    """How long a part may take."""
     digest: str = ""
     """What tells the learner's list of prompts from another; blank before it is known."""
     calls: dict[Any, Call] = field(default_factory=dict)
@@ -144,7 +149,24 @@ class RayWorkers:
             time.sleep(TURN)
         for call in ready:
             self.hear(self.calls.pop(call), call)
+        if not ready:  # else there may be more that came while nobody looked
+            self.end_hung()
         self.dispatch(1)
+
+    def end_hung(self) -> None:
+        """Have Ray end the workers that are at something for far too long, and start them again."""
+        now = time.monotonic()
+        for worker in self.team:
+            if worker.state == "building":
+                bound = UNKNOWN
+            elif worker.orders:
+                first = worker.orders[0]
+                bound = self.bound.seconds(self.losses.get((first.step, first.part), 0))
+            else:
+                continue
+            if now - worker.since > bound:
+                ray.kill(worker.actor, no_restart=False)
+                self.lose(worker, False)
 
     def gone(self) -> str:
         """Say that no worker is there."""
@@ -159,6 +181,8 @@ class RayWorkers:
             if not ready:
                 return
             worker, order = min(ready, key=lambda each: len(each.orders)), self.waiting.popleft()
+            if not worker.orders:
+                worker.since = time.monotonic()
             worker.orders.append(order)
             place, size = self.adapters[order.version]
             if (order.version, worker.node) not in self.handed:
@@ -176,15 +200,20 @@ class RayWorkers:
             line = str(error).strip().splitlines()[-1][:300]
             raise Left(UNFORESEEN, f"a rollout worker ended with {line}") from error
         except RayError as error:
-            self.lose(worker, call, isinstance(error, ActorDiedError))
+            if worker.state != "absent" or call.what == "here":  # several calls of one worker end together
+                self.lose(worker, isinstance(error, ActorDiedError))
             return
         if isinstance(call.what, Order):
+            answer, seconds = answer
+            self.bound.took(seconds)
+            worker.since = time.monotonic()
             if call.what in worker.orders:
                 worker.orders.remove(call.what)
             self.found[call.what.step, call.what.part] = self.sound(answer)
             self.count_up("got_bytes", len(answer))
         elif call.what == "here":
             worker.state, worker.node, worker.asked = "building", answer["node"], False
+            worker.since = time.monotonic()
             self.calls[worker.actor.build.remote(self.tree, self.threads)] = Call(worker, "build")
         else:
             if self.digest and self.sound(answer).decode() != self.digest:
@@ -205,16 +234,15 @@ class RayWorkers:
             raise Left(UNFORESEEN, line)
         raise WorkerMistake(line)
 
-    def lose(self, worker: Worker, call: Call, for_good: bool) -> None:
+    def lose(self, worker: Worker, for_good: bool) -> None:
         """Take note that a worker is lost: its orders go to others, and it is asked whether it is back."""
-        if worker.state == "absent" and call.what != "here":
-            return  # several calls of one worker end together
         for order in worker.orders:
             place = order.step, order.part
             self.losses[place] = self.losses.get(place, 0) + 1
             if self.losses[place] >= MOST_LOSSES:
-                times = f"{MOST_LOSSES} workers died over the same part of step {order.step + 1}"
-                raise Left(AGAIN, f"{times}; their memory may be too small, or a reward may end its process")
+                times = f"{MOST_LOSSES} workers died or hung over the same part of step {order.step + 1}"
+                why = "their memory may be too small, a reward may end its process or wait for ever"
+                raise Left(AGAIN, f"{times}; {why}, or {VARIABLE} is too short")
         self.count_up("lost", len(worker.orders))
         self.waiting.extendleft(reversed(worker.orders))
         worker.orders, worker.state, worker.asked = [], "absent", False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,9 +34,10 @@ class RolloutActor:
         """
         return told(lambda: self._build(tree, threads))
 
-    def explore(self, order: Mapping[str, Any], adapter: bytes) -> Answer:
-        """Explore a part of a step with an adapter."""
-        return told(lambda: self._explore(order, adapter))
+    def explore(self, order: Mapping[str, Any], adapter: bytes) -> tuple[Answer, float]:
+        """Explore a part of a step with an adapter; say the seconds that it took, too."""
+        begin = time.perf_counter()
+        return told(lambda: self._explore(order, adapter)), time.perf_counter() - begin
 
     def _build(self, tree: Mapping[str, Any], threads: int) -> bytes:
         if self.setup is not None:
