@@ -10,7 +10,7 @@ import argparse
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_g2rpo.sharing.ahead import Order
@@ -26,7 +26,7 @@ class Sleeper:
 
         return {"host": "here", "node": ray.get_runtime_context().get_node_id()}
 
-    def build(self, tree: Mapping[str, Any], threads: int) -> bytes:
+    def build(self, tree: Mapping[str, Any], threads: int, judges: Sequence[Any] = ()) -> bytes:
         """Take the seconds of a part, and its bytes."""
         self.seconds, self.part = tree["seconds"], tree["part"]
         return b""

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -29,7 +29,7 @@ class Light:
     def here(self) -> dict[str, str]:
         return {"host": "here", "node": ray.get_runtime_context().get_node_id()}
 
-    def build(self, tree: Mapping[str, Any], threads: int) -> Any:
+    def build(self, tree: Mapping[str, Any], threads: int, judges: Sequence[Any] = ()) -> Any:
         self.tree = tree
         return tree.get("digest", "same").encode()
 
@@ -60,11 +60,7 @@ def pool_of(nodes: Any) -> Iterator[Callable[..., Any]]:
     made = []
 
     def pool(
-        patience: float = 600.0,
-        count: int = 2,
-        digest: str = "same",
-        bound: float | None = None,
-        **tree: Any,
+        patience: float = 600.0, count: int = 2, digest: str = "same", bound: float | None = None, **tree: Any
     ) -> Any:
         how = {"kind": Light, "digest": digest, "bound": PartBound(bound)}
         made.append(RayWorkers(tree, count, 1, {"num_cpus": 1}, patience, **how))

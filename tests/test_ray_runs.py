@@ -68,8 +68,8 @@ def explored(made: Any, place: Path, nodes: Any, staleness: int, trouble: Any = 
     train(made, place, progress=trouble or Silent(), explorers=explorers, **how)
 
 
-def actors(nodes: Any) -> list[int]:
-    """List the processes of this cluster that are rollout workers."""
+def actors(nodes: Any, kind: str = "RolloutActor") -> list[int]:
+    """List the processes of this cluster that are workers of a kind."""
     parents = {
         each.process.pid for node in nodes.worker_nodes for each in node.all_processes.get("raylet", [])
     }
@@ -80,7 +80,7 @@ def actors(nodes: Any) -> list[int]:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError):
             continue
-        if title.startswith(b"ray::RolloutActor") and parent in parents:
+        if title.startswith(f"ray::{kind}".encode()) and parent in parents:
             found.append(int(entry.name))
     return found
 

@@ -33,6 +33,8 @@ COUNTS = (1, 3, 7, 15, 31, 63)
     [
         (["--rollout-workers", "2"], "--rollout-workers is for a run on Ray; give --ray ADDRESS"),
         (["--staleness", "1"], "--staleness is for a run on Ray"),
+        (["--reward-workers", "1"], "--reward-workers is for a run on Ray"),
+        (["--ray", "local", "--rollout-workers", "2", "--reward-workers", "3"], "give 2 at most"),
         (["--ray", " "], "--ray is empty"),
         (["--ray", "local", "--set", "method.prompt_choice=signal"], "prompt_choice signal"),
         (["--ray", "local", "--set", "rewards=[votes]", "--set", "heldout_rewards=[agreement]"], "votes"),
@@ -44,6 +46,15 @@ def test_what_does_not_go_with_ray_is_refused_in_one_line(
     code, _, error = leave(capsys, "train", "demo", "--quiet", "--out", tmp_path / "run", *words)
     assert code == 2 and says in error and not (tmp_path / "run").exists()
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "4097", "some"])
+def test_a_number_of_reward_workers_that_is_none_is_refused(
+    count: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = "--ray", "local", "--reward-workers", count
+    code, _, error = leave(capsys, "train", "demo", "--quiet", "--out", tmp_path / "run", *words)
+    assert code == 2 and "--reward-workers" in error and not (tmp_path / "run").exists()
 
 
 def test_several_processes_and_ray_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

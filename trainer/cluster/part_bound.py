@@ -13,6 +13,8 @@ UNKNOWN, LEAST = 3600.0, 300.0
 """Seconds for a part before any has come back, and for loading a model; and the least after that."""
 TIMES = 4.0
 """Times that the longest part so far may be exceeded."""
+MOST_LOSSES = 10
+"""Times that a part may be lost before the run ends: it may be the part that kills its workers."""
 
 
 @dataclass

@@ -20,13 +20,12 @@ from comfy_g2rpo.sharing.ahead import Order
 
 from ..commands.exit_codes import AGAIN, UNFORESEEN
 from ..processes import Left
-from .part_bound import UNKNOWN, VARIABLE, PartBound
+from .part_bound import MOST_LOSSES, UNKNOWN, VARIABLE, PartBound
+from .reward_pool import RewardWorkers, no_place
 from .rollout_actor import RolloutActor
 
 TURN, AGAIN_AFTER = 0.2, 1.0
 """Seconds that one waits for news at a time, and after which a lost worker is asked once more."""
-MOST_LOSSES = 10
-"""Times that a part may be lost before the run ends: it may be the part that kills its workers."""
 
 
 class WorkerMistake(RewardError):
@@ -68,6 +67,8 @@ class RayWorkers:
     """What a worker is."""
     bound: PartBound = field(default_factory=PartBound)
     """How long a part may take."""
+    judges: RewardWorkers | None = None
+    """Who judges, where rollout workers do not."""
     digest: str = ""
     """What tells the learner's list of prompts from another; blank before it is known."""
     calls: dict[Any, Call] = field(default_factory=dict)
@@ -107,7 +108,8 @@ class RayWorkers:
     def collect(self, step: int, wait: Callable[[], None]) -> list[bytes]:
         """Return the parts of a step in their order, once all are there."""
         parts = [(step, part) for part in range(self.open.pop(step))]
-        self.seen = max(self.seen, time.monotonic() - self.patience / 2)  # nobody looked during the update
+        for each in filter(None, (self, self.judges)):
+            each.seen = max(each.seen, time.monotonic() - self.patience / 2)  # nobody looked meanwhile
         while not all(part in self.found for part in parts):
             wait()
             try:
@@ -124,7 +126,8 @@ class RayWorkers:
         counted, self.counted = self.counted, {}
         ready = sum(worker.state == "ready" for worker in self.team)
         names = ("lost", "sent_bytes", "got_bytes")
-        return {"workers/ready": float(ready)} | {f"workers/{n}": float(counted.get(n, 0)) for n in names}
+        told = {"workers/ready": float(ready)} | {f"workers/{n}": float(counted.get(n, 0)) for n in names}
+        return told | (self.judges.told() if self.judges else {})
 
     def count_up(self, name: str, much: int) -> None:
         """Count for the next row of metrics."""
@@ -141,7 +144,7 @@ class RayWorkers:
         if any(worker.state != "absent" for worker in self.team):
             self.seen = now
         elif now - self.seen > self.patience:
-            raise Left(AGAIN, self.gone())
+            raise Left(AGAIN, no_place("rollout", self.count, self.resources, self.patience))
         if self.calls:
             ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=TURN)
         else:
@@ -149,6 +152,9 @@ class RayWorkers:
             time.sleep(TURN)
         for call in ready:
             self.hear(self.calls.pop(call), call)
+        if self.judges and self.judges.turn():
+            for worker in self.team:  # its part may have waited for them
+                worker.since = time.monotonic()
         if not ready:  # else there may be more that came while nobody looked
             self.end_hung()
         self.dispatch(1)
@@ -167,12 +173,6 @@ class RayWorkers:
             if now - worker.since > bound:
                 ray.kill(worker.actor, no_restart=False)
                 self.lose(worker, False)
-
-    def gone(self) -> str:
-        """Say that no worker is there."""
-        what = f"none of {self.count} rollout workers has a place in the Ray cluster"
-        wants = ", ".join(f"{much:g} {name.removeprefix('num_')}" for name, much in self.resources.items())
-        return f"{what} for {self.patience:g} s; each needs {wants}: see with `ray status` that nodes are up"
 
     def dispatch(self, depth: int) -> None:
         """Hand waiting orders to ready workers, the least busy first, so that none has more than `depth`."""
@@ -207,6 +207,8 @@ class RayWorkers:
             answer, seconds = answer
             self.bound.took(seconds)
             worker.since = time.monotonic()
+            if self.judges:
+                self.judges.in_a_row = 0
             if call.what in worker.orders:
                 worker.orders.remove(call.what)
             self.found[call.what.step, call.what.part] = self.sound(answer)
@@ -214,7 +216,8 @@ class RayWorkers:
         elif call.what == "here":
             worker.state, worker.node, worker.asked = "building", answer["node"], False
             worker.since = time.monotonic()
-            self.calls[worker.actor.build.remote(self.tree, self.threads)] = Call(worker, "build")
+            judges = [judge.actor for judge in self.judges.team] if self.judges else []
+            self.calls[worker.actor.build.remote(self.tree, self.threads, judges)] = Call(worker, "build")
         else:
             if self.digest and self.sound(answer).decode() != self.digest:
                 raise ValueError(
@@ -256,3 +259,5 @@ class RayWorkers:
         for worker in self.team:
             with suppress(RayError, RuntimeError):  # the cluster may be gone
                 ray.kill(worker.actor)
+        if self.judges:
+            self.judges.close()
