@@ -14,7 +14,7 @@ import pytest
 from ray_nodes import cluster, join
 
 from comfy_g2rpo.sharing.ahead import Order
-from g2rpo_trainer.cluster.part_bound import LEAST, UNKNOWN, PartBound
+from g2rpo_trainer.cluster.part_bound import PartBound
 from g2rpo_trainer.commands.exit_codes import AGAIN, UNFORESEEN
 from g2rpo_trainer.processes import Left
 
@@ -144,19 +144,6 @@ def test_a_stopped_workers_part_is_done_again_and_the_worker_comes_back(pool_of:
     ask(pool, 2, 4)
     pids = {each[3] for each in collected(pool, 2)}
     assert len(pids) == 2 and stopped not in pids
-
-
-def test_a_bound_comes_from_what_parts_took_unless_it_is_given() -> None:
-    bound = PartBound()
-    assert bound.seconds() == UNKNOWN and bound.seconds(2) == 4 * UNKNOWN
-    bound.took(2.0)
-    assert bound.seconds() == LEAST
-    for seconds in (1000.0, 3.0):
-        bound.took(seconds)
-    assert bound.seconds() == 4000 and bound.seconds(1) == 8000
-    given = PartBound(7.0)
-    given.took(1000.0)
-    assert given.seconds(3) == 7
 
 
 def test_machines_leave_and_join(pool_of: Callable[..., Any], nodes: Any) -> None:
