@@ -10,7 +10,7 @@ import argparse
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_g2rpo.sharing.ahead import Order
@@ -26,15 +26,15 @@ class Sleeper:
 
         return {"host": "here", "node": ray.get_runtime_context().get_node_id()}
 
-    def build(self, tree: Mapping[str, Any], threads: int) -> bytes:
+    def build(self, tree: Mapping[str, Any], threads: int, judges: Sequence[Any] = ()) -> bytes:
         """Take the seconds of a part, and its bytes."""
         self.seconds, self.part = tree["seconds"], tree["part"]
         return b""
 
-    def explore(self, order: Mapping[str, Any], adapter: bytes) -> bytes:
+    def explore(self, order: Mapping[str, Any], adapter: bytes) -> tuple[bytes, float]:
         """Sleep."""
         time.sleep(self.seconds)
-        return bytes(self.part)
+        return bytes(self.part), self.seconds
 
 
 def measure(pool: Any, given: Any, parts: int, staleness: int) -> tuple[float, float]:

@@ -7,13 +7,14 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 from ray_nodes import cluster, join
 
 from comfy_g2rpo.sharing.ahead import Order
+from g2rpo_trainer.cluster.part_bound import PartBound
 from g2rpo_trainer.commands.exit_codes import AGAIN, UNFORESEEN
 from g2rpo_trainer.processes import Left
 
@@ -28,7 +29,7 @@ class Light:
     def here(self) -> dict[str, str]:
         return {"host": "here", "node": ray.get_runtime_context().get_node_id()}
 
-    def build(self, tree: Mapping[str, Any], threads: int) -> Any:
+    def build(self, tree: Mapping[str, Any], threads: int, judges: Sequence[Any] = ()) -> Any:
         self.tree = tree
         return tree.get("digest", "same").encode()
 
@@ -37,8 +38,8 @@ class Light:
         if order["step"] == self.tree.get("dies"):
             os.kill(os.getpid(), signal.SIGKILL)
         if "answer" in self.tree:
-            return {**self.tree["answer"], "host": "here"}
-        return json.dumps([order["step"], order["part"], adapter.decode(), os.getpid()]).encode()
+            return {**self.tree["answer"], "host": "here"}, 0.0
+        return json.dumps([order["step"], order["part"], adapter.decode(), os.getpid()]).encode(), 0.0
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +59,11 @@ def pool_of(nodes: Any) -> Iterator[Callable[..., Any]]:
 
     made = []
 
-    def pool(patience: float = 600.0, count: int = 2, digest: str = "same", **tree: Any) -> Any:
-        made.append(RayWorkers(tree, count, 1, {"num_cpus": 1}, patience, Light, digest))
+    def pool(
+        patience: float = 600.0, count: int = 2, digest: str = "same", bound: float | None = None, **tree: Any
+    ) -> Any:
+        how = {"kind": Light, "digest": digest, "bound": PartBound(bound)}
+        made.append(RayWorkers(tree, count, 1, {"num_cpus": 1}, patience, **how))
         return made[-1]
 
     yield pool
@@ -125,6 +129,23 @@ def test_a_killed_workers_part_is_done_again_and_the_worker_comes_back(pool_of: 
     assert len({each[3] for each in collected(pool, 2)}) == 2
 
 
+def test_a_stopped_workers_part_is_done_again_and_the_worker_comes_back(pool_of: Callable[..., Any]) -> None:
+    pool = pool_of(bound=20.0, seconds=1.0)
+    ask(pool, 0, 2)
+    stopped = collected(pool, 0)[0][3]
+    pool.told()
+    ask(pool, 1, 4)
+    os.kill(stopped, signal.SIGSTOP)
+    assert [each[:2] for each in collected(pool, 1)] == [[1, part] for part in range(4)]
+    assert pool.told()["workers/lost"] >= 1
+    deadline = time.monotonic() + 300
+    while sum(worker.state == "ready" for worker in pool.team) < 2 and time.monotonic() < deadline:
+        pool.turn()
+    ask(pool, 2, 4)
+    pids = {each[3] for each in collected(pool, 2)}
+    assert len(pids) == 2 and stopped not in pids
+
+
 def test_machines_leave_and_join(pool_of: Callable[..., Any], nodes: Any) -> None:
     pool = pool_of(seconds=1.0, count=3)
     ask(pool, 0, 2)
@@ -179,7 +200,7 @@ def test_a_part_that_kills_its_workers_ends_the_run(
     monkeypatch.setattr(ray_pool, "MOST_LOSSES", 2)
     pool = pool_of(dies=0)
     ask(pool, 0, 1)
-    with pytest.raises(Left, match="2 workers died over the same part of step 1") as left:
+    with pytest.raises(Left, match="2 workers died or hung over the same part of step 1") as left:
         collected(pool, 0)
     assert left.value.code == AGAIN
 

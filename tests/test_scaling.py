@@ -18,6 +18,7 @@ from test_commands import parse
 
 from g2rpo_trainer.cluster.cluster_options import Cluster, cluster_of, cluster_settings
 from g2rpo_trainer.cluster.connecting import check_address, resources_of
+from g2rpo_trainer.cluster.part_bound import LEAST, UNKNOWN, VARIABLE, PartBound, given_bound
 from g2rpo_trainer.commands.arguments import CommandError
 from g2rpo_trainer.config.reading import load
 from g2rpo_trainer.cost.cluster_hours import Load, shared
@@ -33,6 +34,8 @@ COUNTS = (1, 3, 7, 15, 31, 63)
     [
         (["--rollout-workers", "2"], "--rollout-workers is for a run on Ray; give --ray ADDRESS"),
         (["--staleness", "1"], "--staleness is for a run on Ray"),
+        (["--reward-workers", "1"], "--reward-workers is for a run on Ray"),
+        (["--ray", "local", "--rollout-workers", "2", "--reward-workers", "3"], "give 2 at most"),
         (["--ray", " "], "--ray is empty"),
         (["--ray", "local", "--set", "method.prompt_choice=signal"], "prompt_choice signal"),
         (["--ray", "local", "--set", "rewards=[votes]", "--set", "heldout_rewards=[agreement]"], "votes"),
@@ -44,6 +47,39 @@ def test_what_does_not_go_with_ray_is_refused_in_one_line(
     code, _, error = leave(capsys, "train", "demo", "--quiet", "--out", tmp_path / "run", *words)
     assert code == 2 and says in error and not (tmp_path / "run").exists()
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "4097", "some"])
+def test_a_number_of_reward_workers_that_is_none_is_refused(
+    count: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = "--ray", "local", "--reward-workers", count
+    code, _, error = leave(capsys, "train", "demo", "--quiet", "--out", tmp_path / "run", *words)
+    assert code == 2 and "--reward-workers" in error and not (tmp_path / "run").exists()
+
+
+def test_a_bound_comes_from_what_parts_took_unless_it_is_given() -> None:
+    bound = PartBound()
+    assert bound.seconds() == UNKNOWN and bound.seconds(2) == 4 * UNKNOWN
+    bound.took(2.0)
+    assert bound.seconds() == LEAST
+    for seconds in (1000.0, 3.0):
+        bound.took(seconds)
+    assert bound.seconds() == 4000 and bound.seconds(1) == 8000
+    given = PartBound(7.0)
+    given.took(1000.0)
+    assert given.seconds(3) == 7
+
+
+@pytest.mark.parametrize("given", ["soon", "nan", "1", "-5", "1e99"])
+def test_a_bound_that_is_none_is_named(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert given_bound() is None
+    monkeypatch.setenv(VARIABLE, "90")
+    assert given_bound() == 90
+    monkeypatch.setenv(VARIABLE, given)
+    with pytest.raises(ValueError, match=rf"{VARIABLE} is .*; give seconds, from 2 to"):
+        given_bound()
 
 
 def test_several_processes_and_ray_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cluster.cluster_options import RayAddress, RolloutWorkers, Staleness, cluster_of, cluster_settings
+from .cluster.cluster_options import (
+    RayAddress,
+    RewardWorkers,
+    RolloutWorkers,
+    Staleness,
+    cluster_of,
+    cluster_settings,
+)
 from .commands.answers import Ended, Program, answer, answering, explain, leave, wanted
 from .commands.arguments import Best, CommandError, Force, Recipe, Settings, lora_of, refuse_best
 from .commands.calibrate import calibrate
@@ -90,6 +97,7 @@ def train(
     quiet: Quiet = False,
     ray: RayAddress = None,
     rollout_workers: RolloutWorkers = None,
+    reward_workers: RewardWorkers = None,
     staleness: Staleness = None,
 ) -> None:
     """Train a LoRA by a recipe; Ctrl-C stops it and `g2rpo resume` goes on."""
@@ -98,7 +106,7 @@ def train(
     from .config.reading import load, load_run
     from .cost.presets import preset_settings
 
-    cluster = cluster_of(ray, rollout_workers, staleness)
+    cluster = cluster_of(ray, rollout_workers, staleness, reward_workers)
     given = preset_settings(recipe, preset, settings or [])
     config = load(recipe, given)
     folder = out or Path(config.out or Path("runs") / Path(recipe).stem)
@@ -118,12 +126,13 @@ def resume(
     quiet: Quiet = False,
     ray: RayAddress = None,
     rollout_workers: RolloutWorkers = None,
+    reward_workers: RewardWorkers = None,
     staleness: Staleness = None,
 ) -> None:
     """Continue a run after Ctrl-C or a crash, bit for bit; --set train.steps=600 makes it longer."""
     from .config.reading import load_run
 
-    cluster, given = cluster_of(ray, rollout_workers, staleness), settings or []
+    cluster, given = cluster_of(ray, rollout_workers, staleness, reward_workers), settings or []
     config = load_run(run, given)
     if more := cluster_settings(config, cluster, True, quiet):
         given = [*given, *more]

@@ -33,14 +33,19 @@ NUMBERS = itertools.count()
 
 def silence() -> float:
     """Return the seconds without a sign of life after which a process is given up."""
-    given = os.environ.get("G2RPO_SILENCE") or str(SILENCE)
+    return seconds_given("G2RPO_SILENCE", SILENCE)
+
+
+def seconds_given(variable: str, usual: float) -> float:
+    """Return the seconds that an environment variable gives; ValueError where these are no sensible ones."""
+    given = os.environ.get(variable) or str(usual)
     try:
         seconds = float(given)
     except ValueError:
         seconds = math.nan
     if not 2 <= seconds <= PATIENCE.total_seconds():
         raise ValueError(
-            f"G2RPO_SILENCE is {given[:40]!a}; give seconds, from 2 to {PATIENCE.total_seconds():g}"
+            f"{variable} is {given[:40]!a}; give seconds, from 2 to {PATIENCE.total_seconds():g}"
         )
     return seconds
 

@@ -17,7 +17,7 @@ from comfy_g2rpo import __version__
 from comfy_g2rpo.files.one_writer import one_writer
 from comfy_g2rpo.lora.modelspec import about_run, base_of_model
 from comfy_g2rpo.prompts import Prompts
-from comfy_g2rpo.rewards import RewardError, check_prompts
+from comfy_g2rpo.rewards import Reward, RewardError, check_prompts
 from comfy_g2rpo.run import rank_guard
 from comfy_g2rpo.run.checkpoint import restore
 from comfy_g2rpo.run.folder import RunFolder, check_place
@@ -108,20 +108,20 @@ def prepare(
     run: Path | None = None,
     prompts: Prompts | None = None,
     world: World | None = None,
+    rewards: tuple[Reward, ...] | None = None,
 ) -> Setup:
     """Load what a run needs; every mistake of the configuration shows here, before the first forward.
 
-    `prompts` take the place of those that the configuration names. Without a `world`, processes meet here.
+    `prompts` and `rewards` take the place of those that the configuration names, and with `rewards` nobody
+    else judges. Without a `world`, processes meet here.
     """
     keep_freed_memory()
     check_processes(config, accelerator.num_processes)
     recipe, pace, speed = make_recipe(config), make_pace(config), make_speed(config)
     prompts = prompts or read_prompts(config)
-    rewards, judges = build_all(config.rewards, config.heldout_rewards, accelerator.device, run)
-    if config.memory.rewards_in_turn:
-        seat = Seat(accelerator.device)
-        alone = {reward.name: in_turn(reward, seat) for reward in (*rewards, *judges)}
-        rewards, judges = (tuple(alone[reward.name] for reward in some) for some in (rewards, judges))
+    judges = rewards or ()
+    if rewards is None:
+        rewards, judges = load_rewards(config, accelerator.device, run)
     check_prompts(judges, [*prompts.train, *prompts.heldout])
     rank_guard.check(speed, rewards, pace.prompts_at_once)
     stored = kept_steps(config, prompts, rewards) if config.pairs.runs else None
@@ -162,6 +162,18 @@ def prepare(
         preview=preview,
         preview_sigmas=families.sigmas(policy, config.model.schedule, recipe, preview) if preview else None,
     )
+
+
+def load_rewards(
+    config: Config, device: torch.device, run: Path | None = None
+) -> tuple[tuple[Reward, ...], tuple[Reward, ...]]:
+    """Load the rewards that are trained on; and all that judge, as the configuration places them."""
+    rewards, judges = build_all(config.rewards, config.heldout_rewards, device, run)
+    if config.memory.rewards_in_turn:
+        seat = Seat(device)
+        alone = {reward.name: in_turn(reward, seat) for reward in (*rewards, *judges)}
+        rewards, judges = (tuple(alone[reward.name] for reward in some) for some in (rewards, judges))
+    return rewards, judges
 
 
 def check_processes(config: Config, count: int) -> None:

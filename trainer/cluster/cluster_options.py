@@ -24,6 +24,14 @@ RayAddress = Annotated[
 RolloutWorkers = Annotated[
     int | None, typer.Option(min=1, max=4096, help="With --ray: workers that explore [default: 1].")
 ]
+RewardWorkers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=4096,
+        help="With --ray: workers that judge, and then the others load no reward model [default: none].",
+    ),
+]
 Staleness = Annotated[
     int | None,
     typer.Option(
@@ -42,12 +50,21 @@ class Cluster:
     address: str
     workers: int = 1
     staleness: int = 1
+    reward_workers: int = 0
+
+    @property
+    def all_workers(self) -> int:
+        """Count those that explore and those that judge."""
+        return self.workers + self.reward_workers
 
 
-def cluster_of(address: str | None, workers: int | None, staleness: int | None) -> Cluster | None:
+def cluster_of(
+    address: str | None, workers: int | None, staleness: int | None, reward_workers: int | None = None
+) -> Cluster | None:
     """Return what was asked for; None without --ray, which the other options need."""
     if address is None:
-        for name, given in (("--rollout-workers", workers), ("--staleness", staleness)):
+        names = ("--rollout-workers", "--reward-workers", "--staleness")
+        for name, given in zip(names, (workers, reward_workers, staleness), strict=True):
             if given is not None:
                 raise CommandError(f"{name} is for a run on Ray; give --ray ADDRESS too, such as --ray local")
         return None
@@ -58,7 +75,11 @@ def cluster_of(address: str | None, workers: int | None, staleness: int | None) 
             "--ray and several processes of accelerate or torchrun exclude each other; start one process "
             "with --ray, or leave --ray out"
         )
-    return Cluster(address.strip(), 1 if workers is None else workers, 1 if staleness is None else staleness)
+    made = Cluster(address.strip(), workers or 1, 1 if staleness is None else staleness, reward_workers or 0)
+    if made.reward_workers > made.workers:
+        why = f"more than --rollout-workers {made.workers}, which ask one each at a time"
+        raise CommandError(f"--reward-workers is {made.reward_workers}, {why}; give {made.workers} at most")
+    return made
 
 
 def cluster_settings(config: Config, cluster: Cluster | None, resumes: bool, quiet: bool) -> list[str]:

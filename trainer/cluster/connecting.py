@@ -22,6 +22,7 @@ from ..config.reading import make_recipe
 from ..config.reward_checks import VOTES
 from ..processes import silence
 from .cluster_options import INSTALL, Cluster
+from .part_bound import PartBound, given_bound
 
 if TYPE_CHECKING:
     from ..config.reading import Config
@@ -40,11 +41,16 @@ def exploring(cluster: Cluster, config: Config) -> Iterator[Explores]:
     They load their models while this process loads its own.
     """
     refuse(cluster, config)
+    bound = PartBound(given_bound())
     with connected(cluster) as resources:
         from .ray_pool import RayWorkers
+        from .reward_pool import RewardWorkers
 
         tree = config.model_dump(mode="json") | {"heldout_rewards": []}
-        pool = RayWorkers(tree, cluster.workers, torch.get_num_threads(), resources, silence())
+        how, judges = (torch.get_num_threads(), resources, silence()), None
+        if cluster.reward_workers:
+            judges = RewardWorkers(tree, cluster.reward_workers, *how, bound)
+        pool = RayWorkers(tree, cluster.workers, *how, bound=bound, judges=judges)
 
         def explored(setup: Setup) -> Setup:
             pool.digest = digest(setup.prompts.train)
@@ -89,7 +95,7 @@ def connected(cluster: Cluster) -> Iterator[dict[str, float]]:
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     here = cluster.address == "local"
-    alone = {"num_cpus": cluster.workers, "object_store_memory": STORE, "include_dashboard": False}
+    alone = {"num_cpus": cluster.all_workers, "object_store_memory": STORE, "include_dashboard": False}
     try:
         with others_cards() if here else nullcontext():
             ray.init(address=cluster.address, **quiet, **(alone if here else {}))
@@ -99,7 +105,7 @@ def connected(cluster: Cluster) -> Iterator[dict[str, float]]:
         said = f"--ray {cluster.address}: no Ray cluster answers there ({reason})"
         raise CommandError(f"{said}; {start}") from error
     try:
-        yield resources_of(ray.cluster_resources(), cluster.workers, here)
+        yield resources_of(ray.cluster_resources(), cluster.all_workers, here)
     finally:
         ray.shutdown()
 

@@ -20,12 +20,12 @@ from comfy_g2rpo.sharing.ahead import Order
 
 from ..commands.exit_codes import AGAIN, UNFORESEEN
 from ..processes import Left
+from .part_bound import MOST_LOSSES, UNKNOWN, VARIABLE, PartBound
+from .reward_pool import RewardWorkers, no_place
 from .rollout_actor import RolloutActor
 
 TURN, AGAIN_AFTER = 0.2, 1.0
 """Seconds that one waits for news at a time, and after which a lost worker is asked once more."""
-MOST_LOSSES = 10
-"""Times that a part may be lost before the run ends: it may be the part that kills its workers."""
 
 
 class WorkerMistake(RewardError):
@@ -42,6 +42,8 @@ class Worker:
     orders: list[Order] = field(default_factory=list)
     rests_until: float = 0.0
     asked: bool = False
+    since: float = 0.0
+    """When it began what it is at: to build, or the first of its orders."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ class RayWorkers:
     patience: float
     kind: type = RolloutActor
     """What a worker is."""
+    bound: PartBound = field(default_factory=PartBound)
+    """How long a part may take."""
+    judges: RewardWorkers | None = None
+    """Who judges, where rollout workers do not."""
     digest: str = ""
     """What tells the learner's list of prompts from another; blank before it is known."""
     calls: dict[Any, Call] = field(default_factory=dict)
@@ -102,7 +108,8 @@ class RayWorkers:
     def collect(self, step: int, wait: Callable[[], None]) -> list[bytes]:
         """Return the parts of a step in their order, once all are there."""
         parts = [(step, part) for part in range(self.open.pop(step))]
-        self.seen = max(self.seen, time.monotonic() - self.patience / 2)  # nobody looked during the update
+        for each in filter(None, (self, self.judges)):
+            each.seen = max(each.seen, time.monotonic() - self.patience / 2)  # nobody looked meanwhile
         while not all(part in self.found for part in parts):
             wait()
             try:
@@ -119,7 +126,8 @@ class RayWorkers:
         counted, self.counted = self.counted, {}
         ready = sum(worker.state == "ready" for worker in self.team)
         names = ("lost", "sent_bytes", "got_bytes")
-        return {"workers/ready": float(ready)} | {f"workers/{n}": float(counted.get(n, 0)) for n in names}
+        told = {"workers/ready": float(ready)} | {f"workers/{n}": float(counted.get(n, 0)) for n in names}
+        return told | (self.judges.told() if self.judges else {})
 
     def count_up(self, name: str, much: int) -> None:
         """Count for the next row of metrics."""
@@ -136,7 +144,7 @@ class RayWorkers:
         if any(worker.state != "absent" for worker in self.team):
             self.seen = now
         elif now - self.seen > self.patience:
-            raise Left(AGAIN, self.gone())
+            raise Left(AGAIN, no_place("rollout", self.count, self.resources, self.patience))
         if self.calls:
             ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=TURN)
         else:
@@ -144,13 +152,27 @@ class RayWorkers:
             time.sleep(TURN)
         for call in ready:
             self.hear(self.calls.pop(call), call)
+        if self.judges and self.judges.turn():
+            for worker in self.team:  # its part may have waited for them
+                worker.since = time.monotonic()
+        if not ready:  # else there may be more that came while nobody looked
+            self.end_hung()
         self.dispatch(1)
 
-    def gone(self) -> str:
-        """Say that no worker is there."""
-        what = f"none of {self.count} rollout workers has a place in the Ray cluster"
-        wants = ", ".join(f"{much:g} {name.removeprefix('num_')}" for name, much in self.resources.items())
-        return f"{what} for {self.patience:g} s; each needs {wants}: see with `ray status` that nodes are up"
+    def end_hung(self) -> None:
+        """Have Ray end the workers that are at something for far too long, and start them again."""
+        now = time.monotonic()
+        for worker in self.team:
+            if worker.state == "building":
+                bound = UNKNOWN
+            elif worker.orders:
+                first = worker.orders[0]
+                bound = self.bound.seconds(self.losses.get((first.step, first.part), 0))
+            else:
+                continue
+            if now - worker.since > bound:
+                ray.kill(worker.actor, no_restart=False)
+                self.lose(worker, False)
 
     def dispatch(self, depth: int) -> None:
         """Hand waiting orders to ready workers, the least busy first, so that none has more than `depth`."""
@@ -159,6 +181,8 @@ class RayWorkers:
             if not ready:
                 return
             worker, order = min(ready, key=lambda each: len(each.orders)), self.waiting.popleft()
+            if not worker.orders:
+                worker.since = time.monotonic()
             worker.orders.append(order)
             place, size = self.adapters[order.version]
             if (order.version, worker.node) not in self.handed:
@@ -176,16 +200,24 @@ class RayWorkers:
             line = str(error).strip().splitlines()[-1][:300]
             raise Left(UNFORESEEN, f"a rollout worker ended with {line}") from error
         except RayError as error:
-            self.lose(worker, call, isinstance(error, ActorDiedError))
+            if worker.state != "absent" or call.what == "here":  # several calls of one worker end together
+                self.lose(worker, isinstance(error, ActorDiedError))
             return
         if isinstance(call.what, Order):
+            answer, seconds = answer
+            self.bound.took(seconds)
+            worker.since = time.monotonic()
+            if self.judges:
+                self.judges.in_a_row = 0
             if call.what in worker.orders:
                 worker.orders.remove(call.what)
             self.found[call.what.step, call.what.part] = self.sound(answer)
             self.count_up("got_bytes", len(answer))
         elif call.what == "here":
             worker.state, worker.node, worker.asked = "building", answer["node"], False
-            self.calls[worker.actor.build.remote(self.tree, self.threads)] = Call(worker, "build")
+            worker.since = time.monotonic()
+            judges = [judge.actor for judge in self.judges.team] if self.judges else []
+            self.calls[worker.actor.build.remote(self.tree, self.threads, judges)] = Call(worker, "build")
         else:
             if self.digest and self.sound(answer).decode() != self.digest:
                 raise ValueError(
@@ -205,16 +237,15 @@ class RayWorkers:
             raise Left(UNFORESEEN, line)
         raise WorkerMistake(line)
 
-    def lose(self, worker: Worker, call: Call, for_good: bool) -> None:
+    def lose(self, worker: Worker, for_good: bool) -> None:
         """Take note that a worker is lost: its orders go to others, and it is asked whether it is back."""
-        if worker.state == "absent" and call.what != "here":
-            return  # several calls of one worker end together
         for order in worker.orders:
             place = order.step, order.part
             self.losses[place] = self.losses.get(place, 0) + 1
             if self.losses[place] >= MOST_LOSSES:
-                times = f"{MOST_LOSSES} workers died over the same part of step {order.step + 1}"
-                raise Left(AGAIN, f"{times}; their memory may be too small, or a reward may end its process")
+                times = f"{MOST_LOSSES} workers died or hung over the same part of step {order.step + 1}"
+                why = "their memory may be too small, a reward may end its process or wait for ever"
+                raise Left(AGAIN, f"{times}; {why}, or {VARIABLE} is too short")
         self.count_up("lost", len(worker.orders))
         self.waiting.extendleft(reversed(worker.orders))
         worker.orders, worker.state, worker.asked = [], "absent", False
@@ -228,3 +259,5 @@ class RayWorkers:
         for worker in self.team:
             with suppress(RayError, RuntimeError):  # the cluster may be gone
                 ray.kill(worker.actor)
+        if self.judges:
+            self.judges.close()

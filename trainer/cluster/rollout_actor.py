@@ -5,13 +5,17 @@ Its answers are bytes, or a table that says what went wrong: the learner's machi
 
 from __future__ import annotations
 
+import random
 import socket
 import sys
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
+
+from .judged_elsewhere import Judges
 
 Answer = bytes | dict[str, str]
 
@@ -27,17 +31,18 @@ class RolloutActor:
         """Say where this process is."""
         return {"host": socket.gethostname(), "node": ray.get_runtime_context().get_node_id()}
 
-    def build(self, tree: Mapping[str, Any], threads: int) -> Answer:
-        """Load the model and the rewards of a configuration; return what tells one list of prompts from
-        another.
+    def build(self, tree: Mapping[str, Any], threads: int, judges: Sequence[Any] = ()) -> Answer:
+        """Load the model and the rewards of a configuration, these only where there are no `judges`, reward
+        workers; return what tells one list of prompts from another.
         """
-        return told(lambda: self._build(tree, threads))
+        return told(lambda: self._build(tree, threads, judges))
 
-    def explore(self, order: Mapping[str, Any], adapter: bytes) -> Answer:
-        """Explore a part of a step with an adapter."""
-        return told(lambda: self._explore(order, adapter))
+    def explore(self, order: Mapping[str, Any], adapter: bytes) -> tuple[Answer, float]:
+        """Explore a part of a step with an adapter; say the seconds that it took, too."""
+        begin = time.perf_counter()
+        return told(lambda: self._explore(order, adapter)), time.perf_counter() - begin
 
-    def _build(self, tree: Mapping[str, Any], threads: int) -> bytes:
+    def _build(self, tree: Mapping[str, Any], threads: int, judges: Sequence[Any]) -> bytes:
         if self.setup is not None:
             return self.digest.encode()  # only the connection was lost
         import torch
@@ -57,9 +62,10 @@ class RolloutActor:
         if cpu:
             torch.set_num_threads(threads)
         config = from_dict(tree)
-        if missing := missing_models(config.rewards):
+        if not judges and (missing := missing_models(config.rewards)):
             raise ValueError(missing)
-        self.setup = prepare(config, accelerator_of(cpu))
+        rewards = Judges(judges, random.randrange(len(judges))).rewards() if judges else None
+        self.setup = prepare(config, accelerator_of(cpu), rewards=rewards)
         # Nothing is learned here: no optimizer takes memory.
         self.learner = Learner(torch.optim.SGD([torch.zeros(1)]), [], limits=Limits.of(self.setup.pace))
         self.digest = digest(self.setup.prompts.train)
