@@ -4,12 +4,14 @@ of all but the first process, where they differ.
 
 One of them may meet a fault: RANK POINT NUMBER KIND. A point is MODULE:FUNCTION, which is called, or the
 start of a path, below which something changes. In that process, as it comes to that point for that time, the
-process is killed, told to end, stopped, or left without more memory. The system does it, not our code:
-nothing of the program is changed. Who is killed as a file is about to be on the disk leaves half of it there.
+process is killed, told to end, stopped, or left without more memory (but for some MiB: memory8). The system
+does it, not our code: nothing of the program is changed. Who is killed as a file is about to be on the disk
+leaves half of it there.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -118,11 +120,11 @@ def meet(kind: str, log: str) -> None:
     if kind in SIGNALS:
         os.kill(os.getpid(), SIGNALS[kind])
     else:
-        exhaust()
+        exhaust(int(kind.removeprefix("memory") or 0) * 2**20)
 
 
-def exhaust() -> None:
-    """Leave no more memory to this process than some words need."""
+def exhaust(room: int) -> None:
+    """Leave no more memory to this process than some words need, and new room of so many bytes."""
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
@@ -131,6 +133,15 @@ def exhaust() -> None:
             TAKEN.append(bytearray(BLOCK))
     except MemoryError:
         del TAKEN[-LEFT:]
+    resource.setrlimit(resource.RLIMIT_AS, (size + room, resource.RLIM_INFINITY))
+
+
+def enter(net: str) -> None:
+    """Leave this machine's network for a named one."""
+    handle = os.open(f"/run/netns/{net}", os.O_RDONLY)
+    if ctypes.CDLL(None, use_errno=True).setns(handle, 0):
+        raise OSError(ctypes.get_errno(), f"cannot enter the network {net}")
+    os.close(handle)
 
 
 def work(order: dict[str, Any], rank: int) -> None:
@@ -139,9 +150,14 @@ def work(order: dict[str, Any], rank: int) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    machines = order.get("nets") or [""] * count
+    if machines[rank]:
+        enter(machines[rank])
+    os.environ |= order.get("environment", {})
     if count > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(order["port"])}
+        local = machines[:rank].count(machines[rank])
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(count)}
+        os.environ |= {"MASTER_ADDR": order["address"], "MASTER_PORT": str(order["port"])}
         os.environ |= {"LOCAL_WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
     whose, _, fault = order.get("fault", "").partition(" ")
     if fault and rank == int(whose):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +56,9 @@ class Program:
         """Start processes; return their numbers. `more` of an order may be a fault, points, a module."""
         for file in self.place.glob("log.*"):
             file.unlink()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        order = {"words": [*map(str, words)], "count": count, "port": port, "log": str(self.log)}
-        return self.ask(order | more)
+        self.port = free_port()
+        order = {"words": [*map(str, words)], "count": count, "port": self.port, "log": str(self.log)}
+        return self.ask({"address": "127.0.0.1"} | order | more)
 
     def wait(self, pids: list[int], limit: float = 900) -> list[tuple[int, float]]:
         """Return how processes ended, and how long after their fault."""
@@ -94,6 +94,15 @@ class Program:
         """Return the lines that the processes have printed."""
         logs = (Path(f"{self.log}.{rank}") for rank in range(4))
         return [line for log in logs if log.exists() for line in log.read_text().splitlines()]
+
+
+def free_port() -> int:
+    """Find a port at which nobody listens, below those that the system gives to others in the meantime."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("", port))
+            return port
 
 
 def soon(condition: Any, limit: float = 300) -> bool:

@@ -4,25 +4,33 @@ says whether to resume; and the run that is resumed ends as one that nothing bef
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from aiohttp import web
 from fault_nursery import LATE
 from forked_program import NEEDS_LINUX, Program, assert_alike, assert_sound, files, soon
+from judge_host import JudgeHost, Misbehaviour, close_mid_body, hang
 from test_run import FEW, assert_equal, outcome
 from torch.distributed import HashStore
+from two_machines import ADDRESSES, TwoMachines, Unavailable
 
 from comfy_g2rpo.files.one_writer import LOCK
-from comfy_g2rpo.run.folder import RunFolder
+from comfy_g2rpo.run.folder import RunFolder, read_state
 from g2rpo_trainer.commands.exit_codes import AGAIN, MISTAKE
 from g2rpo_trainer.processes import Left, Pulse, silence
 
@@ -32,6 +40,7 @@ SILENCE, SOON = 4.0, 120.0
 """Seconds after which a silent process is given up here, and within which all end, on a busy machine."""
 PHASES = {
     "start": "g2rpo_trainer.run:prepare 1",
+    "load": "g2rpo_trainer.run:load_policy 1",
     "evaluate": "comfy_g2rpo.run.evaluation:draw 1",
     "rollout": "comfy_g2rpo.rollout:roll_out 3",
     "decode": "comfy_g2rpo.run.scorer:_decoded 4",
@@ -39,6 +48,7 @@ PHASES = {
     "score": "comfy_g2rpo.run.iteration:score 2",
     "update": "comfy_g2rpo.update:update 2",
     "optimizer": "comfy_g2rpo.update:clip_gradients 2",
+    "reduce": "torch.distributed.distributed_c10d:all_reduce 2",
     "follow": "comfy_g2rpo.run.iteration:follow 2",
     "checkpoint": "comfy_g2rpo.run.checkpoint:write_checkpoint 1",
     "finish": "comfy_g2rpo.run.loop:finish 1",
@@ -62,13 +72,16 @@ NO_ROOM, BROKEN = (
 """What the C library says, and how it and what stands on it may end a process, where memory is out for them:
 before Python can say anything. Then the process is lost, as one that is killed.
 """
-SHORT = [(1, "update", "term")]
+SHORT = [(1, "update", "term"), (1, "load", "memory4")]
+NOT_TERM = ("start", "load", "checkpoint")
+STOPPED = ("rollout", "reward", "update", "reduce", "evaluate")
 LONG = [
     *((rank, phase, "kill") for rank in (0, 1) for phase in PHASES if (rank, phase) != (1, "checkpoint")),
-    *((rank, phase, "term") for rank in (0, 1) for phase in PHASES if phase not in ("start", "checkpoint")),
+    *((rank, phase, "term") for rank in (0, 1) for phase in PHASES if phase not in NOT_TERM),
     *((rank, phase, "memory") for rank in (0, 1) for phase in ("rollout", "decode", "update", "evaluate")),
+    *((rank, "load", f"memory{room}") for rank in (0, 1) for room in (0, 4, 12, 28)),
     (0, "checkpoint", "memory"),
-    *((rank, phase, "stop") for rank in (0, 1) for phase in ("rollout", "reward", "update", "evaluate")),
+    *((rank, phase, "stop") for rank in (0, 1) for phase in STOPPED),
 ]
 CASES = [
     *(pytest.param(*each) for each in SHORT),
@@ -103,9 +116,10 @@ def resumed(program: Program, run: Path, whole: Path) -> None:
 def test_a_fault_ends_every_process_and_costs_nothing(
     rank: int, phase: str, kind: str, program: Program, whole: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
+    run, fault = tmp_path / "run", f"{rank} {PHASES[phase]} {kind}"
+    kind = kind.rstrip("0123456789")
     own, other, line = ENDS[kind]
-    pids = program.train(run, f"{rank} {PHASES[phase]} {kind}")
+    pids = program.train(run, fault)
     if kind == "stop":
         ((code, after),) = program.wait([pids[1 - rank]], 300)
         assert (run / LOCK).exists() == (rank == 0), "who is stopped may still write"
@@ -128,6 +142,198 @@ def test_a_fault_ends_every_process_and_costs_nothing(
     if (kind, phase) in {("term", "update"), ("kill", "update")} and (rank == 1 or kind == "term"):
         assert RunFolder(run).latest().name == "000001", "the step that was finished is kept"
     resumed(program, run, whole)
+
+
+# Between machines
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[TwoMachines]:
+    try:
+        made = TwoMachines()
+    except Unavailable as error:
+        pytest.skip(str(error))
+    yield made
+    made.remove()
+
+
+SILENT = rf"process {{other}} of 2 has shown no life for {SILENCE:g} s"
+GONE = r"process {other} of 2 was lost: it was killed, or its machine or the network is gone"
+CUTS = {
+    "closed": (GONE, GONE),
+    "closed but for the store": ("the connection between the processes broke off",),
+    "closed to the store": (f"{SILENT}|{GONE}",) * 2,
+    "cut": (SILENT, SILENT),
+}
+"""What becomes of the connections, and what the processes say; one line where they still hear each other."""
+CUT_SHORT = [("closed", 1, "update")]
+CUT_LONG = [
+    *(("closed", *where) for where in ((1, "start"), (0, "rollout"), (1, "reduce"), (0, "checkpoint"))),
+    *(("closed but for the store", *where) for where in ((1, "reward"), (0, "reduce"), (1, "evaluate"))),
+    *(("cut", *where) for where in ((1, "load"), (0, "rollout"), (1, "reduce"), (0, "checkpoint"))),
+]
+
+
+def part(
+    how: str, rank: int, phase: str, program: Program, machines: TwoMachines, run: Path, *more: str
+) -> None:
+    """Train by two processes and let them lose each other while one is held in a phase. Both live on, and
+    both have to end.
+    """
+    order = machines.order()
+    if how in ("closed", "closed but for the store"):
+        order["environment"] |= {"G2RPO_SILENCE": "60"}  # nobody waits for that
+    fault = f"{rank} {PHASES[phase]} stop"
+    pids = program.start("train", program.recipe, "--out", run, *more, fault=fault, **order)
+    program.await_fault(rank)
+    store = {"closed to the store": "=", "closed but for the store": "!="}.get(how)
+    try:
+        if how == "cut":
+            machines.cut()
+        else:
+            machines.close_sockets(*(("dport", store, f":{program.port}") if store else ()))
+        os.kill(pids[rank], signal.SIGCONT)
+        both = program.wait(pids, 300)
+    finally:
+        machines.mend()
+    said = program.said()
+    assert [code for code, _ in both] == [AGAIN] * 2, said
+    assert max(late for _, late in both) < SOON
+    lines = [line.format(other=1 - place) for place, line in enumerate(CUTS[how])]
+    again = f"; continue with: g2rpo resume {re.escape(str(run))}"
+    assert len(said) == len(lines), said
+    assert all(re.fullmatch(f"({line}){again}", text) for line, text in zip(lines, said, strict=True)), said
+    assert_sound(run)
+
+
+@pytest.mark.parametrize(
+    ("how", "rank", "phase"),
+    [
+        *(pytest.param(*each) for each in CUT_SHORT),
+        *(pytest.param(*each, marks=pytest.mark.long) for each in CUT_LONG),
+    ],
+)
+def test_processes_that_lose_each_other_end_and_nothing_is_lost(
+    how: str, rank: int, phase: str, program: Program, whole: Path, machines: TwoMachines, tmp_path: Path
+) -> None:
+    part(how, rank, phase, program, machines, run := tmp_path / "run")
+    resumed(program, run, whole)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_can_tell_each_other_nothing_end(
+    rank: int, program: Program, machines: TwoMachines, tmp_path: Path
+) -> None:
+    """Gradients still come through, so a run that is soon done ends well. This one is longer."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    steps = "--set", "train.steps=400"
+    part("closed to the store", rank, "update", program, machines, run, *steps)
+    made = RunFolder(run).latest().name
+    assert int(made) == RunFolder(run).metrics()[-1]["step"] >= 2
+    program.run("train", program.recipe, "--out", other, "--set", f"train.steps={int(made)}")
+    states = [read_state(folder / "checkpoints" / made)[0] for folder in (run, other)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+@pytest.mark.long
+def test_of_four_processes_one_on_each_machine_says_who_is_lost(
+    program: Program, machines: TwoMachines, tmp_path: Path
+) -> None:
+    run, order = tmp_path / "run", machines.order(2)
+    order["environment"] |= {"G2RPO_SILENCE": "60"}
+    words = "train", program.recipe, "--out", run, "--set", "train.prompts_per_step=4"
+    pids = program.start(*words, count=4, fault=f"2 {PHASES['update']} stop", **order)
+    program.await_fault(2)
+    machines.close_sockets("dst", "=", ADDRESSES[0])
+    os.kill(pids[2], signal.SIGCONT)
+    assert [code for code, _ in program.wait(pids, 300)] == [AGAIN] * 4, program.said()
+    ours, theirs = program.said()
+    assert ours.startswith("process 2, 3 of 4 was lost: ") and theirs.startswith("process 0 of 4 was lost: ")
+    assert_sound(run)
+    program.run("resume", run, count=4)
+
+
+# Between the run and its judge
+
+
+def hang_up(host: JudgeHost, request: web.Request, body: dict[str, Any]) -> None:
+    """Reset the connection in the middle of the request."""
+    linger = struct.pack("ii", 1, 0)
+    request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    request.transport.abort()
+
+
+def at_first(behave: Misbehaviour) -> Misbehaviour:
+    """Misbehave when a question comes for the first time."""
+    known = set()
+
+    def behaviour(host: JudgeHost, request: web.Request, body: dict[str, Any]) -> Any:
+        question = json.dumps(body)
+        if not body or question in known:
+            return None
+        known.add(question)
+        return behave(host, request, body)
+
+    return behaviour
+
+
+def judged(host: JudgeHost) -> list[str]:
+    """Return the settings by which a run asks a judge."""
+    judge = {"name": "bright", "url": host.url, "protocol": "yes_no", "model": "toy"}
+    return ["--set", f"rewards={json.dumps([judge | {'retries': 1, 'timeout': 5}])}"]
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[JudgeHost]:
+    with JudgeHost(keep=False) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def well_judged(program: Program, host: JudgeHost) -> Path:
+    """Train by two processes under a judge without a fault."""
+    run = program.place / "well judged"
+    program.run(*program.words(run, *judged(host)))
+    return run
+
+
+@pytest.mark.parametrize(
+    "behave",
+    [
+        hang_up,
+        pytest.param(close_mid_body, marks=pytest.mark.long),
+        pytest.param(hang, marks=pytest.mark.long),
+    ],
+)
+def test_a_judges_connection_that_breaks_in_a_request_costs_another_one(
+    behave: Misbehaviour, program: Program, host: JudgeHost, well_judged: Path, tmp_path: Path
+) -> None:
+    run, host.behave, asked = tmp_path / "run", at_first(behave), host.asked
+    program.run(*program.words(run, *judged(host)))
+    assert host.asked - asked > 2 * 3 * 9, "every question comes twice"
+    assert not program.said()
+    assert_equal(outcome(run), outcome(well_judged))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("questions", [2 + 9 + 4, 2 + 3 * 9])
+def test_a_judge_that_stays_away_ends_all_in_one_line(
+    questions: int, program: Program, host: JudgeHost, well_judged: Path, tmp_path: Path
+) -> None:
+    run, host.behave, before = tmp_path / "run", None, host.asked
+    host.behave = lambda *given: hang_up(*given) if host.asked - before > questions else None
+    assert program.codes(*program.words(run, *judged(host))) == [MISTAKE] * 2
+    *warned, said = sorted(program.said(), key=lambda line: line.startswith("error: "))
+    assert warned and all("(this is said once)" in line for line in warned), program.said()
+    assert re.fullmatch(
+        r"error: .* judge .* of the 18 pictures of step [12].*; mend the .*, and resume the run", said
+    )
+    assert_sound(run)
+    host.behave = None
+    program.run(*program.words(run))
+    assert_alike(run, well_judged)
 
 
 @pytest.mark.long

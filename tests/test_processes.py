@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from test_run import config
 
 from comfy_g2rpo.run.evaluation import Evaluation, shares_shown
 from comfy_g2rpo.run.folder import RunFolder
+from comfy_g2rpo.run.loop import out_of_time
 from comfy_g2rpo.run.setup import World
 from g2rpo_trainer.reports.progress import Silent
 from g2rpo_trainer.run import train
@@ -59,6 +61,14 @@ def test_what_the_first_process_says_goes_for_all() -> None:
     assert World().told(True) and not World().told(False)
     others = dataclasses.replace(World(), index=1, count=2)
     assert not others.told(True), "only the process that speaks is heard"
+
+
+@pytest.mark.parametrize(("first", "seconds"), [(1.0, 59.0), (0.0, 61.0)])
+def test_time_runs_out_for_all_after_the_same_step(first: float, seconds: float) -> None:
+    """By the clock of the first process."""
+    world = World(1, 2, lambda mine: torch.cat((torch.tensor([[[first]]]), mine), 1))
+    setup = SimpleNamespace(pace=SimpleNamespace(minutes=1.0), world=world)
+    assert out_of_time(setup, SimpleNamespace(seconds=seconds)) == bool(first)
 
 
 @pytest.fixture(scope="module")

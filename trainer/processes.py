@@ -26,6 +26,9 @@ PATIENCE = timedelta(days=30)
 """A judge may keep one process for long: the others wait. That one has ended or stopped shows otherwise."""
 SILENCE = 300.0
 """Seconds without a sign of life after which a process is given up; $G2RPO_SILENCE has other ones."""
+LOST = "was lost: it was killed, or its machine or the network is gone"
+CONNECTION = "the connection between the processes"
+"""What is said of processes that show no life any more, and what is gone where all do."""
 BEAT, GRACE = 0.5, 3.0
 """Seconds from one sign of life to the next, and for which one waits to learn why another process is gone."""
 NUMBERS = itertools.count()
@@ -140,19 +143,25 @@ class Pulse:
             raise self.left(gone, f"has shown no life for {self.silence:g} s")
 
     def left(self, gone: list[int], what: str) -> Left:
-        """Return how this process ends where others are lost; only the first of those left says so."""
+        """Return how this process ends where others are lost; only the first of those left says so, and the
+        first on every machine that is cut off: who hears nobody misses the first process of all.
+        """
         self.cause = gone, what
         others = [rank for rank in range(self.count) if rank not in gone]
-        which = ", ".join(map(str, gone)) or "unknown"
-        return Left(AGAIN, f"process {which} of {self.count} {what}" if self.index == others[0] else "")
+        says = self.index == others[0] or (gone == [0] and os.environ.get("LOCAL_RANK") == "0")
+        which = f"process {', '.join(map(str, gone))} of {self.count}" if gone else CONNECTION
+        return Left(AGAIN, f"{which} {what}" if says else "")
 
     def loss(self) -> Left:
-        """Return why a gathering broke off: what another process says, else that it is lost."""
+        """Return why a gathering broke off: what another process says, else that it is lost, or out of reach
+        although it lives.
+        """
         deadline = time.monotonic() + GRACE
         while time.monotonic() < deadline:
             self.check()
             time.sleep(BEAT / 10)
-        return self.left(self.silent(GRACE / 2), "was lost: it was killed, or its machine is gone")
+        gone = self.silent(GRACE / 2)
+        return self.left(gone, LOST if gone else "broke off")
 
     def finish(self, work: Callable[[], Any]) -> None:
         """Start something that all processes do together, and wait for its end.
@@ -247,10 +256,11 @@ def world_of(accelerator: Accelerator) -> tuple[World, Pulse | None]:
 
     def reduce(gradients: Sequence[torch.Tensor]) -> None:
         wait()
-        found: list[Any] = []
         vector = parameters_to_vector(gradients)
-        pulse.finish(lambda: found.append(accelerator.reduce(vector, reduction="mean")))
-        vector_to_parameters(found[0], gradients)
+        # Not by accelerate, whose call returns when all is done, or never.
+        pulse.finish(lambda: dist.all_reduce(vector, async_op=True))
+        vector /= count
+        vector_to_parameters(vector, gradients)
 
     return World(index, count, gather, reduce, wait, lambda: pulse.waited), pulse
 

@@ -124,8 +124,7 @@ def check_same(world: World, place: Path | None) -> None:
     own = [int(place.name), int(digest_of(place / "state.safetensors")[:12], 16)] if place else [0, 0]
     found = world.gather(torch.tensor([[own]], dtype=torch.float64))[0]
     if (found != found[0]).any():
-        if not world.speaks:
-            world.wait()  # which ends as the first process does, so that the line is said once
+        world.let_one_say()
         steps = ", ".join(f"{step:.0f}" for step in found[:, 0])
         raise RunError(
             f"the processes have found different checkpoints, of the steps {steps}; give all the same run "

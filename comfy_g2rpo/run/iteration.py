@@ -146,6 +146,7 @@ def score(setup: Setup, explored: Explored, step: int) -> Scored:
     rewards = [plan.credited(scores, recipe.credit) for scores in explored.scores.unbind(1)]
     everywhere = setup.world.gather(explored.final_scores)
     if everywhere.isnan().all():
+        setup.world.let_one_say()
         none = f"rewards judged none of the {everywhere[0].numel()} pictures of step {step}"
         raise RewardError(f"{none}; mend the prompts, or the judge that is asked, and resume the run")
     dropped = dropped_share(setup, everywhere, step)
@@ -370,6 +371,7 @@ def dropped_share(setup: Setup, scores: Tensor, step: int) -> float:
     shares[torch.tensor([reward.may_abstain for reward in setup.rewards])] = 0
     worst = int(shares.argmax())
     if shares[worst] > setup.pace.max_dropped:
+        setup.world.let_one_say()
         much = f"could not judge {shares[worst]:.0%} of the {scores[0].numel()} pictures of step {step}"
         allowed = f"max_dropped allows {setup.pace.max_dropped:.0%}"
         remedy = "mend the reward or its prompts, or raise max_dropped, and resume the run"

@@ -222,5 +222,6 @@ def due(every: int, step: int) -> bool:
 
 
 def out_of_time(setup: Setup, learner: Learner) -> bool:
-    """Return whether the budget of training minutes is spent."""
-    return setup.pace.minutes is not None and learner.seconds >= 60 * setup.pace.minutes
+    """Return, in every process alike, whether the budget of training minutes is spent."""
+    minutes = setup.pace.minutes
+    return minutes is not None and setup.world.told(learner.seconds >= 60 * minutes)

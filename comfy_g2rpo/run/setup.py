@@ -50,6 +50,11 @@ class World:
         """Return, in every process alike, what the one that speaks has said."""
         return bool(self.gather(torch.tensor([[[float(said and self.speaks)]]])).any())
 
+    def let_one_say(self) -> None:
+        """Before an error that every process finds: let all but the one that speaks end as that one does."""
+        if not self.speaks:
+            self.wait()
+
     def mean(self, row: Mapping[str, float]) -> dict[str, float]:
         """Return the means over processes of what each has measured, of those that could."""
         if self.count == 1:

@@ -9,7 +9,13 @@ from typing import Any
 DONE, UNFORESEEN, MISTAKE, WAITING, AGAIN, SIGNALLED = 0, 1, 2, 3, 75, 128
 """Done; a program's error, or a check that found something; what a user can mend; a run that waits for votes;
 what helps itself when it is resumed (EX_TEMPFAIL); and a signal's number more."""
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "can't start new thread",  # which needs room for its stack
+)
 UNSAID = "could not create a primitive"
 """What oneDNN says where a CPU's memory runs out, without the reason."""
 
