@@ -177,7 +177,7 @@ def test_a_preset_may_be_written_as_people_do(given: str) -> None:
         ("11 GB", "a card of 11 GB takes 8gb"),
         ("32gb", "a card of 32 GB takes 24gb"),
         ("40", "a card of 40 GB takes 24gb"),
-        ("141GB", "a card of 141 GB takes 80gb"),
+        ("100GB", "a card of 100 GB takes 80gb"),
         ("6gb", "the smallest is 8gb"),
         ("big", "choose one of: 8gb"),
     ],

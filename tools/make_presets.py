@@ -37,14 +37,20 @@ def rungs(blocks: int) -> list[dict[str, Any]]:
     fp8, nf4 = checked | {"memory.quantization": "fp8"}, checked | {"memory.quantization": "nf4"}
     thrifty = nf4 | {"method.optimizer": "adamw_8bit", "train.decode_batch": 1}
     return [
+        plain | {"train.slots": 64, "train.decode_batch": 16, "train.micro_batch": 16},
+        plain | {"train.slots": 64, "train.decode_batch": 16, "train.micro_batch": 8},
         plain | {"train.slots": 32, "train.decode_batch": 8, "train.micro_batch": 4},
+        plain | {"train.slots": 32, "train.decode_batch": 8, "train.micro_batch": 2},
         plain | {"train.slots": 16, "train.decode_batch": 4, "train.micro_batch": 1},
+        checked | {"train.slots": 16, "train.decode_batch": 4, "train.micro_batch": 4},
         checked | {"train.slots": 16, "train.decode_batch": 4},
         checked | {"train.slots": 8, "train.decode_batch": 2},
         fp8 | {"train.slots": 8, "train.decode_batch": 2},
         fp8 | {"train.slots": 4, "train.decode_batch": 1},
-        fp8 | {"train.slots": 4, "train.decode_batch": 1, "memory.block_swap": blocks // 4},
-        fp8 | {"train.slots": 4, "train.decode_batch": 1, "memory.block_swap": blocks // 2},
+        *(
+            fp8 | {"train.slots": 4, "train.decode_batch": 1, "memory.block_swap": blocks * eighths // 8}
+            for eighths in (1, 2, 3, 4)
+        ),
         nf4 | {"train.slots": 4, "train.decode_batch": 1},
         thrifty | {"train.slots": 2, "memory.block_swap": blocks // 2},
         thrifty | {"train.slots": 2, "memory.block_swap": blocks},

@@ -57,7 +57,7 @@ app = Program(
 )
 
 Preset = Annotated[
-    str | None, typer.Option(help="Settings for a card of this size: 8gb, 12gb, 16gb, 24gb, 48gb, 80gb.")
+    str | None, typer.Option(help="Settings for a card of this size: 8gb, 12gb, 16gb, 24gb … 141gb.")
 ]
 
 

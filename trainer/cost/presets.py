@@ -23,7 +23,7 @@ from ..model.placing import check_card
 from .card_memory import CARD, Footprint, UnknownMemoryError, footprint_of, sized
 from .remembered import counts_of
 
-SIZES = {"8gb": 8, "12gb": 12, "16gb": 16, "24gb": 24, "48gb": 48, "80gb": 80}
+SIZES = {"8gb": 8, "12gb": 12, "16gb": 16, "24gb": 24, "48gb": 48, "80gb": 80, "141gb": 141}
 """GiB of a card, by the preset's name."""
 USABLE = 0.95
 """Share of a card's memory that a run may count on: allocators leave gaps."""

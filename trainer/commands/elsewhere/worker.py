@@ -32,7 +32,7 @@ def worker(
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="End when no job waits.")] = False,
     preset: Annotated[
-        str | None, typer.Option(help="Settings for a card of this size: 8gb, 12gb, 16gb, 24gb, 48gb, 80gb.")
+        str | None, typer.Option(help="Settings for a card of this size: 8gb, 12gb, 16gb, 24gb … 141gb.")
     ] = None,
     settings: Annotated[
         list[str] | None,
