@@ -63,8 +63,12 @@ def test_every_preset_is_a_configuration_of_its_familys_recipe(family):
 def test_a_smaller_card_is_asked_for_no_more(family):
     own = [presets.presets()[family][name] for name in SIZES if name in presets.presets()[family]]
     bits = {"none": 16, "fp8": 8, "nf4": 4}
-    for field in ("train.slots", "train.decode_batch", "train.micro_batch"):
+    for field in ("train.slots", "train.decode_batch"):
         assert [each[field] for each in own] == sorted(each[field] for each in own)
+    for recomputes in (True, False):  # which leaves room for more latents at once
+        alike = [each for each in own if each["memory.gradient_checkpointing"] is recomputes]
+        found = [each["train.micro_batch"] for each in alike]
+        assert found == sorted(found)
     assert [bits[each["memory.quantization"]] for each in own] == sorted(
         bits[each["memory.quantization"]] for each in own
     )
