@@ -22,6 +22,7 @@ from job_host import DEMO, grown_run, job, service
 from comfy_g2rpo.files.spool import Spool
 from g2rpo_trainer.service import http_guard, job_schema, job_server
 from g2rpo_trainer.service.api_document import ROUTES
+from g2rpo_trainer.service.job_views import job_view, short_view
 
 KNOWN = {"/health": 200, "/openapi.json": 200, "/jobs": 200, "/jobs/one": 200, "/jobs/one/report": 404}
 KNOWN |= {"/jobs/one/metrics": 200, "/jobs/one/samples/3": 404, "/jobs/one/samples/3/000.png": 404}
@@ -340,3 +341,23 @@ def test_the_token_is_in_no_answer_and_in_no_log(tmp_path: Path, caplog: pytest.
     with service(tmp_path) as (port, _):
         answers = [send_for_answer(port, "GET", path)[1] for path in ("/health", "/jobs", "/nothing")]
     assert TOKEN not in "".join(answers) + caplog.text
+
+
+class EndsMeanwhile(Spool):
+    """A spool whose jobs end just after somebody has looked whether they have."""
+
+    def ended(self, job_id: str) -> dict[str, Any] | None:
+        found = super().ended(job_id)
+        if found is None:
+            self.end(job_id, "failed", error="no room")
+        return found
+
+
+@pytest.mark.parametrize("view", ["short", "whole"])
+def test_a_job_that_ends_meanwhile_is_told_of_one_moment(view: str, tmp_path: Path) -> None:
+    spool = EndsMeanwhile(tmp_path)
+    spool.submit("one", {"recipe": "demo"})
+    told = short_view(spool, tmp_path, "one") if view == "short" else job_view(spool, tmp_path, "one", [])
+    if view == "whole":
+        assert told["error"] == "no room" and told["ended"]
+    assert told["status"] == "failed"

@@ -16,6 +16,7 @@ from comfy_g2rpo.run.evaluation import Evaluation, compare
 from comfy_g2rpo.run.folder import RunFolder
 from comfy_g2rpo.run.iteration import dropped_share
 from comfy_g2rpo.run.pace import Pace
+from comfy_g2rpo.run.setup import World
 from comfy_g2rpo.votes import ballots
 from comfy_g2rpo.votes.strengths import Votes
 from g2rpo_trainer.commands.train_here import WAITING
@@ -119,7 +120,7 @@ def test_people_are_not_asked_about_held_out_pictures(recipe, change, words):
 
 def test_a_picture_that_nobody_compared_is_no_failure_of_the_judge(shown):
     setup = SimpleNamespace(
-        rewards=(VoteReward(shown), Rule("rule", None, False)), pace=Pace(max_dropped=0.2)
+        rewards=(VoteReward(shown), Rule("rule", None, False)), pace=Pace(max_dropped=0.2), world=World()
     )
     scores = torch.zeros(2, 1, 4)
     scores[0, 0, :3] = torch.nan

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from comfy_g2rpo.files.safe import FileError, digest_of, open_file, read_table
-from comfy_g2rpo.files.spool import Spool
+from comfy_g2rpo.files.spool import ENDS, FAILED, Spool
 from comfy_g2rpo.run.folder import RunFolder, is_run
 
 from .job_schema import without
@@ -22,15 +22,27 @@ MAX_STEPS, MAX_SAMPLES = 1000, 64
 MAX_ROWS = 2000
 
 
+def standing(spool: Spool, job_id: str) -> tuple[str, dict[str, Any]]:
+    """Return how a job stands, and what was said of its end, of one moment: it may end in between."""
+    while (ended := spool.ended(job_id)) is None:
+        if (status := spool.state(job_id)) not in ENDS:
+            return status, {}
+    return str(ended.get("status", FAILED)), ended
+
+
 def short_view(spool: Spool, runs: Path, job_id: str) -> dict[str, Any]:
     """Tell how a job stands."""
-    job, ended = spool.job(job_id), spool.ended(job_id) or {}
+    return briefly(spool, runs, job_id, *standing(spool, job_id))
+
+
+def briefly(spool: Spool, runs: Path, job_id: str, status: str, ended: Mapping[str, Any]) -> dict[str, Any]:
+    """Tell how a job stands of which that is known."""
     when = (spool.path / f"{job_id}.job.json").stat().st_mtime
     return {
         "id": job_id,
-        "status": spool.state(job_id),
+        "status": status,
         "submitted": datetime.fromtimestamp(when, timezone.utc).isoformat(timespec="seconds"),
-        "source": str(job.get("source", "")),
+        "source": str(spool.job(job_id).get("source", "")),
         "step": last_step(runs / job_id),
         "seconds": ended.get("seconds"),
     }
@@ -38,10 +50,11 @@ def short_view(spool: Spool, runs: Path, job_id: str) -> dict[str, Any]:
 
 def job_view(spool: Spool, runs: Path, job_id: str, hidden: Sequence[Path]) -> dict[str, Any]:
     """Tell all of a job but where it lies."""
-    job, ended, run = spool.job(job_id), spool.ended(job_id) or {}, runs / job_id
+    job, run = spool.job(job_id), runs / job_id
+    status, ended = standing(spool, job_id)
     error = str(ended.get("error", ""))
     return {
-        **short_view(spool, runs, job_id),
+        **briefly(spool, runs, job_id, status, ended),
         "recipe": job.get("recipe"),
         "settings": job.get("settings"),
         "steps": steps_of(run),
