@@ -12,9 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -257,33 +255,6 @@ def test_eight_who_watch_and_do_not_read_hold_nobody_up(
         while made._streams and time.monotonic() < deadline + 20:
             time.sleep(0.05)
         assert made._streams == 0
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    ("count", "rate"), [(60, 1000), pytest.param(6000, 200, marks=pytest.mark.long)], ids=["some", "6000"]
-)
-def test_of_many_who_submit_at_once_none_is_lost_or_taken_twice(
-    count: int, rate: int, tmp_path: Path
-) -> None:
-    begin = time.monotonic()
-
-    def one(i: int) -> int:
-        time.sleep(max(0, begin + i / rate - time.monotonic()))
-        # Every job is sent twice, as after an answer that was lost.
-        return send(port, "POST", "/jobs", body=job(f"job-{i // 2}"), patience=60)
-
-    with service(tmp_path, queue=count // 2 - 5) as (port, made):
-        assert send(port, "GET", "/jobs") == 200
-        before = memory()
-        with ThreadPoolExecutor(16) as pool:
-            statuses = list(pool.map(one, range(count)))
-        grown, kept = memory() - before, made.spool.ids()
-    taken = {f"job-{i // 2}" for i, status in enumerate(statuses) if status == 200}
-    assert set(statuses) == {200, 429} and set(kept) == taken and len(kept) == count // 2 - 5
-    assert grown < 60, f"{grown:.0f} MB more"
-    speed = count / (time.monotonic() - begin)
-    print(f"{speed:.0f} requests a second: {Counter(statuses)}, {grown:.1f} MB more")
 
 
 # The commands
