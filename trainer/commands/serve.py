@@ -70,7 +70,5 @@ def serve(
 
 def say_ready(name: str, url: str, token_file: Path) -> None:
     """Say where the reward is offered, and what its clients need."""
-    typer.echo(
-        f'serving {name} at {url}\nthe other side needs: export G2RPO_JUDGE_KEY="$(cat {token_file})"'
-    )
+    typer.echo(f'serving {name} at {url}\nthe other side needs: export G2RPO_JUDGE_KEY="$(cat {token_file})"')
     answer({"name": name, "url": url, "token_file": token_file})
