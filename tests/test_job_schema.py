@@ -149,6 +149,11 @@ def test_every_bundled_recipe_is_taken_but_for_models_that_are_not_here(name: st
         assert "which this machine does not have" in str(error)
 
 
+def test_a_recipe_without_rewards_is_refused_by_its_form() -> None:
+    with pytest.raises(RequestError, match=r"recipe\.rewards: List should have at least 1 item"):
+        job_request(job(rewards=[]))
+
+
 def test_names_become_files_and_settings_part_of_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/words.txt").write_text("a cat\na dog\n")

@@ -156,7 +156,11 @@ def test_the_folded_decoder_is_diffusers_own(blocks):
     latents = seeded_noise((2, 16, 3, 5), "latents").double()
     with torch.no_grad():
         made, theirs = folded_decoder(vae)(latents), vae.decode(latents).sample
-    assert torch.allclose(made, theirs, rtol=0, atol=1e-12)
+        assert torch.allclose(made, theirs, rtol=0, atol=1e-12)
+        # Numbers in 16 bit are computed with in float32.
+        low = folded_decoder(vae.bfloat16())(latents)
+        assert low.dtype == torch.float32 and next(vae.parameters()).dtype == torch.bfloat16
+        assert torch.allclose(low, vae.float().decode(latents.float()).sample, rtol=0, atol=1e-5)
 
 
 def test_merging_leaves_every_weight_as_it_was_bit_for_bit(policy):

@@ -39,6 +39,7 @@ class FoldedDecoder:
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         layers = list(layers)
+        self.dtype = next(weight.dtype for layer in layers for weight in layer.parameters())
         self.layers: list[Layer] = []
         while layers:
             layer = layers.pop(0)
@@ -55,8 +56,8 @@ class FoldedDecoder:
             self.layers.append(layer)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """Decode latents [B, C, h, w] to [B, 3, H, W] in [−1, 1]."""
-        x = (latents / 3).tanh_().mul_(3).contiguous(memory_format=torch.channels_last)
+        """Decode latents [B, C, h, w] to [B, 3, H, W] in [−1, 1], in the decoder's precision."""
+        x = (latents.to(self.dtype) / 3).tanh_().mul_(3).contiguous(memory_format=torch.channels_last)
         for layer in self.layers:
             x = layer(x)
         return x.mul_(2).sub_(1)

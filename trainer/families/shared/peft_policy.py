@@ -359,8 +359,11 @@ class PeftPolicy:
         """Decode latents [B, C, h, w] to images [B, H, W, 3] in [0, 1], float32 and contiguous."""
         config = self.vae.config
         raw = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        raw = raw.to(self.vae_dtype, memory_format=torch.channels_last)
-        images = self._folded(raw) if self._folded else self.vae.decode(raw, return_dict=False)[0]
+        if self._folded:
+            images = self._folded(raw)
+        else:
+            raw = raw.to(self.vae_dtype, memory_format=torch.channels_last)
+            images = self.vae.decode(raw, return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).contiguous()
 
 
