@@ -361,3 +361,18 @@ def test_a_job_that_ends_meanwhile_is_told_of_one_moment(view: str, tmp_path: Pa
     if view == "whole":
         assert told["error"] == "no room" and told["ended"]
     assert told["status"] == "failed"
+
+
+def test_a_job_is_tried_again_for_its_newest_end_alone(tmp_path: Path) -> None:
+    def sent(again: str) -> str:
+        assert send(port, "POST", "/jobs", body=graph(again=again)) == 200
+        return made.spool.state("two")
+
+    with service(tmp_path) as (port, made):
+        assert sent("") == "waiting" and sent("2026-01-01T00:00:00") == "waiting"  # it has not ended
+        made.spool.end("two", "failed")
+        first = made.spool.ended("two")["at"]
+        assert sent("") == "failed" and sent("2026-01-01T00:00:00") == "failed"
+        assert sent(first) == "waiting" and sent(first) == "waiting"
+        made.spool.end("two", "failed")
+        assert sent(first) == "failed" and sent(made.spool.ended("two")["at"]) == "waiting"

@@ -176,7 +176,7 @@ class JobService:
 
     def _tried_again(self, job_id: str, end: str) -> bool:
         """Let a job wait once more if an end that is named is its newest: so it may be asked for twice."""
-        if not end or (self.spool.ended(job_id) or {}).get("at") != end:
+        if (self.spool.ended(job_id) or {}).get("at") != end:
             return False
         return self.spool.again(job_id)
 
