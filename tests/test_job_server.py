@@ -9,7 +9,9 @@ import copy
 import importlib.util
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from http.client import HTTPConnection
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -178,8 +180,8 @@ def prepared(place: Path) -> Path:
     (place / "outside").mkdir()
     (place / "outside/secret.safetensors").write_bytes(b"secret")
     (models / "checkpoints").mkdir()
-    for folder in (models, models / "checkpoints"):
-        (folder / "link").symlink_to(place / "outside")
+    for each in (models, models / "checkpoints"):
+        (each / "link").symlink_to(place / "outside")
     spool = Spool(folder / "spool")
     spool.submit("done", {"recipe": DEMO, "settings": [], "source": ""})
     spool.end("done", "done")
@@ -220,7 +222,7 @@ def audit(
         if (got := send(port, "POST", "/jobs", body=job("three"))) != 429:
             yield f"a third job of two: {got}"
     with service(place / "small", False, guard, server, gigabytes=1e-9) as (port, made):
-        (made.runs.parent / "much").write_bytes(b"x" * 99)
+        (made.runs.parent / "much").write_bytes(b"x")  # as much as there is room for
         if (got := send(port, "POST", "/jobs", body=job("one"))) != 429:
             yield f"a job beyond the disk: {got}"
 
@@ -376,3 +378,32 @@ def test_a_job_is_tried_again_for_its_newest_end_alone(tmp_path: Path) -> None:
         assert sent(first) == "waiting" and sent(first) == "waiting"
         made.spool.end("two", "failed")
         assert sent(first) == "failed" and sent(made.spool.ended("two")["at"]) == "waiting"
+
+
+def test_what_is_told_of_a_job_that_has_ended_ends(tmp_path: Path) -> None:
+    with service(prepared(tmp_path)) as (port, _):
+        connection = HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.request("GET", "/jobs/done/events", headers={"Authorization": f"Bearer {TOKEN}"})
+        assert b"event: end" in connection.getresponse().read()
+
+
+def test_a_job_is_made_ready_by_its_kind_and_ends_beyond_hours_and_disk(tmp_path: Path) -> None:
+    with service(tmp_path) as (_, made):
+        rules = made._rules("two")
+        by_graph, by_recipe = (rules.prepare(each) for each in (GRAPH, json.loads(job())))
+        assert "models" not in by_graph and Path(by_graph["recipe"]["model"]["path"]).is_dir()
+        assert Path(by_recipe["recipe"]["model"]["path"]).is_dir() and not rules.over(tmp_path)
+    with service(tmp_path, hours=0) as (_, made):
+        assert "the limit of this service (--hours)" in made._rules("two").over(tmp_path)
+    (tmp_path / "much").write_bytes(b"xx")
+    with service(tmp_path, gigabytes=1e-9) as (_, made):
+        assert "the limit of this service (--gigabytes)" in made._rules("two").over(tmp_path)
+
+
+def test_a_service_without_jobs_waits_for_one(tmp_path: Path) -> None:
+    with service(tmp_path, works=True) as (_, made):
+        made._more.set()
+        deadline = time.monotonic() + 20
+        while made._more.is_set() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not made._more.is_set()
