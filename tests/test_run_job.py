@@ -16,6 +16,7 @@ import pytest
 from job_host import SMALL
 from test_remote import with_lora
 
+from comfy_g2rpo.files.one_writer import one_writer
 from comfy_g2rpo.files.safe import RunError
 from comfy_g2rpo.files.spool import JobError, Spool
 from comfy_g2rpo.run.folder import RunFolder, is_run
@@ -100,6 +101,23 @@ def test_a_cancelled_job_ends_at_once_where_nobody_works_on_it(tmp_path: Path) -
         assert spool.stop("three") == "running"
         with pytest.raises(RunError, match="being written by"):
             run_job(spool, "three", tmp_path / "runs")
+
+
+def test_a_job_whose_run_somebody_still_writes_is_not_begun(tmp_path: Path) -> None:
+    def refuse(job: Any) -> Any:
+        raise ValueError("it was begun")
+
+    spool = Spool(tmp_path / "jobs")
+    spool.submit("one", job(1))
+    with one_writer(tmp_path / "runs" / "one"):
+        leaving = Rules(prepare=refuse, stop=lambda: True)
+        assert run_job(spool, "one", tmp_path / "runs", leaving) == "waiting"
+        waits = threading.Event()
+        # Asked for the first time after the wait for the other process has begun.
+        staying = Rules(prepare=refuse, stop=lambda: waits.set() or False, pause=0.01)
+        thread = later(waits.is_set, lambda: spool.cancel("one"))
+        assert run_job(spool, "one", tmp_path / "runs", staying) == "cancelled"
+        thread.join()
 
 
 def test_a_mistake_in_the_recipe_is_the_jobs_error_in_one_line(tmp_path: Path) -> None:
