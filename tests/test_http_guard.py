@@ -9,6 +9,7 @@ import os
 import socket
 import stat
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,16 @@ def test_more_connections_than_a_bound_are_hung_up(monkeypatch: pytest.MonkeyPat
             connection.close()
         time.sleep(0.3)
         assert send(port, "GET", "/") == 405
+
+
+def test_who_is_refused_is_asked_nothing_more() -> None:
+    answer = b""
+    with guarded(lambda address: {}) as port, socket.create_connection(("127.0.0.1", port), 10) as connection:
+        connection.sendall(b"GET /x HTTP/1.1\r\nHost: evil\r\n\r\n" * 3)
+        with suppress(ConnectionResetError):
+            while part := connection.recv(65536):
+                answer += part
+    assert answer.count(b"HTTP/1.1 421") == 1
 
 
 def test_whatever_breaks_one_line_leaves_and_no_trace(caplog: pytest.LogCaptureFixture) -> None:

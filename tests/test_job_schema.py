@@ -107,6 +107,11 @@ def test_depth_counts_tables_and_lists_but_not_signs_within_texts(depth: int) ->
         read_json(content)
 
 
+def test_a_text_without_end_is_looked_at_once() -> None:
+    with pytest.raises(RequestError, match="not JSON"):  # or after many minutes
+        read_json(b'"\\' * 2**17)
+
+
 @QUICK
 @given(name=st.text(max_size=40) | st.lists(st.sampled_from(["..", ".", "a", "", "link", "~"])).map("/".join))
 def test_no_name_leads_out_of_the_folders_of_the_service(name: str, tmp_path_factory: Any) -> None:

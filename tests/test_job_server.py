@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from http.client import HTTPConnection
 from itertools import product
 from pathlib import Path
@@ -385,6 +387,23 @@ def test_what_is_told_of_a_job_that_has_ended_ends(tmp_path: Path) -> None:
         connection = HTTPConnection("127.0.0.1", port, timeout=5)
         connection.request("GET", "/jobs/done/events", headers={"Authorization": f"Bearer {TOKEN}"})
         assert b"event: end" in connection.getresponse().read()
+
+
+def test_what_is_told_of_a_job_that_is_removed_breaks_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_server, "POLL_SECONDS", 0.05)
+    with service(tmp_path) as (port, made):
+        assert send(port, "POST", "/jobs", body=job("one")) == 200
+        with socket.create_connection(("127.0.0.1", port), 10) as connection:
+            head = f"GET /jobs/one/events HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {TOKEN}"
+            connection.sendall(f"{head}\r\n\r\n".encode())
+            answer = connection.recv(65536)
+            (made.spool.path / "one.job.json").unlink()
+            with suppress(ConnectionResetError):
+                while part := connection.recv(65536):
+                    answer += part
+    assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"HTTP/1.1") == 1
 
 
 def test_a_job_is_made_ready_by_its_kind_and_ends_beyond_hours_and_disk(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -207,6 +208,7 @@ SAID = {
 }
 
 
+@cache
 def document() -> dict[str, Any]:
     """Return the description of all addresses."""
     forms = [JobRequest, GraphRequest, ErrorForm, *(route.form for route in ROUTES if route.form)]

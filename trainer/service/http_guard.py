@@ -95,8 +95,8 @@ class Guard:
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         answer = web.json_response(content, status=status, headers=headers)
-        if request.body_exists and not request.content.is_eof():
-            # What was not read is not worth waiting for.
+        if status != 200 or (request.body_exists and not request.content.is_eof()):
+            # What was not read is not worth waiting for, nor who asks on and reads no answer.
             answer.force_close()
         return answer
 

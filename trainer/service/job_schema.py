@@ -194,7 +194,8 @@ def read_json(content: bytes) -> Any:
 def _depth(text: str) -> int:
     """Return how deep a text of JSON is nested."""
     depth = deepest = 0
-    for sign in re.findall(r"[][{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
+    # A text that does not end is taken at once, too: else each of its signs would be tried as the first one.
+    for sign in re.findall(r"[][{}]", re.sub(r'"(?:[^"\\]|\\.)*"?', "", text, flags=re.DOTALL)):
         depth += 1 if sign in "[{" else -1
         deepest = max(deepest, depth)
     return deepest

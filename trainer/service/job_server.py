@@ -235,7 +235,7 @@ class JobService:
             await response.prepare(request)
             async for event in self._told(job_id, after, status):
                 await written(response, event.encode())
-        except (ConnectionError, asyncio.TimeoutError):
+        except (OSError, FileError, asyncio.TimeoutError):
             # Whoever reads too slowly comes back, and says what the last line was.
             if request.transport:
                 request.transport.abort()
@@ -389,7 +389,7 @@ async def sent_file(request: web.BaseRequest, place: Path, kind: str) -> web.Str
         try:
             while block := file.read(BLOCK):
                 await written(response, block)
-        except (ConnectionError, asyncio.TimeoutError):
+        except (OSError, asyncio.TimeoutError):
             if request.transport:
                 request.transport.abort()
     return response
