@@ -56,10 +56,10 @@ def opened(path: Path) -> int | None:
         raise RunError(f"{path.parent} is a file and no run; choose another folder (--out)")
     for _ in range(100):  # an owner who is just done removes it, and then another one is made
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            except FileNotFoundError:
+            except (FileNotFoundError, FileExistsError):
                 continue  # the folder's last owner has removed it just now
         if not taken(handle):
             os.close(handle)

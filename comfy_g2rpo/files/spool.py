@@ -85,16 +85,20 @@ class Spool:
 
     def ids(self) -> list[str]:
         """List the jobs, oldest first."""
-        found = [(file.stat().st_mtime_ns, file.name) for file in self.path.glob("*.job.json")]
-        names = [name.removesuffix(".job.json") for _, name in sorted(found)]
-        return [name for name in names if NAME.fullmatch(name)]
+        found = []
+        for file in self.path.glob("*.job.json"):
+            name = file.name.removesuffix(".job.json")
+            if NAME.fullmatch(name):
+                with suppress(OSError):  # it may be removed just now
+                    found.append((file.stat().st_mtime_ns, name))
+        return [name for _, name in sorted(found)]
 
     def job(self, job_id: str) -> dict[str, Any]:
         """Read a job."""
-        place = self._file(job_id, "job.json")
-        if not place.exists():
+        found = self._told(job_id, "job.json")
+        if found is None:
             raise JobError(f"there is no job {job_id}; known are: {', '.join(self.ids()[-9:]) or 'none'}")
-        return self._read(place)
+        return found
 
     def state(self, job_id: str) -> str:
         """Return waiting, running, done, failed or cancelled."""
@@ -154,8 +158,7 @@ class Spool:
 
     def _told(self, job_id: str, kind: str) -> dict[str, Any] | None:
         """Read what was said of a job, where something was."""
-        place = self._file(job_id, kind)
-        return self._read(place) if place.exists() else None
+        return self._read(self._file(job_id, kind))
 
     def note(self, job_id: str, text: str) -> None:
         """Say what keeps a job from going on for now; nothing where it goes on."""
@@ -214,12 +217,14 @@ class Spool:
         """Return where a file of a job lies."""
         return Path(self.path) / f"{check_id(job_id)}.{kind}"
 
-    def _read(self, place: Path) -> dict[str, Any]:
-        """Read a file of a job, within bounds."""
+    def _read(self, place: Path) -> dict[str, Any] | None:
+        """Read a file of a job, within bounds; None where there is none."""
         try:
             with open_file(place) as file:
                 content = file.read(JOB_BYTES + 1)
             found = json.loads(content) if len(content) <= JOB_BYTES else None
+        except FileNotFoundError:
+            return None
         except (OSError, ValueError, RecursionError) as error:
             raise JobError(f"{place} cannot be read as a job ({type(error).__name__}); remove it") from error
         if not isinstance(found, dict):

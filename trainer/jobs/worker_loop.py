@@ -69,7 +69,7 @@ class Worker:
             try:
                 if self.spool.state(job_id) == WAITING:
                     found.append(job_id)
-            except JobError as error:
+            except (RunError, JobError) as error:
                 self.tell_once(str(error))
         return found
 

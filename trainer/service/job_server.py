@@ -40,7 +40,7 @@ MAX_BODY = 256 * 2**10
 MAX_STREAMS = 64
 MAX_LISTED = 1000
 WRITE_SECONDS = 60.0
-POLL_SECONDS, PING_SECONDS = 0.5, 15.0
+POLL_SECONDS, PING_SECONDS, FULL_SECONDS = 0.5, 15.0, 60.0
 BLOCK = 2**18
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class JobService:
         self._owner = Owner(ModelFolders.of(self.models), settings, preset)
         self.spool, self.runs = Spool(self.folder / "spool"), self.folder / "runs"
         self.spool.path.mkdir(parents=True, exist_ok=True)
-        self._open = {each: None for each in self.spool.ids() if self.spool.ended(each) is None}
+        self._open = {each: None for each in self.spool.ids() if self._goes_on(each)}
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="spool")
         self._writers = ThreadPoolExecutor(8, thread_name_prefix="writer")
         self._counting, self._coming = threading.RLock(), set[str]()
@@ -156,29 +156,44 @@ class JobService:
 
     def _submit(self, asked: Asked) -> dict[str, Any]:
         """Write a job into the spool."""
-        with self._counting:
-            if not self._known(asked.id):
-                self._check_quotas()
-            self._coming.add(asked.id)
-        more = new = False
         try:
+            with self._counting:
+                if not self._known(asked.id) or self._again(asked):
+                    self._check_quotas()
+                self._coming.add(asked.id)
             new = self.spool.submit(asked.id, asked.job)
-            more = new or self._tried_again(asked.id, asked.again)
+            with self._counting:
+                if self._again(asked):
+                    self.spool.again(asked.id)
         except JobError as error:
             raise Refusal(409, without(str(error), [self.folder])) from error
         finally:
             with self._counting:
                 self._coming.discard(asked.id)
-                if more:
-                    self._open[asked.id] = None
+                # Also one that was sent before, when the disk failed behind its name.
+                if self._goes_on(asked.id):
+                    self._open.setdefault(asked.id)
         self._more.set()
         return {"id": asked.id, "status": WAITING if new else self.spool.state(asked.id), "new": new}
 
-    def _tried_again(self, job_id: str, end: str) -> bool:
-        """Let a job wait once more if an end that is named is its newest: so it may be asked for twice."""
-        if (self.spool.ended(job_id) or {}).get("at") != end:
+    def _again(self, asked: Asked) -> bool:
+        """Return whether a job is to be tried once more: the end that is named is its newest."""
+        return (self.spool.ended(asked.id) or {}).get("at") == asked.again
+
+    def _goes_on(self, job_id: str) -> bool:
+        """Return whether there is a job that has not ended; one that cannot be read does not go on."""
+        try:
+            known = self._known(job_id) and self.spool.job(job_id) is not None
+            return known and self.spool.ended(job_id) is None
+        except JobError as error:
+            log.warning("%s", error)
             return False
-        return self.spool.again(job_id)
+
+    def _let_go(self, job_id: str) -> None:
+        """Forget a job that has ended, unless somebody has asked for it again meanwhile."""
+        with self._counting:
+            if not self._goes_on(job_id):
+                self._open.pop(job_id, None)
 
     def _check_quotas(self) -> None:
         """Refuse a job for which there is no room."""
@@ -186,13 +201,18 @@ class JobService:
             count = len(self._open) + len(self._coming)
         if count >= self.quotas.queue:
             raise Refusal(429, f"{count} jobs wait already; come back later")
-        if self._used() >= self.quotas.gigabytes * 1e9:
+        if self._full():
             raise Refusal(429, f"jobs hold {self.quotas.gigabytes:g} GB already; have old ones removed")
+
+    def _full(self) -> bool:
+        """Return whether all jobs together hold what they may."""
+        return self._used() >= self.quotas.gigabytes * 1e9
 
     def _used(self) -> int:
         """Return the bytes of all jobs, counted anew every ten seconds."""
         if time.monotonic() - self._size[0] > 10:
-            self._size = (time.monotonic(), size_of(self.folder))
+            size = size_of(self.folder)
+            self._size = (time.monotonic(), size)
         return self._size[1]
 
     async def jobs(self, request: web.BaseRequest) -> Answer:
@@ -203,7 +223,7 @@ class JobService:
         """List what can be read of the newest jobs."""
         found = []
         for job_id in reversed(self.spool.ids()[-MAX_LISTED:]):
-            with suppress(JobError):
+            with suppress(JobError, RunError, OSError):
                 found.append(short_view(self.spool, self.runs, job_id))
         return found
 
@@ -220,20 +240,19 @@ class JobService:
         if (status := self.spool.state(job_id)) in ENDS:
             raise Refusal(409, f"job {job_id} has ended already: {status}")
         status = self.spool.stop(job_id)
-        if status in ENDS:
-            self._open.pop(job_id, None)
+        self._let_go(job_id)
         return {"id": job_id, "status": status}
 
     async def events(self, job_id: str, after: int, request: web.BaseRequest) -> Answer:
         """Tell of a job while it goes on: its rows of metrics behind a line, and how it ends."""
-        status = await self._do(self.spool.state, job_id)
+        await self._do(self.spool.job, job_id)
         if self._streams >= MAX_STREAMS:
             raise Refusal(429, f"{MAX_STREAMS} watch already; come back later")
         self._streams += 1
         try:
             response = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"})
             await response.prepare(request)
-            async for event in self._told(job_id, after, status):
+            async for event in self._told(job_id, after):
                 await written(response, event.encode())
         except (OSError, FileError, asyncio.TimeoutError):
             # Whoever reads too slowly comes back, and says what the last line was.
@@ -243,7 +262,7 @@ class JobService:
             self._streams -= 1
         return response
 
-    async def _told(self, job_id: str, after: int, status: str) -> AsyncIterator[str]:
+    async def _told(self, job_id: str, after: int) -> AsyncIterator[str]:
         """Make the events of a job until it has ended."""
         lines, said, quiet = MetricLines(self.runs / job_id / "metrics.jsonl", after), "", time.monotonic()
         while True:
@@ -324,18 +343,19 @@ class JobService:
         """Train what waits, oldest first, until the service ends."""
         while not self._stop.is_set():
             job_id = next(iter([*self._open]), None)
-            if job_id is None:
-                self._more.wait(1)
+            if job_id is None or self._full():
+                if job_id:
+                    log.warning("jobs hold %g GB; remove old ones, then others go on", self.quotas.gigabytes)
+                self._more.wait(FULL_SECONDS if job_id else 1)
                 self._more.clear()
                 continue
             try:
                 status = run_job(self.spool, job_id, self.runs, self._rules(job_id))
-                if status != WAITING:
-                    self._open.pop(job_id, None)
-                    log.info("job %s: %s", job_id, status)
+                log.info("job %s: %s", job_id, status)
+                self._let_go(job_id)
             except JobError as error:
-                self._open.pop(job_id, None)
                 log.info("job %s: %s", job_id, error)
+                self._let_go(job_id)
             except Exception:
                 # Such as a full disk: the job goes on once there is room.
                 log.exception("job %s could not be run; it is tried again", job_id)
