@@ -153,7 +153,7 @@ class UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Make a mapping of keys that differ."""
         seen: dict[str, int] = {}
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 continue
             name, line = key.value, key.start_mark.line + 1
@@ -163,6 +163,16 @@ class UniqueKeys(yaml.SafeLoader):
                 )
             seen[name] = line
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Make a value; YAMLError for one that is not of the kind that its tag or its form says."""
+        try:
+            return super().construct_object(node, deep)
+        except RepeatedKeyError:
+            raise
+        except (ValueError, LookupError, AttributeError) as error:
+            problem = "a value is not what its tag or form says; write a plain value, or in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
