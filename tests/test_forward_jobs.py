@@ -50,9 +50,9 @@ def spool(tmp_path: Path) -> Spool:
 class Forwarding:
     """A worker in a thread, which passes one job on; `stop` ends it."""
 
-    def __init__(self, spool: Spool, url: str, job_id: str = "hand") -> None:
+    def __init__(self, spool: Spool, url: str, job_id: str = "hand", patience: float = NEVER) -> None:
         self.spool, self.job_id, self.ending = spool, job_id, threading.Event()
-        self.forward = Forward(RemoteService(url, TOKEN, -1.0), 0.02)
+        self.forward = Forward(RemoteService(url, TOKEN, -1.0), 0.02, patience)
         self.status = ""
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
@@ -200,6 +200,16 @@ def test_a_service_that_is_not_there_yet_loses_nothing(spool: Spool, tmp_path: P
     with service(tmp_path / "served", port=port) as (_, made):
         worker.until(lambda: made.spool.ids())
         assert worker.stop() == "waiting"
+
+
+def test_a_job_can_be_cancelled_though_its_service_is_gone_for_good(spool: Spool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    worker = Forwarding(spool, at(port), patience=0.1)
+    worker.until(lambda: "does not answer" in spool.noted("hand"))
+    spool.cancel("hand")
+    assert worker.end() == "cancelled"
+    assert "if it has the job: g2rpo remote cancel hand" in spool.ended("hand")["error"]
 
 
 def test_another_token_and_a_full_queue_are_waited_for(spool: Spool, tmp_path: Path) -> None:

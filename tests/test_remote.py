@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,12 @@ def test_addresses_of_this_machine_and_encrypted_ones_are_taken() -> None:
     assert address_of("http://localhost") == (False, "localhost", 80, "")
     assert address_of("http://[::1]:9") == (False, "::1", 9, "")
     assert address_of("https://gpu.example.com/g2rpo/") == (True, "gpu.example.com", 443, "/g2rpo")
+
+
+@pytest.mark.parametrize("value", [date(2026, 1, 1), float("nan")])
+def test_what_json_has_no_word_for_is_refused_before_it_is_sent(value: Any) -> None:
+    with pytest.raises(RemoteError, match="put dates in quotes, and give finite numbers"):
+        client(1).submit({"model": {"path": value}})
 
 
 def test_a_job_is_submitted_once_however_often_it_is_sent(tmp_path: Path) -> None:

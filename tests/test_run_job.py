@@ -33,6 +33,20 @@ print(run_job(Spool(Path(sys.argv[1]) / "jobs"), "one", Path(sys.argv[1]) / "run
 """
 
 
+FULL = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, -1))
+"""
+HANGS = """
+import _thread, ctypes, signal, threading
+from g2rpo_trainer.jobs import job_process
+job_process.PATIENCE = 0.1
+signal.signal(signal.SIGINT, signal.default_int_handler)
+threading.Thread(target=job_process.follow_parent, daemon=True).start()
+ctypes.CDLL(None).sleep(300)
+"""
+
+
 def job(steps: int, *settings: str) -> dict[str, Any]:
     """Describe a job of the tiny model."""
     return {
@@ -118,6 +132,37 @@ def test_a_job_whose_run_somebody_still_writes_is_not_begun(tmp_path: Path) -> N
         thread = later(waits.is_set, lambda: spool.cancel("one"))
         assert run_job(spool, "one", tmp_path / "runs", staying) == "cancelled"
         thread.join()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file's size")
+def test_a_job_waits_while_the_disk_is_full(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "jobs")
+    spool.submit("one", job(1) | {"recipe": {"out": "x" * 3000}})
+    ran = subprocess.run([sys.executable, "-c", FULL + WORK, tmp_path], capture_output=True, text=True)
+    assert "RunError: cannot write" in ran.stderr and "file too large; make room" in ran.stderr
+    assert spool.state("one") == "waiting"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sleeps in the C library")
+def test_a_run_that_hangs_ends_some_time_after_its_parent() -> None:
+    child = subprocess.Popen([sys.executable, "-c", HANGS], stdin=subprocess.PIPE)
+    child.stdin.close()
+    assert child.wait(120) == 130
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="runs a shell script")
+def test_whoever_presses_ctrl_c_twice_waits_for_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nexec sleep 300\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    with pytest.raises(KeyboardInterrupt), run_job_module._started([], tmp_path / "log", 1.0) as child:
+        raise KeyboardInterrupt
+    assert child.poll() is None  # it ends by itself, as its input has
+    child.kill()
+    child.wait()
 
 
 def test_a_mistake_in_the_recipe_is_the_jobs_error_in_one_line(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from program import leave
 from comfy_g2rpo.files.one_writer import one_writer
 from comfy_g2rpo.files.spool import Spool
 from g2rpo_trainer.jobs.graph_job import ModelFolders, Owner
-from g2rpo_trainer.jobs.worker_loop import use_comfyui
+from g2rpo_trainer.jobs.worker_loop import Here, Worker, use_comfyui
+from g2rpo_trainer.run import stoppable
 
 JOB = {
     "recipe": {
@@ -107,6 +108,21 @@ def test_ctrl_c_ends_it_while_it_waits(base: Path, capsys: pytest.CaptureFixture
     code, _, error = leave(capsys, "worker", "--comfyui", base)
     assert code == 0 and error == "worker: stopped\n" and time.monotonic() - begin < 60
     assert signal.getsignal(signal.SIGINT) is former
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system hangs nothing up")
+def test_a_hang_up_that_nohup_has_had_ignored_stays_so(base: Path) -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        worker = Worker(base, base, Here(Owner(ModelFolders.of([base]))))
+        with worker.stoppable():
+            os.kill(os.getpid(), signal.SIGHUP)
+        with stoppable() as check:
+            os.kill(os.getpid(), signal.SIGHUP)
+            check("rollout")
+        assert not worker.ending.is_set() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
 
 
 def test_the_owners_preset_and_settings_go_into_every_job(base: Path) -> None:

@@ -25,6 +25,7 @@ from comfy_g2rpo.run.loop import finish, learn
 from comfy_g2rpo.run.setup import Setup, Size, World, make_learner, preview_shape, prompts_ahead
 
 from . import families
+from .commands.exit_codes import heard
 from .config.file_checks import read_prompts
 from .config.input_files import INPUTS, compare_inputs, input_digests
 from .config.reading import Config, defaults, dump, make_pace, make_recipe, make_speed, model_folder
@@ -250,9 +251,6 @@ def reopen_run(config: Config, content: dict[str, Any], out: Path, changed_input
     return remarks
 
 
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
 class Stopped(KeyboardInterrupt):
     """A stop between two forwards: nothing is torn. `number` is the signal that asked for it."""
 
@@ -286,7 +284,7 @@ def stoppable(pulse: Pulse | None = None) -> Iterator[Callable[[str], None]]:
         yield check
         return
 
-    former = {number: signal.signal(number, ask) for number in STOPS}
+    former = {number: signal.signal(number, ask) for number in heard()}
     try:
         yield check
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -26,6 +27,16 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and (text == UNSAID or any(said in text for said in OUT_OF_MEMORY))
     )
+
+
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals that ask a program to end."""
+
+
+def heard() -> list[int]:
+    """Return the signals to listen to: not SIGHUP where `nohup` has had it ignored."""
+    hung_up = getattr(signal, "SIGHUP", None)
+    return [each for each in STOPS if each != hung_up or signal.getsignal(each) != signal.SIG_IGN]
 
 
 def several() -> bool:

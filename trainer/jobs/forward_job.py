@@ -37,6 +37,8 @@ class Forward:
 
     service: RemoteService
     pause: float = PAUSE
+    patience: float = 600.0
+    """Seconds for which a service is looked for that is to be told of a cancelled job."""
 
     def train(self, spool: Spool, job_id: str, runs: Path, stop: Callable[[], bool]) -> str:
         """Follow a job to its end and write that; waiting where this worker ends before."""
@@ -69,6 +71,8 @@ class Passage:
     sent: bool = field(default=False, init=False)
     failed: int = field(default=0, init=False)
     noted: str = field(default="", init=False)
+    unheard: float | None = field(default=None, init=False)
+    """Since when a wish to stop has found nobody."""
 
     def follow(self, stop: Callable[[], bool]) -> tuple[str, dict[str, Any]]:
         """Look after the job until it ends or this worker does; return its status and what is said of it."""
@@ -78,16 +82,26 @@ class Passage:
             try:
                 if ended := self.look():
                     return ended
-                pause = self.forward.pause
+                pause, self.unheard = self.forward.pause, None
             except (RemoteError, RunError, RecursionError) as error:
                 status = getattr(error, "status", 0)
                 if status in REFUSED and not self.sent:
                     return FAILED, {"error": f"{error}"}
                 self.sent = self.sent and status != GONE
+                if self.given_up():
+                    return CANCELLED, {
+                        "error": f"{error}; if it has the job: g2rpo remote cancel {self.job_id}"
+                    }
                 self.note(f"it waits: {error}")
                 pause = min(2 * pause, LONGEST_PAUSE)
             self.wait(pause, stop)
         return WAITING, {}
+
+    def given_up(self) -> bool:
+        """Return whether the job is to stop and nobody was there to be told for long."""
+        now = time.monotonic()
+        self.unheard = (self.unheard or now) if self.spool.cancelled(self.job_id) else None
+        return self.unheard is not None and now - self.unheard > self.forward.patience
 
     def look(self) -> tuple[str, dict[str, Any]] | None:
         """Send the job, bring what is new, and pass on a wish to stop; return how it has ended, if it has."""

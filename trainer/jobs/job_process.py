@@ -11,16 +11,22 @@ import os
 import signal
 import sys
 import threading
+import time
 
 from ..cli import main
+from ..commands.exit_codes import SIGNALLED
+
+PATIENCE = 600.0  # seconds for what hangs in a driver, say, and hears of nothing
 
 
 def follow_parent() -> None:
-    """Wait for the end of standard input, then press Ctrl-C."""
+    """Wait for the end of standard input, then press Ctrl-C; end the process if that is not heard."""
     # Not by sys.stdin, whose lock Python cannot wait for when it ends.
     while os.read(0, 4096):
         pass
     _thread.interrupt_main()
+    time.sleep(PATIENCE)
+    os._exit(SIGNALLED + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ class MirroredRun:
 
     def take_lora(self) -> None:
         """Bring the LoRA that the job has now, as the one checkpoint that is here."""
-        came = self.folder.path / ".lora.partial"
+        came = self.folder.path / ".lora.safetensors"
         try:
             about = self.service.fetch_lora(self.job_id, came, replace=True)
             if not whole(step := about.get("step"), MAX_STEP) or not about.get("sha256"):

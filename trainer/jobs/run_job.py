@@ -10,7 +10,6 @@ A job whose worker died is taken by the next one, which resumes its run.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -27,10 +26,9 @@ from comfy_g2rpo.files.safe import FileError, RunError, write_bytes, writing
 from comfy_g2rpo.files.spool import CANCELLED, DONE, FAILED, WAITING, JobError, Spool
 from comfy_g2rpo.run.folder import MAY_CHANGE, UNREAD, RunFolder, is_run
 
-from ..commands.exit_codes import SIGNALLED
+from ..commands.exit_codes import SIGNALLED, STOPS
 
 Job = Mapping[str, Any]
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 INTERRUPTED = {code for number in STOPS for code in (-number, SIGNALLED + number)}
 """Exit codes of a run that somebody stopped: it can go on."""
 TAIL = 2**16
@@ -62,11 +60,13 @@ def run_job(spool: Spool, job_id: str, runs: Path, rules: Rules | None = None) -
         if url := spool.sent(job_id):
             raise RunError(
                 f"{job_id} was sent to {url}; start g2rpo worker --forward {url}, or remove {job_id}.sent "
-                "from the spool to train it here"
+                f"from the spool, and {Path(runs) / job_id}, to train it here"
             )
         run = Path(runs).resolve() / job_id
         try:
             status, error = _run(job, run, rules, lambda: spool.cancelled(job_id))
+        except RunError:  # this machine's disk is full, say: the job can go on later
+            raise
         except ValueError as refusal:
             status, error = FAILED, " ".join(str(refusal).split())
         if status != WAITING:
@@ -166,12 +166,12 @@ def _started(words: list[str], log: Path, patience: float) -> Iterator[subproces
         )
     try:
         yield child
-    finally:
-        try:
-            _ended(child, patience)
-        finally:
-            child.kill()
-            child.wait()
+    except KeyboardInterrupt:
+        child.stdin.close()  # it ends by itself, and nobody waits for that
+        raise
+    except BaseException:
+        _ended(child, patience)
+        raise
 
 
 def _ended(child: subprocess.Popen[bytes], patience: float) -> int:

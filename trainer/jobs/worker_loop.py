@@ -15,11 +15,11 @@ from typing import Any, Protocol
 from comfy_g2rpo.files.safe import RunError
 from comfy_g2rpo.files.spool import DONE, FAILED, WAITING, JobError, Spool
 
+from ..commands.exit_codes import heard
 from .graph_job import Owner
 from .run_job import Rules, run_job
 
 PAUSE = 1.0  # seconds between two looks at an empty spool
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Trainer(Protocol):
@@ -108,7 +108,7 @@ class Worker:
                 raise KeyboardInterrupt
             self.ending.set()
 
-        former = {number: signal.signal(number, ask) for number in STOPS}
+        former = {number: signal.signal(number, ask) for number in heard()}
         try:
             yield
         finally:

@@ -28,6 +28,7 @@ from comfy_g2rpo.files.safe import FileError, RunError, open_file
 from comfy_g2rpo.files.spool import ENDS, WAITING, JobError, Spool
 from comfy_g2rpo.run.folder import RunFolder, is_run
 
+from ..config.reward_checks import rewards_root
 from ..jobs.graph_job import ModelFolders, Owner
 from ..jobs.run_job import Rules, run_job
 from .api_document import ROUTES, Route, document
@@ -69,6 +70,7 @@ class JobService:
     ) -> None:
         self.folder, self.quotas = Path(folder).resolve(), quotas or Quotas()
         self.models = [Path(each).expanduser().resolve() for each in models]
+        self._hidden = [self.folder, *self.models, rewards_root().parent]
         self._owner = Owner(ModelFolders.of(self.models), settings, preset)
         self.spool, self.runs = Spool(self.folder / "spool"), self.folder / "runs"
         self.spool.path.mkdir(parents=True, exist_ok=True)
@@ -115,7 +117,7 @@ class JobService:
         try:
             return await getattr(self, route.handler)(*given, request)
         except JobError as error:
-            raise Refusal(404, without(str(error), [self.folder, *self.models])) from error
+            raise Refusal(404, without(str(error), self._hidden)) from error
         except RunError as error:
             log.warning("%s", error)
             raise Refusal(507, "the service cannot write; its disk may be full") from error
@@ -229,7 +231,7 @@ class JobService:
 
     async def job(self, job_id: str, request: web.BaseRequest) -> Answer:
         """Tell all of a job."""
-        return await self._do(job_view, self.spool, self.runs, job_id, [self.folder, *self.models])
+        return await self._do(job_view, self.spool, self.runs, job_id, self._hidden)
 
     async def cancel(self, job_id: str, request: web.BaseRequest) -> Answer:
         """End a job: at once while it waits, at its next step while it runs."""
@@ -288,7 +290,7 @@ class JobService:
     def _ended_view(self, job_id: str) -> dict[str, Any]:
         """Tell how a job ended."""
         ended = self.spool.ended(job_id) or {}
-        error = without(str(ended.get("error", "")), [self.folder, *self.models])
+        error = without(str(ended.get("error", "")), self._hidden)
         return {"status": ended.get("status"), **({"error": error} if error else {})}
 
     async def metrics(self, job_id: str, after: int, request: web.BaseRequest) -> Answer:

@@ -56,7 +56,7 @@ def job_view(spool: Spool, runs: Path, job_id: str, hidden: Sequence[Path]) -> d
     return {
         **briefly(spool, runs, job_id, status, ended),
         "recipe": job.get("recipe"),
-        "settings": job.get("settings"),
+        "settings": job.get("settings") or [],
         "steps": steps_of(run),
         "error": without(error, hidden) if error else None,
         "ended": ended.get("at"),

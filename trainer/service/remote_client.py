@@ -243,7 +243,12 @@ class RemoteService:
             content = None
             if body is not None:
                 # As it is, for the bound on a body counts bytes.
-                content = json.dumps(body, allow_nan=False, ensure_ascii=False).encode(errors="surrogatepass")
+                try:
+                    text = json.dumps(body, allow_nan=False, ensure_ascii=False)
+                except (TypeError, ValueError) as error:
+                    remedy = "put dates in quotes, and give finite numbers"
+                    raise RemoteError(f"the job holds what JSON has no word for; {remedy}", 400) from error
+                content = text.encode(errors="surrogatepass")
                 headers["Content-Type"] = "application/json"
             connection.request(method, self._path + path, content, headers)
             response = connection.getresponse()
