@@ -185,8 +185,8 @@ class JobService:
     def _goes_on(self, job_id: str) -> bool:
         """Return whether there is a job that has not ended; one that cannot be read does not go on."""
         try:
-            known = self._known(job_id) and self.spool.job(job_id) is not None
-            return known and self.spool.ended(job_id) is None
+            self.spool.job(job_id)
+            return self.spool.ended(job_id) is None
         except JobError as error:
             log.warning("%s", error)
             return False
