@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,24 @@ def model_file(path: Path, family: str, prefix: str = "", more: Mapping[str, Any
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{prefix}{FAMILIES[family].signature[0]}.weight": torch.zeros(4, 4, dtype=torch.bfloat16)}
     save_file(tensors | {name: torch.zeros(2, 2) for name in more or {}}, path)
+    return path
+
+
+def large_file(
+    path: Path, family: str, prefix: str = "", more: Iterable[str] = (), dtype: str = "BF16"
+) -> Path:
+    """Write a file of 1.3 B numbers that is told to be a family's transformer; with holes in their place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sizes = {f"{prefix}{FAMILIES[family].signature[0]}.weight": [1_300_000, 1000]}
+    header, end = {}, 0
+    for name, size in (sizes | {name: [2, 2] for name in more}).items():
+        begin, end = end, end + math.prod(size) * (4 if dtype == "F32" else 2)
+        header[name] = {"dtype": dtype, "shape": size, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
     return path
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from graph_forms import model_file
 from guarded import TOKEN
 from job_host import connections_to, grown_run, service
 from PIL import Image
@@ -249,12 +250,12 @@ def test_what_cannot_travel_fails_in_one_line(name: str, spool: Spool, tmp_path:
 
 
 def test_models_are_found_by_name_in_the_folders_of_the_service(spool: Spool, tmp_path: Path) -> None:
-    (tmp_path / "big/checkpoints").mkdir(parents=True)
-    (tmp_path / "big/checkpoints/a.safetensors").write_bytes(b"")
+    model_file(tmp_path / "big/checkpoints/a.safetensors", "flux")
+    (tmp_path / "big/checkpoints/bad.safetensors").write_bytes(b"")
     (tmp_path / "big/checkpoints/out.safetensors").symlink_to(tmp_path / "secret")
     (tmp_path / "secret").write_bytes(b"")
     with service(tmp_path / "served", models=(tmp_path / "big",)) as (port, made):
-        for name in ("a", "b", "../../secret", "out"):
+        for name in ("a", "b", "bad", "../../secret", "out"):
             job, job_id = job_of(), f"of-{name.strip('./')}"
             job["models"] |= {"folder": "checkpoints", "model": f"{name}.safetensors"}
             spool.submit(job_id, job)
@@ -265,7 +266,7 @@ def test_models_are_found_by_name_in_the_folders_of_the_service(spool: Spool, tm
             else:
                 assert worker.end() == "failed"
                 error = spool.ended(job_id)["error"]
-                assert "models.model is" in error and str(tmp_path) not in error
+                assert f"{name}.safetensors" in error and str(tmp_path) not in error
         ready = made._rules("of-a").prepare(made.spool.job("of-a"))
         assert ready["recipe"]["model"]["path"] == str(tmp_path / "big/checkpoints/a.safetensors")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from graph_forms import model_file
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from some_cases import ALL
@@ -22,10 +23,13 @@ from comfy_g2rpo.blocks.block_settings import TINY_MODEL
 from comfy_g2rpo.recipes import FIELDS, RECIPES
 from comfy_g2rpo.rewards import REWARDS
 from comfy_g2rpo.run.pace import FIELDS as PACE
+from g2rpo_trainer.config.comfyui_models import FOLDERS
 from g2rpo_trainer.config.family_names import FAMILIES
 from g2rpo_trainer.config.reading import from_dict
-from g2rpo_trainer.jobs.graph_job import ModelFolders, RefusedJobError, prepared
+from g2rpo_trainer.jobs.graph_job import RefusedJobError, prepared
 from g2rpo_trainer.service.job_schema import job_request
+from g2rpo_trainer.workflows.graph_file import WorkflowError
+from g2rpo_trainer.workflows.model_files import ModelFolders
 
 load_routes()
 write_job = importlib.import_module("g2rpo_pack_for_routes.nodes.host.write_job")
@@ -116,9 +120,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> ModelFolders:
     """Make a models folder with a file of each kind."""
     root = tmp_path_factory.mktemp("models")
     for kind in ("checkpoints", "diffusion_models", "clip", "vae"):
-        (root / kind / "sub").mkdir(parents=True)
         for name in ("a.safetensors", "sub/b.safetensors"):
-            (root / kind / name).write_bytes(b"")
+            model_file(root / kind / name, "flux")
     return ModelFolders.of([root])
 
 
@@ -151,13 +154,14 @@ def test_names_become_files_of_their_kind(folders: ModelFolders, tmp_path: Path)
     model = write_job.Model("diffusion_models", "sub/b.safetensors", "flux", 10**10)
     job = job_of(model=model, text_encoders=("a.safetensors", "sub/b.safetensors"), vae="a.safetensors")
     made = prepared(job, folders, tmp_path / "one", ["model.guidance=3.5"])
-    root = folders.by_kind["vae"][0].parent
+    root = folders.roots[0]
     assert made["recipe"]["model"] | {"dtype": "bf16", "family": "flux"} == made["recipe"]["model"]
     assert made["recipe"]["model"]["transformer"] == str(root / "diffusion_models/sub/b.safetensors")
     encoders = [str(root / "clip" / name) for name in ("a.safetensors", "sub/b.safetensors")]
     assert made["recipe"]["model"]["text_encoders"] == encoders
     assert made["recipe"]["model"]["vae"] == str(root / "vae/a.safetensors")
     assert made["recipe"]["memory"] == {"gradient_checkpointing": True}
+    assert made["recipe"]["model"]["max_sequence_length"] == 256
     assert made["settings"] == ["model.guidance=3.5"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.heldout.jsonl", "one.train.jsonl"]
 
@@ -181,16 +185,16 @@ def test_a_name_that_leads_out_or_nowhere_is_refused(
     name: Any, folders: ModelFolders, tmp_path: Path
 ) -> None:
     secret = tmp_path / "secret.safetensors"
-    secret.write_bytes(b"")
-    link = folders.by_kind["checkpoints"][0] / "leads_out.safetensors"
+    model_file(secret, "flux")
+    link = folders.of_kind("checkpoints")[0] / "leads_out.safetensors"
     link.unlink(missing_ok=True)
     link.symlink_to(secret)
     job = job_of()
     job["models"] |= {"folder": "checkpoints", "model": name}
-    with pytest.raises(RefusedJobError, match=r"^models\.model is "):
+    with pytest.raises(WorkflowError, match=r"^models\.model asks for "):
         prepared(job, folders, tmp_path / "one")
     # The same file is fine where the worker's owner has given its folder.
-    more = ModelFolders({**folders.by_kind, "checkpoints": [link.parent, tmp_path]})
+    more = ModelFolders.of([*folders.roots, tmp_path])
     if name == link.name:
         made = prepared(job, more, tmp_path / "one")
         assert made["recipe"]["model"]["path"] == str(secret)
@@ -204,17 +208,17 @@ def test_folders_of_an_extra_model_paths_file_are_taken_if_it_is_given(tmp_path:
     file = tmp_path / "extra.yaml"
     file.write_text("comfyui:\n  base_path: big\n  checkpoints: checkpoints\n  unet: |\n    gone\n    unet\n")
     found = ModelFolders.of([file])
-    assert found.find("f", "checkpoints", "a.safetensors") == str(tmp_path / "big/checkpoints/a.safetensors")
-    assert found.find("f", "diffusion_models", "b.safetensors") == str(tmp_path / "big/unet/b.safetensors")
+    assert found.find("checkpoints", "a.safetensors", "f") == str(tmp_path / "big/checkpoints/a.safetensors")
+    assert found.find("diffusion_models", "b.safetensors", "f") == str(tmp_path / "big/unet/b.safetensors")
     for content in ("[1", "- 1", "x: 1", "x: {checkpoints: {a: 1}}", "x: {base_path: [1]}"):
         file.write_text(content)
         try:
-            kinds = ModelFolders.of([file]).by_kind
-        except RefusedJobError as error:
+            found = ModelFolders.of([file])
+        except WorkflowError as error:
             assert "--models" in str(error)
         else:
-            assert not [place for places in kinds.values() for place in places if place.is_dir()]
-    with pytest.raises(RefusedJobError, match=r"--models .*gone is neither a folder nor a file"):
+            assert not [place for kind in FOLDERS for place in found.of_kind(kind) if place.is_dir()]
+    with pytest.raises(WorkflowError, match=r"--models .*gone is neither a folder nor a file"):
         ModelFolders.of([tmp_path / "gone"])
 
 

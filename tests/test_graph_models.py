@@ -59,7 +59,7 @@ def test_loaders_become_files_below_the_models_folder(models: Path) -> None:
         "text_encoders": [str(models / "text_encoders/one.safetensors")],
         "vae": str(models / "vae/ae.safetensors"),
         "family": "z_image",
-        "dtype": "bf16",
+        "dtype": "fp32",
         "max_sequence_length": 512,
         "guidance": 4.0,
         "negative_prompt": "blurry",

@@ -12,13 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
+from graph_forms import model_file
 from program import leave
 
 from comfy_g2rpo.files.one_writer import one_writer
 from comfy_g2rpo.files.spool import Spool
-from g2rpo_trainer.jobs.graph_job import ModelFolders, Owner
+from g2rpo_trainer.jobs.graph_job import Owner
 from g2rpo_trainer.jobs.worker_loop import Here, Worker, use_comfyui
 from g2rpo_trainer.run import stoppable
+from g2rpo_trainer.workflows.model_files import ModelFolders
 
 JOB = {
     "recipe": {
@@ -80,7 +82,9 @@ def test_a_job_that_cannot_be_run_has_failed_with_its_line_and_a_damaged_one_is_
     spool.submit("one", JOB)
     (spool.path / "bad.job.json").write_text("{")
     code, said, _ = leave(capsys, "worker", "--comfyui", base, "--once")
-    line = "models.model is 'gone.safetensors', which is not among this worker's checkpoints; give its folder"
+    line = (
+        "models.model asks for 'gone.safetensors', which is not among the checkpoints here; fetch it, or give"
+    )
     assert code == 0 and f"one: failed, {line}" in said
     assert said.count("bad.job.json cannot be read as a job") == 1
     assert spool.ended("one")["error"].startswith(line)
@@ -126,7 +130,7 @@ def test_a_hang_up_that_nohup_has_had_ignored_stays_so(base: Path) -> None:
 
 
 def test_the_owners_preset_and_settings_go_into_every_job(base: Path) -> None:
-    (base / "models/checkpoints/gone.safetensors").write_bytes(b"")
+    model_file(base / "models/checkpoints/gone.safetensors", "flux")
     folders = ModelFolders.of([base / "models"])
     settings = Owner(folders, ["model.dtype=fp32"], "16gb").prepare(JOB, base / "one")["settings"]
     assert settings[-1] == "model.dtype=fp32" and any(each.startswith("memory.") for each in settings[:-1])

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from comfy_host import Server
 from drawn_pictures import colourful
-from graph_forms import model_file
+from graph_forms import large_file, model_file
 from program import leave
 from workflow_api import every_node, to_api
 
@@ -23,9 +23,8 @@ from g2rpo_trainer.config.comfyui_models import FOLDERS
 from g2rpo_trainer.config.file_checks import read_prompts
 from g2rpo_trainer.config.reading import Config, from_dict, load, make_pace, make_recipe
 from g2rpo_trainer.workflows.graph_file import WorkflowError
-from g2rpo_trainer.workflows.graph_models import FAMILY_FACTS
 from g2rpo_trainer.workflows.graph_writer import written_workflow
-from g2rpo_trainer.workflows.model_files import ModelFolders
+from g2rpo_trainer.workflows.model_files import FAMILY_FACTS, ModelFolders
 from g2rpo_trainer.workflows.training_recipe import read_workflow
 
 TINY = ("demo", "demo_multi", "demo_gated")
@@ -74,11 +73,10 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for part, folder in PARTS.items():
             names = known.get(part, [])
             for name in [names] if isinstance(names, str) else names:
-                more = {f"{part}.guidance_in.weight": 0} if known.get("guided") else {}
                 prefix = "model.diffusion_model." if part == "checkpoint" else ""
-                more = {f"{prefix}guidance_in.in_layer.weight": 0} if known.get("guided") else {}
-                more |= {".SelfAttention.": 0} if known.get("t5_may_lack") else {}
-                model_file(place / folder / name, family, prefix, more)
+                more = [f"{prefix}guidance_in.in_layer.weight"] if known.get("guided") else []
+                more += [".SelfAttention."] if known.get("t5_may_lack") else []
+                large_file(place / folder / name, family, prefix, more)
     return place
 
 
@@ -190,12 +188,12 @@ def test_the_run_is_called_like_the_recipe(name: str, run: str, tmp_path: Path) 
 
 def test_loaders_name_the_recipes_files(tmp_path: Path) -> None:
     files = {
-        name: str(model_file(tmp_path / f"models/{folder}/sub/{name}.safetensors", "z_image"))
+        name: str(large_file(tmp_path / f"models/{folder}/sub/{name}.safetensors", "z_image"))
         for name, folder in (("t", "diffusion_models"), ("e", "text_encoders"), ("v", "vae"), ("l", "loras"))
     }
     model = {"family": "z_image", "transformer": files["t"], "text_encoders": [files["e"]], "vae": files["v"]}
     model |= {"dtype": "bf16", "max_sequence_length": 512, "lora": [{"path": files["l"], "strength": 0.5}]}
-    memory = {"text_encoders": "cpu", "quantization": "fp8"}
+    memory = {"text_encoders": "cpu", "quantization": "fp8", "gradient_checkpointing": True}
     recipe = from_dict(tree(model=model, memory=memory))
     made, file = written_workflow(recipe, "mine"), tmp_path / "made.json"
     assert made.unsaid == []

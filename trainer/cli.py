@@ -23,7 +23,7 @@ from .cluster.cluster_options import (
     cluster_settings,
 )
 from .commands.answers import Ended, Program, answer, answering, explain, leave, wanted
-from .commands.arguments import Best, CommandError, Force, Recipe, Settings, lora_of, refuse_best
+from .commands.arguments import Best, CommandError, Force, Preset, Recipe, Settings, lora_of, refuse_best
 from .commands.calibrate import calibrate
 from .commands.compare import compare
 from .commands.doctor import doctor
@@ -55,10 +55,6 @@ app = Program(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Preset = Annotated[
-    str | None, typer.Option(help="Settings for a card of this size: 8gb, 12gb, 16gb, 24gb … 141gb.")
-]
 
 
 def print_version(asked: bool) -> None:

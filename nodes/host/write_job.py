@@ -19,8 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from ...comfy_g2rpo import recipes
-from ...comfy_g2rpo.blocks.block_settings import ENCODERS, NO_FILE, TINY_MODEL, block_fields
-from ...comfy_g2rpo.blocks.train_presets import MEDIUM_FROM, WIDGETS, preset_numbers
+from ...comfy_g2rpo.blocks.block_settings import (
+    ENCODERS,
+    LARGE_FROM,
+    NO_FILE,
+    TINY_MODEL,
+    block_fields,
+    dtype_of,
+)
+from ...comfy_g2rpo.blocks.train_presets import WIDGETS, preset_numbers
 from ...comfy_g2rpo.files.safe import FileError, finite, spelt_out
 from ...comfy_g2rpo.files.spool import JobError, Spool, check_id
 from ...comfy_g2rpo.run.pace import Pace
@@ -33,7 +40,6 @@ SPOOL = "spool"
 """The spool's folder among the runs, whose name no run may have."""
 IF_CHANGED = (NEW, ASK) = ("new", "ask")
 """What a name does that other settings have already: a job is never changed once it is handed over."""
-LARGE_FROM = 1e9  # parameters from which on activations are computed again rather than kept
 MAX_WEIGHT = 1000.0
 MAX_JOBS, MAX_NUMBER = 1000, 10_000
 REWARD_NAME = re.compile(r"[\w.+-]{1,64}")
@@ -118,7 +124,7 @@ def job_of(order: Order) -> tuple[dict[str, Any], str]:
 
 def model_section(order: Order) -> dict[str, Any]:
     """Return what a recipe says of the model beside where it lies."""
-    section: dict[str, Any] = {"family": order.model.family, "dtype": dtype_of(order.model)}
+    section: dict[str, Any] = {"family": order.model.family, "dtype": dtype_of(order.model.parameters)}
     section |= {name: getattr(order, name) for name in ("width", "height", "guidance")}
     if order.model.folder == TINY_MODEL:
         section["max_sequence_length"] = 0
@@ -129,11 +135,6 @@ def model_section(order: Order) -> dict[str, Any]:
     if order.negative.strip() and order.guidance > 1:
         section["negative_prompt"] = order.negative
     return section
-
-
-def dtype_of(model: Model) -> str:
-    """Return the precision of the model: all but small ones in 16 bit, as in the bundled recipes."""
-    return "bf16" if model.parameters >= MEDIUM_FROM else "fp32"
 
 
 def judges(order: Order) -> tuple[list[Judge], list[dict[str, Any]]]:

@@ -17,6 +17,9 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe, such as method.eta=0.5."),
 ]
+Preset = Annotated[
+    str | None, typer.Option(help="Settings for a card of this size: 8gb, 12gb, 16gb, 24gb … 141gb.")
+]
 Force = Annotated[
     bool, typer.Option("--force", help="Start even without a GPU, or where memory will not be enough.")
 ]

@@ -38,12 +38,18 @@ def presets() -> dict[str, dict[str, dict[str, Any]]]:
     return {file.stem: yaml.safe_load(file.read_text("utf-8")) for file in sorted(folder.glob("*.yaml"))}
 
 
-def preset_settings(recipe: str, name: str | None, settings: Sequence[str] = ()) -> list[str]:
-    """Return a preset's settings in front of those that are given; ConfigError for an unknown name."""
+def preset_settings(
+    recipe: str | Mapping[str, Any], name: str | None, settings: Sequence[str] = ()
+) -> list[str]:
+    """Return a preset's settings in front of those that are given; ConfigError for an unknown name.
+
+    `recipe` is its name or its content.
+    """
     if name is None:
         return list(settings)
     name = preset_named(name)
-    model = apply_overrides(read_yaml(find_recipe(recipe)), settings).get("model")
+    tree = read_yaml(find_recipe(recipe)) if isinstance(recipe, str) else recipe
+    model = apply_overrides(tree, settings).get("model")
     family = model.get("family", DEFAULT_FAMILY) if isinstance(model, dict) else DEFAULT_FAMILY
     if family not in presets():
         raise ConfigError(f"--preset: {family!r} has no presets; those that have are: {', '.join(presets())}")

@@ -7,21 +7,18 @@ something lies or what program to run: every field that does is refused by name.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from comfy_g2rpo.blocks.block_settings import TINY_MODEL
 from comfy_g2rpo.files.safe import write_bytes
 
 from ..config.bundled import bundled_folder
-from ..config.comfyui_models import FOLDERS, is_file_name, within
 from ..config.reading import apply_overrides, from_dict
 from ..config.reward_checks import missing_models
+from ..workflows.model_files import ModelFolders, tokens_for
 
 SHOWN = {"width", "height", "guidance", "negative_prompt", "max_sequence_length"}
 REWARD = {"name", "weight", "gate", "batch", "dtype"}
@@ -42,46 +39,6 @@ MAX_PROMPTS = 4096
 
 class RefusedJobError(ValueError):
     """A job that this worker does not run, in one line."""
-
-
-@dataclass(frozen=True)
-class ModelFolders:
-    """Where models may lie: folders by kind, and nowhere else."""
-
-    by_kind: Mapping[str, Sequence[Path]]
-
-    @classmethod
-    def of(cls, places: Iterable[Path]) -> ModelFolders:
-        """Look up the folders of each kind in models folders, or in files like extra_model_paths.yaml."""
-        found: dict[str, list[Path]] = {kind: [] for kind in FOLDERS}
-        for place in places:
-            if place.is_file():
-                for kind, folders in extra_paths(place).items():
-                    found[kind] += folders
-            elif place.is_dir():
-                for kind, names in FOLDERS.items():
-                    found[kind] += [place / name for name in names]
-            else:
-                raise RefusedJobError(f"--models {place} is neither a folder nor a file; check the path")
-        return cls(found)
-
-    def find(self, field: str, kind: str, name: Any) -> str:
-        """Return the file of a name; RefusedJobError unless it lies in one of its kind."""
-        what = f"{field} is {str(name)[:80]!a}"
-        if not is_file_name(name):
-            raise RefusedJobError(f"{what}; a job names a file in a folder of models, without leaving it")
-        roots = [os.path.realpath(root) for root in self.by_kind[kind]]
-        there = [os.path.realpath(os.path.join(root, name)) for root in roots]
-        files = [place for place in there if os.path.isfile(place)]
-        for place in files:
-            if any(within(root, place) for root in roots):
-                return place
-        if files:
-            remedy = f"give the folder that holds {kind}/ there with --models"
-            raise RefusedJobError(f"{what}, a link that leads out of the worker's folders; {remedy}")
-        raise RefusedJobError(
-            f"{what}, which is not among this worker's {kind}; give its folder with --models"
-        )
 
 
 @dataclass(frozen=True)
@@ -115,22 +72,6 @@ class Owner:
         return written(family.get(self.preset, {}))
 
 
-def extra_paths(file: Path) -> dict[str, list[Path]]:
-    """Read the folders of each kind from a file like ComfyUI's extra_model_paths.yaml."""
-    try:
-        tree = yaml.safe_load(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise RefusedJobError(f"--models {file} is no extra_model_paths.yaml; check the file") from error
-    found: dict[str, list[Path]] = {kind: [] for kind in FOLDERS}
-    for section in tree.values() if isinstance(tree, dict) else ():
-        given = section if isinstance(section, dict) else {}
-        base = file.parent / os.path.expandvars(Path(str(given.get("base_path") or "")).expanduser())
-        for kind, names in FOLDERS.items():
-            lines = [line for name in names for line in str(given.get(name) or "").splitlines()]
-            found[kind] += [base / line.strip() for line in lines if line.strip()]
-    return found
-
-
 def prepared(
     job: Mapping[str, Any], folders: ModelFolders, stem: Path, settings: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -155,7 +96,13 @@ def with_files(job: Mapping[str, Any], folders: ModelFolders) -> tuple[dict[str,
     if not isinstance(models, dict):
         raise RefusedJobError("the job names no models; submit it from the block Submit Training")
     lists = {name: checked_prompts(name, texts) for name, texts in recipe["prompts"].items()}
-    return {**recipe, "model": {**recipe["model"], **places(models, folders)}}, lists
+    model, memory = {**recipe["model"], **places(models, folders)}, recipe.get("memory", {})
+    if models.get("folder") != TINY_MODEL:
+        facts, told, kept = folders.tell(model, "models.model")
+        longest = max((len(line) for lines in lists.values() for line in lines), default=0)
+        told["max_sequence_length"] = tokens_for(facts, told["max_sequence_length"], longest)
+        model, memory = {**told, **model}, {**kept, **memory}
+    return {**recipe, "model": model, "memory": memory}, lists
 
 
 def prompts_as_text(lists: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -210,12 +157,12 @@ def places(models: Mapping[str, Any], folders: ModelFolders) -> dict[str, Any]:
             f"models.folder is {str(kind)[:40]!a}; a model is among checkpoints or diffusion_models"
         )
     field = "path" if kind == "checkpoints" else "transformer"
-    found: dict[str, Any] = {field: folders.find("models.model", str(kind), name)}
+    found: dict[str, Any] = {field: folders.find(str(kind), name, "models.model")}
     given = models.get("text_encoders", [])
     if not isinstance(given, list) or len(given) > 4:
         raise RefusedJobError("models.text_encoders is no list of up to 4 names; submit another job")
     if given:
-        found["text_encoders"] = [folders.find("models.text_encoders", "text_encoders", one) for one in given]
+        found["text_encoders"] = [folders.find("text_encoders", one, "models.text_encoders") for one in given]
     if models.get("vae"):
-        found["vae"] = folders.find("models.vae", "vae", models["vae"])
+        found["vae"] = folders.find("vae", models["vae"], "models.vae")
     return found

@@ -29,8 +29,9 @@ from comfy_g2rpo.files.spool import ENDS, WAITING, JobError, Spool
 from comfy_g2rpo.run.folder import RunFolder, is_run
 
 from ..config.reward_checks import rewards_root
-from ..jobs.graph_job import ModelFolders, Owner
+from ..jobs.graph_job import Owner
 from ..jobs.run_job import Rules, run_job
+from ..workflows.model_files import ModelFolders
 from .api_document import ROUTES, Route, document
 from .http_guard import HEADERS, Answer, Handler, Refusal, in_one_line, read_body
 from .job_schema import Asked, RequestError, check_job, is_of_graph, job_request, ready_job, without

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from comfy_g2rpo.blocks.block_settings import ENCODERS, NO_FILE, OF_CHECKPOINT, TINY_MODEL
@@ -18,7 +15,6 @@ from .page_graph import Node, Output
 
 TINY_PARTS = {"path": "models/tiny", "max_sequence_length": 0}
 NONE = ("", NO_FILE)
-FAMILIES = Path(__file__).with_name("graph_families.json")
 TINY, CHECKPOINT = "G2RPO_TinyDemoLoader", "CheckpointLoaderSimple"
 CLIP_WIDGETS = {
     "CLIPLoader": ("clip_name",),
@@ -36,10 +32,6 @@ MAKERS = {
 MAX_LORAS = 64
 PRECISIONS = {"default": "", "fp8_e4m3fn": "fp8", "fp8_e4m3fn_fast": "fp8"}
 """What UNETLoader's weight_dtype is called in a recipe."""
-
-
-FAMILY_FACTS: Mapping[str, Mapping[str, Any]] = json.loads(FAMILIES.read_text("utf-8"))
-"""What graphs of a family have: how long texts are, and the files that are usual."""
 
 
 @dataclass
@@ -181,15 +173,9 @@ def _files(graph: Graph, nodes: tuple[Node, Node, Node], parts: ModelParts, fold
 
 def _tell(parts: ModelParts, folders: ModelFolders, asked: str) -> None:
     """Say what the files of a model tell of it."""
-    section = parts.section
-    parts.facts = folders.facts(section.get("transformer") or section["path"], asked)
-    section["family"] = parts.facts.family
-    section["dtype"] = "fp32" if parts.facts.exact else "bf16"
-    known = FAMILY_FACTS[parts.facts.family]
-    section["max_sequence_length"] = known["tokens"]
-    texts = section.get("text_encoders") or [section.get("path") or section["transformer"]]
-    if known.get("t5_may_lack") and not folders.reads_long_text(texts):
-        section["max_sequence_length"] = 0
+    parts.facts, model, memory = folders.tell(parts.section, asked)
+    parts.section |= model
+    parts.memory |= memory
 
 
 def _precision(graph: Graph, loader: Node, parts: ModelParts) -> None:

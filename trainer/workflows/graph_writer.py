@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from comfy_g2rpo import recipes
-from comfy_g2rpo.blocks.block_settings import block_fields
+from comfy_g2rpo.blocks.block_settings import LARGE_FROM, block_fields
 from comfy_g2rpo.blocks.reward_mix import MAX_WEIGHT, PALETTE
 from comfy_g2rpo.prompts import Prompts, columns_of, image_of
 from comfy_g2rpo.rewards import REWARDS
@@ -24,7 +24,7 @@ from comfy_g2rpo.run.pace import Pace
 
 from ..config.bundled import bundled_folder
 from ..config.comfyui_models import FOLDERS
-from ..config.file_checks import read_prompts
+from ..config.file_checks import parameters_of, read_prompts
 from ..config.reading import Config, make_pace, make_recipe
 from ..config.recipe_fields import spelt
 from ..config.reward_checks import VOTES
@@ -32,9 +32,9 @@ from ..config.sections import RewardSection
 from ..rewards import ocr
 from .graph_canvas import Canvas, Socket, written
 from .graph_file import WorkflowError
-from .graph_models import CHECKPOINT, CLIP_WIDGETS, FAMILY_FACTS, TINY
+from .graph_models import CHECKPOINT, CLIP_WIDGETS, TINY
 from .graph_rewards import LOAD, MIX, MIXED, REFERENCE
-from .model_files import Facts, ModelFolders
+from .model_files import FAMILY_FACTS, Facts, ModelFolders
 from .page_graph import PageGraph
 from .training_recipe import BLOCK, recipe_of, training_block
 
@@ -131,7 +131,7 @@ def _facts(config: Config) -> Facts:
     if file and Path(file).is_file():
         return ModelFolders().facts(file, "the recipe")
     usual = FAMILY_FACTS[section.family]
-    return Facts(section.family, bool(usual.get("guided")), 0, section.dtype == "fp32")
+    return Facts(section.family, bool(usual.get("guided")), parameters_of(section) or int(LARGE_FROM))
 
 
 def _loaders(canvas: Canvas, config: Config, files: KnownFiles) -> dict[str, Socket]:

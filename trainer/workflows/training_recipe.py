@@ -15,10 +15,10 @@ from comfy_g2rpo.prompts import prompts_of
 
 from .api_graph import ApiGraph
 from .graph_file import Raw, WorkflowError, read_file, shown
-from .graph_models import FAMILY_FACTS, ModelParts, model_parts, named_parts
+from .graph_models import ModelParts, model_parts, named_parts
 from .graph_rewards import RewardReader, heldout_sections, trained_sections
 from .graph_values import number_in, output_into, text_of, whole_in
-from .model_files import ModelFolders
+from .model_files import FAMILY_FACTS, ModelFolders, tokens_for
 from .page_graph import Node, Nothing, Output, PageGraph
 
 BLOCK, HANDED_OVER = "G2RPO_TrainLoRA", "G2RPO_SubmitTraining"
@@ -28,8 +28,6 @@ STEPWISE = {
 }
 """What other blocks that learn do, and what to do instead."""
 WHOLE = ("steps", "width", "height", "rank", "prompts_per_step", "slots", "eval_every", "seed")
-LONG_PROMPT = 200
-"""Characters from which a prompt may be longer than the texts that graphs fill up to."""
 
 
 @dataclass
@@ -213,12 +211,9 @@ def _prompts(graph: PageGraph | ApiGraph, block: Node, parts: ModelParts, notes:
         made["heldout"] = "\n".join(measured) + "\n"
     elif sets_aside(len(found)):
         made["heldout_share"] = HELDOUT_SHARE
-    longest = max(map(len, (*found, *measured)))
-    family = FAMILY_FACTS[parts.facts.family] if parts.facts else {}
-    tokens = parts.section.get("max_sequence_length")
-    # Of the models that may take guidance as an input, those that do not read no longer texts.
-    able = parts.facts is not None and parts.facts.guided >= ("guidance" in family)
-    if able and tokens and longest > LONG_PROMPT and (more := family.get("long_tokens", 0)) > tokens:
-        parts.section["max_sequence_length"] = more
-        notes.append(f"a prompt has {longest} characters: texts are filled up to {more} tokens")
+    if parts.facts:
+        usual, longest = parts.section["max_sequence_length"], max(map(len, (*found, *measured)))
+        parts.section["max_sequence_length"] = tokens = tokens_for(parts.facts, usual, longest)
+        if tokens > usual:
+            notes.append(f"a prompt has {longest} characters: texts are filled up to {tokens} tokens")
     return made

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..answers import answer, wanted
-from ..arguments import CommandError, Force, Recipe, Settings
+from ..arguments import CommandError, Force, Preset, Recipe, Settings
 from ..train_here import ChangedInputs, How, Quiet, run_in
 
+if TYPE_CHECKING:
+    from ...config.reading import Config
+
 MODELS = "COMFYUI_PATH"
+TOLD = ("dtype", "max_sequence_length")
+"""What a model's files tell. A run keeps its own: another version of this program may tell otherwise."""
 
 
 def run(
@@ -25,7 +31,10 @@ def run(
     ] = None,
     models: Annotated[
         list[Path] | None,
-        typer.Option(help="ComfyUI's models folder, repeatable [default: that in $COMFYUI_PATH]."),
+        typer.Option(
+            help="ComfyUI's models folder, or an extra_model_paths.yaml; repeat it [default: models in "
+            "$COMFYUI_PATH]."
+        ),
     ] = None,
     pictures: Annotated[
         Path | None,
@@ -39,6 +48,7 @@ def run(
         bool, typer.Option("--replace", help="Remove a former run in that folder first.")
     ] = False,
     settings: Settings = None,
+    preset: Preset = None,
     changed_inputs: ChangedInputs = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -46,15 +56,14 @@ def run(
     """Train what a ComfyUI workflow trains, without ComfyUI; --print shows the recipe."""
     if resume and replace:
         raise CommandError("--resume and --replace exclude each other; give one of them")
-    from ...config.reading import apply_overrides, as_made, from_dict
+    from ...config.reading import apply_overrides, from_dict
+    from ...cost.presets import preset_settings
     from ...workflows.model_files import ModelFolders
     from ...workflows.printed_recipe import printed
     from ...workflows.training_recipe import read_workflow
 
-    around = os.environ.get(MODELS)
-    roots = models or ([Path(around).expanduser() / "models"] if around else [])
-    found = read_workflow(workflow, ModelFolders(tuple(roots), pictures), node)
-    given = settings or []
+    found = read_workflow(workflow, ModelFolders.of(models or usual_models(), pictures), node)
+    given = preset_settings(found.tree, preset, settings or [])
     tree = apply_overrides(found.tree, given)
     config = from_dict(tree)
     for line in () if quiet else found.notes:
@@ -66,10 +75,27 @@ def run(
         return
     folder = out or Path(config.out or Path("runs") / (found.run or workflow.stem))
     if resume:
-        from comfy_g2rpo.run.folder import RunFolder
-
-        config = as_made(config, RunFolder(folder).config().get("recipe"))
+        config = with_own(folder, found.tree, given)
     run_in(folder, config, given, How(resume, replace, changed_inputs, force, quiet))
+
+
+def usual_models() -> list[Path]:
+    """Return the models folder of the ComfyUI that the environment names, where it has one."""
+    place = Path(os.environ.get(MODELS) or os.devnull).expanduser() / "models"
+    return [place] if place.is_dir() else []
+
+
+def with_own(folder: Path, tree: Mapping[str, Any], settings: Sequence[str]) -> Config:
+    """Return a graph's configuration with what a run has that the graph itself does not say."""
+    from comfy_g2rpo.files.safe import spelt_out
+    from comfy_g2rpo.run.folder import RunFolder
+
+    from ...config.reading import apply_overrides, as_made, from_dict
+
+    was = RunFolder(folder).config()
+    model = spelt_out(spelt_out(was.get("config")).get("model"))
+    kept = {**tree["model"], **{name: model[name] for name in TOLD if name in model}}
+    return as_made(from_dict(apply_overrides({**tree, "model": kept}, settings)), was.get("recipe"))
 
 
 def workflow(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..answers import answer
-from ..arguments import CommandError
+from ..arguments import CommandError, Preset
 from .remote import TokenFile, connect
 from .serve_jobs import checked_settings
 
@@ -31,9 +31,7 @@ def worker(
         typer.Option(help="More folders like ComfyUI's models, or an extra_model_paths.yaml; repeat it."),
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="End when no job waits.")] = False,
-    preset: Annotated[
-        str | None, typer.Option(help="Settings for a card of this size: 8gb, 12gb, 16gb, 24gb … 141gb.")
-    ] = None,
+    preset: Preset = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -73,8 +71,9 @@ def worker(
 
 def training_here(base: Path, models: list[Path], settings: list[str], preset: str | None) -> Trainer:
     """Return how jobs are trained on this machine."""
-    from ...jobs.graph_job import ModelFolders, Owner
+    from ...jobs.graph_job import Owner
     from ...jobs.worker_loop import Here, use_comfyui
+    from ...workflows.model_files import ModelFolders
 
     given = checked_settings(preset, settings)
     use_comfyui(base)
