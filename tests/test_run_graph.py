@@ -5,7 +5,7 @@ recipe of its plain twin, or one line says what to change.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,23 +194,45 @@ def twice_folded() -> dict[str, Any]:
     return page.tree(definitions={"subgraphs": graphs})
 
 
-def typed_outside(listing: bool) -> dict[str, Any]:
-    """Type numbers into the widgets that a folded node shows, as the newest pages keep them."""
+def typed_outside(listing: bool, entries: Sequence[str] = ("how long", "size")) -> dict[str, Any]:
+    """Type numbers into the widgets that a folded node shows; exports leave out entries but renamed ones."""
     inner = plain(steps=99, rank=99)
     rewire(inner, "steps", (-10, 0))
-    entries = [{"name": "how long", "type": "INT", "link": None, "widget": {"name": "how long"}}]
-    host: dict[str, Any] = {"id": 102, "type": "train", "mode": 0, "inputs": entries}
+    host: dict[str, Any] = {"id": 102, "type": "train", "mode": 0}
+    host["inputs"] = [
+        {"name": name, "label": "renamed", "type": "INT", "link": None, "widget": {"name": name}}
+        for name in entries
+    ]
     if listing:
         host["properties"] = {"proxyWidgets": [["4", "rank"], ["-1", "how long"]]}
         host["widgets_values"] = [4, 3]
     else:
         rewire(inner, "rank", (-10, 1))
-        entries.append({"name": "size", "type": "INT", "link": None, "widget": {"name": "size"}})
         host["widgets_values"] = [3, 4]
     page = Page(100)
     page.nodes.append(host)
     graphs = [folded(inner, "train", ("how long", "size"))]
     return page.tree(definitions={"subgraphs": graphs})
+
+
+def wired_outside() -> dict[str, Any]:
+    """Connect what leads into no widget, and one that does; the values are of those that do."""
+    tree = typed_outside(False, ("size",))
+    graph = tree["definitions"]["subgraphs"][0]
+    graph["inputs"].insert(0, {"name": "judge", "type": "G2RPO_REWARD"})
+    for link in graph["links"]:
+        link["origin_slot"] += link["origin_id"] == -10
+    judge = Page(100)
+    judge.add("G2RPO_LoadReward", reward="agreement")
+    judge.add("PrimitiveInt", value=4)
+    entries = tree["nodes"][0]["inputs"]
+    entries[0]["link"] = judge.wire((101, 0), 102, 0, "INT")
+    entries.append({"name": "judge", "type": "G2RPO_REWARD"})
+    entries[1]["link"] = judge.wire((100, 0), 102, 1, "G2RPO_REWARD")
+    inner_reward = next(link for link in graph["links"] if link["target_slot"] == 3)
+    inner_reward |= {"origin_id": -10, "origin_slot": 0}
+    tree["nodes"][0]["widgets_values"] = [3, 98]
+    return {**tree, "nodes": tree["nodes"] + judge.nodes, "links": judge.links}
 
 
 def of_another_version() -> dict[str, Any]:
@@ -250,6 +272,11 @@ ODD: dict[str, Callable[[], dict[str, Any]]] = {
     "folded twice": twice_folded,
     "typed outside": lambda: typed_outside(False),
     "typed outside, listed": lambda: typed_outside(True),
+    "typed outside, exported": lambda: typed_outside(False, ()),
+    "typed outside, one renamed": lambda: typed_outside(False, ("size",)),
+    "typed outside, in another order": lambda: typed_outside(False, ("size", "how long")),
+    "typed outside, listed and exported": lambda: typed_outside(True, ()),
+    "wired outside": wired_outside,
     "seed control": of_another_version,
     "fewer widgets": shorter,
     "muted beside": around_muted_ones,

@@ -43,6 +43,8 @@ class Definition:
     links: Mapping[str, Link]
     inputs: tuple[str, ...] = ()
     """What a folded graph's sockets on the left are called."""
+    promoted: tuple[str, ...] = ()
+    """Those of them that lead into a widget, which the page then shows on the folded node."""
     ends: Mapping[int, str] = field(default_factory=dict)
     """The wires that end at its sockets on the right."""
     setters: Mapping[str, list[Raw]] = field(default_factory=dict)
@@ -118,7 +120,21 @@ def definition(raw: Raw, name: str) -> Definition:
             raise WorkflowError(f"{name} has two wires of the number {number}; draw one of them anew")
     ports = tuple(name_of(port.get("name")) for port in listed(raw, "inputs", name))
     ends = {link.target_slot: number for number, link in links.items() if link.target == OUTPUTS}
-    return Definition(name, nodes, links, ports, ends, setters)
+    return Definition(name, nodes, links, ports, _promoted(nodes, links, ports), ends, setters)
+
+
+def _promoted(nodes: Mapping[str, Raw], links: Mapping[str, Link], ports: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the sockets on the left of a folded graph of which a wire leads into a widget, in order."""
+    slots = set()
+    for node in nodes.values():
+        entries = node.get("inputs")
+        for entry in entries if isinstance(entries, list) else ():
+            if not isinstance(entry, dict) or not entry.get("widget"):
+                continue
+            link = links.get(name_of(entry.get("link")))
+            if link is not None and link.origin == INPUTS:
+                slots.add(link.slot)
+    return tuple(name for slot, name in enumerate(ports) if slot in slots)
 
 
 def listed(raw: Raw, key: str, name: str, tables: bool = True) -> list[Any]:

@@ -222,16 +222,15 @@ class PageGraph:
     def _port(self, scope: Scope, link: Link) -> tuple[Raw, Any]:
         """Return the socket of a folded node that a wire within it comes from, and the value typed there."""
         host, names = scope.host or {}, scope.graph.inputs
-        entries = self.entries(host)
         name = names[link.slot] if 0 <= link.slot < len(names) else None
-        entry = next((each for each in entries if each.get("name") == name), {})
-        if not entry or entry.get("link") is not None:
+        entry = next((each for each in self.entries(host) if each.get("name") == name), {})
+        if entry.get("link") is not None:
             return entry, None
-        return entry, _typed_outside(host, entries).get(("-1", name_of(name)))
+        return entry, _typed_outside(host, scope.graph).get(("-1", name_of(name)))
 
     def _shown_outside(self, scope: Scope, raw: Raw) -> Mapping[str, Any]:
         """Return a node's values that the folded node around it shows without a wire."""
-        typed = _typed_outside(scope.host, self.entries(scope.host)) if scope.host else {}
+        typed = _typed_outside(scope.host, scope.graph) if scope.host else {}
         return {key[1]: value for key, value in typed.items() if key[:1] == (str(raw["id"]),)}
 
     def _setter(self, node: Node) -> tuple[Scope, Any]:
@@ -267,8 +266,11 @@ def _node(raw: Raw, scope: Scope) -> Node:
     )
 
 
-def _typed_outside(host: Raw, entries: list[Raw]) -> dict[tuple[str, ...], Any]:
-    """Return the values that a folded node's own widgets have, by the node within (-1: a socket) and name."""
+def _typed_outside(host: Raw, graph: Definition) -> dict[tuple[str, ...], Any]:
+    """Return the values that a folded node's own widgets have, by the node within (-1: a socket) and name.
+
+    The values follow the sockets of the graph: of the node's own inputs, exported files lack some.
+    """
     values, properties = host.get("widgets_values"), host.get("properties")
     if not isinstance(values, list):
         return {}
@@ -276,5 +278,5 @@ def _typed_outside(host: Raw, entries: list[Raw]) -> dict[tuple[str, ...], Any]:
     if isinstance(listing, list) and listing:
         keys = [tuple(map(name_of, each[:2])) if isinstance(each, list) else () for each in listing]
     else:
-        keys = [("-1", name_of(each.get("name"))) for each in entries if each.get("widget")]
+        keys = [("-1", name) for name in graph.promoted]
     return {key: value for key, value in zip(keys, values, strict=False) if value is not None}
