@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graph_forms import Page, api_of, plain, rewire
+from graph_forms import Page, api_of, folded, plain, rewire
 
 SECONDS, MEGABYTES = 2.0, 300
 CHILD = """
@@ -114,6 +114,32 @@ def names_without_end(page: Page) -> None:
     rewire(page, "model", (5, 0))
 
 
+def many_outside() -> str:
+    """Type more into a folded node than anybody does, around as many mixes as fit."""
+    inner, last = plain(), (2, 0)
+    for _ in range(60):
+        last = (inner.add("G2RPO_MixRewards", reward_1=last, reward_2=(3, 0)), 0)
+    rewire(inner, "reward", last)
+    page = Page(1000)
+    host = {"id": 1000, "type": "t", "properties": {"proxyWidgets": [["4", "x"]] * 180_000}}
+    page.nodes.append({**host, "widgets_values": [1] * 180_000})
+    return json.dumps(page.tree(definitions={"subgraphs": [folded(inner, "t")]}))
+
+
+def long_names() -> str:
+    """Wire one long text into the names of many rewards."""
+    graph, last = api_of(plain()), "2"
+    graph["p"] = {"class_type": "PrimitiveString", "inputs": {"value": "x" * 999_999}}
+    for i in range(90):
+        inputs = {"reward": ["p", 0], "precision": ["p", 0], "batch": 1}
+        graph[f"r{i}"] = {"class_type": "G2RPO_LoadReward", "inputs": inputs}
+        wires = {"reward_1": [last, 0], "reward_2": [f"r{i}", 0]}
+        graph[f"m{i}"] = {"class_type": "G2RPO_MixRewards", "inputs": wires}
+        last = f"m{i}"
+    graph["4"]["inputs"]["reward"] = [last, 0]
+    return json.dumps(graph)
+
+
 def steps(page: Page, value: Any) -> None:
     """Type something into the widget steps."""
     page.nodes[3]["widgets_values"][1] = value
@@ -141,6 +167,8 @@ FILES: dict[str, tuple[Callable[[], str], str]] = {
     "graphs without end": (lambda: folded_into(90, [TRAINS]), "blocks train"),
     "graphs without end, off": (lambda: folded_into(90, [{**TRAINS, "mode": 4}]), "muted or bypassed"),
     "graphs too deep": (lambda: folded_into(200, [TRAINS]), "more than 100 deep"),
+    "widgets without end": (many_outside, "more than 50000 sockets and widgets"),
+    "long names": (long_names, "reward has 999999 characters; at most 1000"),
     "mixes without end": (mixes, "more than 200 blocks"),
     "a mix of itself": (lambda: own_loop("G2RPO_MixRewards", "reward_1", "reward"), "circle"),
     "a LoRA on itself": (lambda: own_loop("LoraLoaderModelOnly", "model", "model"), "circle"),

@@ -82,6 +82,8 @@ class PageGraph:
         self.hops = 0
         self.folded: dict[str, Raw] = {}
         self.read: dict[str, Definition] = {}
+        self.outside: dict[int, Mapping[str, Mapping[str, Any]]] = {}
+        """What is typed on folded nodes, by the identities of these: files may have long lists of it."""
         folded = tree.get("definitions")
         for each in listed(folded, "subgraphs", "definitions") if isinstance(folded, dict) else ():
             key = number_of(each.get("id"), "the id of a subgraph")
@@ -94,7 +96,7 @@ class PageGraph:
         self.hops += count
         if self.hops > MAX_HOPS:
             raise WorkflowError(
-                f"its wires go in a circle, or by more than {MAX_HOPS} sockets; remove the circle"
+                f"its wires go in a circle, or by more than {MAX_HOPS} sockets and widgets; remove the circle"
             )
 
     def entries(self, raw: Raw) -> list[Raw]:
@@ -170,8 +172,10 @@ class PageGraph:
         widgets = KINDS[node.kind].widgets
         if not isinstance(found, Nothing) or name not in widgets:
             return found
-        values = {**widget_values(raw, node.label), **self._shown_outside(scope, raw)}
-        return values.get(name, widgets[name].default)
+        outside = self._typed_outside(scope, str(raw["id"]))
+        if name in outside:
+            return outside[name]
+        return widget_values(raw, node.label).get(name, widgets[name].default)
 
     def _follow(self, scope: Scope, number: Any, kind: Any) -> Output | Nothing | Any:
         """Follow a wire back to where its value is made."""
@@ -226,12 +230,34 @@ class PageGraph:
         entry = next((each for each in self.entries(host) if each.get("name") == name), {})
         if entry.get("link") is not None:
             return entry, None
-        return entry, _typed_outside(host, scope.graph).get(("-1", name_of(name)))
+        return entry, self._typed_outside(scope, "-1").get(name_of(name))
 
-    def _shown_outside(self, scope: Scope, raw: Raw) -> Mapping[str, Any]:
-        """Return a node's values that the folded node around it shows without a wire."""
-        typed = _typed_outside(scope.host, scope.graph) if scope.host else {}
-        return {key[1]: value for key, value in typed.items() if key[:1] == (str(raw["id"]),)}
+    def _typed_outside(self, scope: Scope, number: str) -> Mapping[str, Any]:
+        """Return what is typed on the folded node around a node, or around its sockets (-1), by name."""
+        if scope.host is None:
+            return {}
+        if id(scope.host) not in self.outside:
+            self.outside[id(scope.host)] = self._all_typed_outside(scope.host, scope.graph)
+        return self.outside[id(scope.host)].get(number, {})
+
+    def _all_typed_outside(self, host: Raw, graph: Definition) -> Mapping[str, Mapping[str, Any]]:
+        """Return the values that a folded node's own widgets have, by the node within and the name.
+
+        They follow the sockets of the graph, where no list says another: exported files lack some of the
+        node's own inputs.
+        """
+        values, properties = host.get("widgets_values"), host.get("properties")
+        if not isinstance(values, list):
+            return {}
+        self.hop(len(values))
+        listing = properties.get("proxyWidgets") if isinstance(properties, dict) else None
+        if not isinstance(listing, list) or not listing:
+            listing = [["-1", name] for name in graph.promoted[: len(values)]]
+        found: dict[str, dict[str, Any]] = {}
+        for key, value in zip(listing, values, strict=False):
+            if isinstance(key, list) and len(key) > 1 and value is not None:
+                found.setdefault(name_of(key[0]), {})[name_of(key[1])] = value
+        return found
 
     def _setter(self, node: Node) -> tuple[Scope, Any]:
         """Return the wire that goes into the Set node of a Get node, and where that is."""
@@ -264,19 +290,3 @@ def _node(raw: Raw, scope: Scope) -> Node:
         raw,
         scope,
     )
-
-
-def _typed_outside(host: Raw, graph: Definition) -> dict[tuple[str, ...], Any]:
-    """Return the values that a folded node's own widgets have, by the node within (-1: a socket) and name.
-
-    The values follow the sockets of the graph: of the node's own inputs, exported files lack some.
-    """
-    values, properties = host.get("widgets_values"), host.get("properties")
-    if not isinstance(values, list):
-        return {}
-    listing = properties.get("proxyWidgets") if isinstance(properties, dict) else None
-    if isinstance(listing, list) and listing:
-        keys = [tuple(map(name_of, each[:2])) if isinstance(each, list) else () for each in listing]
-    else:
-        keys = [("-1", name) for name in graph.promoted]
-    return {key: value for key, value in zip(keys, values, strict=False) if value is not None}
