@@ -9,13 +9,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from graph_forms import Page, api_of, folded, plain, rewire
+from graph_forms import NONE, Page, api_of, folded, plain, rewire
 
+from g2rpo_trainer.workflows.graph_file import WorkflowError
+from g2rpo_trainer.workflows.training_recipe import graph_of, recipe_of, training_block
+
+ESCAPES = "4\n\x1b[31m\x9b\u202e"
 SECONDS, MEGABYTES = 2.0, 300
 CHILD = """
 import json, os, resource, sys, time
@@ -222,9 +226,48 @@ def test_a_hostile_file_is_one_line_soon_and_opens_nothing(
     assert found["opened"] == []
 
 
+def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield where a tree's values are."""
+    if not isinstance(tree, (dict, list)):
+        yield path
+        return
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield from leaves(value, (*path, key))
+
+
+@pytest.mark.parametrize("written", [Page.tree, api_of])
+def test_nothing_of_a_file_moves_the_cursor(written: Callable[[Page], dict[str, Any]]) -> None:
+    page = plain()
+    page.add("G2RPO_LoadReward", reward="jpeg")
+    page.add("G2RPO_MixRewards", reward_1=(2, 0), reward_2=(5, 0), gates="jpeg = 20")
+    page.add("G2RPO_MixRewards", reward_1=(6, 0), reward_2=(3, 0), weight_2=0.0)
+    rewire(page, "reward", (7, 0))
+    whole = json.dumps(written(page))
+    tried = [json.loads(whole) for _ in leaves(json.loads(whole))]
+    for tree, path in zip(tried, leaves(json.loads(whole)), strict=True):
+        within: Any = tree
+        for key in path[:-1]:
+            within = within[key]
+        within[path[-1]] = ESCAPES
+    if written is api_of:
+        tried += [
+            {ESCAPES if key == odd else key: node for key, node in written(page).items()} for odd in "46"
+        ]
+    told = 0
+    for tree in tried:
+        try:
+            graph = graph_of(tree)
+            said = " ".join(recipe_of(graph, training_block(graph), NONE).notes)
+        except WorkflowError as error:
+            said = str(error)
+            told += 1
+        assert said.isprintable(), (said, tree)
+    assert told > 30
+
+
 @pytest.mark.parametrize("place", ["", "no.json", os.devnull])
 def test_what_is_no_file_is_said(place: str, tmp_path: Path) -> None:
-    from g2rpo_trainer.workflows.graph_file import WorkflowError, read_file
+    from g2rpo_trainer.workflows.graph_file import read_file
 
     with pytest.raises(WorkflowError, match=r"give a workflow|check the path"):
         read_file(tmp_path / place)

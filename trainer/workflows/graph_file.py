@@ -155,9 +155,11 @@ def name_of(value: Any) -> str:
 
 def number_of(value: Any, what: str) -> str:
     """Return the id of a node or wire as text; WorkflowError for what is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, str)) or len(shown(value)) > SHOWN:
+    plain = isinstance(value, (int, str)) and not isinstance(value, bool) and len(shown(value)) <= SHOWN
+    # Errors show ids as they are: nothing in them may move a terminal's cursor.
+    if not plain or not (number := str(value)).isascii() or not number.isprintable():
         raise WorkflowError(f"{what} is {shown(value)}; it must be a number; save it anew in ComfyUI")
-    return str(value)
+    return number
 
 
 ENDS = ("id", "origin_id", "origin_slot", "target_id", "target_slot")
