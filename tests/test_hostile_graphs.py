@@ -155,7 +155,10 @@ MANY = [{"id": i, "type": "Foo"} for i in range(100_000)]
 FILES: dict[str, tuple[Callable[[], str], str]] = {
     "nested lists": (lambda: "[" * 100_000 + "]" * 100_000, "nested too deeply"),
     "nested tables": (lambda: '{"nodes": ' + '{"a":' * 100_000 + "1" + "}" * 100_001, "nested too deeply"),
-    "not a number": (lambda: text(lambda page: steps(page, float("nan"))), "holds NaN"),
+    "not a number": (
+        lambda: text(lambda page: steps(page, float("nan"))),
+        "G2RPO_TrainLoRA, id 4): steps is nan",
+    ),
     "infinite": (lambda: text(lambda page: steps(page, 777), "777", "1e999"), "steps is inf"),
     "huge": (lambda: text(lambda page: steps(page, 777), "777", "9" * 4000), "more than 60 digits"),
     "huger": (lambda: text(lambda page: steps(page, 777), "777", "9" * 9000), "thousands of digits"),

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import yaml
 from comfy_host import ROOT
-from graph_forms import Page, api_of, end_links, folded, plain, recipe_in, refusal, rewire, write
+from graph_forms import NONE, Page, api_of, end_links, folded, plain, recipe_in, refusal, rewire, write
 from program import leave
 
 from comfy_g2rpo.blocks.train_presets import PRESETS
 from g2rpo_trainer.config.reading import from_dict, make_pace, make_recipe
 from g2rpo_trainer.workflows.model_files import ModelFolders
+from g2rpo_trainer.workflows.training_recipe import read_workflow
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
@@ -39,6 +40,14 @@ def test_a_plain_graph_is_the_recipe_of_its_widgets() -> None:
 def test_the_api_format_says_the_same() -> None:
     assert recipe_in(api_of(plain())) == recipe_in(plain().tree())
     assert recipe_in({"prompt": api_of(plain()), "client_id": "x"}) == recipe_in(plain().tree())
+
+
+def test_no_number_where_none_is_read_is_no_matter(tmp_path: Path) -> None:
+    # What ComfyUI writes of nodes that are always anew.
+    graph = api_of(plain())
+    graph["9"] = {"class_type": "LoadImage", "inputs": {}, "is_changed": [float("nan")]}
+    found = read_workflow(write(tmp_path / "history.json", graph), NONE)
+    assert found.tree == recipe_in(plain().tree())
 
 
 def test_blank_heldout_prompts_set_a_fifth_aside_where_there_are_five() -> None:

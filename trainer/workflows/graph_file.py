@@ -76,13 +76,11 @@ def read_file(path: Path) -> Raw:
         limit = f"the limit is {MAX_PARTS}; split the workflow"
         raise WorkflowError(f"{path} has {parts} lists and tables; {limit}")
     try:
-        tree = json.loads(content.removeprefix(BOM).decode(), parse_constant=_no_number)
+        tree = json.loads(content.removeprefix(BOM).decode())
     except UnicodeDecodeError as error:
         raise WorkflowError(f"{path} is not UTF-8 (byte {error.start}); save it anew in ComfyUI") from error
     except RecursionError as error:
         raise WorkflowError(f"{path} is nested too deeply for a workflow; save it anew in ComfyUI") from error
-    except WorkflowError as error:
-        raise WorkflowError(f"{path} {error}") from error
     except ValueError as error:
         if "integer string conversion" in str(error):
             raise WorkflowError(f"{path} holds a number of thousands of digits; correct it") from error
@@ -91,10 +89,6 @@ def read_file(path: Path) -> Raw:
     if not isinstance(tree, dict):
         raise WorkflowError(f"{path} holds no workflow; save one in ComfyUI, as it is or in the API format")
     return tree
-
-
-def _no_number(name: str) -> Any:
-    raise WorkflowError(f"holds {name}, which is no number; give that widget a number and save it anew")
 
 
 def definition(raw: Raw, name: str) -> Definition:
