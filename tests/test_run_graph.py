@@ -301,7 +301,7 @@ def test_an_odd_graph_is_the_recipe_of_its_plain_twin(name: str) -> None:
     ("change", "says"),
     [
         ("odd", ["node 'My patch' (OddPatch, id 5)", "bypass it", "UNETLoader"]),
-        ("muted", ["G2RPO_TinyDemoLoader, id 1", "is muted; unmute it"]),
+        ("muted", ["G2RPO_TinyDemoLoader, id 1", "is muted; switch it on"]),
         ("sigmas", ["BasicScheduler, id 5", "num_steps"]),
         ("two", ["2 blocks train", "id 4", "id 5", "--node"]),
         ("off", ["is muted or bypassed", "switch it on"]),

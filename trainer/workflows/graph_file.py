@@ -15,6 +15,8 @@ MAX_PARTS = 400_000
 """Lists and tables in a file: each takes much more memory than the two characters that make it."""
 SHOWN = 60
 BOM = b"\xef\xbb\xbf"
+SETTERS = {"GetNode": "SetNode", "easy getNode": "easy setNode"}
+"""The Set nodes of Get nodes, KJNodes' and Easy-Use's."""
 INPUTS, OUTPUTS = "-10", "-20"
 """The two ends of a folded graph, as the page numbers them."""
 Raw = Mapping[str, Any]
@@ -47,8 +49,8 @@ class Definition:
     """Those of them that lead into a widget, which the page then shows on the folded node."""
     ends: Mapping[int, str] = field(default_factory=dict)
     """The wires that end at its sockets on the right."""
-    setters: Mapping[str, list[Raw]] = field(default_factory=dict)
-    """KJNodes' Set nodes by what they are called."""
+    setters: Mapping[tuple[str, str], list[Raw]] = field(default_factory=dict)
+    """Set nodes by their kind and what they are called."""
 
 
 def shown(value: Any) -> str:
@@ -94,7 +96,7 @@ def read_file(path: Path) -> Raw:
 def definition(raw: Raw, name: str) -> Definition:
     """Put the nodes and wires of one of the page's graphs into tables; refuse numbers that come twice."""
     nodes: dict[str, Raw] = {}
-    setters: dict[str, list[Raw]] = {}
+    setters: dict[tuple[str, str], list[Raw]] = {}
     for node in listed(raw, "nodes", name):
         key = number_of(node.get("id"), f"{name}: the id of a node")
         if key in nodes:
@@ -103,11 +105,11 @@ def definition(raw: Raw, name: str) -> Definition:
             )
         nodes[key] = node
         if (
-            node.get("type") == "SetNode"
+            node.get("type") in SETTERS.values()
             and isinstance(values := node.get("widgets_values"), list)
             and values
         ):
-            setters.setdefault(name_of(values[0]), []).append(node)
+            setters.setdefault((node["type"], name_of(values[0])), []).append(node)
     links: dict[str, Link] = {}
     for number, link in filter(None, map(link_of, listed(raw, "links", name, tables=False))):
         if links.setdefault(number, link) != link:

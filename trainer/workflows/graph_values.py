@@ -81,7 +81,6 @@ def output_into(graph: Graph, node: Node, name: str, remedy: str) -> Output:
     found = graph.given(node, name)
     if isinstance(found, Output):
         return found
-    muted = found.muted if isinstance(found, Nothing) else ""
-    if muted:
-        raise WorkflowError(f"{node.label} needs {name}, and {muted} is muted; unmute it")
+    if isinstance(found, Nothing) and found.off:
+        raise WorkflowError(f"{node.label} needs {name}, and {found.off}; switch it on")
     raise WorkflowError(f"{node.label}: {name} is not connected; connect {remedy}")

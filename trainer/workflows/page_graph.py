@@ -12,6 +12,7 @@ from typing import Any
 
 from .graph_file import (
     INPUTS,
+    SETTERS,
     Definition,
     Link,
     Raw,
@@ -25,6 +26,7 @@ from .graph_file import (
 from .node_table import KINDS, widget_values
 
 MUTED, BYPASSED = 2, 4
+REROUTES = ("Reroute", "Reroute (rgthree)", "ReroutePrimitive|pysssss")
 MAX_HOPS = 50_000
 """Sockets that are looked at on the way from node to node, for a whole workflow."""
 MAX_DEPTH = 100
@@ -69,9 +71,9 @@ class Output:
 
 @dataclass(frozen=True)
 class Nothing:
-    """What an input gets where nothing comes; `muted` names the node that would give it."""
+    """What an input gets where nothing comes; `off` says which node would give it, and that it is off."""
 
-    muted: str = ""
+    off: str = ""
 
 
 class PageGraph:
@@ -81,6 +83,10 @@ class PageGraph:
         self.top = definition({**tree, "inputs": []}, "the workflow")
         self.hops = 0
         self.folded: dict[str, Raw] = {}
+        extra = tree.get("extra")
+        groups = extra.get("groupNodes") if isinstance(extra, dict) else None
+        self.groups: Raw = groups if isinstance(groups, dict) else {}
+        """What old pages grouped into nodes, by name."""
         self.read: dict[str, Definition] = {}
         self.outside: dict[int, Mapping[str, Mapping[str, Any]]] = {}
         """What is typed on folded nodes, by the identities of these: files may have long lists of it."""
@@ -141,12 +147,40 @@ class PageGraph:
             waiting += [self.within(scope, raw) for raw in reversed(hosts[:MAX_BLOCKS])]
         return found
 
-    def _holders(self, kind: str) -> set[str]:
-        """Return the folded graphs that hold a node of a kind, at any depth, in nodes that run."""
+    def hidden(self, kind: str) -> str:
+        """Say where a node of a kind is that nodes() does not find: in what is off, or in an old group."""
+        holders, waiting = self._holders(kind, running=False), [Scope(self.top)]
+        while waiting:
+            scope = waiting.pop()
+            self.hop()
+            for raw in scope.graph.nodes.values():
+                own, node = raw.get("type"), _node(raw, scope)
+                if isinstance(own, str) and own in holders:
+                    if _is_off(raw):
+                        off = "muted" if raw.get("mode") == MUTED else "bypassed"
+                        return f"{kind} is in {node.label}, which is {off}; switch it on"
+                    waiting.append(self.within(scope, raw))
+                if self._groups(node.kind, kind):
+                    return f"{kind} is in {node.label}, a group of an old kind; ungroup it"
+        return ""
+
+    def _groups(self, group: str, kind: str) -> bool:
+        """Return whether a node is a group of the old kind with a node of a kind in it."""
+        prefix, _, name = group.partition(">")
+        found = self.groups.get(name) if prefix == "workflow" else None
+        within = found.get("nodes") if isinstance(found, dict) else None
+        return isinstance(within, list) and any(
+            isinstance(each, dict) and each.get("type") == kind for each in within
+        )
+
+    def _holders(self, kind: str, running: bool = True) -> set[str]:
+        """Return the folded graphs that hold a node of a kind, at any depth, in nodes that run or in any."""
         above: dict[str, set[str]] = {}
         for key, raw in self.folded.items():
             for node in listed(raw, "nodes", "a subgraph"):
-                if isinstance(node.get("type"), str) and (node["type"] == kind or not _is_off(node)):
+                if isinstance(node.get("type"), str) and (
+                    node["type"] == kind or not (running and _is_off(node))
+                ):
                     above.setdefault(node["type"], set()).add(key)
         holders, waiting = set(), [kind]
         while waiting:
@@ -195,12 +229,15 @@ class PageGraph:
                 raise WorkflowError(f"wire {shown(number)} begins at node {link.origin}, which is not there")
             node = _node(raw, scope)
             if raw.get("mode") == MUTED:
-                return Nothing(node.label)
+                return Nothing(f"{node.label} is muted")
             if raw.get("mode") == BYPASSED:
-                number = self._passed(raw, link.slot, kind)
-            elif node.kind == "GetNode":
+                entry = self._passed(raw, link.slot, kind)
+                if entry is None:
+                    return Nothing(f"{node.label} is bypassed")
+                number = entry.get("link")
+            elif node.kind in SETTERS:
                 scope, number = self._setter(node)
-            elif node.kind in ("Reroute", "SetNode"):
+            elif node.kind in REROUTES or node.kind in SETTERS.values():
                 number = self._first(raw)
             elif node.kind == "PrimitiveNode":
                 values = raw.get("widgets_values")
@@ -216,12 +253,12 @@ class PageGraph:
         """Return the wire into a node's first input."""
         return next((entry.get("link") for entry in self.entries(raw)), None)
 
-    def _passed(self, raw: Raw, slot: int, kind: Any) -> Any:
-        """Return the wire that a bypassed node hands on: of the same place if the type fits, or the first."""
+    def _passed(self, raw: Raw, slot: int, kind: Any) -> Raw | None:
+        """Return the input that a bypassed node hands on: of the same place if it fits, or the first."""
         entries = self.entries(raw)
         own = entries[slot : slot + 1] if slot >= 0 else []
         fitting = (entry for entry in (*own, *entries) if entry.get("type") in (kind, "*"))
-        return next((entry.get("link") for entry in fitting), None)
+        return next(fitting, None)
 
     def _port(self, scope: Scope, link: Link) -> tuple[Raw, Any]:
         """Return the socket of a folded node that a wire within it comes from, and the value typed there."""
@@ -265,7 +302,7 @@ class PageGraph:
         name = name_of(values[0]) if isinstance(values, list) and values else ""
         scope = node.scope
         while scope is not None:
-            found = scope.graph.setters.get(name, [])
+            found = scope.graph.setters.get((SETTERS[node.kind], name), [])
             if len(found) > 1:
                 raise WorkflowError(f"two Set nodes are called {shown(name)}; rename one of them")
             if found:

@@ -79,6 +79,8 @@ def training_block(graph: PageGraph | ApiGraph, wanted: str | None = None) -> No
         raise WorkflowError(f"{off[0].label} is muted or bypassed, and nothing else trains; switch it on")
     if wanted is not None:
         raise WorkflowError(f"--node {shown(wanted)} is no block that trains; give the id of one")
+    if where := graph.hidden(BLOCK) or graph.hidden(HANDED_OVER):
+        raise WorkflowError(where)
     for kind, instead in STEPWISE.items():
         for node in graph.nodes(kind)[0]:
             raise WorkflowError(f"{node.label} {instead}")
@@ -192,8 +194,8 @@ def _rewards(
     mix = reader.read(output_into(graph, block, "reward", "Load Reward"))
     found = graph.given(block, "heldout_reward")
     held = reader.read(found) if isinstance(found, Output) else None
-    if isinstance(found, Nothing) and found.muted:
-        notes.append(f"{found.muted} is muted, so there is no held-out reward")
+    if isinstance(found, Nothing) and found.off:
+        notes.append(f"{found.off}, so there is no held-out reward")
     trained = trained_sections(mix, reader.sections)
     measured = heldout_sections(mix, held, reader.sections, notes)
     return trained, measured, {"mix": mix.how} if len(mix.parts) > 1 else {}
