@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from graph_forms import Page, folded, plain, recipe_in, refusal, rewire
+from graph_forms import NONE, Page, api_of, folded, plain, recipe_in, refusal, rewire
+from PIL import Image
+
+from g2rpo_trainer.workflows.graph_file import WorkflowError
+from g2rpo_trainer.workflows.training_recipe import graph_of, read_workflow, recipe_of, training_block
 
 
 def inside(mode: int) -> dict[str, Any]:
@@ -69,7 +74,50 @@ def easy() -> dict[str, Any]:
     return page.tree()
 
 
+def any_before_model() -> dict[str, Any]:
+    """Bypass a node whose first input takes anything, and the second the model."""
+    page = plain()
+    entries = [
+        {"name": "a", "type": "*", "link": page.wire((2, 0), 9, 0, "*")},
+        {"name": "m", "type": "MODEL", "link": page.wire((1, 0), 9, 1, "MODEL")},
+    ]
+    page.nodes.append({"id": 9, "type": "Any", "mode": 4, "inputs": entries})
+    rewire(page, "model", (9, 2))
+    return page.tree()
+
+
+def muted_primitive() -> dict[str, Any]:
+    """Mute one of the page's own primitives, which sets its widget nevertheless."""
+    page = plain(steps=99)
+    page.add("PrimitiveNode", mode=2, value=3)
+    rewire(page, "steps", (5, 0))
+    return page.tree()
+
+
+def listed_as_text(listing: str) -> dict[str, Any]:
+    """Write the list of what a folded node shows as JSON in JSON."""
+    page = Page(100)
+    host = {"id": 102, "type": "train", "mode": 0, "properties": {"proxyWidgets": listing}}
+    page.nodes.append({**host, "widgets_values": [3]})
+    return page.tree(definitions={"subgraphs": [folded(plain(steps=99), "train")]})
+
+
+def older_with_control() -> dict[str, Any]:
+    """Leave out the widgets that came later, and add what the page puts behind a seed."""
+    page = plain()
+    values = page.nodes[3]["widgets_values"]
+    del values[-2:]
+    values.insert(values.index(7) + 1, "randomize")
+    return page.tree()
+
+
 FOLLOWED = {
+    "any before the model": any_before_model,
+    "muted primitive": muted_primitive,
+    "listed as text": lambda: listed_as_text('[["4", "steps"]]'),
+    "older with control": older_with_control,
+    "wrapped": lambda: {"workflow": plain().tree()},
+    "wrapped with its output": lambda: {"workflow": plain().tree(), "output": api_of(plain())},
     "rgthree": lambda: through("Reroute (rgthree)"),
     "pysssss": lambda: through("ReroutePrimitive|pysssss"),
     "Easy-Use": easy,
@@ -79,3 +127,26 @@ FOLLOWED = {
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_an_odd_page_is_the_recipe_of_its_plain_twin(name: str) -> None:
     assert recipe_in(FOLLOWED[name]()) == recipe_in(plain().tree())
+
+
+@pytest.mark.parametrize("listing", ["[" * 40_000, "x", '{"a": 1}', "9" * 9000])
+def test_a_list_that_is_none_shows_nothing(listing: str) -> None:
+    assert recipe_in(listed_as_text(listing))["train"]["steps"] == 99
+
+
+def test_a_long_list_as_text_is_refused_before_it_is_read() -> None:
+    assert "more than 50000 sockets and widgets" in refusal(listed_as_text("[" + "[]," * 60_000 + "[]]"))
+
+
+def test_a_run_called_as_a_control_keeps_its_name() -> None:
+    page = plain(run="fixed")
+    del page.nodes[3]["widgets_values"][-2:]
+    graph = graph_of(page.tree())
+    assert recipe_of(graph, training_block(graph), NONE).run == "fixed"
+
+
+def test_a_picture_is_no_workflow(tmp_path: Path) -> None:
+    file = tmp_path / "mine.png"
+    Image.new("RGB", (8, 8)).save(file)
+    with pytest.raises(WorkflowError, match="drag it into ComfyUI"):
+        read_workflow(file, NONE)

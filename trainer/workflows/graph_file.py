@@ -15,6 +15,7 @@ MAX_PARTS = 400_000
 """Lists and tables in a file: each takes much more memory than the two characters that make it."""
 SHOWN = 60
 BOM = b"\xef\xbb\xbf"
+PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")
 SETTERS = {"GetNode": "SetNode", "easy getNode": "easy setNode"}
 """The Set nodes of Get nodes, KJNodes' and Easy-Use's."""
 INPUTS, OUTPUTS = "-10", "-20"
@@ -71,6 +72,8 @@ def read_file(path: Path) -> Raw:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise WorkflowError(f"cannot read {path}: {reason}; check the path") from error
+    if content.startswith(PICTURES):
+        raise WorkflowError(f"{path} is a picture; drag it into ComfyUI's page and save the workflow there")
     if len(content) > MAX_BYTES:
         limit = f"{MAX_BYTES / 2**20:g} MiB"
         raise WorkflowError(f"{path} is larger than {limit}, the limit of a workflow; remove what it embeds")

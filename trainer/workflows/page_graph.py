@@ -6,6 +6,7 @@ count their steps, because a file may be as deep and as circular as it likes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -228,6 +229,9 @@ class PageGraph:
             if raw is None:
                 raise WorkflowError(f"wire {shown(number)} begins at node {link.origin}, which is not there")
             node = _node(raw, scope)
+            if node.kind == "PrimitiveNode":  # The page writes its value into the widget, whatever its mode.
+                values = raw.get("widgets_values")
+                return values[0] if isinstance(values, list) and values else Nothing()
             if raw.get("mode") == MUTED:
                 return Nothing(f"{node.label} is muted")
             if raw.get("mode") == BYPASSED:
@@ -239,9 +243,6 @@ class PageGraph:
                 scope, number = self._setter(node)
             elif node.kind in REROUTES or node.kind in SETTERS.values():
                 number = self._first(raw)
-            elif node.kind == "PrimitiveNode":
-                values = raw.get("widgets_values")
-                return values[0] if isinstance(values, list) and values else Nothing()
             elif node.kind in self.folded:
                 scope = self.within(scope, raw)
                 number = scope.graph.ends.get(link.slot)
@@ -254,11 +255,16 @@ class PageGraph:
         return next((entry.get("link") for entry in self.entries(raw)), None)
 
     def _passed(self, raw: Raw, slot: int, kind: Any) -> Raw | None:
-        """Return the input that a bypassed node hands on: of the same place if it fits, or the first."""
+        """Return the input that a bypassed node hands on: of the same place if it fits, else the first of
+        just that type, else the first that takes any.
+        """
         entries = self.entries(raw)
         own = entries[slot : slot + 1] if slot >= 0 else []
-        fitting = (entry for entry in (*own, *entries) if entry.get("type") in (kind, "*"))
-        return next(fitting, None)
+        for some, kinds in ((own, (kind, "*")), (entries, (kind,)), (entries, ("*",))):
+            for entry in some:
+                if entry.get("type") in kinds:
+                    return entry
+        return None
 
     def _port(self, scope: Scope, link: Link) -> tuple[Raw, Any]:
         """Return the socket of a folded node that a wire within it comes from, and the value typed there."""
@@ -288,6 +294,12 @@ class PageGraph:
             return {}
         self.hop(len(values))
         listing = properties.get("proxyWidgets") if isinstance(properties, dict) else None
+        if isinstance(listing, str):
+            self.hop(listing.count("[") + listing.count("{"))
+            try:
+                listing = json.loads(listing)
+            except (ValueError, RecursionError):
+                listing = None
         if not isinstance(listing, list) or not listing:
             listing = [["-1", name] for name in graph.promoted[: len(values)]]
         found: dict[str, dict[str, Any]] = {}

@@ -56,9 +56,11 @@ def graph_of(tree: Raw) -> PageGraph | ApiGraph:
     """Tell the two formats apart."""
     if "nodes" in tree:
         return PageGraph(tree)
-    prompt = tree.get("prompt")
+    prompt, workflow = tree.get("prompt"), tree.get("workflow")
     if isinstance(prompt, dict) and "class_type" not in tree["prompt"]:
         return ApiGraph(prompt)
+    if isinstance(workflow, dict) and "nodes" in workflow:
+        return PageGraph(workflow)
     if not tree or not any(isinstance(each, dict) and "class_type" in each for each in tree.values()):
         raise WorkflowError("it holds no workflow; save one in ComfyUI, as it is or in the API format")
     return ApiGraph(tree)
