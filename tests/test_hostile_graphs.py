@@ -9,13 +9,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from graph_forms import Page, api_of, plain, rewire
+from graph_forms import NONE, Page, api_of, folded, plain, rewire
 
+from g2rpo_trainer.workflows.graph_file import WorkflowError
+from g2rpo_trainer.workflows.training_recipe import graph_of, recipe_of, training_block
+
+ESCAPES = "4\n\x1b[31m\x9b\u202e"
 SECONDS, MEGABYTES = 2.0, 300
 CHILD = """
 import json, os, resource, sys, time
@@ -114,6 +118,32 @@ def names_without_end(page: Page) -> None:
     rewire(page, "model", (5, 0))
 
 
+def many_outside() -> str:
+    """Type more into a folded node than anybody does, around as many mixes as fit."""
+    inner, last = plain(), (2, 0)
+    for _ in range(60):
+        last = (inner.add("G2RPO_MixRewards", reward_1=last, reward_2=(3, 0)), 0)
+    rewire(inner, "reward", last)
+    page = Page(1000)
+    host = {"id": 1000, "type": "t", "properties": {"proxyWidgets": [["4", "x"]] * 180_000}}
+    page.nodes.append({**host, "widgets_values": [1] * 180_000})
+    return json.dumps(page.tree(definitions={"subgraphs": [folded(inner, "t")]}))
+
+
+def long_names() -> str:
+    """Wire one long text into the names of many rewards."""
+    graph, last = api_of(plain()), "2"
+    graph["p"] = {"class_type": "PrimitiveString", "inputs": {"value": "x" * 999_999}}
+    for i in range(90):
+        inputs = {"reward": ["p", 0], "precision": ["p", 0], "batch": 1}
+        graph[f"r{i}"] = {"class_type": "G2RPO_LoadReward", "inputs": inputs}
+        wires = {"reward_1": [last, 0], "reward_2": [f"r{i}", 0]}
+        graph[f"m{i}"] = {"class_type": "G2RPO_MixRewards", "inputs": wires}
+        last = f"m{i}"
+    graph["4"]["inputs"]["reward"] = [last, 0]
+    return json.dumps(graph)
+
+
 def steps(page: Page, value: Any) -> None:
     """Type something into the widget steps."""
     page.nodes[3]["widgets_values"][1] = value
@@ -125,7 +155,10 @@ MANY = [{"id": i, "type": "Foo"} for i in range(100_000)]
 FILES: dict[str, tuple[Callable[[], str], str]] = {
     "nested lists": (lambda: "[" * 100_000 + "]" * 100_000, "nested too deeply"),
     "nested tables": (lambda: '{"nodes": ' + '{"a":' * 100_000 + "1" + "}" * 100_001, "nested too deeply"),
-    "not a number": (lambda: text(lambda page: steps(page, float("nan"))), "holds NaN"),
+    "not a number": (
+        lambda: text(lambda page: steps(page, float("nan"))),
+        "G2RPO_TrainLoRA, id 4): steps is nan",
+    ),
     "infinite": (lambda: text(lambda page: steps(page, 777), "777", "1e999"), "steps is inf"),
     "huge": (lambda: text(lambda page: steps(page, 777), "777", "9" * 4000), "more than 60 digits"),
     "huger": (lambda: text(lambda page: steps(page, 777), "777", "9" * 9000), "thousands of digits"),
@@ -141,6 +174,8 @@ FILES: dict[str, tuple[Callable[[], str], str]] = {
     "graphs without end": (lambda: folded_into(90, [TRAINS]), "blocks train"),
     "graphs without end, off": (lambda: folded_into(90, [{**TRAINS, "mode": 4}]), "muted or bypassed"),
     "graphs too deep": (lambda: folded_into(200, [TRAINS]), "more than 100 deep"),
+    "widgets without end": (many_outside, "more than 50000 sockets and widgets"),
+    "long names": (long_names, "reward has 999999 characters; at most 1000"),
     "mixes without end": (mixes, "more than 200 blocks"),
     "a mix of itself": (lambda: own_loop("G2RPO_MixRewards", "reward_1", "reward"), "circle"),
     "a LoRA on itself": (lambda: own_loop("LoraLoaderModelOnly", "model", "model"), "circle"),
@@ -194,9 +229,48 @@ def test_a_hostile_file_is_one_line_soon_and_opens_nothing(
     assert found["opened"] == []
 
 
+def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield where a tree's values are."""
+    if not isinstance(tree, (dict, list)):
+        yield path
+        return
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield from leaves(value, (*path, key))
+
+
+@pytest.mark.parametrize("written", [Page.tree, api_of])
+def test_nothing_of_a_file_moves_the_cursor(written: Callable[[Page], dict[str, Any]]) -> None:
+    page = plain()
+    page.add("G2RPO_LoadReward", reward="jpeg")
+    page.add("G2RPO_MixRewards", reward_1=(2, 0), reward_2=(5, 0), gates="jpeg = 20")
+    page.add("G2RPO_MixRewards", reward_1=(6, 0), reward_2=(3, 0), weight_2=0.0)
+    rewire(page, "reward", (7, 0))
+    whole = json.dumps(written(page))
+    tried = [json.loads(whole) for _ in leaves(json.loads(whole))]
+    for tree, path in zip(tried, leaves(json.loads(whole)), strict=True):
+        within: Any = tree
+        for key in path[:-1]:
+            within = within[key]
+        within[path[-1]] = ESCAPES
+    if written is api_of:
+        tried += [
+            {ESCAPES if key == odd else key: node for key, node in written(page).items()} for odd in "46"
+        ]
+    told = 0
+    for tree in tried:
+        try:
+            graph = graph_of(tree)
+            said = " ".join(recipe_of(graph, training_block(graph), NONE).notes)
+        except WorkflowError as error:
+            said = str(error)
+            told += 1
+        assert said.isprintable(), (said, tree)
+    assert told > 30
+
+
 @pytest.mark.parametrize("place", ["", "no.json", os.devnull])
 def test_what_is_no_file_is_said(place: str, tmp_path: Path) -> None:
-    from g2rpo_trainer.workflows.graph_file import WorkflowError, read_file
+    from g2rpo_trainer.workflows.graph_file import read_file
 
     with pytest.raises(WorkflowError, match=r"give a workflow|check the path"):
         read_file(tmp_path / place)

@@ -137,11 +137,11 @@ BAD: dict[str, tuple[bytes, int, str]] = {
     "a graph of another kind": (graph("models", "folder", value="loras"), 400, "graph.models.folder"),
     "a graph upwards": (
         graph("models", value={"folder": "checkpoints", "model": "../outside/secret.safetensors"}),
-        *(400, "without leaving it"),
+        *(400, "which is no name of a file"),
     ),
     "a graph of a link": (
         graph("models", value={"folder": "checkpoints", "model": "link/secret.safetensors"}),
-        *(400, "leads out of the worker's folders"),
+        *(400, "which lies outside the folders"),
     ),
     "a graph that was another job": (
         json.dumps({"id": "one", "graph": GRAPH}).encode(),

@@ -5,19 +5,20 @@ recipe of its plain twin, or one line says what to change.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from comfy_host import ROOT
-from graph_forms import Page, api_of, end_links, folded, plain, recipe_in, refusal, rewire, write
+from graph_forms import NONE, Page, api_of, end_links, folded, plain, recipe_in, refusal, rewire, write
 from program import leave
 
 from comfy_g2rpo.blocks.train_presets import PRESETS
 from g2rpo_trainer.config.reading import from_dict, make_pace, make_recipe
 from g2rpo_trainer.workflows.model_files import ModelFolders
+from g2rpo_trainer.workflows.training_recipe import read_workflow
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
@@ -39,6 +40,14 @@ def test_a_plain_graph_is_the_recipe_of_its_widgets() -> None:
 def test_the_api_format_says_the_same() -> None:
     assert recipe_in(api_of(plain())) == recipe_in(plain().tree())
     assert recipe_in({"prompt": api_of(plain()), "client_id": "x"}) == recipe_in(plain().tree())
+
+
+def test_no_number_where_none_is_read_is_no_matter(tmp_path: Path) -> None:
+    # What ComfyUI writes of nodes that are always anew.
+    graph = api_of(plain())
+    graph["9"] = {"class_type": "LoadImage", "inputs": {}, "is_changed": [float("nan")]}
+    found = read_workflow(write(tmp_path / "history.json", graph), NONE)
+    assert found.tree == recipe_in(plain().tree())
 
 
 def test_blank_heldout_prompts_set_a_fifth_aside_where_there_are_five() -> None:
@@ -194,23 +203,45 @@ def twice_folded() -> dict[str, Any]:
     return page.tree(definitions={"subgraphs": graphs})
 
 
-def typed_outside(listing: bool) -> dict[str, Any]:
-    """Type numbers into the widgets that a folded node shows, as the newest pages keep them."""
+def typed_outside(listing: bool, entries: Sequence[str] = ("how long", "size")) -> dict[str, Any]:
+    """Type numbers into the widgets that a folded node shows; exports leave out entries but renamed ones."""
     inner = plain(steps=99, rank=99)
     rewire(inner, "steps", (-10, 0))
-    entries = [{"name": "how long", "type": "INT", "link": None, "widget": {"name": "how long"}}]
-    host: dict[str, Any] = {"id": 102, "type": "train", "mode": 0, "inputs": entries}
+    host: dict[str, Any] = {"id": 102, "type": "train", "mode": 0}
+    host["inputs"] = [
+        {"name": name, "label": "renamed", "type": "INT", "link": None, "widget": {"name": name}}
+        for name in entries
+    ]
     if listing:
         host["properties"] = {"proxyWidgets": [["4", "rank"], ["-1", "how long"]]}
         host["widgets_values"] = [4, 3]
     else:
         rewire(inner, "rank", (-10, 1))
-        entries.append({"name": "size", "type": "INT", "link": None, "widget": {"name": "size"}})
         host["widgets_values"] = [3, 4]
     page = Page(100)
     page.nodes.append(host)
     graphs = [folded(inner, "train", ("how long", "size"))]
     return page.tree(definitions={"subgraphs": graphs})
+
+
+def wired_outside() -> dict[str, Any]:
+    """Connect what leads into no widget, and one that does; the values are of those that do."""
+    tree = typed_outside(False, ("size",))
+    graph = tree["definitions"]["subgraphs"][0]
+    graph["inputs"].insert(0, {"name": "judge", "type": "G2RPO_REWARD"})
+    for link in graph["links"]:
+        link["origin_slot"] += link["origin_id"] == -10
+    judge = Page(100)
+    judge.add("G2RPO_LoadReward", reward="agreement")
+    judge.add("PrimitiveInt", value=4)
+    entries = tree["nodes"][0]["inputs"]
+    entries[0]["link"] = judge.wire((101, 0), 102, 0, "INT")
+    entries.append({"name": "judge", "type": "G2RPO_REWARD"})
+    entries[1]["link"] = judge.wire((100, 0), 102, 1, "G2RPO_REWARD")
+    inner_reward = next(link for link in graph["links"] if link["target_slot"] == 3)
+    inner_reward |= {"origin_id": -10, "origin_slot": 0}
+    tree["nodes"][0]["widgets_values"] = [3, 98]
+    return {**tree, "nodes": tree["nodes"] + judge.nodes, "links": judge.links}
 
 
 def of_another_version() -> dict[str, Any]:
@@ -250,6 +281,11 @@ ODD: dict[str, Callable[[], dict[str, Any]]] = {
     "folded twice": twice_folded,
     "typed outside": lambda: typed_outside(False),
     "typed outside, listed": lambda: typed_outside(True),
+    "typed outside, exported": lambda: typed_outside(False, ()),
+    "typed outside, one renamed": lambda: typed_outside(False, ("size",)),
+    "typed outside, in another order": lambda: typed_outside(False, ("size", "how long")),
+    "typed outside, listed and exported": lambda: typed_outside(True, ()),
+    "wired outside": wired_outside,
     "seed control": of_another_version,
     "fewer widgets": shorter,
     "muted beside": around_muted_ones,
@@ -265,7 +301,7 @@ def test_an_odd_graph_is_the_recipe_of_its_plain_twin(name: str) -> None:
     ("change", "says"),
     [
         ("odd", ["node 'My patch' (OddPatch, id 5)", "bypass it", "UNETLoader"]),
-        ("muted", ["G2RPO_TinyDemoLoader, id 1", "is muted; unmute it"]),
+        ("muted", ["G2RPO_TinyDemoLoader, id 1", "is muted; switch it on"]),
         ("sigmas", ["BasicScheduler, id 5", "num_steps"]),
         ("two", ["2 blocks train", "id 4", "id 5", "--node"]),
         ("off", ["is muted or bypassed", "switch it on"]),

@@ -28,6 +28,10 @@ class ApiGraph:
         """Return the nodes of a kind; all of them run."""
         return [node for node in self.named.values() if node.kind == kind][:MAX_BLOCKS], []
 
+    def hidden(self, kind: str) -> str:
+        """Return nothing: no node is in another."""
+        return ""
+
     def every_kind(self) -> Iterator[Node]:
         """Yield the nodes, to name what a workflow is made of."""
         yield from self.named.values()

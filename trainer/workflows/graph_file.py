@@ -15,6 +15,9 @@ MAX_PARTS = 400_000
 """Lists and tables in a file: each takes much more memory than the two characters that make it."""
 SHOWN = 60
 BOM = b"\xef\xbb\xbf"
+PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")
+SETTERS = {"GetNode": "SetNode", "easy getNode": "easy setNode"}
+"""The Set nodes of Get nodes, KJNodes' and Easy-Use's."""
 INPUTS, OUTPUTS = "-10", "-20"
 """The two ends of a folded graph, as the page numbers them."""
 Raw = Mapping[str, Any]
@@ -43,10 +46,12 @@ class Definition:
     links: Mapping[str, Link]
     inputs: tuple[str, ...] = ()
     """What a folded graph's sockets on the left are called."""
+    promoted: tuple[str, ...] = ()
+    """Those of them that lead into a widget, which the page then shows on the folded node."""
     ends: Mapping[int, str] = field(default_factory=dict)
     """The wires that end at its sockets on the right."""
-    setters: Mapping[str, list[Raw]] = field(default_factory=dict)
-    """KJNodes' Set nodes by what they are called."""
+    setters: Mapping[tuple[str, str], list[Raw]] = field(default_factory=dict)
+    """Set nodes by their kind and what they are called."""
 
 
 def shown(value: Any) -> str:
@@ -67,6 +72,8 @@ def read_file(path: Path) -> Raw:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise WorkflowError(f"cannot read {path}: {reason}; check the path") from error
+    if content.startswith(PICTURES):
+        raise WorkflowError(f"{path} is a picture; drag it into ComfyUI's page and save the workflow there")
     if len(content) > MAX_BYTES:
         limit = f"{MAX_BYTES / 2**20:g} MiB"
         raise WorkflowError(f"{path} is larger than {limit}, the limit of a workflow; remove what it embeds")
@@ -74,13 +81,11 @@ def read_file(path: Path) -> Raw:
         limit = f"the limit is {MAX_PARTS}; split the workflow"
         raise WorkflowError(f"{path} has {parts} lists and tables; {limit}")
     try:
-        tree = json.loads(content.removeprefix(BOM).decode(), parse_constant=_no_number)
+        tree = json.loads(content.removeprefix(BOM).decode())
     except UnicodeDecodeError as error:
         raise WorkflowError(f"{path} is not UTF-8 (byte {error.start}); save it anew in ComfyUI") from error
     except RecursionError as error:
         raise WorkflowError(f"{path} is nested too deeply for a workflow; save it anew in ComfyUI") from error
-    except WorkflowError as error:
-        raise WorkflowError(f"{path} {error}") from error
     except ValueError as error:
         if "integer string conversion" in str(error):
             raise WorkflowError(f"{path} holds a number of thousands of digits; correct it") from error
@@ -91,14 +96,10 @@ def read_file(path: Path) -> Raw:
     return tree
 
 
-def _no_number(name: str) -> Any:
-    raise WorkflowError(f"holds {name}, which is no number; give that widget a number and save it anew")
-
-
 def definition(raw: Raw, name: str) -> Definition:
     """Put the nodes and wires of one of the page's graphs into tables; refuse numbers that come twice."""
     nodes: dict[str, Raw] = {}
-    setters: dict[str, list[Raw]] = {}
+    setters: dict[tuple[str, str], list[Raw]] = {}
     for node in listed(raw, "nodes", name):
         key = number_of(node.get("id"), f"{name}: the id of a node")
         if key in nodes:
@@ -107,18 +108,32 @@ def definition(raw: Raw, name: str) -> Definition:
             )
         nodes[key] = node
         if (
-            node.get("type") == "SetNode"
+            node.get("type") in SETTERS.values()
             and isinstance(values := node.get("widgets_values"), list)
             and values
         ):
-            setters.setdefault(name_of(values[0]), []).append(node)
+            setters.setdefault((node["type"], name_of(values[0])), []).append(node)
     links: dict[str, Link] = {}
     for number, link in filter(None, map(link_of, listed(raw, "links", name, tables=False))):
         if links.setdefault(number, link) != link:
             raise WorkflowError(f"{name} has two wires of the number {number}; draw one of them anew")
     ports = tuple(name_of(port.get("name")) for port in listed(raw, "inputs", name))
     ends = {link.target_slot: number for number, link in links.items() if link.target == OUTPUTS}
-    return Definition(name, nodes, links, ports, ends, setters)
+    return Definition(name, nodes, links, ports, _promoted(nodes, links, ports), ends, setters)
+
+
+def _promoted(nodes: Mapping[str, Raw], links: Mapping[str, Link], ports: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the sockets on the left of a folded graph of which a wire leads into a widget, in order."""
+    slots = set()
+    for node in nodes.values():
+        entries = node.get("inputs")
+        for entry in entries if isinstance(entries, list) else ():
+            if not isinstance(entry, dict) or not entry.get("widget"):
+                continue
+            link = links.get(name_of(entry.get("link")))
+            if link is not None and link.origin == INPUTS:
+                slots.add(link.slot)
+    return tuple(name for slot, name in enumerate(ports) if slot in slots)
 
 
 def listed(raw: Raw, key: str, name: str, tables: bool = True) -> list[Any]:
@@ -139,9 +154,11 @@ def name_of(value: Any) -> str:
 
 def number_of(value: Any, what: str) -> str:
     """Return the id of a node or wire as text; WorkflowError for what is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, str)) or len(shown(value)) > SHOWN:
+    plain = isinstance(value, (int, str)) and not isinstance(value, bool) and len(shown(value)) <= SHOWN
+    # Errors show ids as they are: nothing in them may move a terminal's cursor.
+    if not plain or not (number := str(value)).isascii() or not number.isprintable():
         raise WorkflowError(f"{what} is {shown(value)}; it must be a number; save it anew in ComfyUI")
-    return str(value)
+    return number
 
 
 ENDS = ("id", "origin_id", "origin_slot", "target_id", "target_slot")

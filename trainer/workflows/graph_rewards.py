@@ -20,6 +20,7 @@ LOAD, MIX, REFERENCE = "G2RPO_LoadReward", "G2RPO_MixRewards", "G2RPO_ReferenceR
 NOT_HERE = " (not installed: "  # what follows a name in the list of the block
 MIXED = 6
 MAX_NODES = 200
+MAX_NAME = 100  # characters of a reward's name, which lists of rewards repeat
 
 
 @dataclass
@@ -92,6 +93,8 @@ class RewardReader:
         name = text_of(self.graph, node, "reward").partition(NOT_HERE)[0]
         if name in REWARDS:
             return {"name": name}
+        if not name.isprintable() or len(name) > MAX_NAME:
+            raise WorkflowError(f"{node.label}: reward is {shown(name)}; choose one that is in its list")
         if is_built_in(name):
             raise WorkflowError(f"{node.label} does not give {name}; choose a reward that is in its list")
         made: dict[str, Any] = {"name": name, "batch": whole_in(self.graph, node, "batch")}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Protocol
 
+from .graph_canvas import AREAS
 from .graph_file import WorkflowError, shown
 from .page_graph import Node, Nothing, Output
 
 MAX_TEXT = 1_000_000  # characters, as in the graph
+MAX_NAME = 1000  # of names, choices and colours
+_STRANGE = re.compile(r"[\0\ud800-\udfff]")
 PRIMITIVES = (
     "PrimitiveInt",
     "PrimitiveFloat",
@@ -45,13 +49,13 @@ def text_of(graph: Graph, node: Node, name: str) -> str:
         return ""
     if not isinstance(found, str):
         raise WorkflowError(f"{node.label}: {name} is {shown(found)}; it must be a text")
-    if len(found) > MAX_TEXT:
+    limit = MAX_TEXT if name in AREAS else MAX_NAME
+    if len(found) > limit:
         raise WorkflowError(
-            f"{node.label}: {name} has {len(found)} characters; at most {MAX_TEXT} are allowed"
+            f"{node.label}: {name} has {len(found)} characters; at most {limit} are allowed, shorten it"
         )
-    strange = next((c for c in found if c == "\0" or "\ud800" <= c <= "\udfff"), None)
-    if strange is not None:
-        raise WorkflowError(f"{node.label}: {name} holds U+{ord(strange):04X}, which is no character")
+    if strange := _STRANGE.search(found):
+        raise WorkflowError(f"{node.label}: {name} holds U+{ord(strange[0]):04X}, which is no character")
     return found
 
 
@@ -77,7 +81,6 @@ def output_into(graph: Graph, node: Node, name: str, remedy: str) -> Output:
     found = graph.given(node, name)
     if isinstance(found, Output):
         return found
-    muted = found.muted if isinstance(found, Nothing) else ""
-    if muted:
-        raise WorkflowError(f"{node.label} needs {name}, and {muted} is muted; unmute it")
+    if isinstance(found, Nothing) and found.off:
+        raise WorkflowError(f"{node.label} needs {name}, and {found.off}; switch it on")
     raise WorkflowError(f"{node.label}: {name} is not connected; connect {remedy}")

@@ -13,6 +13,8 @@ from .graph_file import Raw, WorkflowError
 TABLE = Path(__file__).with_name("node_table.json")
 CONTROLS = ("fixed", "increment", "decrement", "randomize")
 """What the page keeps behind the value of a seed: what happens to it after a run."""
+LATER = 2
+"""Widgets that training blocks got at once after the first ones; saved lists have all or lack these."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def widget_values(node: Raw, label: str) -> Mapping[str, Any]:
             named[name] = given[at]
         at += 1 + widget.more
         # Some versions of the page add it to every seed, whatever the node declares.
-        added = name == "seed" and not widget.more and len(given) > len(kind.widgets)
+        odd = len(given) > len(kind.widgets) or len(given) == len(kind.widgets) + 1 - LATER
+        added = name == "seed" and not widget.more and odd
         if added and any(each == given[at] for each in CONTROLS if at < len(given)):
             at += 1
     if at < len(given) and node["type"].startswith("G2RPO_"):

@@ -6,12 +6,14 @@ count their steps, because a file may be as deep and as circular as it likes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .graph_file import (
     INPUTS,
+    SETTERS,
     Definition,
     Link,
     Raw,
@@ -25,6 +27,7 @@ from .graph_file import (
 from .node_table import KINDS, widget_values
 
 MUTED, BYPASSED = 2, 4
+REROUTES = ("Reroute", "Reroute (rgthree)", "ReroutePrimitive|pysssss")
 MAX_HOPS = 50_000
 """Sockets that are looked at on the way from node to node, for a whole workflow."""
 MAX_DEPTH = 100
@@ -69,9 +72,9 @@ class Output:
 
 @dataclass(frozen=True)
 class Nothing:
-    """What an input gets where nothing comes; `muted` names the node that would give it."""
+    """What an input gets where nothing comes; `off` says which node would give it, and that it is off."""
 
-    muted: str = ""
+    off: str = ""
 
 
 class PageGraph:
@@ -81,7 +84,13 @@ class PageGraph:
         self.top = definition({**tree, "inputs": []}, "the workflow")
         self.hops = 0
         self.folded: dict[str, Raw] = {}
+        extra = tree.get("extra")
+        groups = extra.get("groupNodes") if isinstance(extra, dict) else None
+        self.groups: Raw = groups if isinstance(groups, dict) else {}
+        """What old pages grouped into nodes, by name."""
         self.read: dict[str, Definition] = {}
+        self.outside: dict[int, Mapping[str, Mapping[str, Any]]] = {}
+        """What is typed on folded nodes, by the identities of these: files may have long lists of it."""
         folded = tree.get("definitions")
         for each in listed(folded, "subgraphs", "definitions") if isinstance(folded, dict) else ():
             key = number_of(each.get("id"), "the id of a subgraph")
@@ -94,7 +103,7 @@ class PageGraph:
         self.hops += count
         if self.hops > MAX_HOPS:
             raise WorkflowError(
-                f"its wires go in a circle, or by more than {MAX_HOPS} sockets; remove the circle"
+                f"its wires go in a circle, or by more than {MAX_HOPS} sockets and widgets; remove the circle"
             )
 
     def entries(self, raw: Raw) -> list[Raw]:
@@ -139,12 +148,40 @@ class PageGraph:
             waiting += [self.within(scope, raw) for raw in reversed(hosts[:MAX_BLOCKS])]
         return found
 
-    def _holders(self, kind: str) -> set[str]:
-        """Return the folded graphs that hold a node of a kind, at any depth, in nodes that run."""
+    def hidden(self, kind: str) -> str:
+        """Say where a node of a kind is that nodes() does not find: in what is off, or in an old group."""
+        holders, waiting = self._holders(kind, running=False), [Scope(self.top)]
+        while waiting:
+            scope = waiting.pop()
+            self.hop()
+            for raw in scope.graph.nodes.values():
+                own, node = raw.get("type"), _node(raw, scope)
+                if isinstance(own, str) and own in holders:
+                    if _is_off(raw):
+                        off = "muted" if raw.get("mode") == MUTED else "bypassed"
+                        return f"{kind} is in {node.label}, which is {off}; switch it on"
+                    waiting.append(self.within(scope, raw))
+                if self._groups(node.kind, kind):
+                    return f"{kind} is in {node.label}, a group of an old kind; ungroup it"
+        return ""
+
+    def _groups(self, group: str, kind: str) -> bool:
+        """Return whether a node is a group of the old kind with a node of a kind in it."""
+        prefix, _, name = group.partition(">")
+        found = self.groups.get(name) if prefix == "workflow" else None
+        within = found.get("nodes") if isinstance(found, dict) else None
+        return isinstance(within, list) and any(
+            isinstance(each, dict) and each.get("type") == kind for each in within
+        )
+
+    def _holders(self, kind: str, running: bool = True) -> set[str]:
+        """Return the folded graphs that hold a node of a kind, at any depth, in nodes that run or in any."""
         above: dict[str, set[str]] = {}
         for key, raw in self.folded.items():
             for node in listed(raw, "nodes", "a subgraph"):
-                if isinstance(node.get("type"), str) and (node["type"] == kind or not _is_off(node)):
+                if isinstance(node.get("type"), str) and (
+                    node["type"] == kind or not (running and _is_off(node))
+                ):
                     above.setdefault(node["type"], set()).add(key)
         holders, waiting = set(), [kind]
         while waiting:
@@ -170,8 +207,10 @@ class PageGraph:
         widgets = KINDS[node.kind].widgets
         if not isinstance(found, Nothing) or name not in widgets:
             return found
-        values = {**widget_values(raw, node.label), **self._shown_outside(scope, raw)}
-        return values.get(name, widgets[name].default)
+        outside = self._typed_outside(scope, str(raw["id"]))
+        if name in outside:
+            return outside[name]
+        return widget_values(raw, node.label).get(name, widgets[name].default)
 
     def _follow(self, scope: Scope, number: Any, kind: Any) -> Output | Nothing | Any:
         """Follow a wire back to where its value is made."""
@@ -190,17 +229,20 @@ class PageGraph:
             if raw is None:
                 raise WorkflowError(f"wire {shown(number)} begins at node {link.origin}, which is not there")
             node = _node(raw, scope)
-            if raw.get("mode") == MUTED:
-                return Nothing(node.label)
-            if raw.get("mode") == BYPASSED:
-                number = self._passed(raw, link.slot, kind)
-            elif node.kind == "GetNode":
-                scope, number = self._setter(node)
-            elif node.kind in ("Reroute", "SetNode"):
-                number = self._first(raw)
-            elif node.kind == "PrimitiveNode":
+            if node.kind == "PrimitiveNode":  # The page writes its value into the widget, whatever its mode.
                 values = raw.get("widgets_values")
                 return values[0] if isinstance(values, list) and values else Nothing()
+            if raw.get("mode") == MUTED:
+                return Nothing(f"{node.label} is muted")
+            if raw.get("mode") == BYPASSED:
+                entry = self._passed(raw, link.slot, kind)
+                if entry is None:
+                    return Nothing(f"{node.label} is bypassed")
+                number = entry.get("link")
+            elif node.kind in SETTERS:
+                scope, number = self._setter(node)
+            elif node.kind in REROUTES or node.kind in SETTERS.values():
+                number = self._first(raw)
             elif node.kind in self.folded:
                 scope = self.within(scope, raw)
                 number = scope.graph.ends.get(link.slot)
@@ -212,27 +254,59 @@ class PageGraph:
         """Return the wire into a node's first input."""
         return next((entry.get("link") for entry in self.entries(raw)), None)
 
-    def _passed(self, raw: Raw, slot: int, kind: Any) -> Any:
-        """Return the wire that a bypassed node hands on: of the same place if the type fits, or the first."""
+    def _passed(self, raw: Raw, slot: int, kind: Any) -> Raw | None:
+        """Return the input that a bypassed node hands on: of the same place if it fits, else the first of
+        just that type, else the first that takes any.
+        """
         entries = self.entries(raw)
         own = entries[slot : slot + 1] if slot >= 0 else []
-        fitting = (entry for entry in (*own, *entries) if entry.get("type") in (kind, "*"))
-        return next((entry.get("link") for entry in fitting), None)
+        for some, kinds in ((own, (kind, "*")), (entries, (kind,)), (entries, ("*",))):
+            for entry in some:
+                if entry.get("type") in kinds:
+                    return entry
+        return None
 
     def _port(self, scope: Scope, link: Link) -> tuple[Raw, Any]:
         """Return the socket of a folded node that a wire within it comes from, and the value typed there."""
         host, names = scope.host or {}, scope.graph.inputs
-        entries = self.entries(host)
         name = names[link.slot] if 0 <= link.slot < len(names) else None
-        entry = next((each for each in entries if each.get("name") == name), {})
-        if not entry or entry.get("link") is not None:
+        entry = next((each for each in self.entries(host) if each.get("name") == name), {})
+        if entry.get("link") is not None:
             return entry, None
-        return entry, _typed_outside(host, entries).get(("-1", name_of(name)))
+        return entry, self._typed_outside(scope, "-1").get(name_of(name))
 
-    def _shown_outside(self, scope: Scope, raw: Raw) -> Mapping[str, Any]:
-        """Return a node's values that the folded node around it shows without a wire."""
-        typed = _typed_outside(scope.host, self.entries(scope.host)) if scope.host else {}
-        return {key[1]: value for key, value in typed.items() if key[:1] == (str(raw["id"]),)}
+    def _typed_outside(self, scope: Scope, number: str) -> Mapping[str, Any]:
+        """Return what is typed on the folded node around a node, or around its sockets (-1), by name."""
+        if scope.host is None:
+            return {}
+        if id(scope.host) not in self.outside:
+            self.outside[id(scope.host)] = self._all_typed_outside(scope.host, scope.graph)
+        return self.outside[id(scope.host)].get(number, {})
+
+    def _all_typed_outside(self, host: Raw, graph: Definition) -> Mapping[str, Mapping[str, Any]]:
+        """Return the values that a folded node's own widgets have, by the node within and the name.
+
+        They follow the sockets of the graph, where no list says another: exported files lack some of the
+        node's own inputs.
+        """
+        values, properties = host.get("widgets_values"), host.get("properties")
+        if not isinstance(values, list):
+            return {}
+        self.hop(len(values))
+        listing = properties.get("proxyWidgets") if isinstance(properties, dict) else None
+        if isinstance(listing, str):
+            self.hop(listing.count("[") + listing.count("{"))
+            try:
+                listing = json.loads(listing)
+            except (ValueError, RecursionError):
+                listing = None
+        if not isinstance(listing, list) or not listing:
+            listing = [["-1", name] for name in graph.promoted[: len(values)]]
+        found: dict[str, dict[str, Any]] = {}
+        for key, value in zip(listing, values, strict=False):
+            if isinstance(key, list) and len(key) > 1 and value is not None:
+                found.setdefault(name_of(key[0]), {})[name_of(key[1])] = value
+        return found
 
     def _setter(self, node: Node) -> tuple[Scope, Any]:
         """Return the wire that goes into the Set node of a Get node, and where that is."""
@@ -240,7 +314,7 @@ class PageGraph:
         name = name_of(values[0]) if isinstance(values, list) and values else ""
         scope = node.scope
         while scope is not None:
-            found = scope.graph.setters.get(name, [])
+            found = scope.graph.setters.get((SETTERS[node.kind], name), [])
             if len(found) > 1:
                 raise WorkflowError(f"two Set nodes are called {shown(name)}; rename one of them")
             if found:
@@ -265,16 +339,3 @@ def _node(raw: Raw, scope: Scope) -> Node:
         raw,
         scope,
     )
-
-
-def _typed_outside(host: Raw, entries: list[Raw]) -> dict[tuple[str, ...], Any]:
-    """Return the values that a folded node's own widgets have, by the node within (-1: a socket) and name."""
-    values, properties = host.get("widgets_values"), host.get("properties")
-    if not isinstance(values, list):
-        return {}
-    listing = properties.get("proxyWidgets") if isinstance(properties, dict) else None
-    if isinstance(listing, list) and listing:
-        keys = [tuple(map(name_of, each[:2])) if isinstance(each, list) else () for each in listing]
-    else:
-        keys = [("-1", name_of(each.get("name"))) for each in entries if each.get("widget")]
-    return {key: value for key, value in zip(keys, values, strict=False) if value is not None}

@@ -54,9 +54,11 @@ def graph_of(tree: Raw) -> PageGraph | ApiGraph:
     """Tell the two formats apart."""
     if "nodes" in tree:
         return PageGraph(tree)
-    prompt = tree.get("prompt")
+    prompt, workflow = tree.get("prompt"), tree.get("workflow")
     if isinstance(prompt, dict) and "class_type" not in tree["prompt"]:
         return ApiGraph(prompt)
+    if isinstance(workflow, dict) and "nodes" in workflow:
+        return PageGraph(workflow)
     if not tree or not any(isinstance(each, dict) and "class_type" in each for each in tree.values()):
         raise WorkflowError("it holds no workflow; save one in ComfyUI, as it is or in the API format")
     return ApiGraph(tree)
@@ -77,6 +79,8 @@ def training_block(graph: PageGraph | ApiGraph, wanted: str | None = None) -> No
         raise WorkflowError(f"{off[0].label} is muted or bypassed, and nothing else trains; switch it on")
     if wanted is not None:
         raise WorkflowError(f"--node {shown(wanted)} is no block that trains; give the id of one")
+    if where := graph.hidden(BLOCK) or graph.hidden(HANDED_OVER):
+        raise WorkflowError(where)
     for kind, instead in STEPWISE.items():
         for node in graph.nodes(kind)[0]:
             raise WorkflowError(f"{node.label} {instead}")
@@ -190,8 +194,8 @@ def _rewards(
     mix = reader.read(output_into(graph, block, "reward", "Load Reward"))
     found = graph.given(block, "heldout_reward")
     held = reader.read(found) if isinstance(found, Output) else None
-    if isinstance(found, Nothing) and found.muted:
-        notes.append(f"{found.muted} is muted, so there is no held-out reward")
+    if isinstance(found, Nothing) and found.off:
+        notes.append(f"{found.off}, so there is no held-out reward")
     trained = trained_sections(mix, reader.sections)
     measured = heldout_sections(mix, held, reader.sections, notes)
     return trained, measured, {"mix": mix.how} if len(mix.parts) > 1 else {}
