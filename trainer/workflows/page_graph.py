@@ -153,7 +153,7 @@ class PageGraph:
         holders, waiting = self._holders(kind, running=False), [Scope(self.top)]
         while waiting:
             scope = waiting.pop()
-            self.hop()
+            self.hop(len(scope.graph.nodes))
             for raw in scope.graph.nodes.values():
                 own, node = raw.get("type"), _node(raw, scope)
                 if isinstance(own, str) and own in holders:
