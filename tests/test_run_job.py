@@ -43,7 +43,11 @@ from g2rpo_trainer.jobs import job_process
 job_process.PATIENCE = 0.1
 signal.signal(signal.SIGINT, signal.default_int_handler)
 threading.Thread(target=job_process.follow_parent, daemon=True).start()
-ctypes.CDLL(None).sleep(300)
+while True:
+    try:
+        ctypes.CDLL(None).sleep(300)
+    except KeyboardInterrupt:  # before the call
+        pass
 """
 
 
