@@ -153,7 +153,7 @@ class PageGraph:
         holders, waiting = self._holders(kind, running=False), [Scope(self.top)]
         while waiting:
             scope = waiting.pop()
-            self.hop(len(scope.graph.nodes))
+            self.hop(1 + len(scope.graph.nodes) // 20)  # a look costs less than a step from node to node
             for raw in scope.graph.nodes.values():
                 own, node = raw.get("type"), _node(raw, scope)
                 if isinstance(own, str) and own in holders:
