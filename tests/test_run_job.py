@@ -45,6 +45,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 threading.Thread(target=job_process.follow_parent, daemon=True).start()
 while True:
     try:
+        print("up", flush=True)
         ctypes.CDLL(None).sleep(300)
     except KeyboardInterrupt:  # before the call
         pass
@@ -149,9 +150,11 @@ def test_a_job_waits_while_the_disk_is_full(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sleeps in the C library")
 def test_a_run_that_hangs_ends_some_time_after_its_parent() -> None:
-    child = subprocess.Popen([sys.executable, "-c", HANGS], stdin=subprocess.PIPE)
-    child.stdin.close()
-    assert child.wait(120) == 130
+    child = subprocess.Popen([sys.executable, "-c", HANGS], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with child.stdout:
+        assert child.stdout.readline() == b"up\n"
+        child.stdin.close()
+        assert child.wait(120) == 130
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="runs a shell script")
