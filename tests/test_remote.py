@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,6 +185,7 @@ def test_what_is_no_sound_lora_does_not_get_to_its_place(name: str, tmp_path: Pa
         ("https://", "write it as"),
         ("https://u:p@x.example", "write it as"),
         ("https://x.example/?a=b", "write it as"),
+        ("https://x.example/#a", "write it as"),
         ("https://x.example:port", "write it as"),
     ],
 )
@@ -262,6 +264,34 @@ def test_eight_who_watch_and_do_not_read_hold_nobody_up(
         while made._streams and time.monotonic() < deadline + 20:
             time.sleep(0.05)
         assert made._streams == 0
+
+
+def test_what_another_server_answers_is_told_apart() -> None:
+    assert remote_client.table_of(b"[", {}) == {} and remote_client.event_of({"data": "{}"}) is None
+    with pytest.raises(RemoteError, match="no table of JSON"):
+        remote_client.table_of(b"[]")
+    with pytest.raises(RemoteError, match="no list of jobs"):
+        remote_client.list_of({"jobs": 3}, "jobs")
+
+
+def test_a_sign_of_life_is_no_event() -> None:
+    def take(connection: socket.socket) -> None:
+        with connection:
+            connection.recv(2**16)
+            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n: still here\n\nevent: end\ndata: {}\n\n")
+
+    with connections_to(take) as port:
+        assert [event.kind for event in client(port).watch("one")] == ["end"]
+
+
+def test_an_answer_that_comes_too_slowly_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [b"x", b"y"]
+    slow = SimpleNamespace(read1=lambda size: left.pop() if left else b"")
+    assert [*remote_client.blocks(slow)] == [b"y", b"x"]
+    left += [b"x", b"y"]
+    monkeypatch.setattr(remote_client, "TIMEOUT", -1.0)
+    with pytest.raises(ConnectionError, match="too slowly"):
+        [*remote_client.blocks(slow)]
 
 
 # The commands
