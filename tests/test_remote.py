@@ -274,6 +274,21 @@ def test_what_another_server_answers_is_told_apart() -> None:
         remote_client.list_of({"jobs": 3}, "jobs")
 
 
+def test_what_changed_on_its_way_or_is_not_there_does_not_get_to_its_place(tmp_path: Path) -> None:
+    with service(tmp_path / "served") as (port, made):
+        assert send(port, "POST", "/jobs", body=job("one")) == 200
+        with pytest.raises(RemoteError, match="job one has no LoRA yet"):
+            client(port).fetch_lora("one", tmp_path / "lora")
+        content = b"\x89PNG"
+        (grown_run(made, "one", 1).path / "curves.png").write_bytes(content)
+        path, place, digest = "/jobs/one/pictures/curves.png", tmp_path / "x.png", hashlib.sha256(content)
+        with pytest.raises(RemoteError, match=r"x\.png changed on its way"):
+            client(port).fetch(path, place, "0" * 64, lambda file: None)
+        assert not place.exists() and not (tmp_path / "lora").exists()
+        client(port).fetch(path, place, digest.hexdigest(), lambda file: None)
+        assert place.read_bytes() == content
+
+
 def test_a_sign_of_life_is_no_event() -> None:
     def take(connection: socket.socket) -> None:
         with connection:
