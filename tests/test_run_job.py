@@ -276,3 +276,13 @@ def test_a_job_is_cancelled_or_goes_over_a_limit_on_the_way_and_keeps_its_lora(t
     rules = Rules(over=lambda run: "too many steps" if steps_of(run) > 3 else "")
     assert run_job(spool, "two", runs, rules) == "failed"
     assert spool.ended("two")["error"] == "too many steps" and spool.ended("two")["step"] >= 3
+
+
+def test_a_job_fails_by_what_no_room_on_the_disk_mends(tmp_path: Path) -> None:
+    def damaged(job: Any) -> Any:
+        raise RunError("config.json is damaged (no table); restore it or start a new run")
+
+    spool = Spool(tmp_path / "jobs")
+    spool.submit("one", job(1))
+    assert run_job(spool, "one", tmp_path / "runs", Rules(prepare=damaged)) == "failed"
+    assert "is damaged" in spool.ended("one")["error"]

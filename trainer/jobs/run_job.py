@@ -65,9 +65,9 @@ def run_job(spool: Spool, job_id: str, runs: Path, rules: Rules | None = None) -
         run = Path(runs).resolve() / job_id
         try:
             status, error = _run(job, run, rules, lambda: spool.cancelled(job_id))
-        except RunError:  # this machine's disk is full, say: the job can go on later
-            raise
         except ValueError as refusal:
+            if isinstance(refusal, RunError) and isinstance(refusal.__cause__, OSError):
+                raise  # this machine's disk is full, say: the job can go on later
             status, error = FAILED, " ".join(str(refusal).split())
         if status != WAITING:
             said = {"error": error} if error else {}
