@@ -13,16 +13,11 @@ from typing import Any
 import pytest
 from guarded import send, send_for_answer
 from job_host import job, service
-from test_job_server import GRAPH
+from test_job_server import graph
 
 from comfy_g2rpo.files.spool import Spool
 from g2rpo_trainer.jobs.worker_loop import Worker
 from g2rpo_trainer.service.job_schema import job_request
-
-
-def graph(job_id: str, again: str = "") -> bytes:
-    """Write a job of a graph, which may be asked for again."""
-    return json.dumps({"id": job_id, "graph": GRAPH, "again": again}).encode()
 
 
 def listed(port: int) -> dict[str, str]:
@@ -85,25 +80,25 @@ def test_a_job_that_the_service_has_lost_sight_of_is_found_when_it_is_sent_again
 
 def test_asking_again_is_counted_and_undone_by_nobody(tmp_path: Path) -> None:
     with service(tmp_path, queue=1) as (port, made):
-        assert send(port, "POST", "/jobs", body=graph("two")) == 200
+        assert send(port, "POST", "/jobs", body=graph()) == 200
         made.spool.end("two", "failed")
         made._let_go("two")
         assert send(port, "POST", "/jobs", body=job("one")) == 200
         end = made.spool.ended("two")["at"]
-        assert send(port, "POST", "/jobs", body=graph("two", end)) == 429
+        assert send(port, "POST", "/jobs", body=graph(again=end)) == 429
         assert made.spool.stop("one") == "cancelled"
         made._let_go("one")
-        assert send(port, "POST", "/jobs", body=graph("two", end)) == 200
+        assert send(port, "POST", "/jobs", body=graph(again=end)) == 200
         made._let_go("two")  # as a worker does that has just seen how it ended before
         assert [*made._open] == ["two"]
 
 
 def test_many_who_ask_again_at_once_are_all_answered(tmp_path: Path) -> None:
     with service(tmp_path) as (port, made):
-        assert send(port, "POST", "/jobs", body=graph("two")) == 200
+        assert send(port, "POST", "/jobs", body=graph()) == 200
         for _ in range(5):
             made.spool.end("two", "failed")
-            body, ready = graph("two", made.spool.ended("two")["at"]), threading.Barrier(6)
+            body, ready = graph(again=made.spool.ended("two")["at"]), threading.Barrier(6)
 
             def ask(i: int, body: bytes = body, ready: threading.Barrier = ready) -> int:
                 ready.wait(20)

@@ -169,7 +169,7 @@ class JobService:
                 if self._again(asked):
                     self.spool.again(asked.id)
         except JobError as error:
-            raise Refusal(409, without(str(error), [self.folder])) from error
+            raise Refusal(409, without(str(error), self._hidden)) from error
         finally:
             with self._counting:
                 self._coming.discard(asked.id)
