@@ -107,3 +107,28 @@ def test_many_who_ask_again_at_once_are_all_answered(tmp_path: Path) -> None:
             with ThreadPoolExecutor(6) as pool:
                 assert {*pool.map(ask, range(6))} == {200}
             assert made.spool.ended("two") is None
+
+
+def test_a_job_sent_twice_at_once_takes_one_place_and_lets_no_other_past_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, room, go = threading.Event(), threading.Event(), threading.Event()
+    write = Spool.submit
+
+    def slowly(spool: Spool, job_id: str, content: Any) -> bool:
+        (room if writing.is_set() else writing).set()
+        assert go.wait(20)
+        return write(spool, job_id, content)
+
+    monkeypatch.setattr(Spool, "submit", slowly)
+    with service(tmp_path, queue=1) as (port, made), ThreadPoolExecutor(2) as pool:
+        try:
+            first = pool.submit(send, port, "POST", "/jobs", body=job("one"))
+            assert writing.wait(20)
+            second = pool.submit(send, port, "POST", "/jobs", body=job("one"))
+            assert room.wait(20)
+            assert send(port, "POST", "/jobs", body=job("two")) == 429
+        finally:
+            go.set()
+        assert (first.result(20), second.result(20)) == (200, 200)
+        assert send(port, "POST", "/jobs", body=job("two")) == 429 and made.spool.ids() == ["one"]

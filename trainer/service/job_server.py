@@ -13,9 +13,10 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -78,7 +79,7 @@ class JobService:
         self._open = {each: None for each in self.spool.ids() if self._goes_on(each)}
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="spool")
         self._writers = ThreadPoolExecutor(8, thread_name_prefix="writer")
-        self._counting, self._coming = threading.RLock(), set[str]()
+        self._counting, self._coming = threading.RLock(), Counter[str]()
         self._stop, self._more, self._streams = threading.Event(), threading.Event(), 0
         self._size = (float("-inf"), 0)
         self._worker = threading.Thread(target=self._work, name="worker")
@@ -149,7 +150,7 @@ class JobService:
         if asked.id is None:
             asked = replace(asked, id=f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(4)}")
         if not self._known(asked.id):
-            self._check_quotas()
+            self._check_quotas(asked.id)
             check_job(asked.job, self.models, self._owner)
         return asked
 
@@ -160,24 +161,31 @@ class JobService:
     def _submit(self, asked: Asked) -> dict[str, Any]:
         """Write a job into the spool."""
         try:
-            with self._counting:
-                if not self._known(asked.id) or self._again(asked):
-                    self._check_quotas()
-                self._coming.add(asked.id)
-            new = self.spool.submit(asked.id, asked.job)
-            with self._counting:
-                if self._again(asked):
-                    self.spool.again(asked.id)
+            with self._counted(asked):
+                new = self.spool.submit(asked.id, asked.job)
+                with self._counting:
+                    if self._again(asked):
+                        self.spool.again(asked.id)
         except JobError as error:
             raise Refusal(409, without(str(error), self._hidden)) from error
+        self._more.set()
+        return {"id": asked.id, "status": WAITING if new else self.spool.state(asked.id), "new": new}
+
+    @contextmanager
+    def _counted(self, asked: Asked) -> Iterator[None]:
+        """Count a job while it is written, for which there must be room; sent by several, it counts once."""
+        with self._counting:
+            if not self._known(asked.id) or self._again(asked):
+                self._check_quotas(asked.id)
+            self._coming[asked.id] += 1
+        try:
+            yield
         finally:
             with self._counting:
-                self._coming.discard(asked.id)
+                self._coming -= Counter([asked.id])
                 # Also one that was sent before, when the disk failed behind its name.
                 if self._goes_on(asked.id):
                     self._open.setdefault(asked.id)
-        self._more.set()
-        return {"id": asked.id, "status": WAITING if new else self.spool.state(asked.id), "new": new}
 
     def _again(self, asked: Asked) -> bool:
         """Return whether a job is to be tried once more: the end that is named is its newest."""
@@ -198,10 +206,12 @@ class JobService:
             if not self._goes_on(job_id):
                 self._open.pop(job_id, None)
 
-    def _check_quotas(self) -> None:
-        """Refuse a job for which there is no room."""
+    def _check_quotas(self, job_id: str) -> None:
+        """Refuse a job for which there is no room, unless it has some already."""
         with self._counting:
-            count = len(self._open) + len(self._coming)
+            if job_id in self._coming:
+                return
+            count = len(self._open) + sum(each not in self._open for each in self._coming)
         if count >= self.quotas.queue:
             raise Refusal(429, f"{count} jobs wait already; come back later")
         if self._full():
