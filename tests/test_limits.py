@@ -13,7 +13,7 @@ from test_update import CONDS, SEEDS, rolled
 from toys import SHAPE, ToyPolicy
 
 from comfy_g2rpo.recipes import build_plan, recipe
-from comfy_g2rpo.rewards import Reward
+from comfy_g2rpo.rewards import Reward, RewardError, checked
 from comfy_g2rpo.run.batch_limits import Limits
 from comfy_g2rpo.run.evaluation import velocity_distances
 from comfy_g2rpo.run.folder import RunFolder
@@ -120,6 +120,30 @@ def test_decoding_in_smaller_batches_scores_the_same():
         scorer([0] * 7, list(range(7)), pictures)
         scores.append(scorer.scores)
     assert torch.equal(*scores) and scores[0].isfinite().all()
+
+
+class Large(Reward):
+    """A judge that has memory for so many images at once."""
+
+    name, licence, compares_across_prompts = "large", "Apache-2.0", True
+
+    def __init__(self, room: int, needs_group: bool = False) -> None:
+        self.room, self.needs_group = room, needs_group
+
+    def score(self, images, prompts):
+        if len(images) > self.room:
+            raise OutOfMemory("CUDA out of memory")
+        return images.mean((1, 2, 3)) + torch.tensor([float(prompt) for prompt in prompts])
+
+
+def test_a_judge_that_runs_out_of_memory_gets_fewer_images_at_once():
+    pictures, prompts = torch.rand(7, 4, 4, 3, generator=torch.Generator().manual_seed(0)), [*"0123456"]
+    small, large = (checked(Large(room), pictures, prompts) for room in (2, 7))
+    assert torch.equal(small, large) and small.isfinite().all()
+    assert checked(Large(0), pictures[:0], []).shape == (0,)
+    for judge in (Large(0), Large(6, needs_group=True)):
+        with pytest.raises(RewardError, match=r"'large' ran out of memory; choose a smaller judge"):
+            checked(judge, pictures, prompts)
 
 
 def test_what_has_come_down_is_said_once():

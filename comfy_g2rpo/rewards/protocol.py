@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..options import CLIPS
 from ..prompts import columns_of
 from ..rollout import Rollout
+from ..speed.fitting_batch import Limit, OutOfMemory
 
 TOLERANCE = 1e-3  # by which images may leave [0, 1] through rounding
 
@@ -218,15 +219,28 @@ def checked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     if len(rows) < len(first):
         judged, prompts = judged[rows], [prompts[row] for row in rows]
     try:
-        scores = reward.score(judged, prompts)
+        scores = _scored(reward, judged, prompts)
     except RewardError:
         raise
+    except OutOfMemory as cause:
+        why = "ran out of memory; choose a smaller judge, or free memory on its device"
+        raise RewardError(f"reward '{reward.name}' {why}") from cause
     except SystemExit as cause:
         raise exit_error(f"reward '{reward.name}'", cause) from cause
     except Exception as cause:
         raise RewardError(f"reward '{reward.name}' failed with {type(cause).__name__}: {cause}") from cause
-    scores, place = _valid_scores(reward.name, scores, len(rows)), {row: at for at, row in enumerate(rows)}
+    place = {row: at for at, row in enumerate(rows)}
     return torch.where(finite.cpu(), scores[[place[row] for row in first]], torch.nan)
+
+
+def _scored(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Score images [B, H, W, 3] by one reward: as many at once as fit into memory, a group as a whole."""
+
+    def score(part: slice) -> Tensor:
+        return _valid_scores(reward.name, reward.score(images[part], prompts[part]), len(images[part]))
+
+    whole = reward.needs_group or not len(images)
+    return score(slice(None)) if whole else Limit(len(images)).parts(score, len(images))
 
 
 def firsts(images: Tensor, prompts: Sequence[str]) -> list[int]:
