@@ -127,6 +127,21 @@ def test_the_curve_stands_on_top_and_takes_no_room_later(ours: Ours, story: Stor
     ours.shoot("top")
 
 
+def test_what_training_result_says_is_taken_back_once_the_run_goes_on(ours: Ours, story: Story) -> None:
+    ours.add("G2RPO_TrainingResult")
+    run, words = story.run.path.name, "it waits for a worker"
+    ours.page.evaluate("(run) => { app.graph._nodes[0].widgets[0].value = run; }", run)
+    output = {"text": [words], "g2rpo_run": [run]}
+    ours.tell("executed", {"node": "1", "display_node": "1", "output": output, "prompt_id": "0"})
+    place = ours.page.locator(TEXT)
+    place.filter(has_text=words).wait_for()
+    ours.page.wait_for_timeout(7000)  # the page looks at the run
+    assert place.inner_text() == words
+    story.until(3)
+    place.filter(has_text="Press Run to see how it stands").wait_for()
+    ours.shoot("gone-on")
+
+
 def test_values_keep_their_order_under_the_curve(ours: Ours) -> None:
     """A workflow of before the curve stood on top, opened, saved, copied and opened again."""
     ours.add("G2RPO_TrainLoRA")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -16,8 +17,8 @@ import pytest
 from job_host import SMALL
 from test_remote import with_lora
 
-from comfy_g2rpo.files.one_writer import one_writer
-from comfy_g2rpo.files.safe import RunError
+from comfy_g2rpo.files.one_writer import LOCK, one_writer
+from comfy_g2rpo.files.safe import RunError, writing
 from comfy_g2rpo.files.spool import JobError, Spool
 from comfy_g2rpo.run.folder import RunFolder, is_run
 from g2rpo_trainer.config.reading import find_recipe, read_yaml
@@ -137,6 +138,10 @@ def test_a_job_whose_run_somebody_still_writes_is_not_begun(tmp_path: Path) -> N
         thread = later(waits.is_set, lambda: spool.cancel("one"))
         assert run_job(spool, "one", tmp_path / "runs", staying) == "cancelled"
         thread.join()
+    spool.submit("two", job(1))
+    (tmp_path / "runs/two").mkdir()
+    (tmp_path / "runs/two" / LOCK).touch()  # as a process leaves it that is killed
+    assert run_job(spool, "two", tmp_path / "runs", Rules(prepare=refuse)) == "failed"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file's size")
@@ -278,11 +283,18 @@ def test_a_job_is_cancelled_or_goes_over_a_limit_on_the_way_and_keeps_its_lora(t
     assert spool.ended("two")["error"] == "too many steps" and spool.ended("two")["step"] >= 3
 
 
-def test_a_job_fails_by_what_no_room_on_the_disk_mends(tmp_path: Path) -> None:
+def test_a_job_waits_for_room_on_the_disk_and_fails_by_what_that_does_not_mend(tmp_path: Path) -> None:
+    def full(job: Any) -> Any:
+        with writing(tmp_path / "some"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
     def damaged(job: Any) -> Any:
         raise RunError("config.json is damaged (no table); restore it or start a new run")
 
     spool = Spool(tmp_path / "jobs")
     spool.submit("one", job(1))
+    with pytest.raises(RunError, match="no space left on device; make room"):
+        run_job(spool, "one", tmp_path / "runs", Rules(prepare=full))
+    assert spool.state("one") == "waiting"
     assert run_job(spool, "one", tmp_path / "runs", Rules(prepare=damaged)) == "failed"
     assert "is damaged" in spool.ended("one")["error"]

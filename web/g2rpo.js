@@ -22,6 +22,7 @@ const LOOK_EVERY = 1000;
 const POLL_EVERY = 5000;
 const MAX_OFFERS = 6;
 const NEWEST = "newest";
+const GONE_ON = "It has gone on since the last Run. Press Run to see how it stands; its LoRA comes once it is done.";
 const STYLES = [new URL("./g2rpo.css", import.meta.url), new URL("./node_parts.css", import.meta.url)];
 
 const feeds = new Map();
@@ -57,8 +58,16 @@ function feedOf(run) {
 }
 
 function showAll(feed) {
-  for (const entry of monitors.values()) if (entry.monitor.feed === feed) entry.monitor.invalidate();
+  for (const [node, entry] of monitors) {
+    if (entry.monitor.feed !== feed) continue;
+    entry.monitor.invalidate();
+    if (!entry.stood || entry.stood === standing(feed)) continue;
+    entry.stood = null;
+    texts.say(node, GONE_ON);
+  }
 }
+
+const standing = (feed) => `${feed.step} ${feed.finished}`;
 
 const runWidget = (node) => node.widgets?.find((widget) => widget.name === "run");
 const asked = (node) => String(runWidget(node)?.value ?? "").trim();
@@ -200,10 +209,12 @@ function onExecuted({ detail }) {
   const node = nodeOf(detail?.display_node ?? detail?.node);
   const entry = monitors.get(node);
   if (!RUN_ID.test(run ?? "") || !entry) return;
-  entry.told = run;
+  Object.assign(entry, { told: run, stood: null });
   remember(node, run);
   refreshEntry(node, entry);
-  feedOf(run).refresh();
+  const read = feedOf(run).refresh();
+  // What Training Result says of its run holds until that goes on, which nobody tells the block.
+  if (node.comfyClass === RESULT) read.then(() => (entry.stood = standing(feedOf(run))));
 }
 
 function onEnd() {

@@ -30,7 +30,11 @@ export class Texts {
   // Takes {node, text} of a running block.
   take({ node: id, text } = {}) {
     const node = this.nodeOf(id);
-    if (typeof text !== "string" || !this.shown.has(node)) return;
+    if (typeof text === "string") this.say(node, text);
+  }
+
+  say(node, text) {
+    if (!this.shown.has(node)) return;
     this.said.set(this.place(node), text);
     this.write(node, text);
   }
