@@ -102,6 +102,31 @@ def listed_as_text(listing: str) -> dict[str, Any]:
     return page.tree(definitions={"subgraphs": [folded(plain(steps=99), "train")]})
 
 
+def showing(host: int, kind: str, number: int, name: str, value: int | None) -> dict[str, Any]:
+    """Return a folded node that shows the widget of a node in it, as pages before 1.49 saved it."""
+    properties = {"proxyWidgets": [[str(number), name]]}
+    values = [] if value is None else [value]
+    return {"id": host, "type": kind, "mode": 0, "properties": properties, "widgets_values": values}
+
+
+def shown_through_two(name: str, inner: int | None = 98, outer: int | None = 3) -> dict[str, Any]:
+    """Show a widget on a folded node, and on the one around that."""
+    around, page = Page(50), Page(100)
+    around.nodes.append(showing(51, "train", 4, "steps", inner))
+    page.nodes.append(showing(102, "around", 51, name, outer))
+    graphs = [folded(plain(steps=99), "train"), folded(around, "around")]
+    return page.tree(definitions={"subgraphs": graphs})
+
+
+def primitive_shown() -> dict[str, Any]:
+    """Show the value of one of the page's own primitives on the folded node around it."""
+    inner, page = plain(steps=99), Page(100)
+    inner.add("PrimitiveNode", value=98)
+    rewire(inner, "steps", (5, 0))
+    page.nodes.append(showing(102, "train", 5, "steps", 3))
+    return page.tree(definitions={"subgraphs": [folded(inner, "train")]})
+
+
 def older_with_control() -> dict[str, Any]:
     """Leave out the widgets that came later, and add what the page puts behind a seed."""
     page = plain()
@@ -115,6 +140,12 @@ FOLLOWED = {
     "any before the model": any_before_model,
     "muted primitive": muted_primitive,
     "listed as text": lambda: listed_as_text('[["4", "steps"]]'),
+    "shown through two": lambda: shown_through_two("steps"),
+    "shown through two, with the node's name": lambda: shown_through_two("4: steps"),
+    "shown through two, typed on the outer": lambda: shown_through_two("steps", None),
+    "shown through two, typed on the inner": lambda: shown_through_two("steps", 3, None),
+    "another one shown": lambda: shown_through_two("seed", 3, 98),
+    "primitive shown": primitive_shown,
     "older with control": older_with_control,
     "wrapped": lambda: {"workflow": plain().tree()},
     "wrapped with its output": lambda: {"workflow": plain().tree(), "output": api_of(plain())},

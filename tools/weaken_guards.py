@@ -21,8 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -60,6 +61,7 @@ QUICK_ENOUGH = ("trainer/service/", "trainer/jobs/forward_job.py", "trainer/jobs
 IN_COMFYUI = ("nodes/",)
 """Where tests run in other processes, so that it cannot be told which of them meet a line."""
 SECONDS = 400
+LITTLE = 10.0  # seconds
 TOO_LONG = 124  # as `timeout` has it
 MEMORY = 6 * 2**30
 """Bytes that a process of the tests may take: without its guard a file may be read that has no end."""
@@ -251,6 +253,13 @@ def spaced(found: Sequence[Mutant], count: int | None) -> list[Mutant]:
     return [found[i * len(found) // count] for i in range(count)]
 
 
+def quick_and_others(tests: Sequence[str], seconds: Mapping[str, float]) -> Iterator[Sequence[str]]:
+    """Part tests, the quickest first: those that take little together, and the others."""
+    spent = list(accumulate(seconds.get(test, SECONDS) for test in tests))
+    count = sum(each <= LITTLE for each in spent)
+    yield from filter(None, (tests[:count], tests[count:]))
+
+
 def survivors(file: str, weak: Sequence[Mutant], copy: Copy) -> Iterator[Mutant]:
     """List the weakened guards of a file that no test notices."""
     tests = [f"tests/{name}.py" for name in GUARDED[file]]
@@ -260,12 +269,14 @@ def survivors(file: str, weak: Sequence[Mutant], copy: Copy) -> Iterator[Mutant]
         lines = range(mutant.line, mutant.last + 1)
         meeting = [test for line in lines for test in met.get(line, ())] if met is not None else tests
         chosen = list(dict.fromkeys(meeting))
-        # Without its guard something may wait for ever: that much longer is no slow machine's doing.
-        usual = sum(copy.seconds.get(test, SECONDS) for test in chosen)
-        limit = min(int(60 + 20 * usual), SECONDS)
         (copy.place / file).write_text(mutant.text, "utf-8")
         begin = time.monotonic()
-        code = copy.pytest(file, "-x", *chosen, seconds=limit) if chosen else 0
+        code = limit = 0
+        for part in quick_and_others(chosen, copy.seconds):
+            # Without its guard something may wait for ever: that much longer is no slow machine's doing.
+            limit = min(int(60 + 20 * sum(copy.seconds.get(test, SECONDS) for test in part)), SECONDS)
+            if code := copy.pytest(file, "-x", *part, seconds=limit):
+                break
         (copy.place / file).write_text(original, "utf-8")
         word = {0: "SURVIVED", TOO_LONG: "hung" if limit < SECONDS else "TOO LONG"}.get(code, "noticed")
         print(f"{word:8}  {time.monotonic() - begin:4.0f} s  line {mutant.line}  {mutant.name}", flush=True)

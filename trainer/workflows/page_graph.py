@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from .graph_file import (
@@ -207,10 +208,8 @@ class PageGraph:
         widgets = KINDS[node.kind].widgets
         if not isinstance(found, Nothing) or name not in widgets:
             return found
-        outside = self._typed_outside(scope, str(raw["id"]))
-        if name in outside:
-            return outside[name]
-        return widget_values(raw, node.label).get(name, widgets[name].default)
+        typed = self._typed(scope, str(raw["id"]), name)
+        return typed if typed is not None else widget_values(raw, node.label).get(name, widgets[name].default)
 
     def _follow(self, scope: Scope, number: Any, kind: Any) -> Output | Nothing | Any:
         """Follow a wire back to where its value is made."""
@@ -230,8 +229,7 @@ class PageGraph:
                 raise WorkflowError(f"wire {shown(number)} begins at node {link.origin}, which is not there")
             node = _node(raw, scope)
             if node.kind == "PrimitiveNode":  # The page writes its value into the widget, whatever its mode.
-                values = raw.get("widgets_values")
-                return values[0] if isinstance(values, list) and values else Nothing()
+                return self._primitive(scope, raw)
             if raw.get("mode") == MUTED:
                 return Nothing(f"{node.label} is muted")
             if raw.get("mode") == BYPASSED:
@@ -275,6 +273,28 @@ class PageGraph:
             return entry, None
         return entry, self._typed_outside(scope, "-1").get(name_of(name))
 
+    def _primitive(self, scope: Scope, raw: Raw) -> Any:
+        """Return the value of one of the page's own primitives; its widget is called as what it leads to."""
+        number, values = str(raw["id"]), raw.get("widgets_values")
+        typed = self._typed(scope, number, next(iter(self._typed_outside(scope, number)), "value"))
+        if typed is not None:
+            return typed
+        return values[0] if isinstance(values, list) and values else Nothing()
+
+    def _typed(self, scope: Scope | None, number: str, name: str) -> Any:
+        """Return what is typed for a node's widget on the outermost of the folded nodes that show it."""
+        found, full = None, name
+        while scope is not None and scope.host is not None:
+            self.hop()
+            outside = self._typed_outside(scope, number)
+            shows = next((each for each in (name, full) if each in outside), None)
+            if shows is None:
+                break
+            found = found if outside[shows] is None else outside[shows]
+            # Folded once more, it is called as within, or so that its node is named, too.
+            full, number, scope = f"{number}: {full}", str(scope.host["id"]), scope.outer
+        return found
+
     def _typed_outside(self, scope: Scope, number: str) -> Mapping[str, Any]:
         """Return what is typed on the folded node around a node, or around its sockets (-1), by name."""
         if scope.host is None:
@@ -284,14 +304,14 @@ class PageGraph:
         return self.outside[id(scope.host)].get(number, {})
 
     def _all_typed_outside(self, host: Raw, graph: Definition) -> Mapping[str, Mapping[str, Any]]:
-        """Return the values that a folded node's own widgets have, by the node within and the name.
+        """Return the values that a folded node's own widgets have, by the node within and the name; None
+        where none is saved.
 
         They follow the sockets of the graph, where no list says another: exported files lack some of the
         node's own inputs.
         """
         values, properties = host.get("widgets_values"), host.get("properties")
-        if not isinstance(values, list):
-            return {}
+        values = values if isinstance(values, list) else []
         self.hop(len(values))
         listing = properties.get("proxyWidgets") if isinstance(properties, dict) else None
         if isinstance(listing, str):
@@ -303,8 +323,9 @@ class PageGraph:
         if not isinstance(listing, list) or not listing:
             listing = [["-1", name] for name in graph.promoted[: len(values)]]
         found: dict[str, dict[str, Any]] = {}
-        for key, value in zip(listing, values, strict=False):
-            if isinstance(key, list) and len(key) > 1 and value is not None:
+        self.hop(len(listing))
+        for key, value in zip_longest(listing, values[: len(listing)]):
+            if isinstance(key, list) and len(key) > 1:
                 found.setdefault(name_of(key[0]), {})[name_of(key[1])] = value
         return found
 
