@@ -100,6 +100,17 @@ def test_what_another_worker_trains_is_left_to_it(base: Path, capsys: pytest.Cap
     assert code == 0 and "begins" not in said and spool.state("one") == "waiting"
 
 
+def test_a_job_that_cannot_be_run_yet_shows_in_the_exit_code(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spool = spool_of(base)
+    spool.submit("one", JOB)
+    spool.send("one", "http://127.0.0.1:9")
+    code, said, _ = leave(capsys, "worker", "--comfyui", base, "--once")
+    assert code == 75 and "one was sent to http://127.0.0.1:9" in said
+    assert said.endswith("worker: could not run one yet; mend what is said above, and start it again\n")
+
+
 def test_ctrl_c_ends_it_while_it_waits(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     former, begin = signal.getsignal(signal.SIGINT), time.monotonic()
 

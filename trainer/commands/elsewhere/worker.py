@@ -9,6 +9,7 @@ import typer
 
 from ..answers import answer
 from ..arguments import CommandError, Preset
+from ..exit_codes import AGAIN
 from .remote import TokenFile, connect
 from .serve_jobs import checked_settings
 
@@ -64,9 +65,17 @@ def worker(
         how = "trains"
     here = Worker(place / "spool", place, trainer, say=typer.echo)
     typer.echo(f"worker: {how} what is handed over in {here.spool.path}; Ctrl-C ends it, jobs go on later")
-    if not here.work(once):
+    finished = here.work(once)
+    left = here.waiting() if finished else []
+    if not finished:
         typer.echo("worker: stopped", err=True)
+    if left:
+        typer.echo(
+            f"worker: could not run {', '.join(left)} yet; mend what is said above, and start it again"
+        )
     answer({"jobs": here.results})
+    if left:
+        raise typer.Exit(AGAIN)
 
 
 def training_here(base: Path, models: list[Path], settings: list[str], preset: str | None) -> Trainer:
