@@ -268,6 +268,7 @@ def test_eight_who_watch_and_do_not_read_hold_nobody_up(
 
 def test_what_another_server_answers_is_told_apart() -> None:
     assert remote_client.table_of(b"[", {}) == {} and remote_client.event_of({"data": "{}"}) is None
+    assert remote_client.event_of({"event": "x", "id": "9" * 5000}).line == 0
     with pytest.raises(RemoteError, match="no table of JSON"):
         remote_client.table_of(b"[]")
     with pytest.raises(RemoteError, match="no list of jobs"):

@@ -22,6 +22,7 @@ from comfy_g2rpo.files.spool import check_id, named_first
 TIMEOUT = 60.0
 PAUSE, LONGEST_PAUSE = 0.5, 15.0
 MAX_ANSWER, MAX_LINE, MAX_FILE = 2**22, 2**21, 2**31
+MAX_DIGITS = 15
 BLOCK = 2**20
 NONSENSE = 200
 """Status of what was answered and is of no use."""
@@ -338,7 +339,8 @@ def event_of(fields: Mapping[str, str]) -> Event | None:
         return None
     line = fields.get("id", "0")
     content = table_of(fields.get("data", "").encode(), {})
-    return Event(fields["event"], content, int(line) if line.isascii() and line.isdecimal() else 0)
+    number = line.isascii() and line.isdecimal() and len(line) <= MAX_DIGITS
+    return Event(fields["event"], content, int(line) if number else 0)
 
 
 def plain(text: Any) -> str:
