@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from test_graph_job import job_of
 
-from comfy_g2rpo.files.spool import Spool
+from comfy_g2rpo.files.spool import JobError, Spool
 from g2rpo_trainer.jobs.forward_job import TRIES, Forward, Passage
-from g2rpo_trainer.jobs.mirrored_run import MirroredRun, whole
-from g2rpo_trainer.service.remote_client import NONSENSE, RemoteError
+from g2rpo_trainer.jobs.mirrored_run import MAX_BYTES, MirroredRun, whole
+from g2rpo_trainer.service.remote_client import NONSENSE, RemoteError, RemoteService
 
 HERE = "http://127.0.0.1:9"
 
@@ -95,6 +95,32 @@ def test_pictures_that_are_not_there_are_left_out_and_a_lost_connection_is_not_t
     with pytest.raises(RemoteError, match=f"refused with {status}"):
         mirror.take_samples(3)
     assert not mirror.given_up
+
+
+@pytest.mark.parametrize("about", [{"step": 3}, {"sha256": "0" * 64}, {"step": True, "sha256": "0" * 64}])
+def test_a_lora_that_comes_without_step_or_digest_is_none(tmp_path: Path, about: dict[str, Any]) -> None:
+    mirror = passage_of(tmp_path, {}, fetch_lora=lambda *given, **more: about).mirror
+    with pytest.raises(RemoteError, match="the LoRA of hand comes without step or digest"):
+        mirror.take_lora()
+
+
+def test_more_than_any_run_makes_is_given_up(tmp_path: Path) -> None:
+    mirror = passage_of(tmp_path, {}).mirror
+    mirror.spend(MAX_BYTES)
+    with pytest.raises(JobError, match=f"{HERE} sends more for it than a run makes"):
+        mirror.spend(1)
+
+
+def test_nothing_is_fetched_where_no_lora_is_told_of(tmp_path: Path) -> None:
+    class Without(RemoteService):
+        def job(self, job_id: str) -> dict[str, Any]:
+            return {"lora": None}
+
+        def download(self, *given: Any) -> None:
+            raise AssertionError("fetched")
+
+    with pytest.raises(RemoteError, match="job hand has no LoRA yet; it comes with the first checkpoint"):
+        Without(HERE, "x" * 43).fetch_lora("hand", tmp_path / "lora.safetensors")
 
 
 def test_a_whole_number_is_no_truth_and_within_its_bounds() -> None:
