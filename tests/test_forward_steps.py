@@ -13,7 +13,7 @@ from test_graph_job import job_of
 from comfy_g2rpo.files.spool import JobError, Spool
 from g2rpo_trainer.jobs.forward_job import TRIES, Forward, Passage
 from g2rpo_trainer.jobs.mirrored_run import MAX_BYTES, MirroredRun, whole
-from g2rpo_trainer.service.remote_client import NONSENSE, RemoteError, RemoteService
+from g2rpo_trainer.service.remote_client import NONSENSE, RemoteError
 
 HERE = "http://127.0.0.1:9"
 
@@ -109,18 +109,6 @@ def test_more_than_any_run_makes_is_given_up(tmp_path: Path) -> None:
     mirror.spend(MAX_BYTES)
     with pytest.raises(JobError, match=f"{HERE} sends more for it than a run makes"):
         mirror.spend(1)
-
-
-def test_nothing_is_fetched_where_no_lora_is_told_of(tmp_path: Path) -> None:
-    class Without(RemoteService):
-        def job(self, job_id: str) -> dict[str, Any]:
-            return {"lora": None}
-
-        def download(self, *given: Any) -> None:
-            raise AssertionError("fetched")
-
-    with pytest.raises(RemoteError, match="job hand has no LoRA yet; it comes with the first checkpoint"):
-        Without(HERE, "x" * 43).fetch_lora("hand", tmp_path / "lora.safetensors")
 
 
 def test_a_whole_number_is_no_truth_and_within_its_bounds() -> None:

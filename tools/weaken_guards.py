@@ -50,7 +50,7 @@ GUARDED: dict[str, tuple[str, ...]] = {
     "trainer/service/http_guard.py": ("test_http_guard", "test_job_server"),
     "trainer/service/job_schema.py": ("test_job_schema", "test_job_server"),
     "trainer/service/job_server.py": ("test_job_server", "test_job_queue", "test_remote"),
-    "trainer/service/remote_client.py": ("test_remote", "test_forward_steps", "test_forward_jobs"),
+    "trainer/service/remote_client.py": ("test_remote", "test_remote_answers", "test_forward_jobs"),
 }
 """Files whose guards keep data and people safe, and the tests that should notice a weak one."""
 LONG_TOO = ("-m", "not browser")
