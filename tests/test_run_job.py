@@ -23,7 +23,7 @@ from comfy_g2rpo.files.spool import JobError, Spool
 from comfy_g2rpo.run.folder import RunFolder, is_run
 from g2rpo_trainer.config.reading import find_recipe, read_yaml
 from g2rpo_trainer.jobs import run_job as run_job_module
-from g2rpo_trainer.jobs.run_job import Rules, error_of, run_job
+from g2rpo_trainer.jobs.run_job import Rules, begun, error_of, run_job
 
 WORK = """
 import sys
@@ -237,6 +237,15 @@ def test_a_run_that_is_tried_again_takes_other_settings_as_far_as_it_can(tmp_pat
     with_lora(made, 5)
     kept = ["--set=train.slots=4", "--set=rewards.0.batch=2"]
     assert run_job_module._words(given, run, recipe) == ["resume", str(run), "--quiet", *kept]
+
+
+def test_a_run_without_a_checkpoint_has_learned_nothing(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", {"config": {}, "recipe": {}})
+    assert not begun(run.path)
+    with_lora(run, 0)
+    assert not begun(run.path)
+    with_lora(run, 1)
+    assert begun(run.path)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.json"])
