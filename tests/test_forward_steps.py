@@ -31,7 +31,7 @@ def passage_of(tmp_path: Path, view: Mapping[str, Any], patience: float = 600.0,
 def refuses(status: int) -> Any:
     """Return what refuses whatever is asked."""
 
-    def refuse(*given: Any) -> Any:
+    def refuse(*given: Any, **more: Any) -> Any:
         raise RemoteError(f"refused with {status}", status)
 
     return refuse
@@ -72,7 +72,7 @@ def test_what_cannot_be_had_of_an_ended_job_is_asked_for_some_times(tmp_path: Pa
     assert status == "failed" and said["error"].startswith("done at the service, but ")
     # A connection that is lost may come back: that is not counted.
     patient = passage_of(tmp_path, view)
-    patient.mirror.service.fetch_lora = lambda *given, **more: refuses(0)()
+    patient.mirror.service.fetch_lora = refuses(0)
     for _ in range(2 * TRIES):
         with pytest.raises(RemoteError, match="refused with 0"):
             patient.ended({**view, "lora": {}, "status": "failed"})

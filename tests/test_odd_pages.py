@@ -103,7 +103,7 @@ def listed_as_text(listing: str) -> dict[str, Any]:
 
 
 def showing(host: int, kind: str, number: int, name: str, value: int | None) -> dict[str, Any]:
-    """Return a folded node that shows the widget of a node in it, as pages before 1.49 saved it."""
+    """Return a folded node that shows the widget of a node in it, as older pages saved it."""
     properties = {"proxyWidgets": [[str(number), name]]}
     values = [] if value is None else [value]
     return {"id": host, "type": kind, "mode": 0, "properties": properties, "widgets_values": values}

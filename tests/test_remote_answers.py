@@ -8,13 +8,9 @@ from typing import Any
 
 import pytest
 from job_host import connections_to
+from test_remote import client
 
 from g2rpo_trainer.service.remote_client import MAX_FILE, RemoteError, RemoteService
-
-
-def client(port: int) -> RemoteService:
-    """Return a client that tries once."""
-    return RemoteService(f"http://127.0.0.1:{port}", "x" * 43, -1.0)
 
 
 def answering(content: bytes) -> Any:
@@ -33,7 +29,7 @@ def test_what_a_service_refuses_is_not_called_silence() -> None:
         answering(b'HTTP/1.1 503 Busy\r\nContent-Length: 14\r\n\r\n{"error": "x"}') as port,
         pytest.raises(RemoteError, match="refuses with 503: x") as found,
     ):
-        client(port).jobs()
+        client(port, -1.0).jobs()
     assert found.value.status == 503
 
 
@@ -42,7 +38,7 @@ def test_a_file_of_a_size_that_is_none_or_too_large_is_not_begun(told: str, tmp_
     head = f"HTTP/1.1 200 OK\r\n{f'Content-Length: {told}' if told else 'X: y'}\r\n\r\nabcd"
     says = f"sends a file of {told[:40] or 'unknown'} bytes"
     with answering(head.encode()) as port, pytest.raises(RemoteError, match=says):
-        client(port).fetch("/x", tmp_path / "x.png", None, lambda file: None)
+        client(port, -1.0).fetch("/x", tmp_path / "x.png", None, lambda file: None)
     assert not [*tmp_path.iterdir()]
 
 
@@ -51,7 +47,7 @@ def test_half_a_file_is_none(tmp_path: Path) -> None:
         answering(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabcd") as port,
         pytest.raises(RemoteError, match=r"does not answer .*the connection dropped on the way"),
     ):
-        client(port).fetch("/x", tmp_path / "x.png", None, lambda file: None)
+        client(port, -1.0).fetch("/x", tmp_path / "x.png", None, lambda file: None)
     assert not [*tmp_path.iterdir()]
 
 
